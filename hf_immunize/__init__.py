@@ -1,0 +1,44 @@
+"""Immunize vision models of Hugging Face Transformers, and measure how far the immunization holds.
+
+Public names load on first use: ``import hf_immunize`` alone imports neither transformers nor datasets.
+"""
+
+from importlib import import_module
+from typing import Any
+
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_HOMES = {
+    "Conditioning": "hf_immunize.spectra.conditioning",
+    "condition_number": "hf_immunize.spectra.conditioning",
+    "feature_conditioning": "hf_immunize.spectra.conditioning",
+    "FeatureFactor": "hf_immunize.spectra.streaming",
+    "r_well": "hf_immunize.spectra.regularizers",
+    "r_ill": "hf_immunize.spectra.regularizers",
+    "hessian_r_well": "hf_immunize.spectra.regularizers",
+    "hessian_r_ill": "hf_immunize.spectra.regularizers",
+    "spectral_concentration": "hf_immunize.spectra.regularizers",
+    "ImmunizationRatio": "hf_immunize.spectra.ratio",
+    "relative_immunization_ratio": "hf_immunize.spectra.ratio",
+    "probe_convergence": "hf_immunize.linear.probe",
+    "penultimate_features": "hf_immunize.vision.features",
+    "split_benign_harmful": "hf_immunize.vision.data",
+    "ImmunizationArguments": "hf_immunize.training.arguments",
+    "ImmunizationTrainer": "hf_immunize.training.trainer",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: RUF022
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hf_immunize' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

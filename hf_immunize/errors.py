@@ -1,0 +1,49 @@
+"""Named errors. Each message says what was expected, what was found and what to do."""
+
+
+class ImmunizationError(Exception):
+    """Base class of every error this library raises on purpose."""
+
+
+class NonFiniteError(ImmunizationError, ValueError):
+    """A matrix, a feature or a loss term holds NaN or infinity."""
+
+
+class ShapeError(ImmunizationError, ValueError):
+    """A tensor has another shape than the one asked for."""
+
+
+class RankError(ImmunizationError, ValueError):
+    """The rank is too low for the number asked for, zero above all."""
+
+
+class PerfectConditioningError(ImmunizationError, ValueError):
+    """``R_ill`` is undefined at κ = 1, where its denominator vanishes."""
+
+
+class ProtocolError(ImmunizationError, ValueError):
+    """An unknown measuring protocol, or one that the given data cannot serve."""
+
+
+class ArgumentError(ImmunizationError, ValueError):
+    """An option has an impossible value."""
+
+
+class HeadError(ImmunizationError, ValueError):
+    """The classifier head is missing, ambiguous, or does not see one feature row an image."""
+
+
+class ScopeError(ImmunizationError, ValueError):
+    """The parameters to train could not be found, or none would move."""
+
+
+class DataError(ImmunizationError, ValueError):
+    """A dataset lacks a column, holds labels out of range, or is empty."""
+
+
+class ImageDecodeError(DataError):
+    """An image cannot be decoded; the message names its dataset and row."""
+
+
+class CheckpointError(ImmunizationError, OSError):
+    """A checkpoint could not be written whole; the previous one is untouched."""

@@ -1,0 +1,1 @@
+"""Linear algebra of feature matrices. Imports torch alone."""

@@ -1,0 +1,1 @@
+"""Hugging Face vision models and image data."""

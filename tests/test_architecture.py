@@ -1,0 +1,48 @@
+"""The house has one direction of imports, and its front door is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+
+PACKAGE = Path(__file__).parents[1] / "hf_immunize"
+# Lowest first. A room imports from rooms of a lower level, from itself, and from errors.py.
+LEVEL = {"spectra": 0, "linear": 1, "vision": 1, "training": 2, "attacks": 3, "hub": 3}
+TOP = 9
+
+
+def rooms_imported(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("hf_immunize"):
+            yield from [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level > 0:
+            raise AssertionError(f"{file}: use absolute imports, so that this test can follow them")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("hf_immunize."):
+                    yield alias.name.split(".")[1]
+
+
+def test_rooms_import_only_from_below():
+    for file in PACKAGE.rglob("*.py"):
+        room = file.relative_to(PACKAGE).parts[0]
+        for target in rooms_imported(file):
+            if target not in ("errors", "__version__", room):
+                assert LEVEL.get(target, TOP) < LEVEL.get(room, TOP), f"{file} imports {target}"
+
+
+def test_spectra_imports_torch_alone():
+    allowed = {"torch", "hf_immunize", "math", "dataclasses", "typing", "collections", "contextlib", "__future__"}
+    for file in (PACKAGE / "spectra").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] in allowed, f"{file} imports {name}"
+
+
+def test_importing_the_package_alone_loads_nothing_heavy():
+    code = "import sys, hf_immunize; print([m for m in ('transformers', 'datasets', 'torch') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
