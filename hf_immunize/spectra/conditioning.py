@@ -1,0 +1,268 @@
+"""Condition numbers that know their rank.
+
+The Hessian of linear probing on features ``Z`` of shape ``(N, D)`` is ``H = ZᵀZ`` (squared loss), and gradient descent
+on it is as slow as its condition number κ(H) is large (Boyd and Vandenberghe 2004; Zheng et al. 2025). κ is read from
+the singular values of ``Z``, never from the squared matrix, where everything below ``sqrt(eps)·σ_max`` is lost.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_immunize.errors import ArgumentError, NonFiniteError, RankError, ShapeError
+
+
+# How far above the norm of rounding noise a singular value must lie to count. The second singular value of the noise
+# in float32 features of a convolutional network was seen at 8 units, so 10 keeps noise out and little signal with it.
+_NOISE_MARGIN = 10.0
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Conditioning of the probing Hessian ``H = ZᵀZ`` of features ``Z`` of shape ``(N, D)``.
+
+    Attributes:
+        kappa: κ(H) = (σ_max(Z)/σ_min⁺(Z))², dimensionless; a lower bound of it where `is_bound`.
+        log_kappa: natural logarithm of `kappa`.
+        rank: Number of singular values of ``Z`` above `cutoff`.
+        num_samples: N, the rows of ``Z``. With N < D the number describes the sample, not the task.
+        dim: D, the columns of ``Z``.
+        effective_rank: ``exp`` of the entropy of ``σ_i / Σ_j σ_j``, between 1 and min(N, D).
+        sigma_max: Largest singular value of ``Z``, in the units of the features.
+        sigma_min: Smallest singular value of ``Z`` above `cutoff`.
+        cutoff: The rank rule's threshold on singular values of ``Z`` (see `rank_cutoff`).
+        is_bound: Whether the rank fell below the reference's, so that `kappa` only bounds κ from below.
+        reference_rank: Rank of the reference features, if one was given.
+    """
+
+    kappa: float
+    log_kappa: float
+    rank: int
+    num_samples: int
+    dim: int
+    effective_rank: float
+    sigma_max: float
+    sigma_min: float
+    cutoff: float
+    is_bound: bool = False
+    reference_rank: int | None = None
+
+    @property
+    def log10_kappa(self) -> float:
+        """Decimal logarithm of `kappa`."""
+        return self.log_kappa / math.log(10.0)
+
+    def __str__(self) -> str:
+        sign = "≥" if self.is_bound else "="
+        lost = f" of {self.reference_rank} before" if self.is_bound else ""
+        return f"κ {sign} {self.kappa:.4g} (rank {self.rank}{lost}, N = {self.num_samples}, D = {self.dim})"
+
+
+def as_matrix(value: Any, name: str = "matrix", *, check_finite: bool = True) -> Tensor:
+    """Check that `value` is a finite, non-empty, real floating-point matrix, and return it as a tensor.
+
+    Args:
+        value: Tensor, or anything ``torch.as_tensor`` takes, of shape ``(N, D)``.
+        name: What to call it in an error.
+        check_finite: Whether to look at the entries; the caller does where this is False.
+
+    Returns:
+        The tensor of shape ``(N, D)``, neither copied nor moved when it already was one.
+
+    Raises:
+        ShapeError: If it is not two-dimensional or has no entries.
+        ArgumentError: If it is not of a real floating-point dtype.
+        NonFiniteError: If an entry is NaN or infinite; the first one is named.
+    """
+    matrix = torch.as_tensor(value)
+    if matrix.ndim != 2:
+        raise ShapeError(
+            f"Expected {name} of shape (N, D), found {tuple(matrix.shape)}. Flatten each sample to one row first."
+        )
+    if matrix.numel() == 0:
+        raise ShapeError(f"Expected {name} with at least one row and one column, found {tuple(matrix.shape)}.")
+    if not matrix.is_floating_point():
+        raise ArgumentError(
+            f"Expected {name} of a real floating-point dtype, found {matrix.dtype}; call .float() on it."
+        )
+    if not check_finite:
+        return matrix
+    # The sum is finite unless an entry is not (or it overflows): one cheap pass in the common case.
+    finite = torch.ones(()) if bool(torch.isfinite(matrix.detach().sum())) else torch.isfinite(matrix)
+    if not bool(finite.all()):
+        row, column = (~finite).nonzero()[0].tolist()
+        raise NonFiniteError(
+            f"Expected finite values in {name}, found {matrix[row, column].item()} in row {row}, column {column} "
+            f"({int((~finite).sum())} of {matrix.numel()} entries are not finite). Check the data and the weights "
+            "that produced them; a smaller learning rate or full precision often mends it."
+        )
+    return matrix
+
+
+def rank_cutoff(
+    sigma_max: float,
+    frobenius: float,
+    num_samples: int,
+    dim: int,
+    produced_dtype: torch.dtype,
+    computed_dtype: torch.dtype = torch.float64,
+) -> float:
+    """Threshold below which a singular value of ``Z`` is rounding noise.
+
+    ``10 · max( eps_f·(√N + √D)·‖Z‖_F/√(ND), eps_c·σ_max )``: the first term is the expected norm of a random matrix of
+    rounding errors of the dtype in which the features were *produced* (casting to float64 afterwards does not remove
+    them), the second that of the decomposition.
+
+    Args:
+        sigma_max: Largest singular value of ``Z``.
+        frobenius: Frobenius norm of ``Z``.
+        num_samples: N.
+        dim: D.
+        produced_dtype: The dtype in which the features were computed.
+        computed_dtype: The dtype in which the spectrum is computed.
+
+    Returns:
+        The threshold, in the units of the singular values.
+    """
+    n, d = float(num_samples), float(dim)
+    noise = torch.finfo(produced_dtype).eps * (math.sqrt(n) + math.sqrt(d)) * frobenius / math.sqrt(n * d)
+    return _NOISE_MARGIN * max(noise, torch.finfo(computed_dtype).eps * sigma_max)
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """Singular values in float64, descending, shape ``(min(N, D),)``; on the CPU where the device has no float64."""
+    device = "cpu" if matrix.device.type == "mps" else matrix.device
+    with torch.autocast(matrix.device.type, enabled=False):
+        return torch.linalg.svdvals(matrix.detach().to(device=device, dtype=torch.float64))
+
+
+def summarize_spectrum(
+    sigma: Tensor,
+    num_samples: int,
+    dim: int,
+    produced_dtype: torch.dtype,
+    reference: Conditioning | None = None,
+    name: str = "features",
+) -> Conditioning:
+    """Apply the rank rule to singular values of ``Z`` and describe the conditioning of ``ZᵀZ``.
+
+    Args:
+        sigma: Singular values of ``Z``, descending, float64.
+        num_samples: N.
+        dim: D.
+        produced_dtype: The dtype in which the features were computed.
+        reference: Conditioning of the same data through the reference weights.
+        name: What to call the features in an error.
+
+    Returns:
+        The conditioning; a lower bound where the rank fell below the reference's.
+
+    Raises:
+        RankError: If the rank is zero.
+        ShapeError: If the reference describes another number of samples or features.
+    """
+    values = sigma.tolist()
+    sigma_max = values[0]
+    frobenius = math.sqrt(math.fsum(v * v for v in values))
+    cutoff = rank_cutoff(sigma_max, frobenius, num_samples, dim, produced_dtype)
+    kept = [v for v in values if v > cutoff]
+    if not kept:
+        raise RankError(
+            f"Expected {name} of rank at least 1, found rank 0 (N = {num_samples}, D = {dim}): "
+            "every value is zero, so κ is undefined. Check that the network is not dead and the right layer is read."
+        )
+    total = math.fsum(values)
+    effective_rank = math.exp(-math.fsum(v / total * math.log(v / total) for v in values if v > 0))
+    is_bound = False
+    if reference is not None:
+        if (reference.num_samples, reference.dim) != (num_samples, dim):
+            raise ShapeError(
+                f"Expected reference features of the same data, ({num_samples}, {dim}), found "
+                f"({reference.num_samples}, {reference.dim}). Pass the same images through the reference weights."
+            )
+        is_bound = len(kept) < reference.rank
+    # Directions lost against the reference lie somewhere below the cut-off: by the pseudo-inverse they would vanish
+    # from κ, and a collapse to one direction would read κ = 1. At the cut-off they bound κ from below.
+    log_kappa = 2.0 * math.log(sigma_max / (cutoff if is_bound else kept[-1]))
+    return Conditioning(
+        kappa=math.exp(min(log_kappa, 709.0)),
+        log_kappa=log_kappa,
+        rank=len(kept),
+        num_samples=num_samples,
+        dim=dim,
+        effective_rank=effective_rank,
+        sigma_max=sigma_max,
+        sigma_min=kept[-1],
+        cutoff=cutoff,
+        is_bound=is_bound,
+        reference_rank=None if reference is None else reference.rank,
+    )
+
+
+def condition_number(matrix: Any) -> float:
+    """κ(S) = σ_max/σ_min⁺, the ratio of the extreme non-zero singular values.
+
+    Eq. 1 of Zheng et al. 2025 (arXiv:2505.23760), with the rank decided by `rank_cutoff`, in float64.
+
+    Args:
+        matrix: S, of any shape ``(m, n)`` and any real floating-point dtype.
+
+    Returns:
+        κ(S) ≥ 1, dimensionless.
+
+    Raises:
+        ShapeError: If it is not a non-empty matrix.
+        NonFiniteError: If it holds NaN or infinity.
+        RankError: If it is zero.
+
+    Example:
+        >>> import torch
+        >>> round(condition_number(torch.diag(torch.tensor([100.0, 1.0, 0.0]))), 6)
+        100.0
+    """
+    matrix = as_matrix(matrix)
+    rows, columns = matrix.shape
+    summary = summarize_spectrum(singular_values(matrix), rows, columns, matrix.dtype, name="a matrix")
+    return summary.sigma_max / summary.sigma_min
+
+
+def feature_conditioning(
+    features: Any, *, reference: Any = None, produced_dtype: torch.dtype | None = None
+) -> Conditioning:
+    """Conditioning of the linear-probing Hessian ``ZᵀZ``, exact and rank-aware.
+
+    κ(ZᵀZ) = (σ_max(Z)/σ_min⁺(Z))² (Eq. 1 of Zheng et al. 2025), from the singular values of ``Z`` in float64. Collapse
+    is not good conditioning: where the rank is below that of `reference`, κ is reported as the bound
+    ``κ ≥ (σ_max/cut-off)²``.
+
+    Args:
+        features: ``Z``, shape ``(N, D)``, any real floating-point dtype, on any device.
+        reference: The same data through the reference weights: features of shape ``(N, D)``, or their `Conditioning`.
+        produced_dtype: The dtype in which the features were computed, where they have been cast since. Defaults to the
+            dtype they have.
+
+    Returns:
+        `Conditioning`, κ together with rank, N and D.
+
+    Raises:
+        ShapeError: If the features are not ``(N, D)``, or the reference describes other data.
+        NonFiniteError: If they hold NaN or infinity.
+        RankError: If they are zero.
+
+    Example:
+        >>> import torch
+        >>> Z = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> print(feature_conditioning(Z))
+        κ = 9 (rank 2, N = 3, D = 2)
+        >>> collapsed = Z * torch.tensor([1.0, 0.0])
+        >>> feature_conditioning(collapsed).kappa, feature_conditioning(collapsed, reference=Z).is_bound
+        (1.0, True)
+    """
+    features = as_matrix(features, "features")
+    if reference is not None and not isinstance(reference, Conditioning):
+        reference = feature_conditioning(as_matrix(reference, "reference features"), produced_dtype=produced_dtype)
+    n, d = features.shape
+    return summarize_spectrum(singular_values(features), n, d, produced_dtype or features.dtype, reference)

@@ -1,0 +1,297 @@
+"""The condition-number regularizers, with gradients in closed form.
+
+    R_well(S) = ½‖S‖₂² − (1/2p)‖S‖_F²                    Eq. 3 of Zheng et al. 2025, from Nenov et al. 2024
+    R_ill(S)  = 1 / ( (1/2k)‖S‖_F² − ½ σ_k² )            Eq. 12, k the rank, σ_k the smallest non-zero singular value
+
+Lowering ``R_well`` lowers κ: ``κ(S) ≤ exp(p·R_well(S)/σ_k²)``. Lowering ``R_ill`` raises it:
+``1/log κ(S) ≤ σ_1²·R_ill(S)``. The bounds need these factors; without them they fail
+(S = diag(0.1, 0.01) and diag(100, 1)). No backward pass runs through a decomposition: the gradients need only the
+extreme singular pair and the matrix, and average over the eigenspace where the extreme value is repeated.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_immunize.errors import PerfectConditioningError, RankError
+from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
+from hf_immunize.spectra.extremes import hessian_spectrum, small_gram, tie_tolerance, top_eigenspace, wide
+
+
+# value and gradient of a spectral function at a detached matrix
+_ValueAndGradient = Callable[[Tensor], tuple[float, Tensor]]
+
+
+class _ClosedForm(torch.autograd.Function):
+    """A scalar function of a matrix whose gradient is computed beside its value."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, function: _ValueAndGradient) -> Tensor:
+        with torch.autocast(matrix.device.type, enabled=False):
+            value, gradient = function(matrix.detach())
+        ctx.save_for_backward(gradient)
+        ctx.matrix_dtype = matrix.dtype
+        return torch.tensor(value, dtype=torch.promote_types(matrix.dtype, torch.float32), device=matrix.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        # Scaled before it is cast: a weight of 1e8 on a gradient of 1e-9 would vanish in half precision otherwise.
+        return (grad_outputs[0] * gradient).to(ctx.matrix_dtype), None
+
+
+def r_well(matrix: Tensor) -> Tensor:
+    """``R_well(S) = ½‖S‖₂² − (1/2p)‖S‖_F²``, p = min(m, n): zero exactly when every singular value is equal.
+
+    Eq. 3 of Zheng et al. 2025 (arXiv:2505.23760), from Nenov et al. 2024 (arXiv:2410.00169). Gradient:
+    ``σ_1 u_1 v_1ᵀ − S/p``.
+
+    Args:
+        matrix: S, shape ``(m, n)``, any real floating-point dtype.
+
+    Returns:
+        0-D tensor, non-negative, in the units of S squared; differentiable once.
+
+    Raises:
+        ShapeError: If S is not a non-empty matrix.
+        NonFiniteError: If S holds NaN or infinity.
+
+    Example:
+        >>> r_well(torch.diag(torch.tensor([3.0, 1.0]))).item()
+        2.0
+    """
+    return _ClosedForm.apply(as_matrix(matrix), _r_well)
+
+
+def r_ill(matrix: Tensor) -> Tensor:
+    """``R_ill(S) = 1 / ((1/2k)‖S‖_F² − ½σ_k²)``, k the rank of S and σ_k its smallest non-zero singular value.
+
+    Eq. 12 of Zheng et al. 2025 (arXiv:2505.23760). Gradient: ``(σ_k u_k v_kᵀ − S/k)/d²`` with d the denominator.
+
+    Args:
+        matrix: S, shape ``(m, n)``, any real floating-point dtype.
+
+    Returns:
+        0-D tensor, positive, in the units of 1/S²; differentiable once.
+
+    Raises:
+        ShapeError: If S is not a non-empty matrix.
+        NonFiniteError: If S holds NaN or infinity.
+        RankError: If S is zero.
+        PerfectConditioningError: If κ(S) = 1, where it is undefined.
+
+    Example:
+        >>> r_ill(torch.diag(torch.tensor([3.0, 1.0]))).item()
+        0.5
+    """
+    return _ClosedForm.apply(as_matrix(matrix), _r_ill)
+
+
+def hessian_r_well(features: Tensor, *, scale_free: bool = False) -> Tensor:
+    """``R_well`` of the probing Hessian ``H = ZᵀZ``, p = D, computed on the smaller of ``ZᵀZ`` and ``ZZᵀ``.
+
+    Gradient with respect to Z: ``2(σ_1 uuᵀ − G/D) Z``, ``G = ZZᵀ`` and u its top eigenvector (N ≤ D), or the same with
+    H from the right. Only the top pair is needed.
+
+    Args:
+        features: Z, shape ``(N, D)``, any real floating-point dtype; computed in float64.
+        scale_free: Take it of ``H·D/tr(H)``, which does not change when the features are scaled.
+
+    Returns:
+        0-D tensor, non-negative; in the units of the features to the fourth power unless scale-free. Differentiable
+        once. It is zero exactly when κ(H) = 1 and the column rank is full.
+
+    Raises:
+        ShapeError: If the features are not ``(N, D)``.
+        NonFiniteError: If they hold NaN or infinity.
+        RankError: If they are zero.
+
+    Example:
+        >>> hessian_r_well(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item()
+        3.75
+    """
+    return _ClosedForm.apply(
+        _as_features(features), _scale_free(_hessian_r_well, 2) if scale_free else _hessian_r_well
+    )
+
+
+def hessian_r_ill(features: Tensor, *, scale_free: bool = False) -> Tensor:
+    """``R_ill`` of the probing Hessian ``H = ZᵀZ``, k = rank(H), computed on the smaller of ``ZᵀZ`` and ``ZZᵀ``.
+
+    Gradient with respect to Z: ``2((σ_k uuᵀ − G/k)/d²) Z``, ``G = ZZᵀ``, u the eigenvector of its smallest non-zero
+    eigenvalue σ_k and d the denominator of R_ill (N ≤ D), or the same with H from the right.
+
+    Args:
+        features: Z, shape ``(N, D)``, any real floating-point dtype; computed in float64.
+        scale_free: Take it of ``H·D/tr(H)``, which does not change when the features are scaled.
+
+    Returns:
+        0-D tensor, positive; in the units of the features to the power −4 unless scale-free. Differentiable once.
+
+    Raises:
+        ShapeError: If the features are not ``(N, D)``.
+        NonFiniteError: If they hold NaN or infinity.
+        RankError: If they are zero.
+        PerfectConditioningError: If κ(H) = 1, a single sample above all.
+
+    Example:
+        >>> hessian_r_ill(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item() == 1 / 3.75
+        False
+        >>> round(hessian_r_ill(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item(), 6)  # 1/(17/4 − 1/2)
+        0.266667
+    """
+    return _ClosedForm.apply(_as_features(features), _scale_free(_hessian_r_ill, -2) if scale_free else _hessian_r_ill)
+
+
+def spectral_concentration(features: Tensor) -> Tensor:
+    """``C(Z) = log((tr H − σ_1)/σ_1)``, H = ZᵀZ and σ_1 its largest eigenvalue: scale-free, from the top pair alone.
+
+    Lowering it raises a lower bound of κ: ``log κ(H) ≥ log(k − 1) − C(Z)``, k = rank(H), since the smallest of the
+    other k − 1 eigenvalues is at most their mean. It needs no smallest eigenvalue, hence has no trouble with N < D.
+    Gradient: ``2(Z − uuᵀZ)/(tr H − σ_1) − 2uuᵀZ/σ_1``. Below ``tr H − σ_1 = 64·eps·tr H`` (float64 rounding),
+    where nothing is left to gain, the value stays at the floor and the gradient is zero.
+
+    Args:
+        features: Z, shape ``(N, D)``, any real floating-point dtype; computed in float64.
+
+    Returns:
+        0-D tensor, dimensionless; differentiable once.
+
+    Raises:
+        ShapeError: If the features are not ``(N, D)``.
+        NonFiniteError: If they hold NaN or infinity.
+        RankError: If they are zero.
+
+    Example:
+        >>> round(spectral_concentration(torch.diag(torch.tensor([10.0, 1.0]))).item(), 4)  # log(1/100)
+        -4.6052
+    """
+    return _ClosedForm.apply(_as_features(features), _spectral_concentration)
+
+
+def _r_well(s: Tensor) -> tuple[float, Tensor]:
+    u, sigma, vh = torch.linalg.svd(_at_least_float32(s), full_matrices=False)
+    values = sigma.tolist()
+    p = len(values)
+    ties = sum(value >= values[0] - _tie_width(sigma) for value in values)
+    # As a sum of differences, which cannot turn negative by cancellation.
+    value = math.fsum(values[0] ** 2 - v**2 for v in values) / (2 * p)
+    return value, (values[0] / ties) * (u[:, :ties] @ vh[:ties]) - s.to(sigma.dtype) / p
+
+
+def _r_ill(s: Tensor) -> tuple[float, Tensor]:
+    u, sigma, vh = torch.linalg.svd(_at_least_float32(s), full_matrices=False)
+    values = sigma.tolist()
+    cutoff = rank_cutoff(values[0], math.hypot(*values), s.shape[0], s.shape[1], s.dtype, sigma.dtype)
+    kept = [value for value in values if value > cutoff]
+    if not kept:
+        raise RankError("Expected a matrix of rank at least 1 in R_ill, found the zero matrix.")
+    k, width = len(kept), _tie_width(sigma)
+    denominator = _ill_denominator(kept, width)
+    first = sum(value > kept[-1] + width for value in kept)
+    extreme = (kept[-1] / (k - first)) * (u[:, first:k] @ vh[first:k])
+    return 1 / denominator, (extreme - s.to(sigma.dtype) / k) / denominator**2
+
+
+def _hessian_r_well(z: Tensor) -> tuple[float, Tensor]:
+    gram = small_gram(z)
+    top, basis = top_eigenspace(gram, _vector_accuracy(z))
+    dim = z.shape[1]
+    value = max(0.0, top**2 / 2 - float(gram.square().sum()) / (2 * dim))
+    return value, _apply(_combine(gram, -2 / dim, basis, 2 * top), z)
+
+
+def _hessian_r_ill(z: Tensor) -> tuple[float, Tensor]:
+    gram = small_gram(z)
+    values, vectors = hessian_spectrum(z, gram)
+    k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
+    denominator = _ill_denominator(values, width)
+    first = sum(value > values[-1] + width for value in values)
+    scale = 2 / denominator**2
+    return 1 / denominator, _apply(_combine(gram, -scale / k, vectors[:, first:k], scale * values[-1]), z)
+
+
+def _spectral_concentration(z: Tensor) -> tuple[float, Tensor]:
+    gram = small_gram(z)
+    top, basis = top_eigenspace(gram, _vector_accuracy(z))
+    trace = float(gram.diagonal().sum())
+    rest, floor = trace - top, 64 * torch.finfo(torch.float64).eps * trace
+    if rest <= floor:
+        return math.log(floor / top), torch.zeros_like(z, dtype=_work_dtype(z))
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return math.log(rest / top), _apply(_combine(identity, 2 / rest, basis, -2 * (1 / rest + 1 / top)), z)
+
+
+def _ill_denominator(values: list[float], tie_width: float) -> float:
+    """``(1/2k)Σσ_i² − ½σ_k²`` as a sum of differences, which loses nothing by cancellation."""
+    if values[0] - values[-1] <= tie_width:
+        raise PerfectConditioningError(
+            f"Expected κ > 1 in R_ill, found {len(values)} equal non-zero singular value(s) ({values[0]:.3g}), where "
+            "R_ill is undefined. Use at least two different samples in a harmful batch."
+        )
+    return math.fsum(value**2 - values[-1] ** 2 for value in values) / (2 * len(values))
+
+
+def _combine(matrix: Tensor, weight: float, basis: Tensor, projector_weight: float) -> Tensor:
+    """``weight·matrix + projector_weight·(average of uuᵀ over the columns u of an orthonormal basis)``."""
+    return torch.addmm(matrix, basis, basis.mT, beta=weight, alpha=projector_weight / basis.shape[1])
+
+
+def _scale_free(function: _ValueAndGradient, degree: int) -> _ValueAndGradient:
+    """The function of ``cH``, ``c = D/tr H``, where it is homogeneous in H of the given degree."""
+
+    def scaled(z: Tensor) -> tuple[float, Tensor]:
+        value, gradient = function(z)
+        trace = float(z.to(torch.float64).square().sum())
+        factor = (z.shape[1] / trace) ** degree
+        return factor * value, factor * gradient + (-2 * degree * factor * value / trace) * z.to(gradient.dtype)
+
+    return scaled
+
+
+def _apply(small: Tensor, z: Tensor) -> Tensor:
+    """A small-side matrix times the features, from the side it belongs to, in the features' working precision."""
+    small, z = small.to(_work_dtype(z)), z.to(_work_dtype(z))
+    return small @ z if wide(z) else z @ small
+
+
+def _vector_accuracy(z: Tensor) -> float:
+    """Float32 gradients need no vector beyond float32; float64 ones are compared with references to 1e-10."""
+    return 1e-12 if z.dtype == torch.float64 else 1e-8
+
+
+def _work_dtype(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)
+
+
+def _as_features(features: Tensor) -> Tensor:
+    """Shape and dtype only: that they are finite and not zero is seen in the Gram matrix."""
+    return as_matrix(features, "features", check_finite=False)
+
+
+def _tie_width(sigma: Tensor) -> float:
+    return 16 * sigma.shape[0] * torch.finfo(sigma.dtype).eps * float(sigma[0])
+
+
+def _at_least_float32(s: Tensor) -> Tensor:
+    return s.to(_work_dtype(s))
+
+
+def kappa_floor(concentration: float, rank: int) -> float:
+    """Lower bound of ``log κ(H)`` from the spectral concentration: ``log(k − 1) − C(Z)``, k = rank(H) ≥ 2.
+
+    Args:
+        concentration: Value of `spectral_concentration`.
+        rank: k.
+
+    Returns:
+        The bound on the natural logarithm of κ(H).
+    """
+    if rank < 2:
+        raise RankError(f"Expected a rank of at least 2 for the bound, found {rank}.")
+    return math.log(rank - 1) - concentration

@@ -1,0 +1,186 @@
+"""The QR factor of a whole data set, folded in batch by batch.
+
+``R ← qr([R; Z_batch]).R`` keeps ``RᵀR = ZᵀZ`` with ``R`` of at most ``D`` rows: the singular values of ``R`` are those
+of all rows seen so far, at full accuracy (the squared matrix ``ZᵀZ`` would lose those below ``sqrt(eps)·σ_max``), in
+memory that does not grow with the number of rows. Factors of several processes merge the same way.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_immunize.errors import ArgumentError, RankError, ShapeError
+from hf_immunize.spectra.conditioning import Conditioning, as_matrix, singular_values, summarize_spectrum
+
+
+# Rows gathered before a fold, in multiples of D. A QR costs 2(D + B)D² for B new rows: small blocks pay for the old
+# factor again and again, large ones only cost memory (`make bench PARTS=streaming` shows the curve).
+_BLOCK_PER_DIM = 8
+_BUFFER_ENTRIES = 2**25  # 256 MiB of float64, beyond which the block shrinks, to no less than two times D
+
+
+def _default_block(dim: int) -> int:
+    return max(2 * dim, min(_BLOCK_PER_DIM * dim, _BUFFER_ENTRIES // dim), 256)
+
+
+class FeatureFactor:
+    """Streaming QR factor of features ``Z`` of shape ``(N, D)``, in float64.
+
+    Args:
+        block_rows: Rows to gather before folding them in. Defaults to eight times the feature dimension.
+
+    Attributes:
+        num_samples: N, the rows folded in so far.
+        dim: D, or None before the first batch.
+        produced_dtype: The coarsest dtype that a batch came in (or was declared to come in); decides the rank rule.
+
+    Example:
+        >>> import torch
+        >>> Z = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+        >>> factor = FeatureFactor()
+        >>> for batch in Z.split(32):
+        ...     _ = factor.update(batch)
+        >>> factor.num_samples, factor.conditioning().rank
+        (100, 5)
+    """
+
+    def __init__(self, block_rows: int | None = None) -> None:
+        if block_rows is not None and block_rows < 1:
+            raise ArgumentError(f"Expected block_rows of at least 1, found {block_rows}.")
+        self.num_samples = 0
+        self.dim: int | None = None
+        self.produced_dtype: torch.dtype | None = None
+        self._block_rows = block_rows
+        # Column-major, as LAPACK wants it: the factor's rows first, then those waiting to be folded in.
+        self._buffer: Tensor | None = None
+        self._filled = 0
+        self._folded = True
+
+    def update(self, features: Any, produced_dtype: torch.dtype | None = None) -> "FeatureFactor":
+        """Fold in a batch.
+
+        Args:
+            features: Shape ``(n, D)``, any real floating-point dtype, on any device; detached.
+            produced_dtype: The dtype in which they were computed, where they have been cast since.
+
+        Returns:
+            The factor itself.
+
+        Raises:
+            ShapeError: If they are not ``(n, D)`` with the D of earlier batches.
+            NonFiniteError: If they hold NaN or infinity.
+        """
+        features = as_matrix(features, f"features (batch after {self.num_samples} rows)")
+        self._check_dim(features.shape[1])
+        self._note_dtype(produced_dtype or features.dtype)
+        self._append(features)
+        self.num_samples += features.shape[0]
+        return self
+
+    def merge(self, other: "FeatureFactor") -> "FeatureFactor":
+        """Fold in the factor of other rows, as of another process.
+
+        Args:
+            other: A factor of features of the same dimension; it is left as it is.
+
+        Returns:
+            The factor itself, now of both sets of rows.
+        """
+        if other.dim is None:
+            return self
+        self._check_dim(other.dim)
+        self._note_dtype(other.produced_dtype or torch.float64)
+        self._append(other.matrix())
+        self.num_samples += other.num_samples
+        return self
+
+    def matrix(self) -> Tensor:
+        """Upper-trapezoidal ``R`` of shape ``(min(N, D), D)``, float64, with ``RᵀR = ZᵀZ``.
+
+        Raises:
+            RankError: If no batch was folded in yet.
+        """
+        if self._buffer is None:
+            raise RankError("Expected at least one batch of features, found none. Call update(features) first.")
+        if not self._folded:
+            self._fold()
+        return self._buffer[:, : self._filled].mT.clone()
+
+    def singular_values(self) -> Tensor:
+        """Singular values of all rows seen so far, descending, float64, shape ``(min(N, D),)``."""
+        return singular_values(self.matrix())
+
+    def conditioning(self, reference: "Conditioning | FeatureFactor | None" = None) -> Conditioning:
+        """Conditioning of ``ZᵀZ`` over all rows seen so far (see `feature_conditioning`).
+
+        Args:
+            reference: The same data through the reference weights, as a factor or its conditioning.
+
+        Returns:
+            `Conditioning`; a bound where the rank is below the reference's.
+
+        Raises:
+            RankError: If no batch was folded in, or all features are zero.
+            ShapeError: If the reference describes another number of samples or features.
+        """
+        if isinstance(reference, FeatureFactor):
+            reference = reference.conditioning()
+        sigma = self.singular_values()
+        assert self.dim is not None and self.produced_dtype is not None  # matrix() raised otherwise
+        return summarize_spectrum(sigma, self.num_samples, self.dim, self.produced_dtype, reference)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that `from_state_dict` restores, ready for safetensors."""
+        return {
+            "factor": self.matrix().contiguous(),
+            "num_samples": torch.tensor(self.num_samples),
+            "produced_eps": torch.tensor(torch.finfo(self.produced_dtype or torch.float64).eps, dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> "FeatureFactor":
+        """Restore a factor from the tensors of `state_dict`."""
+        factor = cls()
+        factor.dim = state["factor"].shape[1]
+        factor._append(state["factor"])
+        factor.num_samples = int(state["num_samples"])
+        eps = float(state["produced_eps"])
+        floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        factor.produced_dtype = min(floats, key=lambda dtype: abs(torch.finfo(dtype).eps / eps - 1.0))
+        return factor
+
+    def _check_dim(self, dim: int) -> None:
+        if self.dim is None:
+            self.dim = dim
+        elif dim != self.dim:
+            raise ShapeError(
+                f"Expected features of dimension {self.dim} as in earlier batches, found {dim}. "
+                "Use one FeatureFactor for each layer and model."
+            )
+
+    def _note_dtype(self, dtype: torch.dtype) -> None:
+        if self.produced_dtype is None or torch.finfo(dtype).eps > torch.finfo(self.produced_dtype).eps:
+            self.produced_dtype = dtype
+
+    def _append(self, rows: Tensor) -> None:
+        if self._buffer is None:
+            block = self._block_rows or _default_block(rows.shape[1])
+            # Features from a device without float64 (MPS) are folded on the CPU.
+            device = torch.device("cpu") if rows.device.type == "mps" else rows.device
+            capacity = rows.shape[1] + block
+            self._buffer = torch.empty(rows.shape[1], capacity, dtype=torch.float64, device=device)
+        for part in rows.detach().split(self._buffer.shape[1] - rows.shape[1]):
+            if self._filled + part.shape[0] > self._buffer.shape[1]:
+                self._fold()
+            self._buffer[:, self._filled : self._filled + part.shape[0]] = part.mT
+            self._filled += part.shape[0]
+            self._folded = False
+
+    def _fold(self) -> None:
+        assert self._buffer is not None
+        with torch.autocast(self._buffer.device.type, enabled=False):
+            factor = torch.linalg.qr(self._buffer[:, : self._filled].mT, mode="r").R
+        self._filled = factor.shape[0]
+        self._buffer[:, : self._filled] = factor.mT
+        self._folded = True
