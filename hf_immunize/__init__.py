@@ -29,7 +29,7 @@ _HOMES = {
     "ImmunizationTrainer": "hf_immunize.training.trainer",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: RUF022
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
