@@ -22,7 +22,7 @@ SPLIT_FOLDERS = {
     "testing": "test",
     "eval": "test",
 }
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
