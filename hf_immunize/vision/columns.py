@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
 
 from hf_immunize.errors import DataError
@@ -166,6 +167,11 @@ def _column_kinds(dataset: Any) -> dict[str, str]:
     """Map each column to "image", "class" or "other"."""
     if isinstance(dataset, datasets.DatasetDict):
         raise DataError(f"Expected one dataset, but got splits; choose one of {listed(dataset)}, as in data['train'].")
+    if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
+        raise DataError(
+            f"Expected a dataset with rows that can be looked up, but got {type(dataset).__name__}; load the data "
+            f"without streaming."
+        )
     if isinstance(dataset, datasets.Dataset) and not is_transformed(dataset):
         kinds = {datasets.Image: "image", datasets.ClassLabel: "class"}
         return {column: kinds.get(type(feature), "other") for column, feature in dataset.features.items()}

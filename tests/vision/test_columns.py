@@ -78,6 +78,11 @@ def test_splits_are_refused(image_dataset):
         find_columns(datasets.DatasetDict(train=image_dataset, test=image_dataset))
 
 
+def test_a_streamed_dataset_is_refused(image_dataset):
+    with pytest.raises(DataError, match="got IterableDataset; load the data without streaming"):
+        find_columns(image_dataset.to_iterable_dataset())
+
+
 def test_an_empty_torch_dataset_is_refused():
     with pytest.raises(DataError, match="empty"):
         find_columns([])

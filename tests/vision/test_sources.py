@@ -28,7 +28,7 @@ def test_a_folder_of_classes(tmp_path):
 
 def test_a_folder_of_splits(tmp_path):
     write_images(tmp_path / "data" / "train", cat=[1, 2], dog=[3])
-    source = write_images(tmp_path / "data" / "test", cat=[4], dog=[5])
+    write_images(tmp_path / "data" / "test", cat=[4], dog=[5])
     source = str(tmp_path / "data")
     assert len(load_image_dataset(source)) == 3 and len(load_image_dataset(source, "test")) == 2
 
