@@ -1,0 +1,234 @@
+"""Which parameters move, and which modules keep still while they do."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from hf_immunize.errors import ScopeError
+from hf_immunize.vision.features import find_head
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[str]:
+    """Name the parameters of the last stage: the deepest blocks at one resolution, all that follows them, the head.
+
+    The blocks stand in the outermost ``nn.ModuleList`` of the base model (of several, the one with most parameters).
+    Where its children are stages, which hold block lists of their own (Swin, ConvNeXt), the last child is the stage.
+    Where they are blocks, the stage starts at the last one that downsamples by a strided convolution (MobileNetV2);
+    where none does (ViT, DINOv2, CLIP), it is the last block. What is registered after the list (final norms, poolers,
+    MobileNetV2's ``conv_1x1``) comes along.
+
+    Args:
+        model: An image classifier of transformers.
+        head_module: The classifier's name, where it cannot be found without help.
+
+    Returns:
+        Parameter names, in the order of ``model.named_parameters()``.
+
+    Raises:
+        ScopeError: If the model has no list of blocks.
+        HeadError: If the classifier cannot be found.
+
+    Examples:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16,
+        ...                    image_size=32, patch_size=16, num_labels=3)
+        >>> [name for name in last_stage(ViTForImageClassification(config)) if "vit.layers.2." not in name]
+        ['vit.layernorm.weight', 'vit.layernorm.bias', 'classifier.weight', 'classifier.bias']
+    """
+    head_name, head = find_head(model, head_module)
+    blocks = _block_list(model, head)
+    stage = list(blocks.children())[_stage_start(blocks) :]
+
+    in_list = {id(parameter) for parameter in blocks.parameters()}
+    in_stage = {id(parameter) for block in stage for parameter in block.parameters()}
+    names = []
+    behind = False  # Parameters are listed in the order of registration, which is the order of the forward pass.
+    for name, parameter in model.named_parameters():
+        behind = behind or id(parameter) in in_list
+        follows = behind and id(parameter) not in in_list
+        if id(parameter) in in_stage or follows or name.startswith(f"{head_name}."):
+            names.append(name)
+    return names
+
+
+def select_trainable(model: PreTrainedModel, trainable: str, head_module: str | None = None) -> list[str]:
+    r"""Set ``requires_grad`` on all parameters of a model, so that the chosen ones move and the others do not.
+
+    Args:
+        model: An image classifier of transformers, changed in place.
+        trainable: ``"last_stage"`` (see `last_stage`), ``"all"``, or a regular expression that is searched for in the
+            parameters' names. An expression is taken at its word: a head that it does not match stays as it is.
+        head_module: The classifier's name, where it cannot be found without help.
+
+    Returns:
+        The names of the parameters that move.
+
+    Raises:
+        ScopeError: If the expression is invalid, matches nothing, or matches the head alone.
+        HeadError: If the classifier cannot be found.
+
+    Examples:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16,
+        ...                    image_size=32, patch_size=16, num_labels=3)
+        >>> model = ViTForImageClassification(config)
+        >>> select_trainable(model, r"vit\.layernorm|classifier")
+        ['vit.layernorm.weight', 'vit.layernorm.bias', 'classifier.weight', 'classifier.bias']
+    """
+    head_name, _ = find_head(model, head_module)
+    names = [name for name, _ in model.named_parameters()]
+    if trainable == "all":
+        moving = names
+    elif trainable == "last_stage":
+        moving = last_stage(model, head_module)
+    else:
+        moving = _matching(trainable, names, head_name)
+
+    chosen = set(moving)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return moving
+
+
+def modules_in_eval(
+    model: PreTrainedModel,
+    trainable_names: list[str],
+    freeze_batchnorm: bool = True,
+    head_module: str | None = None,
+) -> list[nn.Module]:
+    """List the modules to keep in eval mode while the chosen parameters train.
+
+    These are the modules of which nothing moves, so that the frozen part is one fixed function; all BatchNorm, where
+    their statistics are frozen; and the dropout directly before the head. A module without parameters (dropout,
+    stochastic depth) goes with its nearest ancestor that has some. The list is flat: set ``module.training = False``
+    on each after ``model.train()``, and do not call ``module.eval()``, which would recurse.
+
+    Args:
+        model: An image classifier of transformers.
+        trainable_names: The names of the parameters that move, as returned by `select_trainable`.
+        freeze_batchnorm: Keep the running statistics of every BatchNorm, also in the part that moves.
+        head_module: The classifier's name, where it cannot be found without help.
+
+    Returns:
+        Modules, without repetition.
+
+    Raises:
+        HeadError: If the classifier cannot be found.
+
+    Examples:
+        >>> from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+        >>> config = MobileNetV2Config(image_size=32, depth_multiplier=0.25, num_labels=3)
+        >>> model = MobileNetV2ForImageClassification(config).train()
+        >>> still = modules_in_eval(model, select_trainable(model, "last_stage"))
+        >>> model.mobilenet_v2.conv_stem in still, model.dropout in still, model.classifier in still
+        (True, True, False)
+    """
+    _, head = find_head(model, head_module)
+    chosen = set(trainable_names)
+    moving = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in chosen}
+    still: dict[nn.Module, None] = {}  # A dictionary keeps the order.
+
+    def visit(module: nn.Module, inherited: bool) -> None:
+        own = [id(parameter) for parameter in module.parameters()]
+        moves = any(parameter in moving for parameter in own) if own else inherited
+        if not moves or (freeze_batchnorm and isinstance(module, _BatchNorm)):
+            still[module] = None
+        holds_head = any(part is head for part in module.modules())
+        for child in module.children():
+            # MobileNetV2 drops 80 % of the head's input: the regularizers would see features, and a rank, that no
+            # probe of the released model ever sees.
+            if holds_head and isinstance(child, _DropoutNd):
+                still[child] = None
+            visit(child, moves)
+
+    visit(model, False)
+    return list(still)
+
+
+def has_batch_statistics(model: nn.Module, still: list[nn.Module]) -> bool:
+    """Tell whether any BatchNorm will normalize by the statistics of its batch.
+
+    If so, one forward pass over benign and harmful images together mixes their statistics, and is not two passes.
+
+    Args:
+        model: The model to train.
+        still: The modules that stay in eval mode, as returned by `modules_in_eval`.
+
+    Returns:
+        Whether features depend on the other images of the batch.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        >>> has_batch_statistics(model, still=[]), has_batch_statistics(model, still=[model[1]])
+        (True, False)
+    """
+    frozen = set(still)
+    # Without running statistics, a BatchNorm uses those of the batch in eval mode as well.
+    return any(
+        isinstance(module, _BatchNorm) and (module not in frozen or module.running_mean is None)
+        for module in model.modules()
+    )
+
+
+def _block_list(model: PreTrainedModel, head: nn.Module) -> nn.Module:
+    for kind in (nn.ModuleList, nn.Sequential):
+        lists = [
+            found for found in _outermost(model.base_model, kind) if all(part is not head for part in found.modules())
+        ]
+        if lists:
+            return max(lists, key=_size)
+    raise ScopeError(
+        f'"last_stage" should be the last of a list of blocks, but {type(model).__name__} has no such list; give '
+        f"trainable= a regular expression that matches the names of the parameters to train."
+    )
+
+
+def _outermost(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    if isinstance(module, kind):
+        return [module] if _size(module) else []
+    return [found for child in module.children() for found in _outermost(child, kind)]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _stage_start(blocks: nn.Module) -> int:
+    children = list(blocks.children())
+    last = max(index for index, child in enumerate(children) if _size(child))
+    if _outermost(children[last], nn.ModuleList):
+        # The children are stages. Swin and FocalNet downsample at the end of a stage, so looking for it would mislead.
+        return last
+    return max((index for index, child in enumerate(children) if _downsamples(child)), default=last)
+
+
+def _downsamples(block: nn.Module) -> bool:
+    return any(isinstance(part, nn.Conv2d) and max(part.stride) > 1 for part in block.modules())
+
+
+def _matching(pattern: str, names: list[str], head_name: str) -> list[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ScopeError(
+            f'trainable= should be "last_stage", "all" or a regular expression, but {pattern!r} is invalid: {error}.'
+        ) from error
+    moving = [name for name in names if expression.search(name)]
+    if not moving:
+        examples = ", ".join(repr(name) for name in [names[0], names[len(names) // 2], names[-1]])
+        raise ScopeError(f"trainable={pattern!r} matches no parameter; parameters have names such as {examples}.")
+    if all(name.startswith(f"{head_name}.") for name in moving):
+        raise ScopeError(
+            f"trainable={pattern!r} matches the head {head_name!r} alone, so no feature could move; match parameters "
+            f'of the backbone too, or use "last_stage".'
+        )
+    return moving

@@ -1,0 +1,107 @@
+"""Image data from what a newcomer types: a folder, a parquet file, or a name on the Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import datasets
+
+from hf_immunize.errors import DataError
+
+
+# Folder names that stand for a split, as the Hub's own conventions have them.
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+}
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
+    """Load one split of an image dataset.
+
+    Args:
+        source: A folder of images (one subfolder a class, below ``train/``, ``test/`` or directly), a folder written
+            by ``save_to_disk``, a parquet file or a folder of such, or the name of a dataset on the Hub.
+        split: The split. Where the data has no splits, all of it is ``"train"``.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        DataError: If there is no such data, or no such split; the message lists the splits.
+
+    Examples:
+        >>> load_image_dataset("./no/such/folder")
+        Traceback (most recent call last):
+        ...
+        hf_immunize.errors.DataError: './no/such/folder' is neither an existing path nor the name of a dataset on the
+        Hub, such as 'user/name'; check the spelling.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        splits = _load_file(path)
+    elif path.is_dir():
+        splits = _load_folder(path)
+    else:
+        splits = _load_from_hub(source)
+    if split not in splits:
+        found = ", ".join(repr(str(name)) for name in splits)
+        raise DataError(f"{source!r} has no split {split!r}; choose one of {found}.")
+    return splits[split]
+
+
+def _load_file(path: Path) -> dict[str, datasets.Dataset]:
+    if path.suffix != ".parquet":
+        raise DataError(f"{str(path)!r} should be a parquet file or a folder; convert it, or give its folder.")
+    return datasets.load_dataset("parquet", data_files={"train": str(path)})
+
+
+def _load_folder(path: Path) -> dict[str, datasets.Dataset]:
+    if (path / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(str(path))
+    if (path / "state.json").is_file():
+        dataset = datasets.load_from_disk(str(path))
+        # Saved alone, a split has often kept its name; that no other is asked for by mistake matters more.
+        return {"train" if dataset.split is None else str(dataset.split): dataset}
+    if any(path.rglob("*.parquet")):
+        return datasets.load_dataset(str(path))
+
+    folders = {child.name: child for child in sorted(path.iterdir()) if child.is_dir()}
+    splits = {SPLIT_FOLDERS[name]: folder for name, folder in folders.items() if name in SPLIT_FOLDERS}
+    # Given as they are, folders would be split by any "train" or "test" in a class's or an image's name.
+    data_files = {split: f"{folder}/**" for split, folder in (splits or {"train": path}).items()}
+    try:
+        return datasets.load_dataset("imagefolder", data_files=data_files)
+    except (FileNotFoundError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(
+            f"The folder {str(path)!r} holds no image dataset that can be read ({_first_line(error)}); expected "
+            f"images in one subfolder a class, parquet files, or what save_to_disk writes."
+        ) from error
+
+
+def _load_from_hub(source: str) -> dict[str, datasets.Dataset]:
+    if not _HUB_ID.fullmatch(source):
+        raise DataError(
+            f"{source!r} is neither an existing path nor the name of a dataset on the Hub, such as 'user/name'; check "
+            f"the spelling."
+        )
+    try:
+        return datasets.load_dataset(source)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise DataError(
+            f"{source!r} is no existing path, and no dataset of that name could be loaded from the Hub "
+            f"({_first_line(error)}); check the spelling, the connection, and the access."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"

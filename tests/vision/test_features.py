@@ -1,0 +1,133 @@
+"""The classifier is found, and its input is recorded."""
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from hf_immunize.errors import HeadError
+from hf_immunize.vision.features import HeadInput, find_head, penultimate_features
+
+
+TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+TINY_VIT |= {"image_size": 32, "patch_size": 16}
+
+
+def test_features_are_what_the_classifier_sees(family, tiny, pixels):
+    model = tiny(family)
+    _, head = find_head(model)
+    features = penultimate_features(model, pixels)
+    assert features.shape == (2, head.in_features)
+    torch.testing.assert_close(head(features), model(pixel_values=pixels).logits)
+
+
+def test_features_carry_gradients_to_the_backbone(family, tiny, pixels):
+    model = tiny(family)
+    penultimate_features(model, pixels).square().sum().backward()
+    moved = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    head_name, _ = find_head(model)
+    assert moved and not any(name.startswith(head_name + ".") for name in moved)
+
+
+@pytest.mark.parametrize(
+    "name, head",
+    [("vit", "classifier"), ("resnet", "classifier.1"), ("clip", "classifier"), ("mobilenet_v2", "classifier")],
+)
+def test_head_is_found_by_name(tiny, name, head):
+    assert find_head(tiny(name))[0] == head
+
+
+def test_a_block_as_wide_as_the_labels_is_not_the_head():
+    config = hf.ViTConfig(**TINY_VIT, num_labels=16)
+    assert find_head(hf.ViTForImageClassification(config))[0] == "classifier"
+
+
+def test_dinov2_features_are_the_class_token_and_the_mean_patch(tiny, pixels):
+    model = tiny("dinov2")
+    assert penultimate_features(model, pixels).shape == (2, 2 * model.config.hidden_size)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_stays_as_it_is(tiny, pixels, training):
+    model = tiny("resnet").train(training)
+    penultimate_features(model, pixels)
+    assert all(module.training == training for module in model.modules())
+
+
+def test_grad_mode_stays_as_it_is(tiny, pixels):
+    with torch.no_grad():
+        assert not penultimate_features(tiny("vit"), pixels).requires_grad
+
+
+def test_no_hook_is_left_after_a_forward_pass(tiny, pixels):
+    model = tiny("vit")
+    penultimate_features(model, pixels)
+    assert not model.classifier._forward_pre_hooks
+
+
+def test_no_hook_is_left_after_an_error(tiny):
+    model = tiny("vit")
+    with pytest.raises(ZeroDivisionError), HeadInput(model.classifier):
+        raise ZeroDivisionError
+    assert not model.classifier._forward_pre_hooks
+
+
+def test_a_recorder_can_be_used_again(tiny, pixels):
+    model = tiny("vit")
+    captured = HeadInput(model.classifier)
+    for _ in range(2):
+        with captured:
+            model(pixel_values=pixels)
+    torch.testing.assert_close(captured.features, penultimate_features(model, pixels))
+
+
+def test_a_recorder_is_not_entered_twice():
+    captured = HeadInput(nn.Linear(2, 2))
+    with captured, pytest.raises(HeadError, match="already recording"), captured:
+        pass
+    assert not captured.head._forward_pre_hooks
+
+
+def test_a_backbone_without_head_is_refused():
+    config = hf.ViTConfig(**TINY_VIT, num_labels=3)
+    with pytest.raises(HeadError, match="AutoModelForImageClassification"):
+        find_head(hf.ViTModel(config))
+
+
+def test_zero_labels_are_refused():
+    with pytest.raises(HeadError, match="num_labels >= 1"):
+        find_head(hf.ViTForImageClassification(hf.ViTConfig(**TINY_VIT, num_labels=0)))
+
+
+def test_two_heads_are_refused_by_name_and_one_can_be_chosen():
+    model = hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**TINY_VIT, num_labels=3))
+    with pytest.raises(HeadError, match=r"'cls_classifier', 'distillation_classifier'.*head_module="):
+        find_head(model)
+    assert find_head(model, "cls_classifier") == ("cls_classifier", model.cls_classifier)
+
+
+@pytest.mark.parametrize(
+    "head_module, found", [("nowhere", "no module of that name"), ("vit.layernorm", "a LayerNorm")]
+)
+def test_a_wrong_head_module_is_refused(tiny, head_module, found):
+    with pytest.raises(HeadError, match=f"{found}.*'classifier'"):
+        find_head(tiny("vit"), head_module)
+
+
+def test_a_head_that_did_not_run_is_an_error(tiny, pixels):
+    model = tiny("vit")
+    with HeadInput(model.classifier) as captured:
+        model.base_model(pixel_values=pixels)
+    with pytest.raises(HeadError, match="did not run"):
+        _ = captured.features
+
+
+def test_a_head_that_runs_twice_is_an_error():
+    head = nn.Linear(2, 2)
+    with pytest.raises(HeadError, match="ran twice"), HeadInput(head):
+        head(head(torch.ones(1, 2)))
+
+
+def test_an_input_with_tokens_is_an_error(tiny, pixels):
+    with pytest.raises(HeadError, match=r"\(2, 5, 16\)"):
+        penultimate_features(tiny("vit"), pixels, head_module="vit.layers.0.attention.q_proj")
