@@ -1,0 +1,52 @@
+"""Features and norms of the global batch. On one process everything here is the identity.
+
+κ of a batch is not the mean of the κ's of its parts, so the regularizers need the features of all processes, and their
+gradient must flow back to the process that made them. ``Accelerator.gather`` and plain collectives cut it, or scale it
+by one over the world size without a word.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes of the default group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_features(features: Tensor) -> Tensor:
+    """Features of all processes, differentiably.
+
+    With the same loss on every process, the gradient that comes back to each is the world size times its part of the
+    global gradient; the mean that DistributedDataParallel takes restores exactly the single-process gradient.
+
+    Args:
+        features: Shape ``(n, D)``, the same n on every process.
+
+    Returns:
+        Shape ``(world_size · n, D)``, in the order of ranks; the argument itself on one process.
+    """
+    if world_size() == 1:
+        return features
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd
+
+    return all_gather_tensor_autograd(features.contiguous(), gather_dim=0, group=dist.group.WORLD)
+
+
+def mean_gradient_norm(norm: Tensor) -> Tensor:
+    """Norm of the gradient of the processes' mean loss, from the norm of each process's own.
+
+    Args:
+        norm: Norm of this process's gradient on its own features.
+
+    Returns:
+        ``sqrt(Σ_r norm_r²)/world_size``; the argument itself on one process.
+    """
+    size = world_size()
+    if size == 1:
+        return norm
+    total = norm.detach().square()
+    dist.all_reduce(total)
+    return total.sqrt() / size

@@ -1,0 +1,97 @@
+"""κ of data sets through a model, and RIR against what it was before training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_immunize.spectra.ratio import relative_immunization_ratio
+from hf_immunize.spectra.streaming import FeatureFactor
+
+
+@dataclass
+class Measurement:
+    """Features of one data set through one state of the model, as a QR factor, with a checksum of the images.
+
+    The checksum tells whether two measurements are of the same images in the same order, whatever the weights.
+    """
+
+    factor: FeatureFactor = field(default_factory=FeatureFactor)
+    checksum: float = 0.0
+
+    def update(self, features: Tensor, pixel_values: Tensor, produced_dtype: torch.dtype | None = None) -> None:
+        """Fold in a batch.
+
+        Args:
+            features: Shape ``(n, D)``.
+            pixel_values: The images they came from, shape ``(n, C, H, W)``.
+            produced_dtype: See `FeatureFactor.update`.
+        """
+        rows = torch.arange(1, len(pixel_values) + 1, device=pixel_values.device, dtype=torch.float32)
+        sums = pixel_values.float().square().mean(dim=tuple(range(1, pixel_values.ndim)))
+        self.checksum += float((sums.double() * (self.factor.num_samples + rows.double())).sum())
+        self.factor.update(features, produced_dtype)
+
+    def same_data(self, other: Measurement) -> bool:
+        """Whether both measurements are of the same images in the same order."""
+        return self.factor.num_samples == other.factor.num_samples and math.isclose(
+            self.checksum, other.checksum, rel_tol=1e-6
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that `from_state_dict` restores."""
+        return {**self.factor.state_dict(), "checksum": torch.tensor(self.checksum, dtype=torch.float64)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> Measurement:
+        """Restore a measurement from the tensors of `state_dict`."""
+        return cls(FeatureFactor.from_state_dict(state), float(state["checksum"]))
+
+
+def spectral_metrics(
+    benign: Measurement,
+    benign_reference: Measurement | None,
+    harmful: Measurement | None,
+    harmful_reference: Measurement | None,
+) -> dict[str, float]:
+    """Metrics of an evaluation, by stable names and without a prefix.
+
+    ``benign_log10_kappa``, ``benign_rank``, ``benign_effective_rank``, the same for ``harmful``, and against the
+    references ``rir``, ``log10_rir``, ``harmful_ratio``, ``benign_ratio`` with ``rir_is_lower_bound`` and
+    ``rir_is_upper_bound`` (1.0 where rank was lost; both 1.0: no statement, and ``rir`` is NaN).
+
+    Args:
+        benign: The benign set now.
+        benign_reference: The same set through the starting weights, if known; ignored if it is of other data.
+        harmful: The harmful set now, if there is one.
+        harmful_reference: The same set through the starting weights, if known; ignored if it is of other data.
+
+    Returns:
+        Name to number.
+    """
+    metrics: dict[str, float] = {}
+    conditionings = {}
+    for side, now, before in (("benign", benign, benign_reference), ("harmful", harmful, harmful_reference)):
+        if now is None:
+            continue
+        start = before.factor.conditioning() if before is not None and now.same_data(before) else None
+        conditioning = now.factor.conditioning(start)
+        metrics[f"{side}_log10_kappa"] = conditioning.log10_kappa
+        metrics[f"{side}_rank"] = float(conditioning.rank)
+        metrics[f"{side}_effective_rank"] = conditioning.effective_rank
+        conditionings[side] = (conditioning, start)
+    if len(conditionings) == 2 and all(start is not None for _, start in conditionings.values()):
+        (b, b0), (h, h0) = conditionings["benign"], conditionings["harmful"]
+        ratio = relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0)
+        metrics |= {
+            "rir": ratio.rir,
+            "log10_rir": ratio.log10_rir,
+            "harmful_ratio": ratio.harmful_ratio,
+            "benign_ratio": ratio.benign_ratio,
+            "rir_is_lower_bound": float(ratio.bound in ("lower", "undetermined")),
+            "rir_is_upper_bound": float(ratio.bound in ("upper", "undetermined")),
+        }
+    return metrics

@@ -1,0 +1,77 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer_callback import TrainerState
+
+from hf_immunize.errors import CheckpointError
+
+
+@contextmanager
+def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A directory beside the target to write into; its files replace the target's only when all are written.
+
+    Args:
+        target: The directory that the files are for; other files in it stay.
+
+    Yields:
+        The directory to write into, on the same file system.
+
+    Raises:
+        CheckpointError: If writing fails (a full disk, say); the target is then as it was.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with staged_directory(f"{folder}/model") as staging:
+        ...         _ = (staging / "config.json").write_text("{}")
+        ...     os.listdir(f"{folder}/model")
+        ['config.json']
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield staging
+        target.mkdir(exist_ok=True)
+        for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+            place = target / file.relative_to(staging)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Expected to write {target}, found: {error}. What was there before is untouched; make room or choose "
+            "another output_dir, and save again."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def last_whole_checkpoint(output_dir: str) -> tuple[str | None, list[str]]:
+    """The last checkpoint of a run that was written to its end.
+
+    The Trainer writes ``trainer_state.json`` last, so a checkpoint without a readable one was cut off.
+
+    Args:
+        output_dir: The run's folder.
+
+    Returns:
+        Its path, or None; and the paths of later ones that were cut off.
+    """
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    broken = []
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            TrainerState.load_from_json(str(path / "trainer_state.json"))
+        except (OSError, ValueError, TypeError):
+            broken.append(str(path))
+        else:
+            return str(path), broken
+    return None, broken

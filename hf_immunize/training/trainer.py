@@ -1,0 +1,498 @@
+"""`ImmunizationTrainer`: a Trainer whose steps see benign and harmful images, and whose evaluations report κ and RIR."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from hf_immunize.errors import ArgumentError, CheckpointError, DataError, ImmunizationError, NonFiniteError
+from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.distributed import gather_features, mean_gradient_norm, world_size
+from hf_immunize.training.measurement import Measurement, spectral_metrics
+from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
+from hf_immunize.training.saving import last_whole_checkpoint, staged_directory
+from hf_immunize.training.weighting import balanced_weight, gradient_norm
+from hf_immunize.vision.columns import find_columns, validate_labels
+from hf_immunize.vision.features import HeadInput, find_head
+from hf_immunize.vision.images import ImageCollator, ImageRows
+from hf_immunize.vision.pairing import PairedCollator, PairedDataset
+from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval, select_trainable
+
+
+logger = logging.get_logger(__name__)
+_STATE_FILE = "immunization_state.safetensors"
+
+
+class ImmunizationTrainer(Trainer):
+    r"""A `transformers.Trainer` that immunizes an image classifier against a harmful task.
+
+    Minimizes ``benign loss + Σ benign_weight·R_benign(Z_P) + Σ harmful_weight·R_harmful(Z_H)`` with Z the classifier's
+    inputs: for the default objective, Eq. 9 of Zheng et al. 2025 (arXiv:2505.23760). Everything else is the Trainer's.
+
+    κ is not additive over micro-batches: under gradient accumulation the mean of the micro-batches' regularizers is
+    minimized, not the regularizer of the whole batch. Over processes it is exact: features are gathered.
+
+    Args:
+        model: An image classifier with one linear head (`AutoModelForImageClassification`).
+        args: `ImmunizationArguments`.
+        train_dataset: Benign data with labels: a `datasets.Dataset` with an image column, or any map-style dataset
+            whose items hold ``pixel_values`` and ``labels``.
+        harmful_dataset: Harmful data; labels are not needed.
+        eval_dataset: Benign data; `eval_loss` and `eval_accuracy` are of these.
+        harmful_eval_dataset: Harmful data on which κ and RIR are measured.
+        processing_class: Image processor that turns images into ``pixel_values``.
+        data_collator: A collator of your own for either side; it then gets the datasets' own items.
+        compute_metrics: Defaults to the accuracy.
+        **kwargs: Anything else a Trainer takes.
+
+    Raises:
+        ArgumentError, DataError, HeadError, ScopeError: Before anything runs; each says what to do.
+        NonFiniteError: In training, with the term and the step, when a loss term is NaN or infinite.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8,
+        ...                    image_size=8, patch_size=4, num_labels=2)
+        >>> benign = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 2} for i in range(16)]
+        >>> harmful = [{"pixel_values": torch.randn(3, 8, 8)} for _ in range(16)]
+        >>> args = ImmunizationArguments(tempfile.mkdtemp(), max_steps=2, report_to="none", disable_tqdm=True,
+        ...                              per_device_train_batch_size=8, use_cpu=True, logging_strategy="no")
+        >>> trainer = ImmunizationTrainer(ViTForImageClassification(config), args, train_dataset=benign,
+        ...     harmful_dataset=harmful, eval_dataset=benign, harmful_eval_dataset=harmful)
+        >>> _ = trainer.train()  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        >>> sorted(k for k in trainer.evaluate() if "kappa" in k or "rir" in k)  # doctest: +ELLIPSIS
+        {'eval_loss': ...}
+        ['eval_benign_log10_kappa', 'eval_harmful_log10_kappa', 'eval_log10_rir', 'eval_rir',
+         'eval_rir_is_lower_bound', 'eval_rir_is_upper_bound']
+    """
+
+    # The loss is a per-batch mean: the Trainer divides it by the accumulation steps, and must not guess about it.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: ImmunizationArguments | None = None,
+        *,
+        train_dataset: Any = None,
+        harmful_dataset: Any = None,
+        eval_dataset: Any = None,
+        harmful_eval_dataset: Any = None,
+        processing_class: Any = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else ImmunizationArguments()
+        if not isinstance(args, ImmunizationArguments):
+            raise ArgumentError(f"Expected args of type ImmunizationArguments, found {type(args).__name__}.")
+        if args.n_gpu > 1:
+            raise ArgumentError(
+                f"Expected one GPU a process, found {args.n_gpu} in this one, over which κ of a batch would be torn "
+                "apart. Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
+            )
+        self._own_collator = data_collator is None
+        super().__init__(
+            model,
+            args,
+            data_collator=PairedCollator(data_collator or ImageCollator(processing_class)),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics or accuracy,
+            **kwargs,
+        )
+        # Nearly every image model's forward takes **kwargs, from which the Trainer concludes that the loss is a sum
+        # over `num_items_in_batch`; it is a mean.
+        self.model_accepts_loss_kwargs = False
+        _, self._head = find_head(self.model, args.head_module)
+        moving = select_trainable(self.model, args.trainable, args.head_module)
+        self._still = modules_in_eval(self.model, moving, args.freeze_batchnorm, args.head_module)
+        self._one_forward = not has_batch_statistics(self.model, self._still)
+        self.train_dataset = self._paired(train_dataset, harmful_dataset)
+        if isinstance(eval_dataset, dict):
+            self.eval_dataset = {
+                name: self._rows(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            self.eval_dataset = self._rows(eval_dataset, "eval_dataset")
+        self._harmful_eval = None
+        if harmful_eval_dataset is not None:
+            self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", need_label=False)
+        # Through the starting weights, by metric prefix ("harmful" for the harmful set).
+        self._references: dict[str, Measurement] = {}
+        self._evaluation: _Evaluation | None = None
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_count = 0
+
+    # ---- data ----
+
+    def _rows(self, dataset: Any, name: str, need_label: bool = True) -> Any:
+        """The dataset as rows of an image and a label, checked before anything runs."""
+        if not self._own_collator or isinstance(dataset, ImageRows):
+            return dataset
+        if len(dataset) == 0:
+            raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
+        image, label = find_columns(dataset, self.args.image_column_name, self._label_column(need_label), need_label)
+        num_labels = self.model.config.num_labels
+        if label is not None and need_label:
+            validate_labels(dataset, label, num_labels, name)
+        return ImageRows(dataset, name, image, label if need_label else None, num_labels)
+
+    def _label_column(self, need_label: bool) -> str | None:
+        return self.args.label_column_name if need_label else None
+
+    def _paired(self, benign: Any, harmful: Any) -> PairedDataset | None:
+        if benign is None:
+            return None
+        if harmful is None:
+            raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
+        paired = PairedDataset(
+            self._rows(benign, "train_dataset"), self._rows(harmful, "harmful_dataset", need_label=False)
+        )
+        batch = self.args.train_batch_size * world_size()
+        if batch < 2 or (self.args.dataloader_drop_last and len(paired) < batch):
+            raise DataError(
+                f"Expected a global batch of at least 2 and at least one full batch, found batches of {batch} and "
+                f"{len(paired)} benign images. Change per_device_train_batch_size."
+            )
+        return paired
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return self.train_dataset.make_sampler(seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the Trainer's, with images decoded, checked and converted to RGB."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._rows(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As the Trainer's, with images decoded, checked and converted to RGB."""
+        return super().get_test_dataloader(self._rows(test_dataset, "test_dataset"))
+
+    # ---- the step ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Benign loss plus weighted regularizers for a pair of batches; the Trainer's own loss for a single batch.
+
+        Args:
+            model: The model, as wrapped for training.
+            inputs: ``{"benign": {"pixel_values", "labels"}, "harmful": {"pixel_values"}}``, or a flat batch.
+            return_outputs: Whether to return the benign outputs as well.
+            num_items_in_batch: Not used: the loss is a mean.
+
+        Returns:
+            The 0-D loss, or it and a dictionary with the benign ``logits``.
+        """
+        if "benign" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs)
+        for module in self._still:
+            module.training = False
+        features, logits, count = self._forward(model, inputs["benign"], inputs["harmful"])
+        benign_logits, labels = logits[:count], inputs["benign"]["labels"]
+        benign_loss = self._benign_loss(benign_logits, labels)
+        benign = Side(gather_features(features[:count]), benign_logits, labels)
+        harmful = Side(gather_features(features[count:]), logits[count:])
+        terms = self._terms(benign, harmful)
+        total = benign_loss
+        logged = {"benign_loss": benign_loss}
+        weights = {"benign": self.args.benign_weight, "harmful": self.args.harmful_weight}
+        loss_norm = None
+        if "auto" in weights.values():
+            loss_norm = mean_gradient_norm(gradient_norm(benign_loss, features))
+        for side, named, own in (("benign", terms.benign, benign), ("harmful", terms.harmful, harmful)):
+            for name, term in named.items():
+                weight = weights[side]
+                if weight == "auto":
+                    weight = balanced_weight(loss_norm, gradient_norm(term, own.features), self.args.auto_weight_ratio)
+                total = total + weight * term
+                logged |= {name: term, f"{side}_weight": torch.as_tensor(weight, device=term.device)}
+        self._track(logged)
+        return (total, {"logits": benign_logits}) if return_outputs else total
+
+    def _forward(
+        self, model: nn.Module, benign: dict[str, Any], harmful: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, int]:
+        """Features and logits of benign and harmful images, benign first, and how many are benign."""
+        count = len(benign["pixel_values"])
+        if self._one_forward:
+            with HeadInput(self._head) as captured:
+                outputs = model(pixel_values=torch.cat([benign["pixel_values"], harmful["pixel_values"]]))
+            return captured.features, outputs["logits"], count
+        with HeadInput(self._head) as captured:
+            benign_logits = model(pixel_values=benign["pixel_values"])["logits"]
+        # Harmful images must not touch the running statistics: a harmful batch in train mode alone costs accuracy.
+        with HeadInput(self._head) as captured_harmful, _batchnorm_in_eval(self.model):
+            harmful_logits = model(pixel_values=harmful["pixel_values"])["logits"]
+        features = torch.cat([captured.features, captured_harmful.features])
+        return features, torch.cat([benign_logits, harmful_logits]), count
+
+    def _benign_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func({"logits": logits}, labels, num_items_in_batch=None)
+        if self.label_smoother is not None:
+            return self.label_smoother({"logits": logits}, labels)
+        return self.model.loss_function(labels, logits, self.model.config)
+
+    def _terms(self, benign: Side, harmful: Side) -> Terms:
+        try:
+            return OBJECTIVES[self.args.objective](benign, harmful, self.args.scale_free)
+        except ImmunizationError as error:
+            step = self.state.global_step + 1
+            raise type(error)(f"Objective {self.args.objective!r} at step {step}: {error}") from error
+
+    # ---- the log ----
+
+    def _track(self, terms: dict[str, Tensor]) -> None:
+        """Add to the running means of the log, on the device: fetching them every step would stall a GPU."""
+        for name, value in terms.items():
+            value = value.detach()
+            if value.device.type == "cpu" and not bool(torch.isfinite(value)):
+                raise NonFiniteError(_not_finite(name, float(value), self.state.global_step + 1))
+            self._term_sums[name] = self._term_sums.get(name, torch.zeros_like(value)) + value
+        self._term_count += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with the mean of every term and weight since the last training log.
+
+        Raises:
+            NonFiniteError: If one of them is not finite (on a GPU; on the CPU it was raised in the step).
+        """
+        if "loss" in logs and self._term_count:
+            for name, total in self._term_sums.items():
+                logs[name] = float(total) / self._term_count
+                if not np.isfinite(logs[name]):
+                    raise NonFiniteError(_not_finite(name, logs[name], self.state.global_step))
+            self._term_sums, self._term_count = {}, 0
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer's, of both sides of a pair."""
+        if "benign" not in inputs:
+            return super().floating_point_ops(inputs)
+        return sum(super(ImmunizationTrainer, self).floating_point_ops(inputs[side]) for side in ("benign", "harmful"))
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As the Trainer's on benign data, with κ of both tasks and RIR against the starting weights.
+
+        Adds to the metrics (see `spectral_metrics` for all names) ``eval_benign_log10_kappa``,
+        ``eval_harmful_log10_kappa``, ``eval_rir``, ``eval_log10_rir``, …, and ``eval_benign_loss`` and
+        ``eval_benign_accuracy`` as other names of ``eval_loss`` and ``eval_accuracy``.
+
+        Args:
+            eval_dataset: Benign data in place of the constructor's; κ is then reported without RIR.
+            ignore_keys: Keys of the model's output to leave out.
+            metric_key_prefix: Prefix of the names.
+
+        Returns:
+            Name to number.
+        """
+        outermost = self._evaluation is None
+        if outermost:
+            self._evaluation = _Evaluation()
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            if outermost:
+                self._evaluation = None
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As the Trainer's; within `evaluate`, features are folded into a QR factor as they pass."""
+        if self._evaluation is None:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        self._evaluation.benign = Measurement() if self._measures_as_it_goes else None
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        benign = self._evaluation.benign or self._measure(dataloader, "benign")
+        if self._evaluation.harmful is None and self._harmful_eval is not None:
+            self._evaluation.harmful = self._measure(self.get_eval_dataloader(self._harmful_eval), "harmful")
+        harmful = self._evaluation.harmful
+        if self.state.global_step == 0:
+            self._references.setdefault(prefix, benign)
+            if harmful is not None:
+                self._references.setdefault("harmful", harmful)
+        for name, value in list(output.metrics.items()):
+            if name in (f"{prefix}_loss", f"{prefix}_accuracy"):
+                output.metrics[name.replace(prefix, f"{prefix}_benign", 1)] = value
+        metrics = spectral_metrics(benign, self._references.get(prefix), harmful, self._references.get("harmful"))
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; within `evaluate`, the features are kept."""
+        measurement = None if self._evaluation is None else self._evaluation.benign
+        if measurement is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        with HeadInput(self._head) as captured:
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+        self._fold(measurement, captured.features, inputs["pixel_values"])
+        return result
+
+    @property
+    def _measures_as_it_goes(self) -> bool:
+        # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
+        return self.accelerator.mixed_precision == "no"
+
+    def _fold(self, measurement: Measurement, features: Tensor, pixel_values: Tensor) -> None:
+        features, pixel_values = features.detach(), pixel_values.to(features.device)
+        if world_size() > 1:  # drops the repeats with which accelerate fills up the last batch
+            features, pixel_values = self.accelerator.gather_for_metrics((features, pixel_values))
+        measurement.update(features, pixel_values)
+
+    @torch.no_grad()
+    def _measure(self, dataloader: Any, name: str) -> Measurement:
+        """Features of a data set through the model in full precision."""
+        measurement = Measurement()
+        was_training = self.model.training
+        self.model.eval()
+        self._move_model_to_device(self.model, self.args.device)
+        # What accelerate put in place of `forward` runs under autocast.
+        forward = getattr(self.model, "_original_forward", self.model.forward)
+        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        for inputs in tqdm(dataloader, desc=f"κ of {name} features", disable=quiet, leave=False):
+            pixel_values = self._prepare_inputs(inputs)["pixel_values"]
+            with HeadInput(self._head) as captured:
+                forward(pixel_values=pixel_values)
+            self._fold(measurement, captured.features, pixel_values)
+        self.model.train(was_training)
+        return measurement
+
+    # ---- training, saving, resuming ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As the Trainer's; measures κ of the starting weights first, so that RIR can be told afterwards.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the last one that was written whole.
+            **kwargs: As the Trainer's.
+
+        Returns:
+            What the Trainer returns.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint, broken = last_whole_checkpoint(self.args.output_dir)
+            for path in broken:
+                logger.warning(f"Passing over {path}: it was not written to its end.")
+            if resume_from_checkpoint is None:
+                raise CheckpointError(
+                    f"Expected a whole checkpoint in {self.args.output_dir}, found none. Start without "
+                    "resume_from_checkpoint."
+                )
+        if not resume_from_checkpoint:
+            self._measure_references()
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _measure_references(self) -> None:
+        if self._harmful_eval is None or self.eval_dataset is None:
+            return
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for name, dataset in sets.items():
+            prefix = f"eval_{name}" if name else "eval"
+            if prefix not in self._references:
+                self._references[prefix] = self._measure(self.get_eval_dataloader(dataset), "benign")
+        if "harmful" not in self._references:
+            self._references["harmful"] = self._measure(self.get_eval_dataloader(self._harmful_eval), "harmful")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        with staged_directory(output_dir or self.args.output_dir) as staging:
+            super()._save(str(staging), state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            raise CheckpointError(
+                f"Expected to write {folder}, found: {error}. Earlier checkpoints are untouched: make room and resume "
+                "with resume_from_checkpoint=True, which passes over the unfinished one."
+            ) from error
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self._references:
+            tensors = {
+                f"{name}/{key}": value.cpu()
+                for name, measurement in self._references.items()
+                for key, value in measurement.state_dict().items()
+            }
+            save_file(tensors, os.path.join(output_dir, _STATE_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = os.path.join(resume_from_checkpoint, _STATE_FILE)
+        if os.path.isfile(path):
+            states: dict[str, dict[str, Tensor]] = {}
+            for full_name, value in load_file(path).items():
+                name, key = full_name.rsplit("/", 1)
+                states.setdefault(name, {})[key] = value
+            self._references = {name: Measurement.from_state_dict(state) for name, state in states.items()}
+
+
+class _Evaluation:
+    """What one call of `evaluate` has measured so far; the harmful set once for several benign ones."""
+
+    def __init__(self) -> None:
+        self.benign: Measurement | None = None
+        self.harmful: Measurement | None = None
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Top-1 accuracy of logits, the default `compute_metrics`.
+
+    Args:
+        prediction: Logits of shape ``(N, C)`` and labels of shape ``(N,)``.
+
+    Returns:
+        ``{"accuracy": fraction between 0 and 1}``.
+
+    Example:
+        >>> accuracy(EvalPrediction(np.array([[1.0, 0.0], [0.2, 0.9]]), np.array([0, 0])))
+        {'accuracy': 0.5}
+    """
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+
+
+@contextmanager
+def _batchnorm_in_eval(model: nn.Module) -> Iterator[None]:
+    modules = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+def _not_finite(name: str, value: float, step: int) -> str:
+    return (
+        f"Expected a finite {name} at step {step}, found {value}. Training stops before the weights are lost. Lower the "
+        "learning rate or the weights, or train in full precision; the last checkpoint is sound."
+    )
