@@ -32,7 +32,9 @@ def gather_features(features: Tensor) -> Tensor:
         return features
     from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
-    return all_gather_tensor_autograd(features.contiguous(), gather_dim=0, group=dist.group.WORLD)
+    group = dist.group.WORLD
+    assert group is not None  # world_size() was above 1
+    return all_gather_tensor_autograd(features.contiguous(), gather_dim=0, group=group)
 
 
 def mean_gradient_norm(norm: Tensor) -> Tensor:

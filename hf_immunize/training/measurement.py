@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import EvalPrediction
 
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.spectra.streaming import FeatureFactor
@@ -95,3 +99,51 @@ def spectral_metrics(
             "rir_is_upper_bound": float(ratio.bound in ("upper", "undetermined")),
         }
     return metrics
+
+
+def save_measurements(path: str | os.PathLike[str], measurements: dict[str, Measurement]) -> None:
+    """Write measurements by name, as safetensors.
+
+    Args:
+        path: File to write.
+        measurements: Name to measurement.
+    """
+    tensors = {
+        f"{name}/{key}": value.cpu()
+        for name, measurement in measurements.items()
+        for key, value in measurement.state_dict().items()
+    }
+    save_file(tensors, path)
+
+
+def load_measurements(path: str | os.PathLike[str]) -> dict[str, Measurement]:
+    """Read what `save_measurements` wrote.
+
+    Args:
+        path: File to read.
+
+    Returns:
+        Name to measurement.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
+    for full_name, value in load_file(path).items():
+        name, key = full_name.rsplit("/", 1)
+        states.setdefault(name, {})[key] = value
+    return {name: Measurement.from_state_dict(state) for name, state in states.items()}
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Top-1 accuracy of logits, the default `compute_metrics`.
+
+    Args:
+        prediction: Logits of shape ``(N, C)``, alone or first of several outputs, and labels of shape ``(N,)``.
+
+    Returns:
+        ``{"accuracy": fraction between 0 and 1}``.
+
+    Example:
+        >>> accuracy(EvalPrediction(np.array([[1.0, 0.0], [0.2, 0.9]]), np.array([0, 0])))
+        {'accuracy': 0.5}
+    """
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}

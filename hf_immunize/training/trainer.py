@@ -1,32 +1,35 @@
-"""`ImmunizationTrainer`: a Trainer whose steps see benign and harmful images, and whose evaluations report κ and RIR."""
+"""`ImmunizationTrainer`: steps that see benign and harmful images, evaluations that report κ and RIR."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, CheckpointError, DataError, ImmunizationError, NonFiniteError
+from hf_immunize.errors import ArgumentError, CheckpointError, DataError, ImmunizationError
 from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.distributed import gather_features, mean_gradient_norm, world_size
-from hf_immunize.training.measurement import Measurement, spectral_metrics
+from hf_immunize.training.distributed import gather_features, world_size
+from hf_immunize.training.measurement import (
+    Measurement,
+    accuracy,
+    load_measurements,
+    save_measurements,
+    spectral_metrics,
+)
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
+from hf_immunize.training.preparation import image_rows, paired_rows
 from hf_immunize.training.saving import last_whole_checkpoint, staged_directory
-from hf_immunize.training.weighting import balanced_weight, gradient_norm
-from hf_immunize.vision.columns import find_columns, validate_labels
+from hf_immunize.training.step import RunningMeans, forward_both, weigh
 from hf_immunize.vision.features import HeadInput, find_head
-from hf_immunize.vision.images import ImageCollator, ImageRows
-from hf_immunize.vision.pairing import PairedCollator, PairedDataset
+from hf_immunize.vision.images import ImageCollator
+from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval, select_trainable
 
 
@@ -104,7 +107,8 @@ class ImmunizationTrainer(Trainer):
                 f"Expected one GPU a process, found {args.n_gpu} in this one, over which κ of a batch would be torn "
                 "apart. Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
-        self._own_collator = data_collator is None
+        # A user's own collator gets the datasets' own items.
+        self._reads_images = data_collator is None
         super().__init__(
             model,
             args,
@@ -120,12 +124,15 @@ class ImmunizationTrainer(Trainer):
         _, self._head = find_head(self.model, args.head_module)
         moving = select_trainable(self.model, args.trainable, args.head_module)
         self._still = modules_in_eval(self.model, moving, args.freeze_batchnorm, args.head_module)
-        self._one_forward = not has_batch_statistics(self.model, self._still)
-        self.train_dataset = self._paired(train_dataset, harmful_dataset)
+        self._together = not has_batch_statistics(self.model, self._still)
+        self._means = RunningMeans()
+        if train_dataset is not None:
+            if harmful_dataset is None:
+                raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
+            harmful = self._rows(harmful_dataset, "harmful_dataset", need_label=False)
+            self.train_dataset = paired_rows(self._rows(train_dataset, "train_dataset"), harmful, args)
         if isinstance(eval_dataset, dict):
-            self.eval_dataset = {
-                name: self._rows(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()
-            }
+            self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in eval_dataset.items()}
         elif eval_dataset is not None:
             self.eval_dataset = self._rows(eval_dataset, "eval_dataset")
         self._harmful_eval = None
@@ -134,45 +141,18 @@ class ImmunizationTrainer(Trainer):
         # Through the starting weights, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
         self._evaluation: _Evaluation | None = None
-        self._term_sums: dict[str, Tensor] = {}
-        self._term_count = 0
 
     # ---- data ----
 
     def _rows(self, dataset: Any, name: str, need_label: bool = True) -> Any:
-        """The dataset as rows of an image and a label, checked before anything runs."""
-        if not self._own_collator or isinstance(dataset, ImageRows):
+        if not self._reads_images:
             return dataset
-        if len(dataset) == 0:
-            raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
-        image, label = find_columns(dataset, self.args.image_column_name, self._label_column(need_label), need_label)
-        num_labels = self.model.config.num_labels
-        if label is not None and need_label:
-            validate_labels(dataset, label, num_labels, name)
-        return ImageRows(dataset, name, image, label if need_label else None, num_labels)
-
-    def _label_column(self, need_label: bool) -> str | None:
-        return self.args.label_column_name if need_label else None
-
-    def _paired(self, benign: Any, harmful: Any) -> PairedDataset | None:
-        if benign is None:
-            return None
-        if harmful is None:
-            raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
-        paired = PairedDataset(
-            self._rows(benign, "train_dataset"), self._rows(harmful, "harmful_dataset", need_label=False)
-        )
-        batch = self.args.train_batch_size * world_size()
-        if batch < 2 or (self.args.dataloader_drop_last and len(paired) < batch):
-            raise DataError(
-                f"Expected a global batch of at least 2 and at least one full batch, found batches of {batch} and "
-                f"{len(paired)} benign images. Change per_device_train_batch_size."
-            )
-        return paired
+        return image_rows(dataset, name, self.args, self.model.config.num_labels, need_label)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return self.train_dataset.make_sampler(seed)
+        # The dataset passes on the epoch, which accelerate announces to it alone when resuming on several processes.
+        return (train_dataset or self.train_dataset).make_sampler(seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
@@ -208,44 +188,17 @@ class ImmunizationTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs)
         for module in self._still:
             module.training = False
-        features, logits, count = self._forward(model, inputs["benign"], inputs["harmful"])
-        benign_logits, labels = logits[:count], inputs["benign"]["labels"]
-        benign_loss = self._benign_loss(benign_logits, labels)
-        benign = Side(gather_features(features[:count]), benign_logits, labels)
+        pair, count = (inputs["benign"], inputs["harmful"]), len(inputs["benign"]["pixel_values"])
+        features, logits = forward_both(model, self._head, *pair, together=self._together)
+        labels = inputs["benign"]["labels"]
+        benign_loss = self._benign_loss(logits[:count], labels)
+        benign = Side(gather_features(features[:count]), logits[:count], labels)
         harmful = Side(gather_features(features[count:]), logits[count:])
-        terms = self._terms(benign, harmful)
-        total = benign_loss
-        logged = {"benign_loss": benign_loss}
         weights = {"benign": self.args.benign_weight, "harmful": self.args.harmful_weight}
-        loss_norm = None
-        if "auto" in weights.values():
-            loss_norm = mean_gradient_norm(gradient_norm(benign_loss, features))
-        for side, named, own in (("benign", terms.benign, benign), ("harmful", terms.harmful, harmful)):
-            for name, term in named.items():
-                weight = weights[side]
-                if weight == "auto":
-                    weight = balanced_weight(loss_norm, gradient_norm(term, own.features), self.args.auto_weight_ratio)
-                total = total + weight * term
-                logged |= {name: term, f"{side}_weight": torch.as_tensor(weight, device=term.device)}
-        self._track(logged)
-        return (total, {"logits": benign_logits}) if return_outputs else total
-
-    def _forward(
-        self, model: nn.Module, benign: dict[str, Any], harmful: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, int]:
-        """Features and logits of benign and harmful images, benign first, and how many are benign."""
-        count = len(benign["pixel_values"])
-        if self._one_forward:
-            with HeadInput(self._head) as captured:
-                outputs = model(pixel_values=torch.cat([benign["pixel_values"], harmful["pixel_values"]]))
-            return captured.features, outputs["logits"], count
-        with HeadInput(self._head) as captured:
-            benign_logits = model(pixel_values=benign["pixel_values"])["logits"]
-        # Harmful images must not touch the running statistics: a harmful batch in train mode alone costs accuracy.
-        with HeadInput(self._head) as captured_harmful, _batchnorm_in_eval(self.model):
-            harmful_logits = model(pixel_values=harmful["pixel_values"])["logits"]
-        features = torch.cat([captured.features, captured_harmful.features])
-        return features, torch.cat([benign_logits, harmful_logits]), count
+        terms = self._terms(benign, harmful)
+        loss, logged = weigh(benign_loss, benign, harmful, terms, weights, self.args.auto_weight_ratio, features)
+        self._means.update(logged, self.state.global_step + 1)
+        return (loss, {"logits": logits[:count]}) if return_outputs else loss
 
     def _benign_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:
@@ -263,27 +216,10 @@ class ImmunizationTrainer(Trainer):
 
     # ---- the log ----
 
-    def _track(self, terms: dict[str, Tensor]) -> None:
-        """Add to the running means of the log, on the device: fetching them every step would stall a GPU."""
-        for name, value in terms.items():
-            value = value.detach()
-            if value.device.type == "cpu" and not bool(torch.isfinite(value)):
-                raise NonFiniteError(_not_finite(name, float(value), self.state.global_step + 1))
-            self._term_sums[name] = self._term_sums.get(name, torch.zeros_like(value)) + value
-        self._term_count += 1
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's, with the mean of every term and weight since the last training log.
-
-        Raises:
-            NonFiniteError: If one of them is not finite (on a GPU; on the CPU it was raised in the step).
-        """
-        if "loss" in logs and self._term_count:
-            for name, total in self._term_sums.items():
-                logs[name] = float(total) / self._term_count
-                if not np.isfinite(logs[name]):
-                    raise NonFiniteError(_not_finite(name, logs[name], self.state.global_step))
-            self._term_sums, self._term_count = {}, 0
+        """As the Trainer's, with the mean of every term and weight since the last training log."""
+        if "loss" in logs:
+            logs.update(self._means.take(self.state.global_step))
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -436,22 +372,13 @@ class ImmunizationTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and self._references:
-            tensors = {
-                f"{name}/{key}": value.cpu()
-                for name, measurement in self._references.items()
-                for key, value in measurement.state_dict().items()
-            }
-            save_file(tensors, os.path.join(output_dir, _STATE_FILE))
+            save_measurements(os.path.join(output_dir, _STATE_FILE), self._references)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = os.path.join(resume_from_checkpoint, _STATE_FILE)
         if os.path.isfile(path):
-            states: dict[str, dict[str, Tensor]] = {}
-            for full_name, value in load_file(path).items():
-                name, key = full_name.rsplit("/", 1)
-                states.setdefault(name, {})[key] = value
-            self._references = {name: Measurement.from_state_dict(state) for name, state in states.items()}
+            self._references = load_measurements(path)
 
 
 class _Evaluation:
@@ -460,39 +387,3 @@ class _Evaluation:
     def __init__(self) -> None:
         self.benign: Measurement | None = None
         self.harmful: Measurement | None = None
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 accuracy of logits, the default `compute_metrics`.
-
-    Args:
-        prediction: Logits of shape ``(N, C)`` and labels of shape ``(N,)``.
-
-    Returns:
-        ``{"accuracy": fraction between 0 and 1}``.
-
-    Example:
-        >>> accuracy(EvalPrediction(np.array([[1.0, 0.0], [0.2, 0.9]]), np.array([0, 0])))
-        {'accuracy': 0.5}
-    """
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
-
-
-@contextmanager
-def _batchnorm_in_eval(model: nn.Module) -> Iterator[None]:
-    modules = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.training = True
-
-
-def _not_finite(name: str, value: float, step: int) -> str:
-    return (
-        f"Expected a finite {name} at step {step}, found {value}. Training stops before the weights are lost. Lower the "
-        "learning rate or the weights, or train in full precision; the last checkpoint is sound."
-    )
