@@ -140,6 +140,7 @@ class ImmunizationTrainer(Trainer):
             self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", need_label=False)
         # Through the starting weights, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
+        self._latest: dict[str, Measurement] = {}
         self._evaluation: _Evaluation | None = None
 
     # ---- data ----
@@ -267,6 +268,7 @@ class ImmunizationTrainer(Trainer):
         if self._evaluation.harmful is None and self._harmful_eval is not None:
             self._evaluation.harmful = self._measure(self.get_eval_dataloader(self._harmful_eval), "harmful")
         harmful = self._evaluation.harmful
+        self._latest = {prefix: benign, **({} if harmful is None else {"harmful": harmful})}
         if self.state.global_step == 0:
             self._references.setdefault(prefix, benign)
             if harmful is not None:
@@ -316,6 +318,17 @@ class ImmunizationTrainer(Trainer):
             self._fold(measurement, captured.features, pixel_values)
         self.model.train(was_training)
         return measurement
+
+    @property
+    def last_spectra(self) -> dict[tuple[str, str], Tensor]:
+        """Singular values of the features, for ("benign" or "harmful", "before" or "after"), as last evaluated."""
+        known = {
+            ("benign", "before"): self._references.get("eval"),
+            ("benign", "after"): self._latest.get("eval"),
+            ("harmful", "before"): self._references.get("harmful"),
+            ("harmful", "after"): self._latest.get("harmful"),
+        }
+        return {which: m.factor.singular_values() for which, m in known.items() if m is not None}
 
     # ---- training, saving, resuming ----
 

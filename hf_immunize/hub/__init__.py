@@ -1,0 +1,1 @@
+"""What leaves the building: cards and, later, records and pushes."""

@@ -1,0 +1,336 @@
+"""``hf-immunize train``: from a model and two sets of images to an immunized checkpoint with its figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import RawTextHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
+from transformers.utils import logging
+
+from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.hub.card import CardFacts, write_card
+from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
+from hf_immunize.training.trainer import ImmunizationTrainer
+from hf_immunize.vision.columns import find_columns
+from hf_immunize.vision.data import split_benign_harmful
+from hf_immunize.vision.sources import load_image_dataset
+
+
+logger = logging.get_logger(__name__)
+
+_DESCRIPTION = """\
+Immunize an image classifier against a harmful task.
+
+  hf-immunize train --model google/vit-base-patch16-224 --benign my/pets --harmful my/weapons --output_dir runs/pets
+  hf-immunize train --model ./my-model --dataset ./images --harmful_classes rifle pistol --output_dir runs/mine
+  hf-immunize train --config arguments.yaml --learning_rate 0.001        (flags override the file)
+
+Data are folders of images (one subfolder a class), folders written by save_to_disk, parquet files, or names on the
+Hub. Harmful images need no labels. Every flag of transformers.TrainingArguments works as usual.
+"""
+
+
+@dataclass
+class DataArguments:
+    """What to immunize and on which images.
+
+    Args:
+        model: Hub id or folder of an image classifier.
+        benign: Benign images with labels.
+        harmful: Harmful images.
+        dataset: One data set with both, in place of `benign` and `harmful`.
+        harmful_classes: Its harmful classes, by name or number.
+        benign_eval, harmful_eval: Images to measure on; by default the source's validation or test split, else a part
+            held out by `eval_fraction`.
+        eval_fraction: That part.
+        model_revision: Branch, tag or commit on the Hub.
+        new_head: Replace the classifier by a new one for the benign classes.
+        trust_remote_code: Run code that comes with the model.
+        max_images: At most so many images of each set (for a first try).
+    """
+
+    model: str = field(default="", metadata={"help": "Hub id or folder of an image classifier."})
+    benign: str | None = field(default=None, metadata={"help": "Benign images with labels: folder, file or Hub id."})
+    harmful: str | None = field(default=None, metadata={"help": "Harmful images: folder, file or Hub id."})
+    dataset: str | None = field(default=None, metadata={"help": "One data set that holds both."})
+    harmful_classes: list[str] = field(
+        default_factory=list, metadata={"help": "With --dataset: the harmful classes, by name or number."}
+    )
+    benign_eval: str | None = field(default=None, metadata={"help": "Benign images to measure on."})
+    harmful_eval: str | None = field(default=None, metadata={"help": "Harmful images to measure on."})
+    eval_fraction: float = field(
+        default=0.3, metadata={"help": "Part held out for measuring where the data have no validation or test split."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    new_head: bool = field(default=False, metadata={"help": "Replace the classifier by one for the benign classes."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    max_images: int | None = field(default=None, metadata={"help": "At most so many images of each set."})
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ArgumentError("Expected --model, found none. Give a Hub id or a folder; --help shows examples.")
+        one, two = self.dataset is not None, self.benign is not None and self.harmful is not None
+        if one == two or (one and not self.harmful_classes):
+            raise ArgumentError(
+                "Expected either --benign and --harmful, or --dataset with --harmful_classes, found "
+                f"benign={self.benign}, harmful={self.harmful}, dataset={self.dataset}, "
+                f"harmful_classes={self.harmful_classes}."
+            )
+        if not 0 < self.eval_fraction < 1:
+            raise ArgumentError(f"Expected --eval_fraction between 0 and 1, found {self.eval_fraction}.")
+
+
+def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArguments]:
+    """Arguments from flags and, with ``--config FILE``, from a YAML or JSON file that flags override.
+
+    Args:
+        words: What was typed after ``train``.
+
+    Returns:
+        Data arguments and training arguments.
+
+    Raises:
+        ArgumentError: If the file cannot be read or holds an unknown name.
+    """
+    parser = HfArgumentParser(
+        (DataArguments, ImmunizationArguments),
+        prog="hf-immunize train",
+        description=_DESCRIPTION,
+        formatter_class=RawTextHelpFormatter,
+    )
+    words = list(words)
+    if len(words) == 1 and words[0].endswith((".yaml", ".yml", ".json")):
+        words = ["--config", words[0]]
+    if "--config" in words:
+        at = words.index("--config")
+        if at + 1 >= len(words):
+            raise ArgumentError("Expected a file after --config, found nothing.")
+        values = _read_config(words[at + 1])
+        del words[at : at + 2]
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ArgumentError(f"Expected names of flags in the config file, found {unknown}; --help lists them all.")
+        parser.set_defaults(**values)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
+    data, training, _ = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+    return data, training
+
+
+def run_train(words: list[str]) -> dict[str, Any]:
+    """Load, measure, immunize, measure again, and write everything to ``output_dir``.
+
+    Args:
+        words: What was typed after ``train``.
+
+    Returns:
+        What ``results.json`` holds.
+    """
+    data, args = parse_arguments(words)
+    set_seed(args.seed)
+    (benign, benign_eval), (harmful, harmful_eval) = load_splits(data, args)
+    if data.new_head:
+        model = _model_with_new_head(data, benign, args)
+    else:
+        model = AutoModelForImageClassification.from_pretrained(
+            data.model, revision=data.model_revision, trust_remote_code=data.trust_remote_code
+        )
+    processor = AutoImageProcessor.from_pretrained(
+        data.model, revision=data.model_revision, trust_remote_code=data.trust_remote_code
+    )
+    trainer = ImmunizationTrainer(
+        model,
+        args,
+        train_dataset=benign,
+        harmful_dataset=harmful,
+        eval_dataset=benign_eval,
+        harmful_eval_dataset=harmful_eval,
+        processing_class=processor,
+    )
+    before_path = Path(args.output_dir) / "before.json"
+    if args.resume_from_checkpoint and before_path.is_file():
+        before = json.loads(before_path.read_text())
+    else:
+        before = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            before_path.parent.mkdir(parents=True, exist_ok=True)
+            before_path.write_text(json.dumps(before, indent=2))
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint={"True": True, "true": True}.get(resume, resume) if resume else None)
+    after = trainer.evaluate()
+    trainer.save_model()
+    results = {
+        "model": data.model,
+        "benign": data.benign or data.dataset,
+        "harmful": data.harmful or f"{data.dataset}: {', '.join(data.harmful_classes)}",
+        "images": {
+            "benign_train": len(benign),
+            "harmful_train": len(harmful),
+            "benign_eval": len(benign_eval),
+            "harmful_eval": len(harmful_eval),
+        },
+        "objective": args.objective,
+        "trainable": args.trainable,
+        "steps": trainer.state.global_step,
+        "seed": args.seed,
+        "before": finite(before),
+        "after": finite(after),
+    }
+    if trainer.is_world_process_zero():
+        write_outputs(Path(args.output_dir), trainer, results)
+    return results
+
+
+def load_splits(data: DataArguments, args: ImmunizationArguments) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Benign and harmful images, each to train on and to measure on.
+
+    Args:
+        data: Where they come from.
+        args: For the seed and the names of columns.
+
+    Returns:
+        (benign, benign_eval), (harmful, harmful_eval).
+    """
+    if data.dataset is not None:
+        names: list[str | int] = [int(name) if name.isdigit() else name for name in data.harmful_classes]
+        whole, whole_eval = _train_and_eval(data.dataset, None, data, args)
+        benign, harmful = split_benign_harmful(whole, names, args.label_column_name)
+        benign_eval, harmful_eval = split_benign_harmful(whole_eval, names, args.label_column_name)
+    else:
+        benign, benign_eval = _train_and_eval(str(data.benign), data.benign_eval, data, args)
+        harmful, harmful_eval = _train_and_eval(str(data.harmful), data.harmful_eval, data, args)
+    parts = [_first(part, data.max_images, args.seed) for part in (benign, benign_eval, harmful, harmful_eval)]
+    return (parts[0], parts[1]), (parts[2], parts[3])
+
+
+def summary_sentence(results: dict[str, Any]) -> str:
+    """One plain sentence of what was achieved, from the figures alone.
+
+    Args:
+        results: With metrics "before" and "after".
+
+    Returns:
+        The sentence.
+    """
+    before, after = results["before"], results["after"]
+    gain = 100 * (after.get("eval_accuracy", math.nan) - before.get("eval_accuracy", math.nan))
+    rir = after.get("eval_rir")
+    if rir is None:
+        ratio = "the ratio of condition numbers is undetermined, since both tasks' features lost rank"
+    else:
+        bound = "at least " if after.get("eval_rir_is_lower_bound") else ""
+        bound = "at most " if after.get("eval_rir_is_upper_bound") else bound
+        ratio = f"harmful probing became {bound}{rir:,.3g} times worse conditioned relative to benign probing"
+    return (
+        f"On held-out images {ratio}, and benign accuracy changed by {gain:+.1f} points; this slows gradient descent "
+        "on these features and by itself stops neither least squares, nor probes of earlier layers, nor fine-tuning."
+    )
+
+
+def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str, Any]) -> None:
+    """Results as JSON, a figure, a card, and a table in the terminal.
+
+    Args:
+        folder: The run's folder.
+        trainer: For the spectra.
+        results: What to write.
+    """
+    sentence = summary_sentence(results)
+    (folder / "results.json").write_text(json.dumps({**results, "summary": sentence}, indent=2))
+    figure, (axes,) = new_figure(1)
+    draw_spectra(axes, trainer.last_spectra)
+    save_figure(figure, folder / "spectra.png")
+    write_card(folder / "README.md", CardFacts.from_results(results, sentence, figure="spectra.png"))
+    print_table(results)
+    Console(soft_wrap=True).print(f"\n{sentence}\n\nCheckpoint, card and figure: {folder}/", highlight=False)
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Metrics before and after, in the terminal."""
+    table = Table(title="Immunization, measured on held-out images", title_justify="left")
+    for name, justify in (("", "left"), ("before", "right"), ("after", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    rows = (
+        ("benign accuracy", "eval_accuracy", "{:.1%}"),
+        ("log10 κ, benign features", "eval_benign_log10_kappa", "{:.2f}"),
+        ("log10 κ, harmful features", "eval_harmful_log10_kappa", "{:.2f}"),
+        ("rank of benign features", "eval_benign_rank", "{:.0f}"),
+        ("rank of harmful features", "eval_harmful_rank", "{:.0f}"),
+        ("RIR (exact)", "eval_rir", "{:,.4g}"),
+    )
+    for label, key, form in rows:
+        cells = [form.format(m[key]) if m.get(key) is not None else "–" for m in (results["before"], results["after"])]
+        table.add_row(label, *cells)
+    Console().print(table)
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Metrics with None in place of NaN and infinity, which JSON does not know."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ArgumentError(f"Expected a YAML or JSON file at {path}, found: {error}.") from error
+    if not isinstance(values, dict):
+        raise ArgumentError(f"Expected names and values in {path}, found {type(values).__name__}.")
+    return values
+
+
+def _train_and_eval(
+    source: str, eval_source: str | None, data: DataArguments, args: ImmunizationArguments
+) -> tuple[Any, Any]:
+    train = load_image_dataset(source)
+    if eval_source is not None:
+        return train, load_image_dataset(eval_source)
+    for split in ("validation", "test"):
+        try:
+            return train, load_image_dataset(source, split)
+        except DataError:
+            continue
+    # By image. Not stratified: many data sets have classes with a single image.
+    parts = train.train_test_split(data.eval_fraction, seed=args.seed)
+    logger.warning(f"{source} has no validation or test split: {data.eval_fraction:.0%} held out (seed {args.seed}).")
+    return parts["train"], parts["test"]
+
+
+def _first(dataset: Any, limit: int | None, seed: int) -> Any:
+    if limit is None or len(dataset) <= limit:
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(limit))
+
+
+def _model_with_new_head(data: DataArguments, benign: Any, args: ImmunizationArguments) -> Any:
+    _, label = find_columns(benign, args.image_column_name, args.label_column_name)
+    names = getattr(benign.features[label], "names", None)
+    if names is None:
+        raise DataError(
+            f"Expected class names in column {label!r} for --new_head, found plain values. Encode them with "
+            "dataset.class_encode_column."
+        )
+    config = AutoConfig.from_pretrained(
+        data.model,
+        revision=data.model_revision,
+        trust_remote_code=data.trust_remote_code,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    return AutoModelForImageClassification.from_pretrained(
+        data.model,
+        config=config,
+        revision=data.model_revision,
+        trust_remote_code=data.trust_remote_code,
+        ignore_mismatched_sizes=True,
+    )
