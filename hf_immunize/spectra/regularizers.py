@@ -198,22 +198,24 @@ def _r_ill(s: Tensor) -> tuple[float, Tensor]:
     return 1 / denominator, (extreme - s.to(sigma.dtype) / k) / denominator**2
 
 
-def _hessian_r_well(z: Tensor) -> tuple[float, Tensor]:
+# The factor enters before anything is rounded to the features' dtype: without it the gradient of R_ill, of degree −5 in
+# the features, leaves the range of float32 while the scale-free one is of ordinary size.
+def _hessian_r_well(z: Tensor, factor: float = 1.0) -> tuple[float, Tensor]:
     gram = small_gram(z)
     top, basis = top_eigenspace(gram, _vector_accuracy(z))
     dim = z.shape[1]
     value = max(0.0, top**2 / 2 - float(gram.square().sum()) / (2 * dim))
-    return value, _apply(_combine(gram, -2 / dim, basis, 2 * top), z)
+    return factor * value, _apply(_combine(gram, -2 * factor / dim, basis, 2 * factor * top), z)
 
 
-def _hessian_r_ill(z: Tensor) -> tuple[float, Tensor]:
+def _hessian_r_ill(z: Tensor, factor: float = 1.0) -> tuple[float, Tensor]:
     gram = small_gram(z)
     values, vectors = hessian_spectrum(z, gram)
     k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
     denominator = _ill_denominator(values, width)
     first = sum(value > values[-1] + width for value in values)
-    scale = 2 / denominator**2
-    return 1 / denominator, _apply(_combine(gram, -scale / k, vectors[:, first:k], scale * values[-1]), z)
+    scale = 2 * factor / denominator**2
+    return factor / denominator, _apply(_combine(gram, -scale / k, vectors[:, first:k], scale * values[-1]), z)
 
 
 def _spectral_concentration(z: Tensor) -> tuple[float, Tensor]:
@@ -242,14 +244,15 @@ def _combine(matrix: Tensor, weight: float, basis: Tensor, projector_weight: flo
     return torch.addmm(matrix, basis, basis.mT, beta=weight, alpha=projector_weight / basis.shape[1])
 
 
-def _scale_free(function: _ValueAndGradient, degree: int) -> _ValueAndGradient:
+def _scale_free(function: Callable[[Tensor, float], tuple[float, Tensor]], degree: int) -> _ValueAndGradient:
     """The function of ``cH``, ``c = D/tr H``, where it is homogeneous in H of the given degree."""
 
     def scaled(z: Tensor) -> tuple[float, Tensor]:
-        value, gradient = function(z)
         trace = float(z.to(torch.float64).square().sum())
-        factor = (z.shape[1] / trace) ** degree
-        return factor * value, factor * gradient + (-2 * degree * factor * value / trace) * z.to(gradient.dtype)
+        # Where the trace is zero or not finite the function itself says what is wrong with the features.
+        factor = (z.shape[1] / trace) ** degree if 0 < trace < math.inf else 1.0
+        value, gradient = function(z, factor)
+        return value, gradient + (-2 * degree * value / trace) * z.to(gradient.dtype)
 
     return scaled
 
