@@ -175,19 +175,20 @@ def spectral_concentration(features: Tensor) -> Tensor:
 
 
 def _r_well(s: Tensor) -> tuple[float, Tensor]:
-    u, sigma, vh = torch.linalg.svd(_at_least_float32(s), full_matrices=False)
+    u, sigma, vh = torch.linalg.svd(s.to(torch.float64), full_matrices=False)
     values = sigma.tolist()
     p = len(values)
     ties = sum(value >= values[0] - _tie_width(sigma) for value in values)
     # As a sum of differences, which cannot turn negative by cancellation.
     value = math.fsum(values[0] ** 2 - v**2 for v in values) / (2 * p)
-    return value, (values[0] / ties) * (u[:, :ties] @ vh[:ties]) - s.to(sigma.dtype) / p
+    gradient = (values[0] / ties) * (u[:, :ties] @ vh[:ties]) - s.to(sigma.dtype) / p
+    return value, gradient.to(_work_dtype(s))
 
 
 def _r_ill(s: Tensor) -> tuple[float, Tensor]:
-    u, sigma, vh = torch.linalg.svd(_at_least_float32(s), full_matrices=False)
+    u, sigma, vh = torch.linalg.svd(s.to(torch.float64), full_matrices=False)
     values = sigma.tolist()
-    cutoff = rank_cutoff(values[0], math.hypot(*values), s.shape[0], s.shape[1], s.dtype, sigma.dtype)
+    cutoff = rank_cutoff(values[0], math.hypot(*values), s.shape[0], s.shape[1], s.dtype)
     kept = [value for value in values if value > cutoff]
     if not kept:
         raise RankError("Expected a matrix of rank at least 1 in R_ill, found the zero matrix.")
@@ -195,7 +196,8 @@ def _r_ill(s: Tensor) -> tuple[float, Tensor]:
     denominator = _ill_denominator(kept, width)
     first = sum(value > kept[-1] + width for value in kept)
     extreme = (kept[-1] / (k - first)) * (u[:, first:k] @ vh[first:k])
-    return 1 / denominator, (extreme - s.to(sigma.dtype) / k) / denominator**2
+    gradient = (extreme - s.to(sigma.dtype) / k) / denominator**2
+    return 1 / denominator, gradient.to(_work_dtype(s))
 
 
 # The factor enters before anything is rounded to the features' dtype: without it the gradient of R_ill, of degree −5 in
@@ -279,10 +281,6 @@ def _as_features(features: Tensor) -> Tensor:
 
 def _tie_width(sigma: Tensor) -> float:
     return 16 * sigma.shape[0] * torch.finfo(sigma.dtype).eps * float(sigma[0])
-
-
-def _at_least_float32(s: Tensor) -> Tensor:
-    return s.to(_work_dtype(s))
 
 
 def kappa_floor(concentration: float, rank: int) -> float:
