@@ -191,9 +191,12 @@ def _r_ill(s: Tensor) -> tuple[float, Tensor]:
     cutoff = rank_cutoff(values[0], math.hypot(*values), s.shape[0], s.shape[1], s.dtype)
     kept = [value for value in values if value > cutoff]
     if not kept:
-        raise RankError("Expected a matrix of rank at least 1 in R_ill, found the zero matrix.")
+        raise RankError(
+            f"Expected a matrix of rank at least 1 in R_ill, found all of {tuple(s.shape)} values zero. Check what "
+            "produced it."
+        )
     k, width = len(kept), _tie_width(sigma)
-    denominator = _ill_denominator(kept, width)
+    denominator = _ill_denominator(kept, max(width, _rounding(s) * kept[0]))
     first = sum(value > kept[-1] + width for value in kept)
     extreme = (kept[-1] / (k - first)) * (u[:, first:k] @ vh[first:k])
     gradient = (extreme - s.to(sigma.dtype) / k) / denominator**2
@@ -214,7 +217,7 @@ def _hessian_r_ill(z: Tensor, factor: float = 1.0) -> tuple[float, Tensor]:
     gram = small_gram(z)
     values, vectors = hessian_spectrum(z, gram)
     k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
-    denominator = _ill_denominator(values, width)
+    denominator = _ill_denominator(values, max(width, _rounding(z) * values[0]))
     first = sum(value > values[-1] + width for value in values)
     scale = 2 * factor / denominator**2
     return factor / denominator, _apply(_combine(gram, -scale / k, vectors[:, first:k], scale * values[-1]), z)
@@ -231,9 +234,9 @@ def _spectral_concentration(z: Tensor) -> tuple[float, Tensor]:
     return math.log(rest / top), _apply(_combine(identity, 2 / rest, basis, -2 * (1 / rest + 1 / top)), z)
 
 
-def _ill_denominator(values: list[float], tie_width: float) -> float:
+def _ill_denominator(values: list[float], width: float) -> float:
     """``(1/2k)Σσ_i² − ½σ_k²`` as a sum of differences, which loses nothing by cancellation."""
-    if values[0] - values[-1] <= tie_width:
+    if values[0] - values[-1] <= width:
         raise PerfectConditioningError(
             f"Expected κ > 1 in R_ill, found {len(values)} equal non-zero singular value(s) ({values[0]:.3g}), where "
             "R_ill is undefined. Use at least two different samples in a harmful batch."
@@ -268,6 +271,11 @@ def _apply(small: Tensor, z: Tensor) -> Tensor:
 def _vector_accuracy(z: Tensor) -> float:
     """Float32 gradients need no vector beyond float32; float64 ones are compared with references to 1e-10."""
     return 1e-12 if z.dtype == torch.float64 else 1e-8
+
+
+def _rounding(z: Tensor) -> float:
+    """Relative spread of equal eigenvalues once the features are rounded to their dtype."""
+    return 8 * torch.finfo(z.dtype).eps
 
 
 def _work_dtype(z: Tensor) -> torch.dtype:
