@@ -175,7 +175,7 @@ def summarize_spectrum(
             "every value is zero, so κ is undefined. Check that the network is not dead and the right layer is read."
         )
     total = math.fsum(values)
-    effective_rank = math.exp(-math.fsum(v / total * math.log(v / total) for v in values if v > 0))
+    effective_rank = math.exp(-math.fsum(v / total * math.log(v / total) for v in values if v / total > 0))
     is_bound = False
     if reference is not None:
         if (reference.num_samples, reference.dim) != (num_samples, dim):
