@@ -128,8 +128,9 @@ def relative_immunization_ratio(
     }
     matrices = {name: _feature_pair(name, *pair) for name, pair in tensors.items()}
     if protocol == "groups" or num_groups is not None:
+        count = 20 if num_groups is None else num_groups
         draws = [
-            [(z[rows], z0[rows]) for rows in _groups(name, z.shape[0], num_groups or 20, group_size, seed)]
+            [(z[rows], z0[rows]) for rows in _groups(name, z.shape[0], count, group_size, seed)]
             for name, (z, z0) in matrices.items()
         ]
     else:
