@@ -173,7 +173,13 @@ def _conditioning(value: Any, reference: Conditioning | None) -> Conditioning:
     if isinstance(value, FeatureFactor):
         return value.conditioning(reference)
     if isinstance(value, Conditioning):
-        if reference is not None and value.reference_rank is None and value.rank < reference.rank:
+        if reference is not None and (value.num_samples, value.dim) != (reference.num_samples, reference.dim):
+            raise ShapeError(
+                f"Expected a Conditioning of the same data as its reference, ({reference.num_samples}, "
+                f"{reference.dim}), found one of ({value.num_samples}, {value.dim}). Pass the same images through "
+                "both weights."
+            )
+        if reference is not None and not value.is_bound and value.rank < reference.rank:
             raise ProtocolError(
                 f"Expected a Conditioning taken with reference=, since the rank fell from {reference.rank} to "
                 f"{value.rank}; found one without. Call feature_conditioning(Z, reference=...)."
