@@ -203,8 +203,8 @@ def _r_ill(s: Tensor) -> tuple[float, Tensor]:
     return 1 / denominator, gradient.to(_work_dtype(s))
 
 
-# The factor enters before anything is rounded to the features' dtype: without it the gradient of R_ill, of degree −5 in
-# the features, leaves the range of float32 while the scale-free one is of ordinary size.
+# The factor enters before anything is rounded to the features' dtype: without it the gradient of R_ill, of degree −5
+# in the features, leaves the range of float32 while the scale-free one is of ordinary size.
 def _hessian_r_well(z: Tensor, factor: float = 1.0) -> tuple[float, Tensor]:
     gram = small_gram(z)
     top, basis = top_eigenspace(gram, _vector_accuracy(z))
