@@ -271,7 +271,10 @@ def _reference_kappa(features: Tensor) -> float:
     eigenvalues = torch.linalg.eigvalsh(gram)
     above = eigenvalues[eigenvalues > _REFERENCE_FLOOR]
     if above.numel() == 0:
-        raise RankError("Expected an eigenvalue above 1e-6 in the reference protocol, found none: features are zero.")
+        raise RankError(
+            "Expected an eigenvalue above 1e-6 in the reference protocol, found none: every feature is zero. "
+            "Check that the network is not dead and the right layer is read."
+        )
     return float(above[-1] / above[0])
 
 
