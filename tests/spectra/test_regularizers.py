@@ -10,6 +10,7 @@ from matrices import gaussian, geometric, orthonormal, relative_error, value_and
 
 from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError, ShapeError
 from hf_immunize.spectra.conditioning import condition_number, feature_conditioning
+from hf_immunize.spectra.extremes import _krylov_top, small_gram
 from hf_immunize.spectra.regularizers import (
     hessian_r_ill,
     hessian_r_well,
@@ -75,7 +76,7 @@ SMALL = [
     pytest.param(20, 12, 12, 1e4, id="N>D-ill"),
     pytest.param(12, 20, 7, 1e4, id="N<D-ill-rank-7"),
 ]
-# Beyond the size up to which the dense decomposition is used, with a gap of 2 % at the top.
+# Beyond the size up to which the dense decomposition is used.
 LARGE = [pytest.param(330, 400, 330, 1e3, id="N<D-large"), pytest.param(400, 340, 340, 1e3, id="N>D-large")]
 
 
@@ -85,6 +86,19 @@ def test_value_and_gradient_agree_with_autograd_through_the_full_spectrum(functi
     matrix = with_singular_values(geometric(kappa, rank), rows, columns, seed=rows)
     value, gradient = value_and_gradient(function, matrix)
     expected, expected_gradient = value_and_gradient(NAIVE[function], matrix, rank=rank)
+    assert float(value) == pytest.approx(float(expected), rel=1e-10)
+    assert relative_error(gradient, expected_gradient) < 1e-10
+
+
+@pytest.mark.parametrize("function", FEATURE_FUNCTIONS)
+@pytest.mark.parametrize(("rows", "columns"), [(330, 400), (400, 340)])
+def test_the_iteration_for_a_large_gap_agrees_as_well(function, rows, columns):
+    sigma = geometric(1e3, min(rows, columns))
+    sigma[0] *= 3
+    matrix = with_singular_values(sigma, rows, columns, seed=rows)
+    assert _krylov_top(small_gram(matrix), 1e-12) is not None
+    value, gradient = value_and_gradient(function, matrix)
+    expected, expected_gradient = value_and_gradient(NAIVE[function], matrix, rank=len(sigma))
     assert float(value) == pytest.approx(float(expected), rel=1e-10)
     assert relative_error(gradient, expected_gradient) < 1e-10
 
