@@ -109,12 +109,14 @@ def rank_cutoff(
     dim: int,
     produced_dtype: torch.dtype,
     computed_dtype: torch.dtype = torch.float64,
+    folds: int = 1,
 ) -> float:
     """Threshold below which a singular value of ``Z`` is rounding noise.
 
     ``10 · max( eps_f·(√N + √D)·‖Z‖_F/√(ND), eps_c·σ_max )``: the first term is the expected norm of a random matrix of
     rounding errors of the dtype in which the features were *produced* (casting to float64 afterwards does not remove
-    them), the second that of the decomposition.
+    them), the second that of the decomposition. Each fold of a streamed factor rounds once more; the errors add up
+    like a random walk, seen at ``0.15·√folds·eps_c·σ_max``, so the second term grows with the square root.
 
     Args:
         sigma_max: Largest singular value of ``Z``.
@@ -123,13 +125,15 @@ def rank_cutoff(
         dim: D.
         produced_dtype: The dtype in which the features were computed.
         computed_dtype: The dtype in which the spectrum is computed.
+        folds: How many decompositions the matrix went through, one after the other.
 
     Returns:
         The threshold, in the units of the singular values.
     """
     n, d = float(num_samples), float(dim)
     noise = torch.finfo(produced_dtype).eps * (math.sqrt(n) + math.sqrt(d)) * frobenius / math.sqrt(n * d)
-    return _NOISE_MARGIN * max(noise, torch.finfo(computed_dtype).eps * sigma_max)
+    computed = torch.finfo(computed_dtype).eps * max(1.0, math.sqrt(folds) / 4)
+    return _NOISE_MARGIN * max(noise, computed * sigma_max)
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -146,6 +150,7 @@ def summarize_spectrum(
     produced_dtype: torch.dtype,
     reference: Conditioning | None = None,
     name: str = "features",
+    folds: int = 1,
 ) -> Conditioning:
     """Apply the rank rule to singular values of ``Z`` and describe the conditioning of ``ZᵀZ``.
 
@@ -156,6 +161,7 @@ def summarize_spectrum(
         produced_dtype: The dtype in which the features were computed.
         reference: Conditioning of the same data through the reference weights.
         name: What to call the features in an error.
+        folds: How many decompositions the singular values went through (see `rank_cutoff`).
 
     Returns:
         The conditioning; a lower bound where the rank fell below the reference's.
@@ -167,7 +173,7 @@ def summarize_spectrum(
     values = sigma.tolist()
     sigma_max = values[0]
     frobenius = math.sqrt(math.fsum(v * v for v in values))
-    cutoff = rank_cutoff(sigma_max, frobenius, num_samples, dim, produced_dtype)
+    cutoff = rank_cutoff(sigma_max, frobenius, num_samples, dim, produced_dtype, folds=folds)
     kept = [v for v in values if v > cutoff]
     if not kept:
         raise RankError(
@@ -175,7 +181,7 @@ def summarize_spectrum(
             "every value is zero, so κ is undefined. Check that the network is not dead and the right layer is read."
         )
     total = math.fsum(values)
-    effective_rank = math.exp(-math.fsum(v / total * math.log(v / total) for v in values if v > 0))
+    effective_rank = math.exp(-math.fsum(v / total * math.log(v / total) for v in values if v / total > 0))
     is_bound = False
     if reference is not None:
         if (reference.num_samples, reference.dim) != (num_samples, dim):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_immunize.errors import RankError
+from hf_immunize.errors import NonFiniteError, RankError
 from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
 
 
@@ -42,7 +42,7 @@ def small_gram(features: Tensor) -> Tensor:
     """``ZZᵀ`` or ``ZᵀZ``, whichever is smaller, in float64, shape ``(n, n)``.
 
     Raises:
-        NonFiniteError: If the features hold NaN or infinity.
+        NonFiniteError: If the features hold NaN or infinity, or their squares overflow.
         RankError: If they are zero.
     """
     z = features.detach().to(torch.float64)
@@ -51,6 +51,10 @@ def small_gram(features: Tensor) -> Tensor:
     trace = float(gram.diagonal().sum())
     if not math.isfinite(trace):
         as_matrix(features, "features")  # names the entry
+        raise NonFiniteError(
+            f"Expected features whose squares are finite in float64, found values up to "
+            f"{float(features.detach().abs().max()):.3g}. Divide them by their scale first."
+        )
     if trace == 0:
         raise RankError(
             f"Expected features of rank at least 1, found rank 0: all of {tuple(features.shape)} values are zero. "

@@ -128,8 +128,9 @@ def relative_immunization_ratio(
     }
     matrices = {name: _feature_pair(name, *pair) for name, pair in tensors.items()}
     if protocol == "groups" or num_groups is not None:
+        count = 20 if num_groups is None else num_groups
         draws = [
-            [(z[rows], z0[rows]) for rows in _groups(name, z.shape[0], num_groups or 20, group_size, seed)]
+            [(z[rows], z0[rows]) for rows in _groups(name, z.shape[0], count, group_size, seed)]
             for name, (z, z0) in matrices.items()
         ]
     else:
@@ -172,7 +173,13 @@ def _conditioning(value: Any, reference: Conditioning | None) -> Conditioning:
     if isinstance(value, FeatureFactor):
         return value.conditioning(reference)
     if isinstance(value, Conditioning):
-        if reference is not None and value.reference_rank is None and value.rank < reference.rank:
+        if reference is not None and (value.num_samples, value.dim) != (reference.num_samples, reference.dim):
+            raise ShapeError(
+                f"Expected a Conditioning of the same data as its reference, ({reference.num_samples}, "
+                f"{reference.dim}), found one of ({value.num_samples}, {value.dim}). Pass the same images through "
+                "both weights."
+            )
+        if reference is not None and not value.is_bound and value.rank < reference.rank:
             raise ProtocolError(
                 f"Expected a Conditioning taken with reference=, since the rank fell from {reference.rank} to "
                 f"{value.rank}; found one without. Call feature_conditioning(Z, reference=...)."
@@ -264,7 +271,10 @@ def _reference_kappa(features: Tensor) -> float:
     eigenvalues = torch.linalg.eigvalsh(gram)
     above = eigenvalues[eigenvalues > _REFERENCE_FLOOR]
     if above.numel() == 0:
-        raise RankError("Expected an eigenvalue above 1e-6 in the reference protocol, found none: features are zero.")
+        raise RankError(
+            "Expected an eigenvalue above 1e-6 in the reference protocol, found none: every feature is zero. "
+            "Check that the network is not dead and the right layer is read."
+        )
     return float(above[-1] / above[0])
 
 

@@ -175,45 +175,52 @@ def spectral_concentration(features: Tensor) -> Tensor:
 
 
 def _r_well(s: Tensor) -> tuple[float, Tensor]:
-    u, sigma, vh = torch.linalg.svd(_at_least_float32(s), full_matrices=False)
+    u, sigma, vh = torch.linalg.svd(s.to(torch.float64), full_matrices=False)
     values = sigma.tolist()
     p = len(values)
     ties = sum(value >= values[0] - _tie_width(sigma) for value in values)
     # As a sum of differences, which cannot turn negative by cancellation.
     value = math.fsum(values[0] ** 2 - v**2 for v in values) / (2 * p)
-    return value, (values[0] / ties) * (u[:, :ties] @ vh[:ties]) - s.to(sigma.dtype) / p
+    gradient = (values[0] / ties) * (u[:, :ties] @ vh[:ties]) - s.to(sigma.dtype) / p
+    return value, gradient.to(_work_dtype(s))
 
 
 def _r_ill(s: Tensor) -> tuple[float, Tensor]:
-    u, sigma, vh = torch.linalg.svd(_at_least_float32(s), full_matrices=False)
+    u, sigma, vh = torch.linalg.svd(s.to(torch.float64), full_matrices=False)
     values = sigma.tolist()
-    cutoff = rank_cutoff(values[0], math.hypot(*values), s.shape[0], s.shape[1], s.dtype, sigma.dtype)
+    cutoff = rank_cutoff(values[0], math.hypot(*values), s.shape[0], s.shape[1], s.dtype)
     kept = [value for value in values if value > cutoff]
     if not kept:
-        raise RankError("Expected a matrix of rank at least 1 in R_ill, found the zero matrix.")
+        raise RankError(
+            f"Expected a matrix of rank at least 1 in R_ill, found all of {tuple(s.shape)} values zero. Check what "
+            "produced it."
+        )
     k, width = len(kept), _tie_width(sigma)
-    denominator = _ill_denominator(kept, width)
+    denominator = _ill_denominator(kept, max(width, _rounding(s) * kept[0]))
     first = sum(value > kept[-1] + width for value in kept)
     extreme = (kept[-1] / (k - first)) * (u[:, first:k] @ vh[first:k])
-    return 1 / denominator, (extreme - s.to(sigma.dtype) / k) / denominator**2
+    gradient = (extreme - s.to(sigma.dtype) / k) / denominator**2
+    return 1 / denominator, gradient.to(_work_dtype(s))
 
 
-def _hessian_r_well(z: Tensor) -> tuple[float, Tensor]:
+# The factor enters before anything is rounded to the features' dtype: without it the gradient of R_ill, of degree −5
+# in the features, leaves the range of float32 while the scale-free one is of ordinary size.
+def _hessian_r_well(z: Tensor, factor: float = 1.0) -> tuple[float, Tensor]:
     gram = small_gram(z)
     top, basis = top_eigenspace(gram, _vector_accuracy(z))
     dim = z.shape[1]
     value = max(0.0, top**2 / 2 - float(gram.square().sum()) / (2 * dim))
-    return value, _apply(_combine(gram, -2 / dim, basis, 2 * top), z)
+    return factor * value, _apply(_combine(gram, -2 * factor / dim, basis, 2 * factor * top), z)
 
 
-def _hessian_r_ill(z: Tensor) -> tuple[float, Tensor]:
+def _hessian_r_ill(z: Tensor, factor: float = 1.0) -> tuple[float, Tensor]:
     gram = small_gram(z)
     values, vectors = hessian_spectrum(z, gram)
     k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
-    denominator = _ill_denominator(values, width)
+    denominator = _ill_denominator(values, max(width, _rounding(z) * values[0]))
     first = sum(value > values[-1] + width for value in values)
-    scale = 2 / denominator**2
-    return 1 / denominator, _apply(_combine(gram, -scale / k, vectors[:, first:k], scale * values[-1]), z)
+    scale = 2 * factor / denominator**2
+    return factor / denominator, _apply(_combine(gram, -scale / k, vectors[:, first:k], scale * values[-1]), z)
 
 
 def _spectral_concentration(z: Tensor) -> tuple[float, Tensor]:
@@ -227,9 +234,9 @@ def _spectral_concentration(z: Tensor) -> tuple[float, Tensor]:
     return math.log(rest / top), _apply(_combine(identity, 2 / rest, basis, -2 * (1 / rest + 1 / top)), z)
 
 
-def _ill_denominator(values: list[float], tie_width: float) -> float:
+def _ill_denominator(values: list[float], width: float) -> float:
     """``(1/2k)Σσ_i² − ½σ_k²`` as a sum of differences, which loses nothing by cancellation."""
-    if values[0] - values[-1] <= tie_width:
+    if values[0] - values[-1] <= width:
         raise PerfectConditioningError(
             f"Expected κ > 1 in R_ill, found {len(values)} equal non-zero singular value(s) ({values[0]:.3g}), where "
             "R_ill is undefined. Use at least two different samples in a harmful batch."
@@ -242,14 +249,15 @@ def _combine(matrix: Tensor, weight: float, basis: Tensor, projector_weight: flo
     return torch.addmm(matrix, basis, basis.mT, beta=weight, alpha=projector_weight / basis.shape[1])
 
 
-def _scale_free(function: _ValueAndGradient, degree: int) -> _ValueAndGradient:
+def _scale_free(function: Callable[[Tensor, float], tuple[float, Tensor]], degree: int) -> _ValueAndGradient:
     """The function of ``cH``, ``c = D/tr H``, where it is homogeneous in H of the given degree."""
 
     def scaled(z: Tensor) -> tuple[float, Tensor]:
-        value, gradient = function(z)
         trace = float(z.to(torch.float64).square().sum())
-        factor = (z.shape[1] / trace) ** degree
-        return factor * value, factor * gradient + (-2 * degree * factor * value / trace) * z.to(gradient.dtype)
+        # Where the trace is zero or not finite the function itself says what is wrong with the features.
+        factor = (z.shape[1] / trace) ** degree if 0 < trace < math.inf else 1.0
+        value, gradient = function(z, factor)
+        return value, gradient + (-2 * degree * value / trace) * z.to(gradient.dtype)
 
     return scaled
 
@@ -265,6 +273,11 @@ def _vector_accuracy(z: Tensor) -> float:
     return 1e-12 if z.dtype == torch.float64 else 1e-8
 
 
+def _rounding(z: Tensor) -> float:
+    """Relative spread of equal eigenvalues once the features are rounded to their dtype."""
+    return 8 * torch.finfo(z.dtype).eps
+
+
 def _work_dtype(z: Tensor) -> torch.dtype:
     return torch.promote_types(z.dtype, torch.float32)
 
@@ -276,10 +289,6 @@ def _as_features(features: Tensor) -> Tensor:
 
 def _tie_width(sigma: Tensor) -> float:
     return 16 * sigma.shape[0] * torch.finfo(sigma.dtype).eps * float(sigma[0])
-
-
-def _at_least_float32(s: Tensor) -> Tensor:
-    return s.to(_work_dtype(s))
 
 
 def kappa_floor(concentration: float, rank: int) -> float:

@@ -56,6 +56,7 @@ class FeatureFactor:
         self._buffer: Tensor | None = None
         self._filled = 0
         self._folded = True
+        self._folds = 0
 
     def update(self, features: Any, produced_dtype: torch.dtype | None = None) -> "FeatureFactor":
         """Fold in a batch.
@@ -92,6 +93,7 @@ class FeatureFactor:
         self._check_dim(other.dim)
         self._note_dtype(other.produced_dtype or torch.float64)
         self._append(other.matrix())
+        self._folds += other._folds
         self.num_samples += other.num_samples
         return self
 
@@ -128,13 +130,14 @@ class FeatureFactor:
             reference = reference.conditioning()
         sigma = self.singular_values()
         assert self.dim is not None and self.produced_dtype is not None  # matrix() raised otherwise
-        return summarize_spectrum(sigma, self.num_samples, self.dim, self.produced_dtype, reference)
+        return summarize_spectrum(sigma, self.num_samples, self.dim, self.produced_dtype, reference, folds=self._folds)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `from_state_dict` restores, ready for safetensors."""
         return {
             "factor": self.matrix().contiguous(),
             "num_samples": torch.tensor(self.num_samples),
+            "folds": torch.tensor(self._folds),
             "produced_eps": torch.tensor(torch.finfo(self.produced_dtype or torch.float64).eps, dtype=torch.float64),
         }
 
@@ -145,6 +148,7 @@ class FeatureFactor:
         factor.dim = state["factor"].shape[1]
         factor._append(state["factor"])
         factor.num_samples = int(state["num_samples"])
+        factor._folds = int(state["folds"])
         eps = float(state["produced_eps"])
         floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
         factor.produced_dtype = min(floats, key=lambda dtype: abs(torch.finfo(dtype).eps / eps - 1.0))
@@ -184,3 +188,4 @@ class FeatureFactor:
         self._filled = factor.shape[0]
         self._buffer[:, : self._filled] = factor.mT
         self._folded = True
+        self._folds += 1

@@ -1,0 +1,265 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matrices import gaussian, geometric, orthonormal, with_singular_values
+
+from hf_immunize.errors import ArgumentError, NonFiniteError, RankError, ShapeError
+from hf_immunize.spectra.conditioning import condition_number, feature_conditioning, rank_cutoff
+
+
+properties = settings(max_examples=40, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**20)
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (20, 20)])
+@pytest.mark.parametrize("kappa", [1.0, 30.0, 1e7])
+def test_kappa_of_the_hessian_is_the_squared_ratio_of_singular_values(shape, kappa):
+    features = with_singular_values(3 * geometric(kappa, min(shape)), *shape)
+    assert feature_conditioning(features).kappa == pytest.approx(kappa**2, rel=1e-6)
+    assert condition_number(features) == pytest.approx(kappa, rel=1e-6)
+
+
+def test_kappa_agrees_with_numpy_on_the_hessian():
+    features = gaussian(50, 12, seed=4)
+    eigenvalues = np.linalg.eigvalsh(features.numpy().T @ features.numpy())
+    assert feature_conditioning(features).kappa == pytest.approx(eigenvalues[-1] / eigenvalues[0], rel=1e-11)
+
+
+def test_the_fields_describe_the_features():
+    conditioning = feature_conditioning(with_singular_values([4.0, 2.0, 1.0], 9, 5))
+    assert (conditioning.rank, conditioning.num_samples, conditioning.dim) == (3, 9, 5)
+    assert conditioning.sigma_max == pytest.approx(4.0)
+    assert conditioning.sigma_min == pytest.approx(1.0)
+    assert conditioning.log_kappa == pytest.approx(math.log(16.0))
+    assert conditioning.log10_kappa == pytest.approx(math.log10(16.0))
+    assert not conditioning.is_bound and conditioning.reference_rank is None
+
+
+def test_effective_rank_is_the_exponential_of_the_entropy():
+    shares = np.array([4.0, 2.0, 1.0]) / 7
+    conditioning = feature_conditioning(with_singular_values([4.0, 2.0, 1.0], 9, 5))
+    assert conditioning.effective_rank == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
+
+
+def test_effective_rank_counts_equal_directions():
+    assert feature_conditioning(2 * orthonormal(9, 5, seed=0)).effective_rank == pytest.approx(5.0)
+
+
+def test_a_share_that_underflows_does_not_count():
+    features = torch.diag(torch.tensor([1e10, 5e-324], dtype=torch.float64))
+    assert feature_conditioning(features).effective_rank == 1.0
+
+
+@properties
+@given(exponent=st.integers(-30, 30), rows=st.integers(2, 8), columns=st.integers(2, 8), seed=seeds)
+def test_kappa_does_not_change_with_scale(exponent, rows, columns, seed):
+    features = with_singular_values(geometric(100.0, min(rows, columns)), rows, columns, seed)
+    scaled = feature_conditioning(10.0**exponent * features)
+    assert scaled.kappa == pytest.approx(feature_conditioning(features).kappa, rel=1e-9)
+
+
+@properties
+@given(rows=st.integers(1, 8), columns=st.integers(1, 8), rank=st.integers(1, 8), seed=seeds)
+def test_kappa_and_rank_do_not_change_with_rotations_of_either_side(rows, columns, rank, seed):
+    features = with_singular_values(geometric(100.0, min(rows, columns, rank)), rows, columns, seed)
+    turned = orthonormal(rows, rows, seed + 2) @ features @ orthonormal(columns, columns, seed + 3)
+    before, after = feature_conditioning(features), feature_conditioning(turned)
+    assert after.kappa == pytest.approx(before.kappa, rel=1e-9)
+    assert after.rank == before.rank == min(rows, columns, rank)
+
+
+# ---- rank ----------------------------------------------------------------------------------------------------------
+
+
+# Plain, around a large mean (σ_max far above the rest), and with columns of very different size.
+def plain(rows, columns, rank, seed):
+    return gaussian(rows, rank, seed) @ gaussian(rank, columns, seed + 1)
+
+
+def non_centred(rows, columns, rank, seed):
+    return plain(rows, columns, rank - 1, seed) + 20 * torch.ones(rows, 1, dtype=torch.float64)
+
+
+def badly_scaled(rows, columns, rank, seed):
+    return plain(rows, columns, rank, seed) * torch.logspace(0, -2, columns, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("build", [plain, non_centred, badly_scaled])
+@pytest.mark.parametrize("shape", [(300, 60), (60, 300), (200, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounded_features_have_the_rank_they_had(build, shape, dtype):
+    features = build(*shape, 17, 5)
+    assert feature_conditioning(features.to(dtype)).rank == 17
+
+
+def test_a_cast_to_float64_does_not_hide_where_the_features_come_from():
+    cast = plain(300, 60, 17, 5).float().double()
+    assert feature_conditioning(cast, produced_dtype=torch.float32).rank == 17
+    assert feature_conditioning(cast).rank == 60
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_have_the_rank_they_had(dtype):
+    assert feature_conditioning(plain(300, 60, 3, 5).to(dtype)).rank == 3
+
+
+def test_float32_reads_a_small_direction_well_above_its_own_rounding():
+    features = with_singular_values(geometric(1e3, 40), 400, 40)
+    conditioning = feature_conditioning(features.float())
+    assert conditioning.rank == 40
+    assert conditioning.kappa == pytest.approx(1e6, rel=1e-3)
+
+
+def test_the_cut_off_is_ten_times_the_norm_of_rounding_noise():
+    eps = torch.finfo(torch.float32).eps
+    noise = eps * (math.sqrt(100) + math.sqrt(25)) * 7.0 / math.sqrt(2500)
+    assert rank_cutoff(1.0, 7.0, 100, 25, torch.float32) == pytest.approx(10 * noise)
+
+
+def test_the_cut_off_is_not_below_the_rounding_of_the_decomposition():
+    assert rank_cutoff(1.0, 1.0, 10**8, 10**8, torch.float64) == pytest.approx(10 * torch.finfo(torch.float64).eps)
+
+
+# ---- collapse ------------------------------------------------------------------------------------------------------
+
+
+def collapsed():
+    reference = gaussian(50, 6, seed=1)
+    return reference * torch.tensor([1.0, 1, 1, 0, 0, 0], dtype=torch.float64), reference
+
+
+def test_collapse_against_a_reference_is_a_bound_at_the_cut_off():
+    features, reference = collapsed()
+    conditioning = feature_conditioning(features, reference=reference)
+    assert conditioning.is_bound
+    assert (conditioning.rank, conditioning.reference_rank) == (3, 6)
+    assert conditioning.kappa == pytest.approx((conditioning.sigma_max / conditioning.cutoff) ** 2)
+
+
+def test_collapse_without_a_reference_is_the_pseudo_inverse_kappa():
+    features, _ = collapsed()
+    conditioning = feature_conditioning(features)
+    assert not conditioning.is_bound
+    assert conditioning.kappa == pytest.approx((conditioning.sigma_max / conditioning.sigma_min) ** 2)
+
+
+def test_collapse_to_one_direction_does_not_read_as_perfect_conditioning():
+    _, reference = collapsed()
+    one = torch.outer(reference[:, 0], reference[0])
+    assert feature_conditioning(one).kappa == pytest.approx(1.0)
+    assert feature_conditioning(one, reference=reference).kappa > 1e20
+
+
+def test_a_reference_of_the_same_rank_changes_nothing():
+    _, reference = collapsed()
+    other = gaussian(50, 6, seed=2)
+    assert feature_conditioning(other, reference=reference).kappa == feature_conditioning(other).kappa
+
+
+def test_a_reference_may_be_given_by_its_conditioning():
+    features, reference = collapsed()
+    by_value = feature_conditioning(features, reference=feature_conditioning(reference))
+    assert by_value == feature_conditioning(features, reference=reference)
+
+
+def test_a_bound_is_printed_as_one():
+    features, reference = collapsed()
+    text = str(feature_conditioning(features, reference=reference))
+    assert text.startswith("κ ≥ ") and "rank 3 of 6 before" in text
+
+
+def test_the_declared_dtype_holds_for_the_reference_too():
+    reference = plain(300, 60, 17, 5).float().double()
+    conditioning = feature_conditioning(reference, reference=reference, produced_dtype=torch.float32)
+    assert conditioning.reference_rank == 17
+
+
+# ---- inputs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [condition_number, feature_conditioning])
+def test_numpy_arrays_are_welcome(function):
+    features = gaussian(9, 4)
+    assert function(features.numpy()) == function(features)
+
+
+def test_features_with_a_gradient_are_welcome():
+    features = gaussian(9, 4)
+    assert feature_conditioning(features.clone().requires_grad_()) == feature_conditioning(features)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_autocast_changes_nothing(dtype):
+    features = gaussian(40, 10, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = feature_conditioning(features)
+    assert found == feature_conditioning(features)
+
+
+def test_large_finite_half_precision_features_are_not_taken_for_infinite():
+    features = (6e4 * torch.sign(gaussian(64, 8))).half()
+    assert math.isfinite(feature_conditioning(features).kappa)
+
+
+def test_the_global_generator_is_not_touched():
+    state = torch.get_rng_state()
+    feature_conditioning(gaussian(40, 10))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [condition_number, feature_conditioning])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_entry_that_is_not_finite_is_named(function, bad):
+    features = gaussian(6, 4)
+    features[5, 1] = bad
+    with pytest.raises(NonFiniteError, match=r"row 5, column 1 \(1 of 24 entries are not finite\)\. Check the data"):
+        function(features)
+
+
+def test_infinities_of_both_signs_do_not_cancel():
+    features = gaussian(6, 4)
+    features[1, 0], features[2, 0] = math.inf, -math.inf
+    with pytest.raises(NonFiniteError, match="row 1, column 0"):
+        feature_conditioning(features)
+
+
+@pytest.mark.parametrize("function", [condition_number, feature_conditioning])
+def test_a_vector_is_refused(function):
+    with pytest.raises(ShapeError, match="Flatten each sample"):
+        function(torch.ones(4))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_an_empty_matrix_is_refused(shape):
+    with pytest.raises(ShapeError, match="at least one row and one column"):
+        feature_conditioning(torch.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(ArgumentError, match=r"\.float\(\)"):
+        feature_conditioning(torch.ones(3, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("function", [condition_number, feature_conditioning])
+def test_zero_features_are_refused(function):
+    with pytest.raises(RankError, match="Check that the network is not dead"):
+        function(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (9, 3)])
+def test_a_reference_of_another_shape_is_refused(shape):
+    with pytest.raises(ShapeError, match="Pass the same images through the reference weights"):
+        feature_conditioning(gaussian(9, 4), reference=gaussian(*shape))
+
+
+def test_every_error_is_a_value_error():
+    with pytest.raises(ValueError):
+        feature_conditioning(torch.zeros(3, 4))

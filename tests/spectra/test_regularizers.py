@@ -1,0 +1,509 @@
+"""The regularizers against naive references: eigenvalues of the D×D Hessian, with autograd running through them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matrices import gaussian, geometric, orthonormal, relative_error, value_and_gradient, with_singular_values
+
+from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError, ShapeError
+from hf_immunize.spectra.conditioning import condition_number, feature_conditioning
+from hf_immunize.spectra.extremes import _krylov_top, small_gram
+from hf_immunize.spectra.regularizers import (
+    hessian_r_ill,
+    hessian_r_well,
+    kappa_floor,
+    r_ill,
+    r_well,
+    spectral_concentration,
+)
+
+
+FEATURE_FUNCTIONS = [hessian_r_well, hessian_r_ill, spectral_concentration]
+ALL_FUNCTIONS = [r_well, r_ill, *FEATURE_FUNCTIONS]
+properties = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+# The references know the rank by construction and differentiate through eigvalsh or svdvals of the whole matrix.
+def naive_r_well(s, rank):
+    sigma = torch.linalg.svdvals(s)
+    return 0.5 * sigma[0] ** 2 - s.square().sum() / (2 * min(s.shape))
+
+
+def naive_r_ill(s, rank):
+    sigma = torch.linalg.svdvals(s)[:rank]
+    return 1 / (sigma.square().sum() / (2 * rank) - 0.5 * sigma[-1] ** 2)
+
+
+def naive_hessian_r_well(z, rank):
+    values = torch.linalg.eigvalsh(z.mT @ z)
+    return 0.5 * values[-1] ** 2 - values.square().sum() / (2 * z.shape[1])
+
+
+def naive_hessian_r_ill(z, rank):
+    values = torch.linalg.eigvalsh(z.mT @ z)[-rank:]
+    return 1 / (values.square().sum() / (2 * rank) - 0.5 * values[0] ** 2)
+
+
+def naive_spectral_concentration(z, rank):
+    values = torch.linalg.eigvalsh(z.mT @ z)
+    return torch.log(values[:-1].sum() / values[-1])
+
+
+NAIVE = {
+    r_well: naive_r_well,
+    r_ill: naive_r_ill,
+    hessian_r_well: naive_hessian_r_well,
+    hessian_r_ill: naive_hessian_r_ill,
+    spectral_concentration: naive_spectral_concentration,
+}
+
+
+def naive_scale_free(function, z, rank):
+    return NAIVE[function](z * torch.sqrt(z.shape[1] / z.square().sum()), rank)
+
+
+# rows, columns, rank, κ(Z)
+SMALL = [
+    pytest.param(6, 10, 6, 10, id="N<D"),
+    pytest.param(10, 6, 6, 10, id="N>D"),
+    pytest.param(8, 8, 8, 10, id="N=D"),
+    pytest.param(6, 10, 3, 10, id="N<D-rank-3"),
+    pytest.param(10, 8, 5, 10, id="N>D-rank-5"),
+    pytest.param(12, 20, 12, 1e4, id="N<D-ill"),
+    pytest.param(20, 12, 12, 1e4, id="N>D-ill"),
+    pytest.param(12, 20, 7, 1e4, id="N<D-ill-rank-7"),
+]
+# Beyond the size up to which the dense decomposition is used.
+LARGE = [pytest.param(330, 400, 330, 1e3, id="N<D-large"), pytest.param(400, 340, 340, 1e3, id="N>D-large")]
+
+
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+@pytest.mark.parametrize(("rows", "columns", "rank", "kappa"), SMALL + LARGE)
+def test_value_and_gradient_agree_with_autograd_through_the_full_spectrum(function, rows, columns, rank, kappa):
+    matrix = with_singular_values(geometric(kappa, rank), rows, columns, seed=rows)
+    value, gradient = value_and_gradient(function, matrix)
+    expected, expected_gradient = value_and_gradient(NAIVE[function], matrix, rank=rank)
+    assert float(value) == pytest.approx(float(expected), rel=1e-10)
+    assert relative_error(gradient, expected_gradient) < 1e-10
+
+
+@pytest.mark.parametrize("function", FEATURE_FUNCTIONS)
+@pytest.mark.parametrize(("rows", "columns"), [(330, 400), (400, 340)])
+def test_the_iteration_for_a_large_gap_agrees_as_well(function, rows, columns):
+    sigma = geometric(1e3, min(rows, columns))
+    sigma[0] *= 3
+    matrix = with_singular_values(sigma, rows, columns, seed=rows)
+    assert _krylov_top(small_gram(matrix), 1e-12) is not None
+    value, gradient = value_and_gradient(function, matrix)
+    expected, expected_gradient = value_and_gradient(NAIVE[function], matrix, rank=len(sigma))
+    assert float(value) == pytest.approx(float(expected), rel=1e-10)
+    assert relative_error(gradient, expected_gradient) < 1e-10
+
+
+@pytest.mark.parametrize("function", [hessian_r_well, hessian_r_ill])
+@pytest.mark.parametrize(("rows", "columns", "rank", "kappa"), SMALL)
+def test_scale_free_form_is_that_of_the_hessian_of_mean_eigenvalue_one(function, rows, columns, rank, kappa):
+    matrix = with_singular_values(geometric(kappa, rank), rows, columns, seed=rows)
+    value, gradient = value_and_gradient(function, matrix, scale_free=True)
+    expected, expected_gradient = value_and_gradient(lambda z: naive_scale_free(function, z, rank), matrix)
+    assert float(value) == pytest.approx(float(expected), rel=1e-10)
+    assert relative_error(gradient, expected_gradient) < 1e-10
+
+
+@pytest.mark.parametrize("function", FEATURE_FUNCTIONS)
+def test_float32_features_are_computed_in_float64(function):
+    features = gaussian(40, 60, dtype=torch.float32)
+    value, gradient = value_and_gradient(function, features)
+    expected, expected_gradient = value_and_gradient(NAIVE[function], features.double(), rank=40)
+    assert float(value) == pytest.approx(float(expected), rel=1.2e-7)
+    assert relative_error(gradient, expected_gradient) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
+@pytest.mark.parametrize(
+    "function",
+    [
+        r_well,
+        r_ill,
+        hessian_r_well,
+        hessian_r_ill,
+        lambda z: hessian_r_well(z, scale_free=True),
+        lambda z: hessian_r_ill(z, scale_free=True),
+        spectral_concentration,
+    ],
+)
+def test_gradcheck(function, shape):
+    assert torch.autograd.gradcheck(function, (gaussian(*shape, seed=3).requires_grad_(),))
+
+
+@pytest.mark.parametrize("function", FEATURE_FUNCTIONS)
+def test_gradient_agrees_with_finite_differences_of_the_naive_value(function):
+    features, direction = gaussian(7, 5, seed=1), gaussian(7, 5, seed=2)
+    _, gradient = value_and_gradient(function, features)
+    step = 1e-5
+    ahead, behind = (NAIVE[function](features + sign * step * direction, 5) for sign in (1, -1))
+    assert float((gradient * direction).sum()) == pytest.approx(float((ahead - behind) / (2 * step)), rel=1e-7)
+
+
+def test_a_factor_on_the_value_reaches_the_gradient():
+    features = gaussian(7, 5, seed=1)
+    _, gradient = value_and_gradient(hessian_r_ill, features)
+    _, weighted = value_and_gradient(lambda z: -3e8 * hessian_r_ill(z), features)
+    assert relative_error(weighted, -3e8 * gradient) < 1e-14
+
+
+# ---- repeated and nearly repeated extremes -------------------------------------------------------------------------
+
+
+def diagonal(values, rows=None):
+    """Z with H = diag(values²) to the last bit."""
+    sigma = torch.as_tensor(values, dtype=torch.float64)
+    features = torch.zeros(rows or len(sigma), len(sigma), dtype=torch.float64)
+    features[: len(sigma)] = torch.diag(sigma)
+    return features
+
+
+@pytest.mark.parametrize("size", [12, 400], ids=["dense", "krylov"])
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+def test_repeated_top_gives_the_averaged_subgradient_of_hessian_r_well(size, repeats):
+    sigma = torch.cat([torch.full((repeats,), 2.0), torch.linspace(1.5, 0.5, size - repeats)]).double()
+    u, v = orthonormal(size + 5, size, seed=1), orthonormal(size, size, seed=2)
+    _, gradient = value_and_gradient(hessian_r_well, (u * sigma) @ v.mT)
+    top = (torch.arange(size) < repeats).double() / repeats
+    expected = (u * (2 * (4.0 * top - sigma**2 / size) * sigma)) @ v.mT
+    assert relative_error(gradient, expected) < 1e-10
+
+
+@pytest.mark.parametrize("size", [12, 400], ids=["dense", "krylov"])
+def test_repeated_top_gives_the_averaged_subgradient_of_the_concentration(size):
+    sigma = torch.cat([torch.full((2,), 2.0), torch.linspace(1.5, 0.5, size - 2)]).double()
+    u, v = orthonormal(size, size, seed=1), orthonormal(size + 5, size, seed=2)
+    _, gradient = value_and_gradient(spectral_concentration, (u * sigma) @ v.mT)
+    top, rest = (torch.arange(size) < 2).double() / 2, (sigma**2).sum() - 4.0
+    expected = (u * (2 * (1 - top) / rest - 2 * top / 4.0) * sigma) @ v.mT
+    assert relative_error(gradient, expected) < 1e-10
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(9, 6), (6, 9), (6, 6)])
+def test_repeated_bottom_gives_the_averaged_subgradient_of_hessian_r_ill(rows, columns):
+    sigma = torch.tensor([2.0, 1.5, 1.2, 0.5, 0.5, 0.5], dtype=torch.float64)
+    u, v = orthonormal(rows, 6, seed=1), orthonormal(columns, 6, seed=2)
+    _, gradient = value_and_gradient(hessian_r_ill, (u * sigma) @ v.mT)
+    bottom = torch.tensor([0, 0, 0, 1, 1, 1]).double() / 3
+    d = (sigma**4).sum() / 12 - 0.5**4 / 2
+    expected = (u * (2 * (0.25 * bottom - sigma**2 / 6) / d**2 * sigma)) @ v.mT
+    assert relative_error(gradient, expected) < 1e-10
+
+
+def test_repeated_extremes_give_the_averaged_subgradients_of_a_matrix():
+    u, v = orthonormal(7, 5, seed=1), orthonormal(6, 5, seed=2)
+    sigma = torch.tensor([3.0, 3.0, 2.0, 1.0, 1.0], dtype=torch.float64)
+    matrix = (u * sigma) @ v.mT
+    d = (sigma**2).sum() / 10 - 0.5
+    expected_well = (u * torch.tensor([1.5, 1.5, 0, 0, 0])) @ v.mT - matrix / 6
+    expected_ill = ((u * torch.tensor([0, 0, 0, 0.5, 0.5])) @ v.mT - matrix / 5) / d**2
+    assert relative_error(value_and_gradient(r_well, matrix)[1], expected_well) < 1e-10
+    assert relative_error(value_and_gradient(r_ill, matrix)[1], expected_ill) < 1e-10
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("neighbours", [1, 4])
+def test_a_tiny_gap_at_the_top_is_resolved(gap, neighbours):
+    # With H diagonal the reference is exact however small the gap; the Krylov start is as oblique to it as to any.
+    near = 1 - gap * torch.arange(neighbours + 1, dtype=torch.float64)
+    sigma = torch.cat([near, torch.linspace(0.7, 0.1, 399 - neighbours, dtype=torch.float64)])
+    _, gradient = value_and_gradient(hessian_r_well, diagonal(sigma))
+    top = (torch.arange(400) == 0).double()
+    assert relative_error(gradient, torch.diag(2 * (top - sigma**2 / 400) * sigma)) < 1e-10
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 7])
+def test_features_of_lower_rank_than_the_krylov_space_are_right(rank):
+    sigma = torch.linspace(2.0, 1.0, rank, dtype=torch.float64)
+    u, v = orthonormal(500, rank, seed=1), orthonormal(400, rank, seed=2)
+    _, gradient = value_and_gradient(hessian_r_well, (u * sigma) @ v.mT)
+    top = (torch.arange(rank) == 0).double()
+    assert relative_error(gradient, (u * (2 * (4 * top - sigma**2 / 400) * sigma)) @ v.mT) < 1e-10
+
+
+def test_float32_r_ill_moves_the_smallest_direction_of_an_ill_conditioned_matrix():
+    sigma, u, v = geometric(1e4, 64), orthonormal(64, 64, seed=1), orthonormal(64, 64, seed=2)
+    _, gradient = value_and_gradient(r_ill, ((u * sigma) @ v.mT).float())
+    d = (sigma**2).sum() / 128 - sigma[-1] ** 2 / 2
+    along_bottom = u[:, -1] @ gradient.double() @ v[:, -1]
+    assert float(along_bottom) == pytest.approx(float(sigma[-1] * (1 - 1 / 64) / d**2), rel=0.1)
+
+
+def test_float32_r_well_tells_a_gap_well_above_float32_rounding():
+    sigma = torch.cat([torch.tensor([1.0005]), torch.linspace(1.0, 0.1, 63)]).double()
+    u, v = orthonormal(64, 64, seed=1), orthonormal(64, 64, seed=2)
+    _, gradient = value_and_gradient(r_well, ((u * sigma) @ v.mT).float())
+    along_top = u[:, 0] @ gradient.double() @ v[:, 0]
+    assert float(along_top) == pytest.approx(1.0005 * (1 - 1 / 64), rel=1e-3)
+
+
+# ---- properties ----------------------------------------------------------------------------------------------------
+
+
+seeds = st.integers(0, 2**20)
+sizes = st.integers(2, 9)
+spectra = st.lists(st.floats(0.01, 100.0), min_size=2, max_size=7)
+
+
+def spread(values):
+    return max(values) > 1.001 * min(values)
+
+
+def sorted_tensor(values):
+    return torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+
+
+@properties
+@given(values=spectra, extra_rows=st.integers(0, 4), extra_columns=st.integers(0, 4), seed=seeds)
+def test_r_well_is_non_negative(values, extra_rows, extra_columns, seed):
+    matrix = with_singular_values(values, len(values) + extra_rows, len(values) + extra_columns, seed)
+    assert float(r_well(matrix)) >= 0
+    assert float(hessian_r_well(matrix)) >= 0
+
+
+@properties
+@given(values=spectra.filter(spread), extra_rows=st.integers(0, 4), extra_columns=st.integers(0, 4), seed=seeds)
+def test_r_ill_is_positive(values, extra_rows, extra_columns, seed):
+    matrix = with_singular_values(values, len(values) + extra_rows, len(values) + extra_columns, seed)
+    assert float(r_ill(matrix)) > 0
+    assert float(hessian_r_ill(matrix)) > 0
+
+
+@properties
+@given(columns=st.integers(1, 8), extra_rows=st.integers(0, 5), scale=st.floats(1e-3, 1e3), seed=seeds)
+def test_hessian_r_well_vanishes_at_perfect_conditioning_with_full_column_rank(columns, extra_rows, scale, seed):
+    features = scale * orthonormal(columns + extra_rows, columns, seed)
+    assert float(hessian_r_well(features, scale_free=True)) <= 1e-13
+
+
+@properties
+@given(rows=st.integers(1, 8), missing=st.integers(1, 5), seed=seeds)
+def test_hessian_r_well_is_positive_for_orthonormal_rows_fewer_than_columns(rows, missing, seed):
+    # κ is 1, yet the column rank is not full: ½ − N/(2D)
+    value = hessian_r_well(orthonormal(rows + missing, rows, seed).mT)
+    assert float(value) == pytest.approx(0.5 * missing / (rows + missing), rel=1e-12)
+
+
+@properties
+@given(values=spectra.filter(spread), extra_rows=st.integers(0, 4), seed=seeds)
+def test_hessian_r_well_is_positive_away_from_perfect_conditioning(values, extra_rows, seed):
+    features = with_singular_values(values, len(values) + extra_rows, len(values), seed)
+    assert float(hessian_r_well(features, scale_free=True)) > 1e-6
+
+
+@properties
+@given(values=spectra, seed=seeds)
+def test_r_well_bounds_log_kappa_from_above(values, seed):
+    sigma = sorted_tensor(values)
+    matrix = with_singular_values(sigma, len(values) + 1, len(values), seed)
+    bound = len(values) * float(r_well(matrix)) / float(sigma[-1]) ** 2
+    assert math.log(condition_number(matrix)) <= bound * (1 + 1e-9) + 1e-9
+
+
+@properties
+@given(values=spectra.filter(spread), seed=seeds)
+def test_r_ill_bounds_the_inverse_of_log_kappa_from_above(values, seed):
+    sigma = sorted_tensor(values)
+    matrix = with_singular_values(sigma, len(values) + 1, len(values), seed)
+    assert 1 / math.log(condition_number(matrix)) <= float(sigma[0]) ** 2 * float(r_ill(matrix)) * (1 + 1e-9)
+
+
+def test_the_unscaled_bound_of_r_well_fails():
+    matrix = torch.diag(torch.tensor([0.1, 0.01], dtype=torch.float64))
+    assert float(r_well(matrix)) == pytest.approx(0.002475)
+    assert float(r_well(matrix)) < math.log(condition_number(matrix))
+
+
+def test_the_unscaled_bound_of_r_ill_fails():
+    matrix = torch.diag(torch.tensor([100.0, 1.0], dtype=torch.float64))
+    assert float(r_ill(matrix)) == pytest.approx(4.0004e-4, rel=1e-4)
+    assert float(r_ill(matrix)) < 1 / math.log(condition_number(matrix))
+
+
+@properties
+@given(values=spectra, extra_rows=st.integers(0, 4), extra_columns=st.integers(0, 4), seed=seeds)
+def test_concentration_bounds_log_kappa_from_below(values, extra_rows, extra_columns, seed):
+    features = with_singular_values(values, len(values) + extra_rows, len(values) + extra_columns, seed)
+    conditioning = feature_conditioning(features)
+    floor = kappa_floor(float(spectral_concentration(features)), conditioning.rank)
+    # tr H − σ_1 keeps about eight digits where σ_1 is 1e8 times the rest.
+    assert floor <= conditioning.log_kappa + 1e-6
+
+
+@properties
+@given(values=spectra.filter(spread), exponent=st.integers(-6, 6), seed=seeds)
+def test_scale_free_forms_do_not_change_with_scale(values, exponent, seed):
+    features = with_singular_values(values, len(values), len(values) + 2, seed)
+    for function in (hessian_r_well, hessian_r_ill):
+        value, gradient = value_and_gradient(function, features, scale_free=True)
+        scaled, scaled_gradient = value_and_gradient(function, 10.0**exponent * features, scale_free=True)
+        assert float(scaled) == pytest.approx(float(value), rel=1e-9)
+        assert relative_error(10.0**exponent * scaled_gradient, gradient) < 1e-8
+
+
+@pytest.mark.parametrize("exponent", [-9, -8, 4, 6, 8])
+def test_scale_free_gradients_survive_any_scale_of_float32_features(exponent):
+    features = gaussian(16, 48, dtype=torch.float32)
+    for function in (hessian_r_well, hessian_r_ill):
+        _, gradient = value_and_gradient(function, features, scale_free=True)
+        _, scaled_gradient = value_and_gradient(function, 10.0**exponent * features, scale_free=True)
+        assert relative_error(10.0**exponent * scaled_gradient.double(), gradient) < 1e-5
+
+
+@properties
+@given(values=spectra.filter(spread), zeros=st.integers(1, 6), seed=seeds)
+def test_rows_of_zeros_change_the_route_and_not_the_result(values, zeros, seed):
+    # Z is wide, Z with zero rows below is tall: the one goes through ZZᵀ, the other through ZᵀZ.
+    features = with_singular_values(values, len(values), len(values) + zeros, seed)
+    padded = torch.cat([features, torch.zeros(zeros + 1, features.shape[1], dtype=torch.float64)])
+    for function in FEATURE_FUNCTIONS:
+        value, gradient = value_and_gradient(function, features)
+        padded_value, padded_gradient = value_and_gradient(function, padded)
+        assert float(padded_value) == pytest.approx(float(value), rel=1e-9)
+        assert relative_error(padded_gradient[: len(values)], gradient) < 1e-7
+
+
+@properties
+@given(rows=sizes, columns=sizes, seed=seeds)
+def test_gradients_turn_with_the_features(rows, columns, seed):
+    features = gaussian(rows, columns, seed)
+    left, right = orthonormal(rows, rows, seed + 1), orthonormal(columns, columns, seed + 2)
+    for function in FEATURE_FUNCTIONS:
+        value, gradient = value_and_gradient(function, features)
+        turned, turned_gradient = value_and_gradient(function, left @ features @ right)
+        assert float(turned) == pytest.approx(float(value), rel=1e-8)
+        assert relative_error(turned_gradient, left @ gradient @ right) < 1e-6
+
+
+# ---- collapse, precision, determinism ------------------------------------------------------------------------------
+
+
+def test_concentration_of_collapsed_features_stays_at_its_floor_with_zero_gradient():
+    features = torch.outer(gaussian(1, 20)[0], gaussian(1, 9, seed=1)[0])
+    value, gradient = value_and_gradient(spectral_concentration, features)
+    assert float(value) == pytest.approx(math.log(64 * torch.finfo(torch.float64).eps))
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (330, 340)])
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+def test_half_precision_gives_a_float32_value_and_a_gradient_of_its_own_dtype(function, shape, dtype):
+    value, gradient = value_and_gradient(function, gaussian(*shape, dtype=dtype))
+    assert value.dtype == torch.float32
+    assert gradient.dtype == dtype
+    assert bool(torch.isfinite(value)) and bool(torch.isfinite(gradient).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+def test_autocast_changes_nothing(function, dtype):
+    features = gaussian(12, 30, dtype=dtype)
+    value, gradient = value_and_gradient(function, features)
+    leaf = features.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast_value = function(leaf)
+        autocast_value.backward()
+    assert torch.equal(autocast_value, value)
+    assert torch.equal(leaf.grad, gradient)
+
+
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+def test_results_are_deterministic_and_the_global_generator_is_not_touched(function):
+    features = gaussian(340, 360)
+    state = torch.get_rng_state()
+    value, gradient = value_and_gradient(function, features)
+    again, again_gradient = value_and_gradient(function, features)
+    assert torch.equal(value, again) and torch.equal(gradient, again_gradient)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+def test_features_are_left_as_they_were(function):
+    features = gaussian(6, 9)
+    before = features.clone()
+    value_and_gradient(function, features)
+    assert torch.equal(features, before)
+
+
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+def test_a_second_derivative_is_refused_and_not_silently_wrong(function):
+    leaf = gaussian(5, 4).requires_grad_()
+    (gradient,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_entry_that_is_not_finite_is_named(function, bad):
+    features = gaussian(5, 7, dtype=torch.float32)
+    features[3, 2] = bad
+    with pytest.raises(NonFiniteError, match=r"row 3, column 2 .*Check the data"):
+        function(features)
+
+
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4), ()])
+def test_another_number_of_axes_is_refused(function, shape):
+    with pytest.raises(ShapeError, match="Flatten"):
+        function(torch.ones(shape))
+
+
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_an_empty_matrix_is_refused(function, shape):
+    with pytest.raises(ShapeError, match="at least one row and one column"):
+        function(torch.ones(shape))
+
+
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+def test_integers_are_refused(function):
+    with pytest.raises(ArgumentError, match=r"\.float\(\)"):
+        function(torch.ones(3, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("function", FEATURE_FUNCTIONS)
+def test_zero_features_are_refused(function):
+    with pytest.raises(RankError, match="Check that the network is not dead"):
+        function(torch.zeros(3, 4))
+
+
+def test_r_ill_of_the_zero_matrix_is_refused():
+    with pytest.raises(RankError, match="Check"):
+        r_ill(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("function", [r_ill, hessian_r_ill])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_r_ill_at_perfect_conditioning_is_refused(function, dtype):
+    with pytest.raises(PerfectConditioningError, match="Use at least two different samples"):
+        function((3 * orthonormal(6, 4, seed=0)).to(dtype))
+
+
+@pytest.mark.parametrize("function", [r_ill, hessian_r_ill])
+def test_r_ill_of_a_single_sample_is_refused(function):
+    with pytest.raises(PerfectConditioningError, match="Use at least two different samples"):
+        function(gaussian(1, 4))
+
+
+@pytest.mark.parametrize("function", FEATURE_FUNCTIONS)
+def test_features_whose_squares_overflow_are_refused(function):
+    with pytest.raises(NonFiniteError, match="scale"):
+        function(1e160 * gaussian(4, 3))
+
+
+def test_the_bound_from_the_concentration_needs_two_directions():
+    with pytest.raises(RankError, match="at least 2"):
+        kappa_floor(-3.0, 1)

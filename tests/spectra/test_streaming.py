@@ -1,0 +1,277 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matrices import gaussian, geometric, with_singular_values
+from safetensors.torch import load_file, save_file
+
+from hf_immunize.errors import ArgumentError, NonFiniteError, RankError, ShapeError
+from hf_immunize.spectra.conditioning import feature_conditioning
+from hf_immunize.spectra.streaming import FeatureFactor
+
+
+properties = settings(max_examples=30, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**20)
+
+
+def streamed(features, batch=37, block_rows=None):
+    factor = FeatureFactor(block_rows)
+    for rows in features.split(batch):
+        factor.update(rows)
+    return factor
+
+
+def largest_difference(factor, features):
+    """Of the singular values, relative to the largest."""
+    expected = torch.linalg.svdvals(features.double())
+    return float((factor.singular_values() - expected).abs().max() / expected[0])
+
+
+def test_ill_conditioned_features_keep_their_kappa_where_the_squared_matrix_loses_it():
+    features = with_singular_values(geometric(1e7, 48), 3000, 48, seed=1)
+    factor = streamed(features, batch=256, block_rows=100)
+    assert factor.conditioning().kappa == pytest.approx(1e14, rel=1e-6)
+    gram = sum(rows.mT @ rows for rows in features.split(256))
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    assert float(eigenvalues[-1] / eigenvalues[0]) != pytest.approx(1e14, rel=1e-4)
+
+
+@properties
+@given(rows=st.integers(1, 60), columns=st.integers(1, 12), block=st.integers(1, 40), data=st.data(), seed=seeds)
+def test_any_split_of_the_rows_and_any_block_give_the_same_singular_values(rows, columns, block, data, seed):
+    features = gaussian(rows, columns, seed)
+    cuts = sorted(data.draw(st.sets(st.integers(1, rows), max_size=8)) - {rows})
+    factor = FeatureFactor(block)
+    for start, stop in zip([0, *cuts], [*cuts, rows], strict=True):
+        factor.update(features[start:stop])
+    assert factor.num_samples == rows
+    assert largest_difference(factor, features) < 1e-12
+
+
+@properties
+@given(parts=st.lists(st.integers(0, 30), min_size=1, max_size=5).filter(sum), columns=st.integers(1, 12), seed=seeds)
+def test_merged_factors_are_the_factor_of_all_rows(parts, columns, seed):
+    features = gaussian(sum(parts), columns, seed)
+    whole = FeatureFactor()
+    for rows in features.split(parts):
+        part = FeatureFactor(block_rows=5)
+        whole.merge(part.update(rows) if len(rows) else part)
+    assert whole.num_samples == sum(parts)
+    assert largest_difference(whole, features) < 1e-12
+
+
+def test_merging_leaves_the_other_factor_as_it_was():
+    other = streamed(gaussian(50, 6))
+    before, samples = other.singular_values(), other.num_samples
+    streamed(gaussian(40, 6, seed=1)).merge(other)
+    assert torch.equal(other.singular_values(), before) and other.num_samples == samples
+
+
+def test_a_factor_merged_with_itself_holds_every_row_twice():
+    features = gaussian(50, 6)
+    factor = streamed(features)
+    factor.merge(factor)
+    assert factor.num_samples == 100
+    assert largest_difference(factor, torch.cat([features, features])) < 1e-12
+
+
+def test_reading_in_between_changes_nothing():
+    features = gaussian(300, 9)
+    factor = FeatureFactor()
+    for rows in features.split(10):
+        factor.update(rows).conditioning()
+    assert largest_difference(factor, features) < 1e-12
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 9), (9, 40), (9, 9)])
+def test_the_factor_is_trapezoidal_and_shares_the_gram_matrix(rows, columns):
+    features = gaussian(rows, columns)
+    matrix = streamed(features, batch=4).matrix()
+    assert matrix.shape == (min(rows, columns), columns)
+    assert torch.equal(matrix, matrix.triu())
+    assert torch.allclose(matrix.mT @ matrix, features.mT @ features, rtol=1e-12, atol=1e-12)
+
+
+def test_writing_to_the_matrix_does_not_write_to_the_factor():
+    factor = streamed(gaussian(40, 9))
+    factor.matrix().zero_()
+    assert factor.conditioning().rank == 9
+
+
+def test_the_conditioning_is_that_of_all_rows_at_once():
+    features = gaussian(200, 9, dtype=torch.float32)
+    found, expected = streamed(features).conditioning(), feature_conditioning(features)
+    assert (found.rank, found.num_samples, found.dim) == (expected.rank, 200, 9)
+    assert found.kappa == pytest.approx(expected.kappa, rel=1e-12)
+    assert found.cutoff == pytest.approx(expected.cutoff, rel=1e-12)
+
+
+def test_the_buffer_does_not_grow_with_the_rows():
+    few, many = streamed(gaussian(100, 8), batch=50), streamed(gaussian(5000, 8), batch=50)
+    assert few._buffer.shape == many._buffer.shape
+
+
+@pytest.mark.parametrize("block", [None, 3, 1000])
+def test_a_batch_longer_than_the_block_is_taken_in_parts(block):
+    features = gaussian(2500, 7)
+    assert largest_difference(FeatureFactor(block).update(features), features) < 1e-12
+
+
+# ---- rank ----------------------------------------------------------------------------------------------------------
+
+
+def test_float32_batches_of_lower_rank_have_that_rank():
+    features = (gaussian(900, 11) @ gaussian(11, 40, seed=1)).float()
+    assert streamed(features).conditioning().rank == 11
+
+
+def test_the_declared_dtype_decides_the_rank():
+    features = (gaussian(900, 11) @ gaussian(11, 40, seed=1)).float().double()
+    factor = FeatureFactor()
+    for rows in features.split(100):
+        factor.update(rows, produced_dtype=torch.float32)
+    assert factor.conditioning().rank == 11
+    assert streamed(features).conditioning().rank == 40
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_coarsest_dtype_of_all_batches_decides_the_rank(order):
+    factor = FeatureFactor()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16)[::order]:
+        factor.update(gaussian(5, 3, dtype=dtype))
+    assert factor.produced_dtype == torch.bfloat16
+
+
+def test_thousands_of_folds_do_not_turn_rounding_into_rank():
+    features = gaussian(8000, 3) @ gaussian(3, 16, seed=1) + 5.0
+    factor = FeatureFactor(block_rows=1).update(features)
+    assert factor.conditioning().rank == 4
+    assert FeatureFactor.from_state_dict(factor.state_dict()).conditioning().rank == 4
+    assert FeatureFactor().merge(factor).conditioning().rank == 4
+
+
+def test_lost_rank_against_a_reference_factor_is_a_bound():
+    reference = gaussian(90, 6)
+    features = reference * torch.tensor([1.0, 1, 1, 1, 0, 0], dtype=torch.float64)
+    conditioning = streamed(features).conditioning(streamed(reference))
+    assert conditioning.is_bound and conditioning.reference_rank == 6
+    assert conditioning.kappa == pytest.approx((conditioning.sigma_max / conditioning.cutoff) ** 2)
+
+
+# ---- state ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_state_survives_safetensors(tmp_path, dtype):
+    features = gaussian(90, 6, dtype=dtype)
+    factor = streamed(features)
+    save_file(factor.state_dict(), tmp_path / "factor.safetensors")
+    restored = FeatureFactor.from_state_dict(load_file(tmp_path / "factor.safetensors"))
+    assert restored.produced_dtype == dtype
+    assert restored.num_samples == 90
+    assert largest_difference(restored, features) < 1e-12
+
+
+def test_a_restored_factor_takes_more_rows():
+    features = gaussian(90, 6)
+    restored = FeatureFactor.from_state_dict(streamed(features[:50]).state_dict())
+    restored.update(features[50:])
+    assert restored.num_samples == 90
+    assert largest_difference(restored, features) < 1e-12
+
+
+def test_a_restored_factor_of_fewer_rows_than_columns_takes_more_rows():
+    features = gaussian(30, 20)
+    restored = FeatureFactor.from_state_dict(streamed(features[:5]).state_dict()).update(features[5:])
+    assert largest_difference(restored, features) < 1e-12
+
+
+# ---- precision -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_autocast_changes_nothing(dtype):
+    features = gaussian(90, 6, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = streamed(features).conditioning()
+    assert found == streamed(features).conditioning()
+
+
+def test_no_graph_is_kept():
+    factor = streamed(gaussian(90, 6).requires_grad_())
+    assert not factor.matrix().requires_grad
+
+
+def test_the_global_generator_is_not_touched():
+    features, state = gaussian(90, 6), torch.get_rng_state()
+    streamed(features).conditioning()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_with_an_entry_that_is_not_finite_is_named_and_not_taken_in():
+    features = gaussian(90, 6)
+    factor, batch = streamed(features), gaussian(5, 6)
+    batch[2, 4] = math.nan
+    with pytest.raises(NonFiniteError, match=r"batch after 90 rows.* row 2, column 4 .*Check the data"):
+        factor.update(batch)
+    assert factor.num_samples == 90
+    assert largest_difference(factor, features) < 1e-12
+
+
+def test_a_batch_of_another_dimension_is_refused():
+    with pytest.raises(ShapeError, match=r"dimension 6 .* found 7.* Use one FeatureFactor for each"):
+        streamed(gaussian(90, 6)).update(gaussian(5, 7))
+
+
+def test_a_factor_of_another_dimension_is_refused():
+    with pytest.raises(ShapeError, match=r"dimension 6 .* found 7.* Use one FeatureFactor for each"):
+        streamed(gaussian(90, 6)).merge(streamed(gaussian(90, 7)))
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 6)])
+def test_a_batch_that_is_no_matrix_is_refused(shape):
+    with pytest.raises(ShapeError, match="Flatten"):
+        FeatureFactor().update(torch.ones(shape))
+
+
+def test_a_refused_first_batch_does_not_fix_the_dimension():
+    factor = FeatureFactor()
+    with pytest.raises(NonFiniteError):
+        factor.update(torch.full((2, 5), math.nan))
+    assert factor.update(gaussian(20, 3)).dim == 3
+
+
+def test_integers_are_refused():
+    with pytest.raises(ArgumentError, match=r"\.float\(\)"):
+        FeatureFactor().update(torch.ones(3, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("read", ["matrix", "singular_values", "conditioning", "state_dict"])
+def test_an_empty_factor_has_nothing_to_read(read):
+    with pytest.raises(RankError, match=r"Call update\(features\) first"):
+        getattr(FeatureFactor(), read)()
+
+
+def test_merging_two_empty_factors_is_an_empty_factor():
+    assert FeatureFactor().merge(FeatureFactor()).num_samples == 0
+
+
+def test_zero_features_are_refused():
+    with pytest.raises(RankError, match="Check that the network is not dead"):
+        FeatureFactor().update(torch.zeros(9, 3)).conditioning()
+
+
+def test_a_reference_of_other_data_is_refused():
+    with pytest.raises(ShapeError, match="Pass the same images"):
+        streamed(gaussian(90, 6)).conditioning(streamed(gaussian(80, 6)))
+
+
+@pytest.mark.parametrize("block", [0, -3])
+def test_an_impossible_block_is_refused(block):
+    with pytest.raises(ArgumentError, match="block_rows of at least 1"):
+        FeatureFactor(block_rows=block)
