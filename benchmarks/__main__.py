@@ -15,6 +15,7 @@ from benchmarks.common import describe_machine
 PARTS = {
     "regularizers": "benchmarks.regularizers",
     "streaming": "benchmarks.streaming",
+    "training_step": "benchmarks.training_step",
 }
 HERE = Path(__file__).parent
 

@@ -35,8 +35,8 @@ def demo(
 ) -> None:
     """The main job on real data in under two minutes, without a network.
 
-    Trains a small ViT on the handwritten digits 0 to 4 (scikit-learn), immunizes it against the digits 5 to 9, measures
-    both tasks exactly, attacks the harmful one by linear probing, and says in one sentence what was achieved.
+    Trains a small ViT on the handwritten digits 0 to 4 (scikit-learn), immunizes it against the digits 5 to 9,
+    measures both tasks exactly, attacks the harmful one by linear probing, and says in one sentence what was achieved.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from hf_immunize.demo import run_demo

@@ -22,11 +22,10 @@ from transformers.utils import logging
 
 from hf_immunize.hub.card import CardFacts, write_card
 from hf_immunize.linear.probe import least_squares_probe, probe_accuracy, probe_convergence
+from hf_immunize.train_command import finite, print_table
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.figures import draw_curves, draw_spectra, new_figure, save_figure
-from hf_immunize.training.measurement import accuracy
 from hf_immunize.training.trainer import ImmunizationTrainer
-from hf_immunize.train_command import finite, print_table
 from hf_immunize.vision.data import split_benign_harmful
 from hf_immunize.vision.features import penultimate_features
 from hf_immunize.vision.images import ImageCollator, ImageRows
@@ -94,8 +93,8 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
     trainer = ImmunizationTrainer(
         model,
         immunization_arguments(folder, seed),
-        train_dataset=benign["train"],
-        harmful_dataset=harmful["train"],
+        train_dataset=shifted(benign["train"]),
+        harmful_dataset=shifted(harmful["train"]),
         eval_dataset=benign["test"],
         harmful_eval_dataset=harmful["test"],
         processing_class=processor,
@@ -210,9 +209,7 @@ def train_benign(folder: Path, benign: dict[str, list[dict[str, Any]]], seed: in
         remove_unused_columns=False,
         **_QUIET,
     )
-    trainer = Trainer(model, arguments, train_dataset=_List(benign["train"]), data_collator=ImageCollator())
-    trainer.compute_metrics = accuracy
-    trainer.train()
+    Trainer(model, arguments, train_dataset=shifted(benign["train"]), data_collator=ImageCollator()).train()  # type: ignore[arg-type]
     return model
 
 
@@ -224,7 +221,7 @@ def immunization_arguments(folder: Path, seed: int) -> ImmunizationArguments:
         auto_weight_ratio=1.0,
         max_steps=1000,
         per_device_train_batch_size=64,
-        learning_rate=5e-3,
+        learning_rate=3e-3,
         warmup_steps=20,
         lr_scheduler_type="cosine",
         seed=seed,
@@ -233,6 +230,24 @@ def immunization_arguments(folder: Path, seed: int) -> ImmunizationArguments:
 
 
 _QUIET: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "logging_steps": 100, "use_cpu": True}
+
+
+def shifted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each image and its shifts by one pixel, so that training on a few hundred images carries over to others.
+
+    Args:
+        rows: Rows with "pixel_values" of shape ``(C, H, W)``.
+
+    Returns:
+        Five times as many rows.
+    """
+    padded = [(row, torch.nn.functional.pad(row["pixel_values"], (1, 1, 1, 1), value=-1.0)) for row in rows]
+    corners = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
+    return [
+        {**row, "pixel_values": image[:, top : top + 8, left : left + 8].contiguous()}
+        for top, left in corners
+        for row, image in padded
+    ]
 
 
 def probe_harmful(model: PreTrainedModel, harmful: dict[str, list[dict[str, Any]]]) -> Probing:
@@ -281,8 +296,8 @@ def demo_sentence(before: dict[str, float], after: dict[str, float], old: Probin
     verb = "is slowed" if slower else "is not slowed in reaching accuracy"
     bound = "at least " if after.get("eval_rir_is_lower_bound") else ""
     return (
-        f"Benign accuracy went from {before['eval_accuracy']:.1%} to {after['eval_accuracy']:.1%} and the exact RIR on "
-        f"held-out digits is {bound}{after['eval_rir']:,.3g}; gradient descent on the harmful digits {verb} "
+        f"Benign accuracy went from {before['eval_accuracy']:.1%} to {after['eval_accuracy']:.1%} and the exact RIR "
+        f"on held-out digits is {bound}{after['eval_rir']:,.3g}; gradient descent on the harmful digits {verb} "
         f"({steps[0]} steps before, {steps[1]} after, to {target:.0%}), while least squares still reads "
         f"{new.least_squares:.1%} of them ({old.least_squares:.1%} before; chance 20%): harmful probing became "
         "ill-conditioned, not impossible."
@@ -325,17 +340,6 @@ def _rows(data: datasets.Dataset, processor: ViTProcessor) -> list[dict[str, Any
     rows = ImageRows(data, "digits", "image", "label")
     batch = ImageCollator(processor)([rows[index] for index in range(len(rows))])
     return [{"pixel_values": p, "labels": int(y)} for p, y in zip(batch["pixel_values"], batch["labels"], strict=True)]
-
-
-class _List(torch.utils.data.Dataset[dict[str, Any]]):
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
 
 
 @torch.no_grad()

@@ -229,10 +229,14 @@ def summary_sentence(results: dict[str, Any]) -> str:
     else:
         bound = "at least " if after.get("eval_rir_is_lower_bound") else ""
         bound = "at most " if after.get("eval_rir_is_upper_bound") else bound
-        ratio = f"harmful probing became {bound}{rir:,.3g} times worse conditioned relative to benign probing"
+        ratio = (
+            f"the condition number of harmful probing grew {bound}{rir:,.3g} times as much as that of benign probing "
+            "(exact RIR)"
+        )
     return (
-        f"On held-out images {ratio}, and benign accuracy changed by {gain:+.1f} points; this slows gradient descent "
-        "on these features and by itself stops neither least squares, nor probes of earlier layers, nor fine-tuning."
+        f"On held-out images {ratio}, and benign accuracy changed by {gain:+.1f} points; a large ratio slows gradient "
+        "descent on these features, and by itself stops neither least squares, nor probes of earlier layers, nor "
+        "fine-tuning."
     )
 
 

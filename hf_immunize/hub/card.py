@@ -15,8 +15,8 @@ from jinja2 import Environment, StrictUndefined
 
 
 _NO_AUDIT = (
-    "No audit was made. An ill-conditioned feature map leaves the attainable accuracy of a linear probe as it is: least "
-    "squares, conjugate gradient or whitening before the probe are not slowed. Probes of earlier layers and "
+    "No audit was made. An ill-conditioned feature map leaves the attainable accuracy of a linear probe as it is: "
+    "least squares, conjugate gradient or whitening before the probe are not slowed. Probes of earlier layers and "
     "fine-tuning of the network were not measured, and are not expected to be stopped."
 )
 _ROWS = (
@@ -82,7 +82,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         EvalResult(
             task_type="image-classification",
             dataset_type="benign-held-out",
-            dataset_name=plain(facts.benign),
+            dataset_name=_one_line(facts.benign),
             metric_type=kind,
             metric_name=name,
             metric_value=round(float(value), 6),
@@ -95,7 +95,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=facts.tags,
-        model_name=plain(title),
+        model_name=_one_line(title),
         eval_results=results or None,
     )
     rows = [
@@ -148,8 +148,12 @@ def plain(text: str) -> str:
         >>> print(plain("<b>a|b</b>\n---"))
         &lt;b&gt;a\|b&lt;/b&gt; \-\-\-
     """
-    one_line = " ".join(text.split())
-    return re.sub(r"([\\`*_{}\[\]()#+!|-])", r"\\\1", html.escape(one_line, quote=False))
+    return re.sub(r"([\\`*_{}\[\]()#+!|-])", r"\\\1", html.escape(_one_line(text), quote=False))
+
+
+def _one_line(text: str) -> str:
+    """For YAML, which quotes what it must by itself."""
+    return " ".join(text.split())
 
 
 def _cell(value: float | None, form: str, key: str, metrics: dict[str, float | None]) -> str:

@@ -1,0 +1,148 @@
+"""`hf-immunize train` on what a newcomer has: a folder of images."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.train_command import parse_arguments, run_train, summary_sentence
+
+
+CLASSES = ("cat", "dog", "gun", "knife")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """An imagefolder with greyscale, RGB and RGBA images of unequal size."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for label, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                mode = ("RGB", "L", "RGBA")[index % 3]
+                shape = (10 + index, 12, *{"RGB": (3,), "L": (), "RGBA": (4,)}[mode])
+                pixels = generator.integers(0, 128, shape) + 30 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+        num_labels=2,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+def flags(model, output, *more):
+    common = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu"]
+    return ["--model", str(model), "--output_dir", str(output), "--disable_tqdm", "True", *common, *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def finished(images, model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    return output, run_train(flags(model, output, "--dataset", images, "--harmful_classes", "gun", "knife"))
+
+
+def test_imagefolder_is_split_by_harmful_classes(finished):
+    _, results = finished
+    assert results["images"] == {"benign_train": 16, "harmful_train": 16, "benign_eval": 8, "harmful_eval": 8}
+
+
+def test_checkpoint_is_plain_transformers(finished):
+    output, _ = finished
+    assert type(AutoModelForImageClassification.from_pretrained(output)).__name__ == "ViTForImageClassification"
+
+
+def test_writes_results_card_and_figure(finished):
+    output, _ = finished
+    assert {"results.json", "README.md", "spectra.png", "preprocessor_config.json"} <= {
+        p.name for p in output.iterdir()
+    }
+
+
+def test_results_are_strict_json(finished):
+    output, _ = finished
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    json.loads((output / "results.json").read_text(), parse_constant=refuse)
+
+
+def test_resumes(finished, images, model):
+    output, results = finished
+    args = flags(model, output, "--dataset", images, "--harmful_classes", "gun", "knife")
+    args[args.index("--max_steps") + 1] = "3"
+    resumed = run_train([*args, "--resume_from_checkpoint", "True"])
+    assert resumed["steps"] == 3
+    assert resumed["before"] == results["before"]
+
+
+def test_config_file_is_overridden_by_flags(tmp_path, model):
+    config = tmp_path / "args.yaml"
+    config.write_text("learning_rate: 0.5\nmax_steps: 7\nbenign: a\nharmful: b\n")
+    _, training = parse_arguments(["--config", str(config), "--model", str(model), "--max_steps", "9"])
+    assert (training.learning_rate, training.max_steps) == (0.5, 9)
+
+
+def test_config_file_with_unknown_name_is_refused(tmp_path, model):
+    config = tmp_path / "args.json"
+    config.write_text('{"learning_rat": 0.5}')
+    with pytest.raises(ArgumentError, match="learning_rat"):
+        parse_arguments(["--config", str(config), "--model", str(model)])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--benign", "a"],
+        ["--dataset", "a"],
+        ["--benign", "a", "--harmful", "b", "--dataset", "c", "--harmful_classes", "d"],
+        ["--benign", "a", "--harmful", "b", "--eval_fraction", "1.5"],
+    ],
+)
+def test_incomplete_data_arguments_are_refused(words, model):
+    with pytest.raises(ArgumentError, match="Expected"):
+        parse_arguments(["--model", str(model), *words])
+
+
+def test_unknown_harmful_class_lists_the_classes(images, model, tmp_path):
+    with pytest.raises(DataError, match="knife"):
+        run_train(flags(model, tmp_path, "--dataset", images, "--harmful_classes", "tank"))
+
+
+def test_labels_beyond_the_head_name_the_remedy(images, model, tmp_path):
+    with pytest.raises(DataError, match="num_labels"):
+        run_train(flags(model, tmp_path, "--benign", images, "--harmful", images))
+
+
+def test_new_head_takes_the_benign_classes(images, model, tmp_path):
+    run_train(flags(model, tmp_path, "--benign", images, "--harmful", images, "--new_head"))
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == dict(enumerate(CLASSES))
+
+
+def test_sentence_does_not_flatter_a_failure():
+    before = {"eval_accuracy": 0.9, "eval_rir": 1.0}
+    sentence = summary_sentence({"before": before, "after": {"eval_accuracy": 0.5, "eval_rir": 0.2}})
+    assert "0.2" in sentence
+    assert "-40.0 points" in sentence
+
+
+def test_sentence_says_when_nothing_can_be_said():
+    metrics = {"eval_accuracy": 0.9, "eval_rir": None}
+    assert "undetermined" in summary_sentence({"before": metrics, "after": metrics})
