@@ -18,8 +18,8 @@ class ImmunizationArguments(TrainingArguments):
     > [!NOTE]
     > These defaults differ from `TrainingArguments`: `remove_unused_columns=False` (pairs of images have no columns to
     > compare with the model's signature), `logging_nan_inf_filter=False` (it would log a loss of NaN as 0.0 while the
-    > weights are lost), and `dataloader_drop_last=True` (in training, κ of a short last batch is another quantity,
-    > and undefined for one image; evaluation takes all images).
+    > weights are lost), and `dataloader_drop_last=True` (κ of a short last batch is another quantity, and undefined
+    > for one image).
 
     > Parameters that control what is minimized
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -160,22 +159,11 @@ class ImmunizationTrainer(Trainer):
         """As the Trainer's, with images decoded, checked and converted to RGB."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._rows(eval_dataset, "eval_dataset")
-        with self._keeping_last_batch():
-            return super().get_eval_dataloader(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
-        with self._keeping_last_batch():
-            return super().get_test_dataloader(self._rows(test_dataset, "test_dataset"))
-
-    @contextmanager
-    def _keeping_last_batch(self) -> Iterator[None]:
-        """The Trainer drops a short last batch everywhere or nowhere; measuring takes all images."""
-        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            yield
-        finally:
-            self.args.dataloader_drop_last = dropping
+        return super().get_test_dataloader(self._rows(test_dataset, "test_dataset"))
 
     # ---- the step ----
 
