@@ -154,6 +154,15 @@ class ImmunizationTrainer(Trainer):
         # The dataset passes on the epoch, which accelerate announces to it alone when resuming on several processes.
         return (train_dataset or self.train_dataset).make_sampler(seed)
 
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        # The Trainer would drop the last images of an evaluation too: all of them, of a small set.
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
