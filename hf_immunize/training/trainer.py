@@ -165,9 +165,10 @@ class ImmunizationTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._rows(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        # With persistent workers, the Trainer's method gives the loader of another set that it has kept.
+        return super().get_test_dataloader(self._rows(eval_dataset, "eval_dataset"))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
