@@ -199,14 +199,14 @@ class ImmunizationTrainer(Trainer):
         for module in self._still:
             module.training = False
         pair, count = (inputs["benign"], inputs["harmful"]), len(inputs["benign"]["pixel_values"])
-        features, logits = forward_both(model, self._head, *pair, together=self._together)
+        features, logits, loss_features = forward_both(model, self._head, *pair, together=self._together)
         labels = inputs["benign"]["labels"]
         benign_loss = self._benign_loss(logits[:count], labels)
         benign = Side(gather_features(features[:count]), logits[:count], labels)
         harmful = Side(gather_features(features[count:]), logits[count:])
         weights = {"benign": self.args.benign_weight, "harmful": self.args.harmful_weight}
         terms = self._terms(benign, harmful)
-        loss, logged = weigh(benign_loss, benign, harmful, terms, weights, self.args.auto_weight_ratio, features)
+        loss, logged = weigh(benign_loss, benign, harmful, terms, weights, self.args.auto_weight_ratio, loss_features)
         self._means.update(logged, self.state.global_step + 1)
         return (loss, {"logits": logits[:count]}) if return_outputs else loss
 
