@@ -259,7 +259,7 @@ class ImmunizationTrainer(Trainer):
         """
         outermost = self._evaluation is None
         if outermost:
-            self._evaluation = _Evaluation()
+            self._evaluation = _Evaluation(other_data=eval_dataset is not None)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -278,7 +278,8 @@ class ImmunizationTrainer(Trainer):
             self._evaluation.harmful = self._measure(self.get_eval_dataloader(self._harmful_eval), "harmful")
         harmful = self._evaluation.harmful
         if self.state.global_step == 0:
-            self._references.setdefault(prefix, benign)
+            if not self._evaluation.other_data:
+                self._references.setdefault(prefix, benign)
             if harmful is not None:
                 self._references.setdefault("harmful", harmful)
         for name, value in list(output.metrics.items()):
@@ -394,6 +395,7 @@ class ImmunizationTrainer(Trainer):
 class _Evaluation:
     """What one call of `evaluate` has measured so far; the harmful set once for several benign ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, other_data: bool) -> None:
+        self.other_data = other_data  # than the constructor's, so that they are no reference
         self.benign: Measurement | None = None
         self.harmful: Measurement | None = None
