@@ -349,6 +349,7 @@ class ImmunizationTrainer(Trainer):
                     f"Expected a whole checkpoint in {self.args.output_dir}, found none. Start without "
                     "resume_from_checkpoint."
                 )
+        self._means = RunningMeans()  # without what a run that was stopped had not logged yet
         if not resume_from_checkpoint:
             self._measure_references()
         return super().train(resume_from_checkpoint, **kwargs)
