@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -212,7 +213,7 @@ class ImmunizationTrainer(Trainer):
 
     def _benign_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:
-            return self.compute_loss_func({"logits": logits}, labels, num_items_in_batch=None)
+            return self.compute_loss_func(ImageClassifierOutput(logits=logits), labels, num_items_in_batch=None)
         if self.label_smoother is not None:
             return self.label_smoother({"logits": logits}, labels)
         return self.model.loss_function(labels, logits, self.model.config)
