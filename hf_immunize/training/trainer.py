@@ -130,7 +130,7 @@ class ImmunizationTrainer(Trainer):
         if train_dataset is not None:
             if harmful_dataset is None:
                 raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
-            harmful = self._rows(harmful_dataset, "harmful_dataset", need_label=False)
+            harmful = self._rows(harmful_dataset, "harmful_dataset", labels="ignored")
             self.train_dataset = paired_rows(self._rows(train_dataset, "train_dataset"), harmful, args)
         if isinstance(eval_dataset, dict):
             self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in eval_dataset.items()}
@@ -138,17 +138,17 @@ class ImmunizationTrainer(Trainer):
             self.eval_dataset = self._rows(eval_dataset, "eval_dataset")
         self._harmful_eval = None
         if harmful_eval_dataset is not None:
-            self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", need_label=False)
+            self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
         # Through the starting weights, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
         self._evaluation: _Evaluation | None = None
 
     # ---- data ----
 
-    def _rows(self, dataset: Any, name: str, need_label: bool = True) -> Any:
+    def _rows(self, dataset: Any, name: str, labels: str = "needed") -> Any:
         if not self._reads_images:
             return dataset
-        return image_rows(dataset, name, self.args, self.model.config.num_labels, need_label)
+        return image_rows(dataset, name, self.args, self.model.config.num_labels, labels)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
@@ -173,7 +173,7 @@ class ImmunizationTrainer(Trainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
-        return super().get_test_dataloader(self._rows(test_dataset, "test_dataset"))
+        return super().get_test_dataloader(self._rows(test_dataset, "test_dataset", labels="optional"))
 
     # ---- the step ----
 
