@@ -12,7 +12,7 @@ from hf_immunize.vision.images import ImageRows
 from hf_immunize.vision.pairing import PairedDataset
 
 
-def image_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: int, need_label: bool = True) -> Any:
+def image_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: int, labels: str = "needed") -> Any:
     """A dataset as rows of an image (or pixel values) and a label.
 
     Args:
@@ -20,7 +20,7 @@ def image_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels:
         name: What to call it in an error.
         args: For the names of columns.
         num_labels: The number of the model's outputs.
-        need_label: Whether labels are needed; they are left out otherwise.
+        labels: "needed", "optional", or "ignored": then they are left out.
 
     Returns:
         An `ImageRows`; the dataset itself where it is one.
@@ -30,13 +30,13 @@ def image_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels:
     """
     if isinstance(dataset, ImageRows):
         return dataset
-    if len(dataset) == 0:
+    # A streamed dataset has no length; `find_columns` says what to do about it.
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
-    wanted = args.label_column_name if need_label else None
-    image, label = find_columns(dataset, args.image_column_name, wanted, need_label)
-    if not need_label:
+    wanted = args.label_column_name if labels == "needed" else None
+    image, label = find_columns(dataset, args.image_column_name, wanted, labels == "needed")
+    if labels == "ignored" or label is None:
         return ImageRows(dataset, name, image)
-    assert label is not None  # find_columns raised otherwise
     validate_labels(dataset, label, num_labels, name)
     return ImageRows(dataset, name, image, label, num_labels)
 

@@ -19,7 +19,7 @@ from hf_immunize.vision.features import HeadInput
 
 def forward_both(
     model: nn.Module, head: nn.Module, benign: dict[str, Any], harmful: dict[str, Any], *, together: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Features and logits of a benign and a harmful batch, benign rows first.
 
     Args:
@@ -30,18 +30,20 @@ def forward_both(
         together: Whether one pass over both is exact, which it is unless BatchNorm uses the statistics of its batch.
 
     Returns:
-        Features ``(N_P + N_H, D)``, in the autograd graph of the logits, and logits ``(N_P + N_H, C)``.
+        Features ``(N_P + N_H, D)``, logits ``(N_P + N_H, C)``, and the features in the autograd graph of the benign
+        logits: all of them after one pass, those of the benign pass after two.
     """
     if together:
         with HeadInput(head) as captured:
             outputs = model(pixel_values=torch.cat([benign["pixel_values"], harmful["pixel_values"]]))
-        return captured.features, outputs["logits"]
+        return captured.features, outputs["logits"], captured.features
     with HeadInput(head) as first:
         benign_logits = model(pixel_values=benign["pixel_values"])["logits"]
     # A harmful batch in the running statistics alone costs benign accuracy.
     with HeadInput(head) as second, _batchnorm_in_eval(model):
         harmful_logits = model(pixel_values=harmful["pixel_values"])["logits"]
-    return torch.cat([first.features, second.features]), torch.cat([benign_logits, harmful_logits])
+    logits = torch.cat([benign_logits, harmful_logits])
+    return torch.cat([first.features, second.features]), logits, first.features
 
 
 def weigh(
@@ -51,7 +53,7 @@ def weigh(
     terms: Terms,
     weights: dict[str, str | float],
     ratio: float,
-    local_features: Tensor,
+    loss_features: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a step: benign loss plus weighted regularizers.
 
@@ -62,7 +64,7 @@ def weigh(
         terms: The objective's terms.
         weights: For "benign" and "harmful" a number, or "auto" to balance gradients on the features.
         ratio: With "auto", the proportion of a term's gradient norm to the benign loss's.
-        local_features: This process's features, on which the benign loss depends.
+        loss_features: This process's features, in the autograd graph of the benign loss.
 
     Returns:
         The 0-D loss, and all terms and weights by the names they are logged under.
@@ -74,7 +76,7 @@ def weigh(
             given = weights[side]
             if isinstance(given, str):
                 if loss_norm is None:
-                    loss_norm = mean_gradient_norm(gradient_norm(benign_loss, local_features))
+                    loss_norm = mean_gradient_norm(gradient_norm(benign_loss, loss_features))
                 weight = balanced_weight(loss_norm, gradient_norm(term, view.features), ratio)
             else:
                 weight = torch.tensor(given, device=term.device)

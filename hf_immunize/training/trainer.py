@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -129,7 +130,7 @@ class ImmunizationTrainer(Trainer):
         if train_dataset is not None:
             if harmful_dataset is None:
                 raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
-            harmful = self._rows(harmful_dataset, "harmful_dataset", need_label=False)
+            harmful = self._rows(harmful_dataset, "harmful_dataset", labels="ignored")
             self.train_dataset = paired_rows(self._rows(train_dataset, "train_dataset"), harmful, args)
         if isinstance(eval_dataset, dict):
             self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in eval_dataset.items()}
@@ -137,7 +138,7 @@ class ImmunizationTrainer(Trainer):
             self.eval_dataset = self._rows(eval_dataset, "eval_dataset")
         self._harmful_eval = None
         if harmful_eval_dataset is not None:
-            self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", need_label=False)
+            self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
         # Through the starting weights, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
         self._latest: dict[str, Measurement] = {}
@@ -145,25 +146,35 @@ class ImmunizationTrainer(Trainer):
 
     # ---- data ----
 
-    def _rows(self, dataset: Any, name: str, need_label: bool = True) -> Any:
+    def _rows(self, dataset: Any, name: str, labels: str = "needed") -> Any:
         if not self._reads_images:
             return dataset
-        return image_rows(dataset, name, self.args, self.model.config.num_labels, need_label)
+        return image_rows(dataset, name, self.args, self.model.config.num_labels, labels)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         # The dataset passes on the epoch, which accelerate announces to it alone when resuming on several processes.
         return (train_dataset or self.train_dataset).make_sampler(seed)
 
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        # The Trainer would drop the last images of an evaluation too: all of them, of a small set.
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._rows(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        # With persistent workers, the Trainer's method gives the loader of another set that it has kept.
+        return super().get_test_dataloader(self._rows(eval_dataset, "eval_dataset"))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
-        return super().get_test_dataloader(self._rows(test_dataset, "test_dataset"))
+        return super().get_test_dataloader(self._rows(test_dataset, "test_dataset", labels="optional"))
 
     # ---- the step ----
 
@@ -190,20 +201,20 @@ class ImmunizationTrainer(Trainer):
         for module in self._still:
             module.training = False
         pair, count = (inputs["benign"], inputs["harmful"]), len(inputs["benign"]["pixel_values"])
-        features, logits = forward_both(model, self._head, *pair, together=self._together)
+        features, logits, loss_features = forward_both(model, self._head, *pair, together=self._together)
         labels = inputs["benign"]["labels"]
         benign_loss = self._benign_loss(logits[:count], labels)
         benign = Side(gather_features(features[:count]), logits[:count], labels)
         harmful = Side(gather_features(features[count:]), logits[count:])
         weights = {"benign": self.args.benign_weight, "harmful": self.args.harmful_weight}
         terms = self._terms(benign, harmful)
-        loss, logged = weigh(benign_loss, benign, harmful, terms, weights, self.args.auto_weight_ratio, features)
+        loss, logged = weigh(benign_loss, benign, harmful, terms, weights, self.args.auto_weight_ratio, loss_features)
         self._means.update(logged, self.state.global_step + 1)
         return (loss, {"logits": logits[:count]}) if return_outputs else loss
 
     def _benign_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:
-            return self.compute_loss_func({"logits": logits}, labels, num_items_in_batch=None)
+            return self.compute_loss_func(ImageClassifierOutput(logits=logits), labels, num_items_in_batch=None)
         if self.label_smoother is not None:
             return self.label_smoother({"logits": logits}, labels)
         return self.model.loss_function(labels, logits, self.model.config)
@@ -250,7 +261,7 @@ class ImmunizationTrainer(Trainer):
         """
         outermost = self._evaluation is None
         if outermost:
-            self._evaluation = _Evaluation()
+            self._evaluation = _Evaluation(other_data=eval_dataset is not None)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -270,7 +281,8 @@ class ImmunizationTrainer(Trainer):
         harmful = self._evaluation.harmful
         self._latest = {prefix: benign, **({} if harmful is None else {"harmful": harmful})}
         if self.state.global_step == 0:
-            self._references.setdefault(prefix, benign)
+            if not self._evaluation.other_data:
+                self._references.setdefault(prefix, benign)
             if harmful is not None:
                 self._references.setdefault("harmful", harmful)
         for name, value in list(output.metrics.items()):
@@ -351,6 +363,7 @@ class ImmunizationTrainer(Trainer):
                     f"Expected a whole checkpoint in {self.args.output_dir}, found none. Start without "
                     "resume_from_checkpoint."
                 )
+        self._means = RunningMeans()  # without what a run that was stopped had not logged yet
         if not resume_from_checkpoint:
             self._measure_references()
         return super().train(resume_from_checkpoint, **kwargs)
@@ -397,6 +410,7 @@ class ImmunizationTrainer(Trainer):
 class _Evaluation:
     """What one call of `evaluate` has measured so far; the harmful set once for several benign ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, other_data: bool) -> None:
+        self.other_data = other_data  # than the constructor's, so that they are no reference
         self.benign: Measurement | None = None
         self.harmful: Measurement | None = None
