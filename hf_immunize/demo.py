@@ -218,7 +218,7 @@ def immunization_arguments(folder: Path, seed: int) -> ImmunizationArguments:
     return ImmunizationArguments(
         output_dir=str(folder),
         trainable="all",
-        auto_weight_ratio=1.0,
+        auto_weight_ratio=0.5,
         max_steps=1000,
         per_device_train_batch_size=64,
         learning_rate=3e-3,
