@@ -53,8 +53,8 @@ def page(results: dict, title: str, figure: str, settings: str) -> str:
         "|---|---:|---:|",
         *(f"| {name} | {cell(before, key, form)} | {cell(after, key, form)} |" for name, key, form in ROWS),
         "",
-        f"Benign accuracy changed by {100 * (share[1] - share[0]):+.1f} points (95 % interval ± {half:.1f}, taking both "
-        f"accuracies as independent). {results['summary'].split('; ')[0]}.",
+        f"Benign accuracy changed by {100 * (share[1] - share[0]):+.1f} points (95 % interval ± {half:.1f}, taking "
+        f"both accuracies as independent). {results['summary'].split('; ')[0]}.",
         "",
         f"With fewer images than feature dimensions ({count} benign) κ describes this sample of images, not the task. "
         "No attack was run: what least squares, earlier layers and fine-tuning recover is not known from this page.",

@@ -184,10 +184,10 @@ def train_benign(folder: Path, benign: dict[str, list[dict[str, Any]]], seed: in
     config = ViTConfig(
         image_size=8,
         patch_size=2,
-        hidden_size=32,
+        hidden_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
-        intermediate_size=64,
+        intermediate_size=96,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         id2label={digit: str(digit) for digit in range(5)},
@@ -202,14 +202,14 @@ def train_benign(folder: Path, benign: dict[str, list[dict[str, Any]]], seed: in
         output_dir=str(folder / "benign"),
         max_steps=800,
         per_device_train_batch_size=64,
-        learning_rate=4e-3,
+        learning_rate=3e-3,
         warmup_steps=80,
         lr_scheduler_type="cosine",
         seed=seed,
         remove_unused_columns=False,
         **_QUIET,
     )
-    Trainer(model, arguments, train_dataset=shifted(benign["train"]), data_collator=ImageCollator()).train()  # type: ignore[arg-type]
+    Trainer(model, arguments, train_dataset=shifted(benign["train"]), data_collator=ImageCollator()).train()
     return model
 
 
@@ -218,10 +218,10 @@ def immunization_arguments(folder: Path, seed: int) -> ImmunizationArguments:
     return ImmunizationArguments(
         output_dir=str(folder),
         trainable="all",
-        auto_weight_ratio=0.5,
+        auto_weight_ratio=1.0,
         max_steps=1000,
         per_device_train_batch_size=64,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         warmup_steps=20,
         lr_scheduler_type="cosine",
         seed=seed,
