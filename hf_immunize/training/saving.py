@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
 from hf_immunize.errors import CheckpointError
@@ -52,6 +53,32 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """Load saved weights into a model, under whatever names they were saved.
+
+    Many families (ViT among them) are saved under the names of older versions. The Trainer, as of transformers 5.23,
+    looks for today's names, and of the others says no more than a warning: a resumed ViT went on from its starting
+    blocks. ``from_pretrained`` knows both.
+
+    Args:
+        model: Model to load into.
+        folder: Where ``save_pretrained`` put the weights.
+
+    Raises:
+        CheckpointError: If a weight is missing there or has another shape.
+    """
+    try:
+        saved, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"no {', '.join(sorted(info['missing_keys'])[:3])}")
+        model.load_state_dict(saved.state_dict())
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Expected the weights of this {type(model).__name__} in {folder}, found: {error}. Resume from another "
+            "checkpoint, or with the model that was trained."
+        ) from error
 
 
 def last_whole_checkpoint(output_dir: str) -> tuple[str | None, list[str]]:

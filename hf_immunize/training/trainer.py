@@ -26,7 +26,7 @@ from hf_immunize.training.measurement import (
 )
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.preparation import image_rows, paired_rows
-from hf_immunize.training.saving import last_whole_checkpoint, staged_directory
+from hf_immunize.training.saving import last_whole_checkpoint, load_weights, staged_directory
 from hf_immunize.training.step import RunningMeans, forward_both, weigh
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.images import ImageCollator
@@ -388,10 +388,22 @@ class ImmunizationTrainer(Trainer):
             save_measurements(os.path.join(output_dir, _STATE_FILE), self._references)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if model is None and self._loads_whole:
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = os.path.join(resume_from_checkpoint, _STATE_FILE)
         if os.path.isfile(path):
             self._references = load_measurements(path)
+
+    def _load_best_model(self) -> None:
+        if not self._loads_whole:
+            return super()._load_best_model()
+        load_weights(self.model, self.state.best_model_checkpoint)
+
+    @property
+    def _loads_whole(self) -> bool:
+        return isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
 
 class _Evaluation:
