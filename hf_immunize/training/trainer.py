@@ -303,7 +303,7 @@ class ImmunizationTrainer(Trainer):
     @property
     def _measures_as_it_goes(self) -> bool:
         # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
-        return self.accelerator.mixed_precision == "no"
+        return self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
 
     def _fold(self, measurement: Measurement, features: Tensor, pixel_values: Tensor) -> None:
         features, pixel_values = features.detach(), pixel_values.to(features.device)
@@ -318,13 +318,12 @@ class ImmunizationTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         self._move_model_to_device(self.model, self.args.device)
-        # What accelerate put in place of `forward` runs under autocast.
-        forward = getattr(self.model, "_original_forward", self.model.forward)
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         for inputs in tqdm(dataloader, desc=f"κ of {name} features", disable=quiet, leave=False):
             pixel_values = self._prepare_inputs(inputs)["pixel_values"]
             with HeadInput(self._head) as captured:
-                forward(pixel_values=pixel_values)
+                # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
+                type(self.model).forward(self.model, pixel_values=pixel_values)
             self._fold(measurement, captured.features, pixel_values)
         self.model.train(was_training)
         return measurement
