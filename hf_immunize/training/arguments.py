@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -99,11 +100,13 @@ class ImmunizationArguments(TrainingArguments):
             raise ArgumentError(f"Expected objective= out of {', '.join(OBJECTIVES)}, found {self.objective!r}.")
         self.benign_weight = _weight("benign_weight", self.benign_weight)  # type: ignore[assignment]
         self.harmful_weight = _weight("harmful_weight", self.harmful_weight)  # type: ignore[assignment]
-        if not (math.isfinite(self.auto_weight_ratio) and self.auto_weight_ratio >= 0):
+        ratio = _number(self.auto_weight_ratio)
+        if not ratio >= 0:
             raise ArgumentError(
                 f"Expected auto_weight_ratio= of at least 0, found {self.auto_weight_ratio}. "
                 "Typical values lie between 0.1 and 1."
             )
+        self.auto_weight_ratio = ratio
         if self.remove_unused_columns:
             raise ArgumentError(
                 "Expected remove_unused_columns=False, found True: it would drop the columns of benign and harmful "
@@ -115,12 +118,18 @@ def _weight(name: str, value: str | float) -> str | float:
     """A weight as the number it stands for, or "auto"."""
     if value == "auto":
         return value
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
+    number = _number(value)
+    if not number >= 0:
         raise ArgumentError(
             f"Expected {name}= 'auto' or a number of at least 0, found {value!r}. 'auto' is a good start."
         )
     return number
+
+
+def _number(value: Any) -> float:
+    """A finite number, also from text (YAML takes 3e-1 for text); NaN for all else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan

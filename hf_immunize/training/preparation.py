@@ -55,7 +55,8 @@ def paired_rows(benign: Any, harmful: Any, args: ImmunizationArguments) -> Paire
     Raises:
         DataError: If a side is missing or empty, or no batch of two or more images can be made.
     """
-    paired = PairedDataset(benign, harmful)
+    # ImageRows of harmful data have no labels; items for a collator of the user's keep theirs.
+    paired = PairedDataset(benign, harmful, harmful_labels=True)
     batch = args.train_batch_size * world_size()
     if batch < 2:
         raise DataError(

@@ -6,18 +6,23 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
 from hf_immunize.errors import CheckpointError
 
 
+# What a full disk raises: torch.save a RuntimeError, safetensors its own.
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
 @contextmanager
 def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory beside the target to write into; its files replace the target's only when all are written.
+    """A directory within the target to write into; its files replace the target's only when all are written.
 
     Args:
         target: The directory that the files are for; other files in it stay.
@@ -36,22 +41,53 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
         ['config.json']
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    new, staging = not target.exists(), None
     try:
+        target.mkdir(parents=True, exist_ok=True)
+        # Within the target, which may be a mount of its own; a push to the Hub leaves out what begins with "_".
+        staging = Path(tempfile.mkdtemp(prefix="_unfinished-", dir=target))
         yield staging
-        target.mkdir(exist_ok=True)
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
             place = target / file.relative_to(staging)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
-    except (OSError, SafetensorError) as error:
+    except _WRITE_ERRORS as error:
         raise CheckpointError(
             f"Expected to write {target}, found: {error}. What was there before is untouched; make room or choose "
             "another output_dir, and save again."
         ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if new:
+            with suppress(OSError):  # not empty: the files are in place
+                target.rmdir()
+
+
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """Load saved weights into a model, under whatever names they were saved.
+
+    Many families (ViT among them) are saved under the names of older versions. The Trainer, as of transformers 5.23,
+    looks for today's names, and of the others says no more than a warning: a resumed ViT went on from its starting
+    blocks. ``from_pretrained`` knows both.
+
+    Args:
+        model: Model to load into.
+        folder: Where ``save_pretrained`` put the weights.
+
+    Raises:
+        CheckpointError: If a weight is missing there or has another shape.
+    """
+    try:
+        saved, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"no {', '.join(sorted(info['missing_keys'])[:3])}")
+        model.load_state_dict(saved.state_dict())
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Expected the weights of this {type(model).__name__} in {folder}, found: {error}. Resume from another "
+            "checkpoint, or with the model that was trained."
+        ) from error
 
 
 def last_whole_checkpoint(output_dir: str) -> tuple[str | None, list[str]]:

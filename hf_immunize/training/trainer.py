@@ -26,7 +26,7 @@ from hf_immunize.training.measurement import (
 )
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.preparation import image_rows, paired_rows
-from hf_immunize.training.saving import last_whole_checkpoint, staged_directory
+from hf_immunize.training.saving import last_whole_checkpoint, load_weights, staged_directory
 from hf_immunize.training.step import RunningMeans, forward_both, weigh
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.images import ImageCollator
@@ -305,7 +305,7 @@ class ImmunizationTrainer(Trainer):
     @property
     def _measures_as_it_goes(self) -> bool:
         # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
-        return self.accelerator.mixed_precision == "no"
+        return self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
 
     def _fold(self, measurement: Measurement, features: Tensor, pixel_values: Tensor) -> None:
         features, pixel_values = features.detach(), pixel_values.to(features.device)
@@ -320,13 +320,12 @@ class ImmunizationTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         self._move_model_to_device(self.model, self.args.device)
-        # What accelerate put in place of `forward` runs under autocast.
-        forward = getattr(self.model, "_original_forward", self.model.forward)
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         for inputs in tqdm(dataloader, desc=f"κ of {name} features", disable=quiet, leave=False):
             pixel_values = self._prepare_inputs(inputs)["pixel_values"]
             with HeadInput(self._head) as captured:
-                forward(pixel_values=pixel_values)
+                # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
+                type(self.model).forward(self.model, pixel_values=pixel_values)
             self._fold(measurement, captured.features, pixel_values)
         self.model.train(was_training)
         return measurement
@@ -401,10 +400,22 @@ class ImmunizationTrainer(Trainer):
             save_measurements(os.path.join(output_dir, _STATE_FILE), self._references)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if model is None and self._loads_whole:
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = os.path.join(resume_from_checkpoint, _STATE_FILE)
         if os.path.isfile(path):
             self._references = load_measurements(path)
+
+    def _load_best_model(self) -> None:
+        if not self._loads_whole:
+            return super()._load_best_model()
+        load_weights(self.model, self.state.best_model_checkpoint)
+
+    @property
+    def _loads_whole(self) -> bool:
+        return isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
 
 class _Evaluation:

@@ -1,0 +1,121 @@
+"""A run that was stopped and resumed is the run that was not stopped, bit for bit."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.trainer import ImmunizationTrainer
+
+
+def build(name):
+    torch.manual_seed(0)
+    if name == "vit":
+        sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+        config = hf.ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=2, hidden_dropout_prob=0.2)
+        return hf.ViTForImageClassification(config)
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
+    return hf.ResNetForImageClassification(hf.ResNetConfig(**sizes, num_labels=2))
+
+
+def rows(count, seed):
+    pixels = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return [{"pixel_values": image, "labels": i % 2} for i, image in enumerate(pixels)]
+
+
+def trainer(name, folder, **options):
+    args = ImmunizationArguments(
+        output_dir=str(folder),
+        max_steps=5,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        logging_steps=1,
+        **options,
+    )
+    sets = {"train_dataset": rows(17, 1), "harmful_dataset": rows(9, 2), "eval_dataset": rows(20, 3)}
+    return ImmunizationTrainer(build(name), args, **sets, harmful_eval_dataset=rows(20, 4))
+
+
+@pytest.fixture(scope="module", params=[("vit", {}), ("resnet", {}), ("resnet", {"freeze_batchnorm": False})])
+def whole(request, tmp_path_factory):
+    """A run of five steps, four to an epoch, that nothing stopped."""
+    name, options = request.param
+    folder = tmp_path_factory.mktemp("whole")
+    run = trainer(name, folder, **options)
+    run.train()
+    return name, options, folder, run, run.evaluate()
+
+
+def copy(folder, to, last):
+    """The folder as it was when the run stopped after a step."""
+    for step in range(1, last + 1):
+        shutil.copytree(folder / f"checkpoint-{step}", to / f"checkpoint-{step}")
+    return to
+
+
+def same(model, other):
+    expected = other.state_dict()
+    return all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("last", [2, 4])
+@pytest.mark.parametrize("by_path", [True, False])
+def test_a_resumed_run_ends_with_the_same_weights(whole, last, by_path, tmp_path):
+    name, options, folder, run, _ = whole
+    copy(folder, tmp_path, last)
+    torch.manual_seed(99)
+    resumed = trainer(name, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{last}") if by_path else True)
+    assert resumed.state.global_step == 5 and same(resumed.model, run.model)
+
+
+def test_a_resumed_run_reports_the_same_rir(whole, tmp_path):
+    name, options, folder, _, metrics = whole
+    resumed = trainer(name, copy(folder, tmp_path, 3), **options)
+    resumed.train(resume_from_checkpoint=True)
+    found = resumed.evaluate()
+    names = [key for key in metrics if "kappa" in key or "rank" in key or "ratio" in key or "rir" in key]
+    assert "eval_rir" in names and {key: found[key] for key in names} == {key: metrics[key] for key in names}
+
+
+def test_the_logs_agree_where_both_ran(whole, tmp_path):
+    name, options, folder, run, _ = whole
+    resumed = trainer(name, copy(folder, tmp_path, 3), **options)
+    resumed.train(resume_from_checkpoint=True)
+    losses = [
+        {entry["step"]: entry["r_ill"] for entry in each.state.log_history if "r_ill" in entry}
+        for each in (run, resumed)
+    ]
+    assert losses[0] == losses[1]
+
+
+def break_state(path, how):
+    state = path / "trainer_state.json"
+    if how == "missing":
+        state.unlink()
+    else:
+        state.write_text(state.read_text()[: -len(state.read_text()) // 2] if how == "truncated" else "")
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "empty"])
+def test_a_checkpoint_that_was_cut_off_is_passed_over(whole, how, tmp_path):
+    name, options, folder, run, _ = whole
+    break_state(copy(folder, tmp_path, 3) / "checkpoint-3", how)
+    resumed = trainer(name, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(resumed.model, run.model)
+    assert Path(tmp_path / "checkpoint-5" / "trainer_state.json").is_file()
+
+
+def test_the_last_checkpoint_holds_the_final_weights(whole):
+    _, _, folder, run, _ = whole
+    saved = type(run.model).from_pretrained(folder / "checkpoint-5")
+    assert same(saved, run.model)

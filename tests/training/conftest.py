@@ -1,0 +1,118 @@
+"""Tiny trainers: a ViT, a ResNet or a MobileNetV2 on images of 8 to 32 pixels."""
+
+import pytest
+import torch
+import transformers as hf
+
+from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.trainer import ImmunizationTrainer
+
+
+LABELS = {"num_labels": 2}
+VIT = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+VIT |= {"image_size": 8, "patch_size": 4, "initializer_range": 0.3}
+RESNET = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
+MOBILENET = {"image_size": 32, "depth_multiplier": 0.25, "min_depth": 4, "depth_divisible_by": 4}
+MODELS = {
+    "vit": lambda **options: hf.ViTForImageClassification(hf.ViTConfig(**VIT, **LABELS, **options)),
+    "resnet": lambda **options: hf.ResNetForImageClassification(hf.ResNetConfig(**RESNET, **LABELS, **options)),
+    "mobilenet_v2": lambda **options: hf.MobileNetV2ForImageClassification(
+        hf.MobileNetV2Config(**MOBILENET, **LABELS, **options)
+    ),
+}
+
+
+@pytest.fixture
+def tiny():
+    """Build a seeded tiny classifier of two labels."""
+
+    def build(name="vit", **options):
+        torch.manual_seed(0)
+        model = MODELS[name](**options)
+        if name == "vit":
+            # Without a bias, normalized features lie in a plane, and rounding alone sets their smallest singular value.
+            model.vit.layernorm.bias.data.normal_()
+        # With the statistics of an untrained BatchNorm, features of MobileNetV2 are of the order 1e-9.
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum, usual = 1.0, norm.momentum
+        if norms:
+            with torch.no_grad():
+                model.train()(pixel_values=torch.randn(16, 3, 32, 32))
+        for norm in norms:
+            norm.momentum = usual
+        return model
+
+    return build
+
+
+@pytest.fixture
+def images():
+    """Make rows of seeded pixel values with labels 0 and 1 in turn."""
+
+    def make(count=16, seed=1, size=8, labels=True):
+        generator = torch.Generator().manual_seed(seed)
+        pixels = torch.randn(count, 3, size, size, generator=generator)
+        return [{"pixel_values": image} | ({"labels": i % 2} if labels else {}) for i, image in enumerate(pixels)]
+
+    return make
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Make arguments for a short quiet run on the CPU into a temporary folder."""
+
+    def make(**options):
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "learning_rate": 1e-2,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+        }
+        return ImmunizationArguments(**(defaults | options))
+
+    return make
+
+
+@pytest.fixture
+def trainer(tiny, images, arguments):
+    """Make a trainer; options that are the Trainer's go to it, all others to its arguments."""
+
+    def make(model=None, **options):
+        if model is None or isinstance(model, str):
+            model = tiny(model or "vit")
+        size = 32 if model.config.model_type == "mobilenet_v2" else 8
+        given = {
+            "train_dataset": images(16, 1, size),
+            "harmful_dataset": images(16, 2, size, labels=False),
+            "eval_dataset": images(24, 3, size),
+            "harmful_eval_dataset": images(24, 4, size, labels=False),
+        }
+        names = (*given, "processing_class", "data_collator", "compute_metrics", "compute_loss_func", "callbacks")
+        names += ("optimizers", "model_init")
+        given |= {name: options.pop(name) for name in names if name in options}
+        args = options.pop("args", None) or arguments(**options)
+        return ImmunizationTrainer(None if "model_init" in given else model, args, **given)
+
+    return make
+
+
+@pytest.fixture
+def gradients():
+    """A callback that keeps the gradients before each optimizer step."""
+
+    class Gradients(hf.TrainerCallback):
+        def __init__(self):
+            self.steps = []
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            named = model.named_parameters()
+            self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    return Gradients()
