@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 from transformers import ViTImageProcessorPil as ViTProcessor
+from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
 from hf_immunize.hub.card import CardFacts, write_card
@@ -70,7 +71,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
     Returns:
         What ``results.json`` holds.
     """
-    # The table at the end is the log; every step's numbers are in the checkpoint's trainer_state.json.
+    # The table at the end is the log.
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -99,6 +100,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
         harmful_eval_dataset=harmful["test"],
         processing_class=processor,
     )
+    _bars_only(trainer)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -184,10 +186,10 @@ def train_benign(folder: Path, benign: dict[str, list[dict[str, Any]]], seed: in
     config = ViTConfig(
         image_size=8,
         patch_size=2,
-        hidden_size=48,
+        hidden_size=32,
         num_hidden_layers=3,
         num_attention_heads=4,
-        intermediate_size=96,
+        intermediate_size=64,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         id2label={digit: str(digit) for digit in range(5)},
@@ -202,23 +204,24 @@ def train_benign(folder: Path, benign: dict[str, list[dict[str, Any]]], seed: in
         output_dir=str(folder / "benign"),
         max_steps=800,
         per_device_train_batch_size=64,
-        learning_rate=3e-3,
+        learning_rate=4e-3,
         warmup_steps=80,
         lr_scheduler_type="cosine",
         seed=seed,
         remove_unused_columns=False,
         **_QUIET,
     )
-    Trainer(model, arguments, train_dataset=shifted(benign["train"]), data_collator=ImageCollator()).train()
+    trainer = Trainer(model, arguments, train_dataset=shifted(benign["train"]), data_collator=ImageCollator())
+    _bars_only(trainer)
+    trainer.train()
     return model
 
 
 def immunization_arguments(folder: Path, seed: int) -> ImmunizationArguments:
-    """The demo's arguments: the paper's objective with weights by gradient norm; the whole of so small a net moves."""
+    """The demo's arguments: the library's defaults for objective and weights; the whole of so small a net moves."""
     return ImmunizationArguments(
         output_dir=str(folder),
         trainable="all",
-        auto_weight_ratio=1.0,
         max_steps=1000,
         per_device_train_batch_size=64,
         learning_rate=2e-3,
@@ -333,6 +336,18 @@ def _print_probing(console: Console, old: Probing, new: Probing) -> None:
     distance = [f"{float(probing.convergence[-1]):.2g}" for probing in (old, new)]
     table.add_row("‖w − w*‖²/‖w*‖² after 1,000 steps", *distance)
     console.print(table)
+
+
+class _Bars(ProgressCallback):
+    """The progress bar without the lines of the log between."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Print nothing; the table at the end has the figures."""
+
+
+def _bars_only(trainer: Trainer) -> None:
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bars())
 
 
 def _rows(data: datasets.Dataset, processor: ViTProcessor) -> list[dict[str, Any]]:

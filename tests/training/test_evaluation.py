@@ -37,9 +37,7 @@ def measured(tensor, pixels=None):
 
 NAMES = {
     f"eval_{name}"
-    for name in ("loss", "accuracy", "benign_loss", "benign_accuracy", "rir", "log10_rir", "harmful_ratio")
-    + ("benign_ratio", "rir_is_lower_bound", "rir_is_upper_bound")
-    + tuple(f"{side}_{what}" for side in ("benign", "harmful") for what in ("log10_kappa", "rank", "effective_rank"))
+    for name in ("loss", "accuracy", "benign_loss", "benign_accuracy", "rir", "log10_rir", "harmful_ratio", "benign_ratio", "rir_is_lower_bound", "rir_is_upper_bound", *tuple(f"{side}_{what}" for side in ("benign", "harmful") for what in ("log10_kappa", "rank", "effective_rank")))
 }
 
 
