@@ -12,9 +12,8 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, CheckpointError, DataError, ImmunizationError
+from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.distributed import gather_features, world_size
 from hf_immunize.training.measurement import (
@@ -26,7 +25,7 @@ from hf_immunize.training.measurement import (
 )
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.preparation import image_rows, paired_rows
-from hf_immunize.training.saving import last_whole_checkpoint, load_weights, staged_directory
+from hf_immunize.training.saving import checkpoint_to_resume, load_weights, staged_directory, whole_or_passed_over
 from hf_immunize.training.step import RunningMeans, forward_both, weigh
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.images import ImageCollator
@@ -34,7 +33,6 @@ from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval, select_trainable
 
 
-logger = logging.get_logger(__name__)
 _STATE_FILE = "immunization_state.safetensors"
 
 
@@ -354,14 +352,7 @@ class ImmunizationTrainer(Trainer):
             What the Trainer returns.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint, broken = last_whole_checkpoint(self.args.output_dir)
-            for path in broken:
-                logger.warning(f"Passing over {path}: it was not written to its end.")
-            if resume_from_checkpoint is None:
-                raise CheckpointError(
-                    f"Expected a whole checkpoint in {self.args.output_dir}, found none. Start without "
-                    "resume_from_checkpoint."
-                )
+            resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir)
         self._means = RunningMeans()  # without what a run that was stopped had not logged yet
         if not resume_from_checkpoint:
             self._measure_references()
@@ -385,14 +376,9 @@ class ImmunizationTrainer(Trainer):
             super()._save(str(staging), state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        try:
+        folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        with whole_or_passed_over(folder, self.args.should_save):
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
-            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            raise CheckpointError(
-                f"Expected to write {folder}, found: {error}. Earlier checkpoints are untouched: make room and resume "
-                "with resume_from_checkpoint=True, which passes over the unfinished one."
-            ) from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
