@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
-from hf_immunize.errors import CheckpointError
+from hf_immunize.errors import CheckpointError, NonFiniteError
 
 
 # What a full disk raises: torch.save a RuntimeError, safetensors its own.
@@ -65,6 +67,25 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
         if new:
             with suppress(OSError):  # not empty: the files are in place
                 target.rmdir()
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """Refuse to save weights that are lost, so that the last checkpoint is sound.
+
+    A loss term that is not finite is seen in the step after the weights were lost, or on a GPU when it is logged.
+
+    Args:
+        model: The model to be saved.
+
+    Raises:
+        NonFiniteError: If a weight is NaN or infinite; the first is named.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(
+                f"Expected finite weights to save, found NaN or infinity in {name}. Lower the learning rate or the "
+                "weights, or train in full precision; the last checkpoint is sound."
+            )
 
 
 @contextmanager

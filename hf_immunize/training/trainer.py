@@ -25,7 +25,13 @@ from hf_immunize.training.measurement import (
 )
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.preparation import image_rows, paired_rows
-from hf_immunize.training.saving import checkpoint_to_resume, load_weights, staged_directory, whole_or_passed_over
+from hf_immunize.training.saving import (
+    check_finite_weights,
+    checkpoint_to_resume,
+    load_weights,
+    staged_directory,
+    whole_or_passed_over,
+)
 from hf_immunize.training.step import RunningMeans, forward_both, weigh
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.images import ImageCollator
@@ -372,6 +378,7 @@ class ImmunizationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
+        check_finite_weights(self.model)
         with staged_directory(output_dir or self.args.output_dir) as staging:
             super()._save(str(staging), state_dict)
 
