@@ -126,10 +126,7 @@ class ImmunizationTrainer(Trainer):
         # Nearly every image model's forward takes **kwargs, from which the Trainer concludes that the loss is a sum
         # over `num_items_in_batch`; it is a mean.
         self.model_accepts_loss_kwargs = False
-        _, self._head = find_head(self.model, args.head_module)
-        moving = select_trainable(self.model, args.trainable, args.head_module)
-        self._still = modules_in_eval(self.model, moving, args.freeze_batchnorm, args.head_module)
-        self._together = not has_batch_statistics(self.model, self._still)
+        self._choose_what_moves(self.model)
         self._means = RunningMeans()
         if train_dataset is not None:
             if harmful_dataset is None:
@@ -147,6 +144,18 @@ class ImmunizationTrainer(Trainer):
         self._references: dict[str, Measurement] = {}
         self._latest: dict[str, Measurement] = {}
         self._evaluation: _Evaluation | None = None
+
+    def _choose_what_moves(self, model: PreTrainedModel) -> None:
+        _, self._head = find_head(model, self.args.head_module)
+        moving = select_trainable(model, self.args.trainable, self.args.head_module)
+        self._still = modules_in_eval(model, moving, self.args.freeze_batchnorm, self.args.head_module)
+        self._together = not has_batch_statistics(model, self._still)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As the Trainer's, with the scope set on the model, which is another in each run or trial."""
+        model = super().call_model_init(trial)
+        self._choose_what_moves(model)
+        return model
 
     # ---- data ----
 
