@@ -34,9 +34,9 @@ class Measurement:
             pixel_values: The images they came from, shape ``(n, C, H, W)``.
             produced_dtype: See `FeatureFactor.update`.
         """
-        rows = torch.arange(1, len(pixel_values) + 1, device=pixel_values.device, dtype=torch.float32)
-        sums = pixel_values.float().square().mean(dim=tuple(range(1, pixel_values.ndim)))
-        self.checksum += float((sums.double() * (self.factor.num_samples + rows.double())).sum())
+        sums = pixel_values.float().square().mean(dim=tuple(range(1, pixel_values.ndim))).cpu().double()
+        rows = torch.arange(1, len(sums) + 1, dtype=torch.float64)
+        self.checksum += float((sums * (self.factor.num_samples + rows)).sum())
         self.factor.update(features, produced_dtype)
 
     def same_data(self, other: Measurement) -> bool:
