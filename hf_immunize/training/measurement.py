@@ -55,6 +55,21 @@ class Measurement:
         return cls(FeatureFactor.from_state_dict(state), float(state["checksum"]))
 
 
+@dataclass
+class Evaluation:
+    """What one call of `ImmunizationTrainer.evaluate` has measured so far.
+
+    Attributes:
+        other_data: Whether the data are others than the constructor's, so that they are no reference.
+        benign: The benign set at hand.
+        harmful: The harmful set, measured once for several benign ones.
+    """
+
+    other_data: bool
+    benign: Measurement | None = None
+    harmful: Measurement | None = None
+
+
 def spectral_metrics(
     benign: Measurement,
     benign_reference: Measurement | None,

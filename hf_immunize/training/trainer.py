@@ -17,6 +17,7 @@ from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.distributed import gather_features, world_size
 from hf_immunize.training.measurement import (
+    Evaluation,
     Measurement,
     accuracy,
     load_measurements,
@@ -143,7 +144,7 @@ class ImmunizationTrainer(Trainer):
         # Through the starting weights, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
         self._latest: dict[str, Measurement] = {}
-        self._evaluation: _Evaluation | None = None
+        self._evaluation: Evaluation | None = None
 
     def _choose_what_moves(self, model: PreTrainedModel) -> None:
         _, self._head = find_head(model, self.args.head_module)
@@ -274,7 +275,7 @@ class ImmunizationTrainer(Trainer):
         """
         outermost = self._evaluation is None
         if outermost:
-            self._evaluation = _Evaluation(other_data=eval_dataset is not None)
+            self._evaluation = Evaluation(other_data=eval_dataset is not None)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -286,7 +287,9 @@ class ImmunizationTrainer(Trainer):
         if self._evaluation is None:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        self._evaluation.benign = Measurement() if self._measures_as_it_goes else None
+        # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
+        plain = self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
+        self._evaluation.benign = Measurement() if plain else None
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         benign = self._evaluation.benign or self._measure(dataloader, "benign")
         if self._evaluation.harmful is None and self._harmful_eval is not None:
@@ -314,11 +317,6 @@ class ImmunizationTrainer(Trainer):
             result = super().prediction_step(model, inputs, *args, **kwargs)
         self._fold(measurement, captured.features, inputs["pixel_values"])
         return result
-
-    @property
-    def _measures_as_it_goes(self) -> bool:
-        # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
-        return self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
 
     def _fold(self, measurement: Measurement, features: Tensor, pixel_values: Tensor) -> None:
         features, pixel_values = features.detach(), pixel_values.to(features.device)
@@ -418,12 +416,3 @@ class ImmunizationTrainer(Trainer):
     @property
     def _loads_whole(self) -> bool:
         return isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-
-
-class _Evaluation:
-    """What one call of `evaluate` has measured so far; the harmful set once for several benign ones."""
-
-    def __init__(self, other_data: bool) -> None:
-        self.other_data = other_data  # than the constructor's, so that they are no reference
-        self.benign: Measurement | None = None
-        self.harmful: Measurement | None = None
