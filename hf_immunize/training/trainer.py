@@ -134,13 +134,11 @@ class ImmunizationTrainer(Trainer):
                 raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
             harmful = self._rows(harmful_dataset, "harmful_dataset", labels="ignored")
             self.train_dataset = paired_rows(self._rows(train_dataset, "train_dataset"), harmful, args)
+        self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
         if isinstance(eval_dataset, dict):
             self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in eval_dataset.items()}
-        elif eval_dataset is not None:
+        else:
             self.eval_dataset = self._rows(eval_dataset, "eval_dataset")
-        self._harmful_eval = None
-        if harmful_eval_dataset is not None:
-            self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
         # Through the starting weights, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
         self._latest: dict[str, Measurement] = {}
@@ -161,7 +159,7 @@ class ImmunizationTrainer(Trainer):
     # ---- data ----
 
     def _rows(self, dataset: Any, name: str, labels: str = "needed") -> Any:
-        if not self._reads_images:
+        if dataset is None or not self._reads_images:
             return dataset
         return image_rows(dataset, name, self.args, self.model.config.num_labels, labels)
 
@@ -374,13 +372,12 @@ class ImmunizationTrainer(Trainer):
     def _measure_references(self) -> None:
         if self._harmful_eval is None or self.eval_dataset is None:
             return
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        for name, dataset in sets.items():
-            prefix = f"eval_{name}" if name else "eval"
-            if prefix not in self._references:
-                self._references[prefix] = self._measure(self.get_eval_dataloader(dataset), "benign")
-        if "harmful" not in self._references:
-            self._references["harmful"] = self._measure(self.get_eval_dataloader(self._harmful_eval), "harmful")
+        sets = {"eval": self.eval_dataset}
+        if isinstance(self.eval_dataset, dict):
+            sets = {f"eval_{name}": dataset for name, dataset in self.eval_dataset.items()}
+        for name, dataset in {**sets, "harmful": self._harmful_eval}.items():
+            if name not in self._references:
+                self._references[name] = self._measure(self.get_eval_dataloader(dataset), name)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
