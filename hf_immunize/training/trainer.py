@@ -295,10 +295,8 @@ class ImmunizationTrainer(Trainer):
         harmful = self._evaluation.harmful
         self._latest = {prefix: benign, **({} if harmful is None else {"harmful": harmful})}
         if self.state.global_step == 0:
-            if not self._evaluation.other_data:
-                self._references.setdefault(prefix, benign)
-            if harmful is not None:
-                self._references.setdefault("harmful", harmful)
+            now = {"harmful": harmful} | ({} if self._evaluation.other_data else {prefix: benign})
+            self._references = {name: of for name, of in now.items() if of is not None} | self._references
         for name, value in list(output.metrics.items()):
             if name in (f"{prefix}_loss", f"{prefix}_accuracy"):
                 output.metrics[name.replace(prefix, f"{prefix}_benign", 1)] = value
@@ -372,9 +370,8 @@ class ImmunizationTrainer(Trainer):
     def _measure_references(self) -> None:
         if self._harmful_eval is None or self.eval_dataset is None:
             return
-        sets = {"eval": self.eval_dataset}
-        if isinstance(self.eval_dataset, dict):
-            sets = {f"eval_{name}": dataset for name, dataset in self.eval_dataset.items()}
+        benign = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        sets = {f"eval_{name}" if name else "eval": dataset for name, dataset in benign.items()}
         for name, dataset in {**sets, "harmful": self._harmful_eval}.items():
             if name not in self._references:
                 self._references[name] = self._measure(self.get_eval_dataloader(dataset), name)
