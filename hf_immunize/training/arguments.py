@@ -107,6 +107,11 @@ class ImmunizationArguments(TrainingArguments):
                 "Typical values lie between 0.1 and 1."
             )
         self.auto_weight_ratio = ratio
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ArgumentError(
+                "Expected evaluation in full precision, found bf16_full_eval or fp16_full_eval: κ of half-precision "
+                "features is mostly rounding noise. Use bf16=True or fp16=True, which trains in mixed precision."
+            )
         if self.remove_unused_columns:
             raise ArgumentError(
                 "Expected remove_unused_columns=False, found True: it would drop the columns of benign and harmful "

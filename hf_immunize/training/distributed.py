@@ -52,3 +52,20 @@ def mean_gradient_norm(norm: Tensor) -> Tensor:
     total = norm.detach().square()
     dist.all_reduce(total)
     return total.sqrt() / size
+
+
+def process_mean(values: Tensor) -> Tensor:
+    """Mean over processes, without a gradient.
+
+    Args:
+        values: Any shape, the same on every process.
+
+    Returns:
+        Their mean; the argument itself on one process.
+    """
+    size = world_size()
+    if size == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / size

@@ -34,9 +34,9 @@ class Measurement:
             pixel_values: The images they came from, shape ``(n, C, H, W)``.
             produced_dtype: See `FeatureFactor.update`.
         """
-        rows = torch.arange(1, len(pixel_values) + 1, device=pixel_values.device, dtype=torch.float32)
-        sums = pixel_values.float().square().mean(dim=tuple(range(1, pixel_values.ndim)))
-        self.checksum += float((sums.double() * (self.factor.num_samples + rows.double())).sum())
+        sums = pixel_values.float().square().mean(dim=tuple(range(1, pixel_values.ndim))).cpu().double()
+        rows = torch.arange(1, len(sums) + 1, dtype=torch.float64)
+        self.checksum += float((sums * (self.factor.num_samples + rows)).sum())
         self.factor.update(features, produced_dtype)
 
     def same_data(self, other: Measurement) -> bool:
@@ -53,6 +53,21 @@ class Measurement:
     def from_state_dict(cls, state: dict[str, Tensor]) -> Measurement:
         """Restore a measurement from the tensors of `state_dict`."""
         return cls(FeatureFactor.from_state_dict(state), float(state["checksum"]))
+
+
+@dataclass
+class Evaluation:
+    """What one call of `ImmunizationTrainer.evaluate` has measured so far.
+
+    Attributes:
+        other_data: Whether the data are others than the constructor's, so that they are no reference.
+        benign: The benign set at hand.
+        harmful: The harmful set, measured once for several benign ones.
+    """
+
+    other_data: bool
+    benign: Measurement | None = None
+    harmful: Measurement | None = None
 
 
 def spectral_metrics(

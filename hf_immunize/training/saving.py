@@ -9,15 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
+from transformers.utils import logging
 
-from hf_immunize.errors import CheckpointError
+from hf_immunize.errors import CheckpointError, NonFiniteError
 
 
 # What a full disk raises: torch.save a RuntimeError, safetensors its own.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+_WRITTEN_LAST = "trainer_state.json"
+logger = logging.get_logger(__name__)
 
 
 @contextmanager
@@ -64,6 +69,48 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
                 target.rmdir()
 
 
+def check_finite_weights(model: nn.Module) -> None:
+    """Refuse to save weights that are lost, so that the last checkpoint is sound.
+
+    A loss term that is not finite is seen in the step after the weights were lost, or on a GPU when it is logged.
+
+    Args:
+        model: The model to be saved.
+
+    Raises:
+        NonFiniteError: If a weight is NaN or infinite; the first is named.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(
+                f"Expected finite weights to save, found NaN or infinity in {name}. Lower the learning rate or the "
+                "weights, or train in full precision; the last checkpoint is sound."
+            )
+
+
+@contextmanager
+def whole_or_passed_over(checkpoint: str | os.PathLike[str], writes: bool) -> Iterator[None]:
+    """Write a checkpoint within, which `last_whole_checkpoint` passes over unless all of it was written.
+
+    Args:
+        checkpoint: Its folder.
+        writes: Whether this process writes it.
+
+    Raises:
+        CheckpointError: If writing fails.
+    """
+    try:
+        if writes:
+            # Of an earlier run, it would make half of this checkpoint pass for a whole one.
+            (Path(checkpoint) / _WRITTEN_LAST).unlink(missing_ok=True)
+        yield
+    except _WRITE_ERRORS as error:
+        raise CheckpointError(
+            f"Expected to write {checkpoint}, found: {error}. Earlier checkpoints are untouched: make room and resume "
+            "with resume_from_checkpoint=True, which passes over the unfinished one."
+        ) from error
+
+
 def load_weights(model: PreTrainedModel, folder: str) -> None:
     """Load saved weights into a model, under whatever names they were saved.
 
@@ -105,9 +152,31 @@ def last_whole_checkpoint(output_dir: str) -> tuple[str | None, list[str]]:
     broken = []
     for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
-            TrainerState.load_from_json(str(path / "trainer_state.json"))
+            TrainerState.load_from_json(str(path / _WRITTEN_LAST))
         except (OSError, ValueError, TypeError):
             broken.append(str(path))
         else:
             return str(path), broken
     return None, broken
+
+
+def checkpoint_to_resume(output_dir: str) -> str:
+    """The last whole checkpoint of a run; says which later ones were cut off.
+
+    Args:
+        output_dir: The run's folder.
+
+    Returns:
+        Its path.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    path, broken = last_whole_checkpoint(output_dir)
+    for cut_off in broken:
+        logger.warning(f"Passing over {cut_off}: it was not written to its end.")
+    if path is None:
+        raise CheckpointError(
+            f"Expected a whole checkpoint in {output_dir}, found none. Start without resume_from_checkpoint."
+        )
+    return path

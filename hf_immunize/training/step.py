@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.errors import NonFiniteError
-from hf_immunize.training.distributed import mean_gradient_norm
+from hf_immunize.training.distributed import mean_gradient_norm, process_mean
 from hf_immunize.training.objectives import Side, Terms
 from hf_immunize.training.weighting import balanced_weight, gradient_norm
 from hf_immunize.vision.features import HeadInput
@@ -120,7 +120,7 @@ class RunningMeans:
         self._count += 1
 
     def take(self, step: int) -> dict[str, float]:
-        """The means, and start anew.
+        """The means, over all processes as well, and start anew; a collective where there are several.
 
         Args:
             step: The last step they cover.
@@ -131,7 +131,10 @@ class RunningMeans:
         Raises:
             NonFiniteError: If one is NaN or infinite.
         """
-        means = {name: float(total) / self._count for name, total in self._sums.items()}
+        if not self._sums:
+            return {}
+        totals = process_mean(torch.stack(list(self._sums.values()))).tolist()
+        means = {name: total / self._count for name, total in zip(self._sums, totals, strict=True)}
         for name, mean in means.items():
             _check_finite(name, mean, step)
         self._sums, self._count = {}, 0

@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, CheckpointError, DataError, ImmunizationError
+from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.distributed import gather_features, world_size
 from hf_immunize.training.measurement import (
+    Evaluation,
     Measurement,
     accuracy,
     load_measurements,
@@ -26,7 +26,13 @@ from hf_immunize.training.measurement import (
 )
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.preparation import image_rows, paired_rows
-from hf_immunize.training.saving import last_whole_checkpoint, load_weights, staged_directory
+from hf_immunize.training.saving import (
+    check_finite_weights,
+    checkpoint_to_resume,
+    load_weights,
+    staged_directory,
+    whole_or_passed_over,
+)
 from hf_immunize.training.step import RunningMeans, forward_both, weigh
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.images import ImageCollator
@@ -34,7 +40,6 @@ from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval, select_trainable
 
 
-logger = logging.get_logger(__name__)
 _STATE_FILE = "immunization_state.safetensors"
 
 
@@ -122,32 +127,39 @@ class ImmunizationTrainer(Trainer):
         # Nearly every image model's forward takes **kwargs, from which the Trainer concludes that the loss is a sum
         # over `num_items_in_batch`; it is a mean.
         self.model_accepts_loss_kwargs = False
-        _, self._head = find_head(self.model, args.head_module)
-        moving = select_trainable(self.model, args.trainable, args.head_module)
-        self._still = modules_in_eval(self.model, moving, args.freeze_batchnorm, args.head_module)
-        self._together = not has_batch_statistics(self.model, self._still)
+        self._choose_what_moves(self.model)
         self._means = RunningMeans()
         if train_dataset is not None:
             if harmful_dataset is None:
                 raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
             harmful = self._rows(harmful_dataset, "harmful_dataset", labels="ignored")
             self.train_dataset = paired_rows(self._rows(train_dataset, "train_dataset"), harmful, args)
+        self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
         if isinstance(eval_dataset, dict):
             self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in eval_dataset.items()}
-        elif eval_dataset is not None:
+        else:
             self.eval_dataset = self._rows(eval_dataset, "eval_dataset")
-        self._harmful_eval = None
-        if harmful_eval_dataset is not None:
-            self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
         # Through the starting weights, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
         self._latest: dict[str, Measurement] = {}
-        self._evaluation: _Evaluation | None = None
+        self._evaluation: Evaluation | None = None
+
+    def _choose_what_moves(self, model: PreTrainedModel) -> None:
+        _, self._head = find_head(model, self.args.head_module)
+        moving = select_trainable(model, self.args.trainable, self.args.head_module)
+        self._still = modules_in_eval(model, moving, self.args.freeze_batchnorm, self.args.head_module)
+        self._together = not has_batch_statistics(model, self._still)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As the Trainer's, with the scope set on the model, which is another in each run or trial."""
+        model = super().call_model_init(trial)
+        self._choose_what_moves(model)
+        return model
 
     # ---- data ----
 
     def _rows(self, dataset: Any, name: str, labels: str = "needed") -> Any:
-        if not self._reads_images:
+        if dataset is None or not self._reads_images:
             return dataset
         return image_rows(dataset, name, self.args, self.model.config.num_labels, labels)
 
@@ -261,7 +273,7 @@ class ImmunizationTrainer(Trainer):
         """
         outermost = self._evaluation is None
         if outermost:
-            self._evaluation = _Evaluation(other_data=eval_dataset is not None)
+            self._evaluation = Evaluation(other_data=eval_dataset is not None)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -273,18 +285,19 @@ class ImmunizationTrainer(Trainer):
         if self._evaluation is None:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        self._evaluation.benign = Measurement() if self._measures_as_it_goes else None
+        # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
+        plain = self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
+        self._evaluation.benign = Measurement() if plain else None
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         benign = self._evaluation.benign or self._measure(dataloader, "benign")
         if self._evaluation.harmful is None and self._harmful_eval is not None:
             self._evaluation.harmful = self._measure(self.get_eval_dataloader(self._harmful_eval), "harmful")
         harmful = self._evaluation.harmful
-        self._latest = {prefix: benign, **({} if harmful is None else {"harmful": harmful})}
+        if not self._evaluation.other_data:
+            self._latest = {prefix: benign, **({} if harmful is None else {"harmful": harmful})}
         if self.state.global_step == 0:
-            if not self._evaluation.other_data:
-                self._references.setdefault(prefix, benign)
-            if harmful is not None:
-                self._references.setdefault("harmful", harmful)
+            now = {"harmful": harmful} | ({} if self._evaluation.other_data else {prefix: benign})
+            self._references = {name: of for name, of in now.items() if of is not None} | self._references
         for name, value in list(output.metrics.items()):
             if name in (f"{prefix}_loss", f"{prefix}_accuracy"):
                 output.metrics[name.replace(prefix, f"{prefix}_benign", 1)] = value
@@ -301,11 +314,6 @@ class ImmunizationTrainer(Trainer):
             result = super().prediction_step(model, inputs, *args, **kwargs)
         self._fold(measurement, captured.features, inputs["pixel_values"])
         return result
-
-    @property
-    def _measures_as_it_goes(self) -> bool:
-        # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
-        return self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
 
     def _fold(self, measurement: Measurement, features: Tensor, pixel_values: Tensor) -> None:
         features, pixel_values = features.detach(), pixel_values.to(features.device)
@@ -354,14 +362,7 @@ class ImmunizationTrainer(Trainer):
             What the Trainer returns.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint, broken = last_whole_checkpoint(self.args.output_dir)
-            for path in broken:
-                logger.warning(f"Passing over {path}: it was not written to its end.")
-            if resume_from_checkpoint is None:
-                raise CheckpointError(
-                    f"Expected a whole checkpoint in {self.args.output_dir}, found none. Start without "
-                    "resume_from_checkpoint."
-                )
+            resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir)
         self._means = RunningMeans()  # without what a run that was stopped had not logged yet
         if not resume_from_checkpoint:
             self._measure_references()
@@ -370,29 +371,23 @@ class ImmunizationTrainer(Trainer):
     def _measure_references(self) -> None:
         if self._harmful_eval is None or self.eval_dataset is None:
             return
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        for name, dataset in sets.items():
-            prefix = f"eval_{name}" if name else "eval"
-            if prefix not in self._references:
-                self._references[prefix] = self._measure(self.get_eval_dataloader(dataset), "benign")
-        if "harmful" not in self._references:
-            self._references["harmful"] = self._measure(self.get_eval_dataloader(self._harmful_eval), "harmful")
+        benign = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        sets = {f"eval_{name}" if name else "eval": dataset for name, dataset in benign.items()}
+        for name, dataset in {**sets, "harmful": self._harmful_eval}.items():
+            if name not in self._references:
+                self._references[name] = self._measure(self.get_eval_dataloader(dataset), name)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
+        check_finite_weights(self.model)
         with staged_directory(output_dir or self.args.output_dir) as staging:
             super()._save(str(staging), state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        try:
+        folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        with whole_or_passed_over(folder, self.args.should_save):
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
-            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            raise CheckpointError(
-                f"Expected to write {folder}, found: {error}. Earlier checkpoints are untouched: make room and resume "
-                "with resume_from_checkpoint=True, which passes over the unfinished one."
-            ) from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -416,12 +411,3 @@ class ImmunizationTrainer(Trainer):
     @property
     def _loads_whole(self) -> bool:
         return isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-
-
-class _Evaluation:
-    """What one call of `evaluate` has measured so far; the harmful set once for several benign ones."""
-
-    def __init__(self, other_data: bool) -> None:
-        self.other_data = other_data  # than the constructor's, so that they are no reference
-        self.benign: Measurement | None = None
-        self.harmful: Measurement | None = None

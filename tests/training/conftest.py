@@ -30,7 +30,7 @@ def tiny():
         torch.manual_seed(0)
         model = MODELS[name](**options)
         if name == "vit":
-            # Without a bias, normalized features lie in a plane, and rounding alone sets their smallest singular value.
+            # Without a bias, normalized features lie in a plane: rounding alone sets the smallest singular value.
             model.vit.layernorm.bias.data.normal_()
         # With the statistics of an untrained BatchNorm, features of MobileNetV2 are of the order 1e-9.
         norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]

@@ -35,10 +35,10 @@ def measured(tensor, pixels=None):
     return measurement
 
 
-NAMES = {
-    f"eval_{name}"
-    for name in ("loss", "accuracy", "benign_loss", "benign_accuracy", "rir", "log10_rir", "harmful_ratio", "benign_ratio", "rir_is_lower_bound", "rir_is_upper_bound", *tuple(f"{side}_{what}" for side in ("benign", "harmful") for what in ("log10_kappa", "rank", "effective_rank")))
-}
+SIDES = [f"{side}_{what}" for side in ("benign", "harmful") for what in ("log10_kappa", "rank", "effective_rank")]
+RATIOS = ["rir", "log10_rir", "harmful_ratio", "benign_ratio", "rir_is_lower_bound", "rir_is_upper_bound"]
+PLAIN = ["loss", "accuracy", "benign_loss", "benign_accuracy"]
+NAMES = {f"eval_{name}" for name in [*SIDES, *RATIOS, *PLAIN]}
 
 
 def test_the_names_stand_in_the_metrics_and_in_the_log(trainer):

@@ -1,0 +1,270 @@
+"""What cannot work is refused before anything runs, by an error that says what to do."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+
+from hf_immunize.errors import (
+    ArgumentError,
+    DataError,
+    HeadError,
+    ImageDecodeError,
+    NonFiniteError,
+    PerfectConditioningError,
+    ShapeError,
+)
+from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.trainer import ImmunizationTrainer
+
+
+def photos(count=8, mode="RGB", columns=("image", "label"), size=8):
+    draw = np.random.default_rng(0)
+    images = [Image.fromarray(draw.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
+    features = {columns[0]: datasets.Image()} | {name: datasets.Value("int64") for name in columns[1:]}
+    content = {columns[0]: [image.convert(mode) for image in images]}
+    content |= {name: [i % 2 for i in range(count)] for name in columns[1:]}
+    return datasets.Dataset.from_dict(content, features=datasets.Features(features))
+
+
+def damaged(count, row):
+    data = photos(count).cast_column("image", datasets.Image(decode=False))
+    stored = data["image"][:]
+    stored[row] = {"bytes": b"no image", "path": None}
+    return datasets.Dataset.from_dict({"image": stored, "label": data["label"][:]}, features=photos(1).features)
+
+
+@pytest.fixture
+def processor():
+    return hf.ViTImageProcessor(size={"height": 8, "width": 8})
+
+
+def test_no_harmful_data_is_refused(trainer):
+    with pytest.raises(DataError, match="Expected harmful_dataset=, found none"):
+        trainer(harmful_dataset=None)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset"])
+def test_an_empty_set_is_refused_by_name(name, trainer):
+    with pytest.raises(DataError, match=f"at least one image in {name}, found none"):
+        trainer(**{name: []})
+
+
+def test_a_streamed_set_is_refused(trainer):
+    with pytest.raises(DataError, match="without streaming"):
+        trainer(train_dataset=photos().to_iterable_dataset())
+
+
+def test_splits_are_refused(trainer):
+    with pytest.raises(DataError, match="choose one of 'train'"):
+        trainer(train_dataset=datasets.DatasetDict(train=photos()))
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset"])
+def test_no_image_column_lists_the_columns(name, trainer, processor):
+    data = datasets.Dataset.from_dict({"text": ["a"] * 8, "label": [0, 1] * 4})
+    with pytest.raises(DataError, match="'text', 'label'"):
+        trainer(**{name: data}, processing_class=processor)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_no_label_column_lists_the_columns(name, trainer):
+    with pytest.raises(DataError, match="found none among 'image', 'kind'"):
+        trainer(**{name: photos(columns=("image", "kind"))})
+
+
+def test_a_named_column_that_is_not_there_lists_the_columns(trainer):
+    with pytest.raises(DataError, match="label_column='nope' is not in the dataset; its columns are 'image', 'label'"):
+        trainer(train_dataset=photos(), label_column_name="nope")
+
+
+def test_columns_can_be_named(trainer, processor):
+    data = photos(columns=("photo", "kind", "other"))
+    sets = dict.fromkeys(("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset"), data)
+    run = trainer(image_column_name="photo", label_column_name="kind", processing_class=processor, **sets)
+    run.train()
+    assert "eval_rir" in run.evaluate()
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_a_label_out_of_range_is_named_with_its_row(name, trainer):
+    data = photos().remove_columns("label").add_column("label", [0] * 5 + [7, 1, 1])
+    with pytest.raises(DataError, match=f"Row 5 of {name} has the label 7.*num_labels=8"):
+        trainer(**{name: data})
+
+
+def test_harmful_labels_may_be_anything(trainer, processor):
+    data = photos().remove_columns("label").add_column("label", ["gun"] * 8)
+    sets = {"harmful_dataset": data, "harmful_eval_dataset": data}
+    run = trainer(train_dataset=photos(), eval_dataset=photos(), processing_class=processor, **sets)
+    run.train()
+    assert "eval_harmful_log10_kappa" in run.evaluate()
+
+
+def test_a_batch_larger_than_the_data_is_refused(trainer, images):
+    with pytest.raises(DataError, match="one full batch of 4, found 3 benign images"):
+        trainer(train_dataset=images(3))
+
+
+def test_a_batch_larger_than_the_data_is_taken_without_drop_last(trainer, images):
+    run = trainer(train_dataset=images(3), dataloader_drop_last=False, max_steps=1)
+    assert run.train().global_step == 1
+
+
+def test_a_batch_of_one_is_refused(trainer):
+    with pytest.raises(DataError, match="global batch of at least 2, found 1"):
+        trainer(per_device_train_batch_size=1)
+
+
+def test_a_last_batch_of_one_is_named_with_its_step(trainer, images):
+    run = trainer(train_dataset=images(5), dataloader_drop_last=False)
+    with pytest.raises(PerfectConditioningError, match=r"'kappa' at step 2.*two different samples"):
+        run.train()
+
+
+def test_equal_harmful_images_are_named_with_their_step(trainer, images):
+    with pytest.raises(PerfectConditioningError, match="at step 1"):
+        trainer(harmful_dataset=images(1, labels=False)).train()
+
+
+def test_arguments_of_another_type_are_refused(tiny, tmp_path):
+    args = hf.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ArgumentError, match="ImmunizationArguments, found TrainingArguments"):
+        ImmunizationTrainer(tiny(), args)
+
+
+def test_a_model_without_a_head_is_refused(tiny, trainer):
+    with pytest.raises(HeadError, match="no classifier with"):
+        trainer(hf.ViTModel(tiny().config))
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_images_of_several_shapes_are_refused(name, trainer, images):
+    run = trainer(**{name: images(2) + images(6, size=12)}, per_device_eval_batch_size=8)
+    with pytest.raises(ShapeError, match="one shape"):
+        run.train()
+        run.evaluate()
+
+
+def test_benign_and_harmful_images_of_two_shapes_are_refused(trainer, images):
+    with pytest.raises(ShapeError, match=r"Benign and harmful.*\(3, 8, 8\) and \(3, 12, 12\)"):
+        trainer(harmful_dataset=images(8, size=12), harmful_eval_dataset=None).train()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_images_of_other_modes_are_converted(mode, trainer, processor):
+    names = ("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset")
+    run = trainer(**{name: photos(mode=mode) for name in names}, processing_class=processor)
+    run.train()
+    assert "eval_rir" in run.evaluate()
+
+
+def test_images_without_a_processor_are_refused(trainer):
+    with pytest.raises(DataError, match="pass processing_class="):
+        trainer(train_dataset=photos()).train()
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "harmful_dataset"])
+def test_an_undecodable_image_in_training_names_its_row(name, trainer, processor):
+    sets = {key: photos() for key in ("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset")}
+    run = trainer(**(sets | {name: damaged(8, 5)}), processing_class=processor)
+    with pytest.raises(ImageDecodeError, match=f"row 5 of {name} cannot be read"):
+        run.train()
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_a_collator_of_the_user_gets_the_items_of_both_sides(column, trainer, images):
+    def rows(seed):
+        return [{"pixel_values": row["pixel_values"], column: row["labels"]} for row in images(8, seed)]
+
+    def collate(items):
+        labels = torch.tensor([item[column] for item in items])
+        return {"pixel_values": torch.stack([item["pixel_values"] for item in items]), "labels": labels}
+
+    names = ("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset")
+    run = trainer(**{name: rows(seed) for seed, name in enumerate(names)}, data_collator=collate)
+    run.train()
+    assert "eval_rir" in run.evaluate()
+
+
+def test_a_model_may_come_from_a_function(tiny, trainer):
+    run = trainer(model_init=lambda: tiny())
+    run.train()
+    metrics = run.evaluate()
+    assert "eval_rir" in metrics and not run.model.vit.layers[0].layernorm_before.weight.requires_grad
+
+
+# ---- arguments ----
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"objective": "nope"}, "objective= out of kappa, r_ill, found 'nope'"),
+        ({"benign_weight": -1.0}, "benign_weight= 'auto' or a number of at least 0, found -1.0"),
+        ({"harmful_weight": "much"}, "harmful_weight= 'auto' or a number of at least 0, found 'much'"),
+        ({"harmful_weight": "nan"}, "harmful_weight="),
+        ({"harmful_weight": float("inf")}, "harmful_weight="),
+        ({"harmful_weight": None}, "harmful_weight= 'auto' or a number of at least 0, found None"),
+        ({"auto_weight_ratio": -0.1}, "auto_weight_ratio= of at least 0, found -0.1"),
+        ({"auto_weight_ratio": "some"}, "auto_weight_ratio= of at least 0, found some"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=False, found True"),
+    ],
+)
+def test_an_impossible_value_is_refused(option, message, arguments):
+    with pytest.raises(ArgumentError, match=message):
+        arguments(**option)
+
+
+@pytest.mark.parametrize("given, meant", [("auto", "auto"), ("2.5", 2.5), (3, 3.0), ("0", 0.0)])
+def test_a_weight_is_auto_or_a_number(given, meant, arguments):
+    assert arguments(harmful_weight=given).harmful_weight == meant
+
+
+def parse(tmp_path, *line):
+    return hf.HfArgumentParser(ImmunizationArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", *line]
+    )[0]
+
+
+def test_the_command_line_sets_weights(tmp_path):
+    args = parse(tmp_path, "--harmful_weight", "auto", "--benign_weight", "2.5")
+    assert (args.harmful_weight, args.benign_weight) == ("auto", 2.5)
+
+
+def test_the_command_line_turns_batchnorm_loose(tmp_path):
+    assert parse(tmp_path, "--freeze_batchnorm", "False").freeze_batchnorm is False
+    assert parse(tmp_path, "--no_freeze_batchnorm").freeze_batchnorm is False
+
+
+@pytest.mark.parametrize("kind", ["json", "yaml"])
+def test_files_of_arguments_are_read(kind, tmp_path):
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "harmful_weight": 2.5, "benign_weight": "auto"}
+    file = tmp_path / f"args.{kind}"
+    # YAML reads 3e-1 as a string.
+    lines = [f"{name}: {value}" for name, value in options.items()] + ["auto_weight_ratio: 3e-1"]
+    file.write_text(json.dumps(options) if kind == "json" else "\n".join(lines))
+    parser = hf.HfArgumentParser(ImmunizationArguments)
+    args = (parser.parse_json_file if kind == "json" else parser.parse_yaml_file)(str(file))[0]
+    assert (args.harmful_weight, args.benign_weight, args.auto_weight_ratio) == (2.5, "auto", 0.3)
+
+
+def test_arguments_survive_a_dictionary(arguments):
+    args = arguments(harmful_weight=2.5)
+    assert args.to_dict()["harmful_weight"] == 2.5
+
+
+def test_defaults_that_differ_from_the_trainers(arguments):
+    args = arguments()
+    assert (args.remove_unused_columns, args.logging_nan_inf_filter, args.dataloader_drop_last) == (False, False, True)
+
+
+def test_an_evaluation_of_features_that_are_not_finite_says_so(tiny, trainer):
+    model = tiny()
+    model.vit.layernorm.weight.data[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="features"):
+        trainer(model).evaluate()
