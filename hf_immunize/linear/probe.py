@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_immunize.errors import ArgumentError, RankError, ShapeError
-from hf_immunize.linear.checks import as_matrix, as_targets, produced_eps, rank_cutoff
+from hf_immunize.linear.checks import as_data, as_targets, dtype_of_origin, keep_above_noise
 
 
 class LinearProbe(NamedTuple):
@@ -46,13 +46,12 @@ def _with_ones(Z: torch.Tensor) -> torch.Tensor:
 
 
 def _spectrum(Z: Any, y: Any, intercept: bool, produced_dtype: torch.dtype | None) -> _Spectrum:
-    matrix = as_matrix(Z)
+    matrix = as_data(Z)
     targets = as_targets(y, len(matrix)).to(matrix.device)
     if intercept:
         matrix = _with_ones(matrix)
     U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    shape = (matrix.shape[0], matrix.shape[1])
-    keep = s > rank_cutoff(shape, float(matrix.norm()), float(s[0]), produced_eps(Z, produced_dtype))
+    keep = keep_above_noise(s, matrix.shape, dtype_of_origin(Z, produced_dtype))
     if not keep.any():
         raise RankError("The features are all zero, so there is nothing to probe; check the layer they come from.")
     U, s, V = U[:, keep], s[keep], Vh[keep].T
@@ -272,13 +271,12 @@ def least_squares_probe(Z: Any, y: Any, ridge: float = 0.0, *, intercept: bool =
     """
     if not ridge >= 0:
         raise ArgumentError(f"ridge must be a number of at least 0, found {ridge!r}.")
-    matrix = as_matrix(Z)
+    matrix = as_data(Z)
     targets = as_targets(y, len(matrix)).to(matrix.device)
     centre = matrix.mean(0) if intercept else torch.zeros_like(matrix[0])
     level = targets.mean(0) if intercept else torch.zeros_like(targets[0])
     U, s, Vh = torch.linalg.svd(matrix - centre, full_matrices=False)
-    shape = (matrix.shape[0], matrix.shape[1])
-    keep = s > rank_cutoff(shape, float(matrix.norm()), float(s[0]), produced_eps(Z))
+    keep = keep_above_noise(s, matrix.shape, dtype_of_origin(Z))
     U, s, Vh = U[:, keep], s[keep], Vh[keep]
     weight = Vh.T @ ((s / (s.square() + ridge))[:, None] * (U.T @ (targets - level)))
     return LinearProbe(weight, level - centre @ weight)
@@ -289,7 +287,7 @@ def _split(weight: torch.Tensor, intercept: bool) -> LinearProbe:
 
 
 def _classes(Z: Any, labels: Any, name: str = "Z", at_least: int = 2) -> tuple[torch.Tensor, torch.Tensor, int]:
-    matrix = as_matrix(Z, name)
+    matrix = as_data(Z, name)
     numbers = torch.as_tensor(labels).detach().to(matrix.device)
     whole = numbers.ndim == 1 and len(numbers) == len(matrix) and not numbers.is_complex()
     if not whole or bool((numbers != numbers.long()).any()) or int(numbers.min()) < 0:
