@@ -1,0 +1,350 @@
+"""Algorithm 1 of the paper, its baselines and the closed-form optimum behind one call."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from hf_immunize.errors import ArgumentError, NonFiniteError, ShapeError
+from hf_immunize.linear.baselines import adapted_loss, log_kappa_gradient
+from hf_immunize.linear.checks import as_data, as_targets, same_columns
+from hf_immunize.linear.definition import map_ratio
+from hf_immunize.linear.factor import Factor, row_factor
+from hf_immunize.linear.losses import Task, benign_task
+from hf_immunize.linear.optimum import factor_map
+from hf_immunize.linear.steps import (
+    descend,
+    feature_spectrum,
+    ill_step,
+    ill_weights,
+    well_step,
+    well_weights,
+)
+
+
+# Under the step rules κ(H_H) stops here: where harmful directions of their own exist it would grow without end, until
+# rounding takes the benign features with it.
+_KAPPA_LIMIT = 1e14
+
+METHODS = ("optimum", "kappa", "r_ill", "imma", "opt_kappa")
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """Constants of the iterative methods; the defaults are those of the paper's house-price experiment.
+
+    Attributes:
+        epochs: Passes over the data.
+        lr: η of θ and of the classifier ω. Under ``step="rule"`` of ω and of the task loss alone.
+        batch_size: Rows of each task in a step; None for all of them.
+        step: ``"fixed"``: η times the weighted gradients, as in the paper. ``"rule"`` (``kappa`` and ``r_ill``): the
+            largest step of R_well that provably lowers κ(H_P), then a step of R_ill that provably raises κ(H_H), both
+            for the rows of the step; then θ is rescaled so that the benign features keep their size.
+        share: Under ``"rule"``, the part of what R_well gained in log κ(H_P) that R_ill may spend, below 1. A step of
+            R_ill that raises κ(H_H) by a factor raises κ(H_P) by no more than it, so κ(H_P) falls in every pair.
+        growth: Under ``"rule"``, the largest factor by which a step raises κ(H_H); with ``r_ill`` every step does.
+        benign_weight: λ_P under ``"fixed"``; ``"balanced"`` scales its gradient to the norm of the task loss's.
+        harmful_weight: λ_H, likewise.
+        theta_init: ``"identity"``, ``"random"`` (normal, variance 1/D) or a ``(D, D)`` tensor.
+        inner_steps: Steps of the simulated attacker of ``imma``.
+        record_every: Epochs between records of the history, each of which takes two decompositions; 0 for the first
+            and last alone.
+        seed: Of ω, of a random θ and of the order of the batches.
+    """
+
+    epochs: int = 100
+    lr: float = 0.005
+    batch_size: int | None = None
+    step: str = "fixed"
+    share: float = 0.6
+    growth: float = 1.2
+    benign_weight: float | str = "balanced"
+    harmful_weight: float | str = "balanced"
+    theta_init: str | torch.Tensor = "identity"
+    inner_steps: int = 5
+    record_every: int = 1
+    seed: int = 0
+
+    def check(self, method: str) -> None:
+        """Refuse impossible values.
+
+        Raises:
+            ArgumentError: Names the option, what it may be and what it is.
+        """
+        numbers = [
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("lr", self.lr > 0, "positive"),
+            ("batch_size", self.batch_size is None or self.batch_size >= 2, "at least 2, or None for all rows"),
+            ("share", 0 <= self.share < 1, "from 0 to below 1"),
+            ("growth", self.growth > 1, "above 1"),
+            ("inner_steps", self.inner_steps >= 1, "at least 1"),
+            ("record_every", self.record_every >= 0, "at least 0"),
+        ]
+        for name, fine, wanted in numbers:
+            if not fine:
+                raise ArgumentError(f"{name} must be {wanted}, found {getattr(self, name)!r}.")
+        if self.step not in ("fixed", "rule"):
+            raise ArgumentError(f"step must be 'fixed' or 'rule', found {self.step!r}.")
+        if self.step == "rule" and method not in ("kappa", "r_ill"):
+            raise ArgumentError(f"step='rule' is proved for methods 'kappa' and 'r_ill' alone, found {method!r}.")
+        for name in ("benign_weight", "harmful_weight"):
+            weight = getattr(self, name)
+            if weight != "balanced" and (isinstance(weight, str) or not weight >= 0):
+                raise ArgumentError(f"{name} must be 'balanced' or a number of at least 0, found {weight!r}.")
+
+
+@dataclass(frozen=True)
+class LinearImmunization:
+    """What :func:`immunize_linear` found.
+
+    Attributes:
+        theta: ``(D, D)`` float64, the map: immunized features are ``X @ theta``.
+        omega: ``(D, C)``, the benign classifier trained beside it; None for the optimum.
+        history: One dict a record: ``epoch``, ``step``, ``loss`` (benign, over all data), ``kappa_benign``,
+            ``kappa_harmful``, ``benign_ratio`` (ii), ``harmful_ratio`` (i), ``rir``, ``bound``. The last one is the
+            result's.
+        method: The method.
+        settings: The constants used.
+    """
+
+    theta: torch.Tensor
+    omega: torch.Tensor | None
+    history: list[dict[str, Any]] = field(repr=False)
+    method: str = "optimum"
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def rir(self) -> float:
+        """Exact RIR against the identity."""
+        return float(self.history[-1]["rir"])
+
+
+def immunize_linear(
+    X_benign: Any,
+    y_benign: Any,
+    X_harmful: Any,
+    method: str = "optimum",
+    *,
+    y_harmful: Any = None,
+    t: float | None = None,
+    harmful_gain: float = 1e3,
+    tolerance: float | None = None,
+    settings: LinearSettings | None = None,
+    **options: Any,
+) -> LinearImmunization:
+    """Find a linear map ``θ`` after which probing is slow on the harmful task and no slower on the benign one.
+
+    - ``optimum``: the closed form that attains the ceiling of RIR (:mod:`hf_immunize.linear.optimum`).
+    - ``kappa``: Algorithm 1 of Zheng et al. (ICML 2025): task loss, ``R_well(H_P)`` and ``R_ill(H_H)``.
+    - ``r_ill``: task loss and ``R_ill(H_H)`` alone.
+    - ``imma``: bi-level, after Zheng & Yeh (ECCV 2024): lower the benign loss, raise the harmful loss that an attacker
+      reaches after ``inner_steps``; the inner loop is differentiated.
+    - ``opt_kappa``: task loss and gradient descent on ``log κ(H_P) − log κ(H_H)`` itself.
+
+    Args:
+        X_benign: ``(N_P, D)``.
+        y_benign: ``(N_P,)`` class numbers (whole-number dtype), or ``(N_P,)`` or ``(N_P, C)`` real targets. None for
+            ``optimum``, which has no use for them.
+        X_harmful: ``(N_H, D)``, the same columns.
+        method: One of the above.
+        y_harmful: Targets of the harmful data, for ``imma`` alone.
+        t: Dial of the optimum, at least 1 (:func:`hf_immunize.linear.optimum.optimal_map`).
+        harmful_gain: Of the optimum where harmful directions of their own exist.
+        tolerance: As in :func:`hf_immunize.linear.optimum.rir_ceiling`.
+        settings: Constants of the iterative methods.
+        **options: Single constants, in place of or on top of ``settings`` (:class:`LinearSettings`).
+
+    Raises:
+        ArgumentError: An unknown method or option, an impossible value, or ``imma`` without ``y_harmful``.
+        ShapeError: Columns or targets do not fit.
+        NonFiniteError: A cell of the data is not finite, or the iteration diverged.
+        PerfectConditioningError: ``R_ill`` met harmful features with κ = 1.
+
+    Example:
+        >>> benign, harmful = torch.diag(torch.tensor([2.0, 1.0])), torch.diag(torch.tensor([1.0, 3.0]))
+        >>> round(immunize_linear(benign, None, harmful).rir, 6)  # the ceiling
+        16.0
+        >>> found = immunize_linear(benign, torch.tensor([1.0, 0.0]), harmful, "kappa", step="rule", epochs=30)
+        >>> round(found.rir, 6)
+        16.0
+    """
+    if method not in METHODS:
+        raise ArgumentError(f"method must be one of {', '.join(METHODS)}, found {method!r}.")
+    chosen = _settings(settings, options)
+    P, H = row_factor(X_benign, "X_benign"), row_factor(X_harmful, "X_harmful")
+    same_columns(P.V.T, H.V.T, ("X_benign", "X_harmful"))
+    if method == "optimum":
+        theta = factor_map(P, H, t=t, harmful_gain=harmful_gain, tolerance=tolerance)
+        used: dict[str, Any] = {"t": t, "harmful_gain": harmful_gain, "tolerance": tolerance}
+        return LinearImmunization(theta, None, [{"epoch": 0, "step": 0} | _measure(P, H, theta)], method, used)
+    chosen.check(method)
+    if y_benign is None:
+        raise ArgumentError(f"method={method!r} trains a benign classifier and needs y_benign; 'optimum' does not.")
+    task = benign_task(as_data(X_benign, "X_benign"), y_benign)
+    X_H = as_data(X_harmful, "X_harmful")
+    y_H = None
+    if method == "imma":
+        if y_harmful is None:
+            raise ArgumentError("method='imma' simulates the attacker's fit and needs y_harmful.")
+        y_H = as_targets(y_harmful, len(X_H), "y_harmful").to(X_H.device)
+    return _descend_all(_Run(method, chosen, P, H, task, X_H, y_H))
+
+
+def _settings(settings: LinearSettings | None, options: dict[str, Any]) -> LinearSettings:
+    known = LinearSettings.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise ArgumentError(f"Unknown option {name!r}; there are {', '.join(known)}.")
+    return replace(settings or LinearSettings(), **options)
+
+
+def _measure(P: Factor, H: Factor, theta: torch.Tensor) -> dict[str, Any]:
+    ratio = map_ratio(P, H, theta)
+    assert ratio.benign is not None and ratio.harmful is not None
+    return {
+        "kappa_benign": ratio.benign.kappa,
+        "kappa_harmful": ratio.harmful.kappa,
+        "benign_ratio": ratio.benign_ratio,
+        "harmful_ratio": ratio.harmful_ratio,
+        "rir": ratio.rir,
+        "bound": ratio.bound,
+    }
+
+
+@dataclass
+class _Run:
+    """Everything a run of an iterative method reads; θ and ω are passed and returned."""
+
+    method: str
+    settings: LinearSettings
+    P: Factor
+    H: Factor
+    task: Task
+    X_H: torch.Tensor
+    y_H: torch.Tensor | None
+
+    def start(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """θ and ω before the first step."""
+        dim, like = self.P.dim, self.X_H
+        init = self.settings.theta_init
+        omega = torch.randn(dim, self.task.width, generator=generator, dtype=torch.float64).to(like.device) / dim**0.5
+        if isinstance(init, torch.Tensor):
+            theta = as_data(init, "theta_init").to(like.device)
+            if theta.shape != (dim, dim):
+                raise ShapeError(f"Expected theta_init of shape ({dim}, {dim}), found {tuple(theta.shape)}.")
+        elif init == "identity":
+            theta = torch.eye(dim, dtype=torch.float64, device=like.device)
+        elif init == "random":
+            theta = torch.randn(dim, dim, generator=generator, dtype=torch.float64).to(like.device) / dim**0.5
+        else:
+            raise ArgumentError(f"theta_init must be 'identity', 'random' or a tensor, found {init!r}.")
+        return theta, omega
+
+    def batches(self, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Row numbers of both tasks, step by step, for one epoch; whole batches only, as long as the shorter lasts."""
+        size, n_p, n_h = self.settings.batch_size, len(self.task.X), len(self.X_H)
+        if size is None:
+            yield torch.arange(n_p), torch.arange(n_h)
+            return
+        rows_p, rows_h = torch.randperm(n_p, generator=generator), torch.randperm(n_h, generator=generator)
+        size = min(size, n_p, n_h)
+        for i in range(min(n_p, n_h) // size):
+            yield rows_p[i * size : (i + 1) * size], rows_h[i * size : (i + 1) * size]
+
+
+def _descend_all(run: _Run) -> LinearImmunization:
+    generator = torch.Generator().manual_seed(run.settings.seed)
+    theta, omega = run.start(generator)
+    every, epochs = run.settings.record_every, run.settings.epochs
+
+    def record(epoch: int, step: int) -> dict[str, Any]:
+        loss = {"epoch": epoch, "step": step, "loss": float(run.task.loss(run.task.X @ theta @ omega))}
+        return loss | _measure(run.P, run.H, theta)
+
+    history, step = [record(0, 0)], 0
+    for epoch in range(1, epochs + 1):
+        for rows_p, rows_h in run.batches(generator):
+            theta, omega = _update(run, theta, omega, rows_p, rows_h)
+            step += 1
+            if not bool(torch.isfinite(theta).all()):
+                raise NonFiniteError(
+                    f"θ stopped being finite at step {step} of method {run.method!r}: the step size is too large for "
+                    "these weights; lower lr or the weights, or use step='rule'."
+                )
+        if epoch == epochs or (every and epoch % every == 0):
+            history.append(record(epoch, step))
+    return LinearImmunization(theta, omega, history, run.method, asdict(run.settings))
+
+
+def _update(
+    run: _Run, theta: torch.Tensor, omega: torch.Tensor, rows_p: torch.Tensor, rows_h: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    s, batch = run.settings, run.task.rows(rows_p)
+    full = s.batch_size is None
+    Z = batch.X @ theta
+    slope = batch.slope(Z @ omega)
+    # The task's gradient enters unpreconditioned, as in the paper.
+    task_direction = (batch.X.T @ slope) @ omega.T
+    omega_next = omega - s.lr * (Z.T @ slope)
+    # All rows at once: the factor has the same Hessian and no more rows than columns.
+    benign = run.P.rows if full else batch.X
+    harmful = run.H.rows if full else run.X_H[rows_h]
+    if s.step == "rule":
+        moved = _ruled(run, theta - s.lr * task_direction, benign, harmful)
+        # κ has no scale, but η has: the benign features keep their size, or the classifier's descent would diverge.
+        return moved * (Z.norm() / (batch.X @ moved).norm()), omega_next
+    parts = _directions(run, theta, benign, harmful, rows_h)
+    size = task_direction.norm()
+    for weight, direction in parts:
+        factor = weight if isinstance(weight, float | int) else float(size / direction.norm().clamp(min=1e-300))
+        task_direction = task_direction + factor * direction
+    return theta - s.lr * task_direction, omega_next
+
+
+def _directions(
+    run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.Tensor, rows_h: torch.Tensor
+) -> list[tuple[float | str, torch.Tensor]]:
+    """The regularizers' directions with their weights, all to be subtracted."""
+    s, method = run.settings, run.method
+    if method == "imma":
+        assert run.y_H is not None
+        moving = theta.clone().requires_grad_(True)
+        loss = adapted_loss(moving, run.X_H[rows_h], run.y_H[rows_h], s.inner_steps)
+        return [(s.harmful_weight, -torch.autograd.grad(loss, moving)[0])]
+    Z_h = harmful @ theta
+    if method == "opt_kappa":
+        rise = log_kappa_gradient(harmful, Z_h)
+        return [(s.benign_weight, log_kappa_gradient(benign, benign @ theta)), (s.harmful_weight, -rise)]
+    spectrum = feature_spectrum(Z_h)
+    parts: list[tuple[float | str, torch.Tensor]] = [
+        (s.harmful_weight, descend(theta, Z_h, spectrum.left, ill_weights(spectrum.values)))
+    ]
+    if method == "kappa":
+        Z_p = benign @ theta
+        spectrum = feature_spectrum(Z_p)
+        weights = well_weights(spectrum.values, theta.shape[0])
+        parts.append((s.benign_weight, descend(theta, Z_p, spectrum.left, weights)))
+    return parts
+
+
+def _ruled(run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.Tensor) -> torch.Tensor:
+    s, dim = run.settings, theta.shape[0]
+    growth = s.growth
+    if run.method == "kappa":
+        Z = benign @ theta
+        spectrum = feature_spectrum(Z)
+        step = well_step(spectrum.values, dim)
+        weights = well_weights(spectrum.values, dim)
+        scale = (1 - 2 * step * weights * spectrum.values).square() * spectrum.values
+        gain = float(spectrum.values[0] / spectrum.values[-1]) / float(scale.max() / scale.min())
+        theta = theta - step * descend(theta, Z, spectrum.left, weights)
+        growth = min(gain**s.share, s.growth)
+    if growth <= 1 + 1e-9:
+        return theta
+    Z = harmful @ theta
+    spectrum = feature_spectrum(Z)
+    if float(spectrum.values[0] / spectrum.values[-1]) > _KAPPA_LIMIT:
+        return theta
+    step = ill_step(spectrum.values, growth)
+    return theta - step * descend(theta, Z, spectrum.left, ill_weights(spectrum.values))
