@@ -14,10 +14,12 @@ from hf_immunize.linear.factor import Factor, row_factor
 from hf_immunize.linear.losses import Task, benign_task
 from hf_immunize.linear.optimum import factor_map
 from hf_immunize.linear.steps import (
-    descend,
+    Direction,
+    direction,
     feature_spectrum,
     ill_step,
     ill_weights,
+    subtract,
     well_step,
     well_weights,
 )
@@ -281,50 +283,56 @@ def _update(
     run: _Run, theta: torch.Tensor, omega: torch.Tensor, rows_p: torch.Tensor, rows_h: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     s, batch = run.settings, run.task.rows(rows_p)
-    full = s.batch_size is None
     Z = batch.X @ theta
     slope = batch.slope(Z @ omega)
     # The task's gradient enters unpreconditioned, as in the paper.
-    task_direction = (batch.X.T @ slope) @ omega.T
+    task = Direction(batch.X.T @ slope, omega.T)
     omega_next = omega - s.lr * (Z.T @ slope)
     # All rows at once: the factor has the same Hessian and no more rows than columns.
+    full = s.batch_size is None
     benign = run.P.rows if full else batch.X
     harmful = run.H.rows if full else run.X_H[rows_h]
     if s.step == "rule":
-        moved = _ruled(run, theta - s.lr * task_direction, benign, harmful)
+        moved = _ruled(run, subtract(theta, [(s.lr, task)]), benign, harmful)
         # κ has no scale, but η has: the benign features keep their size, or the classifier's descent would diverge.
         return moved * (Z.norm() / (batch.X @ moved).norm()), omega_next
-    parts = _directions(run, theta, benign, harmful, rows_h)
-    size = task_direction.norm()
-    for weight, direction in parts:
-        factor = weight if isinstance(weight, float | int) else float(size / direction.norm().clamp(min=1e-300))
-        task_direction = task_direction + factor * direction
-    return theta - s.lr * task_direction, omega_next
+    size = task.norm()
+
+    def step(weight: float | str, norm: float) -> float:
+        return s.lr * (weight if isinstance(weight, float | int) else size / max(norm, 1e-300))
+
+    if run.method == "imma":
+        rise = _attack_gradient(run, theta, rows_h)
+        # Subtracting the task's gradient and adding the attacker's.
+        moved = subtract(theta, [(s.lr, task)])
+        return moved + step(s.harmful_weight, float(rise.norm())) * rise, omega_next
+    parts = [(step(weight, part.norm()), part) for weight, part in _directions(run, theta, benign, harmful)]
+    return subtract(theta, [(s.lr, task), *parts]), omega_next
+
+
+def _attack_gradient(run: _Run, theta: torch.Tensor, rows_h: torch.Tensor) -> torch.Tensor:
+    assert run.y_H is not None
+    moving = theta.clone().requires_grad_(True)
+    loss = adapted_loss(moving, run.X_H[rows_h], run.y_H[rows_h], run.settings.inner_steps)
+    return torch.autograd.grad(loss, moving)[0]
 
 
 def _directions(
-    run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.Tensor, rows_h: torch.Tensor
-) -> list[tuple[float | str, torch.Tensor]]:
+    run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.Tensor
+) -> list[tuple[float | str, Direction]]:
     """The regularizers' directions with their weights, all to be subtracted."""
-    s, method = run.settings, run.method
-    if method == "imma":
-        assert run.y_H is not None
-        moving = theta.clone().requires_grad_(True)
-        loss = adapted_loss(moving, run.X_H[rows_h], run.y_H[rows_h], s.inner_steps)
-        return [(s.harmful_weight, -torch.autograd.grad(loss, moving)[0])]
-    Z_h = harmful @ theta
-    if method == "opt_kappa":
+    s, Z_h = run.settings, harmful @ theta
+    if run.method == "opt_kappa":
         rise = log_kappa_gradient(harmful, Z_h)
-        return [(s.benign_weight, log_kappa_gradient(benign, benign @ theta)), (s.harmful_weight, -rise)]
+        fall = log_kappa_gradient(benign, benign @ theta)
+        return [(s.benign_weight, fall), (s.harmful_weight, Direction(-rise.tall, rise.flat))]
     spectrum = feature_spectrum(Z_h)
-    parts: list[tuple[float | str, torch.Tensor]] = [
-        (s.harmful_weight, descend(theta, Z_h, spectrum.left, ill_weights(spectrum.values)))
-    ]
-    if method == "kappa":
+    parts = [(s.harmful_weight, direction(theta, Z_h, spectrum.left, ill_weights(spectrum.values)))]
+    if run.method == "kappa":
         Z_p = benign @ theta
         spectrum = feature_spectrum(Z_p)
         weights = well_weights(spectrum.values, theta.shape[0])
-        parts.append((s.benign_weight, descend(theta, Z_p, spectrum.left, weights)))
+        parts.append((s.benign_weight, direction(theta, Z_p, spectrum.left, weights)))
     return parts
 
 
@@ -338,7 +346,7 @@ def _ruled(run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.
         weights = well_weights(spectrum.values, dim)
         scale = (1 - 2 * step * weights * spectrum.values).square() * spectrum.values
         gain = float(spectrum.values[0] / spectrum.values[-1]) / float(scale.max() / scale.min())
-        theta = theta - step * descend(theta, Z, spectrum.left, weights)
+        theta = subtract(theta, [(step, direction(theta, Z, spectrum.left, weights))])
         growth = min(gain**s.share, s.growth)
     if growth <= 1 + 1e-9:
         return theta
@@ -347,4 +355,4 @@ def _ruled(run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.
     if float(spectrum.values[0] / spectrum.values[-1]) > _KAPPA_LIMIT:
         return theta
     step = ill_step(spectrum.values, growth)
-    return theta - step * descend(theta, Z, spectrum.left, ill_weights(spectrum.values))
+    return subtract(theta, [(step, direction(theta, Z, spectrum.left, ill_weights(spectrum.values)))])

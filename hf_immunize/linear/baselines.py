@@ -2,10 +2,10 @@
 
 import torch
 
-from hf_immunize.linear.steps import feature_spectrum
+from hf_immunize.linear.steps import Direction, feature_spectrum
 
 
-def log_kappa_gradient(X: torch.Tensor, Z: torch.Tensor) -> torch.Tensor:
+def log_kappa_gradient(X: torch.Tensor, Z: torch.Tensor) -> Direction:
     """``∇_θ log κ(θᵀXᵀXθ)``, the direction of the baseline "Opt κ".
 
     ``log κ = 2 log s_1 − 2 log s_k`` over the singular values of ``Z = Xθ``, so the gradient is
@@ -16,12 +16,12 @@ def log_kappa_gradient(X: torch.Tensor, Z: torch.Tensor) -> torch.Tensor:
         Z: ``(n, D)`` features ``Xθ``.
 
     Returns:
-        ``(D, D)``.
+        The ``(D, D)`` gradient, of rank two, as its factors.
     """
     values, left = feature_spectrum(Z)
     ends = left[:, [0, -1]]
     weights = torch.stack([1 / values[0], -1 / values[-1]])
-    return 2 * (X.T @ ends) @ (weights[:, None] * (ends.T @ Z))
+    return Direction(2 * (X.T @ ends), weights[:, None] * (ends.T @ Z))
 
 
 def adapted_loss(theta: torch.Tensor, X: torch.Tensor, targets: torch.Tensor, steps: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ update is ``θ ← θ − 2η (θZᵀ) U diag(b) Uᵀ Z``: products with ``n`` r
 matrix.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -192,8 +193,25 @@ def ill_step(values: torch.Tensor, growth: float) -> float:
     return (root - 1) / (q + root) * limit
 
 
-def descend(theta: torch.Tensor, Z: torch.Tensor, left: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The direction ``2θ ∇_H R = 2(θZᵀ) U diag(b) Uᵀ Z`` that the update subtracts, ``(D, D)``.
+class Direction(NamedTuple):
+    """A ``(D, D)`` direction as the product of its thin factors: never formed, only subtracted.
+
+    Attributes:
+        tall: ``(D, k)``.
+        flat: ``(k, D)``.
+    """
+
+    tall: torch.Tensor
+    flat: torch.Tensor
+
+    def norm(self) -> float:
+        """Frobenius norm, from ``k × k`` products."""
+        square = ((self.tall.T @ self.tall) * (self.flat @ self.flat.T)).sum()
+        return float(square.clamp(min=0)) ** 0.5
+
+
+def direction(theta: torch.Tensor, Z: torch.Tensor, left: torch.Tensor, weights: torch.Tensor) -> Direction:
+    """The direction ``2θ ∇_H R = 2(θZᵀ) U diag(b) Uᵀ Z`` that the update subtracts.
 
     Args:
         theta: ``(D, D)``.
@@ -202,4 +220,15 @@ def descend(theta: torch.Tensor, Z: torch.Tensor, left: torch.Tensor, weights: t
         weights: ``(k,)`` the ``b`` of a regularizer.
     """
     inner = left.T @ Z
-    return 2 * (theta @ inner.T) @ (weights[:, None] * inner)
+    return Direction(2 * (theta @ inner.T), weights[:, None] * inner)
+
+
+def subtract(theta: torch.Tensor, parts: Sequence[tuple[float, Direction]]) -> torch.Tensor:
+    """``θ − Σ step · direction``, as one product added in place of several ``D × D`` temporaries.
+
+    Args:
+        theta: ``(D, D)``.
+        parts: Steps and directions.
+    """
+    tall = torch.cat([step * part.tall for step, part in parts], dim=1)
+    return torch.addmm(theta, tall, torch.cat([part.flat for _, part in parts]), alpha=-1)
