@@ -21,7 +21,7 @@ from hf_immunize.linear.probe import probe_convergence
 
 
 RUN = {"epochs": 100, "batch_size": 64, "lr": 0.005, "record_every": 0}
-DRIFTING = "the same, batches of 64"  # in the table, not in the figure
+BATCHES = "the same, batches of 64"  # in the table, not in the figure
 # Name in the table -> arguments, and the paper's (i), (ii) and RIR.
 METHODS = {
     "R_ill only": ({"method": "r_ill"} | RUN, ("90.02", "72.42", "1.24")),
@@ -32,7 +32,7 @@ METHODS = {
         {"method": "kappa", "step": "rule"} | RUN | {"batch_size": None},
         ("18.92", "0.053", "356.20"),
     ),
-    DRIFTING: ({"method": "kappa", "step": "rule"} | RUN, ("18.92", "0.053", "356.20")),
+    BATCHES: ({"method": "kappa", "step": "rule"} | RUN, ("18.92", "0.053", "356.20")),
     "optimum, t = 1": ({"method": "optimum", "t": 1.0}, ("–",) * 3),
     "optimum, t = κ(K_P)": ({"method": "optimum"}, ("–",) * 3),
 }
@@ -143,7 +143,7 @@ def draw(parts, path):
     for (label, rows), line in zip(parts, axes, strict=True):
         for axis, kind, target in zip(line, ("benign", "harmful"), ("lot area", "sale price"), strict=True):
             for (name, row), colour in zip(rows.items(), plt.get_cmap("tab10").colors, strict=False):
-                if name == DRIFTING:
+                if name == BATCHES:
                     continue
                 values = [1.0] + [max(value, 1e-9) for value in row[f"{kind}_curve"]]
                 style = {"identity": "--", "optimum, t = 1": ":"}.get(name, "-")
@@ -263,8 +263,8 @@ What differs from the paper, and why:
 - The published constants, taken as plain gradient descent with weights balanced by gradient norm, barely move θ in 300
   steps. The published code used Adam, weights of 100 and 1e7, and solved with K on the output side of the gradient,
   which is not the direction of its own theorem. The step rules need no constants: on the rows of a step the first half
-  lowers κ(H_P), the second raises κ(H_H). With all rows in every step that is proved for the task; with batches of
-  fewer rows than columns it is not, and with all rows of the table some seeds drift off.
+  lowers κ(H_P), the second raises κ(H_H). With all rows in every step that is proved for the task (but for the step
+  of the task loss between them); with batches it is proved for each batch alone, and (ii) stays larger.
 - The optimum is exact and takes milliseconds. It is no defence by itself: whoever has the weights can undo a linear
   map, and least squares or a whitening probe does not notice it. It says how far any linear map could go.
 """

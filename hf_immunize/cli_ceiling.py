@@ -15,10 +15,10 @@ from hf_immunize.errors import ArgumentError, ImmunizationError
 from hf_immunize.linear.advice import advice
 from hf_immunize.linear.factor import row_factor
 from hf_immunize.linear.figure import save_frontier
+from hf_immunize.linear.files import read_pair
 from hf_immunize.linear.geometry import factor_angles
 from hf_immunize.linear.optimum import Ceiling, factor_ceiling
 from hf_immunize.linear.standardize import standardize
-from hf_immunize.linear_files import read_pair
 
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}

@@ -46,6 +46,6 @@ def advice(ceiling: Ceiling) -> str:
             "conditioning unless earlier layers of the network move as well."
         )
     return (
-        f"A linear map can immunize here: harmful probing can become {ceiling.value:.3g} times worse conditioned while "
-        "benign probing stays as it is."
+        f"A linear map can immunize here: harmful probing can become {ceiling.value:.3g} times worse conditioned "
+        "while benign probing stays as it is."
     )

@@ -13,6 +13,7 @@ from hf_immunize.linear.definition import map_ratio
 from hf_immunize.linear.factor import Factor, row_factor
 from hf_immunize.linear.losses import Task, benign_task
 from hf_immunize.linear.optimum import factor_map
+from hf_immunize.linear.settings import LinearSettings
 from hf_immunize.linear.steps import (
     Direction,
     direction,
@@ -30,70 +31,6 @@ from hf_immunize.linear.steps import (
 _KAPPA_LIMIT = 1e14
 
 METHODS = ("optimum", "kappa", "r_ill", "imma", "opt_kappa")
-
-
-@dataclass(frozen=True)
-class LinearSettings:
-    """Constants of the iterative methods; the defaults are those of the paper's house-price experiment.
-
-    Attributes:
-        epochs: Passes over the data.
-        lr: η of θ and of the classifier ω. Under ``step="rule"`` of ω and of the task loss alone.
-        batch_size: Rows of each task in a step; None for all of them.
-        step: ``"fixed"``: η times the weighted gradients, as in the paper. ``"rule"`` (``kappa`` and ``r_ill``): the
-            largest step of R_well that provably lowers κ(H_P), then a step of R_ill that provably raises κ(H_H), both
-            for the rows of the step; then θ is rescaled so that the benign features keep their size.
-        share: Under ``"rule"``, the part of what R_well gained in log κ(H_P) that R_ill may spend, below 1. A step of
-            R_ill that raises κ(H_H) by a factor raises κ(H_P) by no more than it, so κ(H_P) falls in every pair.
-        growth: Under ``"rule"``, the largest factor by which a step raises κ(H_H); with ``r_ill`` every step does.
-        benign_weight: λ_P under ``"fixed"``; ``"balanced"`` scales its gradient to the norm of the task loss's.
-        harmful_weight: λ_H, likewise.
-        theta_init: ``"identity"``, ``"random"`` (normal, variance 1/D) or a ``(D, D)`` tensor.
-        inner_steps: Steps of the simulated attacker of ``imma``.
-        record_every: Epochs between records of the history, each of which takes two decompositions; 0 for the first
-            and last alone.
-        seed: Of ω, of a random θ and of the order of the batches.
-    """
-
-    epochs: int = 100
-    lr: float = 0.005
-    batch_size: int | None = None
-    step: str = "fixed"
-    share: float = 0.6
-    growth: float = 1.2
-    benign_weight: float | str = "balanced"
-    harmful_weight: float | str = "balanced"
-    theta_init: str | torch.Tensor = "identity"
-    inner_steps: int = 5
-    record_every: int = 1
-    seed: int = 0
-
-    def check(self, method: str) -> None:
-        """Refuse impossible values.
-
-        Raises:
-            ArgumentError: Names the option, what it may be and what it is.
-        """
-        numbers = [
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("lr", self.lr > 0, "positive"),
-            ("batch_size", self.batch_size is None or self.batch_size >= 2, "at least 2, or None for all rows"),
-            ("share", 0 <= self.share < 1, "from 0 to below 1"),
-            ("growth", self.growth > 1, "above 1"),
-            ("inner_steps", self.inner_steps >= 1, "at least 1"),
-            ("record_every", self.record_every >= 0, "at least 0"),
-        ]
-        for name, fine, wanted in numbers:
-            if not fine:
-                raise ArgumentError(f"{name} must be {wanted}, found {getattr(self, name)!r}.")
-        if self.step not in ("fixed", "rule"):
-            raise ArgumentError(f"step must be 'fixed' or 'rule', found {self.step!r}.")
-        if self.step == "rule" and method not in ("kappa", "r_ill"):
-            raise ArgumentError(f"step='rule' is proved for methods 'kappa' and 'r_ill' alone, found {method!r}.")
-        for name in ("benign_weight", "harmful_weight"):
-            weight = getattr(self, name)
-            if weight != "balanced" and (isinstance(weight, str) or not weight >= 0):
-                raise ArgumentError(f"{name} must be 'balanced' or a number of at least 0, found {weight!r}.")
 
 
 @dataclass(frozen=True)
@@ -269,10 +206,11 @@ def _descend_all(run: _Run) -> LinearImmunization:
         for rows_p, rows_h in run.batches(generator):
             theta, omega = _update(run, theta, omega, rows_p, rows_h)
             step += 1
-            if not bool(torch.isfinite(theta).all()):
+            # NaN fails the comparison too; beyond 1e100 the squares of the next step overflow.
+            if not float(theta.abs().max()) < 1e100:
                 raise NonFiniteError(
-                    f"θ stopped being finite at step {step} of method {run.method!r}: the step size is too large for "
-                    "these weights; lower lr or the weights, or use step='rule'."
+                    f"θ stopped being finite at step {step} of method {run.method!r}: the descent diverges on data of "
+                    "this size; lower lr, or scale the data down."
                 )
         if epoch == epochs or (every and epoch % every == 0):
             history.append(record(epoch, step))
@@ -287,13 +225,18 @@ def _update(
     slope = batch.slope(Z @ omega)
     # The task's gradient enters unpreconditioned, as in the paper.
     task = Direction(batch.X.T @ slope, omega.T)
-    omega_next = omega - s.lr * (Z.T @ slope)
+    lr_omega = lr_theta = s.lr
+    if s.step == "rule":
+        # Raw columns and a θ that whitens them make the task's own curvature large: never beyond one over it.
+        lr_omega = min(s.lr, 1 / max(batch.curvature * _top(Z), 1e-300))
+        lr_theta = min(s.lr, 1 / max(batch.curvature * _top(batch.X) * float(omega.square().sum()), 1e-300))
+    omega_next = omega - lr_omega * (Z.T @ slope)
     # All rows at once: the factor has the same Hessian and no more rows than columns.
     full = s.batch_size is None
     benign = run.P.rows if full else batch.X
     harmful = run.H.rows if full else run.X_H[rows_h]
     if s.step == "rule":
-        moved = _ruled(run, subtract(theta, [(s.lr, task)]), benign, harmful)
+        moved = _ruled(run, subtract(theta, [(lr_theta, task)]), benign, harmful)
         # κ has no scale, but η has: the benign features keep their size, or the classifier's descent would diverge.
         return moved * (Z.norm() / (batch.X @ moved).norm()), omega_next
     size = task.norm()
@@ -308,6 +251,12 @@ def _update(
         return moved + step(s.harmful_weight, float(rise.norm())) * rise, omega_next
     parts = [(step(weight, part.norm()), part) for weight, part in _directions(run, theta, benign, harmful)]
     return subtract(theta, [(s.lr, task), *parts]), omega_next
+
+
+def _top(A: torch.Tensor) -> float:
+    """``σ_1(A)²``, from the smaller Gram matrix."""
+    gram = A @ A.T if A.shape[0] <= A.shape[1] else A.T @ A
+    return float(torch.linalg.eigvalsh(gram)[-1])
 
 
 def _attack_gradient(run: _Run, theta: torch.Tensor, rows_h: torch.Tensor) -> torch.Tensor:

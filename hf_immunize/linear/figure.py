@@ -48,6 +48,12 @@ def save_frontier(ceiling: Ceiling, path: str | Path) -> None:
     scope = f" (the {ceiling.common_rank} shared directions)" if ceiling.harmful_only else ""
     axis.set_title(f"What a linear map can reach{scope}", fontsize=14)
     axis.tick_params(labelsize=12)
+    for line in (axis.xaxis, axis.yaxis):
+        low, high = line.get_view_interval()
+        line.set_major_formatter("{x:g}")
+        # Between few decades the ticks in between need numbers; between many they would run into each other.
+        line.set_minor_formatter("{x:g}" if high / low < 30 else "")
+    axis.tick_params(which="minor", labelsize=10)
     axis.legend(fontsize=12, loc="lower right")
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)

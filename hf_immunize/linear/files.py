@@ -167,5 +167,5 @@ def _encode(frames: list[Any], paths: tuple[Path, Path], fill: float | None) -> 
             f"Expected a value in every cell, found none in {path}, row {row}, column {table.columns[column]!r} "
             f"({len(gaps)} such cells in both files); fill them with --fill 0 or leave columns out with --drop."
         )
-    matrix = torch.as_tensor(table.to_numpy())
+    matrix = torch.as_tensor(table.to_numpy(copy=True))
     return matrix[: len(first)], matrix[len(first) :]
