@@ -1,27 +1,25 @@
-"""`hf-immunize ceiling`: before any training, how far can two tasks be told apart by conditioning?"""
+"""`hf-immunize ceiling`: before any training, how far can two tasks be told apart by conditioning?
+
+Heavy imports wait until the command runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from hf_immunize.errors import ArgumentError, ImmunizationError
-from hf_immunize.linear.advice import advice
-from hf_immunize.linear.factor import row_factor
-from hf_immunize.linear.figure import save_frontier
-from hf_immunize.linear.files import read_pair
-from hf_immunize.linear.geometry import factor_angles
-from hf_immunize.linear.optimum import Ceiling, factor_ceiling
-from hf_immunize.linear.standardize import standardize
 
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+if TYPE_CHECKING:
+    from hf_immunize.linear.optimum import Ceiling
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def ceiling(
@@ -86,6 +84,8 @@ def ceiling(
             as_json,
         )
     except ImmunizationError as error:
+        from rich.console import Console
+
         Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False)
         raise typer.Exit(2) from error
 
@@ -105,11 +105,20 @@ def _run(
     figure: Path | None,
     as_json: bool,
 ) -> None:
+    import torch
+
+    from hf_immunize.linear.factor import row_factor
+    from hf_immunize.linear.figure import save_frontier
+    from hf_immunize.linear.files import read_pair
+    from hf_immunize.linear.geometry import factor_angles
+    from hf_immunize.linear.optimum import factor_ceiling
+    from hf_immunize.linear.standardize import standardize
+
     if produced_dtype is not None and produced_dtype not in _DTYPES:
         raise ArgumentError(f"--produced-dtype must be one of {', '.join(_DTYPES)}, found {produced_dtype!r}.")
     pick, leave = (None if text is None else [name.strip() for name in text.split(",")] for text in (columns, drop))
     data = read_pair(benign, harmful, key=key, columns=pick, drop=leave or [], fill=fill, image_size=image_size)
-    dtype = _DTYPES[produced_dtype] if produced_dtype else None
+    dtype = getattr(torch, produced_dtype) if produced_dtype else None
     notes = []
     if standardized:
         parts = []
@@ -131,6 +140,8 @@ def _run(
         save_frontier(found, figure)
         notes.append(f"Frontier saved to {figure}.")
     if as_json:
+        from hf_immunize.linear.advice import advice
+
         numbers: dict[str, Any] = dataclasses.asdict(found)
         # JSON knows neither infinity nor NaN.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
@@ -142,6 +153,11 @@ def _run(
 
 
 def _print(found: Ceiling, angles: list[float], notes: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hf_immunize.linear.advice import advice
+
     console = Console(highlight=False)
     table = Table("", "benign", "harmful", title="Two tasks, one linear map")
     table.add_row("samples × dimensions", *(f"{n} × {found.dim}" for n in (found.num_benign, found.num_harmful)))

@@ -17,6 +17,7 @@ from hf_immunize.linear.settings import LinearSettings
 from hf_immunize.linear.steps import (
     Direction,
     direction,
+    directions,
     feature_spectrum,
     ill_step,
     ill_weights,
@@ -270,19 +271,19 @@ def _directions(
     run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.Tensor
 ) -> list[tuple[float | str, Direction]]:
     """The regularizers' directions with their weights, all to be subtracted."""
-    s, Z_h = run.settings, harmful @ theta
+    s = run.settings
+    # One product for both tasks reads the large θ once.
+    Z_p, Z_h = (torch.cat([benign, harmful]) @ theta).split([len(benign), len(harmful)])
     if run.method == "opt_kappa":
         rise = log_kappa_gradient(harmful, Z_h)
-        fall = log_kappa_gradient(benign, benign @ theta)
+        fall = log_kappa_gradient(benign, Z_p)
         return [(s.benign_weight, fall), (s.harmful_weight, Direction(-rise.tall, rise.flat))]
     spectrum = feature_spectrum(Z_h)
-    parts = [(s.harmful_weight, direction(theta, Z_h, spectrum.left, ill_weights(spectrum.values)))]
+    parts = [(Z_h, spectrum.left, ill_weights(spectrum.values))]
     if run.method == "kappa":
-        Z_p = benign @ theta
         spectrum = feature_spectrum(Z_p)
-        weights = well_weights(spectrum.values, theta.shape[0])
-        parts.append((s.benign_weight, direction(theta, Z_p, spectrum.left, weights)))
-    return parts
+        parts.append((Z_p, spectrum.left, well_weights(spectrum.values, theta.shape[0])))
+    return list(zip((s.harmful_weight, s.benign_weight), directions(theta, parts), strict=False))
 
 
 def _ruled(run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.Tensor) -> torch.Tensor:

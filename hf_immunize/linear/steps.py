@@ -219,8 +219,25 @@ def direction(theta: torch.Tensor, Z: torch.Tensor, left: torch.Tensor, weights:
         left: ``(n, k)`` left singular vectors.
         weights: ``(k,)`` the ``b`` of a regularizer.
     """
-    inner = left.T @ Z
-    return Direction(2 * (theta @ inner.T), weights[:, None] * inner)
+    return directions(theta, [(Z, left, weights)])[0]
+
+
+def directions(
+    theta: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+) -> list[Direction]:
+    """:func:`direction` of several features at once, so that the large ``θ`` is read a single time.
+
+    Args:
+        theta: ``(D, D)``.
+        parts: ``Z``, ``left`` and ``weights`` of each.
+    """
+    inner = [left.T @ Z for Z, left, _ in parts]
+    tall = (theta @ torch.cat(inner).T).mul_(2)
+    pieces = tall.split([len(rows) for rows in inner], dim=1)
+    return [
+        Direction(piece, weights[:, None] * rows)
+        for piece, rows, (_, _, weights) in zip(pieces, inner, parts, strict=True)
+    ]
 
 
 def subtract(theta: torch.Tensor, parts: Sequence[tuple[float, Direction]]) -> torch.Tensor:
