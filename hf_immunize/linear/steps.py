@@ -232,7 +232,7 @@ def directions(
         parts: ``Z``, ``left`` and ``weights`` of each.
     """
     inner = [left.T @ Z for Z, left, _ in parts]
-    tall = (theta @ torch.cat(inner).T).mul_(2)
+    tall = (torch.cat(inner) @ theta.T).mul_(2).T
     pieces = tall.split([len(rows) for rows in inner], dim=1)
     return [
         Direction(piece, weights[:, None] * rows)
