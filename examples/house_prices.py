@@ -226,8 +226,8 @@ SECTION = """
 
 `python examples/house_prices.py --data train.csv`
 
-{origin}, split by zone: RL is harmful, the rest benign ({counts} rows, benign first). Targets: lot area (benign),
-sale price (harmful); the other 79 columns are inputs. Missing cells are 0, categories are coded by the order of their
+{origin}, split by zone: RL is harmful, the rest benign ({counts} rows, benign first). Targets: lot area
+(benign), sale price (harmful); the other 79 columns are inputs. Missing cells are 0, categories are coded by the order of their
 names within the split, each split is standardised on its own (over all its rows), constant columns become 0. η =
 0.005, 100 epochs, batches of 64 (step rules: all rows at once, so 100 steps), θ from the identity, weights balanced to
 the task loss's gradient norm under fixed η; mean ± standard deviation over {seeds} seeds. "3.1 met" lists the parts of
@@ -258,8 +258,8 @@ weights then need little. At t = κ(K_P) the harmful task is slow and the benign
 What differs from the paper, and why:
 
 - 74 of 79 columns are independent in 200 rows. The published numbers add 1e-6·I and keep the smallest eigenvalue above
-  1e-6: a null direction plus rounding noise. The exact κ(K_P) is four to five orders of magnitude smaller than what
-  that recipe reads, so exact and reference columns measure different things.
+  1e-6: a null direction plus rounding noise. The exact κ(K_P) is some five orders of magnitude smaller than what
+  that recipe reads, so exact and reference columns measure different things, and the latter can jump with the noise.
 - The published constants, taken as plain gradient descent with weights balanced by gradient norm, barely move θ in 300
   steps. The published code used Adam, weights of 100 and 1e7, and solved with K on the output side of the gradient,
   which is not the direction of its own theorem. The step rules need no constants: on the rows of a step the first half

@@ -25,7 +25,8 @@ arXiv:2505.23760), repeated with this library. Each part below is written by the
 κ(H_H(θ)) / κ(H_H(I)), how much worse conditioned the harmful probing problem became; (ii) the same for the benign
 task; RIR = (i)/(ii). *Exact* takes κ over the non-zero spectrum, from singular values in float64. *Reference* is the
 recipe of the paper's code (`XᵀX + 1e-6·I`, smallest eigenvalue above 1e-6), which on rank-deficient data reads a null
-direction plus rounding noise; it stands here only for comparison with the published columns.
+direction plus rounding noise; it stands here only for comparison with the published columns. Times are of one thread
+on a shared two-core machine.
 """
 
 
