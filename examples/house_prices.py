@@ -227,12 +227,12 @@ SECTION = """
 `python examples/house_prices.py --data train.csv`
 
 {origin}, split by zone: RL is harmful, the rest benign ({counts} rows, benign first). Targets: lot area
-(benign), sale price (harmful); the other 79 columns are inputs. Missing cells are 0, categories are coded by the order of their
-names within the split, each split is standardised on its own (over all its rows), constant columns become 0. η =
-0.005, 100 epochs, batches of 64 (step rules: all rows at once, so 100 steps), θ from the identity, weights balanced to
-the task loss's gradient norm under fixed η; mean ± standard deviation over {seeds} seeds. "3.1 met" lists the parts of
-Definition 3.1 that every seed met, with (i) ≥ 10 for "≫" and at most 1 % more loss for "≈"; the loss is that of the
-best linear probe with intercept.
+(benign), sale price (harmful); the other 79 columns are inputs. Missing cells are 0, categories are coded by the order
+of their names within the split, each split is standardised on its own (over all its rows), constant columns become 0.
+η = 0.005, 100 epochs, batches of 64 (step rules: all rows at once, so 100 steps), θ from the identity, weights
+balanced to the task loss's gradient norm under fixed η; mean ± standard deviation over {seeds} seeds. "3.1 met" lists
+the parts of Definition 3.1 that every seed met, with (i) ≥ 10 for "≫" and at most 1 % more loss for "≈"; the loss is
+that of the best linear probe with intercept.
 
 ### First 200 rows of each split, as in the paper's code
 
