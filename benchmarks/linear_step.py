@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from benchmarks.common import interleaved_medians
-from hf_immunize.linear.steps import directions, feature_spectrum, ill_weights, subtract, well_weights
+from hf_immunize.linear.steps import directions, feature_spectrum, ill_weights, subtract_, well_weights
 
 
 def straightforward(theta, benign, harmful):
@@ -39,7 +39,7 @@ def ours(theta, benign, harmful):
         spectrum = feature_spectrum(Z)
         weights = well_weights(spectrum.values, theta.shape[0]) if well else ill_weights(spectrum.values)
         parts.append((Z, spectrum.left, weights))
-    return subtract(theta, [(1e-9, part) for part in directions(theta, parts)])
+    return subtract_(theta, [(1e-9, part) for part in directions(theta, parts)])
 
 
 def run() -> dict:

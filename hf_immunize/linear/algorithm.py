@@ -21,7 +21,7 @@ from hf_immunize.linear.steps import (
     feature_spectrum,
     ill_step,
     ill_weights,
-    subtract,
+    subtract_,
     well_step,
     well_weights,
 )
@@ -170,7 +170,8 @@ class _Run:
         init = self.settings.theta_init
         omega = torch.randn(dim, self.task.width, generator=generator, dtype=torch.float64).to(like.device) / dim**0.5
         if isinstance(init, torch.Tensor):
-            theta = as_data(init, "theta_init").to(like.device)
+            # A copy: the descent works in place.
+            theta = as_data(init, "theta_init").to(like.device).clone()
             if theta.shape != (dim, dim):
                 raise ShapeError(f"Expected theta_init of shape ({dim}, {dim}), found {tuple(theta.shape)}.")
         elif init == "identity":
@@ -237,7 +238,7 @@ def _update(
     benign = run.P.rows if full else batch.X
     harmful = run.H.rows if full else run.X_H[rows_h]
     if s.step == "rule":
-        moved = _ruled(run, subtract(theta, [(lr_theta, task)]), benign, harmful)
+        moved = _ruled(run, subtract_(theta, [(lr_theta, task)]), benign, harmful)
         # κ has no scale, but η has: the benign features keep their size, or the classifier's descent would diverge.
         return moved * (Z.norm() / (batch.X @ moved).norm()), omega_next
     size = task.norm()
@@ -248,10 +249,10 @@ def _update(
     if run.method == "imma":
         rise = _attack_gradient(run, theta, rows_h)
         # Subtracting the task's gradient and adding the attacker's.
-        moved = subtract(theta, [(s.lr, task)])
+        moved = subtract_(theta, [(s.lr, task)])
         return moved + step(s.harmful_weight, float(rise.norm())) * rise, omega_next
     parts = [(step(weight, part.norm()), part) for weight, part in _directions(run, theta, benign, harmful)]
-    return subtract(theta, [(s.lr, task), *parts]), omega_next
+    return subtract_(theta, [(s.lr, task), *parts]), omega_next
 
 
 def _top(A: torch.Tensor) -> float:
@@ -296,7 +297,7 @@ def _ruled(run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.
         weights = well_weights(spectrum.values, dim)
         scale = (1 - 2 * step * weights * spectrum.values).square() * spectrum.values
         gain = float(spectrum.values[0] / spectrum.values[-1]) / float(scale.max() / scale.min())
-        theta = subtract(theta, [(step, direction(theta, Z, spectrum.left, weights))])
+        theta = subtract_(theta, [(step, direction(theta, Z, spectrum.left, weights))])
         growth = min(gain**s.share, s.growth)
     if growth <= 1 + 1e-9:
         return theta
@@ -305,4 +306,4 @@ def _ruled(run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.
     if float(spectrum.values[0] / spectrum.values[-1]) > _KAPPA_LIMIT:
         return theta
     step = ill_step(spectrum.values, growth)
-    return subtract(theta, [(step, direction(theta, Z, spectrum.left, ill_weights(spectrum.values)))])
+    return subtract_(theta, [(step, direction(theta, Z, spectrum.left, ill_weights(spectrum.values)))])

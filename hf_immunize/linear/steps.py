@@ -240,12 +240,15 @@ def directions(
     ]
 
 
-def subtract(theta: torch.Tensor, parts: Sequence[tuple[float, Direction]]) -> torch.Tensor:
-    """``θ − Σ step · direction``, as one product added in place of several ``D × D`` temporaries.
+def subtract_(theta: torch.Tensor, parts: Sequence[tuple[float, Direction]]) -> torch.Tensor:
+    """``θ ← θ − Σ step · direction``, in place, as one product without a ``D × D`` temporary.
 
     Args:
-        theta: ``(D, D)``.
+        theta: ``(D, D)``, changed.
         parts: Steps and directions.
+
+    Returns:
+        ``theta``.
     """
     tall = torch.cat([step * part.tall for step, part in parts], dim=1)
-    return torch.addmm(theta, tall, torch.cat([part.flat for _, part in parts]), alpha=-1)
+    return theta.addmm_(tall, torch.cat([part.flat for _, part in parts]), alpha=-1)

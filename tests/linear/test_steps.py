@@ -8,7 +8,7 @@ from hf_immunize.linear.steps import (
     ill_step,
     ill_step_limit,
     ill_weights,
-    subtract,
+    subtract_,
     tied,
     well_step,
     well_weights,
@@ -41,7 +41,7 @@ def test_well_step_lowers_kappa_in_2000_of_2000_trials():
         spectrum = feature_spectrum(Z)
         step = part * well_step(spectrum.values, dim)
         weights = well_weights(spectrum.values, dim)
-        moved = subtract(theta, [(step, direction(theta, Z, spectrum.left, weights))])
+        moved = subtract_(theta.clone(), [(step, direction(theta, Z, spectrum.left, weights))])
         fell += kappa(X @ moved, rank) < kappa(Z, rank)
     assert fell == 2000
 
@@ -54,7 +54,7 @@ def test_ill_step_raises_kappa_in_2000_of_2000_trials():
         spectrum = feature_spectrum(Z)
         step = 0.999 * part * ill_step_limit(spectrum.values)
         weights = ill_weights(spectrum.values)
-        moved = subtract(theta, [(step, direction(theta, Z, spectrum.left, weights))])
+        moved = subtract_(theta.clone(), [(step, direction(theta, Z, spectrum.left, weights))])
         rose += kappa(X @ moved, rank) > kappa(Z, rank)
     assert rose == 2000
 
