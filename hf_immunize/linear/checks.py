@@ -1,17 +1,19 @@
 """What every function of this room asks of its input: real, finite, two-dimensional, in float64."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from hf_immunize.errors import NonFiniteError, ShapeError
+from hf_immunize.errors import ShapeError
+from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
 
 
-def as_matrix(values: Any, name: str = "Z") -> torch.Tensor:
+def as_data(values: Any, name: str = "Z") -> torch.Tensor:
     """Return data as a float64 matrix, or say in one sentence why it cannot be one.
 
     Args:
-        values: ``(N, D)`` tensor, array or nested list, one row a sample.
+        values: ``(N, D)`` tensor, array or nested list, one row a sample, real or whole numbers.
         name: What the caller calls it, for the message.
 
     Returns:
@@ -22,28 +24,15 @@ def as_matrix(values: Any, name: str = "Z") -> torch.Tensor:
         NonFiniteError: A cell holds NaN or infinity; the message names its row and column.
 
     Example:
-        >>> as_matrix([[1, 2], [3, float("nan")]], "X_benign")
+        >>> as_data([[1.0, 2.0], [3.0, float("nan")]], "X_benign")
         Traceback (most recent call last):
-        hf_immunize.errors.NonFiniteError: X_benign has a non-finite value in row 1, column 1 (counted from 0), ...
+        hf_immunize.errors.NonFiniteError: Expected finite values in X_benign, found nan in row 1, column 1 ...
     """
     matrix = torch.as_tensor(values).detach()
-    if matrix.ndim != 2:
-        raise ShapeError(
-            f"{name} must be a matrix of shape (samples, features), found shape {tuple(matrix.shape)}; "
-            "flatten images to one row each first."
-        )
-    if matrix.shape[0] < 2 or matrix.shape[1] < 1:
-        raise ShapeError(
-            f"{name} needs at least two rows and one column, found shape {tuple(matrix.shape)}; add samples."
-        )
     matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).to(torch.float64)
-    bad = (~torch.isfinite(matrix)).nonzero()
-    if len(bad):
-        row, column = bad[0].tolist()
-        raise NonFiniteError(
-            f"{name} has a non-finite value in row {row}, column {column} (counted from 0), "
-            f"{len(bad)} such cells in all; drop these rows or fill the cells before."
-        )
+    matrix = as_matrix(matrix, name)
+    if matrix.shape[0] < 2:
+        raise ShapeError(f"Expected at least two rows in {name}, found {matrix.shape[0]}; one sample has no spectrum.")
     return matrix
 
 
@@ -65,7 +54,7 @@ def as_targets(values: Any, rows: int, name: str = "y") -> torch.Tensor:
             f"{name} must hold one target for each of the {rows} rows, as ({rows},) or ({rows}, C), "
             f"found shape {tuple(targets.shape)}."
         )
-    return as_matrix(targets.reshape(rows, -1), name)
+    return as_data(targets.reshape(rows, -1), name)
 
 
 def same_columns(first: torch.Tensor, second: torch.Tensor, names: tuple[str, str]) -> None:
@@ -81,31 +70,33 @@ def same_columns(first: torch.Tensor, second: torch.Tensor, names: tuple[str, st
         )
 
 
-def produced_eps(values: Any, produced_dtype: torch.dtype | None = None) -> float:
-    """Machine epsilon of the dtype in which the data were computed, which decides what is rounding noise in them.
+def dtype_of_origin(values: Any, produced_dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype in which the data were computed, which decides what is rounding noise in them.
 
-    Integer and boolean data are exact and count as float64; so do arrays and lists without a dtype torch knows.
+    Whole numbers are exact and count as float64.
 
     Args:
         values: The data as the caller gave them, before any cast.
         produced_dtype: Overrides the dtype they carry, for float32 features that were saved as float64.
     """
     dtype = produced_dtype or torch.as_tensor(values).dtype
-    return torch.finfo(dtype).eps if dtype.is_floating_point else torch.finfo(torch.float64).eps
+    return dtype if dtype.is_floating_point else torch.float64
 
 
-def rank_cutoff(shape: tuple[int, int], frobenius: float, sigma_max: float, eps: float) -> float:
-    """Singular values at or below this are rounding noise.
+def keep_above_noise(sigma: torch.Tensor, shape: Sequence[int], produced_dtype: torch.dtype) -> torch.Tensor:
+    """Which singular values of data of this shape the rank rule keeps.
 
-    The first term is ten times the norm of random rounding noise in ``shape`` entries of relative size ``eps``, the
-    second ten units of the arithmetic (float64) in which the spectrum was taken.
+    On top of that rule the rounding of the decomposition is taken to grow with the root of the size: uncentred images,
+    5,000 × 784 with a dominant mean, showed noise at 12 units of ``eps·σ_max``, above the rule's 10.
 
     Args:
-        shape: ``(N, D)`` of the data.
-        frobenius: Their Frobenius norm.
-        sigma_max: Their largest singular value.
-        eps: Machine epsilon of the dtype that produced them (:func:`produced_eps`).
+        sigma: ``(min(N, D),)`` singular values, falling.
+        shape: ``(N, D)``.
+        produced_dtype: :func:`dtype_of_origin` of the data.
+
+    Returns:
+        ``(min(N, D),)`` boolean.
     """
-    n, d = shape
-    noise = eps * (n**0.5 + d**0.5) * frobenius / (n * d) ** 0.5
-    return 10 * max(noise, torch.finfo(torch.float64).eps * sigma_max)
+    cutoff = rank_cutoff(float(sigma[0]), float(sigma.norm()), shape[0], shape[1], produced_dtype)
+    rounding = max(shape) ** 0.5 * torch.finfo(sigma.dtype).eps * float(sigma[0])
+    return sigma > max(cutoff, rounding)

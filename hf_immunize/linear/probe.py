@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_immunize.errors import ArgumentError, RankError, ShapeError
-from hf_immunize.linear.checks import as_matrix, as_targets, produced_eps, rank_cutoff
+from hf_immunize.linear.checks import as_data, as_targets, dtype_of_origin, keep_above_noise
+from hf_immunize.linear.logistic import class_numbers, logistic_path, with_ones
 
 
 class LinearProbe(NamedTuple):
@@ -41,18 +42,13 @@ class _Spectrum(NamedTuple):
     outside: float  # ‖Y − UUᵀY‖², the squared loss nothing removes
 
 
-def _with_ones(Z: torch.Tensor) -> torch.Tensor:
-    return torch.cat([Z, torch.ones_like(Z[:, :1])], dim=1)
-
-
 def _spectrum(Z: Any, y: Any, intercept: bool, produced_dtype: torch.dtype | None) -> _Spectrum:
-    matrix = as_matrix(Z)
+    matrix = as_data(Z)
     targets = as_targets(y, len(matrix)).to(matrix.device)
     if intercept:
-        matrix = _with_ones(matrix)
+        matrix = with_ones(matrix)
     U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    shape = (matrix.shape[0], matrix.shape[1])
-    keep = s > rank_cutoff(shape, float(matrix.norm()), float(s[0]), produced_eps(Z, produced_dtype))
+    keep = keep_above_noise(s, matrix.shape, dtype_of_origin(Z, produced_dtype))
     if not keep.any():
         raise RankError("The features are all zero, so there is nothing to probe; check the layer they come from.")
     U, s, V = U[:, keep], s[keep], Vh[keep].T
@@ -155,7 +151,7 @@ def probe_path(
     """
     _check_steps(steps)
     if loss == "logistic":
-        for weight, _ in _logistic_path(Z, y, steps, intercept):
+        for weight, _ in logistic_path(Z, y, steps, intercept):
             yield _split(weight, intercept)
         return
     if loss != "squared":
@@ -200,9 +196,9 @@ def probe_loss_curve(
     """
     _check_steps(steps)
     if loss == "logistic":
-        matrix, labels, classes = _classes(Z, y)
+        matrix, labels, classes = class_numbers(Z, y)
         start = torch.log(torch.tensor(float(classes), dtype=torch.float64))
-        values = [float(start), *(float(value) for _, value in _logistic_path(matrix, labels, steps, intercept))]
+        values = [float(start), *(float(value) for _, value in logistic_path(matrix, labels, steps, intercept))]
         return torch.tensor(values, dtype=torch.float64)
     if loss != "squared":
         raise ArgumentError(f"loss must be 'squared' or 'logistic', found {loss!r}.")
@@ -237,8 +233,8 @@ def probe_accuracy(
         >>> probe_accuracy(Z, labels, Z, labels, steps=2)
         tensor([1., 1.], dtype=torch.float64)
     """
-    matrix, classes_of_rows, classes = _classes(Z, labels)
-    test, test_labels, _ = _classes(Z_test, labels_test, "Z_test", at_least=1)
+    matrix, classes_of_rows, classes = class_numbers(Z, labels)
+    test, test_labels, _ = class_numbers(Z_test, labels_test, "Z_test", at_least=1)
     if test.shape[1] != matrix.shape[1]:
         raise ShapeError(f"Z_test must have the {matrix.shape[1]} columns of Z, found {test.shape[1]}.")
     targets = classes_of_rows
@@ -272,13 +268,12 @@ def least_squares_probe(Z: Any, y: Any, ridge: float = 0.0, *, intercept: bool =
     """
     if not ridge >= 0:
         raise ArgumentError(f"ridge must be a number of at least 0, found {ridge!r}.")
-    matrix = as_matrix(Z)
+    matrix = as_data(Z)
     targets = as_targets(y, len(matrix)).to(matrix.device)
     centre = matrix.mean(0) if intercept else torch.zeros_like(matrix[0])
     level = targets.mean(0) if intercept else torch.zeros_like(targets[0])
     U, s, Vh = torch.linalg.svd(matrix - centre, full_matrices=False)
-    shape = (matrix.shape[0], matrix.shape[1])
-    keep = s > rank_cutoff(shape, float(matrix.norm()), float(s[0]), produced_eps(Z))
+    keep = keep_above_noise(s, matrix.shape, dtype_of_origin(Z))
     U, s, Vh = U[:, keep], s[keep], Vh[keep]
     weight = Vh.T @ ((s / (s.square() + ridge))[:, None] * (U.T @ (targets - level)))
     return LinearProbe(weight, level - centre @ weight)
@@ -286,61 +281,3 @@ def least_squares_probe(Z: Any, y: Any, ridge: float = 0.0, *, intercept: bool =
 
 def _split(weight: torch.Tensor, intercept: bool) -> LinearProbe:
     return LinearProbe(weight[:-1], weight[-1]) if intercept else LinearProbe(weight, torch.zeros_like(weight[0]))
-
-
-def _classes(Z: Any, labels: Any, name: str = "Z", at_least: int = 2) -> tuple[torch.Tensor, torch.Tensor, int]:
-    matrix = as_matrix(Z, name)
-    numbers = torch.as_tensor(labels).detach().to(matrix.device)
-    whole = numbers.ndim == 1 and len(numbers) == len(matrix) and not numbers.is_complex()
-    if not whole or bool((numbers != numbers.long()).any()) or int(numbers.min()) < 0:
-        raise ShapeError(
-            f"The labels of {name} must be {len(matrix)} class numbers from 0 up, one a row, "
-            f"found shape {tuple(numbers.shape)} of {numbers.dtype}."
-        )
-    classes = int(numbers.max()) + 1
-    if classes < at_least:
-        raise ShapeError(f"The labels of {name} must hold at least two classes, found only class 0.")
-    return matrix, numbers.long(), classes
-
-
-def _logistic_path(Z: Any, y: Any, steps: int, intercept: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield weights and mean cross-entropy for t = 1..steps."""
-    matrix, labels, classes = _classes(Z, y)
-    if intercept:
-        matrix = _with_ones(matrix)
-    onehot = torch.nn.functional.one_hot(labels, classes).to(torch.float64)
-    weight = matrix.new_zeros(matrix.shape[1], classes)
-    scores = matrix @ weight
-    for _ in range(steps):
-        gradient = matrix.T @ (scores.softmax(dim=1) - onehot) / len(matrix)
-        direction = -(matrix @ gradient)
-        step = _exact_step(scores, direction, onehot)
-        weight = weight - step * gradient
-        scores = scores + step * direction
-        yield weight, -(onehot * scores.log_softmax(dim=1)).sum(dim=1).mean()
-
-
-def _exact_step(scores: torch.Tensor, direction: torch.Tensor, onehot: torch.Tensor) -> float:
-    """Minimize the cross-entropy of ``scores + a · direction`` over ``a ≥ 0``: bracket the sign change, then bisect.
-
-    Where the direction separates the classes no minimizer exists; the slope then falls towards zero and the search
-    stops at a millionth of its starting value.
-    """
-
-    def slope(a: float) -> float:
-        return float((((scores + a * direction).softmax(dim=1) - onehot) * direction).sum())
-
-    start = slope(0.0)
-    if start >= 0:
-        return 0.0
-    low, high = 0.0, 1.0
-    while (value := slope(high)) < 1e-6 * start:
-        low, high = high, 2 * high
-    if value <= 0:
-        return high
-    for _ in range(100):
-        middle = 0.5 * (low + high)
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-    return high

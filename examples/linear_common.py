@@ -1,0 +1,119 @@
+"""What the two linear experiments share: measuring a map, a store that resumes, and the results page.
+
+Run `house_prices.py` or `mnist_pairs.py`; this module does nothing by itself.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_immunize.linear.definition import factor_definition
+from hf_immunize.linear.factor import row_factor
+from hf_immunize.spectra.ratio import reference_condition_number
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results" / "linear.md"
+FIGURES = ROOT / "docs" / "results" / "figures"
+TITLE = """# The linear setting: results
+
+Two experiments of Zheng, Bai, Bullins and Yeh, "Model Immunization from a Condition Number Perspective" (ICML 2025,
+arXiv:2505.23760), repeated with this library. Each part below is written by the command it names. Terms: (i) is
+κ(H_H(θ)) / κ(H_H(I)), how much worse conditioned the harmful probing problem became; (ii) the same for the benign
+task; RIR = (i)/(ii). *Exact* takes κ over the non-zero spectrum, from singular values in float64. *Reference* is the
+recipe of the paper's code (`XᵀX + 1e-6·I`, smallest eigenvalue above 1e-6), which on rank-deficient data reads a null
+direction plus rounding noise; it stands here only for comparison with the published columns. Times are of one thread
+on a shared two-core machine.
+"""
+
+
+class Measure:
+    """Exact ratios with Definition 3.1, and the reference protocol's, of any map on one pair of tasks."""
+
+    def __init__(self, X_benign: torch.Tensor, X_harmful: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        self.benign, self.harmful = X_benign, X_harmful
+        self.P, self.H = row_factor(X_benign), row_factor(X_harmful)
+        self.inside = None if y is None else X_benign @ self.P.V
+        self.targets = None if y is None else y.reshape(len(y), -1)
+        self.before = reference_condition_number(X_harmful), reference_condition_number(X_benign)
+
+    def __call__(self, theta: torch.Tensor) -> dict[str, Any]:
+        """Everything the tables show of one map ``(D, D)``."""
+        found = factor_definition(self.P, self.H, theta, self.inside, self.targets)
+        harmful = reference_condition_number(self.harmful @ theta) / self.before[0]
+        benign = reference_condition_number(self.benign @ theta) / self.before[1]
+        return {
+            "i": found.harmful_ratio,
+            "ii": found.benign_ratio,
+            "rir": found.rir,
+            "bound": found.bound,
+            "a": found.slower_harmful,
+            "b": found.benign_kept,
+            "c": found.utility_kept,
+            "loss_before": found.loss_before,
+            "loss_after": found.loss_after,
+            "reference_i": harmful,
+            "reference_ii": benign,
+            "reference_rir": harmful / benign,
+        }
+
+
+class Store:
+    """Results as lines of JSON under their keys, written as they come, so that a second run resumes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[str, dict[str, Any]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the line that an interruption cut off
+                continue
+            self.rows[row["key"]] = row
+
+    def get(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result under this key, computed now if it is not there yet."""
+        if key not in self.rows:
+            self.rows[key] = {"key": key} | compute()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.rows[key]) + "\n")
+        return self.rows[key]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number as a table shows it."""
+    if value != value:
+        return "–"
+    return f"{value:.{digits}g}" if abs(value) < 1e4 else f"{value:.2e}"
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    data = torch.tensor(values, dtype=torch.float64)
+    if len(data) < 2 or float(data.std()) == 0:
+        return number(float(data.mean()))
+    return f"{number(float(data.mean()))} ± {number(float(data.std()), 2)}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def write_section(name: str, text: str) -> None:
+    """Put a section into the results page, in place of the one of that name."""
+    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else TITLE
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    block = f"{start}\n{text.strip()}\n{end}"
+    if start in page:
+        page = page[: page.index(start)] + block + page[page.index(end) + len(end) :]
+    else:
+        page = page.rstrip() + "\n\n" + block + "\n"
+    # The page opens as this module says, whatever an older run wrote there.
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(TITLE.rstrip() + "\n\n" + page[page.index("<!-- ") :], encoding="utf-8")

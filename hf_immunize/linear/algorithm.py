@@ -1,0 +1,309 @@
+"""Algorithm 1 of the paper, its baselines and the closed-form optimum behind one call."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from hf_immunize.errors import ArgumentError, NonFiniteError, ShapeError
+from hf_immunize.linear.baselines import adapted_loss, log_kappa_gradient
+from hf_immunize.linear.checks import as_data, as_targets, same_columns
+from hf_immunize.linear.definition import map_ratio
+from hf_immunize.linear.factor import Factor, row_factor
+from hf_immunize.linear.losses import Task, benign_task
+from hf_immunize.linear.optimum import factor_map
+from hf_immunize.linear.settings import LinearSettings
+from hf_immunize.linear.steps import (
+    Direction,
+    direction,
+    directions,
+    feature_spectrum,
+    ill_step,
+    ill_weights,
+    subtract_,
+    well_step,
+    well_weights,
+)
+
+
+# Under the step rules κ(H_H) stops here: where harmful directions of their own exist it would grow without end, until
+# rounding takes the benign features with it.
+_KAPPA_LIMIT = 1e14
+
+METHODS = ("optimum", "kappa", "r_ill", "imma", "opt_kappa")
+
+
+@dataclass(frozen=True)
+class LinearImmunization:
+    """What :func:`immunize_linear` found.
+
+    Attributes:
+        theta: ``(D, D)`` float64, the map: immunized features are ``X @ theta``.
+        omega: ``(D, C)``, the benign classifier trained beside it; None for the optimum.
+        history: One dict a record: ``epoch``, ``step``, ``loss`` (benign, over all data), ``kappa_benign``,
+            ``kappa_harmful``, ``benign_ratio`` (ii), ``harmful_ratio`` (i), ``rir``, ``bound``. The last one is the
+            result's.
+        method: The method.
+        settings: The constants used.
+    """
+
+    theta: torch.Tensor
+    omega: torch.Tensor | None
+    history: list[dict[str, Any]] = field(repr=False)
+    method: str = "optimum"
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def rir(self) -> float:
+        """Exact RIR against the identity."""
+        return float(self.history[-1]["rir"])
+
+
+def immunize_linear(
+    X_benign: Any,
+    y_benign: Any,
+    X_harmful: Any,
+    method: str = "optimum",
+    *,
+    y_harmful: Any = None,
+    t: float | None = None,
+    harmful_gain: float = 1e3,
+    tolerance: float | None = None,
+    settings: LinearSettings | None = None,
+    **options: Any,
+) -> LinearImmunization:
+    """Find a linear map ``θ`` after which probing is slow on the harmful task and no slower on the benign one.
+
+    - ``optimum``: the closed form that attains the ceiling of RIR (:mod:`hf_immunize.linear.optimum`).
+    - ``kappa``: Algorithm 1 of Zheng et al. (ICML 2025): task loss, ``R_well(H_P)`` and ``R_ill(H_H)``.
+    - ``r_ill``: task loss and ``R_ill(H_H)`` alone.
+    - ``imma``: bi-level, after Zheng & Yeh (ECCV 2024): lower the benign loss, raise the harmful loss that an attacker
+      reaches after ``inner_steps``; the inner loop is differentiated.
+    - ``opt_kappa``: task loss and gradient descent on ``log κ(H_P) − log κ(H_H)`` itself.
+
+    Args:
+        X_benign: ``(N_P, D)``.
+        y_benign: ``(N_P,)`` class numbers (whole-number dtype), or ``(N_P,)`` or ``(N_P, C)`` real targets. None for
+            ``optimum``, which has no use for them.
+        X_harmful: ``(N_H, D)``, the same columns.
+        method: One of the above.
+        y_harmful: Targets of the harmful data, for ``imma`` alone.
+        t: Dial of the optimum, at least 1 (:func:`hf_immunize.linear.optimum.optimal_map`).
+        harmful_gain: Of the optimum where harmful directions of their own exist.
+        tolerance: As in :func:`hf_immunize.linear.optimum.rir_ceiling`.
+        settings: Constants of the iterative methods.
+        **options: Single constants, in place of or on top of ``settings`` (:class:`LinearSettings`).
+
+    Raises:
+        ArgumentError: An unknown method or option, an impossible value, or ``imma`` without ``y_harmful``.
+        ShapeError: Columns or targets do not fit.
+        NonFiniteError: A cell of the data is not finite, or the iteration diverged.
+        PerfectConditioningError: ``R_ill`` met harmful features with κ = 1.
+
+    Example:
+        >>> benign, harmful = torch.diag(torch.tensor([2.0, 1.0])), torch.diag(torch.tensor([1.0, 3.0]))
+        >>> round(immunize_linear(benign, None, harmful).rir, 6)  # the ceiling
+        16.0
+        >>> found = immunize_linear(benign, torch.tensor([1.0, 0.0]), harmful, "kappa", step="rule", epochs=30)
+        >>> round(found.rir, 6)
+        16.0
+    """
+    if method not in METHODS:
+        raise ArgumentError(f"method must be one of {', '.join(METHODS)}, found {method!r}.")
+    chosen = _settings(settings, options)
+    P, H = row_factor(X_benign, "X_benign"), row_factor(X_harmful, "X_harmful")
+    same_columns(P.V.T, H.V.T, ("X_benign", "X_harmful"))
+    if method == "optimum":
+        theta = factor_map(P, H, t=t, harmful_gain=harmful_gain, tolerance=tolerance)
+        used: dict[str, Any] = {"t": t, "harmful_gain": harmful_gain, "tolerance": tolerance}
+        return LinearImmunization(theta, None, [{"epoch": 0, "step": 0} | _measure(P, H, theta)], method, used)
+    chosen.check(method)
+    if y_benign is None:
+        raise ArgumentError(f"method={method!r} trains a benign classifier and needs y_benign; 'optimum' does not.")
+    task = benign_task(as_data(X_benign, "X_benign"), y_benign)
+    X_H = as_data(X_harmful, "X_harmful")
+    y_H = None
+    if method == "imma":
+        if y_harmful is None:
+            raise ArgumentError("method='imma' simulates the attacker's fit and needs y_harmful.")
+        y_H = as_targets(y_harmful, len(X_H), "y_harmful").to(X_H.device)
+    return _descend_all(_Run(method, chosen, P, H, task, X_H, y_H))
+
+
+def _settings(settings: LinearSettings | None, options: dict[str, Any]) -> LinearSettings:
+    known = LinearSettings.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise ArgumentError(f"Unknown option {name!r}; there are {', '.join(known)}.")
+    return replace(settings or LinearSettings(), **options)
+
+
+def _measure(P: Factor, H: Factor, theta: torch.Tensor) -> dict[str, Any]:
+    ratio = map_ratio(P, H, theta)
+    assert ratio.benign is not None and ratio.harmful is not None
+    return {
+        "kappa_benign": ratio.benign.kappa,
+        "kappa_harmful": ratio.harmful.kappa,
+        "benign_ratio": ratio.benign_ratio,
+        "harmful_ratio": ratio.harmful_ratio,
+        "rir": ratio.rir,
+        "bound": ratio.bound,
+    }
+
+
+@dataclass
+class _Run:
+    """Everything a run of an iterative method reads; θ and ω are passed and returned."""
+
+    method: str
+    settings: LinearSettings
+    P: Factor
+    H: Factor
+    task: Task
+    X_H: torch.Tensor
+    y_H: torch.Tensor | None
+
+    def start(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """θ and ω before the first step."""
+        dim, like = self.P.dim, self.X_H
+        init = self.settings.theta_init
+        omega = torch.randn(dim, self.task.width, generator=generator, dtype=torch.float64).to(like.device) / dim**0.5
+        if isinstance(init, torch.Tensor):
+            # A copy: the descent works in place.
+            theta = as_data(init, "theta_init").to(like.device).clone()
+            if theta.shape != (dim, dim):
+                raise ShapeError(f"Expected theta_init of shape ({dim}, {dim}), found {tuple(theta.shape)}.")
+        elif init == "identity":
+            theta = torch.eye(dim, dtype=torch.float64, device=like.device)
+        elif init == "random":
+            theta = torch.randn(dim, dim, generator=generator, dtype=torch.float64).to(like.device) / dim**0.5
+        else:
+            raise ArgumentError(f"theta_init must be 'identity', 'random' or a tensor, found {init!r}.")
+        return theta, omega
+
+    def batches(self, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Row numbers of both tasks, step by step, for one epoch; whole batches only, as long as the shorter lasts."""
+        size, n_p, n_h = self.settings.batch_size, len(self.task.X), len(self.X_H)
+        if size is None:
+            yield torch.arange(n_p), torch.arange(n_h)
+            return
+        rows_p, rows_h = torch.randperm(n_p, generator=generator), torch.randperm(n_h, generator=generator)
+        size = min(size, n_p, n_h)
+        for i in range(min(n_p, n_h) // size):
+            yield rows_p[i * size : (i + 1) * size], rows_h[i * size : (i + 1) * size]
+
+
+def _descend_all(run: _Run) -> LinearImmunization:
+    generator = torch.Generator().manual_seed(run.settings.seed)
+    theta, omega = run.start(generator)
+    every, epochs = run.settings.record_every, run.settings.epochs
+
+    def record(epoch: int, step: int) -> dict[str, Any]:
+        loss = {"epoch": epoch, "step": step, "loss": float(run.task.loss(run.task.X @ theta @ omega))}
+        return loss | _measure(run.P, run.H, theta)
+
+    history, step = [record(0, 0)], 0
+    for epoch in range(1, epochs + 1):
+        for rows_p, rows_h in run.batches(generator):
+            theta, omega = _update(run, theta, omega, rows_p, rows_h)
+            step += 1
+            # NaN fails the comparison too; beyond 1e100 the squares of the next step overflow.
+            if not float(theta.abs().max()) < 1e100:
+                raise NonFiniteError(
+                    f"θ stopped being finite at step {step} of method {run.method!r}: the descent diverges on data of "
+                    "this size; lower lr, or scale the data down."
+                )
+        if epoch == epochs or (every and epoch % every == 0):
+            history.append(record(epoch, step))
+    return LinearImmunization(theta, omega, history, run.method, asdict(run.settings))
+
+
+def _update(
+    run: _Run, theta: torch.Tensor, omega: torch.Tensor, rows_p: torch.Tensor, rows_h: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    s, batch = run.settings, run.task.rows(rows_p)
+    Z = batch.X @ theta
+    slope = batch.slope(Z @ omega)
+    # The task's gradient enters unpreconditioned, as in the paper.
+    task = Direction(batch.X.T @ slope, omega.T)
+    lr_omega = lr_theta = s.lr
+    if s.step == "rule":
+        # Raw columns and a θ that whitens them make the task's own curvature large: never beyond one over it.
+        lr_omega = min(s.lr, 1 / max(batch.curvature * _top(Z), 1e-300))
+        lr_theta = min(s.lr, 1 / max(batch.curvature * _top(batch.X) * float(omega.square().sum()), 1e-300))
+    omega_next = omega - lr_omega * (Z.T @ slope)
+    # All rows at once: the factor has the same Hessian and no more rows than columns.
+    full = s.batch_size is None
+    benign = run.P.rows if full else batch.X
+    harmful = run.H.rows if full else run.X_H[rows_h]
+    if s.step == "rule":
+        moved = _ruled(run, subtract_(theta, [(lr_theta, task)]), benign, harmful)
+        # κ has no scale, but η has: the benign features keep their size, or the classifier's descent would diverge.
+        return moved * (Z.norm() / (batch.X @ moved).norm()), omega_next
+    size = task.norm()
+
+    def step(weight: float | str, norm: float) -> float:
+        return s.lr * (weight if isinstance(weight, float | int) else size / max(norm, 1e-300))
+
+    if run.method == "imma":
+        rise = _attack_gradient(run, theta, rows_h)
+        # Subtracting the task's gradient and adding the attacker's.
+        moved = subtract_(theta, [(s.lr, task)])
+        return moved + step(s.harmful_weight, float(rise.norm())) * rise, omega_next
+    parts = [(step(weight, part.norm()), part) for weight, part in _directions(run, theta, benign, harmful)]
+    return subtract_(theta, [(s.lr, task), *parts]), omega_next
+
+
+def _top(A: torch.Tensor) -> float:
+    """``σ_1(A)²``, from the smaller Gram matrix."""
+    gram = A @ A.T if A.shape[0] <= A.shape[1] else A.T @ A
+    return float(torch.linalg.eigvalsh(gram)[-1])
+
+
+def _attack_gradient(run: _Run, theta: torch.Tensor, rows_h: torch.Tensor) -> torch.Tensor:
+    assert run.y_H is not None
+    moving = theta.clone().requires_grad_(True)
+    loss = adapted_loss(moving, run.X_H[rows_h], run.y_H[rows_h], run.settings.inner_steps)
+    return torch.autograd.grad(loss, moving)[0]
+
+
+def _directions(
+    run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.Tensor
+) -> list[tuple[float | str, Direction]]:
+    """The regularizers' directions with their weights, all to be subtracted."""
+    s = run.settings
+    # One product for both tasks reads the large θ once.
+    Z_p, Z_h = (torch.cat([benign, harmful]) @ theta).split([len(benign), len(harmful)])
+    if run.method == "opt_kappa":
+        rise = log_kappa_gradient(harmful, Z_h)
+        fall = log_kappa_gradient(benign, Z_p)
+        return [(s.benign_weight, fall), (s.harmful_weight, Direction(-rise.tall, rise.flat))]
+    spectrum = feature_spectrum(Z_h)
+    parts = [(Z_h, spectrum.left, ill_weights(spectrum.values))]
+    if run.method == "kappa":
+        spectrum = feature_spectrum(Z_p)
+        parts.append((Z_p, spectrum.left, well_weights(spectrum.values, theta.shape[0])))
+    return list(zip((s.harmful_weight, s.benign_weight), directions(theta, parts), strict=False))
+
+
+def _ruled(run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.Tensor) -> torch.Tensor:
+    s, dim = run.settings, theta.shape[0]
+    growth = s.growth
+    if run.method == "kappa":
+        Z = benign @ theta
+        spectrum = feature_spectrum(Z)
+        step = well_step(spectrum.values, dim)
+        weights = well_weights(spectrum.values, dim)
+        scale = (1 - 2 * step * weights * spectrum.values).square() * spectrum.values
+        gain = float(spectrum.values[0] / spectrum.values[-1]) / float(scale.max() / scale.min())
+        theta = subtract_(theta, [(step, direction(theta, Z, spectrum.left, weights))])
+        growth = min(gain**s.share, s.growth)
+    if growth <= 1 + 1e-9:
+        return theta
+    Z = harmful @ theta
+    spectrum = feature_spectrum(Z)
+    if float(spectrum.values[0] / spectrum.values[-1]) > _KAPPA_LIMIT:
+        return theta
+    step = ill_step(spectrum.values, growth)
+    return subtract_(theta, [(step, direction(theta, Z, spectrum.left, ill_weights(spectrum.values)))])

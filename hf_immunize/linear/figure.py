@@ -1,0 +1,60 @@
+"""The frontier of what linear maps can do, as a figure."""
+
+from pathlib import Path
+
+from hf_immunize.errors import RankError
+from hf_immunize.linear.optimum import Ceiling
+
+
+def save_frontier(ceiling: Ceiling, path: str | Path) -> None:
+    """Draw the best harmful ratio (i) against the benign ratio (ii), and save it.
+
+    Args:
+        ceiling: Of two tasks.
+        path: Where to; the ending decides the format.
+
+    Raises:
+        RankError: The tasks share no direction, so there is no frontier to draw.
+    """
+    points = ceiling.frontier()
+    if not points:
+        raise RankError("The two tasks share no direction, so there is no frontier to draw; leave --figure out.")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    benign, harmful = [p[1] for p in points], [p[2] for p in points]
+    figure, axis = plt.subplots(figsize=(7.5, 5.6), constrained_layout=True)
+    axis.plot(benign, harmful, linewidth=3, color="tab:blue", label=f"frontier: RIR = {ceiling.common_value:.3g}")
+    axis.fill_between(benign, [min(harmful) / 10] * len(points), harmful, color="tab:blue", alpha=0.12)
+    axis.plot([benign[0]], [harmful[0]], "o", markersize=10, color="tab:blue")
+    axis.annotate(
+        "t = 1: benign\nperfectly conditioned",
+        (benign[0], harmful[0]),
+        fontsize=12,
+        textcoords="offset points",
+        xytext=(12, -4),
+        va="top",
+    )
+    axis.plot([1], [1], "s", markersize=11, color="tab:red", label="as it is (θ = I)")
+    axis.axvline(1, color="gray", linestyle="--", linewidth=1.2)
+    axis.axhline(1, color="gray", linestyle="--", linewidth=1.2)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_ylim(min(min(harmful) / 10, 0.5), max(max(harmful) * 4, 2))
+    axis.set_xlabel("(ii)  κ of the benign task, times what it was", fontsize=13)
+    axis.set_ylabel("(i)  κ of the harmful task, times what it was", fontsize=13)
+    scope = f" (the {ceiling.common_rank} shared directions)" if ceiling.harmful_only else ""
+    axis.set_title(f"What a linear map can reach{scope}", fontsize=14)
+    axis.tick_params(labelsize=12)
+    for line in (axis.xaxis, axis.yaxis):
+        low, high = line.get_view_interval()
+        line.set_major_formatter("{x:g}")
+        # Between few decades the ticks in between need numbers; between many they would run into each other.
+        line.set_minor_formatter("{x:g}" if high / low < 30 else "")
+    axis.tick_params(which="minor", labelsize=10)
+    axis.legend(fontsize=12, loc="lower right")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,146 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+from hf_immunize import immunize_linear
+from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, ShapeError
+from hf_immunize.linear.algorithm import METHODS
+from hf_immunize.linear.settings import LinearSettings
+
+
+def tasks(seed=0, dim=6):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.logspace(0, 1.2, dim, dtype=torch.float64)
+    P = torch.randn(40, dim, dtype=torch.float64, generator=generator) * scale
+    H = torch.randn(30, dim, dtype=torch.float64, generator=generator) * scale.flip(0)
+    y = P @ torch.randn(dim, dtype=torch.float64, generator=generator) / 10
+    return P / 5, y, H / 5, H.sum(1) / 5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_returns_a_map_and_its_history(method):
+    P, y, H, y_h = tasks()
+    options = {} if method == "optimum" else {"epochs": 5, "seed": 3}
+    found = immunize_linear(P, y, H, method, y_harmful=y_h, **options)
+    assert found.theta.shape == (6, 6) and torch.isfinite(found.theta).all()
+    last = found.history[-1]
+    assert last["rir"] == pytest.approx(last["harmful_ratio"] / last["benign_ratio"])
+    assert found.rir == last["rir"] and found.method == method
+    if method != "optimum":
+        assert [row["epoch"] for row in found.history] == [0, 1, 2, 3, 4, 5]
+        assert found.history[0]["rir"] == pytest.approx(1.0)  # θ starts at the identity
+        assert found.omega.shape == (6, 1)
+        again = immunize_linear(P, y, H, method, y_harmful=y_h, **options)
+        assert torch.equal(found.theta, again.theta)
+
+
+def test_rules_move_both_condition_numbers_the_right_way_in_every_epoch():
+    P, y, H, _ = tasks()
+    found = immunize_linear(P, y, H, "kappa", step="rule", epochs=60, lr=1e-12)
+    benign = [row["kappa_benign"] for row in found.history]
+    assert all(b <= a * (1 + 1e-9) for a, b in pairwise(benign))
+    harmful = [row["kappa_harmful"] for row in immunize_linear(P, y, H, "r_ill", step="rule", lr=1e-12).history]
+    assert all(b > a for a, b in pairwise(harmful))
+    assert found.rir > 10
+
+
+def test_rules_come_close_to_the_ceiling():
+    from hf_immunize import rir_ceiling
+
+    P, y, H, _ = tasks()
+    found = immunize_linear(P, y, H, "kappa", step="rule", epochs=200)
+    assert found.rir > 0.9 * rir_ceiling(P, H).value
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_size": 16}, {"theta_init": "random"}, {"theta_init": 2 * torch.eye(6)}]
+)
+def test_the_benign_task_is_learnt_beside(options):
+    P, y, H, _ = tasks()
+    found = immunize_linear(P, y, H, "kappa", epochs=100, lr=0.02, **options)
+    assert found.history[-1]["loss"] < 0.5 * found.history[0]["loss"]
+
+
+def test_classes_and_several_targets():
+    P, y, H, _ = tasks()
+    labels = (y > 0).long()
+    found = immunize_linear(P, labels, H, "kappa", epochs=30, lr=0.1)
+    assert found.omega.shape == (6, 2) and found.history[-1]["loss"] < found.history[0]["loss"]
+    assert immunize_linear(P, torch.stack([y, -y], 1), H, "kappa", epochs=2).omega.shape == (6, 2)
+    # One digit's images have one label; that is a task too, if a dull one.
+    assert immunize_linear(P, torch.zeros(40, dtype=torch.long), H, "kappa", epochs=2).omega.shape == (6, 2)
+
+
+def test_fixed_weights_are_plain_gradient_descent():
+    P, y, H, _ = tasks()
+    options = {"epochs": 1, "lr": 1e-3, "benign_weight": 0.0, "harmful_weight": 0.0}
+    found = immunize_linear(P, y, H, "kappa", **options)
+    theta = torch.eye(6, dtype=torch.float64, requires_grad=True)
+    omega = immunize_linear(P, y, H, "kappa", epochs=1, lr=1e-30).omega
+    ((P @ theta @ omega)[:, 0] - y).square().mean().backward()
+    torch.testing.assert_close(found.theta, (theta - 1e-3 * theta.grad).detach())
+
+
+def test_balanced_weights_have_the_norm_of_the_task_gradient():
+    P, y, H, _ = tasks()
+    options = {"epochs": 1, "lr": 1e-4}
+    none = {"benign_weight": 0.0, "harmful_weight": 0.0}
+    eye = torch.eye(6, dtype=torch.float64)
+    task = immunize_linear(P, y, H, "r_ill", **options, harmful_weight=0.0).theta - eye
+    both = immunize_linear(P, y, H, "r_ill", **options).theta - eye
+    assert (both - task).norm() == pytest.approx(float(task.norm()), rel=1e-6)
+    assert torch.equal(immunize_linear(P, y, H, "kappa", **options, **none).theta - eye, task)
+
+
+def test_imma_raises_the_adapted_harmful_loss():
+    from hf_immunize.linear.baselines import adapted_loss
+
+    P, y, H, y_h = tasks()
+    found = immunize_linear(P, y, H, "imma", y_harmful=y_h, epochs=30)
+    before = adapted_loss(torch.eye(6, dtype=torch.float64), H, y_h[:, None], 5)
+    plain = immunize_linear(P, y, H, "imma", y_harmful=y_h, epochs=30, harmful_weight=0.0)
+    assert adapted_loss(found.theta, H, y_h[:, None], 5) > adapted_loss(plain.theta, H, y_h[:, None], 5)
+    assert torch.isfinite(before)
+
+
+def test_history_can_be_short():
+    P, y, H, _ = tasks()
+    assert len(immunize_linear(P, y, H, "kappa", epochs=9, record_every=0).history) == 2
+    assert len(immunize_linear(P, y, H, "kappa", epochs=9, record_every=4).history) == 4
+
+
+def test_settings_and_single_options_combine():
+    P, y, H, _ = tasks()
+    found = immunize_linear(P, y, H, "kappa", settings=LinearSettings(epochs=3, lr=1e-4), seed=5)
+    assert found.settings["epochs"] == 3 and found.settings["seed"] == 5
+
+
+P, y, H, y_h = tasks()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: immunize_linear(P, y, H, "newton"), ArgumentError, "newton"),
+        (lambda: immunize_linear(P, y, H, "kappa", epoch=3), ArgumentError, "epoch"),
+        (lambda: immunize_linear(P, y, H, "kappa", epochs=0), ArgumentError, "epochs"),
+        (lambda: immunize_linear(P, y, H, "kappa", lr=0.0), ArgumentError, "lr"),
+        (lambda: immunize_linear(P, y, H, "kappa", step="line"), ArgumentError, "step"),
+        (lambda: immunize_linear(P, y, H, "imma", y_harmful=y_h, step="rule"), ArgumentError, "proved"),
+        (lambda: immunize_linear(P, y, H, "kappa", benign_weight="auto"), ArgumentError, "benign_weight"),
+        (lambda: immunize_linear(P, y, H, "kappa", theta_init="zero"), ArgumentError, "theta_init"),
+        (lambda: immunize_linear(P, y, H, "kappa", theta_init=torch.eye(3)), ShapeError, "theta_init"),
+        (lambda: immunize_linear(P, y, H, "imma"), ArgumentError, "y_harmful"),
+        (lambda: immunize_linear(P, None, H, "kappa"), ArgumentError, "y_benign"),
+        (lambda: immunize_linear(P, y[:-1], H, "kappa"), ShapeError, "40 rows"),
+        (lambda: immunize_linear(P, y, H[:, :5]), ShapeError, "6 and 5"),
+        (lambda: immunize_linear(P, y, H, t=0.9), ArgumentError, "at least 1"),
+        (lambda: immunize_linear(P, y, torch.eye(6), "kappa"), PerfectConditioningError, "κ = 1"),
+        (lambda: immunize_linear(P, y, H, "opt_kappa", lr=1e200, epochs=4), NonFiniteError, "finite"),
+        (lambda: immunize_linear(P, -torch.ones(40, dtype=torch.long), H, "kappa"), ShapeError, "class numbers"),
+    ],
+)
+def test_bad_input_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()

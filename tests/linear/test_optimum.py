@@ -1,0 +1,182 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_immunize import immunize_linear, rir_ceiling
+from hf_immunize.errors import ArgumentError, NonFiniteError, ShapeError
+from hf_immunize.linear.factor import row_factor
+from hf_immunize.linear.optimum import common_basis, optimal_map
+
+
+def kappa(Z, rank):
+    """Of ZᵀZ, by singular values of Z itself."""
+    s = torch.linalg.svdvals(Z)
+    return float(s[..., 0] / s[..., rank - 1]) ** 2 if s.ndim == 1 else (s[:, 0] / s[:, rank - 1]) ** 2
+
+
+def data(seed, rows, dim, rank=None, power=1.5):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(rows, dim, dtype=torch.float64, generator=generator)
+    X = X * torch.logspace(0, power, dim, dtype=torch.float64)
+    mix = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator)).Q
+    X = X @ mix
+    return X if rank is None else X @ mix.T[:, :rank] @ mix.T[:, :rank].T
+
+
+def rir(P, H, theta, rank_p, rank_h):
+    harmful = kappa(H @ theta, rank_h) / kappa(H, rank_h)
+    return harmful / (kappa(P @ theta, rank_p) / kappa(P, rank_p))
+
+
+@pytest.mark.parametrize("dim", [2, 5, 9])
+def test_no_random_map_exceeds_the_ceiling_and_the_optimum_meets_it(dim):
+    P, H = data(dim, 40, dim), data(dim + 100, 30, dim)
+    ceiling = rir_ceiling(P, H)
+    assert ceiling.value == pytest.approx(ceiling.common_value, rel=1e-9) and ceiling.harmful_only == 0
+    theta = torch.randn(10_000, dim, dim, dtype=torch.float64)
+    # Half of them near the optimum, where a wrong ceiling would show first.
+    theta[5000:] = optimal_map(P, H, t=3.0) @ (torch.eye(dim, dtype=torch.float64) + 0.05 * theta[5000:])
+    found = kappa(H @ theta, dim) / kappa(P @ theta, dim) * ceiling.benign_kappa / ceiling.harmful_kappa
+    assert found.max() <= ceiling.value * (1 + 1e-9)
+    assert found.max() >= 0.5 * ceiling.value
+    for t in (1.0, 10.0, ceiling.benign_kappa):
+        best = optimal_map(P, H, t=t)
+        assert rir(P, H, best, dim, dim) == pytest.approx(ceiling.value, rel=1e-8)
+        assert kappa(P @ best, dim) == pytest.approx(t, rel=1e-8)
+        assert kappa(H @ best, dim) == pytest.approx(ceiling.pencil_kappa * t, rel=1e-8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 8), st.floats(0, 4), st.floats(1, 1e4))
+def test_the_optimum_attains_the_ceiling_of_any_full_rank_pencil(seed, dim, power, t):
+    P, H = data(seed, dim + 3, dim, power=power), data(seed + 1, dim + 5, dim, power=power)
+    ceiling = rir_ceiling(P, H)
+    assert rir(P, H, optimal_map(P, H, t=t), dim, dim) == pytest.approx(ceiling.value, rel=1e-4)
+
+
+@pytest.mark.parametrize(("method", "options"), [
+    ("kappa", {"step": "rule"}), ("kappa", {}), ("r_ill", {}), ("r_ill", {"step": "rule"}), ("imma", {}),
+    ("opt_kappa", {"lr": 3e-4}), ("kappa", {"step": "rule", "batch_size": 8}), ("optimum", {}),
+])  # fmt: skip
+def test_no_method_exceeds_the_ceiling(method, options):
+    P, H = data(1, 40, 6), data(2, 30, 6)
+    limit = rir_ceiling(P, H).value * (1 + 1e-8)
+    extra = {} if method == "optimum" else {"epochs": 40, "lr": 1e-4} | options
+    found = immunize_linear(P, torch.randn(40), H, method, y_harmful=torch.randn(30), **extra)
+    assert all(row["rir"] <= limit for row in found.history)
+
+
+def test_harmful_directions_inside_the_benign_ones():
+    # range(K_H) within range(K_P), both singular: the non-zero spectrum of the pencil, not the projected data.
+    P = data(3, 30, 8, rank=6)
+    V = row_factor(P).V
+    H = torch.randn(30, 4, dtype=torch.float64) @ torch.randn(4, 6, dtype=torch.float64) @ V.T
+    ceiling = rir_ceiling(P, H)
+    assert (ceiling.benign_rank, ceiling.harmful_rank, ceiling.common_rank, ceiling.harmful_only) == (6, 4, 4, 0)
+    assert math.isfinite(ceiling.value) and ceiling.common_value < ceiling.value
+    for t in (1.0, 10.0, ceiling.benign_kappa):
+        theta = optimal_map(P, H, t=t)
+        assert rir(P, H, theta, 6, 4) == pytest.approx(ceiling.value, rel=1e-7)
+        assert torch.linalg.matrix_rank(theta) == 8
+    theta = torch.randn(10_000, 8, 8, dtype=torch.float64)
+    found = kappa(H @ theta, 4) / kappa(P @ theta, 6) * ceiling.benign_kappa / ceiling.harmful_kappa
+    assert found.max() <= ceiling.value * (1 + 1e-9)
+
+
+def test_harmful_directions_of_their_own_make_the_ceiling_infinite():
+    P, H = data(4, 30, 8, rank=5), data(5, 30, 8, rank=6)
+    ceiling = rir_ceiling(P, H)
+    assert (ceiling.value, ceiling.harmful_only, ceiling.common_rank) == (math.inf, 3, 3)
+    previous = 0.0
+    for gain in (1.0, 1e2, 1e4):
+        theta = optimal_map(P, H, t=1.0, harmful_gain=gain)
+        assert torch.linalg.matrix_rank(theta) == 8
+        assert kappa(row_factor(P).rows @ theta, 5) == pytest.approx(1.0, rel=1e-8)
+        found = rir(row_factor(P).rows, row_factor(H).rows, theta, 5, 6)
+        assert found > 10 * previous
+        previous = found
+    basis = common_basis(row_factor(P), row_factor(H), ceiling.tolerance)
+    theta = optimal_map(P @ basis, H @ basis, t=7.0)
+    assert rir(P @ basis, H @ basis, theta, 3, 3) == pytest.approx(ceiling.common_value, rel=1e-8)
+
+
+def test_tasks_without_a_shared_direction():
+    P, H = torch.zeros(9, 6, dtype=torch.float64), torch.zeros(9, 6, dtype=torch.float64)
+    P[:, :3], H[:, 3:] = torch.randn(9, 3), torch.randn(9, 3)
+    ceiling = rir_ceiling(P, H)
+    assert ceiling.value == math.inf and ceiling.common_rank == 0 and ceiling.harmful_only == 3
+    assert math.isnan(ceiling.common_value) and ceiling.frontier() == []
+    assert torch.linalg.matrix_rank(optimal_map(P, H)) == 6
+
+
+def test_a_single_harmful_direction_has_a_finite_ceiling():
+    # κ of rank one is 1 under every map, so only the benign side can gain, even where the direction is its own.
+    H = torch.outer(torch.randn(9, dtype=torch.float64), torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
+    P = torch.cat([torch.randn(9, 2, dtype=torch.float64) * torch.tensor([1.0, 5.0]), torch.zeros(9, 1)], 1)
+    ceiling = rir_ceiling(P, H)
+    assert ceiling.harmful_only == 1 and ceiling.value == pytest.approx(ceiling.benign_kappa)
+    assert rir(P, H, optimal_map(P, H, t=1.0), 2, 1) == pytest.approx(ceiling.value)
+
+
+def test_equal_data_on_both_sides_cannot_be_immunized():
+    X = data(6, 50, 7)
+    ceiling = rir_ceiling(X, X[torch.randperm(50)])
+    assert ceiling.value == pytest.approx(1.0, rel=1e-9)
+    theta = torch.randn(7, 7, dtype=torch.float64)
+    assert rir(X, X, theta, 7, 7) == 1.0
+    # κ(M) = 1: the dial would be 0/0, whitening is what is left, whatever t.
+    for t in (1.0, 50.0):
+        assert kappa(X @ optimal_map(X, 3 * X, t=t), 7) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_scale_and_rotation_do_not_matter():
+    P, H = data(7, 30, 5), data(8, 30, 5)
+    Q = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
+    for other in (rir_ceiling(1e-6 * P, 1e6 * H), rir_ceiling(P @ Q, H @ Q)):
+        assert other.value == pytest.approx(rir_ceiling(P, H).value, rel=1e-8)
+
+
+def test_frontier_is_a_straight_line_up_to_the_ceiling():
+    ceiling = rir_ceiling(data(9, 30, 4), data(10, 30, 4))
+    points = ceiling.frontier(5)
+    assert points[0][0] == 1 and points[-1][1] == pytest.approx(1.0)
+    assert all(i == pytest.approx(ceiling.value * ii) for _, ii, i in points)
+
+
+def test_float32_features_of_low_rank_stay_finite():
+    basis = torch.randn(4, 10)
+    ceiling = rir_ceiling(torch.randn(200, 4) @ basis, torch.randn(200, 4) @ basis)
+    assert ceiling.benign_rank == ceiling.harmful_rank == ceiling.common_rank == 4 and math.isfinite(ceiling.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: rir_ceiling(torch.ones(3, 2), torch.ones(3, 4)), ShapeError, "2 and 4"),
+        (lambda: rir_ceiling(torch.ones(3, 2), torch.full((3, 2), float("nan"))), NonFiniteError, "X_harmful"),
+        (lambda: rir_ceiling(torch.eye(3), torch.eye(3), tolerance=2.0), ArgumentError, "sine"),
+        (lambda: optimal_map(torch.eye(3), torch.eye(3), t=0.5), ArgumentError, "at least 1"),
+        (lambda: optimal_map(torch.eye(3), torch.eye(3), t=math.inf), ArgumentError, "at least 1"),
+        (lambda: optimal_map(torch.eye(3), torch.eye(3), harmful_gain=0.1), ArgumentError, "harmful_gain"),
+    ],
+)
+def test_bad_input_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_speed_of_a_small_solve():
+    import time
+
+    P, H = data(11, 300, 79), data(12, 1100, 79)
+    rir_ceiling(P, H), optimal_map(P, H)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        rir_ceiling(P, H), optimal_map(P, H)
+        times.append(time.perf_counter() - start)
+    # 10 ms on a free core; the limit leaves room for a busy machine.
+    assert min(times) < 0.2
