@@ -16,6 +16,7 @@ PARTS = {
     "regularizers": "benchmarks.regularizers",
     "streaming": "benchmarks.streaming",
     "training_step": "benchmarks.training_step",
+    "linear_step": "benchmarks.linear_step",
 }
 HERE = Path(__file__).parent
 

@@ -7,6 +7,7 @@ lies between `on_step_begin` and `on_step_end`: forward, backward, clipping, opt
 import copy
 import tempfile
 import time
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -130,7 +131,7 @@ def parts(dim: int) -> dict[str, float]:
         times.append(time.perf_counter())
         (total - loss).backward()
         times.append(time.perf_counter())
-        for name, start, end in zip(spent, times, times[1:], strict=True):
+        for name, (start, end) in zip(spent, pairwise(times), strict=True):
             spent[name].append(1e3 * (end - start))
     return {name: median(values) for name, values in spent.items()}
 

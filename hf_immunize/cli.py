@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hf_immunize.ceiling_command import ceiling
 from hf_immunize.errors import ImmunizationError
 
 
@@ -54,6 +55,9 @@ def train(context: typer.Context) -> None:
     from hf_immunize.train_command import run_train
 
     run_train(context.args)
+
+
+app.command(short_help="Before any training: how far can these two tasks be told apart?")(ceiling)
 
 
 def main() -> None:
