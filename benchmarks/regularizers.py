@@ -104,7 +104,8 @@ def run() -> dict[str, Any]:
     summary = (
         "Medians of interleaved runs, each a block of calls of about equal length; beside it the ratio of single "
         "calls in turns, where each of ours finds its memory and threads as a D×D decomposition left them. The "
-        "straightforward route forms ZᵀZ in float64 and lets autograd run through `torch.linalg.eigvalsh`. Network-like features have a mean and a "
-        f"power-law spectrum; iid Gaussian ones have no gap at the top. {verdict}"
+        "straightforward route forms ZᵀZ in float64 and lets autograd run through `torch.linalg.eigvalsh`. "
+        "Network-like features have a mean and a power-law spectrum; iid Gaussian ones have no gap at the top. "
+        f"{verdict}"
     )
     return {"summary": summary, "tables": [table], "measurements": measurements}

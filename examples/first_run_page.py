@@ -34,7 +34,7 @@ def cell(metrics: dict[str, float | None], key: str, form: str) -> str:
     return (bound if key == "eval_rir" else "") + form.format(value)
 
 
-def page(results: dict, title: str, figure: str, settings: str) -> str:
+def page(results: dict, title: str, figure: str, settings: str, note: str) -> str:
     before, after, images = results["before"], results["after"], results["images"]
     count, share = images["benign_eval"], [moment["eval_accuracy"] for moment in (before, after)]
     # Unpaired, hence wider than a paired interval: the run keeps no single predictions.
@@ -59,6 +59,7 @@ def page(results: dict, title: str, figure: str, settings: str) -> str:
         f"With fewer images than feature dimensions ({count} benign) κ describes this sample of images, not the task. "
         "No attack was run: what least squares, earlier layers and fine-tuning recover is not known from this page.",
         "",
+        *([note, ""] if note else []),
         f"![Spectra of the features before and after]({figure})",
         "",
         "Settings:",
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--title", default="First run: MobileNetV2 with ImageNet weights against Stanford Cars")
     parser.add_argument("--benign-name", help="In place of the path it was loaded from.")
     parser.add_argument("--harmful-name", help="In place of the path it was loaded from.")
+    parser.add_argument("--note", default="", help="A paragraph of what the figures need to be understood.")
     parser.add_argument("--settings", type=Path, default=Path("examples/first_run.yaml"))
     arguments = parser.parse_args()
     results = json.loads((arguments.run / "results.json").read_text())
@@ -86,7 +88,7 @@ def main() -> None:
     figure = arguments.output.parent / "figures" / f"{arguments.output.stem}.png"
     figure.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(arguments.run / "spectra.png", figure)
-    text = page(results, arguments.title, f"figures/{figure.name}", arguments.settings.read_text())
+    text = page(results, arguments.title, f"figures/{figure.name}", arguments.settings.read_text(), arguments.note)
     arguments.output.write_text(text, encoding="utf-8")
     print(text)
 
