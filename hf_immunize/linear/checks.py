@@ -86,9 +86,6 @@ def dtype_of_origin(values: Any, produced_dtype: torch.dtype | None = None) -> t
 def keep_above_noise(sigma: torch.Tensor, shape: Sequence[int], produced_dtype: torch.dtype) -> torch.Tensor:
     """Which singular values of data of this shape the rank rule keeps.
 
-    On top of that rule the rounding of the decomposition is taken to grow with the root of the size: uncentred images,
-    5,000 × 784 with a dominant mean, showed noise at 12 units of ``eps·σ_max``, above the rule's 10.
-
     Args:
         sigma: ``(min(N, D),)`` singular values, falling.
         shape: ``(N, D)``.
@@ -98,5 +95,4 @@ def keep_above_noise(sigma: torch.Tensor, shape: Sequence[int], produced_dtype: 
         ``(min(N, D),)`` boolean.
     """
     cutoff = rank_cutoff(float(sigma[0]), float(sigma.norm()), shape[0], shape[1], produced_dtype)
-    rounding = max(shape) ** 0.5 * torch.finfo(sigma.dtype).eps * float(sigma[0])
-    return sigma > max(cutoff, rounding)
+    return sigma > cutoff

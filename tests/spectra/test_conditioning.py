@@ -121,7 +121,14 @@ def test_the_cut_off_is_ten_times_the_norm_of_rounding_noise():
 
 
 def test_the_cut_off_is_not_below_the_rounding_of_the_decomposition():
-    assert rank_cutoff(1.0, 1.0, 10**8, 10**8, torch.float64) == pytest.approx(10 * torch.finfo(torch.float64).eps)
+    # A Frobenius norm of 0.01 takes the term of the features' own rounding out of the way.
+    floor = 10 * torch.finfo(torch.float64).eps
+    assert rank_cutoff(1.0, 0.01, 100, 100, torch.float64) == pytest.approx(floor, rel=1e-12)
+
+
+def test_the_rounding_of_the_decomposition_grows_with_the_root_of_the_size():
+    floor = 100 * torch.finfo(torch.float64).eps
+    assert rank_cutoff(1.0, 1.0, 10**4, 10**4, torch.float64) == pytest.approx(floor, rel=1e-12)
 
 
 # ---- collapse ------------------------------------------------------------------------------------------------------
