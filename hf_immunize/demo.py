@@ -232,7 +232,13 @@ def immunization_arguments(folder: Path, seed: int) -> ImmunizationArguments:
     )
 
 
-_QUIET: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "logging_steps": 100, "use_cpu": True}
+_QUIET: dict[str, Any] = {
+    "save_strategy": "no",
+    "report_to": "none",
+    "logging_steps": 100,
+    "disable_tqdm": False,
+    "use_cpu": True,
+}
 
 
 def shifted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -295,8 +301,8 @@ def demo_sentence(before: dict[str, float], after: dict[str, float], old: Probin
     target = 0.9 * old.least_squares
     reached = [probing.steps_to(target) for probing in (old, new)]
     steps = [f"{step:,}" if step is not None else f"more than {PROBE_STEPS:,}" for step in reached]
-    slower = (reached[1] or PROBE_STEPS + 1) > (reached[0] or PROBE_STEPS + 1)
-    verb = "is slowed" if slower else "is not slowed in reaching accuracy"
+    factor = (reached[1] or PROBE_STEPS + 1) / (reached[0] or PROBE_STEPS + 1)
+    verb = "is slowed" if factor >= 2 else "is hardly slowed" if factor > 1 else "is not slowed"
     bound = "at least " if after.get("eval_rir_is_lower_bound") else ""
     return (
         f"Benign accuracy went from {before['eval_accuracy']:.1%} to {after['eval_accuracy']:.1%} and the exact RIR "

@@ -31,6 +31,11 @@ def test_sentence_says_when_descent_is_slowed():
     )
 
 
+def test_sentence_does_not_make_much_of_a_little():
+    before, after = (Probing(torch.linspace(0.2, top, 1000), torch.ones(1000), 0.9) for top in (0.9, 0.85))
+    assert "is hardly slowed" in sentence(before, after)
+
+
 def test_sentence_gives_the_least_squares_attacker():
     assert "least squares still reads 88.0%" in sentence(
         probing(slow=False, least_squares=0.9), probing(slow=True, least_squares=0.88)
