@@ -1,6 +1,6 @@
 """Write the page of a training run from its results.json, so that no figure on it is typed by hand.
 
-python examples/first_run_page.py runs/first --output docs/results/first-run.md
+python -m examples.first_run_page runs/first --output docs/results/first-run.md
 """
 
 import argparse
@@ -10,28 +10,15 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.common import describe_machine
+from hf_immunize.hub.card import metric_rows
 
 
-ROWS = (
-    ("benign top-1 on held-out images", "eval_accuracy", "{:.1%}"),
-    ("log10 κ(ZᵀZ), benign", "eval_benign_log10_kappa", "{:.2f}"),
-    ("log10 κ(ZᵀZ), harmful", "eval_harmful_log10_kappa", "{:.2f}"),
-    ("rank, benign", "eval_benign_rank", "{:.0f}"),
-    ("rank, harmful", "eval_harmful_rank", "{:.0f}"),
-    ("effective rank, benign", "eval_benign_effective_rank", "{:.1f}"),
-    ("effective rank, harmful", "eval_harmful_effective_rank", "{:.1f}"),
+MORE = (
+    ("effective rank of benign features", "eval_benign_effective_rank", "{:.1f}"),
+    ("effective rank of harmful features", "eval_harmful_effective_rank", "{:.1f}"),
     ("(i), harmful κ after over before", "eval_harmful_ratio", "{:,.4g}"),
     ("(ii), benign κ after over before", "eval_benign_ratio", "{:,.4g}"),
-    ("exact RIR", "eval_rir", "{:,.4g}"),
 )
-
-
-def cell(metrics: dict[str, float | None], key: str, form: str) -> str:
-    value = metrics.get(key)
-    if value is None:
-        return "undetermined"
-    bound = "≥ " if metrics.get("eval_rir_is_lower_bound") else "≤ " if metrics.get("eval_rir_is_upper_bound") else ""
-    return (bound if key == "eval_rir" else "") + form.format(value)
 
 
 def page(results: dict, title: str, figure: str, settings: str, note: str) -> str:
@@ -42,8 +29,8 @@ def page(results: dict, title: str, figure: str, settings: str, note: str) -> st
     lines = [
         f"# {title}",
         "",
-        f"{date.today().isoformat()}, {describe_machine()}. Written by `examples/first_run_page.py`; one seed "
-        f"({results['seed']}), no tuning.",
+        f"{date.today().isoformat()}, {describe_machine()}. Written by `python -m examples.first_run_page`; one seed "
+        f"({results['seed']}).",
         "",
         f"Objective `{results['objective']}`, moved: `{results['trainable']}`, {results['steps']} steps. Benign: "
         f"{results['benign']} ({images['benign_train']} images to train on, {count} to measure on). Harmful: "
@@ -51,7 +38,8 @@ def page(results: dict, title: str, figure: str, settings: str, note: str) -> st
         "",
         "| on held-out images | before | after |",
         "|---|---:|---:|",
-        *(f"| {name} | {cell(before, key, form)} | {cell(after, key, form)} |" for name, key, form in ROWS),
+        *(f"| {name} | {old} | {new} |" for name, old, new in metric_rows(before, after)),
+        *(f"| {name} | {form.format(before[key])} | {form.format(after[key])} |" for name, key, form in MORE),
         "",
         f"Benign accuracy changed by {100 * (share[1] - share[0]):+.1f} points (95 % interval ± {half:.1f}, taking "
         f"both accuracies as independent). {results['summary'].split('; ')[0]}.",

@@ -21,7 +21,7 @@ from transformers import ViTImageProcessorPil as ViTProcessor
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
-from hf_immunize.hub.card import CardFacts, write_card
+from hf_immunize.hub.card import CardFacts, metric_rows, write_card
 from hf_immunize.linear.probe import least_squares_probe, probe_accuracy, probe_convergence
 from hf_immunize.train_command import finite, print_table
 from hf_immunize.training.arguments import ImmunizationArguments
@@ -303,10 +303,10 @@ def demo_sentence(before: dict[str, float], after: dict[str, float], old: Probin
     steps = [f"{step:,}" if step is not None else f"more than {PROBE_STEPS:,}" for step in reached]
     factor = (reached[1] or PROBE_STEPS + 1) / (reached[0] or PROBE_STEPS + 1)
     verb = "is slowed" if factor >= 2 else "is hardly slowed" if factor > 1 else "is not slowed"
-    bound = "at least " if after.get("eval_rir_is_lower_bound") else ""
+    rir = {name: value for name, _, value in metric_rows({}, finite(after))}["RIR (exact)"]
     return (
         f"Benign accuracy went from {before['eval_accuracy']:.1%} to {after['eval_accuracy']:.1%} and the exact RIR "
-        f"on held-out digits is {bound}{after['eval_rir']:,.3g}; gradient descent on the harmful digits {verb} "
+        f"on held-out digits is {rir}; gradient descent on the harmful digits {verb} "
         f"({steps[0]} steps before, {steps[1]} after, to {target:.0%}), while least squares still reads "
         f"{new.least_squares:.1%} of them ({old.least_squares:.1%} before; chance 20%): harmful probing became "
         "ill-conditioned, not impossible."

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from argparse import RawTextHelpFormatter
+from argparse import ArgumentParser, RawTextHelpFormatter
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import ClassLabel, DatasetDict
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, DataError
-from hf_immunize.hub.card import CardFacts, write_card
+from hf_immunize.hub.card import CardFacts, metric_rows, write_card
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
 from hf_immunize.training.trainer import ImmunizationTrainer
@@ -108,21 +110,27 @@ def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArgume
         formatter_class=RawTextHelpFormatter,
     )
     words = list(words)
-    if len(words) == 1 and words[0].endswith((".yaml", ".yml", ".json")):
+    if len(words) == 1 and not words[0].startswith("-") and words[0].endswith((".yaml", ".yml", ".json")):
         words = ["--config", words[0]]
-    if "--config" in words:
-        at = words.index("--config")
-        if at + 1 >= len(words):
-            raise ArgumentError("Expected a file after --config, found nothing.")
-        values = _read_config(words[at + 1])
-        del words[at : at + 2]
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
+    config, words = first.parse_known_args(words)
+    if config.config is not None:
+        values = _read_config(config.config)
         known = {action.dest for action in parser._actions}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ArgumentError(f"Expected names of flags in the config file, found {unknown}; --help lists them all.")
         parser.set_defaults(**values)
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
-    data, training, _ = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+    data, training, _, unknown = parser.parse_args_into_dataclasses(
+        args=words, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = get_close_matches(unknown[0].split("=")[0], flags, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists all flags."
+        raise ArgumentError(f"Expected known flags, found {' '.join(unknown)}. {hint}")
     return data, training
 
 
@@ -138,15 +146,19 @@ def run_train(words: list[str]) -> dict[str, Any]:
     data, args = parse_arguments(words)
     set_seed(args.seed)
     (benign, benign_eval), (harmful, harmful_eval) = load_splits(data, args)
-    if data.new_head:
-        model = _model_with_new_head(data, benign, args)
-    else:
-        model = AutoModelForImageClassification.from_pretrained(
+    try:
+        model = _load_model(data, benign, args)
+        processor = AutoImageProcessor.from_pretrained(
             data.model, revision=data.model_revision, trust_remote_code=data.trust_remote_code
         )
-    processor = AutoImageProcessor.from_pretrained(
-        data.model, revision=data.model_revision, trust_remote_code=data.trust_remote_code
-    )
+    except OSError as error:
+        raise ArgumentError(
+            f"Expected an image classifier with its processor at --model {data.model}, found: "
+            f"{str(error).splitlines()[0]} Check the spelling, the connection and your rights."
+        ) from error
+    if not data.new_head:
+        parts = (benign, benign_eval)
+        benign, benign_eval = (match_labels(part, model.config, args.label_column_name) for part in parts)
     trainer = ImmunizationTrainer(
         model,
         args,
@@ -169,9 +181,10 @@ def run_train(words: list[str]) -> dict[str, Any]:
     after = trainer.evaluate()
     trainer.save_model()
     results = {
-        "model": data.model,
-        "benign": data.benign or data.dataset,
-        "harmful": data.harmful or f"{data.dataset}: {', '.join(data.harmful_classes)}",
+        "model": public_name(data.model),
+        "benign": public_name(str(data.benign or data.dataset)),
+        "harmful": public_name(str(data.harmful or data.dataset))
+        + (f": {', '.join(map(str, data.harmful_classes))}" if data.harmful_classes else ""),
         "images": {
             "benign_train": len(benign),
             "harmful_train": len(harmful),
@@ -201,15 +214,30 @@ def load_splits(data: DataArguments, args: ImmunizationArguments) -> tuple[tuple
         (benign, benign_eval), (harmful, harmful_eval).
     """
     if data.dataset is not None:
-        names: list[str | int] = [int(name) if name.isdigit() else name for name in data.harmful_classes]
         whole, whole_eval = _train_and_eval(data.dataset, None, data, args)
-        benign, harmful = split_benign_harmful(whole, names, args.label_column_name)
-        benign_eval, harmful_eval = split_benign_harmful(whole_eval, names, args.label_column_name)
+        names = _class_keys(whole, data.harmful_classes, args.label_column_name)
+        # Both splits in one call, so that a class has the same number in both.
+        benign_parts, harmful_parts = split_benign_harmful(
+            DatasetDict({"train": whole, "test": whole_eval}), names, args.label_column_name
+        )
+        benign, benign_eval = benign_parts["train"], benign_parts["test"]
+        harmful, harmful_eval = harmful_parts["train"], harmful_parts["test"]
     else:
         benign, benign_eval = _train_and_eval(str(data.benign), data.benign_eval, data, args)
         harmful, harmful_eval = _train_and_eval(str(data.harmful), data.harmful_eval, data, args)
     parts = [_first(part, data.max_images, args.seed) for part in (benign, benign_eval, harmful, harmful_eval)]
     return (parts[0], parts[1]), (parts[2], parts[3])
+
+
+def public_name(source: str) -> str:
+    """What results and cards call a source: a Hub id as it is, a local path by its last part, since it may tell more.
+
+    Example:
+        >>> public_name("."), public_name("user/name")
+        ('.', 'user/name')
+    """
+    path = Path(source).expanduser()
+    return (path.resolve().name if path.name not in ("", ".", "..") else source) if path.exists() else source
 
 
 def summary_sentence(results: dict[str, Any]) -> str:
@@ -224,8 +252,10 @@ def summary_sentence(results: dict[str, Any]) -> str:
     before, after = results["before"], results["after"]
     gain = 100 * (after.get("eval_accuracy", math.nan) - before.get("eval_accuracy", math.nan))
     rir = after.get("eval_rir")
-    if rir is None:
-        ratio = "the ratio of condition numbers is undetermined, since both tasks' features lost rank"
+    if rir is None and after.get("eval_rir_is_lower_bound") and after.get("eval_rir_is_upper_bound"):
+        ratio = "the ratio of condition numbers is undetermined, since the ranks of both tasks' features changed"
+    elif rir is None:
+        ratio = "the ratio of condition numbers was not measured"
     else:
         bound = "at least " if after.get("eval_rir_is_lower_bound") else ""
         bound = "at most " if after.get("eval_rir_is_upper_bound") else bound
@@ -255,7 +285,9 @@ def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str,
     save_figure(figure, folder / "spectra.png")
     write_card(folder / "README.md", CardFacts.from_results(results, sentence, figure="spectra.png"))
     print_table(results)
-    Console(soft_wrap=True).print(f"\n{sentence}\n\nCheckpoint, card and figure: {folder}/", highlight=False)
+    Console(soft_wrap=True).print(
+        f"\n{sentence}\n\nCheckpoint, card and figure: {folder}/", highlight=False, markup=False
+    )
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -263,17 +295,8 @@ def print_table(results: dict[str, Any]) -> None:
     table = Table(title="Immunization, measured on held-out images", title_justify="left")
     for name, justify in (("", "left"), ("before", "right"), ("after", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    rows = (
-        ("benign accuracy", "eval_accuracy", "{:.1%}"),
-        ("log10 κ, benign features", "eval_benign_log10_kappa", "{:.2f}"),
-        ("log10 κ, harmful features", "eval_harmful_log10_kappa", "{:.2f}"),
-        ("rank of benign features", "eval_benign_rank", "{:.0f}"),
-        ("rank of harmful features", "eval_harmful_rank", "{:.0f}"),
-        ("RIR (exact)", "eval_rir", "{:,.4g}"),
-    )
-    for label, key, form in rows:
-        cells = [form.format(m[key]) if m.get(key) is not None else "–" for m in (results["before"], results["after"])]
-        table.add_row(label, *cells)
+    for row in metric_rows(results["before"], results["after"]):
+        table.add_row(*row)
     Console().print(table)
 
 
@@ -297,7 +320,14 @@ def _train_and_eval(
 ) -> tuple[Any, Any]:
     train = load_image_dataset(source)
     if eval_source is not None:
-        return train, load_image_dataset(eval_source)
+        evaluated = load_image_dataset(eval_source)
+        classes = [_class_names(part, args.label_column_name) for part in (train, evaluated)]
+        if classes[0] and classes[1] and classes[0] != classes[1]:
+            raise DataError(
+                f"Expected the classes of {source} in {eval_source} too, in the same order, found {classes[1][:5]} "
+                f"for {classes[0][:5]}. Add the missing folders, empty if need be."
+            )
+        return train, evaluated
     for split in ("validation", "test"):
         try:
             return train, load_image_dataset(source, split)
@@ -309,10 +339,67 @@ def _train_and_eval(
     return parts["train"], parts["test"]
 
 
+def _class_names(dataset: Any, label_column: str | None) -> list[str]:
+    _, label = find_columns(dataset, label_column=label_column, need_label=False)
+    return getattr(dataset.features.get(label), "names", None) or []
+
+
+def _class_keys(dataset: Any, asked: list[Any], label_column: str | None) -> list[str | int]:
+    """Classes as typed: by name where there is such a name, else by number."""
+    names = _class_names(dataset, label_column)
+    return [key if key in names or not key.isdigit() else int(key) for key in map(str, asked)]
+
+
 def _first(dataset: Any, limit: int | None, seed: int) -> Any:
     if limit is None or len(dataset) <= limit:
         return dataset
     return dataset.shuffle(seed=seed).select(range(limit))
+
+
+def match_labels(dataset: Any, config: Any, label_column: str | None) -> Any:
+    """A data set with its classes numbered as the model numbers them, by name where both have names.
+
+    Args:
+        dataset: A `datasets.Dataset` with class names.
+        config: The model's config, whose ``id2label`` names its outputs.
+        label_column: The label column, where it cannot be found.
+
+    Returns:
+        The data set; unchanged where one side has no names, or where no name is shared, which is logged.
+
+    Raises:
+        DataError: If some names are the model's and some are not.
+    """
+    _, label = find_columns(dataset, label_column=label_column)
+    names = getattr(dataset.features.get(label), "names", None)
+    known = {name: int(index) for index, name in config.id2label.items()}
+    if names is None or all(name == f"LABEL_{index}" for name, index in known.items()):
+        return dataset
+    missing = [name for name in names if name not in known]
+    if len(missing) == len(names):
+        logger.warning(
+            f"No class of the data ({', '.join(names[:5])}, …) is named like one of the model's "
+            f"({', '.join(known)[:80]}…): label i is taken for output i. Use --new_head for another task."
+        )
+        return dataset
+    if missing:
+        raise DataError(
+            f"Expected all benign classes among the model's, found {missing[:5]} that are not. Rename them, drop "
+            "them, or use --new_head."
+        )
+    if all(known[name] == index for index, name in enumerate(names)):
+        return dataset
+    numbers = [known[names[value]] for value in dataset.with_format(None)[label]]
+    every = [name for name, _ in sorted(known.items(), key=lambda item: item[1])]
+    return dataset.remove_columns(label).add_column(label, numbers, feature=ClassLabel(names=every))
+
+
+def _load_model(data: DataArguments, benign: Any, args: ImmunizationArguments) -> Any:
+    if data.new_head:
+        return _model_with_new_head(data, benign, args)
+    return AutoModelForImageClassification.from_pretrained(
+        data.model, revision=data.model_revision, trust_remote_code=data.trust_remote_code
+    )
 
 
 def _model_with_new_head(data: DataArguments, benign: Any, args: ImmunizationArguments) -> Any:

@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from hf_immunize.errors import ArgumentError, DataError
-from hf_immunize.train_command import parse_arguments, run_train, summary_sentence
+from hf_immunize.train_command import load_splits, match_labels, parse_arguments, run_train, summary_sentence
 
 
 CLASSES = ("cat", "dog", "gun", "knife")
@@ -144,5 +146,68 @@ def test_sentence_does_not_flatter_a_failure():
 
 
 def test_sentence_says_when_nothing_can_be_said():
-    metrics = {"eval_accuracy": 0.9, "eval_rir": None}
+    metrics = {"eval_accuracy": 0.9, "eval_rir": None, "eval_rir_is_lower_bound": 1.0, "eval_rir_is_upper_bound": 1.0}
     assert "undetermined" in summary_sentence({"before": metrics, "after": metrics})
+
+
+def test_sentence_says_when_nothing_was_measured():
+    metrics = {"eval_accuracy": 0.9}
+    assert "not measured" in summary_sentence({"before": metrics, "after": metrics})
+
+
+@pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"], ["{}"]])
+def test_config_file_is_read_however_it_is_given(tmp_path, form):
+    config = tmp_path / "args.yaml"
+    config.write_text("model: m\nobjective: r_ill\nbenign: a\nharmful: b\n")
+    _, training = parse_arguments([word.format(config) for word in form])
+    assert training.objective == "r_ill"
+
+
+def test_unknown_flag_suggests_the_near_one():
+    with pytest.raises(ArgumentError, match="--learning_rate"):
+        parse_arguments(["--model", "m", "--benign", "a", "--harmful", "b", "--learning_ratee", "1"])
+
+
+def test_missing_model_is_one_sentence(images, tmp_path):
+    with pytest.raises(ArgumentError, match="nowhere"):
+        run_train(flags("./nowhere", tmp_path, "--dataset", images, "--harmful_classes", "gun", "knife"))
+
+
+def numbered(tmp_path, names):
+    for split in ("train", "test"):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / split / name / f"{index}.png")
+    return tmp_path
+
+
+def test_harmful_class_typed_as_a_name_of_digits_is_a_name(tmp_path):
+    source = numbered(tmp_path, ["1", "3", "5"])
+    data, training = parse_arguments(["--model", "m", "--dataset", str(source), "--harmful_classes", "1", "--use_cpu"])
+    (benign, _), _ = load_splits(data, training)
+    assert benign.features["label"].names == ["3", "5"]
+
+
+def dataset_of(names, labels):
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"image": [Image.new("RGB", (2, 2))] * len(labels), "label": labels}, features=features)
+
+
+def model_of(names):
+    return ViTConfig(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+
+
+def test_labels_follow_the_models_names():
+    matched = match_labels(dataset_of(["ant", "bee", "cat"], [0, 1, 2]), model_of(["cat", "gun", "bee", "ant"]), None)
+    assert matched["label"][:] == [3, 2, 0]
+
+
+def test_labels_known_in_part_are_refused():
+    with pytest.raises(DataError, match="tank"):
+        match_labels(dataset_of(["cat", "tank"], [0, 1]), model_of(["cat", "gun"]), None)
+
+
+def test_labels_of_a_model_without_names_are_left():
+    dataset = dataset_of(["ant", "bee"], [0, 1])
+    assert match_labels(dataset, ViTConfig(num_labels=2), None) is dataset

@@ -19,13 +19,14 @@ _NO_AUDIT = (
     "least squares, conjugate gradient or whitening before the probe are not slowed. Probes of earlier layers and "
     "fine-tuning of the network were not measured, and are not expected to be stopped."
 )
+# Name, metric, form, and the flags that make it a bound from below and from above.
 _ROWS = (
-    ("benign accuracy", "eval_accuracy", "{:.2%}"),
-    ("log10 κ of benign features", "eval_benign_log10_kappa", "{:.2f}"),
-    ("log10 κ of harmful features", "eval_harmful_log10_kappa", "{:.2f}"),
-    ("rank of benign features", "eval_benign_rank", "{:.0f}"),
-    ("rank of harmful features", "eval_harmful_rank", "{:.0f}"),
-    ("RIR", "eval_rir", "{:,.4g}"),
+    ("benign accuracy", "eval_accuracy", "{:.1%}", None, None),
+    ("log10 κ of benign features", "eval_benign_log10_kappa", "{:.2f}", "eval_benign_is_bound", None),
+    ("log10 κ of harmful features", "eval_harmful_log10_kappa", "{:.2f}", "eval_harmful_is_bound", None),
+    ("rank of benign features", "eval_benign_rank", "{:.0f}", None, None),
+    ("rank of harmful features", "eval_harmful_rank", "{:.0f}", None, None),
+    ("RIR (exact)", "eval_rir", "{:,.4g}", "eval_rir_is_lower_bound", "eval_rir_is_upper_bound"),
 )
 
 
@@ -98,11 +99,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         model_name=_one_line(title),
         eval_results=results or None,
     )
-    rows = [
-        {"name": name, **{moment: _cell(values.get(key), form, key, values) for moment, values in moments.items()}}
-        for moments in [{"before": facts.before, "after": facts.after}]
-        for name, key, form in _ROWS
-    ]
+    rows = [dict(zip(("name", "before", "after"), row, strict=True)) for row in metric_rows(facts.before, facts.after)]
     source = files("hf_immunize.hub").joinpath("templates/card.md.jinja").read_text(encoding="utf-8")
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
     return ModelCard(
@@ -145,10 +142,12 @@ def plain(text: str) -> str:
         The same to the eye.
 
     Example:
-        >>> print(plain("<b>a|b</b>\n---"))
-        &lt;b&gt;a\|b&lt;/b&gt; \-\-\-
+        >>> print(plain("<b>a|b</b>\n--- www.x.org"))
+        &lt;b&gt;a\|b&lt;/b&gt; \-\-\- www&#46;x.org
     """
-    return re.sub(r"([\\`*_{}\[\]()#+!|-])", r"\\\1", html.escape(_one_line(text), quote=False))
+    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", html.escape(_one_line(text), quote=False))
+    # Addresses that Markdown would turn into links by themselves.
+    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
 def _one_line(text: str) -> str:
@@ -156,12 +155,26 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _cell(value: float | None, form: str, key: str, metrics: dict[str, float | None]) -> str:
-    if value is None:
-        return "undetermined" if key == "eval_rir" else "–"
-    text = form.format(value)
-    if key == "eval_rir" and metrics.get("eval_rir_is_lower_bound"):
-        return f"≥ {text}"
-    if key == "eval_rir" and metrics.get("eval_rir_is_upper_bound"):
-        return f"≤ {text}"
-    return text
+def metric_rows(before: dict[str, float | None], after: dict[str, float | None]) -> list[tuple[str, str, str]]:
+    """Rows of a table of metrics, bounds with their direction.
+
+    Args:
+        before: Metrics of `ImmunizationTrainer.evaluate`; None where a number is not finite.
+        after: The same after immunization.
+
+    Returns:
+        Name, before and after, as text.
+
+    Example:
+        >>> metric_rows({"eval_rir": 1.0}, {"eval_rir": 50.0, "eval_rir_is_lower_bound": 1.0})[-1]
+        ('RIR (exact)', '1', '≥ 50')
+    """
+
+    def cell(metrics: dict[str, float | None], key: str, form: str, below: str | None, above: str | None) -> str:
+        lower, upper = (bool(flag and metrics.get(flag)) for flag in (below, above))
+        value = metrics.get(key)
+        if value is None or value != value:
+            return "undetermined" if lower and upper else "–"
+        return ("≥ " if lower else "≤ " if upper else "") + form.format(value)
+
+    return [(name, cell(before, *rest), cell(after, *rest)) for name, *rest in _ROWS]

@@ -32,11 +32,11 @@ class ImmunizationRatio:
     Attributes:
         rir: (i)/(ii), dimensionless; the mean over groups where there are groups; NaN where `bound` is "undetermined".
         log10_rir: Its decimal logarithm.
-        harmful_ratio: (i) = κ(H_H(θ_I))/κ(H_H(θ_0)); a lower bound where the harmful features lost rank.
-        benign_ratio: (ii) = κ(H_P(θ_I))/κ(H_P(θ_0)); a lower bound where the benign features lost rank.
+        harmful_ratio: (i) = κ(H_H(θ_I))/κ(H_H(θ_0)); a bound where their rank changed.
+        benign_ratio: (ii) = κ(H_P(θ_I))/κ(H_P(θ_0)); a bound where their rank changed.
         std: Standard deviation of `rir` over groups; None without groups.
-        bound: None, or what `rir` is of the true value: "lower" (harmful rank was lost), "upper" (benign rank was
-            lost), "undetermined" (both were: no statement).
+        bound: None, or what `rir` is of the true value: "lower" (harmful rank was lost, or benign rank gained),
+            "upper" (benign rank lost, or harmful rank gained), "undetermined" (one of each: no statement).
         protocol: "exact", "groups" or "reference".
         harmful, harmful_reference, benign, benign_reference: The conditionings behind it, for protocol "exact".
     """
@@ -55,7 +55,7 @@ class ImmunizationRatio:
 
     def __str__(self) -> str:
         if self.bound == "undetermined":
-            return "RIR undetermined: harmful and benign features both lost rank"
+            return "RIR undetermined: the ranks of harmful and benign features changed, and their bounds oppose"
         sign = {None: "=", "lower": "≥", "upper": "≤"}[self.bound]
         spread = "" if self.std is None else f" ± {self.std:.3g}"
         floored = ", noise-floored" if self.protocol == "reference" else ""
@@ -93,7 +93,8 @@ def relative_immunization_ratio(
         benign: Benign features through the immunized weights, Z_P, shape ``(N_P, D)``.
         benign_reference: The same data through the reference weights.
         protocol: "exact", "groups" or "reference".
-        num_groups: Number of groups; 20 for "groups", none (all rows) for "reference" by default.
+        num_groups: Number of groups; by default for "groups" 20, or as many disjoint ones as the rows give, for
+            "reference" none (all rows). More than that, where asked for, share rows, and their spread says less.
         group_size: Rows a group, drawn without replacement; the same rows of immunized and reference features.
         seed: Seed of the draw.
 
@@ -128,7 +129,8 @@ def relative_immunization_ratio(
     }
     matrices = {name: _feature_pair(name, *pair) for name, pair in tensors.items()}
     if protocol == "groups" or num_groups is not None:
-        count = 20 if num_groups is None else num_groups
+        fewest = min(len(z) for z, _ in matrices.values())
+        count = max(1, min(20, fewest // max(group_size, 1))) if num_groups is None else num_groups
         draws = [
             [(z[rows], z0[rows]) for rows in _groups(name, z.shape[0], count, group_size, seed)]
             for name, (z, z0) in matrices.items()
@@ -189,8 +191,10 @@ def _conditioning(value: Any, reference: Conditioning | None) -> Conditioning:
 
 
 def _exact_ratio(h: Conditioning, h0: Conditioning, b: Conditioning, b0: Conditioning) -> ImmunizationRatio:
-    log_harmful, log_benign = h.log_kappa - h0.log_kappa, b.log_kappa - b0.log_kappa
-    bound = _bound(h.is_bound, b.is_bound)
+    log_harmful, harmful_below, harmful_above = _growth(h, h0)
+    log_benign, benign_below, benign_above = _growth(b, b0)
+    # A numerator bounded from below bounds the ratio from below, a denominator so bounded from above.
+    bound = _bound(harmful_below or benign_above, harmful_above or benign_below)
     log_rir = math.nan if bound == "undetermined" else log_harmful - log_benign
     return ImmunizationRatio(
         rir=_exp(log_rir),
@@ -205,6 +209,17 @@ def _exact_ratio(h: Conditioning, h0: Conditioning, b: Conditioning, b0: Conditi
         benign=b,
         benign_reference=b0,
     )
+
+
+def _growth(now: Conditioning, before: Conditioning) -> tuple[float, bool, bool]:
+    """``log κ`` now less before, and whether that bounds the truth from below, and from above.
+
+    Rank gained is the mirror of rank lost: the directions that the reference lacked counted as lying at its cut-off
+    make κ of the reference a bound from below, hence its growth one from above.
+    """
+    gained = now.rank > before.rank
+    log_before = 2 * math.log(before.sigma_max / before.cutoff) if gained else before.log_kappa
+    return now.log_kappa - log_before, now.is_bound, gained or before.is_bound
 
 
 def _mean_ratio(parts: Sequence[tuple[float, float, str | None]], protocol: str) -> ImmunizationRatio:
@@ -224,10 +239,9 @@ def _mean_ratio(parts: Sequence[tuple[float, float, str | None]], protocol: str)
     )
 
 
-def _bound(harmful_is_bound: bool, benign_is_bound: bool) -> str | None:
-    # κ bounded from below in the numerator bounds the ratio from below, in the denominator from above.
+def _bound(from_below: bool, from_above: bool) -> str | None:
     return {(False, False): None, (True, False): "lower", (False, True): "upper", (True, True): "undetermined"}[
-        harmful_is_bound, benign_is_bound
+        from_below, from_above
     ]
 
 

@@ -78,9 +78,10 @@ def spectral_metrics(
 ) -> dict[str, float]:
     """Metrics of an evaluation, by stable names and without a prefix.
 
-    ``benign_log10_kappa``, ``benign_rank``, ``benign_effective_rank``, the same for ``harmful``, and against the
-    references ``rir``, ``log10_rir``, ``harmful_ratio``, ``benign_ratio`` with ``rir_is_lower_bound`` and
-    ``rir_is_upper_bound`` (1.0 where rank was lost; both 1.0: no statement, and ``rir`` is NaN).
+    ``benign_log10_kappa``, ``benign_is_bound`` (1.0 where rank was lost, so that κ is only bounded from below),
+    ``benign_rank``, ``benign_effective_rank``, the same for ``harmful``, and against the references ``rir``,
+    ``log10_rir``, ``harmful_ratio``, ``benign_ratio`` with ``rir_is_lower_bound`` and ``rir_is_upper_bound``
+    (both 1.0: no statement, and ``rir`` is NaN).
 
     Args:
         benign: The benign set now.
@@ -99,6 +100,7 @@ def spectral_metrics(
         start = before.factor.conditioning() if before is not None and now.same_data(before) else None
         conditioning = now.factor.conditioning(start)
         metrics[f"{side}_log10_kappa"] = conditioning.log10_kappa
+        metrics[f"{side}_is_bound"] = float(conditioning.is_bound)
         metrics[f"{side}_rank"] = float(conditioning.rank)
         metrics[f"{side}_effective_rank"] = conditioning.effective_rank
         conditionings[side] = (conditioning, start)

@@ -36,13 +36,13 @@ def test_tags_name_the_method(facts):
 
 
 def test_bound_keeps_its_direction(facts):
-    assert "| RIR | 1 | ≥ 1,234 |" in str(render_card(facts))
+    assert "| RIR (exact) | 1 | ≥ 1,234 |" in str(render_card(facts))
 
 
 def test_undetermined_ratio_is_no_number(facts):
-    facts.after["eval_rir"] = facts.after["eval_log10_rir"] = None
+    facts.after |= {"eval_rir": None, "eval_log10_rir": None, "eval_rir_is_upper_bound": 1.0}
     card = render_card(facts)
-    assert "| RIR | 1 | undetermined |" in str(card)
+    assert "| RIR (exact) | 1 | undetermined |" in str(card)
     assert [result.metric_type for result in card.data.eval_results] == ["accuracy"]
 
 
@@ -62,6 +62,16 @@ def test_names_cannot_inject(facts, name):
     assert "](http" not in card.text
     assert data.to_dict().get("license") is None
     assert data.tags == facts.tags
+
+
+def test_kappa_of_a_collapsed_side_is_a_bound(facts):
+    facts.after |= {"eval_harmful_log10_kappa": 14.3, "eval_harmful_is_bound": 1.0}
+    assert "| log10 κ of harmful features | – | ≥ 14.30 |" in str(render_card(facts))
+
+
+def test_addresses_in_names_do_not_become_links():
+    assert "://" not in plain("https://evil.example")
+    assert "www." not in plain("www.evil.example")
 
 
 def test_plain_keeps_ordinary_names():

@@ -310,3 +310,49 @@ def test_zero_features_are_refused(protocol):
     features["harmful_reference"] = torch.zeros_like(features["harmful_reference"])
     with pytest.raises(RankError, match="Check that the network is not dead"):
         relative_immunization_ratio(**features, protocol=protocol, group_size=20)
+
+
+# ---- rank gained ---------------------------------------------------------------------------------------------------
+
+
+def two_directions(second):
+    return torch.diag(torch.tensor([1.0, second], dtype=torch.float32))
+
+
+def test_harmful_rank_gained_bounds_the_ratio_from_above():
+    ratio = relative_immunization_ratio(
+        harmful=two_directions(1e-3), harmful_reference=two_directions(1e-9), benign=BENIGN, benign_reference=BENIGN
+    )
+    assert ratio.bound == "upper"
+
+
+def test_harmful_rank_gained_is_no_growth_of_kappa():
+    ratio = relative_immunization_ratio(
+        harmful=two_directions(1e-3), harmful_reference=two_directions(1e-9), benign=BENIGN, benign_reference=BENIGN
+    )
+    assert ratio.rir < 1
+
+
+def test_benign_rank_gained_bounds_the_ratio_from_below():
+    ratio = relative_immunization_ratio(
+        harmful=BENIGN, harmful_reference=BENIGN, benign=two_directions(1e-3), benign_reference=two_directions(1e-9)
+    )
+    assert ratio.bound == "lower"
+
+
+def test_a_reference_that_is_a_bound_bounds_the_ratio():
+    full, lost = two_directions(1e-1), two_directions(1e-9)
+    before = feature_conditioning(lost, reference=full)
+    ratio = relative_immunization_ratio(harmful=full, harmful_reference=before, benign=BENIGN, benign_reference=BENIGN)
+    assert ratio.bound == "upper"
+
+
+def test_groups_do_not_share_rows_unless_asked():
+    features = torch.randn(250, 4, dtype=torch.float64)
+    ratio = relative_immunization_ratio(
+        harmful=features, harmful_reference=features, benign=features, benign_reference=features, protocol="groups"
+    )
+    assert ratio.std == 0.0  # of two groups
+
+
+BENIGN = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float32))
