@@ -51,7 +51,7 @@ def demo(
     short_help="Immunize your model: benign and harmful images in, checkpoint and report out.",
 )
 def train(context: typer.Context) -> None:
-    """Immunize a model; every flag goes to the argument parser of `train_command`, with its own ``--help``."""
+    """Immunize a model; every flag goes to the argument parser of `train_arguments`, with its own ``--help``."""
     from hf_immunize.train_command import run_train
 
     run_train(context.args)

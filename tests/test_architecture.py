@@ -10,7 +10,15 @@ PACKAGE = Path(__file__).parents[1] / "hf_immunize"
 # Lowest first. A room imports from rooms of a lower level, from itself, and from errors.py.
 LEVEL = {"spectra": 0, "linear": 1, "vision": 1, "training": 2, "attacks": 3, "hub": 3}
 # What a person types, on top of all rooms.
-LEVEL |= {"train_command": 10, "ceiling_command": 10, "demo": 11, "cli": 12, "__main__": 13}
+LEVEL |= {
+    "train_arguments": 8,
+    "train_data": 9,
+    "train_command": 10,
+    "ceiling_command": 10,
+    "demo": 11,
+    "cli": 12,
+    "__main__": 13,
+}
 
 
 def rooms_imported(file):

@@ -10,7 +10,9 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from hf_immunize.errors import ArgumentError, DataError
-from hf_immunize.train_command import load_splits, match_labels, parse_arguments, run_train, summary_sentence
+from hf_immunize.train_arguments import parse_arguments
+from hf_immunize.train_command import run_train, summary_sentence
+from hf_immunize.train_data import load_splits, match_labels
 
 
 CLASSES = ("cat", "dog", "gun", "knife")

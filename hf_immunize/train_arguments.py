@@ -1,0 +1,130 @@
+"""Arguments of ``hf-immunize train``, from flags and from a YAML or JSON file."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, RawTextHelpFormatter
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_immunize.errors import ArgumentError
+from hf_immunize.training.arguments import ImmunizationArguments
+
+
+_DESCRIPTION = """\
+Immunize an image classifier against a harmful task.
+
+  hf-immunize train --model google/vit-base-patch16-224 --benign my/pets --harmful my/weapons --output_dir runs/pets
+  hf-immunize train --model ./my-model --dataset ./images --harmful_classes rifle pistol --output_dir runs/mine
+  hf-immunize train --config arguments.yaml --learning_rate 0.001        (flags override the file)
+
+Data are folders of images (one subfolder a class), folders written by save_to_disk, parquet files, or names on the
+Hub. Harmful images need no labels. Every flag of transformers.TrainingArguments works as usual.
+"""
+
+
+@dataclass
+class DataArguments:
+    """What to immunize and on which images.
+
+    Args:
+        model: Hub id or folder of an image classifier.
+        benign: Benign images with labels.
+        harmful: Harmful images.
+        dataset: One data set with both, in place of `benign` and `harmful`.
+        harmful_classes: Its harmful classes, by name or number.
+        benign_eval, harmful_eval: Images to measure on; by default the source's validation or test split, else a part
+            held out by `eval_fraction`.
+        eval_fraction: That part.
+        model_revision: Branch, tag or commit on the Hub.
+        new_head: Replace the classifier by a new one for the benign classes.
+        trust_remote_code: Run code that comes with the model.
+        max_images: At most so many images of each set (for a first try).
+    """
+
+    model: str = field(default="", metadata={"help": "Hub id or folder of an image classifier."})
+    benign: str | None = field(default=None, metadata={"help": "Benign images with labels: folder, file or Hub id."})
+    harmful: str | None = field(default=None, metadata={"help": "Harmful images: folder, file or Hub id."})
+    dataset: str | None = field(default=None, metadata={"help": "One data set that holds both."})
+    harmful_classes: list[str] = field(
+        default_factory=list, metadata={"help": "With --dataset: the harmful classes, by name or number."}
+    )
+    benign_eval: str | None = field(default=None, metadata={"help": "Benign images to measure on."})
+    harmful_eval: str | None = field(default=None, metadata={"help": "Harmful images to measure on."})
+    eval_fraction: float = field(
+        default=0.3, metadata={"help": "Part held out for measuring where the data have no validation or test split."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    new_head: bool = field(default=False, metadata={"help": "Replace the classifier by one for the benign classes."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    max_images: int | None = field(default=None, metadata={"help": "At most so many images of each set."})
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ArgumentError("Expected --model, found none. Give a Hub id or a folder; --help shows examples.")
+        one, two = self.dataset is not None, self.benign is not None and self.harmful is not None
+        if one == two or (one and not self.harmful_classes):
+            raise ArgumentError(
+                "Expected either --benign and --harmful, or --dataset with --harmful_classes, found "
+                f"benign={self.benign}, harmful={self.harmful}, dataset={self.dataset}, "
+                f"harmful_classes={self.harmful_classes}."
+            )
+        if not 0 < self.eval_fraction < 1:
+            raise ArgumentError(f"Expected --eval_fraction between 0 and 1, found {self.eval_fraction}.")
+
+
+def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArguments]:
+    """Arguments from flags and, with ``--config FILE``, from a YAML or JSON file that flags override.
+
+    Args:
+        words: What was typed after ``train``.
+
+    Returns:
+        Data arguments and training arguments.
+
+    Raises:
+        ArgumentError: If the file cannot be read or holds an unknown name.
+    """
+    parser = HfArgumentParser(
+        (DataArguments, ImmunizationArguments),
+        prog="hf-immunize train",
+        description=_DESCRIPTION,
+        formatter_class=RawTextHelpFormatter,
+    )
+    words = list(words)
+    if len(words) == 1 and not words[0].startswith("-") and words[0].endswith((".yaml", ".yml", ".json")):
+        words = ["--config", words[0]]
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
+    config, words = first.parse_known_args(words)
+    if config.config is not None:
+        values = _read_config(config.config)
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ArgumentError(f"Expected names of flags in the config file, found {unknown}; --help lists them all.")
+        parser.set_defaults(**values)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
+    data, training, _, unknown = parser.parse_args_into_dataclasses(
+        args=words, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = get_close_matches(unknown[0].split("=")[0], flags, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists all flags."
+        raise ArgumentError(f"Expected known flags, found {' '.join(unknown)}. {hint}")
+    return data, training
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ArgumentError(f"Expected a YAML or JSON file at {path}, found: {error}.") from error
+    if not isinstance(values, dict):
+        raise ArgumentError(f"Expected names and values in {path}, found {type(values).__name__}.")
+    return values
