@@ -9,6 +9,9 @@ from hf_immunize.linear.optimum import Ceiling
 def save_frontier(ceiling: Ceiling, path: str | Path) -> None:
     """Draw the best harmful ratio (i) against the benign ratio (ii), and save it.
 
+    Where the harmful data have directions that the benign data lack, the line is that of the shared directions, and
+    legend and title say so.
+
     Args:
         ceiling: Of two tasks.
         path: Where to; the ending decides the format.
@@ -26,7 +29,7 @@ def save_frontier(ceiling: Ceiling, path: str | Path) -> None:
 
     benign, harmful = [p[1] for p in points], [p[2] for p in points]
     figure, axis = plt.subplots(figsize=(7.5, 5.6), constrained_layout=True)
-    axis.plot(benign, harmful, linewidth=3, color="tab:blue", label=f"frontier: RIR = {ceiling.common_value:.3g}")
+    axis.plot(benign, harmful, linewidth=3, color="tab:blue", label=_label(ceiling))
     axis.fill_between(benign, [min(harmful) / 10] * len(points), harmful, color="tab:blue", alpha=0.12)
     axis.plot([benign[0]], [harmful[0]], "o", markersize=10, color="tab:blue")
     axis.annotate(
@@ -45,7 +48,7 @@ def save_frontier(ceiling: Ceiling, path: str | Path) -> None:
     axis.set_ylim(min(min(harmful) / 10, 0.5), max(max(harmful) * 4, 2))
     axis.set_xlabel("(ii)  κ of the benign task, times what it was", fontsize=13)
     axis.set_ylabel("(i)  κ of the harmful task, times what it was", fontsize=13)
-    scope = f" (the {ceiling.common_rank} shared directions)" if ceiling.harmful_only else ""
+    scope = f" on the shared directions ({ceiling.common_rank})" if ceiling.harmful_only else ""
     axis.set_title(f"What a linear map can reach{scope}", fontsize=14)
     axis.tick_params(labelsize=12)
     for line in (axis.xaxis, axis.yaxis):
@@ -58,3 +61,11 @@ def save_frontier(ceiling: Ceiling, path: str | Path) -> None:
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _label(ceiling: Ceiling) -> str:
+    if ceiling.harmful_only:
+        return f"frontier of the shared directions: RIR = {ceiling.common_value:.3g}"
+    if ceiling.harmful_rank == 1:
+        return f"frontier: one harmful direction, RIR up to {ceiling.value:.3g}"
+    return f"frontier: RIR = {ceiling.value:.3g}"
