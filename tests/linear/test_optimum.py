@@ -197,4 +197,5 @@ def test_frontier_of_singular_harmful_data_inside_the_benign_ones_ends_at_the_ce
 def test_frontier_of_one_harmful_direction_is_flat():
     ceiling = rir_ceiling(torch.diag(torch.tensor([3.0, 1.0])), torch.ones(4, 2))
     assert ceiling.value == pytest.approx(9)
-    assert [point[2] for point in ceiling.frontier(3)] == [1, 1, 1] and ceiling.frontier(3)[0][1] == pytest.approx(1 / 9)
+    points = ceiling.frontier(3)
+    assert [point[2] for point in points] == [1, 1, 1] and points[0][1] == pytest.approx(1 / 9)
