@@ -2,8 +2,34 @@
 
 from pathlib import Path
 
-from hf_immunize.errors import RankError
+from hf_immunize.errors import ArgumentError, RankError
 from hf_immunize.linear.optimum import Ceiling
+
+
+FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".tif", ".tiff", ".eps", ".ps")
+
+
+def prepare_figure(path: str | Path) -> None:
+    """Make sure, before any work is done, that a figure can be saved there; create its folder.
+
+    Args:
+        path: Where to.
+
+    Raises:
+        ArgumentError: An unknown ending, a folder of that name, or no folder can be made.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ArgumentError(f"Expected a figure that ends in one of {', '.join(FORMATS)}, found {path}; rename it.")
+    if path.is_dir():
+        raise ArgumentError(f"Expected a file for the figure, found the folder {path}; choose another name.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(
+            f"Expected a folder {path.parent} for the figure, found that it cannot be made ({error.strerror}); choose "
+            "another place."
+        ) from error
 
 
 def save_frontier(ceiling: Ceiling, path: str | Path) -> None:
@@ -14,11 +40,13 @@ def save_frontier(ceiling: Ceiling, path: str | Path) -> None:
 
     Args:
         ceiling: Of two tasks.
-        path: Where to; the ending decides the format.
+        path: Where to; the ending decides the format. A missing folder is created.
 
     Raises:
         RankError: The tasks share no direction, so there is no frontier to draw.
+        ArgumentError: The file cannot be written, or has an unknown ending.
     """
+    prepare_figure(path)
     points = ceiling.frontier()
     if not points:
         raise RankError("The two tasks share no direction, so there is no frontier to draw; leave --figure out.")
@@ -59,8 +87,14 @@ def save_frontier(ceiling: Ceiling, path: str | Path) -> None:
     axis.tick_params(which="minor", labelsize=10)
     axis.legend(fontsize=12, loc="lower right")
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=100)
+    except OSError as error:
+        raise ArgumentError(
+            f"Expected to write the figure {path}, found that it cannot be ({error.strerror}); choose another place."
+        ) from error
+    finally:
+        plt.close(figure)
 
 
 def _label(ceiling: Ceiling) -> str:
