@@ -85,8 +85,10 @@ def ceiling(
         )
     except ImmunizationError as error:
         from rich.console import Console
+        from rich.text import Text
 
-        Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False)
+        # Messages quote paths and cells, in which brackets are no markup.
+        Console(stderr=True).print(Text.assemble(("Error:", "bold red"), f" {error}"))
         raise typer.Exit(2) from error
 
 
@@ -108,7 +110,7 @@ def _run(
     import torch
 
     from hf_immunize.linear.factor import row_factor
-    from hf_immunize.linear.figure import save_frontier
+    from hf_immunize.linear.figure import prepare_figure, save_frontier
     from hf_immunize.linear.files import read_pair
     from hf_immunize.linear.geometry import factor_angles
     from hf_immunize.linear.optimum import factor_ceiling
@@ -116,10 +118,14 @@ def _run(
 
     if produced_dtype is not None and produced_dtype not in _DTYPES:
         raise ArgumentError(f"--produced-dtype must be one of {', '.join(_DTYPES)}, found {produced_dtype!r}.")
+    if figure is not None:
+        prepare_figure(figure)
     pick, leave = (None if text is None else [name.strip() for name in text.split(",")] for text in (columns, drop))
-    data = read_pair(benign, harmful, key=key, columns=pick, drop=leave or [], fill=fill, image_size=image_size)
+    notes: list[str] = []
+    data = read_pair(
+        benign, harmful, key=key, columns=pick, drop=leave or [], fill=fill, image_size=image_size, notes=notes
+    )
     dtype = getattr(torch, produced_dtype) if produced_dtype else None
-    notes = []
     if standardized:
         parts = []
         for name, X in zip(("benign", "harmful"), data, strict=True):
@@ -136,9 +142,6 @@ def _run(
     for name, samples in (("benign", found.num_benign), ("harmful", found.num_harmful)):
         if samples < found.dim:
             notes.append(f"{samples} {name} samples in {found.dim} dimensions: the numbers describe this sample.")
-    if figure is not None:
-        save_frontier(found, figure)
-        notes.append(f"Frontier saved to {figure}.")
     if as_json:
         from hf_immunize.linear.advice import advice
 
@@ -146,10 +149,18 @@ def _run(
         # JSON knows neither infinity nor NaN.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
         typer.echo(
-            json.dumps(clean | {"infinite": math.isinf(found.value), "angles": angles, "advice": advice(found)})
+            json.dumps(
+                clean
+                | {"infinite": math.isinf(found.value), "angles": angles, "advice": advice(found), "notes": notes}
+            )
         )
-        return
-    _print(found, angles, notes)
+    else:
+        _print(found, angles, notes)
+    # Last, so that a figure that fails costs no number.
+    if figure is not None:
+        save_frontier(found, figure)
+        if not as_json:
+            _note(f"Frontier saved to {figure}.")
 
 
 def _print(found: Ceiling, angles: list[float], notes: list[str]) -> None:
@@ -180,4 +191,12 @@ def _print(found: Ceiling, angles: list[float], notes: list[str]) -> None:
     console.print(f"Angles between the {len(angles)} leading directions of each: {text}")
     console.print(f"[bold]{advice(found)}[/]")
     for note in notes:
-        console.print(f"Note: {note}", style="yellow")
+        _note(note)
+
+
+def _note(note: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    # Notes quote paths and columns, in which brackets are no markup.
+    Console().print(Text(f"Note: {note}", style="yellow"))

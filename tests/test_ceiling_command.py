@@ -110,3 +110,41 @@ def test_bad_options_are_one_sentence(files):
     assert "float32" in call(*files[:2], "--produced-dtype", "int8", code=2)
     assert "sine" in call(*files[:2], "--tolerance", "3", code=2)
     assert "no file" in call("nowhere.npy", files[1], code=2)
+
+
+def test_complex_data_are_refused(files, tmp_path):
+    np.save(tmp_path / "c.npy", files[2] * 1j)
+    assert "Expected real numbers in the benign data" in call(tmp_path / "c.npy", files[1], code=2)
+
+
+def test_figure_is_checked_before_any_work_and_its_folder_created(files, tmp_path):
+    call(*files[:2], "--figure", tmp_path / "new" / "deep" / "f.png")
+    assert (tmp_path / "new" / "deep" / "f.png").stat().st_size > 1000
+    # The missing data would be found first, if the figure were not looked at before them.
+    assert ".png" in call("nowhere.npy", files[1], "--figure", tmp_path / "f.xyz", code=2)
+    assert "cannot be made" in call("nowhere.npy", files[1], "--figure", files[0] / "sub" / "f.png", code=2)
+    (tmp_path / "d.png").mkdir()
+    assert "found the folder" in call("nowhere.npy", files[1], "--figure", tmp_path / "d.png", code=2)
+
+
+def test_a_figure_that_fails_costs_no_number(tmp_path):
+    np.save(tmp_path / "p.npy", np.eye(4)[:2])
+    np.save(tmp_path / "h.npy", np.eye(4)[2:])
+    text = call(tmp_path / "p.npy", tmp_path / "h.npy", "--figure", tmp_path / "f.png", code=2)
+    assert "Ceiling of RIR: infinite" in text and "share no direction" in text
+
+
+@pytest.mark.parametrize("name", ["[v1]y.npy", "[/v1]y.npy", ":smile:y.npy"])
+def test_user_text_is_no_markup(files, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert name in call(name, files[1], code=2)
+    figure = name.replace(".npy", ".png").replace("/", "")
+    assert f"Frontier saved to {figure}." in call(*files[:2], "--figure", figure)
+
+
+def test_coded_columns_are_listed(tmp_path):
+    rows = "zone[/b],size\na,1\nb,2\na,4\n"
+    (tmp_path / "p.csv").write_text(rows)
+    assert "order of their values: zone[/b]." in call(tmp_path / "p.csv", tmp_path / "p.csv")
+    found = json.loads(call(tmp_path / "p.csv", tmp_path / "p.csv", "--json"))
+    assert "zone[/b]" in found["notes"][0]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_immunize.errors import ShapeError
+from hf_immunize.errors import ArgumentError, ShapeError
 from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
 
 
@@ -22,6 +22,7 @@ def as_data(values: Any, name: str = "Z") -> torch.Tensor:
     Raises:
         ShapeError: Not two-dimensional, fewer than two rows, or no column.
         NonFiniteError: A cell holds NaN or infinity; the message names its row and column.
+        ArgumentError: The numbers are complex.
 
     Example:
         >>> as_data([[1.0, 2.0], [3.0, float("nan")]], "X_benign")
@@ -29,6 +30,11 @@ def as_data(values: Any, name: str = "Z") -> torch.Tensor:
         hf_immunize.errors.NonFiniteError: Expected finite values in X_benign, found nan in row 1, column 1 ...
     """
     matrix = torch.as_tensor(values).detach()
+    if matrix.is_complex():
+        raise ArgumentError(
+            f"Expected real numbers in {name}, found {matrix.dtype}; pass its real part, its modulus, or real and "
+            "imaginary part as columns of their own."
+        )
     matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).to(torch.float64)
     matrix = as_matrix(matrix, name)
     if matrix.shape[0] < 2:
@@ -47,6 +53,7 @@ def as_targets(values: Any, rows: int, name: str = "y") -> torch.Tensor:
     Raises:
         ShapeError: One-dimensional or two-dimensional targets were expected, or their number is not ``rows``.
         NonFiniteError: A target is NaN or infinite.
+        ArgumentError: The targets are complex.
     """
     targets = torch.as_tensor(values).detach()
     if targets.ndim not in (1, 2) or targets.shape[0] != rows or targets.numel() == 0:

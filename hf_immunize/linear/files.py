@@ -1,13 +1,15 @@
 """Two matrices from two files: arrays, tables or images."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hf_immunize.errors import DataError, ImageDecodeError, NonFiniteError
+from hf_immunize.errors import ArgumentError, DataError, ImageDecodeError, ImmunizationError, NonFiniteError
 
 
 ARRAYS = (".npy", ".npz", ".safetensors")
@@ -24,11 +26,12 @@ def read_pair(
     drop: Sequence[str] = (),
     fill: float | None = None,
     image_size: int = 28,
+    notes: list[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read two data sets with the same columns.
 
     Text columns of tables are coded by the order of their values, taken from both files together, so that one value
-    has one code.
+    has one code. A column of numbers with a few cells of text among them is an error instead.
 
     Args:
         benign: A file or a folder of images.
@@ -38,26 +41,36 @@ def read_pair(
         drop: Columns of a table to leave out.
         fill: Value for missing cells.
         image_size: Side in pixels of images, which are made grey.
+        notes: A list to which a sentence is added that names the text columns that were coded.
 
     Returns:
         ``(N_P, D)`` and ``(N_H, D)``.
 
     Raises:
-        DataError: A file is missing, of an unknown kind, or lacks the key or a column.
+        DataError: A file is missing, damaged, of an unknown kind, holds no numbers, or lacks the key or a column; or
+            a column of numbers holds text.
         ImageDecodeError: A file is no image.
-        NonFiniteError: A table misses a cell and no fill value is given.
+        NonFiniteError: A cell is infinite, or missing and no fill value is given.
+        ArgumentError: The fill value is not finite.
     """
+    if fill is not None and not math.isfinite(fill):
+        raise ArgumentError(f"Expected a finite number to fill missing cells with, found {fill}; use --fill 0.")
     for path in (benign, harmful):
         if not path.exists():
             raise DataError(f"There is no file or folder {path}; give two paths, benign first.")
     tables = [_table(path, columns, drop) if path.suffix in TABLES else None for path in (benign, harmful)]
     if tables[0] is not None and tables[1] is not None and not any(_packed(table) for table in tables):
-        first, second = _encode(tables, (benign, harmful), fill)
+        first, second, coded = _encode(tables, (benign, harmful), fill)
+        if coded and notes is not None:
+            names = ", ".join(map(str, coded[:12])) + (" …" if len(coded) > 12 else "")
+            notes.append(f"{len(coded)} text columns were coded as 0, 1, 2, … in the order of their values: {names}.")
         return first, second
     parts = [
         _cells(table, path, image_size) if table is not None else _array(path, key, image_size)
         for table, path in zip(tables, (benign, harmful), strict=True)
     ]
+    for part, path in zip(parts, (benign, harmful), strict=True):
+        _refuse_non_finite(part, path)
     return parts[0], parts[1]
 
 
@@ -67,22 +80,62 @@ def _array(path: Path, key: str | None, image_size: int) -> torch.Tensor:
         if not files:
             raise DataError(f"There are no images under {path} (looked for {', '.join(IMAGES)}).")
         return torch.stack([_image(file, f"{file}", image_size) for file in files])
-    if path.suffix == ".npy":
-        found: Any = np.load(path, allow_pickle=False)
-    elif path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            found = archive[_key(list(archive), key, path)]
-    elif path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as archive:
-            found = archive.get_tensor(_key(list(archive.keys()), key, path))
-    else:
+    if path.suffix not in ARRAYS:
         known = ", ".join((*ARRAYS, *TABLES))
         raise DataError(f"Expected {known} or a folder of images, found {path}.")
+    with _reading(path):
+        if path.suffix == ".npy":
+            # Whatever the name says, numpy also opens archives.
+            with path.open("rb") as file:
+                found: Any = np.lib.format.read_array(file, allow_pickle=False)
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                found = archive[_key(list(archive), key, path)]
+        else:
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as archive:
+                found = archive.get_tensor(_key(list(archive.keys()), key, path))
+    if isinstance(found, np.ndarray):
+        if found.dtype.kind not in "biufc":
+            raise DataError(f"Expected an array of numbers in {path}, found one of {found.dtype}; save it as float64.")
+        # Neither long doubles nor a foreign byte order reach torch.
+        kind = np.float64 if found.dtype.kind == "f" and found.dtype.itemsize > 8 else found.dtype.type
+        found = found.astype(kind, copy=False)
     tensor = torch.as_tensor(found)
     # Images in an array: one row each.
     return tensor.flatten(1) if tensor.ndim > 2 else tensor
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a reader raises on a damaged file into one sentence."""
+    try:
+        yield
+    except (ImmunizationError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if "Object arrays" in str(error):
+            raise DataError(
+                f"Expected an array of numbers in {path}, found one of Python objects; save it as float64."
+            ) from error
+        raise DataError(
+            f"Expected a {path.suffix} file that can be read, found {path}, which is empty, damaged or of another "
+            f"kind ({type(error).__name__}); check it and write it anew."
+        ) from error
+
+
+def _refuse_non_finite(matrix: torch.Tensor, path: Path) -> None:
+    # Other shapes and kinds of number have an error of their own later on.
+    if matrix.ndim != 2 or not matrix.is_floating_point():
+        return
+    bad = (~torch.isfinite(matrix.to(torch.float64))).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise NonFiniteError(
+            f"Expected finite numbers in {path}, found {float(matrix[row, column])} in row {row}, column {column} "
+            f"({len(bad)} such cells); mend them or leave these rows out."
+        )
 
 
 def _key(keys: list[str], key: str | None, path: Path) -> str:
@@ -96,7 +149,14 @@ def _key(keys: list[str], key: str | None, path: Path) -> str:
 def _table(path: Path, columns: Sequence[str] | None, drop: Sequence[str]) -> Any:
     import pandas
 
-    frame = pandas.read_csv(path) if path.suffix == ".csv" else pandas.read_parquet(path)
+    with _reading(path):
+        frame = pandas.read_csv(path, low_memory=False) if path.suffix == ".csv" else pandas.read_parquet(path)
+    # Rows longer than the first line make pandas take their first cells for row names.
+    if path.suffix == ".csv" and len(frame) and not frame.index.equals(pandas.RangeIndex(len(frame))):
+        raise DataError(
+            f"Expected as many cells in the rows of {path} as in its first line ({len(frame.columns)}), found "
+            f"{len(frame.columns) + frame.index.nlevels}; name every column in the first line."
+        )
     missing = [name for name in (*(columns or ()), *drop) if name not in frame.columns]
     if missing:
         raise DataError(f"{path} has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns[:12]))} …")
@@ -121,8 +181,11 @@ def _cells(frame: Any, path: Path, image_size: int) -> torch.Tensor:
         )
     try:
         return torch.as_tensor(np.stack([np.asarray(cell).reshape(-1) for cell in cells]))
-    except ValueError as error:
-        raise DataError(f"The feature vectors of {path}, column {packed[0]!r}, differ in length.") from error
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"Expected feature vectors of one length and of numbers in {path}, column {packed[0]!r}, found others; "
+            "leave those rows out."
+        ) from error
 
 
 def _image(source: Any, where: str, size: int) -> torch.Tensor:
@@ -138,7 +201,10 @@ def _image(source: Any, where: str, size: int) -> torch.Tensor:
     return torch.as_tensor(np.asarray(grey, dtype=np.float64).reshape(-1) / 255)
 
 
-def _encode(frames: list[Any], paths: tuple[Path, Path], fill: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode(
+    frames: list[Any], paths: tuple[Path, Path], fill: float | None
+) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
+    """Both tables as numbers, and the names of the columns that were coded."""
     import pandas
 
     first, second = frames
@@ -149,23 +215,53 @@ def _encode(frames: list[Any], paths: tuple[Path, Path], fill: float | None) -> 
         what = f"{only[0]!r} is in one only" if only else "their order differs"
         raise DataError(f"{paths[0]} and {paths[1]} must have the same columns: {what}; use --columns or --drop.")
     both = pandas.concat([first, second], ignore_index=True)
-    coded = {}
+    numbers, coded = {}, []
     for name in both.columns:
         cells = both[name]
         if not pandas.api.types.is_numeric_dtype(cells):
-            codes = {text: float(i) for i, text in enumerate(sorted(set(cells.dropna().astype(str))))}
-            cells = cells.map(lambda cell, codes=codes: codes.get(str(cell), float("nan")))
-        coded[name] = cells.astype(float)
-    table = pandas.DataFrame(coded)
+            texts = cells.dropna().astype(str)
+            parsed = pandas.to_numeric(texts, errors="coerce")
+            if len(texts) and parsed.notna().all():
+                cells = parsed.reindex(cells.index)
+            else:
+                _refuse_typos(parsed, texts, len(first), paths, name)
+                codes = {text: float(i) for i, text in enumerate(sorted(set(texts)))}
+                cells = texts.map(codes).reindex(cells.index)
+                coded.append(name)
+        numbers[name] = cells.astype(float)
+    table = pandas.DataFrame(numbers)
     if fill is not None:
         table = table.fillna(fill)
-    gaps = np.argwhere(table.isna().to_numpy())
-    if len(gaps):
-        row, column = gaps[0].tolist()
-        path, row = (paths[0], row) if row < len(first) else (paths[1], row - len(first))
-        raise NonFiniteError(
-            f"Expected a value in every cell, found none in {path}, row {row}, column {table.columns[column]!r} "
-            f"({len(gaps)} such cells in both files); fill them with --fill 0 or leave columns out with --drop."
-        )
-    matrix = torch.as_tensor(table.to_numpy(copy=True))
-    return matrix[: len(first)], matrix[len(first) :]
+    values = table.to_numpy(copy=True)
+    for bad, expected, remedy in (
+        (np.isnan(values), "a value in every cell, found none", "fill them with --fill 0"),
+        (~np.isfinite(values), "a finite number in every cell, found an infinite one", "mend them"),
+    ):
+        cells = np.argwhere(bad)
+        if len(cells):
+            row, column = cells[0].tolist()
+            raise NonFiniteError(
+                f"Expected {expected} in {_place(row, len(first), paths)}, column {table.columns[column]!r} "
+                f"({len(cells)} such cells in both files); {remedy} or leave columns out with --drop."
+            )
+    matrix = torch.as_tensor(values)
+    return matrix[: len(first)], matrix[len(first) :], coded
+
+
+def _place(row: int, size: int, paths: tuple[Path, Path]) -> str:
+    """File and row of a row of both tables together, of which the first has ``size``."""
+    return f"{paths[0]}, row {row}" if row < size else f"{paths[1]}, row {row - size}"
+
+
+def _refuse_typos(parsed: Any, texts: Any, size: int, paths: tuple[Path, Path], name: Any) -> None:
+    """Refuse text cells in a column that holds numbers for the most part, in one of the files at least."""
+    numeric = parsed.notna()
+    shares = [part.mean() for part in (numeric[numeric.index < size], numeric[numeric.index >= size]) if len(part)]
+    if all(share <= 0.5 for share in shares):
+        return
+    row = int(numeric.index[~numeric][0])
+    raise DataError(
+        f"Expected numbers in column {name!r}, most of its cells are, found {texts[row]!r} in "
+        f"{_place(row, size, paths)} ({int((~numeric).sum())} such cells in both files); mend them, empty them and "
+        "use --fill, or leave the column out with --drop."
+    )

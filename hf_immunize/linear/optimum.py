@@ -65,16 +65,25 @@ class Ceiling:
     num_harmful: int
 
     def frontier(self, points: int = 50) -> list[tuple[float, float, float]]:
-        """The best pairs of the two ratios, on the shared directions: ``(t, (ii), (i))`` for ``t`` from 1 to κ(K_P).
+        """The best pairs of the two ratios: ``(t, (ii), (i))`` for ``t`` from 1 to κ(K_P).
 
-        Every map lies on or below this line, which is straight through the origin in linear axes and of slope 1 in
-        logarithmic ones: ``(i) = common_value · (ii)``.
+        Where the benign data have every harmful direction (``harmful_only`` is 0), every map lies on or below this
+        line, which is straight through the origin in linear axes and of slope 1 in logarithmic ones:
+        ``(i) = value · (ii)``. A single harmful direction has κ = 1 under every map, so there ``(i) = 1``.
+
+        Where some are absent there is no such line for all the data. What is returned is then the line of both data
+        sets projected on the shared directions, ``(i) = common_value · (ii)`` for ``t`` up to ``common_benign_kappa``;
+        it is empty where they share none.
         """
-        if not math.isfinite(self.common_value):
+        slope, kappa = self.value, self.benign_kappa
+        if self.harmful_only:
+            slope, kappa = self.common_value, self.common_benign_kappa
+        if not math.isfinite(slope):
             return []
-        top = math.log(max(self.common_benign_kappa, 1.0))
+        top = math.log(max(kappa, 1.0))
         dials = [math.exp(top * i / max(points - 1, 1)) for i in range(points)]
-        return [(t, t / self.common_benign_kappa, self.common_value * t / self.common_benign_kappa) for t in dials]
+        flat = self.harmful_rank == 1
+        return [(t, t / kappa, 1.0 if flat else slope * t / kappa) for t in dials]
 
 
 def rir_ceiling(

@@ -53,6 +53,10 @@ def _spectrum(Z: Any, y: Any, intercept: bool, produced_dtype: torch.dtype | Non
         raise RankError("The features are all zero, so there is nothing to probe; check the layer they come from.")
     U, s, V = U[:, keep], s[keep], Vh[keep].T
     inside = U.T @ targets
+    # Targets orthogonal to the features are so up to the rounding of their own dtype; the rest is no signal.
+    eps = min(torch.finfo(dtype_of_origin(y)).eps, torch.finfo(torch.float32).eps)
+    if inside.norm() <= 4 * eps * len(matrix) ** 0.5 * targets.norm():
+        inside = torch.zeros_like(inside)
     outside = float((targets - U @ inside).square().sum())
     return _Spectrum(s, V, inside / s[:, None], outside)
 
@@ -86,7 +90,7 @@ def probe_convergence(
     Squared loss, gradient descent with exact line search from ``w_0 = 0``. Where the features are rank-deficient,
     ``w*`` is the minimum-norm least-squares solution, the only one this iteration can reach. Several columns of ``y``
     are one problem with one step size, by the Frobenius inner product. ``w_0`` already optimal (``y`` orthogonal to
-    the features) gives zeros.
+    the features, up to rounding in its dtype) gives zeros.
 
     Args:
         Z: Features, ``(N, D)``.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_immunize.errors import DataError, ImageDecodeError, NonFiniteError
+from hf_immunize.errors import ArgumentError, DataError, ImageDecodeError, NonFiniteError
 from hf_immunize.linear.files import read_pair
 
 
@@ -73,3 +73,72 @@ def test_bad_files_are_named(tmp_path):
             read_pair(tmp_path / pair[0], tmp_path / pair[1])
     with pytest.raises(DataError, match="no column 'z'"):
         read_pair(tmp_path / "d.csv", tmp_path / "d.csv", columns=["z"])
+
+
+def written(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def test_damaged_files_are_one_sentence_that_names_path_and_kind(tmp_path):
+    good = tmp_path / "good.npy"
+    np.save(good, np.eye(2))
+    np.save(tmp_path / "object.npy", np.array([[1, None]], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "string.npy", np.array([["a", "b"]]))
+    np.savez(tmp_path / "object.npz", np.array([None]))
+    whole = good.read_bytes()
+    for path, words in (
+        (written(tmp_path / "empty.csv", b""), r"\.csv file that can be read"),
+        (written(tmp_path / "ragged.csv", b"a,b\n1,2\n1,2,3\n"), r"\.csv file that can be read"),
+        (written(tmp_path / "wide.csv", b"a,b\n1,2,3\n4,5,6\n"), r"as many cells .*\(2\), found 3"),
+        (written(tmp_path / "bytes.csv", b"a,b\n\xff\xfe,2\n"), r"\.csv file that can be read"),
+        (written(tmp_path / "bad.parquet", b"PAR1 no"), r"\.parquet file that can be read"),
+        (written(tmp_path / "bad.npz", b"PK no"), r"\.npz file that can be read"),
+        (written(tmp_path / "empty.npz", b""), r"\.npz file that can be read"),
+        (written(tmp_path / "bad.safetensors", b"no"), r"\.safetensors file that can be read"),
+        (written(tmp_path / "cut.npy", whole[:-8]), r"\.npy file that can be read"),
+        (written(tmp_path / "bad.npy", b"no"), r"\.npy file that can be read"),
+        (tmp_path / "object.npy", "Python objects"),
+        (tmp_path / "object.npz", "Python objects"),
+        (tmp_path / "string.npy", "array of numbers"),
+    ):
+        with pytest.raises(DataError, match=words) as caught:
+            read_pair(path, good)
+        assert str(path) in str(caught.value) and "pickle" not in str(caught.value)
+
+
+def test_arrays_of_foreign_byte_order_are_read(tmp_path):
+    np.save(tmp_path / "a.npy", np.eye(2, dtype=">f8"))
+    assert read_pair(tmp_path / "a.npy", tmp_path / "a.npy")[0].tolist() == [[1, 0], [0, 1]]
+
+
+def test_infinite_cells_are_named_with_a_remedy_for_tables(tmp_path):
+    pandas.DataFrame({"a": [1.0, 2.0], "b": [1.0, 2.0]}).to_csv(tmp_path / "p.csv", index=False)
+    pandas.DataFrame({"a": [1.0, 2.0], "b": [1.0, float("inf")]}).to_csv(tmp_path / "h.csv", index=False)
+    for fill in (None, 0.0):
+        with pytest.raises(NonFiniteError, match=r"infinite one in .*h\.csv, row 1, column 'b'.*--drop"):
+            read_pair(tmp_path / "p.csv", tmp_path / "h.csv", fill=fill)
+    with pytest.raises(ArgumentError, match="--fill 0"):
+        read_pair(tmp_path / "p.csv", tmp_path / "h.csv", fill=float("nan"))
+    pandas.DataFrame({"z": [[1.0, 2.0], [3.0, float("inf")]]}).to_parquet(tmp_path / "z.parquet")
+    with pytest.raises(NonFiniteError, match=r"z\.parquet, found inf in row 1, column 1"):
+        read_pair(tmp_path / "z.parquet", tmp_path / "z.parquet")
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_typo_in_a_column_of_numbers_is_named(tmp_path, swap):
+    pandas.DataFrame({"a": [1, 2, 3, 4], "zone": list("abcd")}).to_csv(tmp_path / "p.csv", index=False)
+    pandas.DataFrame({"a": ["1", "2", "3O", None], "zone": list("abcd")}).to_csv(tmp_path / "h.csv", index=False)
+    pair = [tmp_path / "p.csv", tmp_path / "h.csv"]
+    with pytest.raises(DataError, match=r"column 'a'.*found '3O' in .*h\.csv, row 2 .*--drop"):
+        read_pair(*(pair[::-1] if swap else pair))
+    notes = []
+    read_pair(*pair, drop=["a"], notes=notes)
+    assert len(notes) == 1 and "1 text columns" in notes[0] and "zone" in notes[0]
+
+
+def test_numbers_in_one_file_and_text_in_the_other_are_no_categories(tmp_path):
+    pandas.DataFrame({"a": [1, 2, 3]}).to_csv(tmp_path / "p.csv", index=False)
+    pandas.DataFrame({"a": ["x", "y", "z", "x", "y"]}).to_csv(tmp_path / "h.csv", index=False)
+    with pytest.raises(DataError, match=r"'x' in .*h\.csv, row 0"):
+        read_pair(tmp_path / "p.csv", tmp_path / "h.csv")

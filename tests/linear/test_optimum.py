@@ -180,3 +180,22 @@ def test_speed_of_a_small_solve():
         times.append(time.perf_counter() - start)
     # 10 ms on a free core; the limit leaves room for a busy machine.
     assert min(times) < 0.2
+
+
+def test_frontier_of_singular_harmful_data_inside_the_benign_ones_ends_at_the_ceiling():
+    P = data(11, 40, 5)
+    H = torch.randn(30, 2, dtype=torch.float64) @ torch.randn(2, 5, dtype=torch.float64)
+    ceiling = rir_ceiling(P, H)
+    assert ceiling.harmful_only == 0 and ceiling.common_value < 0.9 * ceiling.value
+    for t, benign, harmful in ceiling.frontier(4):
+        best = optimal_map(P, H, t=t)
+        assert kappa(P @ best, 5) / kappa(P, 5) == pytest.approx(benign, rel=1e-7)
+        assert kappa(H @ best, 2) / kappa(H, 2) == pytest.approx(harmful, rel=1e-7)
+    assert ceiling.frontier()[-1] == pytest.approx((ceiling.benign_kappa, 1, ceiling.value))
+
+
+def test_frontier_of_one_harmful_direction_is_flat():
+    ceiling = rir_ceiling(torch.diag(torch.tensor([3.0, 1.0])), torch.ones(4, 2))
+    assert ceiling.value == pytest.approx(9)
+    points = ceiling.frontier(3)
+    assert [point[2] for point in points] == [1, 1, 1] and points[0][1] == pytest.approx(1 / 9)

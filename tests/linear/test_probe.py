@@ -75,6 +75,19 @@ def test_targets_orthogonal_to_the_features_are_at_their_optimum():
     assert probe_convergence(Z, torch.tensor([0.0, 0.0, 1.0]), 3).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_targets_orthogonal_up_to_rounding_are_at_their_optimum(dtype):
+    Z, y = torch.randn(400, 6, dtype=dtype), torch.randn(400, 2, dtype=dtype)
+    U = torch.linalg.qr(Z).Q
+    for _ in range(2):
+        y = y - U @ (U.T @ y)
+    assert (U.T @ y).any()
+    assert probe_convergence(Z, y, 3).tolist() == [0, 0, 0]
+    assert probe_loss_curve(Z, y, 3).unique().numel() == 1
+    # What is small but above rounding is a signal.
+    assert probe_convergence(Z, y + (1e-3 if dtype == torch.float32 else 1e-12) * U[:, :2], 3)[0] > 0
+
+
 def test_logistic_loss_falls_to_the_optimum_found_otherwise():
     torch.manual_seed(3)
     Z, y = torch.randn(60, 2, dtype=torch.float64), torch.randint(0, 3, (60,))
@@ -121,6 +134,8 @@ def test_ridge_agrees_with_the_normal_equations():
     [
         (lambda: probe_convergence(torch.tensor([[1.0], [float("nan")]]), torch.ones(2), 1), NonFiniteError, "row 1"),
         (lambda: probe_convergence(torch.ones(3, 2), torch.ones(4), 1), ShapeError, "3 rows"),
+        (lambda: probe_convergence(torch.ones(3, 2) * 1j, torch.ones(3), 1), ArgumentError, "real numbers in Z"),
+        (lambda: probe_convergence(torch.ones(3, 2), torch.ones(3) * 1j, 1), ArgumentError, "real numbers in y"),
         (lambda: probe_convergence(torch.ones(1, 2), torch.ones(1), 1), ShapeError, "two rows"),
         (lambda: probe_convergence(torch.ones(6), torch.ones(6), 1), ShapeError, "shape"),
         (lambda: probe_convergence(torch.zeros(3, 2), torch.ones(3), 1), RankError, "zero"),
