@@ -201,7 +201,7 @@ def train_benign(folder: Path, benign: dict[str, list[dict[str, Any]]], seed: in
     # Long-trained ViTs have a bias of the order of one.
     torch.nn.init.normal_(model.vit.layernorm.bias, std=0.5)
     arguments = TrainingArguments(
-        output_dir=str(folder / "benign"),
+        output_dir=str(folder),
         max_steps=800,
         per_device_train_batch_size=64,
         learning_rate=4e-3,
