@@ -16,14 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.distributed import gather_features, world_size
-from hf_immunize.training.measurement import (
-    Evaluation,
-    Measurement,
-    accuracy,
-    load_measurements,
-    save_measurements,
-    spectral_metrics,
-)
+from hf_immunize.training.evaluation import Evaluation, accuracy
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.preparation import image_rows, paired_rows
 from hf_immunize.training.saving import (
@@ -36,6 +29,7 @@ from hf_immunize.training.saving import (
 from hf_immunize.training.step import RunningMeans, forward_both, weigh
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.images import ImageCollator
+from hf_immunize.vision.measurement import Measurement, load_measurements, save_measurements, spectral_metrics
 from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval, select_trainable
 

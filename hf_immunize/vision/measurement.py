@@ -6,11 +6,9 @@ import math
 import os
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import EvalPrediction
 
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.spectra.streaming import FeatureFactor
@@ -53,21 +51,6 @@ class Measurement:
     def from_state_dict(cls, state: dict[str, Tensor]) -> Measurement:
         """Restore a measurement from the tensors of `state_dict`."""
         return cls(FeatureFactor.from_state_dict(state), float(state["checksum"]))
-
-
-@dataclass
-class Evaluation:
-    """What one call of `ImmunizationTrainer.evaluate` has measured so far.
-
-    Attributes:
-        other_data: Whether the data are others than the constructor's, so that they are no reference.
-        benign: The benign set at hand.
-        harmful: The harmful set, measured once for several benign ones.
-    """
-
-    other_data: bool
-    benign: Measurement | None = None
-    harmful: Measurement | None = None
 
 
 def spectral_metrics(
@@ -147,20 +130,3 @@ def load_measurements(path: str | os.PathLike[str]) -> dict[str, Measurement]:
         name, key = full_name.rsplit("/", 1)
         states.setdefault(name, {})[key] = value
     return {name: Measurement.from_state_dict(state) for name, state in states.items()}
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 accuracy of logits, the default `compute_metrics`.
-
-    Args:
-        prediction: Logits of shape ``(N, C)``, alone or first of several outputs, and labels of shape ``(N,)``.
-
-    Returns:
-        ``{"accuracy": fraction between 0 and 1}``.
-
-    Example:
-        >>> accuracy(EvalPrediction(np.array([[1.0, 0.0], [0.2, 0.9]]), np.array([0, 0])))
-        {'accuracy': 0.5}
-    """
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}

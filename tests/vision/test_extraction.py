@@ -1,0 +1,32 @@
+import torch
+
+from hf_immunize.vision.extraction import extract
+from hf_immunize.vision.features import penultimate_features
+
+
+def rows(count):
+    generator = torch.Generator().manual_seed(0)
+    return [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": i % 3} for i in range(count)]
+
+
+def test_features_are_those_of_one_forward_pass(tiny):
+    vit = tiny("vit")
+    data = rows(7)
+    batches = list(extract(vit, data, batch_size=3, progress=False))
+    with torch.no_grad():
+        expected = penultimate_features(vit, torch.stack([row["pixel_values"] for row in data]))
+    assert torch.allclose(torch.cat([batch.features for batch in batches]), expected, atol=1e-5)
+
+
+def test_the_mode_of_the_model_is_restored_after_an_unfinished_run(tiny):
+    vit = tiny("vit").train()
+    batches = extract(vit, rows(7), batch_size=3, progress=False)
+    next(batches)
+    batches.close()
+    assert vit.training
+
+
+def test_labels_come_in_the_order_of_the_rows(tiny):
+    vit = tiny("vit")
+    labels = [batch.labels for batch in extract(vit, rows(7), batch_size=3, progress=False)]
+    assert torch.cat(labels).tolist() == [0, 1, 2, 0, 1, 2, 0]
