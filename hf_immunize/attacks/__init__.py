@@ -1,0 +1,1 @@
+"""Attackers, the audit that runs them, and its report."""
