@@ -91,9 +91,9 @@ class ImmunizationArguments(TrainingArguments):
         default=Method.feature_distillation_weight,
         metadata={"help": "Weight of the relative squared feature error beside the divergence of logits."},
     )
-    benign_budget: float | None = field(
-        default=Method.benign_budget,
-        metadata={"help": "How far the benign side may move; a multiplier on the weights holds it. None: no budget."},
+    benign_budget: str | None = field(  # a number or None, which only text can say on the command line
+        default=Method.benign_budget,  # type: ignore[assignment]
+        metadata={"help": "How far the benign side may move; a multiplier holds it. A number, or 'none'."},
     )
     budget_measure: str = field(
         default=Method.budget_measure,

@@ -85,7 +85,9 @@ def _normalized(method: Method) -> dict[str, Any]:
     ):
         if getattr(method, name) not in known:
             raise ArgumentError(f"Expected {name}= out of {', '.join(known)}, found {getattr(method, name)!r}.")
-    budget = method.benign_budget
+    budget: Any = method.benign_budget
+    if isinstance(budget, str) and budget.lower() == "none":
+        budget = None
     if budget is not None:
         budget = _number(budget)
         if not budget > 0:
