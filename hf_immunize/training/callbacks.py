@@ -20,6 +20,7 @@ from hf_immunize.training.restoring import best_checkpoint, check_restorable, lo
 
 
 ACTIONS = ("stop", "restore")
+_ELSEWHERE = "another process found the reason in its own metrics"
 logger = logging.get_logger(__name__)
 
 
@@ -48,7 +49,7 @@ class _EvaluationCallback(TrainerCallback):
         reason = self._reason(state)
         if any_process(reason is not None, args.device):
             control.should_training_stop = True
-            _warn(state, f"This run was already at its end, and stops after one more step: {reason}.")
+            _warn(state, f"This run was already at its end, and stops after one more step: {reason or _ELSEWHERE}.")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,7 +65,7 @@ class _EvaluationCallback(TrainerCallback):
         reason = self._reason(state)
         if any_process(reason is not None, args.device):
             if not control.should_training_stop:
-                _warn(state, f"Stopping at step {state.global_step}: {reason}.")
+                _warn(state, f"Stopping at step {state.global_step}: {reason or _ELSEWHERE}.")
             control.should_training_stop = True
 
     def on_step_begin(
@@ -198,7 +199,7 @@ class BenignUtilityCallback(_EvaluationCallback):
         if step is None:
             raise CheckpointError(
                 f"Expected a checkpoint in {args.output_dir} to go back to, evaluated at its step and within the "
-                f"limit, found none, while {reason}. The model in memory is beyond the limit. Save and evaluate "
+                f"limit, found none, while {reason or _ELSEWHERE}. The model in memory is beyond the limit. Save and evaluate "
                 "more often, lower the learning rate or the harmful weight, or use action='stop'."
             )
         folder = f"{args.output_dir}/checkpoint-{step}"
@@ -206,7 +207,7 @@ class BenignUtilityCallback(_EvaluationCallback):
         state.best_model_checkpoint, state.best_global_step = folder, step
         state.best_metric = by_step(state.log_history, rank_by).get(step) if rank_by else state.best_metric
         state.log_history.append({"returned_to_step": step, "step": state.global_step})
-        _warn(state, f"Returned to the weights of step {step}: {reason}.")
+        _warn(state, f"Returned to the weights of step {step}: {reason or _ELSEWHERE}.")
 
 
 class TargetRIRCallback(_EvaluationCallback):

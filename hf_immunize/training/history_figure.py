@@ -40,9 +40,9 @@ def history_panels(history: History) -> list[Callable[[Axes], None]]:
     """
     panels: list[Callable[[Axes], None]] = []
     terms = _terms(history)
-    kappas = _kappas(history)
+    kappas = _of_the_whole_set(_curves(history, _KAPPA))
     accuracies = _curves(history, r"eval_.*accuracy", alias=r"eval_(.*_)?benign_accuracy")
-    rirs = _curves(history, _RIR)
+    rirs = _of_the_whole_set(_curves(history, _RIR))
     if terms:
         panels.append(lambda axes: _draw_terms(axes, terms))
     if kappas:
@@ -79,9 +79,8 @@ def _terms(history: History) -> dict[str, dict[int, float]]:
     return {name: curve for name, curve in curves.items() if curve}
 
 
-def _kappas(history: History) -> dict[str, dict[int, float]]:
-    curves = _curves(history, _KAPPA)
-    # Those that a callback measured on a sample say nothing beside those of the whole evaluation set.
+def _of_the_whole_set(curves: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    # Beside those of the whole evaluation set, those that a callback measured on a sample say nothing more.
     return {name: curve for name, curve in curves.items() if name.startswith("eval_")} or curves
 
 
@@ -102,7 +101,7 @@ def _draw_kappas(axes: Axes, curves: dict[str, dict[int, float]]) -> None:
     seen: dict[str, int] = {}
     for name, curve in curves.items():
         match = _KAPPA.fullmatch(name)
-        assert match is not None  # _kappas chose it by this
+        assert match is not None  # chosen by this
         side = match["side"]
         dash = _DASHES[seen.get(side, 0) % len(_DASHES)]
         seen[side] = seen.get(side, 0) + 1

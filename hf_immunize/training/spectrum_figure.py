@@ -162,7 +162,7 @@ class SpectrumFigureCallback(TrainerCallback):
             panels.insert(0, _spectra_panel(now, before, metrics, "after" if state.global_step else "before"))
         if not panels:
             return
-        figure, axes = new_figure(len(panels))
+        figure, axes = new_figure(len(panels), columns=3 if len(panels) > 4 else 2)
         for panel, draw in zip(axes, panels, strict=True):
             draw(panel)
         outside = "After training" if state.global_step else "Before training"

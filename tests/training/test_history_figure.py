@@ -74,3 +74,9 @@ def test_condition_numbers_of_a_sample_give_way_to_those_of_the_evaluation_set()
 @pytest.mark.parametrize("loss", [-0.5, 0.0, 0.5])
 def test_losses_of_any_sign_are_drawn(loss):
     assert drawn([{"step": 1, "loss": loss}])["Losses and terms"]["loss"] == ([1], [loss])
+
+
+def test_rir_of_a_sample_is_drawn_where_there_is_no_other():
+    log = [{"step": 1, "spectrum_log10_rir": 2.0}]
+    (lines,) = drawn(log).values()
+    assert set(lines) == {"spectrum_log10_rir"}
