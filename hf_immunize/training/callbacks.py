@@ -199,8 +199,8 @@ class BenignUtilityCallback(_EvaluationCallback):
         if step is None:
             raise CheckpointError(
                 f"Expected a checkpoint in {args.output_dir} to go back to, evaluated at its step and within the "
-                f"limit, found none, while {reason or _ELSEWHERE}. The model in memory is beyond the limit. Save and evaluate "
-                "more often, lower the learning rate or the harmful weight, or use action='stop'."
+                f"limit, found none, while {reason or _ELSEWHERE}. The model in memory is beyond the limit. Save and "
+                "evaluate more often, lower the learning rate or the harmful weight, or use action='stop'."
             )
         folder = f"{args.output_dir}/checkpoint-{step}"
         load_into(kwargs["model"], folder)

@@ -46,7 +46,7 @@ def history_panels(history: History) -> list[Callable[[Axes], None]]:
     if terms:
         panels.append(lambda axes: _draw_terms(axes, terms))
     if kappas:
-        panels.append(lambda axes: _draw_kappas(axes, kappas))
+        panels.append(lambda axes: _draw_kappas(axes, history, kappas))
     if accuracies:
         panels.append(lambda axes: _draw_accuracies(axes, accuracies))
     if rirs:
@@ -97,15 +97,19 @@ def _draw_terms(axes: Axes, curves: dict[str, dict[int, float]]) -> None:
     _finish(axes, "Losses and terms", "value in the log")
 
 
-def _draw_kappas(axes: Axes, curves: dict[str, dict[int, float]]) -> None:
+def _draw_kappas(axes: Axes, history: History, curves: dict[str, dict[int, float]]) -> None:
     seen: dict[str, int] = {}
+    kinds: set[str] = set()
     for name, curve in curves.items():
         match = _KAPPA.fullmatch(name)
         assert match is not None  # chosen by this
         side = match["side"]
         dash = _DASHES[seen.get(side, 0) % len(_DASHES)]
         seen[side] = seen.get(side, 0) + 1
-        axes.plot(list(curve), list(curve.values()), dash, marker="o", color=COLOURS[side], label=name)
+        axes.plot(list(curve), list(curve.values()), dash, color=COLOURS[side], label=name)
+        bound = by_step(history, name.removesuffix("log10_kappa") + "is_bound")
+        kinds |= _mark(axes, curve, COLOURS[side], lower=bound)
+    _explain(axes, kinds)
     _finish(axes, "Condition numbers of linear probing", "log10 κ(ZᵀZ)")
 
 
@@ -117,21 +121,33 @@ def _draw_accuracies(axes: Axes, curves: dict[str, dict[int, float]]) -> None:
 
 
 def _draw_rir(axes: Axes, history: History, curves: dict[str, dict[int, float]]) -> None:
-    bounds: set[str] = set()
+    kinds: set[str] = set()
     for index, (name, curve) in enumerate(curves.items()):
         axes.plot(list(curve), list(curve.values()), _DASHES[index % len(_DASHES)], color="black", label=name)
         lower, upper = (
             by_step(history, name.removesuffix("log10_rir") + f"rir_is_{kind}_bound") for kind in ("lower", "upper")
         )
-        for step, value in curve.items():
-            # As in signs of limits: the true value lies where the arrow points.
-            kind = "^" if lower.get(step) else "v" if upper.get(step) else "o"
-            bounds.add(kind)
-            axes.plot([step], [value], kind, color="black", fillstyle="full" if kind == "o" else "none")
-    for kind, words in (("^", "lower bound"), ("v", "upper bound")):
-        if kind in bounds:
-            axes.plot([], [], kind, color="black", fillstyle="none", label=words)
+        kinds |= _mark(axes, curve, "black", lower, upper)
+    _explain(axes, kinds)
     _finish(axes, "RIR (of linear probing; no attack was run)", "log10 RIR")
+
+
+def _mark(
+    axes: Axes, curve: dict[int, float], colour: str, lower: dict[int, float], upper: dict[int, float] | None = None
+) -> set[str]:
+    """Mark each value as exact or as a bound, with an arrow to where the true one lies; the kinds there were."""
+    kinds = set()
+    for step, value in curve.items():
+        kind = "^" if lower.get(step) else "v" if (upper or {}).get(step) else "o"
+        kinds.add(kind)
+        axes.plot([step], [value], kind, color=colour, fillstyle="full" if kind == "o" else "none")
+    return kinds
+
+
+def _explain(axes: Axes, kinds: set[str]) -> None:
+    for kind, words in (("^", "lower bound"), ("v", "upper bound")):
+        if kind in kinds:
+            axes.plot([], [], kind, color="black", fillstyle="none", label=words)
 
 
 def _finish(axes: Axes, title: str, ylabel: str) -> None:

@@ -80,3 +80,10 @@ def test_rir_of_a_sample_is_drawn_where_there_is_no_other():
     log = [{"step": 1, "spectrum_log10_rir": 2.0}]
     (lines,) = drawn(log).values()
     assert set(lines) == {"spectrum_log10_rir"}
+
+
+@pytest.mark.parametrize(("bound", "said"), [(0.0, set()), (1.0, {"lower bound"})])
+def test_a_condition_number_that_is_a_bound_is_marked(bound, said):
+    log = [{"step": 1, "eval_harmful_log10_kappa": 9.0, "eval_harmful_is_bound": bound}]
+    (lines,) = drawn(log).values()
+    assert set(lines) == {"eval_harmful_log10_kappa"} | said
