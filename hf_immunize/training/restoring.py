@@ -40,7 +40,11 @@ def check_restorable(args: TrainingArguments, state: TrainerState) -> None:
     elif args.save_strategy == "best" and args.save_total_limit == 1:
         wrong = "room for two checkpoints", "save_strategy='best' with save_total_limit=1", "Raise save_total_limit"
     elif state.is_hyper_param_search:
-        wrong = "a single run", "a search for hyperparameters, whose runs have folders of their own", "Stop there"
+        wrong = (
+            "a single run",
+            "a search for hyperparameters, whose runs have folders of their own",
+            "Train once with what it found",
+        )
     elif sharded_weights():
         wrong = "whole weights in each process", "weights sharded by FSDP or DeepSpeed", "Load the checkpoint yourself"
     if wrong:

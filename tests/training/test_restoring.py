@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_immunize.errors import CheckpointError
-from hf_immunize.training.restoring import load_into
+from hf_immunize.errors import ArgumentError, CheckpointError
+from hf_immunize.training import restoring
+from hf_immunize.training.restoring import check_restorable, load_into
 
 
 class Own(torch.nn.Module):
@@ -70,3 +71,33 @@ def test_what_moves_moves_still(kind, tiny, images, tmp_path):
 def test_a_folder_without_weights_is_refused(kind, tiny, tmp_path):
     with pytest.raises(CheckpointError, match="Expected the weights of this"):
         load_into(KINDS[kind](tiny), str(tmp_path))
+
+
+def settings(tmp_path, **options):
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
+    args = hf.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **(steps | options))
+    return args, hf.TrainerState(save_steps=args.save_steps, eval_steps=args.eval_steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({}, 0), ({"save_steps": 3}, 1), ({"save_strategy": "epoch"}, 1), ({"save_strategy": "best"}, 0)],
+)
+def test_it_is_said_when_checkpoints_will_not_be_evaluated(options, said, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(restoring.logger, "warning_once", warnings.append)
+    check_restorable(*settings(tmp_path, **options))
+    assert len(warnings) == said
+
+
+def test_sharded_weights_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(restoring, "sharded_weights", lambda: True)
+    with pytest.raises(ArgumentError, match=r"sharded by FSDP or DeepSpeed\. .*or use 'stop'"):
+        check_restorable(*settings(tmp_path))
+
+
+def test_a_search_for_hyperparameters_is_refused(tmp_path):
+    args, state = settings(tmp_path)
+    state.is_hyper_param_search = True
+    with pytest.raises(ArgumentError, match="folders of their own"):
+        check_restorable(args, state)
