@@ -1,5 +1,6 @@
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from hf_immunize.vision.extraction import extract
 from hf_immunize.vision.features import penultimate_features
@@ -40,3 +41,4 @@ def test_a_model_prepared_for_bf16_is_measured_in_full_precision(tiny):
     with torch.no_grad():
         assert prepared(pixel_values=data[0]["pixel_values"][None]).logits.dtype == torch.float32  # converted back
     assert torch.equal(next(extract(prepared, data, progress=False)).features, expected)
+    AcceleratorState._reset_state(reset_partial_state=True)
