@@ -51,3 +51,7 @@ class ImageDecodeError(DataError):
 
 class CheckpointError(ImmunizationError, OSError):
     """A checkpoint could not be written whole; the previous one is untouched."""
+
+
+class DiskSpaceError(ImmunizationError, OSError):
+    """The disk does not hold what is to be written; the message says what is needed and what is free."""
