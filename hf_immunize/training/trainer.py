@@ -27,11 +27,13 @@ from hf_immunize.training.saving import (
     whole_or_passed_over,
 )
 from hf_immunize.training.step import RunningMeans, forward_both, weigh
+from hf_immunize.training.trunk import cached_pairs, replayed, suggest_cached_trunk
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.images import ImageCollator
 from hf_immunize.vision.measurement import Measurement, load_measurements, save_measurements, spectral_metrics
 from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval, select_trainable
+from hf_immunize.vision.trunk import TrunkSplit
 
 
 _STATE_FILE = "immunization_state.safetensors"
@@ -84,6 +86,7 @@ class ImmunizationTrainer(Trainer):
 
     # The loss is a per-batch mean: the Trainer divides it by the accumulation steps, and must not guess about it.
     loss_is_scaled_for_ga = False
+    data_collator: Any
 
     def __init__(
         self,
@@ -122,6 +125,7 @@ class ImmunizationTrainer(Trainer):
         # over `num_items_in_batch`; it is a mean.
         self.model_accepts_loss_kwargs = False
         self._choose_what_moves(self.model)
+        self._trunk: TrunkSplit | None = None
         self._means = RunningMeans()
         if train_dataset is not None:
             if harmful_dataset is None:
@@ -140,8 +144,8 @@ class ImmunizationTrainer(Trainer):
 
     def _choose_what_moves(self, model: PreTrainedModel) -> None:
         _, self._head = find_head(model, self.args.head_module)
-        moving = select_trainable(model, self.args.trainable, self.args.head_module)
-        self._still = modules_in_eval(model, moving, self.args.freeze_batchnorm, self.args.head_module)
+        self._moving = select_trainable(model, self.args.trainable, self.args.head_module)
+        self._still = modules_in_eval(model, self._moving, self.args.freeze_batchnorm, self.args.head_module)
         self._together = not has_batch_statistics(model, self._still)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -170,6 +174,25 @@ class ImmunizationTrainer(Trainer):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; with `cache_trunk`, activations at the entry of what moves take the place of images."""
+        given = self.train_dataset, self.data_collator
+        if self.train_dataset is None or self.args.cache_trunk == "no":
+            if self.train_dataset is not None:
+                suggest_cached_trunk(self.model, self._moving, len(self.train_dataset), self.args)
+            return super().get_train_dataloader()
+        own = None if self._reads_images else self.data_collator.inner
+        options = {"processor": self.processing_class, "collate": own}
+        try:
+            # Here, since the weights of a checkpoint are loaded by now.
+            self._trunk, self.train_dataset = cached_pairs(
+                self.model, self.train_dataset, self._moving, self._still, self.args, **options
+            )
+            self.data_collator = PairedCollator(ImageCollator())
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = given
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
@@ -207,7 +230,8 @@ class ImmunizationTrainer(Trainer):
         for module in self._still:
             module.training = False
         pair, count = (inputs["benign"], inputs["harmful"]), len(inputs["benign"]["pixel_values"])
-        features, logits, loss_features = forward_both(model, self._head, *pair, together=self._together)
+        with replayed(self._trunk, self.model):
+            features, logits, loss_features = forward_both(model, self._head, *pair, together=self._together)
         labels = inputs["benign"]["labels"]
         benign_loss = self._benign_loss(logits[:count], labels)
         benign = Side(gather_features(features[:count]), logits[:count], labels)

@@ -92,6 +92,7 @@ def everything(folder):
         "norm": norm(),
         "auto": run(folder),
         "fixed": run(folder, **FIXED),
+        "cached": run(f"{folder}/cached", cache_trunk="float32", **FIXED),
     }
 
 
