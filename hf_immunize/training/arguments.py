@@ -9,8 +9,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_immunize.errors import ArgumentError
+from hf_immunize.training.cached_trunk import check_trunk_arguments
 from hf_immunize.training.objectives import OBJECTIVES
-from hf_immunize.training.trunk import check_trunk_arguments
 
 
 @dataclass

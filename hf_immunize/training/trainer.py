@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.cached_trunk import cached_pairs, replayed, suggest_cached_trunk
 from hf_immunize.training.distributed import gather_features, world_size
 from hf_immunize.training.evaluation import Evaluation, accuracy
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
@@ -27,7 +28,6 @@ from hf_immunize.training.saving import (
     whole_or_passed_over,
 )
 from hf_immunize.training.step import RunningMeans, forward_both, weigh
-from hf_immunize.training.trunk import cached_pairs, replayed, suggest_cached_trunk
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.images import ImageCollator
 from hf_immunize.vision.measurement import Measurement, load_measurements, save_measurements, spectral_metrics

@@ -20,7 +20,7 @@ from hf_immunize.errors import ShapeError, TrunkError
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.scope import modules_in_eval
 from hf_immunize.vision.trunk_calls import Candidate, candidates, observed
-from hf_immunize.vision.trunk_replay import Replay, entry_leaf, forward_replaced, templates
+from hf_immunize.vision.trunk_replay import Replay, entry_leaf, forward_replaced, plain_forward, templates
 
 
 if TYPE_CHECKING:
@@ -86,9 +86,8 @@ class TrunkSplit:
                 found.append(entry_leaf(template, output))
                 raise _TrunkDone
 
-        device = pixel_values.device.type
-        plain = torch.autocast(device, enabled=False)
-        with torch.no_grad(), plain, observed(model, [name], stop), suppress(_TrunkDone):
+        exact = torch.autocast(pixel_values.device.type, enabled=False)
+        with torch.no_grad(), exact, plain_forward(model), observed(model, [name], stop), suppress(_TrunkDone):
             model(pixel_values=pixel_values)
         return found[0].contiguous()
 
@@ -171,8 +170,8 @@ def split_trunk(
     ]
     devices = [weight.device] if weight.device.type == "cuda" else []
     reason = "nothing frozen runs before them"
-    plain = torch.autocast(weight.device.type, enabled=False)
-    with torch.no_grad(), plain, torch.random.fork_rng(devices), _modes_kept(model):
+    exact = torch.autocast(weight.device.type, enabled=False)
+    with torch.no_grad(), exact, plain_forward(model), torch.random.fork_rng(devices), _modes_kept(model):
         model.eval()
         for candidate in candidates(model, moving, probes[0]):
             split, refusal = _split_at(model, candidate, probes)

@@ -176,6 +176,19 @@ def test_a_collator_of_ones_own_is_taken(trainer):
     assert largest_difference(*runs) < 1e-6
 
 
+def test_a_second_training_under_mixed_precision_finds_the_trunk(trainer, trunk_runs):
+    run = trainer("resnet", cache_trunk="float32", bf16=True)
+    run.train()  # accelerate has put a forward under autocast in place of the model's
+    first = sum(trunk_runs)
+    run.train()
+    assert first == 32 and sum(trunk_runs) - first <= 6
+    assert all(torch.isfinite(value).all() for value in weights(run).values())
+
+
+def test_the_no_of_yaml_is_no(arguments):
+    assert arguments(cache_trunk=False).cache_trunk == "no"
+
+
 def test_frozen_statistics_stay(trainer):
     run = trainer("resnet", cache_trunk="float32")
     norms = [module for module in run.model.modules() if isinstance(module, _BatchNorm)]
@@ -234,7 +247,7 @@ def test_impossible_options_are_refused(options, named, arguments):
 def suggestions(monkeypatch):
     """What is suggested in the log."""
     found = []
-    logger = logging.get_logger("hf_immunize.training.trunk")
+    logger = logging.get_logger("hf_immunize.training.cached_trunk")
     monkeypatch.setattr(logger, "warning_once", found.append, raising=False)
     return found
 

@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 
 def check_trunk_arguments(args: ImmunizationArguments) -> None:
-    """Check the options of the cached trunk, alone and with others.
+    """Check the options of the cached trunk, alone and with others; YAML's ``no``, which is False, becomes "no".
 
     Args:
         args: The arguments.
@@ -39,6 +39,8 @@ def check_trunk_arguments(args: ImmunizationArguments) -> None:
     Raises:
         ArgumentError: If one has an impossible value, or another option stands against it.
     """
+    if args.cache_trunk is False:
+        args.cache_trunk = "no"
     if args.cache_trunk not in ("no", *DTYPES):
         raise ArgumentError(f"Expected cache_trunk= out of no, {', '.join(DTYPES)}, found {args.cache_trunk!r}.")
     if args.trunk_cache_views < 1:
