@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from transformers import TrainingArguments
 
 from hf_immunize.errors import ArgumentError
+from hf_immunize.training.cached_trunk import check_trunk_arguments
 from hf_immunize.training.method import Method
 from hf_immunize.training.objectives import OBJECTIVES
 from hf_immunize.vision.pairing import BatchSizes
@@ -67,6 +68,16 @@ class ImmunizationArguments(TrainingArguments):
         distillation_batch_size: Images of the distillation set a device and step; by default half of it.
         image_column_name: Column of images (or of pixel values), where it cannot be found without help.
         label_column_name: Column of labels, likewise.
+
+    > Parameters that control the cached trunk
+
+    Args:
+        cache_trunk: "float32" or "float16" to compute what is frozen before the part that moves once, keep it on disk
+            in this type, and train on that; "no" to compute it in each step. Evaluation always runs the whole model.
+        trunk_cache_dir: Folder for it, of one run at a time; by default ``_trunk`` in `output_dir`, which no push to
+            the Hub takes along.
+        trunk_cache_views: How many draws of a random transform are kept of each image; training takes them in turn,
+            one an epoch.
 
     Raises:
         ArgumentError: If an option has an impossible value.
@@ -140,6 +151,15 @@ class ImmunizationArguments(TrainingArguments):
     )
     image_column_name: str | None = field(default=None, metadata={"help": "Column of images, if there are several."})
     label_column_name: str | None = field(default=None, metadata={"help": "Column of labels, if there are several."})
+    cache_trunk: str = field(
+        default="no", metadata={"help": "Compute the frozen trunk once, keep it on disk: 'no', 'float16', 'float32'."}
+    )
+    trunk_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the cached trunk; by default _trunk in output_dir."}
+    )
+    trunk_cache_views: int = field(
+        default=1, metadata={"help": "Draws of a random transform that the cached trunk keeps of each image."}
+    )
 
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Pairs of images have no columns to compare with the model's signature."}
@@ -160,6 +180,7 @@ class ImmunizationArguments(TrainingArguments):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ArgumentError(f"Expected {name}= of at least 1 or None, found {size}.")
+        check_trunk_arguments(self)
         if self.bf16_full_eval or self.fp16_full_eval:
             raise ArgumentError(
                 "Expected evaluation in full precision, found bf16_full_eval or fp16_full_eval: κ of half-precision "

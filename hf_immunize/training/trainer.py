@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_immunize.errors import ArgumentError, DataError
 from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.evaluation import Evaluation, accuracy
 from hf_immunize.training.method import Method
@@ -90,6 +91,7 @@ class ImmunizationTrainer(Trainer):
 
     # The loss is a per-batch mean: the Trainer divides it by the accumulation steps, and must not guess about it.
     loss_is_scaled_for_ga = False
+    data_collator: Any
 
     def __init__(
         self,
@@ -150,11 +152,11 @@ class ImmunizationTrainer(Trainer):
         self._evaluation: Evaluation | None = None
 
     def _choose_what_moves(self, model: PreTrainedModel) -> None:
-        moving = select_trainable(model, self.args.trainable, self.args.head_module)
+        self._moving = select_trainable(model, self.args.trainable, self.args.head_module)
         self._step = ImmunizationStep(
             model,
             Method.of(self.args),
-            moving=moving,
+            moving=self._moving,
             freeze_batchnorm=self.args.freeze_batchnorm,
             head_module=self.args.head_module,
         )
@@ -190,6 +192,25 @@ class ImmunizationTrainer(Trainer):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; with `cache_trunk`, activations at the entry of what moves take the place of images."""
+        given = self.train_dataset, self.data_collator
+        if self.train_dataset is None or self.args.cache_trunk == "no":
+            if self.train_dataset is not None:
+                suggest_cached_trunk(self.model, self._moving, len(self.train_dataset), self.args)
+            return super().get_train_dataloader()
+        own = None if self._reads_images else self.data_collator.inner
+        options = {"processor": self.processing_class, "collate": own}
+        try:
+            # Here, since the weights of a checkpoint are loaded by now.
+            self._step.trunk, self.train_dataset = cached_pairs(
+                self.model, self.train_dataset, self._moving, self._step.still, self.args, **options
+            )
+            self.data_collator = PairedCollator(ImageCollator())
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = given
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""

@@ -93,6 +93,7 @@ def everything(folder):
         "norm": norm(),
         "auto": run(folder, **PAPER),
         "fixed": run(folder, **FIXED),
+        "cached": run(f"{folder}/cached", cache_trunk="float32", **FIXED),
     }
 
 
