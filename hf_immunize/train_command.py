@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, set_seed
 from hf_immunize.errors import ArgumentError
 from hf_immunize.hub.card import CardFacts, metric_rows, write_card
 from hf_immunize.train_arguments import parse_arguments
-from hf_immunize.train_data import load_model, load_splits, match_labels
+from hf_immunize.train_data import load_distillation, load_model, load_splits, match_labels
 from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
 from hf_immunize.training.trainer import ImmunizationTrainer
 
@@ -31,6 +31,7 @@ def run_train(words: list[str]) -> dict[str, Any]:
     data, args = parse_arguments(words)
     set_seed(args.seed)
     (benign, benign_eval), (harmful, harmful_eval) = load_splits(data, args)
+    distillation = load_distillation(data, args)
     try:
         model = load_model(data, benign, args)
         processor = AutoImageProcessor.from_pretrained(
@@ -49,6 +50,7 @@ def run_train(words: list[str]) -> dict[str, Any]:
         args,
         train_dataset=benign,
         harmful_dataset=harmful,
+        distillation_dataset=distillation,
         eval_dataset=benign_eval,
         harmful_eval_dataset=harmful_eval,
         processing_class=processor,
@@ -73,6 +75,7 @@ def run_train(words: list[str]) -> dict[str, Any]:
         "images": {
             "benign_train": len(benign),
             "harmful_train": len(harmful),
+            **({} if distillation is None else {"distillation": len(distillation)}),
             "benign_eval": len(benign_eval),
             "harmful_eval": len(harmful_eval),
         },

@@ -83,6 +83,13 @@ def match_labels(dataset: Any, config: Any, label_column: str | None) -> Any:
     return dataset.remove_columns(label).add_column(label, numbers, feature=ClassLabel(names=every))
 
 
+def load_distillation(data: DataArguments, args: ImmunizationArguments) -> Any:
+    """The images of ``--distillation``, or None; at most ``--max_images`` of them."""
+    if data.distillation is None:
+        return None
+    return _first(load_image_dataset(data.distillation), data.max_images, args.seed)
+
+
 def load_model(data: DataArguments, benign: Any, args: ImmunizationArguments) -> Any:
     """The model to immunize, with its own head or, with ``--new_head``, one for the benign classes."""
     if data.new_head:
