@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from transformers.utils import logging
 
 from hf_immunize.errors import ScopeError
+from hf_immunize.vision.adapters import adapter_parameters, outermost_name, without_wrapper
 from hf_immunize.vision.features import find_head
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+logger = logging.get_logger(__name__)
 
 
 def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[str]:
@@ -45,7 +50,7 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
         ['vit.layernorm.weight', 'vit.layernorm.bias', 'classifier.weight', 'classifier.bias']
     """
     head_name, head = find_head(model, head_module)
-    blocks = _block_list(model, head)
+    blocks = _block_list(without_wrapper(model), head)
     stage = list(blocks.children())[_stage_start(blocks) :]
 
     in_list = {id(parameter) for parameter in blocks.parameters()}
@@ -55,7 +60,7 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
     for name, parameter in model.named_parameters():
         behind = behind or id(parameter) in in_list
         follows = behind and id(parameter) not in in_list
-        if id(parameter) in in_stage or follows or name.startswith(f"{head_name}."):
+        if id(parameter) in in_stage or follows or name.startswith(f"{outermost_name(head_name)}."):
             names.append(name)
     return names
 
@@ -63,8 +68,13 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
 def select_trainable(model: PreTrainedModel, trainable: str, head_module: str | None = None) -> list[str]:
     r"""Set ``requires_grad`` on all parameters of a model, so that the chosen ones move and the others do not.
 
+    In a model wrapped by PEFT, ``trainable`` chooses among the parameters that PEFT trains and saves with the active
+    adapter (its matrices, ``modules_to_save``, biases it was told to train): "all" leaves PEFT's choice as it is,
+    "last_stage" takes of them those in the last stage. No parameter of the base model moves, since the adapter's
+    files would not hold it.
+
     Args:
-        model: An image classifier of transformers, changed in place.
+        model: An image classifier of transformers, wrapped by PEFT or not, changed in place.
         trainable: ``"last_stage"`` (see `last_stage`), ``"all"``, or a regular expression that is searched for in the
             parameters' names. An expression is taken at its word: a head that it does not match stays as it is.
         head_module: The classifier's name, where it cannot be found without help.
@@ -73,7 +83,8 @@ def select_trainable(model: PreTrainedModel, trainable: str, head_module: str | 
         The names of the parameters that move.
 
     Raises:
-        ScopeError: If the expression is invalid, matches nothing, or matches the head alone.
+        ScopeError: If the expression is invalid, matches nothing, everything, or the head alone, or matches nothing
+            that PEFT trains.
         HeadError: If the classifier cannot be found.
 
     Examples:
@@ -91,7 +102,16 @@ def select_trainable(model: PreTrainedModel, trainable: str, head_module: str | 
     elif trainable == "last_stage":
         moving = last_stage(model, head_module)
     else:
-        moving = _matching(trainable, names, head_name)
+        moving = _matching(trainable, names)
+
+    adapter = adapter_parameters(model)
+    if adapter is not None:
+        moving = _of_adapter(moving, adapter, trainable)
+    if all(name.startswith(f"{outermost_name(head_name)}.") for name in moving):
+        raise ScopeError(
+            f"trainable={trainable!r} takes the head {head_name!r} alone, so no feature could move; take parameters "
+            f'of the backbone too, with "last_stage" or, under PEFT, with an adapter there and "all".'
+        )
 
     chosen = set(moving)
     for name, parameter in model.named_parameters():
@@ -215,7 +235,7 @@ def _downsamples(block: nn.Module) -> bool:
     return any(isinstance(part, nn.Conv2d) and max(part.stride) > 1 for part in block.modules())
 
 
-def _matching(pattern: str, names: list[str], head_name: str) -> list[str]:
+def _matching(pattern: str, names: list[str]) -> list[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -224,11 +244,32 @@ def _matching(pattern: str, names: list[str], head_name: str) -> list[str]:
         ) from error
     moving = [name for name in names if expression.search(name)]
     if not moving:
-        examples = ", ".join(repr(name) for name in [names[0], names[len(names) // 2], names[-1]])
-        raise ScopeError(f"trainable={pattern!r} matches no parameter; parameters have names such as {examples}.")
-    if all(name.startswith(f"{head_name}.") for name in moving):
+        raise ScopeError(f"trainable={pattern!r} matches no parameter; parameters have names such as {_some(names)}.")
+    if len(moving) == len(names):
+        # "classifier|" and "." do so by mistake, and a network that moves as a whole is lost within some steps.
         raise ScopeError(
-            f"trainable={pattern!r} matches the head {head_name!r} alone, so no feature could move; match parameters "
-            f'of the backbone too, or use "last_stage".'
+            f"trainable={pattern!r} matches every parameter, those of the head included, of names such as "
+            f'{_some(names)}; write trainable="all" if the whole model should move.'
         )
     return moving
+
+
+def _of_adapter(moving: list[str], adapter: list[str], trainable: str) -> list[str]:
+    chosen = set(moving)
+    kept = [name for name in adapter if name in chosen]
+    if not kept:
+        raise ScopeError(
+            f"trainable={trainable!r} takes {len(moving)} parameters, none of which PEFT trains and saves: it does so "
+            f"with {len(adapter)}, of names such as {_some(adapter)}. Put an adapter there (target_modules, "
+            f'layers_to_transform), or write trainable="all" for those.'
+        )
+    if len(kept) < len(adapter) and trainable == "last_stage":
+        logger.warning(
+            f"Of the {len(adapter)} parameters that PEFT trains, the {len(kept)} in the last stage move; "
+            f'trainable="all" moves all of them.'
+        )
+    return kept
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))

@@ -42,6 +42,9 @@ BUILDERS = {
     "deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**TRANSFORMER, **LABELS)),
     "beit": lambda: hf.BeitForImageClassification(hf.BeitConfig(**TRANSFORMER, **LABELS)),
     "dinov2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**TRANSFORMER, mlp_ratio=2, **LABELS)),
+    "dinov2_with_registers": lambda: hf.Dinov2WithRegistersForImageClassification(
+        hf.Dinov2WithRegistersConfig(**TRANSFORMER, mlp_ratio=2, num_register_tokens=2, **LABELS)
+    ),
     "clip": lambda: hf.CLIPForImageClassification(
         hf.CLIPConfig(vision_config=TRANSFORMER, text_config=TEXT, **LABELS)
     ),
@@ -55,6 +58,9 @@ BUILDERS = {
     "regnet": lambda: hf.RegNetForImageClassification(hf.RegNetConfig(**CONVOLUTIONAL, groups_width=8, **LABELS)),
     "convnext": lambda: hf.ConvNextForImageClassification(
         hf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 2], num_stages=2, **LABELS)
+    ),
+    "convnextv2": lambda: hf.ConvNextV2ForImageClassification(
+        hf.ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 2], num_stages=2, **LABELS)
     ),
     "mobilenet_v2": lambda: hf.MobileNetV2ForImageClassification(
         hf.MobileNetV2Config(image_size=32, depth_multiplier=0.25, min_depth=4, depth_divisible_by=4, **LABELS)

@@ -16,6 +16,11 @@ LAST_STAGE = {
     "deit": ["deit.layers.2.", "deit.layernorm.", "classifier."],
     "beit": ["beit.layers.2.", "beit.pooler.", "classifier."],
     "dinov2": ["dinov2.encoder.layer.2.", "dinov2.layernorm.", "classifier."],
+    "dinov2_with_registers": [
+        "dinov2_with_registers.encoder.layer.2.",
+        "dinov2_with_registers.layernorm.",
+        "classifier.",
+    ],
     "clip": ["vision_model.encoder.layers.2.", "vision_model.post_layernorm.", "classifier."],
     "siglip": [
         "vision_model.encoder.layers.2.",
@@ -29,6 +34,7 @@ LAST_STAGE = {
     "resnet": ["resnet.encoder.stages.1.", "classifier."],
     "regnet": ["regnet.encoder.stages.1.", "classifier."],
     "convnext": ["convnext.encoder.stages.1.", "convnext.layernorm.", "classifier."],
+    "convnextv2": ["convnextv2.encoder.stages.1.", "convnextv2.layernorm.", "classifier."],
     "mobilenet_v2": [*(f"mobilenet_v2.layer.{i}." for i in range(12, 16)), "mobilenet_v2.conv_1x1.", "classifier."],
     "efficientnet": [
         *(f"efficientnet.encoder.blocks.{i}." for i in range(1, 3)),
@@ -128,6 +134,12 @@ def test_an_expression_without_match_shows_real_names(tiny):
 def test_the_head_alone_is_refused(tiny):
     with pytest.raises(ScopeError, match="the head 'classifier' alone"):
         select_trainable(tiny("vit"), "^classifier")
+
+
+@pytest.mark.parametrize("pattern", ["", ".", "classifier|"])
+def test_an_expression_that_matches_everything_asks_for_the_word(tiny, pattern):
+    with pytest.raises(ScopeError, match=r'matches every parameter, those of the head included.*trainable="all"'):
+        select_trainable(tiny("vit"), pattern)
 
 
 def test_a_refused_expression_leaves_the_model_as_it_was(tiny):
