@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.checks import as_classifier, check_classifier
 from hf_immunize.training.distributed import gather_features, world_size
 from hf_immunize.training.evaluation import Evaluation, accuracy
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
@@ -107,6 +108,7 @@ class ImmunizationTrainer(Trainer):
                 f"Expected one GPU a process, found {args.n_gpu} in this one, over which κ of a batch would be torn "
                 "apart. Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
+        model = None if model is None else as_classifier(model, args.pooling)
         # A user's own collator gets the datasets' own items.
         self._reads_images = data_collator is None
         super().__init__(
@@ -139,6 +141,7 @@ class ImmunizationTrainer(Trainer):
         self._evaluation: Evaluation | None = None
 
     def _choose_what_moves(self, model: PreTrainedModel) -> None:
+        check_classifier(model)
         _, self._head = find_head(model, self.args.head_module)
         moving = select_trainable(model, self.args.trainable, self.args.head_module)
         self._still = modules_in_eval(model, moving, self.args.freeze_batchnorm, self.args.head_module)
@@ -146,7 +149,7 @@ class ImmunizationTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the Trainer's, with the scope set on the model, which is another in each run or trial."""
-        model = super().call_model_init(trial)
+        model = as_classifier(super().call_model_init(trial), self.args.pooling)
         self._choose_what_moves(model)
         return model
 

@@ -37,6 +37,9 @@ POOLINGS = ("head_input", "pooler", "cls", "mean")
 HEAD_FILE, HEAD_CONFIG_FILE = "head.safetensors", "head_config.json"
 # The towers of two-tower models, whose classifiers are configured for both.
 _TOWERS = {"clip_vision_model": CLIPConfig, "siglip_vision_model": SiglipConfig}
+# What makes ``pooler_output`` out of ``last_hidden_state``, where it is not called so.
+_POOLERS = {"clip_vision_model": "post_layernorm", "siglip_vision_model": "head"}
+_POOLERS |= {"convnext": "layernorm", "convnextv2": "layernorm"}
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -169,6 +172,13 @@ class LinearHeadForImageClassification(PreTrainedModel):
         (folder / HEAD_CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
 
+    @property
+    def unread_modules(self) -> tuple[str, ...]:
+        """Names of modules that make the pooled output, where the head does not see it."""
+        if self.pooling == "pooler":
+            return ()
+        return (f"backbone.{_POOLERS.get(self.config.model_type, 'pooler')}",)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As `load_with_linear_head`, under the name that Transformers calls."""
@@ -225,8 +235,8 @@ def load_with_linear_head(folder: str | os.PathLike[str], *, output_loading_info
     model = LinearHeadForImageClassification(backbone, shape[0], pooling)
     if model.classifier.in_features != shape[1]:
         raise CheckpointError(
-            f"Expected a backbone with {shape[1]} features in {folder}, found {model.classifier.in_features}. The head "
-            "belongs to another backbone."
+            f"Expected a backbone with {shape[1]} features in {folder}, found {model.classifier.in_features}. The "
+            "head belongs to another backbone."
         )
     model.classifier.load_state_dict(head)
     return (model.eval(), info) if output_loading_info else model.eval()

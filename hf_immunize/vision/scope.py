@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# These classifiers take the mean of the last hidden states; the parts that make the pooled output stay aside.
+_UNREAD = {
+    "clip": ("vision_model.post_layernorm",),
+    "metaclip_2": ("vision_model.post_layernorm",),
+    "siglip": ("vision_model.head",),
+}
+
 
 def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[str]:
     """Name the parameters of the last stage: the deepest blocks at one resolution, all that follows them, the head.
@@ -29,7 +36,7 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
     Where its children are stages, which hold block lists of their own (Swin, ConvNeXt), the last child is the stage.
     Where they are blocks, the stage starts at the last one that downsamples by a strided convolution (MobileNetV2);
     where none does (ViT, DINOv2, CLIP), it is the last block. What is registered after the list (final norms, poolers,
-    MobileNetV2's ``conv_1x1``) comes along.
+    MobileNetV2's ``conv_1x1``) comes along, unless the classifier does not read it (SigLIP's attention pooling).
 
     Args:
         model: An image classifier of transformers.
@@ -55,11 +62,12 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
 
     in_list = {id(parameter) for parameter in blocks.parameters()}
     in_stage = {id(parameter) for block in stage for parameter in block.parameters()}
+    unread = {id(parameter) for part in _unread(without_wrapper(model)) for parameter in part.parameters()}
     names = []
     behind = False  # Parameters are listed in the order of registration, which is the order of the forward pass.
     for name, parameter in model.named_parameters():
         behind = behind or id(parameter) in in_list
-        follows = behind and id(parameter) not in in_list
+        follows = behind and id(parameter) not in in_list | unread
         if id(parameter) in in_stage or follows or name.startswith(f"{outermost_name(head_name)}."):
             names.append(name)
     return names
@@ -210,6 +218,13 @@ def _block_list(model: PreTrainedModel, head: nn.Module) -> nn.Module:
         f'"last_stage" should be the last of a list of blocks, but {type(model).__name__} has no such list; give '
         f"trainable= a regular expression that matches the names of the parameters to train."
     )
+
+
+def _unread(model: PreTrainedModel) -> list[nn.Module]:
+    """Modules behind the blocks of which no path leads to the head; they would wait for a gradient in vain."""
+    names = getattr(model, "unread_modules", _UNREAD.get(model.config.model_type, ()))
+    modules = dict(model.named_modules())
+    return [modules[name] for name in names if name in modules]
 
 
 def _outermost(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 import transformers as hf
+from families import CONVOLUTIONAL, SWIN, TRANSFORMER
 from safetensors.torch import load_file
 
 from hf_immunize.errors import ArgumentError, CheckpointError, HeadError
 from hf_immunize.vision.bare import LinearHeadForImageClassification, load_with_linear_head, with_linear_head
 from hf_immunize.vision.features import find_head, penultimate_features
 from hf_immunize.vision.scope import last_stage, select_trainable
-from tests.vision.conftest import CONVOLUTIONAL, SWIN, TRANSFORMER
 
 
 BACKBONES = {
@@ -102,16 +102,16 @@ def test_the_mean_is_over_patches_alone(bare, pixels, name, leading):
     backbone = bare(name)
     patches = backbone(pixels).last_hidden_state[:, leading:]
     assert patches.shape[1] == 4
-    torch.testing.assert_close(
-        penultimate_features(with_linear_head(backbone, 3, "mean"), pixels), patches.mean(1)
-    )
+    torch.testing.assert_close(penultimate_features(with_linear_head(backbone, 3, "mean"), pixels), patches.mean(1))
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "dinov3"])
 def test_head_input_is_the_familys_own_classifier(bare, pixels, tmp_path, name):
     backbone = bare(name)
     model = with_linear_head(backbone, 3, "head_input")
-    assert type(model).__name__.endswith("ForImageClassification") and type(model).__module__.startswith("transformers")
+    assert type(model).__name__.endswith("ForImageClassification") and type(model).__module__.startswith(
+        "transformers"
+    )
     inner = model.vision_model if name in ("clip", "siglip") else model.base_model
     torch.testing.assert_close(inner(pixels).last_hidden_state, backbone(pixels).last_hidden_state)
     model.save_pretrained(tmp_path)
@@ -120,8 +120,18 @@ def test_head_input_is_the_familys_own_classifier(bare, pixels, tmp_path, name):
 
 
 def test_a_family_without_classifier_has_no_head_input(bare):
-    with pytest.raises(HeadError, match="DINOv3ViTModel has no image classifier.*choose one out of pooler, cls, mean"):
+    with pytest.raises(
+        HeadError, match=r"DINOv3ViTModel has no image classifier.*choose one out of pooler, cls, mean"
+    ):
         with_linear_head(bare("dinov3"), 3, "head_input")
+
+
+@pytest.mark.parametrize("name, pooling", CHOICES)
+def test_the_last_stage_is_what_the_features_depend_on(bare, pixels, name, pooling):
+    model = with_linear_head(bare(name), 3, pooling)
+    moving = select_trainable(model, "last_stage")
+    model(pixels).logits.square().sum().backward()
+    assert moving == [name for name, p in model.named_parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "clip", "dinov3"])
@@ -158,7 +168,7 @@ def test_the_dtype_is_the_backbones(bare):
 
 @pytest.mark.parametrize("pooling", ["", "max"])
 def test_another_pooling_is_refused(bare, pooling):
-    with pytest.raises(ArgumentError, match="pooling= out of head_input, pooler, cls, mean"):
+    with pytest.raises(ArgumentError, match=r"pooling= out of head_input, pooler, cls, mean"):
         with_linear_head(bare("vit"), 3, pooling)
 
 
@@ -170,7 +180,7 @@ def test_a_class_token_that_is_not_there_is_refused(bare, name, why):
 
 def test_a_missing_pooler_is_refused():
     backbone = hf.ViTModel(hf.ViTConfig(**TRANSFORMER), add_pooling_layer=False)
-    with pytest.raises(HeadError, match="no pooler_output"):
+    with pytest.raises(HeadError, match=r"no pooler_output"):
         with_linear_head(backbone, 3, "pooler")
 
 
@@ -182,18 +192,18 @@ def test_a_backbone_without_its_pooler_comes_back_without(tmp_path):
 
 
 def test_a_classifier_needs_no_head(tiny):
-    with pytest.raises(HeadError, match="has a classifier already"):
+    with pytest.raises(HeadError, match=r"has a classifier already"):
         with_linear_head(tiny("vit"), 3, "cls")
 
 
 def test_another_class_than_automodels_is_refused():
     backbone = hf.ResNetBackbone(hf.ResNetConfig(**CONVOLUTIONAL))
-    with pytest.raises(HeadError, match="as AutoModel loads it, ResNetModel, found ResNetBackbone"):
+    with pytest.raises(HeadError, match=r"as AutoModel loads it, ResNetModel, found ResNetBackbone"):
         with_linear_head(backbone, 3, "mean")
 
 
 def test_a_model_of_images_and_text_is_refused(tiny):
-    with pytest.raises(HeadError, match="give its vision model"):
+    with pytest.raises(HeadError, match=r"give its vision model"):
         with_linear_head(hf.CLIPModel(tiny("clip").config), 3, "pooler")
 
 
