@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_immunize.errors import ArgumentError, HeadError
+from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.vision.adapters import without_wrapper
 from hf_immunize.vision.bare import with_linear_head
 
@@ -81,4 +82,33 @@ def check_classifier(model: Any) -> None:
         raise HeadError(
             f"Expected one head, found the two of {kind}, which is for inference alone: its logits are the mean of "
             f"both. Load the same checkpoint as {kind.removesuffix('WithTeacher')}."
+        )
+
+
+def check_checkpointing(model: Any, args: ImmunizationArguments) -> None:
+    """Refuse reentrant activation checkpointing of a model of which a part is frozen.
+
+    A reentrant block passes gradients to its own parameters only if its input has one, and the output of the frozen
+    part has none: the last stage would stay where it is, without a word.
+
+    Args:
+        model: The model, with ``requires_grad`` set.
+        args: The Trainer's arguments.
+
+    Raises:
+        ArgumentError: If the arguments or the model itself ask for it.
+    """
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return
+    asked = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    set_up = any(
+        getattr(module, "gradient_checkpointing", False)
+        # transformers keeps it as a partial of torch.utils.checkpoint.checkpoint.
+        and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
+        for module in model.modules()
+    )
+    if asked or set_up:
+        raise ArgumentError(
+            "Expected gradient checkpointing with use_reentrant=False, found use_reentrant=True, under which blocks "
+            "behind a frozen part get no gradient. Leave gradient_checkpointing_kwargs at its default."
         )

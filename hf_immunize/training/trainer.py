@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.checks import as_classifier, check_classifier
+from hf_immunize.training.checks import as_classifier, check_checkpointing, check_classifier
 from hf_immunize.training.distributed import gather_features, world_size
 from hf_immunize.training.evaluation import Evaluation, accuracy
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
@@ -144,6 +144,7 @@ class ImmunizationTrainer(Trainer):
         check_classifier(model)
         _, self._head = find_head(model, self.args.head_module)
         moving = select_trainable(model, self.args.trainable, self.args.head_module)
+        check_checkpointing(model, self.args)
         self._still = modules_in_eval(model, moving, self.args.freeze_batchnorm, self.args.head_module)
         self._together = not has_batch_statistics(model, self._still)
 
