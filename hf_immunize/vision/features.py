@@ -11,6 +11,7 @@ import inspect
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_immunize.errors import HeadError
@@ -83,7 +84,8 @@ def _only_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     if not candidates and callable(getattr(base, "get_classifier", None)):
         # timm builds the classifier into what transformers calls the base model.
         asked = base.get_classifier()
-        candidates = {n: m for n, m in running if isinstance(m, nn.Linear) and (m is asked or _wraps(asked, m))}
+        heads = asked if isinstance(asked, (tuple, list)) else [asked]
+        candidates = {n: m for n, m in running if isinstance(m, nn.Linear) and any(_holds(head, m) for head in heads)}
     if not candidates:
         if base is plain and not _classifies(plain):
             raise HeadError(
@@ -175,6 +177,9 @@ class HeadInput:
             self._handle.remove()
             self._handle = None
 
+    # Not traced by torch.compile, which then ends a graph before the head: compiled as one, logits would not be a
+    # function of the features to autograd, and the hook of the first pass would stand for those of all others.
+    @torch.compiler.disable
     def _record(self, head: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self._features is not None:
             raise HeadError(
@@ -224,8 +229,8 @@ def _classifies(model: PreTrainedModel) -> bool:
     return "labels" in inspect.signature(type(model).forward).parameters
 
 
-def _wraps(wrapper: object, module: nn.Module) -> bool:
-    return isinstance(wrapper, nn.Module) and any(part is module for _, part in running_modules(wrapper))
+def _holds(head: object, module: nn.Module) -> bool:
+    return isinstance(head, nn.Module) and any(part is module for _, part in running_modules(head))
 
 
 def _kind(model: PreTrainedModel) -> str:

@@ -46,7 +46,7 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
         Parameter names, in the order of ``model.named_parameters()``.
 
     Raises:
-        ScopeError: If the model has no list of blocks.
+        ScopeError: If the model has no list of blocks, or none of them is the last.
         HeadError: If the classifier cannot be found.
 
     Examples:
@@ -58,9 +58,9 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
     """
     head_name, head = find_head(model, head_module)
     blocks = _block_list(without_wrapper(model), head)
-    stage = list(blocks.children())[_stage_start(blocks) :]
+    stage = blocks[_stage_start(blocks) :]
 
-    in_list = {id(parameter) for parameter in blocks.parameters()}
+    in_list = {id(parameter) for block in blocks for parameter in block.parameters()}
     in_stage = {id(parameter) for block in stage for parameter in block.parameters()}
     unread = {id(parameter) for part in _unread(without_wrapper(model)) for parameter in part.parameters()}
     names = []
@@ -70,6 +70,11 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
         follows = behind and id(parameter) not in in_list | unread
         if id(parameter) in in_stage or follows or name.startswith(f"{outermost_name(head_name)}."):
             names.append(name)
+    if len(names) == len(list(model.named_parameters())):
+        raise ScopeError(
+            f'"last_stage" should leave a part of the model as it is, but of {type(without_wrapper(model)).__name__} '
+            f'no last stage can be told from the rest; give trainable= a regular expression, or "all".'
+        )
     return names
 
 
@@ -207,13 +212,20 @@ def has_batch_statistics(model: nn.Module, still: list[nn.Module]) -> bool:
     )
 
 
-def _block_list(model: PreTrainedModel, head: nn.Module) -> nn.Module:
+def _block_list(model: PreTrainedModel, head: nn.Module) -> list[nn.Module]:
+    base = model.base_model
     for kind in (nn.ModuleList, nn.Sequential):
-        lists = [
-            found for found in _outermost(model.base_model, kind) if all(part is not head for part in found.modules())
-        ]
+        lists = [found for found in _outermost(base, kind) if all(part is not head for part in found.modules())]
         if lists:
-            return max(lists, key=_size)
+            return list(max(lists, key=_size).children())
+    # Some of timm (RegNet) name their stages s1, s2, ... in the model itself.
+    alike: dict[type, list[nn.Module]] = {}
+    for part in base.children():
+        if list(part.children()) and all(inner is not head for inner in part.modules()):
+            alike.setdefault(type(part), []).append(part)
+    stages = max(alike.values(), key=lambda group: sum(map(_size, group)), default=[])
+    if len(stages) > 1:
+        return stages
     raise ScopeError(
         f'"last_stage" should be the last of a list of blocks, but {type(model).__name__} has no such list; give '
         f"trainable= a regular expression that matches the names of the parameters to train."
@@ -237,13 +249,12 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _stage_start(blocks: nn.Module) -> int:
-    children = list(blocks.children())
-    last = max(index for index, child in enumerate(children) if _size(child))
-    if _outermost(children[last], nn.ModuleList):
+def _stage_start(blocks: list[nn.Module]) -> int:
+    last = max(index for index, block in enumerate(blocks) if _size(block))
+    if _outermost(blocks[last], nn.ModuleList):
         # The children are stages. Swin and FocalNet downsample at the end of a stage, so looking for it would mislead.
         return last
-    return max((index for index, child in enumerate(children) if _downsamples(child)), default=last)
+    return max((index for index, block in enumerate(blocks) if _downsamples(block)), default=last)
 
 
 def _downsamples(block: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Two steps of each objective on a tiny model of each family: exactly what is in scope moves."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -223,3 +224,41 @@ class TestGradientCheckpointing:
         options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
         run = short(copy.deepcopy(built("vit")), trainable="all", **options)
         assert "vit.embeddings.cls_token" in moved_in_two_steps(run)
+
+
+@pytest.mark.slow
+class TestCompiled:
+    """Weights "auto" ask for gradients on the features, which a graph over both outputs would not give."""
+
+    def ends(self, short, build, **compiled):
+        ends = []
+        for options in ({}, {"torch_compile": True, **compiled}):
+            run = short(build(), **options)
+            run.train()
+            ends.append(run.model.state_dict())
+        return ends
+
+    def test_two_steps_are_those_of_the_plain_model(self, short, built):
+        ends = self.ends(short, lambda: copy.deepcopy(built("resnet")), torch_compile_backend="aot_eager")
+        assert all(torch.allclose(ends[0][key], ends[1][key], atol=1e-6) for key in ends[0])
+
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: g++ is not installed")
+    def test_two_steps_of_compiled_code_move_the_same(self, short):
+        def one_layer():
+            torch.manual_seed(0)
+            return hf.ViTForImageClassification(hf.ViTConfig(**TRANSFORMER | {"num_hidden_layers": 1}, **LABELS))
+
+        ends = self.ends(short, one_layer, torch_compile_backend="inductor")
+        assert all(torch.allclose(ends[0][key], ends[1][key], atol=1e-3) for key in ends[0])
+
+    def test_an_evaluation_before_changes_nothing(self, trainer, images, built):
+        data = {
+            "train_dataset": images(8, 1, 32),
+            "harmful_dataset": images(8, 2, 32),
+            "eval_dataset": images(8, 3, 32),
+            "harmful_eval_dataset": images(8, 4, 32),
+        }
+        run = trainer(copy.deepcopy(built("resnet")), torch_compile=True, torch_compile_backend="aot_eager", **data)
+        before = run.evaluate()
+        run.train()
+        assert run.evaluate()["eval_benign_log10_kappa"] != before["eval_benign_log10_kappa"]

@@ -97,9 +97,29 @@ class Plain(nn.Module):
         return self
 
 
+class Stage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+
 def test_a_model_without_blocks_asks_for_an_expression():
     with pytest.raises(ScopeError, match=r"Plain has no such list.*regular expression"):
         last_stage(Plain())
+
+
+def test_stages_that_stand_in_the_model_itself_are_found():
+    model = Plain()
+    for i in range(3):
+        setattr(model, f"s{i}", Stage())
+    assert last_stage(model) == ["classifier.weight", "classifier.bias", "s2.inner.weight", "s2.inner.bias"]
+
+
+def test_a_last_stage_that_is_everything_is_refused():
+    model = Plain()
+    model.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3))
+    with pytest.raises(ScopeError, match=r"of Plain no last stage can be told.*regular expression"):
+        last_stage(model)
 
 
 def test_select_sets_requires_grad_both_ways(tiny):
