@@ -176,8 +176,8 @@ def run() -> dict[str, Any]:
         "summary": (
             f"A step on {SIDE} benign + {SIDE} harmful images against the plain Trainer's on the same {2 * SIDE}, "
             f"the last stage moving, BatchNorm frozen; medians of {ROUNDS * (STEPS - 1)} steps taken in turns. The "
-            f"largest ratio of the four objectives with auto weights and the task's loss is {max(ratios):.3f} (wanted: "
-            "at most 1.05). The callback's Trainer sees the benign half alone, and the callback both."
+            f"largest ratio of the four objectives with auto weights and the task's loss is {max(ratios):.3f} "
+            "(wanted: at most 1.05). The callback's Trainer sees the benign half alone, and the callback both."
         ),
         "tables": [
             {"title": "Whole step", "columns": ["model", "step", "ms", "ratio", "wanted"], "rows": table},

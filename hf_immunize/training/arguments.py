@@ -60,6 +60,8 @@ class ImmunizationArguments(TrainingArguments):
         freeze_batchnorm: Keep all BatchNorm running statistics, which makes one forward pass over benign and harmful
             images together exact. If False, benign batches update them and harmful ones never do.
         head_module: Name of the classifier module, where it cannot be found without help.
+        pooling: For a bare backbone (`AutoModel`): what its new linear head sees, "head_input", "pooler", "cls" or
+            "mean"; see `hf_immunize.vision.bare.with_linear_head`. The head has the config's ``num_labels``.
 
     > Parameters that control the data
 
@@ -142,6 +144,10 @@ class ImmunizationArguments(TrainingArguments):
     freeze_batchnorm: bool = field(default=True, metadata={"help": "Keep all BatchNorm running statistics."})
     head_module: str | None = field(
         default=None, metadata={"help": "Name of the classifier module, where it cannot be found without help."}
+    )
+    pooling: str | None = field(
+        default=None,
+        metadata={"help": "For a bare backbone: what its new head sees; head_input, pooler, cls or mean."},
     )
     harmful_batch_size: int | None = field(
         default=None, metadata={"help": "Harmful images a device and step; by default as many as benign ones."}

@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_immunize.errors import ArgumentError, DataError
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
+from hf_immunize.training.checks import as_classifier, check_checkpointing, check_classifier
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.evaluation import Evaluation, accuracy
 from hf_immunize.training.method import Method
@@ -116,6 +117,7 @@ class ImmunizationTrainer(Trainer):
                 f"Expected one GPU a process, found {args.n_gpu} in this one, over which κ of a batch would be torn "
                 "apart. Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
+        model = None if model is None else as_classifier(model, args.pooling)
         # A user's own collator gets the datasets' own items.
         self._reads_images = data_collator is None
         super().__init__(
@@ -152,7 +154,9 @@ class ImmunizationTrainer(Trainer):
         self._evaluation: Evaluation | None = None
 
     def _choose_what_moves(self, model: PreTrainedModel) -> None:
+        check_classifier(model)
         self._moving = select_trainable(model, self.args.trainable, self.args.head_module)
+        check_checkpointing(model, self.args)
         self._step = ImmunizationStep(
             model,
             Method.of(self.args),
@@ -163,7 +167,7 @@ class ImmunizationTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the Trainer's, with the scope set on the model, which is another in each run or trial."""
-        model = super().call_model_init(trial)
+        model = as_classifier(super().call_model_init(trial), self.args.pooling)
         self._choose_what_moves(model)
         return model
 
