@@ -1,16 +1,21 @@
 """The table of model families is what the code finds, and its words are what the heads see."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from families import BUILDERS
 
-from examples.backbones_page import FAMILIES, page
 from hf_immunize.vision.features import penultimate_features
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "backbones.md"
+sys.path.insert(0, str(ROOT))
+from examples.backbones_page import FAMILIES, page  # noqa: E402
+
+
 # Row of the table -> tiny model.
 TINY = {name: name.lower().replace(" ", "_") for name in FAMILIES} | {"MobileNetV2": "mobilenet_v2"}
 

@@ -180,6 +180,26 @@ class TestAdapters:
         states = whole.model.state_dict(), resumed.model.state_dict()
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
+    def test_the_best_checkpoint_is_loaded_at_the_end(self, trainer, images, wrapped):
+        run = trainer(
+            wrapped(),
+            train_dataset=images(8, 1, 32),
+            harmful_dataset=images(8, 2, 32),
+            eval_dataset=images(24, 3, 32),
+            harmful_eval_dataset=images(24, 4, 32),
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            learning_rate=0.1,
+        )
+        run.train()
+        losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+        assert losses[0] < losses[1]  # the best is not the last
+        assert run.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
+
     def test_evaluation_measures_the_features_of_the_adapted_model(self, trainer, images, wrapped):
         data = {
             "train_dataset": images(8, 1, 32),
