@@ -144,7 +144,7 @@ def run() -> dict[str, Any]:
     return {
         "summary": (
             f"Second epoch of MobileNetV2's last stage, {SIZE} px, {IMAGES} benign and {IMAGES} harmful images in "
-            f"steps of {SIDE} + {SIDE}; best of {ROUNDS} runs taken in turns (the machine was shared). Wanted: at least 5 times as fast. "
+            f"steps of {SIDE} + {SIDE}; best of {ROUNDS} runs taken in turns. Wanted: at least 5 times as fast. "
             'What comes before the first epoch is paid once: finding where the trunk ends, running it ("no" does not).'
         ),
         "tables": [
