@@ -30,6 +30,9 @@ _HOMES = {
     "split_benign_harmful": "hf_immunize.vision.data",
     "ImmunizationArguments": "hf_immunize.training.arguments",
     "ImmunizationTrainer": "hf_immunize.training.trainer",
+    "BenignUtilityCallback": "hf_immunize.training.callbacks",
+    "TargetRIRCallback": "hf_immunize.training.callbacks",
+    "SpectrumFigureCallback": "hf_immunize.training.spectrum_figure",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError
+from hf_immunize.errors import ArgumentError, DataError
 from hf_immunize.training.distributed import world_size
 from hf_immunize.vision.images import ImageCollator
 from hf_immunize.vision.pairing import PairedDataset
@@ -65,11 +65,11 @@ def cached_pairs(
     processor: Any = None,
     collate: Callable[[list[Any]], dict[str, Any]] | None = None,
 ) -> tuple[TrunkSplit, CachedPairs]:
-    """Replace the images of both sides by the activations at the entry of what moves.
+    """Replace the images of all sides by the activations at the entry of what moves.
 
     Args:
         model: The model, with the weights that training starts or goes on from.
-        pairs: Benign and harmful images.
+        pairs: Benign and harmful images, and maybe some of a distillation set.
         trainable_names: The names of the parameters that move.
         still: The modules kept in eval mode.
         args: For type, folder and views of the cache.
@@ -87,6 +87,14 @@ def cached_pairs(
     sample = (collate or ImageCollator(processor))([pairs.benign[0]])["pixel_values"]
     split = split_trunk(model, trainable_names, tuple(sample.shape[1:]), still=still, head_module=args.head_module)
     folder = Path(args.trunk_cache_dir) if args.trunk_cache_dir else Path(args.output_dir) / "_trunk"
+    sides = {"benign": pairs.benign, "harmful": pairs.harmful, "distillation": pairs.distillation}
+    sides = {side: rows for side, rows in sides.items() if rows is not None}
+    for side, rows in sides.items():
+        if not hasattr(rows, "__len__"):
+            raise DataError(
+                f"Expected stored {side} images for a cached trunk, found a stream, which has no rows to keep. Store "
+                "them, or train without (cache_trunk='no')."
+            )
     caches = [
         TrunkCache(
             model,
@@ -99,15 +107,22 @@ def cached_pairs(
             dtype=args.cache_trunk,
             views=args.trunk_cache_views,
             seed=args.data_seed if args.data_seed is not None else args.seed,
-            batch_size=2 * args.train_batch_size,  # as many as a step, of both sides, has room for
+            batch_size=2 * args.train_batch_size,  # about as many as a step has room for
             num_workers=args.dataloader_num_workers,
             progress=not args.disable_tqdm,
         )
-        for side, rows in (("benign", pairs.benign), ("harmful", pairs.harmful))
+        for side, rows in sides.items()
     ]
-    benign, harmful = open_or_write(*caches)
+    stored = dict(zip(sides, open_or_write(*caches), strict=True))
     logger.info(f"Training runs from {split.entry} on, from stored activations of the shape {split.activation_shape}.")
-    return split, CachedPairs(benign, harmful)
+    cached = CachedPairs(
+        stored["benign"],
+        stored["harmful"],
+        harmful_labels=pairs.harmful_labels,
+        distillation=stored.get("distillation"),
+        batch_sizes=pairs.batch_sizes,
+    )
+    return split, cached
 
 
 def replayed(split: TrunkSplit | None, model: nn.Module) -> AbstractContextManager[None]:

@@ -70,12 +70,12 @@ class CachedRows(torch.utils.data.Dataset[dict[str, Any]]):
         return self._blocks
 
 
-def view_of(seed: int, turn: int, row: int, views: int) -> int:
-    """Choose the view of a row, so that over ``views`` turns each row shows all of its views.
+def view_of(seed: int, epoch: int, row: int, views: int) -> int:
+    """Choose the view of a row that is drawn once an epoch, so that it shows all its views in as many epochs.
 
     Args:
         seed: The run's seed.
-        turn: How many times all rows were drawn before; the epoch.
+        epoch: The epoch.
         row: The row.
         views: The number of views.
 
@@ -83,62 +83,61 @@ def view_of(seed: int, turn: int, row: int, views: int) -> int:
         The view, a function of the arguments alone.
 
     Examples:
-        >>> [view_of(seed=0, turn=epoch, row=5, views=3) for epoch in range(4)]
+        >>> [view_of(seed=0, epoch=epoch, row=5, views=3) for epoch in range(4)]
         [2, 0, 1, 2]
     """
-    return (int(np.random.default_rng([seed, row]).integers(views)) + turn) % views if views > 1 else 0
+    return (int(np.random.default_rng([seed, row]).integers(views)) + epoch) % views
 
 
 class CachedPairs(PairedDataset):
-    """Benign and harmful stored activations, drawn in the order of the images they stand for.
+    """Stored activations of all sides, drawn in the order of the images they stand for.
 
-    Args:
-        benign: Stored benign rows.
-        harmful: Stored harmful rows.
+    The arguments are those of `PairedDataset`, with `CachedRows` for each side.
 
     Examples:
         >>> features = datasets.Features({"activation": datasets.List(datasets.Value("float32"), length=1)})
         >>> dataset = datasets.Dataset.from_dict({"activation": [[0], [1], [2], [3]]}, features=features)
         >>> pairs = CachedPairs(CachedRows(dataset, (1,), views=2), CachedRows(dataset, (1,), views=2))
         >>> list(pairs.make_sampler(seed=0, shuffle=False))
-        [((0, 1), (0, 1)), ((1, 1), (1, 1))]
+        [((0, 1), ((0, 1),), ()), ((1, 1), ((1, 1),), ())]
     """
 
-    benign: CachedRows
-    harmful: CachedRows
-
-    def __init__(self, benign: CachedRows, harmful: CachedRows) -> None:
-        super().__init__(benign, harmful, harmful_labels=True)
-
-    def make_sampler(self, seed: int, shuffle: bool = True) -> PairedSampler:
+    def make_sampler(self, seed: int, shuffle: bool = True) -> Any:
         """As `PairedDataset.make_sampler`, with a view for each row.
 
         Args:
-            seed: The seed of both orders and of the views.
-            shuffle: If False, both sets come in their stored order.
+            seed: The seed of all orders and of the views.
+            shuffle: If False, all sets come in their stored order.
 
         Returns:
             The sampler; without several views, that of the images.
         """
         sampler = super().make_sampler(seed, shuffle)
-        views = (self.benign.views, self.harmful.views)
-        if max(views) > 1:
-            self._sampler = _ViewSampler(sampler, views)
-        assert self._sampler is not None
+        if self.benign.views == 1:
+            return sampler
+        self._sampler = _ViewSampler(sampler, self.benign.views)  # type: ignore[assignment]
         return self._sampler
 
 
-class _ViewSampler(PairedSampler):
-    """The pairs of another sampler, each row with its view."""
+class _ViewSampler(torch.utils.data.Sampler[Any]):
+    """The draws of another sampler, each row with a view that depends on seed, epoch and row alone."""
 
-    def __init__(self, pairs: PairedSampler, views: tuple[int, int]) -> None:
-        super().__init__(pairs.num_benign, pairs.num_harmful, pairs.seed, pairs.shuffle)
+    def __init__(self, draws: PairedSampler, views: int) -> None:
+        self.draws = draws
         self.views = views
 
+    def set_epoch(self, epoch: int) -> None:
+        self.draws.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
     def __iter__(self) -> Iterator[Any]:
-        for step, (benign, harmful) in enumerate(super().__iter__()):
-            turn = (self.epoch * self.num_benign + step) // self.num_harmful
-            yield (
-                (benign, view_of(self.seed, self.epoch, benign, self.views[0])),
-                (harmful, view_of(self.seed, turn, harmful, self.views[1])),
-            )
+        seed, epoch = self.draws.seed, self.draws.epoch
+        for benign, harmful, distillation in self.draws:
+            # Other sides come round in periods of their own, which views in turn could fall in step with.
+            others = [
+                tuple((row, int(np.random.default_rng([seed, row, epoch, kind]).integers(self.views))) for row in rows)
+                for kind, rows in enumerate((harmful, distillation))
+            ]
+            yield ((benign, view_of(seed, epoch, benign, self.views)), *others)
