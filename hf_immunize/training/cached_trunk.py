@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.errors import ArgumentError
 from hf_immunize.training.distributed import world_size
 from hf_immunize.vision.images import ImageCollator
 from hf_immunize.vision.pairing import PairedDataset
+from hf_immunize.vision.streams import StreamedRows
 from hf_immunize.vision.trunk import TrunkSplit, split_trunk
 from hf_immunize.vision.trunk_cache import DTYPES, TrunkCache, open_or_write
 from hf_immunize.vision.trunk_rows import CachedPairs
+from hf_immunize.vision.trunk_views import has_random_rows
 
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def cached_pairs(
 
     Args:
         model: The model, with the weights that training starts or goes on from.
-        pairs: Benign and harmful images, and maybe some of a distillation set.
+        pairs: Images of all sides.
         trainable_names: The names of the parameters that move.
         still: The modules kept in eval mode.
         args: For type, folder and views of the cache.
@@ -84,17 +86,22 @@ def cached_pairs(
         TrunkError: If the model has no trunk that can be stored.
         DataError, ArgumentError, DiskSpaceError, NonFiniteError: See `TrunkCache` and `open_or_write`.
     """
-    sample = (collate or ImageCollator(processor))([pairs.benign[0]])["pixel_values"]
+    sides = {"benign": pairs.benign, "harmful": pairs.harmful}
+    if pairs.distillation is not None:
+        sides["distillation"] = pairs.distillation
+    for side, rows in sides.items():
+        if isinstance(rows, StreamedRows):
+            raise ArgumentError(
+                f"Expected cache_trunk='no' with streamed {side} images, found {args.cache_trunk!r}: what is stored "
+                "must be known as a whole. Store the data set, or train without the cache."
+            )
+    collator = collate or ImageCollator(processor)
+    sample = collator([pairs.benign[0]])["pixel_values"]
+    # A side without randomness has one view; asking for several where no side has any is refused below.
+    random = {side: args.trunk_cache_views > 1 and has_random_rows(rows, collator) for side, rows in sides.items()}
+    views = {side: args.trunk_cache_views if random[side] or not any(random.values()) else 1 for side in sides}
     split = split_trunk(model, trainable_names, tuple(sample.shape[1:]), still=still, head_module=args.head_module)
     folder = Path(args.trunk_cache_dir) if args.trunk_cache_dir else Path(args.output_dir) / "_trunk"
-    sides = {"benign": pairs.benign, "harmful": pairs.harmful, "distillation": pairs.distillation}
-    sides = {side: rows for side, rows in sides.items() if rows is not None}
-    for side, rows in sides.items():
-        if not hasattr(rows, "__len__"):
-            raise DataError(
-                f"Expected stored {side} images for a cached trunk, found a stream, which has no rows to keep. Store "
-                "them, or train without (cache_trunk='no')."
-            )
     caches = [
         TrunkCache(
             model,
@@ -105,9 +112,9 @@ def cached_pairs(
             processor=processor,
             collate=collate,
             dtype=args.cache_trunk,
-            views=args.trunk_cache_views,
+            views=views[side],
             seed=args.data_seed if args.data_seed is not None else args.seed,
-            batch_size=2 * args.train_batch_size,  # about as many as a step has room for
+            batch_size=2 * args.train_batch_size,  # as many as a step, of both sides, has room for
             num_workers=args.dataloader_num_workers,
             progress=not args.disable_tqdm,
         )
@@ -115,14 +122,7 @@ def cached_pairs(
     ]
     stored = dict(zip(sides, open_or_write(*caches), strict=True))
     logger.info(f"Training runs from {split.entry} on, from stored activations of the shape {split.activation_shape}.")
-    cached = CachedPairs(
-        stored["benign"],
-        stored["harmful"],
-        harmful_labels=pairs.harmful_labels,
-        distillation=stored.get("distillation"),
-        batch_sizes=pairs.batch_sizes,
-    )
-    return split, cached
+    return split, CachedPairs(**stored, batch_sizes=pairs.batch_sizes)
 
 
 def replayed(split: TrunkSplit | None, model: nn.Module) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.errors import ImmunizationError
+from hf_immunize.training.cached_trunk import replayed
 from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence
 from hf_immunize.training.distributed import gather_features, mean_gradient_norm
 from hf_immunize.training.method import Method
@@ -20,6 +21,7 @@ from hf_immunize.training.queue import FeatureQueue
 from hf_immunize.training.weighting import Weighting, gradient_norm
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
+from hf_immunize.vision.trunk import TrunkSplit
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class ImmunizationStep:
         self.together = not has_batch_statistics(model, self.still)
         self.weighting = Weighting(self.method.rule)
         self.start = StartingModel(model) if self.method.needs_start else None
-        self._start_model = model
+        # Where a cached trunk ends: batches then hold the activations at the entry of what moves.
+        self.trunk: TrunkSplit | None = None
+        self._plain_model = model
         size = self.method.queue_size
         self._queues = {side: FeatureQueue(size) for side in ("benign", "harmful")} if size else {}
 
@@ -115,9 +119,10 @@ class ImmunizationStep:
         benign_end, harmful_end = counts[0], sum(counts)
         rest = [batch[side]["pixel_values"] for side in ("harmful", "distillation") if side in batch]
         others = {"pixel_values": torch.cat(rest)}
-        features, logits, loss_features = forward_both(
-            model, self.head, batch["benign"], others, together=self.together
-        )
+        with replayed(self.trunk, self._plain_model):
+            features, logits, loss_features = forward_both(
+                model, self.head, batch["benign"], others, together=self.together
+            )
         labels = batch["benign"].get("labels")
         benign = Side(gather_features(features[:benign_end]), logits[:benign_end], labels)
         harmful = Side(
@@ -162,7 +167,8 @@ class ImmunizationStep:
         if self.start is None:
             return None, {}, None
         images = [batch[side]["pixel_values"] for side in ("benign", "distillation") if side in batch]
-        start_features, start_logits = self.start(self._start_model, self.head, torch.cat(images))
+        with replayed(self.trunk, self._plain_model):
+            start_features, start_logits = self.start(self._plain_model, self.head, torch.cat(images))
         rows = [slice(0, benign_end), slice(harmful_end, None)]
         kl = logit_divergence(torch.cat([logits[part] for part in rows]), start_logits)
         parts, loss, measured = {"kl": kl}, None, kl

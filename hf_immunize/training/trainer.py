@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_immunize.errors import ArgumentError, DataError
 from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.cached_trunk import cached_pairs, replayed, suggest_cached_trunk
+from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.evaluation import Evaluation, accuracy
 from hf_immunize.training.method import Method
@@ -36,7 +36,6 @@ from hf_immunize.vision.images import ImageCollator
 from hf_immunize.vision.measurement import Measurement, load_measurements, save_measurements, spectral_metrics
 from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.scope import select_trainable
-from hf_immunize.vision.trunk import TrunkSplit
 
 
 _STATE_FILE = "immunization_state.safetensors"
@@ -132,7 +131,6 @@ class ImmunizationTrainer(Trainer):
         # over `num_items_in_batch`; it is a mean.
         self.model_accepts_loss_kwargs = False
         self._choose_what_moves(self.model)
-        self._trunk: TrunkSplit | None = None
         self._means = RunningMeans()
         if train_dataset is not None:
             if harmful_dataset is None:
@@ -206,7 +204,7 @@ class ImmunizationTrainer(Trainer):
         options = {"processor": self.processing_class, "collate": own}
         try:
             # Here, since the weights of a checkpoint are loaded by now.
-            self._trunk, self.train_dataset = cached_pairs(
+            self._step.trunk, self.train_dataset = cached_pairs(
                 self.model, self.train_dataset, self._moving, self._step.still, self.args, **options
             )
             self.data_collator = PairedCollator(ImageCollator())
@@ -248,8 +246,7 @@ class ImmunizationTrainer(Trainer):
         """
         if "benign" not in inputs:
             return super().compute_loss(model, inputs, return_outputs)
-        with replayed(self._trunk, self.model):
-            result = self._step(model, inputs, self.state.global_step, self._task_loss)
+        result = self._step(model, inputs, self.state.global_step, self._task_loss)
         self._means.update(result.logged, self.state.global_step + 1)
         return (result.loss, {"logits": result.logits}) if return_outputs else result.loss
 

@@ -17,8 +17,10 @@ from torch import Tensor
 from hf_immunize.errors import ArgumentError, DataError, ShapeError
 
 
+# A row, or a row and which of its stored views.
+Row = int | tuple[int, int]
 # A benign row with the harmful and the distillation rows that come along with it.
-Draw = tuple[int, tuple[int, ...], tuple[int, ...]]
+Draw = tuple[Row, tuple[Row, ...], tuple[Row, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class BatchSizes:
     benign: int = 1
     harmful: int = 1
     distillation: int = 0
+
+
+ONE_EACH = BatchSizes()
 
 
 class PairedSampler(torch.utils.data.Sampler[Draw]):
@@ -82,7 +87,7 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         shuffle: bool = True,
         *,
         num_distillation: int | None = 0,
-        batch_sizes: BatchSizes = BatchSizes(),
+        batch_sizes: BatchSizes = ONE_EACH,
     ) -> None:
         if num_benign < 1 or num_harmful == 0:
             raise ArgumentError(
@@ -95,6 +100,7 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
+        self.views: tuple[int, ...] = (1, 1, 1)  # of the benign, harmful and distillation rows
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose rows the next iteration draws.
@@ -108,18 +114,19 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         return self.num_benign
 
     def __iter__(self) -> Iterator[Draw]:
-        benign = self._permutation(self.num_benign, kind=0, count=self.epoch)
+        order = self._permutation(self.num_benign, kind=0, count=self.epoch)
+        benign = [self._shown(row, kind=0, turn=self.epoch) for row in order]
         harmful = self._beside(self.num_harmful, self.batch_sizes.harmful, kind=1)
         distillation = self._beside(self.num_distillation, self.batch_sizes.distillation, kind=2)
         yield from zip(benign, harmful, distillation, strict=True)
 
-    def _beside(self, length: int | None, batch_size: int, kind: int) -> Iterator[tuple[int, ...]]:
+    def _beside(self, length: int | None, batch_size: int, kind: int) -> Iterator[tuple[Row, ...]]:
         """Rows of another side, for each benign row of this epoch."""
         position = self.epoch * self._drawn(self.num_benign, batch_size)
         order: list[int] = []
         cycle = -1
         for step in range(self.num_benign):
-            rows = []
+            rows: list[Row] = []
             for _ in range(self._drawn(step + 1, batch_size) - self._drawn(step, batch_size)):
                 if length is None:
                     rows.append(position)
@@ -127,9 +134,13 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
                     if position // length != cycle:
                         cycle = position // length
                         order = self._permutation(length, kind, cycle)
-                    rows.append(order[position % length])
+                    rows.append(self._shown(order[position % length], kind, cycle))
                 position += 1
             yield tuple(rows)
+
+    def _shown(self, row: int, kind: int, turn: int) -> Row:
+        views = self.views[kind]
+        return (row, view_of(self.seed, turn, row, views)) if views > 1 else row
 
     def _drawn(self, steps: int, batch_size: int) -> int:
         """How many rows of another side go with so many benign rows."""
@@ -140,6 +151,25 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
             return list(range(length))
         # A generator of its own, seeded alike in every process; `kind` keeps the sets' orders apart.
         return np.random.default_rng([self.seed, kind, count]).permutation(length).tolist()
+
+
+def view_of(seed: int, turn: int, row: int, views: int) -> int:
+    """Choose the view of a row, so that over ``views`` turns each row shows all of its views.
+
+    Args:
+        seed: The run's seed.
+        turn: How many times all rows were drawn before; the epoch.
+        row: The row.
+        views: The number of views.
+
+    Returns:
+        The view, a function of the arguments alone.
+
+    Examples:
+        >>> [view_of(seed=0, turn=epoch, row=5, views=3) for epoch in range(4)]
+        [2, 0, 1, 2]
+    """
+    return (int(np.random.default_rng([seed, row]).integers(views)) + turn) % views if views > 1 else 0
 
 
 class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -167,7 +197,7 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         harmful: Any,
         harmful_labels: bool = False,
         distillation: Any = None,
-        batch_sizes: BatchSizes = BatchSizes(),
+        batch_sizes: BatchSizes = ONE_EACH,
     ) -> None:
         for name, data in (("benign", benign), ("harmful", harmful), ("distillation", distillation)):
             if data is not None and _length(data) == 0:

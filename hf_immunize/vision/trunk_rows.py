@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 
-from hf_immunize.vision.pairing import PairedDataset, PairedSampler
+from hf_immunize.vision.pairing import ONE_EACH, BatchSizes, PairedDataset, PairedSampler
 
 
 class CachedRows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -70,29 +69,14 @@ class CachedRows(torch.utils.data.Dataset[dict[str, Any]]):
         return self._blocks
 
 
-def view_of(seed: int, epoch: int, row: int, views: int) -> int:
-    """Choose the view of a row that is drawn once an epoch, so that it shows all its views in as many epochs.
-
-    Args:
-        seed: The run's seed.
-        epoch: The epoch.
-        row: The row.
-        views: The number of views.
-
-    Returns:
-        The view, a function of the arguments alone.
-
-    Examples:
-        >>> [view_of(seed=0, epoch=epoch, row=5, views=3) for epoch in range(4)]
-        [2, 0, 1, 2]
-    """
-    return (int(np.random.default_rng([seed, row]).integers(views)) + epoch) % views
-
-
 class CachedPairs(PairedDataset):
     """Stored activations of all sides, drawn in the order of the images they stand for.
 
-    The arguments are those of `PairedDataset`, with `CachedRows` for each side.
+    Args:
+        benign: Stored benign rows.
+        harmful: Stored harmful rows.
+        distillation: Stored rows of the distillation set, if there is one.
+        batch_sizes: Rows of each side in a batch.
 
     Examples:
         >>> features = datasets.Features({"activation": datasets.List(datasets.Value("float32"), length=1)})
@@ -102,7 +86,16 @@ class CachedPairs(PairedDataset):
         [((0, 1), ((0, 1),), ()), ((1, 1), ((1, 1),), ())]
     """
 
-    def make_sampler(self, seed: int, shuffle: bool = True) -> Any:
+    def __init__(
+        self,
+        benign: CachedRows,
+        harmful: CachedRows,
+        distillation: CachedRows | None = None,
+        batch_sizes: BatchSizes = ONE_EACH,
+    ) -> None:
+        super().__init__(benign, harmful, True, distillation, batch_sizes)
+
+    def make_sampler(self, seed: int, shuffle: bool = True) -> PairedSampler:
         """As `PairedDataset.make_sampler`, with a view for each row.
 
         Args:
@@ -113,31 +106,6 @@ class CachedPairs(PairedDataset):
             The sampler; without several views, that of the images.
         """
         sampler = super().make_sampler(seed, shuffle)
-        if self.benign.views == 1:
-            return sampler
-        self._sampler = _ViewSampler(sampler, self.benign.views)  # type: ignore[assignment]
-        return self._sampler
-
-
-class _ViewSampler(torch.utils.data.Sampler[Any]):
-    """The draws of another sampler, each row with a view that depends on seed, epoch and row alone."""
-
-    def __init__(self, draws: PairedSampler, views: int) -> None:
-        self.draws = draws
-        self.views = views
-
-    def set_epoch(self, epoch: int) -> None:
-        self.draws.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.draws)
-
-    def __iter__(self) -> Iterator[Any]:
-        seed, epoch = self.draws.seed, self.draws.epoch
-        for benign, harmful, distillation in self.draws:
-            # Other sides come round in periods of their own, which views in turn could fall in step with.
-            others = [
-                tuple((row, int(np.random.default_rng([seed, row, epoch, kind]).integers(self.views))) for row in rows)
-                for kind, rows in enumerate((harmful, distillation))
-            ]
-            yield ((benign, view_of(seed, epoch, benign, self.views)), *others)
+        sides = (self.benign, self.harmful, self.distillation)
+        sampler.views = tuple(1 if rows is None else rows.views for rows in sides)
+        return sampler

@@ -128,6 +128,19 @@ def differs_between_draws(views: RowViews, collate: ViewCollator, rows: int = 4,
     return False
 
 
+def has_random_rows(rows: Any, collate: Any) -> bool:
+    """Tell whether a data set's rows differ from access to access, as those of a random transform do.
+
+    Args:
+        rows: A map-style dataset.
+        collate: Its collator.
+
+    Returns:
+        Whether a few draws of a few rows differ.
+    """
+    return differs_between_draws(RowViews(rows, 2), ViewCollator(collate))
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the generators that transforms draw from, and put them back."""

@@ -264,7 +264,7 @@ def test_it_is_not_suggested_where_it_would_not(options, trainer, suggestions):
     assert suggestions == []
 
 
-def test_the_starting_model_runs_from_activations_too(trainer, images, tmp_path):
+def test_the_starting_model_runs_from_activations_too(trainer, images):
     runs = []
     method = {"objective": "concentration", "benign_loss": "both", "benign_budget": 0.05, "queue_size": 16}
     for kind in ("no", "float32"):
@@ -274,19 +274,9 @@ def test_the_starting_model_runs_from_activations_too(trainer, images, tmp_path)
     assert largest_difference(*runs) < 1e-6
 
 
-def test_a_distillation_set_is_cached_alike(trainer, images, tmp_path):
-    runs = []
-    for kind in ("no", "float32"):
-        extra = images(11, 5, labels=False)
-        run = trainer("resnet", max_steps=6, cache_trunk=kind, distillation_dataset=extra, harmful_batch_size=2)
-        run.train()
-        runs.append(weights(run))
-    assert largest_difference(*runs) < 1e-6 and (tmp_path / "run" / "_trunk" / "distillation").is_dir()
-
-
 def test_streamed_images_are_refused(trainer):
     stream = datasets.IterableDataset.from_generator(
         lambda: ({"pixel_values": torch.zeros(3, 8, 8).tolist()} for _ in range(8))
     )
-    with pytest.raises(DataError, match="Expected stored harmful images"):
+    with pytest.raises(ArgumentError, match="with streamed harmful images"):
         trainer("resnet", harmful_dataset=stream, cache_trunk="float32").train()
