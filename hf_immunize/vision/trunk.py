@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 # Two sizes, so that what depends on the size of the batch is told from what does not.
 _PROBE_IMAGES = (3, 2)
-# A stored activation has lost its strides, so rounding may differ; a wrong split differs in the first digits.
-_TOLERANCE = 1e-5
+# A stored activation has lost its strides, and batches come in other sizes, so rounding differs (by a percent where a
+# GPU multiplies in TF32); a wrong split differs in the first digit, or is NaN.
+_TOLERANCE = {"cpu": 1e-3}
+_ROUGH_TOLERANCE = 2e-2
 # How dropout and stochastic depth call their probability.
 _PROBABILITIES = ("p", "drop_prob", "drop_rate")
 
@@ -249,7 +251,9 @@ def _not_equal(model: nn.Module, head: nn.Module, split: TrunkSplit, probes: lis
 def _close(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
         return False
-    return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+    exact = expected.dtype in (torch.float32, torch.float64)
+    tolerance = _TOLERANCE.get(expected.device.type, _ROUGH_TOLERANCE) if exact else _ROUGH_TOLERANCE
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 @contextmanager

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-# Relative difference of activations computed again in a batch of another size.
-_SAME = {"float16": 5e-3, "float32": 1e-3}
+# Of activations computed again in a batch of another size, on whatever device; those of another image differ by more.
+_SAME = 3e-2
 _ARROW_FILE, _KEY_FILE = "activations.arrow", "trunk.json"
 _UNFINISHED = "_unfinished-"
 logger = logging.get_logger(__name__)
@@ -232,7 +232,7 @@ class TrunkCache:
         then = torch.stack([row["pixel_values"] for row in stored]).float()
         labels = [row.get("labels") for row in stored]
         same_labels = labels == (batch["labels"].tolist() if self._labelled else [None] * len(labels))
-        return same_labels and bool((now - then).abs().max() <= _SAME[self._dtype] * now.abs().max())
+        return same_labels and bool((now - then).abs().max() <= _SAME * now.abs().max())
 
     def _check_views(self, augment: Any) -> None:
         views = self._views.views

@@ -2,6 +2,7 @@
 
 import shutil
 
+import datasets
 import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -261,3 +262,21 @@ def test_it_is_suggested_where_it_would_pay(trainer, suggestions):
 def test_it_is_not_suggested_where_it_would_not(options, trainer, suggestions):
     trainer("resnet", **({"max_steps": 12} | options)).train()
     assert suggestions == []
+
+
+def test_the_starting_model_runs_from_activations_too(trainer, images):
+    runs = []
+    method = {"objective": "concentration", "benign_loss": "both", "benign_budget": 0.05, "queue_size": 16}
+    for kind in ("no", "float32"):
+        run = trainer("vit", max_steps=6, cache_trunk=kind, distillation_dataset=images(11, 5), **method)
+        run.train()
+        runs.append(weights(run))
+    assert largest_difference(*runs) < 1e-6
+
+
+def test_streamed_images_are_refused(trainer):
+    stream = datasets.IterableDataset.from_generator(
+        lambda: ({"pixel_values": torch.zeros(3, 8, 8).tolist()} for _ in range(8))
+    )
+    with pytest.raises(ArgumentError, match="with streamed harmful images"):
+        trainer("resnet", harmful_dataset=stream, cache_trunk="float32").train()
