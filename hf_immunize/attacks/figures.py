@@ -236,7 +236,7 @@ def draw_operators(table: pandas.DataFrame) -> Picture | None:
                 colour = "black" if value > 0.55 * top else "white"
                 text, colour = (f"{value:.0f}", colour) if value == value else ("–", "black")
                 axes.text(column, row, text, ha="center", va="center", color=colour, size=8)
-        axes.set_xticks(range(len(budgets)), [f"{budget:,}" for budget in budgets])
+        axes.set_xticks(range(len(budgets)), [f"{budget:,}" for budget in budgets], fontsize=7)
         axes.set_yticks(range(len(operators)), [_plain(label(name)) for name in operators])
         axes.set_title(subject, fontsize=9)
         axes.set_xlabel("steps, at most")

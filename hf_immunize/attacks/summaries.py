@@ -222,7 +222,9 @@ def of_class(summaries: Iterable[Summary], subject: str, task: str, access: str)
 
     Args:
         summaries: Of an audit.
-        subject, task, access: As in `Outcome`.
+        subject: As in `Outcome`.
+        task: As in `Outcome`.
+        access: As in `Outcome`.
 
     Returns:
         Those of the class, attacks that are not done included.
@@ -298,25 +300,32 @@ def steps_ratios(data: AuditData, task: str = "harmful") -> list[StepsRatio]:
 def _steps_ratio(
     key: tuple[str, ...], runs: dict[tuple[str, int], Outcome], chance: float, share: float
 ) -> StepsRatio | None:
-    rows, bound = [], False
+    rows: list[tuple[float, int, int]] = []
+    bound = False
     for (subject, seed), reference in runs.items():
         immunized = runs.get(("immunized", seed))
         if subject != "reference" or immunized is None or max(reference.curve) < chance + SIGNAL:
             continue
         target = chance + share * (max(reference.curve) - chance)
-        steps = first_reaching(immunized.steps, immunized.curve, target)
-        bound |= steps is None
-        rows.append((target, steps or immunized.steps[-1], first_reaching(reference.steps, reference.curve, target)))
+        theirs = first_reaching(reference.steps, reference.curve, target)
+        ours = first_reaching(immunized.steps, immunized.curve, target)
+        assert theirs is not None, "the target lies below the reference's best"
+        bound |= ours is None
+        rows.append((target, ours or max(immunized.steps[-1], 1), theirs))
     if not rows:
         return None
-    targets, ours, theirs = zip(*rows, strict=True)
-    mean, interval = mean_interval([math.log(a / b) for _, a, b in rows])
+    attacker, access, task, layer, precision = key
+    mean, interval = mean_interval([math.log(ours / theirs) for _, ours, theirs in rows])
     return StepsRatio(
-        *key,
+        attacker=attacker,
+        access=access,
+        task=task,
+        layer=layer,
+        precision=precision,
         share=share,
-        target=statistics.fmean(targets),
-        immunized=statistics.fmean(ours),
-        reference=statistics.fmean(theirs),
+        target=statistics.fmean(row[0] for row in rows),
+        immunized=statistics.fmean(row[1] for row in rows),
+        reference=statistics.fmean(row[2] for row in rows),
         ratio=math.exp(mean),
         interval=interval and (math.exp(interval[0]), math.exp(interval[1])),
         is_bound=bound,

@@ -54,8 +54,9 @@ def explain() -> list[tuple[str, str]]:
         (
             "prevented",
             f"No attacker's interval reaches more than {points(100 * PREVENTED_POINTS)} above chance, nor more than "
-            f"{PREVENTED_SHARE:.0%} of what the reference reads above chance; no attacker was still improving, and "
-            "among probes at least one takes no gradient steps, which conditioning alone cannot slow.",
+            f"{PREVENTED_SHARE:.0%} of what the reference reads above chance; no attacker was still improving; and "
+            "among probes one that takes no gradient steps, so that conditioning cannot slow it, reads the reference "
+            "about as well as the strongest.",
         ),
         (
             "reduced",

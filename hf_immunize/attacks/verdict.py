@@ -180,7 +180,8 @@ def judge_class(data: AuditData, summaries: Sequence[Summary], access: str, task
     if worst is None or worst.mean is None:
         return Finding(Kind.NOT_TESTED, access, task, attacks=tuple(own))
     chance = data.tasks[task].chance
-    theirs = strongest(matched(of_class(summaries, "reference", task, access), own))
+    before = matched(of_class(summaries, "reference", task, access), own)
+    theirs = strongest(before)
     if theirs is None or theirs.mean is None:
         if worst.lower > chance + limit.PREVENTED_POINTS:
             return Finding(Kind.NOT_PREVENTED, access, task, worst)
@@ -193,7 +194,9 @@ def judge_class(data: AuditData, summaries: Sequence[Summary], access: str, task
     done = [one for one in own if one.mean is not None]
     difference, interval = gap(theirs, worst)
     if worst.mean <= held:
-        doubt = _doubt(done, own, held, access)
+        as_good = chance + limit.TARGET_SHARES[-1] * (theirs.mean - chance)
+        able = [one for one in before if one.mean is not None and one.mean >= as_good]
+        doubt = _doubt(done, able, own, held, access)
         return Finding(Kind.INCONCLUSIVE if doubt else Kind.PREVENTED, access, task, worst, theirs, reason=doubt)
     if difference >= limit.REDUCED_POINTS and interval is None:
         few = f"fewer than {limit.MIN_SEEDS} seeds are shared, too few for an interval"
@@ -205,12 +208,15 @@ def judge_class(data: AuditData, summaries: Sequence[Summary], access: str, task
     return Finding(kind, access, task, worst, theirs)
 
 
-def _doubt(done: Sequence[Summary], own: Sequence[Summary], held: float, access: str) -> str:
-    """Why a class at chance is not prevented all the same; "" where it is."""
+def _doubt(done: Sequence[Summary], able: Sequence[Summary], own: Sequence[Summary], held: float, access: str) -> str:
+    """Why a class at chance is not prevented all the same; "" where it is.
+
+    `able` are the attacks on the reference that read about as much as the strongest.
+    """
     if min(len(one.accuracies) for one in done) < limit.MIN_SEEDS:
         return f"fewer than {limit.MIN_SEEDS} seeds are too few for an interval"
-    if access != "fine_tuning" and not any(one.closed_form for one in done):
-        return "only attackers that take gradient steps were run, which ill-conditioning slows and does not stop"
+    if access != "fine_tuning" and not any(one.closed_form for one in able):
+        return "every attacker that can read the reference takes gradient steps, which ill-conditioning only slows"
     if any(one.rise >= limit.STILL_RISING for one in done):
         return "an attacker ran out of its budget while it was still improving"
     if any(one.before_divergence is not None and one.before_divergence > held for one in own):

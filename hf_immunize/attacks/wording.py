@@ -199,7 +199,8 @@ def _utility(kind: Kind, data: AuditData) -> str:
     if utility.reference is None or utility.difference is None:
         if kind is Kind.BROKEN:
             return f"The model is broken: {now}, hardly above chance. No resistance is claimed."
-        return f"The {now}; without the reference's it is not known what was lost, so no resistance is claimed."
+        now = now[:1].upper() + now[1:]
+        return f"{now}; without the reference's it is not known what was lost, so no resistance is claimed."
     change = f"a difference of {signed(utility.difference)} points"
     if utility.interval is not None:
         change += f", 95% interval {signed(utility.interval[0])} to {signed(utility.interval[1])}"
@@ -222,31 +223,31 @@ def _class(finding: Finding, data: AuditData) -> str:
         ended = f" Every attack was skipped or diverged{f' ({why})' if why else ''}." if finding.attacks else ""
         subject = f"{CLASSES[finding.access]} {'were' if 'Probes' in CLASSES[finding.access] else 'was'} not tested"
         return f"{subject} on {target}: that is no sign of resistance.{ended}"
-    chance = f"chance {percent(data.tasks[finding.task].chance)}"
-    ours = _reads(worst)
-    before = f"the strongest attacker reads {percent(reference.mean)} from the reference" if reference else ""
+    chance = data.tasks[finding.task].chance
+    ours = _reads(worst, reference, chance)
     where = f"Reading {target} {place}" if finding.access != "fine_tuning" else f"Learning {target} by fine-tuning"
     if kind is Kind.NOTHING_TO_PROTECT:
-        return f"{where}: inconclusive, as there was nothing to protect; {before}, hardly above {chance}."
+        read = f"even from the reference the strongest attacker reads {percent(reference.mean if reference else None)}"
+        return (
+            f"{where}: inconclusive, as there was nothing to protect; {read}, hardly above chance ({percent(chance)})."
+        )
     if kind is Kind.INCONCLUSIVE:
-        tail = f"; {before}" if before else ""
-        return f"{where}: inconclusive, {finding.reason}. {ours} ({chance}{tail})."
+        return f"{where}: inconclusive, as {finding.reason}; {ours}."
     if kind is Kind.PREVENTED:
-        within = f", within {worst.budget:,} steps" if worst.budget and finding.access == "fine_tuning" else ""
-        return f"{where} is prevented against the attackers tried{within}: {_lower(ours)} ({chance}; {before})."
+        within = f" within {worst.budget:,} steps" if worst.budget and finding.access == "fine_tuning" else ""
+        return f"{where} is prevented against the attackers tried{within}: {ours}."
     if kind is Kind.REDUCED:
         assert reference is not None
-        less = points(gap(reference, worst)[0])
-        return f"{where} is reduced by {less}, not prevented: {_lower(ours)} ({chance}; {before})."
+        return f"{where} is reduced by {points(gap(reference, worst)[0])}, not prevented: {ours}."
     if kind is Kind.NOT_PREVENTED:
-        return f"{where} is not prevented: {_lower(ours)} ({chance}{f'; {before}' if before else ''})."
+        return f"{where} is not prevented: {ours}."
     if kind is Kind.WITHHELD:
         why = "the model is broken" if finding.reason == Kind.BROKEN else "benign accuracy was not compared"
-        return f"{where}: no claim, as {why}. {ours} ({chance})."
-    return _comparison(finding, ours, before)
+        return f"{where}: no claim, as {why}; {ours}."
+    return _comparison(finding, ours)
 
 
-def _comparison(finding: Finding, ours: str, before: str) -> str:
+def _comparison(finding: Finding, ours: str) -> str:
     worst, reference, other = finding.worst, finding.reference, finding.other
     assert worst is not None
     if finding.kind is Kind.ONE_LAYER_AWAY:
@@ -255,12 +256,6 @@ def _comparison(finding: Finding, ours: str, before: str) -> str:
             f"The information is one layer away: at the classifier's input the strongest attacker reads "
             f"{percent(other.mean)}, but at an earlier layer, {clean(worst.layer)}, {percent(worst.mean)}."
         )
-    if finding.kind is Kind.NO_STEPS_NEEDED:
-        assert reference is not None
-        return (
-            f"Slowed but not prevented {PLACES[finding.access]}: {label(worst.attacker)} takes no gradient steps and "
-            f"reads {percent(worst.mean)} at once (reference {percent(reference.mean)})."
-        )
     if finding.kind is Kind.AT_RANDOM:
         assert other is not None
         return (
@@ -268,19 +263,22 @@ def _comparison(finding: Finding, ours: str, before: str) -> str:
             f"{percent(worst.mean)} against {percent(other.mean)}."
         )
     assert reference is not None
+    if finding.kind is Kind.NO_STEPS_NEEDED:
+        return (
+            f"Slowed but not prevented {PLACES[finding.access]}: {label(worst.attacker)} takes no gradient steps and "
+            f"reads {percent(worst.mean)} at once (reference {percent(reference.mean)})."
+        )
     lost = points(gap(reference, worst)[0])
-    return f"The {finding.task} task suffers: {PLACES[finding.access]}, {_lower(ours)}; {before}, a loss of {lost}."
+    return f"The {finding.task} task loses {lost} {PLACES[finding.access]}: {ours}."
 
 
-def _reads(one: Summary) -> str:
+def _reads(one: Summary, reference: Summary | None, chance: float) -> str:
     layer = f" at {clean(one.layer)}" if one.access == "any_layer" else ""
     seeds = f"{len(one.accuracies)} seed{'s' if len(one.accuracies) > 1 else ''}"
     interval = f"95% interval {percent(one.interval[0])} to {percent(one.interval[1])} over " if one.interval else ""
-    return f"The strongest, {label(one.attacker)}{layer}, reads {percent(one.mean)}, {interval}{seeds}"
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+    before = f"; reference {percent(reference.mean)}" if reference else ""
+    attacker = f"the strongest attacker, {label(one.attacker)}{layer}, reads {percent(one.mean)}"
+    return f"{attacker} ({interval}{seeds}{before}; chance {percent(chance)})"
 
 
 def _listed(items: Iterable[str]) -> str:
@@ -291,14 +289,14 @@ def _listed(items: Iterable[str]) -> str:
 
 def _speed(finding: Finding) -> str:
     listed = _listed(f"{label(one.attacker)} ({times(one)} the steps)" for one in finding.ratios)
-    goal = f"to reach {limit.TARGET_SHARES[-1]:.0%} of what it reads on the reference above chance"
+    where = "in fine-tuning" if finding.access == "fine_tuning" else PLACES.get(finding.access, "")
     if finding.kind is Kind.SLOWED:
-        return f"Slowed {PLACES[finding.access]}, in steps {goal}: {listed}."
+        goal = f"{limit.TARGET_SHARES[-1]:.0%} of what the attacker reads on the reference above chance"
+        return f"Slowed {where}, in steps to {goal}: {listed}."
     if finding.kind is Kind.NOT_SLOWED:
-        return f"Not slowed {PLACES[finding.access]} by {limit.SLOWED_RATIO:.0f} times or more: {listed}."
+        return f"Not slowed {limit.SLOWED_RATIO:.0f} times or more {where}: {listed}."
     if finding.kind is Kind.FEW_SEEDS:
-        few = f"fewer than {limit.MIN_SEEDS} seeds are too few for an interval"
-        return f"Perhaps slowed {PLACES[finding.access]}, but {few}: {listed}."
+        return f"Perhaps slowed {where}, but fewer than {limit.MIN_SEEDS} seeds are too few for an interval: {listed}."
     return f"Benign probing is slowed too: {listed}."
 
 
