@@ -24,6 +24,8 @@ COLOURS = {"immunized": "#D55E00", "reference": "#0072B2", "random": "#777777"}
 LINES = {"immunized": "-", "reference": "--", "random": ":"}
 HATCHES = {"immunized": "", "reference": "//", "random": ".."}
 SUBJECTS = tuple(COLOURS)
+# Characters of a name at an axis.
+_LONGEST = 34
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def draw_layers(layers: pandas.DataFrame, chance: float) -> Picture | None:
         for subject in SUBJECTS:
             mean, low, high = (row[f"{subject}_{name}"] for name in ("accuracy", "low", "high"))
             if mean == mean:
-                by = values.setdefault(clean(row["layer"], 30), {})
+                by = values.setdefault(clean(row["layer"], _LONGEST), {})
                 by[subject] = (mean, (low, high) if low == low else None)
     if not values:
         return None
@@ -180,7 +182,7 @@ def draw_curves(data: AuditData, summaries: Sequence[Summary], task: str = "harm
 
 
 def _draw_curve(one: Summary, runs: dict[str, list[Outcome]], chance: float) -> Picture:
-    figure, axes = _new(2.9, width=4.2)
+    figure, axes = _small()
     ends = []
     for subject, outcomes in runs.items():
         at_step: dict[int, list[float]] = {}
@@ -189,7 +191,7 @@ def _draw_curve(one: Summary, runs: dict[str, list[Outcome]], chance: float) -> 
                 at_step.setdefault(step, []).append(100 * value)
         steps = sorted(at_step)
         means, intervals = zip(*(mean_interval(at_step[step]) for step in steps), strict=True)
-        style = {"color": COLOURS[subject], "linestyle": LINES[subject], "linewidth": 1.6}
+        style: dict[str, Any] = {"color": COLOURS[subject], "linestyle": LINES[subject], "linewidth": 1.6}
         axes.plot(steps, means, label=subject, marker="." if len(steps) < 12 else "", **style)
         with_interval = [(step, both) for step, both in zip(steps, intervals, strict=True) if both]
         if with_interval:
@@ -198,8 +200,9 @@ def _draw_curve(one: Summary, runs: dict[str, list[Outcome]], chance: float) -> 
             axes.fill_between(at, low, high, color=COLOURS[subject], alpha=0.18, linewidth=0)
         ends.append(f"{subject} {means[-1]:.1f}% after {steps[-1]:,} steps")
     axes.axhline(100 * chance, color="black", linestyle=":", linewidth=1, label="chance")
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=0 if any(run.steps[0] == 0 for group in runs.values() for run in group) else 0.9)
+    untrained = any(run.steps[0] == 0 for group in runs.values() for run in group)
+    axes.set_xscale("symlog" if untrained else "log")
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("steps")
     axes.set_ylabel("harmful test accuracy, %")
@@ -230,14 +233,19 @@ def draw_operators(table: pandas.DataFrame) -> Picture | None:
     for axes, subject in zip(panels, subjects, strict=True):
         wide = table.pivot(index="operator", columns="budget_steps", values=f"{subject}_accuracy")
         grid = 100 * wide.reindex(index=operators, columns=budgets).to_numpy(float)
-        axes.imshow(grid, cmap="cividis", vmin=0, vmax=max(top, 1.0), aspect="auto")
+        axes.pcolormesh(grid, cmap="cividis", vmin=0, vmax=max(top, 1.0), edgecolors="white", linewidth=1)
+        axes.invert_yaxis()
         for row, line in enumerate(grid):
             for column, value in enumerate(line):
                 colour = "black" if value > 0.55 * top else "white"
                 text, colour = (f"{value:.0f}", colour) if value == value else ("–", "black")
-                axes.text(column, row, text, ha="center", va="center", color=colour, size=8)
-        axes.set_xticks(range(len(budgets)), [f"{budget:,}" for budget in budgets], fontsize=7)
-        axes.set_yticks(range(len(operators)), [_plain(label(name)) for name in operators])
+                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, size=8)
+        axes.set_xticks(
+            [index + 0.5 for index in range(len(budgets))], [f"{budget:,}" for budget in budgets], fontsize=7
+        )
+        names = [_plain(clean(label(name), _LONGEST)) for name in operators]
+        axes.set_yticks([index + 0.5 for index in range(len(operators))], names)
+        axes.tick_params(length=0)
         axes.set_title(subject, fontsize=9)
         axes.set_xlabel("steps, at most")
         if axes is not panels[0]:
@@ -264,7 +272,7 @@ def draw_spectra(spectra: Sequence[Spectrum], task: str) -> Picture | None:
     found = [one for one in spectra if one.task == task and one.singular_values and one.singular_values[0] > 0]
     if not found:
         return None
-    figure, axes = _new(2.9, width=4.2)
+    figure, axes = _small()
     words = []
     for one in sorted(found, key=lambda one: one.subject):
         sigma = [max(value / one.singular_values[0], 1e-16) for value in one.singular_values]
@@ -272,6 +280,7 @@ def draw_spectra(spectra: Sequence[Spectrum], task: str) -> Picture | None:
         colour, line = COLOURS.get(one.subject, "black"), LINES.get(one.subject, "-")
         axes.semilogy(range(1, len(sigma) + 1), sigma, color=colour, linestyle=line, label=said)
         words.append(said)
+    axes.minorticks_off()
     axes.set_xlabel("index i of singular value")
     axes.set_ylabel("σ_i(Z) / σ_1(Z)")
     axes.grid(True, alpha=0.25)
@@ -279,15 +288,25 @@ def draw_spectra(spectra: Sequence[Spectrum], task: str) -> Picture | None:
     return _picture(figure, "spectra", f"Spectrum of the {task} features.", "; ".join(words))
 
 
-def _new(height: float, width: float = 6.4, panels: int = 0) -> tuple[Figure, Any]:
+def _new(height: float, panels: int = 0) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(6.4, height), layout="constrained")
     FigureCanvasSVG(figure)
     if not panels:
         return figure, figure.add_subplot()
     return figure, [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
+
+
+def _small() -> tuple[Figure, Axes]:
+    """A figure whose labels fit known margins: to find them out takes longer than to draw."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 2.9))
+    FigureCanvasSVG(figure)
+    return figure, figure.add_axes((0.15, 0.16, 0.82, 0.81))
 
 
 def _plain(text: str) -> str:
