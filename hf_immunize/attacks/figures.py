@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_immunize.attacks.outcomes import AuditData, Outcome, Spectrum
-from hf_immunize.attacks.summaries import ACCESSES, Summary, matched, mean_interval, of_class, strongest, summarize
+from hf_immunize.attacks.summaries import (
+    ACCESSES,
+    SUBJECTS,
+    Summary,
+    matched,
+    mean_interval,
+    of_class,
+    strongest,
+    summarize,
+)
 from hf_immunize.attacks.wording import CLASSES, clean, label, percent
 
 
@@ -23,7 +32,6 @@ if TYPE_CHECKING:
 COLOURS = {"immunized": "#D55E00", "reference": "#0072B2", "random": "#777777"}
 LINES = {"immunized": "-", "reference": "--", "random": ":"}
 HATCHES = {"immunized": "", "reference": "//", "random": ".."}
-SUBJECTS = tuple(COLOURS)
 # Characters of a name at an axis.
 _LONGEST = 34
 

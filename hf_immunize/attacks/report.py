@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_immunize.attacks import serialization
 from hf_immunize.attacks.outcomes import AuditData
-from hf_immunize.attacks.summaries import ACCESSES
-from hf_immunize.attacks.thresholds import explain
+from hf_immunize.attacks.summaries import ACCESSES, SUBJECTS
+from hf_immunize.attacks.thresholds import TARGET_SHARES, explain
 from hf_immunize.attacks.verdict import judge
 from hf_immunize.attacks.wording import CLASSES, clean, label, percent, ratio, sentence, sentences, signed
 from hf_immunize.errors import DataError
@@ -183,6 +183,8 @@ class AuditReport:
             headline=self._headline(),
             tables={name: _records(table) for name, table in tables.items()},
             pictures=draw_all(self.data, tables["layers"], tables["fine_tuning"]),
+            speed=_speed(_records(tables["steps"])),
+            attacks=[(access, _attacks(_records(tables["attacks"]), access)) for access in ACCESSES],
             classes=CLASSES,
             words=explain(),
         )
@@ -212,8 +214,37 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def _records(table: pandas.DataFrame) -> list[Mapping[str, Any]]:
+def _records(table: pandas.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def _speed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ratios of steps, one row for each attack, with the ratio at the lower share beside it."""
+    early = {_key(row): row for row in rows if row["share"] == TARGET_SHARES[0]}
+    late = [row | {"early": early.get(_key(row))} for row in rows if row["share"] == TARGET_SHARES[-1]]
+    return {"rows": late, "share": f"{TARGET_SHARES[-1]:.0%}", "early": f"{TARGET_SHARES[0]:.0%}"}
+
+
+def _attacks(rows: list[dict[str, Any]], access: str) -> list[dict[str, Any]]:
+    """Every attack of a class, its subjects side by side."""
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if row["access"] != access:
+            continue
+        empty = {"said": "–", "interval": "–"}
+        own = merged.setdefault(
+            _key(row), row | dict.fromkeys(SUBJECTS, empty) | {"note": "", "seeds": 0, "last_step": 0}
+        )
+        lost = [f"{row[name]} {name}" for name in ("diverged", "skipped") if row[name]]
+        said = ", ".join([percent(row["accuracy"])] * (row["accuracy"] is not None) + lost)
+        own[row["subject"]] = {"said": said, "interval": _range(row["low"], row["high"])}
+        own["note"] = "; ".join(note for note in (own["note"], row["note"]) if note)
+        own |= {name: max(own[name], row[name]) for name in ("seeds", "last_step")}
+    return list(merged.values())
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("attacker", "access", "task", "layer", "precision"))
 
 
 def _range(low: float | None, high: float | None) -> str:

@@ -11,13 +11,12 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from hf_immunize.attacks.outcomes import AuditData, Outcome, Spectrum, Task, Utility
-from hf_immunize.attacks.summaries import ACCESSES
+from hf_immunize.attacks.summaries import ACCESSES, SUBJECTS
 from hf_immunize.errors import DataError
 
 
 FORMAT = "hf_immunize.audit"
 FORMAT_VERSION = 1
-_SUBJECTS = ("immunized", "reference", "random")
 _STATUSES = ("done", "diverged", "skipped")
 # JSON has no infinity; such a number becomes an object of this one key.
 _NON_FINITE = "non_finite"
@@ -133,7 +132,7 @@ def check(data: AuditData) -> None:
         where = f"of {one.attacker!r} on {one.subject!r}, task {one.task!r}, layer {one.layer!r}, seed {one.seed}"
         for name, allowed in (
             ("access", ACCESSES),
-            ("subject", _SUBJECTS),
+            ("subject", SUBJECTS),
             ("status", _STATUSES),
             ("task", data.tasks),
         ):

@@ -14,6 +14,7 @@ from hf_immunize.attacks.thresholds import LEVEL, MIN_SEEDS, SIGNAL, TARGET_SHAR
 
 
 ACCESSES = ("head_input", "any_layer", "fine_tuning")
+SUBJECTS = ("immunized", "reference", "random")
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,26 @@ def gap(reference: Summary, immunized: Summary) -> tuple[float, tuple[float, flo
         mean_interval([reference.accuracies[s] - immunized.accuracies[s] for s in shared])[1] if shared else None
     )
     return reference.mean - immunized.mean, interval
+
+
+def gap_of_images(reference: Summary, immunized: Summary) -> tuple[float, float]:
+    """Newcombe's interval of the same difference for the number of test images, as if these were two draws of them.
+
+    Newcombe. Interval estimation for the difference between independent proportions. Statistics in Medicine, 1998.
+
+    Args:
+        reference: Of the reference.
+        immunized: Of the immunized model.
+
+    Returns:
+        Its ends; wide where the images are the same, as the audit's are, and so on the safe side.
+    """
+    assert reference.mean is not None and reference.test_interval is not None
+    assert immunized.mean is not None and immunized.test_interval is not None
+    (low, high), (own_low, own_high) = reference.test_interval, immunized.test_interval
+    difference = reference.mean - immunized.mean
+    below = math.hypot(reference.mean - low, own_high - immunized.mean)
+    return difference - below, difference + math.hypot(high - reference.mean, immunized.mean - own_low)
 
 
 def first_reaching(steps: Sequence[int], curve: Sequence[float], target: float) -> int | None:

@@ -12,6 +12,7 @@ import pandas
 from hf_immunize.attacks.outcomes import AuditData, Outcome
 from hf_immunize.attacks.summaries import (
     ACCESSES,
+    SUBJECTS,
     StepsRatio,
     Summary,
     gap,
@@ -26,7 +27,6 @@ from hf_immunize.attacks.thresholds import TARGET_SHARES
 from hf_immunize.attacks.verdict import judge_class
 
 
-SUBJECTS = ("immunized", "reference", "random")
 _HEADLINE = ["access", "attacker", "layer", "precision", "accuracy", "low", "high", "seeds"]
 _HEADLINE += [f"reference_{name}" for name in ("attacker", "layer", "accuracy", "low", "high")]
 _HEADLINE += [

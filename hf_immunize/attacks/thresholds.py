@@ -60,8 +60,9 @@ def explain() -> list[tuple[str, str]]:
         ),
         (
             "reduced",
-            f"The strongest attacker reads at least {points(100 * REDUCED_POINTS)} less than on the reference, and "
-            "the interval of the difference is clear of zero.",
+            f"The strongest attacker reads at least {points(100 * REDUCED_POINTS)} less than on the reference; the "
+            "intervals of the difference, over seeds and over test images, are clear of zero; it was not still "
+            "improving; and the probes were not all such as conditioning slows.",
         ),
         (
             "slowed",
@@ -81,7 +82,7 @@ def explain() -> list[tuple[str, str]]:
         ("serious drop", f"Benign accuracy fell by {points(100 * SERIOUS_DROP)} or more."),
         (
             "inconclusive",
-            f"The numbers decide neither way, or there was nothing to protect: the reference itself is not clearly "
+            "The numbers decide neither way, an attack that matters did not finish, or there was nothing to protect: the reference itself is not clearly "
             f"{points(100 * SIGNAL)} above chance.",
         ),
         ("not tested", "No attack of the class finished. Neither that nor an attack that diverged is resistance."),

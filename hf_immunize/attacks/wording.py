@@ -7,9 +7,10 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from hf_immunize.attacks import thresholds as limit
+from hf_immunize.attacks.findings import Finding, Kind
 from hf_immunize.attacks.outcomes import AuditData
 from hf_immunize.attacks.summaries import StepsRatio, Summary, gap
-from hf_immunize.attacks.verdict import Finding, Kind, judge
+from hf_immunize.attacks.verdict import judge
 
 
 LABELS = {

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from hf_immunize.attacks.outcomes import Outcome
 from hf_immunize.attacks.summaries import (
     first_reaching,
     gap,
+    gap_of_images,
     late_rise,
     matched,
     mean_interval,
@@ -165,3 +167,16 @@ def test_the_mean_ratio_is_geometric():
     reference = attack("gd", "head_input", "reference", 0.5, half=3, seeds=2)
     one = next(one for one in steps_ratios(make([*slow, *fast, *reference])) if one.share == 0.9)
     assert one.ratio == pytest.approx(math.sqrt(100))
+
+
+def test_the_gap_of_images_is_newcombes():
+    """56/70 against 48/80: Newcombe's Table II, method 10, gives 0.0524 to 0.3339."""
+    (theirs,) = summarize(
+        make([Outcome("a", "head_input", "reference", "harmful", "l", 0, "float64", accuracy=56 / 70)])
+    )
+    (ours,) = summarize(
+        make([Outcome("a", "head_input", "immunized", "harmful", "l", 0, "float64", accuracy=48 / 80)])
+    )
+    theirs = dataclasses.replace(theirs, test_interval=wilson_interval(56 / 70, 70))
+    ours = dataclasses.replace(ours, test_interval=wilson_interval(48 / 80, 80))
+    assert gap_of_images(theirs, ours) == pytest.approx((0.0524, 0.3339), abs=5e-5)

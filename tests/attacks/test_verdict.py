@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 from audit_sample import CHANCE, STEPS, attack, fine_tuning, layers, lost, make, probes, rising, sample_data
 
+from hf_immunize import immunize_linear, relative_immunization_ratio
 from hf_immunize.attacks import thresholds as limit
-from hf_immunize.attacks.outcomes import Task, Utility
-from hf_immunize.attacks.verdict import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind, judge
+from hf_immunize.attacks.findings import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind
+from hf_immunize.attacks.outcomes import Outcome, Task, Utility
+from hf_immunize.attacks.verdict import judge
 from hf_immunize.attacks.wording import sentences
 
 
@@ -186,6 +190,26 @@ def test_a_last_step_that_falls_does_not_hide_what_was_read_before():
     assert kinds(data, "head_input")[0] is Kind.NOT_PREVENTED
 
 
+def test_the_attack_that_reads_most_must_have_finished():
+    runs = [lost("ridge", "diverged", "NaN", seed=seed) for seed in range(5)]
+    weak = [*attack("knn", "head_input", "immunized", 0.011), *attack("knn", "head_input", "reference", 0.29)]
+    data = make([*runs, *weak, *attack("ridge", "head_input", "reference", 0.486)])
+    assert kinds(data, "head_input")[0] is Kind.INCONCLUSIVE
+    assert "the attack that reads most from the reference did not finish on the immunized model" in said(data)
+
+
+def test_a_layer_that_nobody_read_forbids_prevented():
+    held = [*layers("immunized", 0.012), *layers("reference", 0.53)]
+    open_ = lost("ridge", "skipped", "not enough memory", access="any_layer", layer="stages.3 (flattened)")
+    assert kinds(make([*head(0.012).outcomes, *held]), "any_layer")[0] is Kind.PREVENTED
+    assert kinds(make([*head(0.012).outcomes, *held, open_]), "any_layer")[0] is Kind.INCONCLUSIVE
+
+
+def test_gradient_descent_alone_does_not_vouch_for_reduced_either():
+    data = make([one for one in head(0.2).outcomes if one.attacker in ("gd", "adamw")])
+    assert kinds(data, "head_input")[0] is Kind.INCONCLUSIVE
+
+
 # Where the information went
 
 
@@ -261,6 +285,56 @@ def test_gradient_descent_slowed_and_least_squares_not_is_said_in_words():
     ) in text
 
 
+def linear_map_data():
+    """Real attacks on a real linear map: harmful features X before, X θ after, five classes told by all directions."""
+    torch.manual_seed(0)
+    dim, classes, steps = 32, 5, 5000
+    benign, harmful, test = (torch.randn(2000, dim, dtype=torch.float64) for _ in range(3))
+    benign = benign * torch.logspace(0, -1.25, dim, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64)).Q
+    turn = turn * torch.logspace(0, -0.15, dim, dtype=torch.float64)
+    harmful, test = harmful @ turn.T, test @ turn.T
+    theta = immunize_linear(benign, benign[:, 0], harmful, method="optimum").theta
+    ratio = relative_immunization_ratio(
+        harmful=harmful @ theta, harmful_reference=harmful, benign=benign @ theta, benign_reference=benign
+    )
+    marks = sorted({int(step) for step in np.logspace(0, np.log10(steps), 30)})
+    outcomes = []
+    for seed in range(3):
+        teacher = torch.randn(dim, classes, dtype=torch.float64)
+        labels, told = (harmful @ teacher).argmax(1), (test @ teacher).argmax(1)
+        target = torch.nn.functional.one_hot(labels, classes).double() - 1 / classes
+        for subject, map_ in (("reference", torch.eye(dim, dtype=torch.float64)), ("immunized", theta)):
+            z, z_test = harmful @ map_, test @ map_
+
+            def accuracy(w, z_test=z_test, told=told):
+                return float(((z_test @ w).argmax(1) == told).double().mean())
+
+            hessian, right, w, curve = z.T @ z, z.T @ target, torch.zeros(dim, classes, dtype=torch.float64), []
+            for step in range(1, steps + 1):
+                gradient = hessian @ w - right
+                w = w - (gradient**2).sum(0) / (gradient * (hessian @ gradient)).sum(0) * gradient
+                curve += [accuracy(w)] if step in marks else []
+            same = {"access": "head_input", "subject": subject, "task": "harmful", "layer": "map"}
+            same |= {"seed": seed, "precision": "float64"}
+            outcomes.append(Outcome("gd", **same, accuracy=curve[-1], steps=marks, curve=curve))
+            exact = torch.linalg.lstsq(z, target).solution
+            outcomes.append(Outcome("ridge", **same, accuracy=accuracy(exact)))
+    data = make(outcomes, rir={"rir": float(ratio.rir), "bound": ratio.bound})
+    data.tasks["harmful"] = Task("harmful", "a linear task", 2000, 2000, classes, 0.26)
+    return data
+
+
+@pytest.mark.slow
+def test_on_a_linear_map_gradient_descent_is_slowed_a_hundredfold_and_least_squares_reads_it_at_once():
+    data = linear_map_data()
+    assert data.rir["rir"] >= 1e4 and data.rir["bound"] is None
+    (slow,) = [one for one in judge(data) if one.kind is Kind.SLOWED]
+    assert [one.attacker for one in slow.ratios] == ["gd"] and slow.ratios[0].interval[0] >= 100
+    assert "Slowed but not prevented at the classifier's input: closed-form least squares (ridge)" in said(data)
+    assert kinds(data, "head_input")[0] is Kind.NOT_PREVENTED
+
+
 def test_what_is_only_slowed_is_not_prevented():
     assert kinds(slowed(), "head_input")[0] is Kind.NOT_PREVENTED
 
@@ -329,6 +403,14 @@ def test_seeds_that_agree_do_not_replace_test_images():
     data.tasks["harmful"] = small
     assert kinds(data, "head_input")[0] is Kind.INCONCLUSIVE
     assert "more test images or seeds decide" in said(data)
+
+
+def test_seeds_that_agree_on_few_images_do_not_make_a_reduction():
+    data = head(0.40)
+    assert kinds(data, "head_input")[0] is Kind.REDUCED
+    data.tasks["harmful"] = dataclasses.replace(data.tasks["harmful"], test_size=100)
+    assert kinds(data, "head_input")[0] is Kind.INCONCLUSIVE
+    assert "the interval of the difference over test images includes zero" in said(data)
 
 
 def test_seeds_that_disagree_widen_the_interval_beyond_prevented():
