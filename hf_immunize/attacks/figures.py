@@ -9,18 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hf_immunize.attacks.intervals import mean_interval
 from hf_immunize.attacks.outcomes import AuditData, Outcome, Spectrum
-from hf_immunize.attacks.summaries import (
-    ACCESSES,
-    SUBJECTS,
-    Summary,
-    matched,
-    mean_interval,
-    of_class,
-    strongest,
-    summarize,
-)
-from hf_immunize.attacks.wording import CLASSES, clean, label, percent
+from hf_immunize.attacks.summaries import ACCESSES, SUBJECTS, Summary, matched, of_class, strongest, summarize
+from hf_immunize.attacks.text import clean, label, percent
+from hf_immunize.attacks.wording import CLASSES
 
 
 if TYPE_CHECKING:

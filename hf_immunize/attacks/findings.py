@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from hf_immunize.attacks.summaries import StepsRatio, Summary
+from hf_immunize.attacks.speed import StepsRatio
+from hf_immunize.attacks.summaries import Summary
 
 
 class Kind(str, Enum):

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from hf_immunize.attacks import serialization
 from hf_immunize.attacks.outcomes import AuditData
 from hf_immunize.attacks.summaries import ACCESSES, SUBJECTS
+from hf_immunize.attacks.text import clean, label, percent, ratio, signed
 from hf_immunize.attacks.thresholds import TARGET_SHARES, explain
 from hf_immunize.attacks.verdict import judge
-from hf_immunize.attacks.wording import CLASSES, clean, label, percent, ratio, sentence, sentences, signed
+from hf_immunize.attacks.wording import CLASSES, sentence, sentences
 from hf_immunize.errors import DataError
 
 

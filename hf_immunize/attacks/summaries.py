@@ -1,16 +1,15 @@
-"""Outcomes of an audit over seeds: means, intervals, worst cases, ratios of steps."""
+"""Outcomes of an audit over seeds: means, intervals, worst cases, differences."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from scipy.special import ndtri, stdtrit
-
+from hf_immunize.attacks.intervals import mean_interval, wilson_interval
 from hf_immunize.attacks.outcomes import AuditData, Outcome
-from hf_immunize.attacks.thresholds import LEVEL, MIN_SEEDS, SIGNAL, TARGET_SHARES
+from hf_immunize.attacks.speed import late_rise
 
 
 ACCESSES = ("head_input", "any_layer", "fine_tuning")
@@ -68,81 +67,6 @@ class Summary:
         return min(self.mean, self.test_interval[0], self.interval[0] if self.interval else 1.0)
 
 
-@dataclass(frozen=True)
-class StepsRatio:
-    """How many times the steps an attacker needs on the immunized model.
-
-    Attributes:
-        attacker, access, task, layer, precision: As in `Outcome`.
-        share: Of what the attacker reads on the reference above chance; defines the accuracy to reach.
-        target: That accuracy, mean over seeds.
-        immunized, reference: Steps to it, mean over seeds; where `is_bound`, the immunized one is the budget.
-        ratio: Geometric mean over seeds of immunized / reference.
-        interval: Student's t interval of its logarithm, transformed back; None with fewer than `MIN_SEEDS`.
-        is_bound: Whether the immunized model was not read to that accuracy in some seed: the ratio is then a lower
-            bound.
-        seeds: Number of seeds.
-    """
-
-    attacker: str
-    access: str
-    task: str
-    layer: str
-    precision: str
-    share: float
-    target: float
-    immunized: float
-    reference: float
-    ratio: float
-    interval: tuple[float, float] | None
-    is_bound: bool
-    seeds: int
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-    """Mean and Student's t interval at `LEVEL`.
-
-    Args:
-        values: One a seed; at least one.
-
-    Returns:
-        The mean, and the interval or None with fewer than `MIN_SEEDS` values.
-
-    Example:
-        >>> mean, (low, high) = mean_interval([0.1, 0.2, 0.3])
-        >>> round(mean, 3), round(low, 3), round(high, 3)
-        (0.2, -0.048, 0.448)
-    """
-    mean = statistics.fmean(values)
-    if len(values) < MIN_SEEDS:
-        return mean, None
-    half = float(stdtrit(len(values) - 1, 0.5 + LEVEL / 2)) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, (mean - half, mean + half)
-
-
-def wilson_interval(accuracy: float, size: int) -> tuple[float, float]:
-    """Wilson's score interval of an accuracy at `LEVEL`, for what another draw of test images would give.
-
-    Args:
-        accuracy: Share of the images that are right, between 0 and 1.
-        size: Number of images.
-
-    Returns:
-        Its ends, between 0 and 1; (0, 1) without images.
-
-    Example:
-        >>> low, high = wilson_interval(0.0, 100)
-        >>> round(low, 3), round(high, 3)
-        (0.0, 0.037)
-    """
-    if size < 1:
-        return 0.0, 1.0
-    z2 = float(ndtri(0.5 + LEVEL / 2)) ** 2
-    centre = (accuracy + z2 / (2 * size)) / (1 + z2 / size)
-    half = math.sqrt(z2) / (1 + z2 / size) * math.sqrt(accuracy * (1 - accuracy) / size + z2 / (4 * size**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def reached(outcome: Outcome) -> float:
     """Best accuracy an attack that is done came to, along its curve too.
 
@@ -196,24 +120,6 @@ def _summarize(runs: list[Outcome], test_size: int) -> Summary:
 
 def _within_one(interval: tuple[float, float] | None) -> tuple[float, float] | None:
     return interval and (max(0.0, interval[0]), min(1.0, interval[1]))
-
-
-def late_rise(steps: Sequence[int], curve: Sequence[float]) -> float:
-    """What a curve gained over the last half of its steps, its end against the best of the first half.
-
-    Args:
-        steps: Ascending.
-        curve: Accuracy after these.
-
-    Returns:
-        The gain, 0 without two points.
-
-    Example:
-        >>> round(late_rise([10, 50, 100], [0.1, 0.2, 0.4]), 3)
-        0.2
-    """
-    early = [value for step, value in zip(steps, curve, strict=True) if 2 * step <= steps[-1]]
-    return curve[-1] - max(early) if early else 0.0
 
 
 def of_class(summaries: Iterable[Summary], subject: str, task: str, access: str) -> list[Summary]:
@@ -285,70 +191,3 @@ def gap_of_images(reference: Summary, immunized: Summary) -> tuple[float, float]
     difference = reference.mean - immunized.mean
     below = math.hypot(reference.mean - low, own_high - immunized.mean)
     return difference - below, difference + math.hypot(high - reference.mean, immunized.mean - own_low)
-
-
-def first_reaching(steps: Sequence[int], curve: Sequence[float], target: float) -> int | None:
-    """First measured step at which the curve is at the target or above, at least 1; None if it never is.
-
-    Example:
-        >>> first_reaching([1, 10, 100], [0.1, 0.3, 0.5], 0.3)
-        10
-    """
-    return next((max(step, 1) for step, value in zip(steps, curve, strict=True) if value >= target), None)
-
-
-def steps_ratios(data: AuditData, task: str = "harmful") -> list[StepsRatio]:
-    """Steps on the immunized model over steps on the reference, for every attacker that takes steps on both.
-
-    Args:
-        data: What the audit found.
-        task: As in `Outcome`.
-
-    Returns:
-        One for each attack and each of `TARGET_SHARES`; none for an attack that hardly beats chance on the reference.
-    """
-    runs: dict[tuple[str, ...], dict[tuple[str, int], Outcome]] = {}
-    for one in data.outcomes:
-        if one.task == task and one.status == "done" and one.curve:
-            key = (one.attacker, one.access, one.task, one.layer, one.precision)
-            runs.setdefault(key, {})[one.subject, one.seed] = one
-    ratios = [
-        _steps_ratio(key, by, data.tasks[task].chance, share) for key, by in runs.items() for share in TARGET_SHARES
-    ]
-    return [one for one in ratios if one is not None]
-
-
-def _steps_ratio(
-    key: tuple[str, ...], runs: dict[tuple[str, int], Outcome], chance: float, share: float
-) -> StepsRatio | None:
-    rows: list[tuple[float, int, int]] = []
-    bound = False
-    for (subject, seed), reference in runs.items():
-        immunized = runs.get(("immunized", seed))
-        if subject != "reference" or immunized is None or max(reference.curve) < chance + SIGNAL:
-            continue
-        target = chance + share * (max(reference.curve) - chance)
-        theirs = first_reaching(reference.steps, reference.curve, target)
-        ours = first_reaching(immunized.steps, immunized.curve, target)
-        assert theirs is not None, "the target lies below the reference's best"
-        bound |= ours is None
-        rows.append((target, ours or max(immunized.steps[-1], 1), theirs))
-    if not rows:
-        return None
-    attacker, access, task, layer, precision = key
-    mean, interval = mean_interval([math.log(ours / theirs) for _, ours, theirs in rows])
-    return StepsRatio(
-        attacker=attacker,
-        access=access,
-        task=task,
-        layer=layer,
-        precision=precision,
-        share=share,
-        target=statistics.fmean(row[0] for row in rows),
-        immunized=statistics.fmean(row[1] for row in rows),
-        reference=statistics.fmean(row[2] for row in rows),
-        ratio=math.exp(mean),
-        interval=interval and (math.exp(interval[0]), math.exp(interval[1])),
-        is_bound=bound,
-        seeds=len(rows),
-    )

@@ -10,16 +10,15 @@ from typing import Any
 import pandas
 
 from hf_immunize.attacks.outcomes import AuditData, Outcome
+from hf_immunize.attacks.speed import StepsRatio, steps_ratios
 from hf_immunize.attacks.summaries import (
     ACCESSES,
     SUBJECTS,
-    StepsRatio,
     Summary,
     gap,
     matched,
     of_class,
     reached,
-    steps_ratios,
     strongest,
     summarize,
 )

@@ -82,7 +82,8 @@ def explain() -> list[tuple[str, str]]:
         ("serious drop", f"Benign accuracy fell by {points(100 * SERIOUS_DROP)} or more."),
         (
             "inconclusive",
-            "The numbers decide neither way, an attack that matters did not finish, or there was nothing to protect: the reference itself is not clearly "
+            "The numbers decide neither way, an attack that matters did not finish, or there was nothing to "
+            "protect: the reference itself is not clearly "
             f"{points(100 * SIGNAL)} above chance.",
         ),
         ("not tested", "No attack of the class finished. Neither that nor an attack that diverged is resistance."),

@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from hf_immunize.attacks import thresholds as limit
 from hf_immunize.attacks.findings import CLAIMS, SIDE_CLAIMS, Finding, Kind
 from hf_immunize.attacks.outcomes import AuditData
+from hf_immunize.attacks.speed import StepsRatio, steps_ratios
 from hf_immunize.attacks.summaries import (
     ACCESSES,
-    StepsRatio,
     Summary,
     gap,
     gap_of_images,
     matched,
     of_class,
-    steps_ratios,
     strongest,
     summarize,
 )
