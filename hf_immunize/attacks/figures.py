@@ -148,7 +148,7 @@ def _bars(axes: Axes, rows: dict[str, dict[str, tuple[float, tuple[float, float]
     axes.axvline(100 * chance, color="black", linestyle=":", linewidth=1)
     keys.append(Line2D([], [], color="black", linestyle=":", linewidth=1, label="chance"))
     axes.set_yticks(range(len(rows)), [_plain(name) for name in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("test accuracy on the harmful task, %")
     axes.set_xlim(0, min(112.0, max(1.0, 1.15 * axes.get_xlim()[1])))
     axes.figure.legend(handles=keys, loc="outside upper center", ncols=4, frameon=False, fontsize=8)

@@ -45,6 +45,11 @@ BAD = frozenset(
     {Kind.BROKEN, Kind.SERIOUS_DROP, Kind.NOTHING_STOPPED, Kind.NOT_PREVENTED, Kind.ONE_LAYER_AWAY}
     | {Kind.NOT_SLOWED, Kind.NO_STEPS_NEEDED, Kind.TASK_LOST, Kind.BENIGN_SLOWED}
 )
+# What the strongest attacker of a class reads, one of these for each class.
+CLASS_KINDS = frozenset(
+    {Kind.NOT_TESTED, Kind.NOTHING_TO_PROTECT, Kind.INCONCLUSIVE, Kind.PREVENTED, Kind.REDUCED, Kind.NOT_PREVENTED}
+    | {Kind.WITHHELD}
+)
 # What is not said of a model that is broken, or whose benign accuracy nobody compared.
 CLAIMS = frozenset({Kind.PREVENTED, Kind.REDUCED})
 SIDE_CLAIMS = frozenset({Kind.SLOWED, Kind.AT_RANDOM, Kind.RATIO})

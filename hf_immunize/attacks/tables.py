@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas
 
+from hf_immunize.attacks.findings import CLASS_KINDS
 from hf_immunize.attacks.outcomes import AuditData, Outcome
 from hf_immunize.attacks.speed import StepsRatio, steps_ratios
 from hf_immunize.attacks.summaries import (
@@ -23,7 +24,7 @@ from hf_immunize.attacks.summaries import (
     summarize,
 )
 from hf_immunize.attacks.thresholds import TARGET_SHARES
-from hf_immunize.attacks.verdict import judge_class
+from hf_immunize.attacks.verdict import judge
 
 
 _HEADLINE = ["access", "attacker", "layer", "precision", "accuracy", "low", "high", "seeds"]
@@ -89,6 +90,8 @@ def _ends(interval: tuple[float, float] | None) -> tuple[float | None, float | N
 
 def _worst_cases(data: AuditData, summaries: Sequence[Summary], task: str) -> list[dict[str, Any]]:
     rows = []
+    # Of the whole verdict: a claim may be withheld.
+    said = {(one.access, one.task): one.kind.value for one in judge(data) if one.kind in CLASS_KINDS}
     ratios = {
         (one.attacker, one.access, one.layer, one.precision): one
         for one in steps_ratios(data, task)
@@ -101,8 +104,7 @@ def _worst_cases(data: AuditData, summaries: Sequence[Summary], task: str) -> li
             strongest(matched(of_class(summaries, subject, task, access), own)) for subject in ("reference", "random")
         )
         row: dict[str, Any] = dict.fromkeys(_HEADLINE) | {"access": access, "chance": data.tasks[task].chance}
-        if task in ("harmful", "unseen"):
-            row["finding"] = judge_class(data, summaries, access, task).kind.value
+        row["finding"] = said.get((access, task))
         if worst is not None:
             row |= {"attacker": worst.attacker, "layer": worst.layer, "precision": worst.precision}
             row |= {"accuracy": worst.mean, "seeds": len(worst.accuracies)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 
 
@@ -47,12 +48,14 @@ def _shows(character: str) -> bool:
 
 
 def label(attacker: str) -> str:
-    """An attacker's name for people: "lora_r8" is "lora r8", unless a better one is known.
+    """An attacker's name for people: without underscores, unless a better one is known.
 
     Example:
-        >>> label("gd"), label("lora_r8")
-        ('gradient descent with exact line search', 'lora r8')
+        >>> label("gd"), label("lora_r8"), label("head_first")
+        ('gradient descent with exact line search', 'LoRA of rank 8', 'head first')
     """
+    if rank := re.fullmatch(r"lora_r(\d{1,6})", attacker):
+        return f"LoRA of rank {rank.group(1)}"
     return LABELS.get(attacker) or clean(attacker).replace("_", " ")
 
 

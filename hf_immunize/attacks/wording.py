@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from hf_immunize.attacks import thresholds as limit
-from hf_immunize.attacks.findings import Finding, Kind
+from hf_immunize.attacks.findings import CLASS_KINDS, Finding, Kind
 from hf_immunize.attacks.outcomes import AuditData
 from hf_immunize.attacks.speed import StepsRatio
 from hf_immunize.attacks.summaries import Summary, gap
@@ -83,19 +83,7 @@ def sentence(finding: Finding, data: AuditData) -> str:
 
 
 _UTILITY = {Kind.BROKEN, Kind.SERIOUS_DROP, Kind.MAYBE_SERIOUS, Kind.UTILITY_KEPT, Kind.UTILITY_UNKNOWN}
-_CLASS_KINDS = {
-    Kind.NOT_TESTED,
-    Kind.NOTHING_TO_PROTECT,
-    Kind.INCONCLUSIVE,
-    Kind.PREVENTED,
-    Kind.REDUCED,
-    Kind.NOT_PREVENTED,
-    Kind.WITHHELD,
-    Kind.ONE_LAYER_AWAY,
-    Kind.NO_STEPS_NEEDED,
-    Kind.AT_RANDOM,
-    Kind.TASK_LOST,
-}
+_CLASS_KINDS = CLASS_KINDS | {Kind.ONE_LAYER_AWAY, Kind.NO_STEPS_NEEDED, Kind.AT_RANDOM, Kind.TASK_LOST}
 
 
 def _utility(kind: Kind, data: AuditData) -> str:

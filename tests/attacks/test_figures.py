@@ -65,7 +65,7 @@ def test_an_attacker_is_drawn_where_it_reads_most():
     ]
     data = make(runs)
     (picture,) = draw_curves(data, summarize(data))
-    assert picture.caption.startswith("Lora r8, all:")
+    assert picture.caption.startswith("LoRA of rank 8, all:")
 
 
 @pytest.mark.parametrize("name", ["$\\frac{", "$x$", "a\nb\x00", "<script>", "汽车", "--><b>", "W" * 300])

@@ -74,3 +74,8 @@ def test_every_run_is_an_outcome(tables):
 def test_what_diverged_is_listed_with_its_reason():
     row = make_tables(make([lost("sgd", "diverged", "the loss is NaN")]))["attacks"].iloc[0]
     assert (row["diverged"], row["note"]) == (1, "the loss is NaN")
+
+
+def test_a_claim_that_the_verdict_withholds_is_not_in_the_table():
+    headline = make_tables(sample_data(utility=None))["headline"]
+    assert list(headline["finding"]) == ["no claim", "not prevented", "not prevented"]
