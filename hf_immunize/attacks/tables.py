@@ -81,7 +81,12 @@ def make_tables(data: AuditData) -> dict[str, pandas.DataFrame]:
 
 
 def _frame(rows: Sequence[dict[str, Any]], columns: Sequence[str], **constant: Any) -> pandas.DataFrame:
-    return pandas.DataFrame([{**constant, **row} for row in rows], columns=list(columns))
+    frame = pandas.DataFrame([{**constant, **row} for row in rows], columns=list(columns))
+    for name in columns:
+        # A column of missing numbers alone would hold None, not NaN.
+        if all(value is None or type(value) in (int, float) for value in frame[name].tolist()):
+            frame[name] = pandas.to_numeric(frame[name])
+    return frame
 
 
 def _ends(interval: tuple[float, float] | None) -> tuple[float | None, float | None]:
@@ -150,9 +155,9 @@ def _budgets(data: AuditData) -> list[dict[str, Any]]:
     """Best accuracy that fine-tuning came to within an eighth, a quarter, a half and all of the steps."""
     runs = [one for one in data.outcomes if (one.access, one.task) == ("fine_tuning", "harmful")]
     runs = [one for one in runs if one.status == "done" and one.curve]
-    if not runs:
-        return []
     measured = sorted({step for one in runs for step in one.steps if step > 0})
+    if not measured:
+        return []
     wanted = [measured[-1] / part for part in (8, 4, 2, 1)]
     budgets = sorted({min(measured, key=lambda step: abs(step - budget)) for budget in wanted})
     rows = []

@@ -85,3 +85,12 @@ def test_a_spectrum_of_zeros_is_left_out():
 def test_one_seed_draws_a_curve_without_interval():
     data = make(attack("gd", "head_input", "immunized", 0.4, half=10, seeds=1))
     assert len(draw_curves(data, summarize(data))) == 1
+
+
+def test_one_seed_is_drawn_without_intervals():
+    runs = [
+        *attack("ridge", "head_input", "immunized", 0.4, seeds=1),
+        *attack("ridge", "any_layer", "immunized", 0.4, seeds=1, layer="stem"),
+        *attack("whole", "fine_tuning", "immunized", 0.4, seeds=1, half=10),
+    ]
+    assert [one.section for one in draw(make(runs))] == ["headline", "curves", "layers", "fine_tuning"]
