@@ -100,7 +100,9 @@ class AuditReport:
             chance by class of attackers, None where none was tested), "utility" (None where it was not measured) and
             "verdict" (sentences; names in them come from outside, so escape them for where they go).
         """
-        rows = self.tables()["headline"].set_index("access")
+        from hf_immunize.attacks.tables import headline_table
+
+        rows = headline_table(self.data).set_index("access")
         names = ("attacker", "layer", "accuracy", "reference_accuracy", "chance")
         utility = self.data.utility
         return {
@@ -143,9 +145,10 @@ class AuditReport:
         return "\n".join(lines)
 
     def _headline(self) -> list[dict[str, Any]]:
+        from hf_immunize.attacks.tables import headline_table
+
         rows = []
-        for row in self.tables()["headline"].to_dict("records"):
-            row = {key: _plain(value) for key, value in row.items()}
+        for row in _records(headline_table(self.data)):
             bound = "≥ " if row["steps_ratio_is_bound"] else ""
             rows.append(
                 {
@@ -161,7 +164,7 @@ class AuditReport:
                     "gap": signed(row["gap"]),
                     "random": percent(row["random_accuracy"]),
                     "chance": percent(row["chance"]),
-                    "steps": "no steps" if row["steps_ratio"] is None else f"{bound}{ratio(row['steps_ratio'])} ×",
+                    "steps": "–" if row["steps_ratio"] is None else f"{bound}{ratio(row['steps_ratio'])} ×",
                     "finding": row["finding"],
                 }
             )
