@@ -37,6 +37,7 @@ def test_labels_come_in_the_order_of_the_rows(tiny):
 def test_a_model_prepared_for_bf16_is_measured_in_full_precision(tiny):
     vit, data = tiny("vit"), rows(4)
     expected = next(extract(vit, data, progress=False)).features
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer that an earlier test made
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(vit)
     with torch.no_grad():
         assert prepared(pixel_values=data[0]["pixel_values"][None]).logits.dtype == torch.float32  # converted back
