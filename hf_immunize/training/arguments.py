@@ -37,8 +37,11 @@ class ImmunizationArguments(TrainingArguments):
             is below it and falls while it is above. None: the weights follow `auto_weight_ratio`. With
             ``objective="kappa", benign_loss="task", benign_budget=None`` and two numbers as weights, the paper's
             training.
-        budget_measure: What the budget is in: "kl" (divergence from the starting model's predictions on benign and
-            distillation images, in nats) or "loss" (rise of the benign task's loss over the starting model's).
+        budget_measure: What the budget is in: "kl" (divergence from the starting model's predictions, in nats) or
+            "loss" (rise of the benign task's loss over the starting model's).
+        budget_holdout: Part of the benign training images on which the budget is measured and which are not trained
+            on, since a few hundred images are soon known by heart. With fewer than 8 of them, or 0, it is measured on
+            the images that are trained on.
         benign_weight: Weight of the benign regularizer: a number, or "auto" to give its gradient on the features the
             same size whatever its own.
         harmful_weight: Weight of the harmful regularizer, likewise.
@@ -111,6 +114,10 @@ class ImmunizationArguments(TrainingArguments):
     budget_measure: str = field(
         default=Method.budget_measure,
         metadata={"help": "What the budget is in: 'kl' to the starting model, or rise of the benign task's 'loss'."},
+    )
+    budget_holdout: float = field(
+        default=Method.budget_holdout,
+        metadata={"help": "Part of the benign images that is kept from training, to measure the budget on."},
     )
     benign_weight: str = field(
         default="auto", metadata={"help": "Weight of the benign regularizer: a number, or 'auto' (by gradient norm)."}
@@ -206,4 +213,5 @@ class ImmunizationArguments(TrainingArguments):
             benign=benign,
             harmful=self.harmful_batch_size or benign,
             distillation=self.distillation_batch_size or max(1, benign // 2),
+            held_out=max(1, benign // 8),
         )

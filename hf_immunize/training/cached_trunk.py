@@ -87,8 +87,7 @@ def cached_pairs(
         DataError, ArgumentError, DiskSpaceError, NonFiniteError: See `TrunkCache` and `open_or_write`.
     """
     sides = {"benign": pairs.benign, "harmful": pairs.harmful}
-    if pairs.distillation is not None:
-        sides["distillation"] = pairs.distillation
+    sides |= {side: rows for side in ("distillation", "held_out") if (rows := getattr(pairs, side)) is not None}
     for side, rows in sides.items():
         if isinstance(rows, StreamedRows):
             raise ArgumentError(

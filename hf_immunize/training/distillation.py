@@ -131,6 +131,21 @@ class StartingModel:
         self._tensors = {name: state[name].to(value.device) for name, value in self._tensors.items()}
 
 
+@torch.no_grad()
+def released_logits(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Logits of the model as it would be released now: in eval mode, without a gradient.
+
+    Args:
+        model: The model itself, without a wrapper of data parallelism.
+        pixel_values: Shape ``(N, C, H, W)``.
+
+    Returns:
+        Shape ``(N, C)``.
+    """
+    with _all_in_eval(model):
+        return model(pixel_values=pixel_values)["logits"]
+
+
 @contextmanager
 def _all_in_eval(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]

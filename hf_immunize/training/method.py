@@ -34,6 +34,7 @@ class Method:
     feature_distillation_weight: float = 1.0
     benign_budget: float | None = 0.05
     budget_measure: str = "kl"
+    budget_holdout: float = 0.1
     benign_weight: str | float = "auto"
     harmful_weight: str | float = "auto"
     auto_weight_ratio: float = 0.3
@@ -95,6 +96,12 @@ def _normalized(method: Method) -> dict[str, Any]:
                 f"Expected benign_budget= above 0 or None, found {method.benign_budget!r}. 0.05 (in nats) is a good "
                 "start; None lets auto_weight_ratio decide."
             )
+    holdout = _number(method.budget_holdout)
+    if not 0 <= holdout <= 0.5:
+        raise ArgumentError(
+            f"Expected budget_holdout= between 0 and 0.5, found {method.budget_holdout}. 0 measures the budget on the "
+            "images that are trained on, which underrates it where these are few."
+        )
     ratio = _number(method.auto_weight_ratio)
     if not ratio >= 0:
         raise ArgumentError(
@@ -126,6 +133,7 @@ def _normalized(method: Method) -> dict[str, Any]:
         )
     return {
         "benign_budget": budget,
+        "budget_holdout": holdout,
         "auto_weight_ratio": ratio,
         "auto_weight_averaging": averaging,
         "auto_weight_bound": bound,

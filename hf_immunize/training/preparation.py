@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
+
 from hf_immunize.errors import DataError
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.distributed import world_size
@@ -11,6 +14,10 @@ from hf_immunize.vision.columns import find_columns, validate_labels
 from hf_immunize.vision.images import ImageRows
 from hf_immunize.vision.pairing import PairedDataset
 from hf_immunize.vision.streams import StreamedRows, is_stream
+
+
+# Of fewer images, the mean divergence says little.
+_FEWEST_HELD_OUT = 8
 
 
 def image_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: int, labels: str = "needed") -> Any:
@@ -90,8 +97,14 @@ def paired_rows(benign: Any, harmful: Any, args: ImmunizationArguments, distilla
         DataError: If a side is missing or empty, or no batch of two or more images can be made.
     """
     # ImageRows of harmful data have no labels unless the objective reads them; a user's own collator gets all items.
+    benign, held_out = hold_out(benign, args)
     paired = PairedDataset(
-        benign, harmful, harmful_labels=True, distillation=distillation, batch_sizes=args.batch_sizes
+        benign,
+        harmful,
+        harmful_labels=True,
+        distillation=distillation,
+        batch_sizes=args.batch_sizes,
+        held_out=held_out,
     )
     batch, harmful_batch = (size * world_size() for size in (args.batch_sizes.benign, args.batch_sizes.harmful))
     if min(batch, harmful_batch) < 2:
@@ -106,3 +119,24 @@ def paired_rows(benign: Any, harmful: Any, args: ImmunizationArguments, distilla
             "per_device_train_batch_size or give more images."
         )
     return paired
+
+
+def hold_out(benign: Any, args: ImmunizationArguments) -> tuple[Any, Any]:
+    """Keep a part of the benign rows from training, to measure the budget on.
+
+    Args:
+        benign: Benign rows.
+        args: For the budget, the part and the seed.
+
+    Returns:
+        The rows to train on and the others; all of them and None where no budget is measured, or too few would be.
+    """
+    count = int(args.budget_holdout * len(benign))
+    if args.benign_budget is None or count < _FEWEST_HELD_OUT:
+        return benign, None
+    seed = args.data_seed if args.data_seed is not None else args.seed
+    order = np.random.default_rng([seed, len(benign)]).permutation(len(benign)).tolist()
+    parts = sorted(order[count:]), sorted(order[:count])
+    if isinstance(benign, ImageRows):
+        return benign.subset(parts[0]), benign.subset(parts[1])
+    return torch.utils.data.Subset(benign, parts[0]), torch.utils.data.Subset(benign, parts[1])

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.errors import ImmunizationError
 from hf_immunize.training.cached_trunk import replayed
-from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence
+from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence, released_logits
 from hf_immunize.training.distributed import gather_features, mean_gradient_norm
 from hf_immunize.training.method import Method
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
@@ -175,12 +175,33 @@ class ImmunizationStep:
         if self.method.benign_loss != "task":
             parts["feature_error"] = feature_error(torch.cat([features[part] for part in rows]), start_features)
             loss = kl + self.method.feature_distillation_weight * parts["feature_error"]
-        if self.method.budget_measure == "loss" and self.method.benign_budget is not None:
-            labels = batch["benign"]["labels"]
-            with torch.no_grad():
-                measured = task_loss(logits[:benign_end], labels) - task_loss(start_logits[:benign_end], labels)
-            parts["task_loss_rise"] = measured
+        if self.method.benign_budget is not None:
+            now = (logits[:benign_end].detach(), start_logits[:benign_end], batch["benign"].get("labels"))
+            measured, name = self._spent(kl, now, batch.get("held_out"), task_loss)
+            parts |= {name: measured} if name != "kl" else {}
         return loss, parts, measured
+
+    def _spent(
+        self,
+        kl: Tensor,
+        trained: tuple[Tensor, Tensor, Tensor | None],
+        held_out: dict[str, Any] | None,
+        task_loss: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, str]:
+        """How much of the budget is spent, and its name in the log: on held-out images where there are any."""
+        logits, start_logits, labels = trained
+        if held_out is not None:
+            labels = held_out.get("labels")
+            with replayed(self.trunk, self._plain_model):
+                logits = released_logits(self._plain_model, held_out["pixel_values"])
+                assert self.start is not None  # a budget needs the starting model
+                _, start_logits = self.start(self._plain_model, self.head, held_out["pixel_values"])
+        prefix = "" if held_out is None else "held_out_"
+        if self.method.budget_measure == "kl":
+            return (kl if held_out is None else logit_divergence(logits, start_logits)), f"{prefix}kl"
+        assert labels is not None  # checked before training began
+        with torch.no_grad():
+            return task_loss(logits, labels) - task_loss(start_logits, labels), f"{prefix}task_loss_rise"
 
     def _terms(self, benign: Side, harmful: Side, step: int) -> Terms:
         sides = {"benign": benign, "harmful": harmful}

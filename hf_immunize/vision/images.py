@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import datasets
@@ -54,6 +55,7 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
         self.image_column = image_column
         self.label_column = label_column
         self.num_labels = num_labels
+        self._numbers: list[int] | None = None  # of the rows, where these are some of another's
         # A transform is the user's own code; its ValueError is no damaged image.
         self._damage: tuple[type[Exception], ...] = (OSError,)
         if isinstance(dataset, datasets.Dataset) and not is_transformed(dataset):
@@ -67,10 +69,26 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def subset(self, numbers: list[int]) -> ImageRows:
+        """Some of the rows, which messages go on calling by the numbers they have here.
+
+        Args:
+            numbers: Row numbers.
+
+        Returns:
+            Rows in the order of the numbers.
+        """
+        part = copy(self)
+        stored = isinstance(self.dataset, datasets.Dataset)
+        part.dataset = self.dataset.select(numbers) if stored else torch.utils.data.Subset(self.dataset, numbers)
+        part._numbers = numbers if self._numbers is None else [self._numbers[number] for number in numbers]
+        return part
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = int(index)
+        item_index, index = index, index if self._numbers is None else self._numbers[index]
         try:
-            item = self.dataset[index]
+            item = self.dataset[item_index]
             value = item[self.image_column]
             image = to_rgb(value) if isinstance(value, Image.Image) else None
         except self._damage as error:

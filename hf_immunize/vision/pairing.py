@@ -19,8 +19,10 @@ from hf_immunize.errors import ArgumentError, DataError, ShapeError
 
 # A row, or a row and which of its stored views.
 Row = int | tuple[int, int]
-# A benign row with the harmful and the distillation rows that come along with it.
-Draw = tuple[Row, tuple[Row, ...], tuple[Row, ...]]
+# A benign row with the harmful, the distillation and the held-out rows that come along with it.
+Draw = tuple[Row, tuple[Row, ...], tuple[Row, ...], tuple[Row, ...]]
+# The sides that come beside the benign one, in this order.
+BESIDE = ("harmful", "distillation", "held_out")
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class BatchSizes:
         benign: Benign rows.
         harmful: Harmful rows.
         distillation: Rows of the distillation set; 0 without one.
+        held_out: Benign rows that are measured and not trained on; 0 without.
     """
 
     benign: int = 1
     harmful: int = 1
     distillation: int = 0
+    held_out: int = 0
 
 
 ONE_EACH = BatchSizes()
@@ -63,6 +67,7 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         seed: The seed of all orders.
         shuffle: If False, all sets come in their stored order.
         num_distillation: The number of distillation rows; None for a stream.
+        num_held_out: The number of held-out benign rows.
         batch_sizes: Rows of each side in a batch.
 
     Raises:
@@ -71,12 +76,12 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
     Examples:
         >>> sampler = PairedSampler(num_benign=3, num_harmful=2, seed=0, shuffle=False)
         >>> list(sampler)
-        [(0, (0,), ()), (1, (1,), ()), (2, (0,), ())]
+        [(0, (0,), (), ()), (1, (1,), (), ()), (2, (0,), (), ())]
         >>> sampler.set_epoch(1)
         >>> list(sampler)
-        [(0, (1,), ()), (1, (0,), ()), (2, (1,), ())]
+        [(0, (1,), (), ()), (1, (0,), (), ()), (2, (1,), (), ())]
         >>> list(PairedSampler(4, 9, seed=0, shuffle=False, batch_sizes=BatchSizes(benign=4, harmful=6)))
-        [(0, (0,), ()), (1, (1, 2), ()), (2, (3,), ()), (3, (4, 5), ())]
+        [(0, (0,), (), ()), (1, (1, 2), (), ()), (2, (3,), (), ()), (3, (4, 5), (), ())]
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         shuffle: bool = True,
         *,
         num_distillation: int | None = 0,
+        num_held_out: int = 0,
         batch_sizes: BatchSizes = ONE_EACH,
     ) -> None:
         if num_benign < 1 or num_harmful == 0:
@@ -96,11 +102,12 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         self.num_benign = num_benign
         self.num_harmful = num_harmful
         self.num_distillation = num_distillation
+        self.num_held_out = num_held_out
         self.batch_sizes = batch_sizes
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
-        self.views: tuple[int, ...] = (1, 1, 1)  # of the benign, harmful and distillation rows
+        self.views: tuple[int, ...] = (1, 1, 1, 1)  # of the benign rows and those beside them
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose rows the next iteration draws.
@@ -118,7 +125,8 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         benign = [self._shown(row, kind=0, turn=self.epoch) for row in order]
         harmful = self._beside(self.num_harmful, self.batch_sizes.harmful, kind=1)
         distillation = self._beside(self.num_distillation, self.batch_sizes.distillation, kind=2)
-        yield from zip(benign, harmful, distillation, strict=True)
+        held_out = self._beside(self.num_held_out, self.batch_sizes.held_out, kind=3)
+        yield from zip(benign, harmful, distillation, held_out, strict=True)
 
     def _beside(self, length: int | None, batch_size: int, kind: int) -> Iterator[tuple[Row, ...]]:
         """Rows of another side, for each benign row of this epoch."""
@@ -180,6 +188,7 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         harmful: A map-style dataset of harmful rows, or `StreamedRows`.
         harmful_labels: Keep the harmful rows' labels, which most objectives do not use.
         distillation: Rows of any images, whose labels are not used; likewise.
+        held_out: Benign rows to measure, which are not among `benign`.
         batch_sizes: Rows of each side in a batch.
 
     Raises:
@@ -187,8 +196,8 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     Examples:
         >>> pairs = PairedDataset([{"image": "cat", "labels": 0}], [{"image": "gun", "labels": 0}])
-        >>> pairs[0, (0,), ()]
-        {'benign': {'image': 'cat', 'labels': 0}, 'harmful': [{'image': 'gun'}], 'distillation': []}
+        >>> sorted(pairs[0, (0,), (), ()].items())  # doctest: +ELLIPSIS
+        [('benign', {'image': 'cat', 'labels': 0}), ('distillation', []), ('harmful', [{'image': 'gun'}]), ...]
     """
 
     def __init__(
@@ -198,14 +207,17 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         harmful_labels: bool = False,
         distillation: Any = None,
         batch_sizes: BatchSizes = ONE_EACH,
+        held_out: Any = None,
     ) -> None:
-        for name, data in (("benign", benign), ("harmful", harmful), ("distillation", distillation)):
+        sides = {"benign": benign, "harmful": harmful, "distillation": distillation, "held-out": held_out}
+        for name, data in sides.items():
             if data is not None and _length(data) == 0:
                 raise DataError(f"The {name} dataset is empty; immunization needs at least one {name} image.")
         self.benign = benign
         self.harmful = harmful
         self.harmful_labels = harmful_labels
         self.distillation = distillation
+        self.held_out = held_out
         self.batch_sizes = batch_sizes
         self._sampler: PairedSampler | None = None
 
@@ -213,12 +225,13 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.benign)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        benign, harmful, distillation = draw
+        benign, harmful, distillation, held_out = draw
         harmful_rows = [self.harmful[row] for row in harmful]
         return {
             "benign": self.benign[benign],
             "harmful": harmful_rows if self.harmful_labels else [_unlabelled(row) for row in harmful_rows],
             "distillation": [_unlabelled(self.distillation[row]) for row in distillation],
+            "held_out": [self.held_out[row] for row in held_out],
         }
 
     def make_sampler(self, seed: int, shuffle: bool = True) -> PairedSampler:
@@ -262,7 +275,7 @@ class PairedCollator:
     Examples:
         >>> from hf_immunize.vision.images import ImageCollator
         >>> row = {"pixel_values": torch.zeros(3, 8, 8)}
-        >>> batch = PairedCollator(ImageCollator())([{"benign": row, "harmful": [row], "distillation": []}] * 4)
+        >>> batch = PairedCollator(ImageCollator())([{"benign": row, "harmful": [row]}] * 4)
         >>> batch["harmful"]["pixel_values"].shape
         torch.Size([4, 3, 8, 8])
     """
@@ -277,7 +290,7 @@ class PairedCollator:
             rows: Pairs from a `PairedDataset`, or single rows.
 
         Returns:
-            For pairs ``{"benign": {...}, "harmful": {...}}``, and ``"distillation"`` where there are such rows, else
+            For pairs ``{"benign": {...}, "harmful": {...}}``, and those of `BESIDE` where there are such rows, else
             what the inner collator returns.
 
         Raises:
@@ -286,8 +299,8 @@ class PairedCollator:
         if "benign" not in rows[0]:
             return self.inner(rows)
         batch = {"benign": self.inner([row["benign"] for row in rows])}
-        for side in ("harmful", "distillation"):
-            side_rows = [one for row in rows for one in row[side]]
+        for side in BESIDE:
+            side_rows = [one for row in rows for one in row.get(side, ())]
             if side_rows:
                 batch[side] = self.inner(side_rows)
         check_one_shape(batch)

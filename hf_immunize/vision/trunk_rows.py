@@ -77,13 +77,14 @@ class CachedPairs(PairedDataset):
         harmful: Stored harmful rows.
         distillation: Stored rows of the distillation set, if there is one.
         batch_sizes: Rows of each side in a batch.
+        held_out: Stored held-out benign rows, if there are any.
 
     Examples:
         >>> features = datasets.Features({"activation": datasets.List(datasets.Value("float32"), length=1)})
         >>> dataset = datasets.Dataset.from_dict({"activation": [[0], [1], [2], [3]]}, features=features)
         >>> pairs = CachedPairs(CachedRows(dataset, (1,), views=2), CachedRows(dataset, (1,), views=2))
         >>> list(pairs.make_sampler(seed=0, shuffle=False))
-        [((0, 1), ((0, 1),), ()), ((1, 1), ((1, 1),), ())]
+        [((0, 1), ((0, 1),), (), ()), ((1, 1), ((1, 1),), (), ())]
     """
 
     def __init__(
@@ -92,8 +93,9 @@ class CachedPairs(PairedDataset):
         harmful: CachedRows,
         distillation: CachedRows | None = None,
         batch_sizes: BatchSizes = ONE_EACH,
+        held_out: CachedRows | None = None,
     ) -> None:
-        super().__init__(benign, harmful, True, distillation, batch_sizes)
+        super().__init__(benign, harmful, True, distillation, batch_sizes, held_out)
 
     def make_sampler(self, seed: int, shuffle: bool = True) -> PairedSampler:
         """As `PairedDataset.make_sampler`, with a view for each row.
@@ -106,6 +108,6 @@ class CachedPairs(PairedDataset):
             The sampler; without several views, that of the images.
         """
         sampler = super().make_sampler(seed, shuffle)
-        sides = (self.benign, self.harmful, self.distillation)
+        sides = (self.benign, self.harmful, self.distillation, self.held_out)
         sampler.views = tuple(1 if rows is None else rows.views for rows in sides)
         return sampler

@@ -72,13 +72,13 @@ def rows(count, shape=(3, 4, 4), first=0):
 
 
 def test_a_pair_holds_both_rows_and_the_benign_label_alone():
-    pair = PairedDataset(rows(3), rows(2, first=10))[2, (1,), ()]
+    pair = PairedDataset(rows(3), rows(2, first=10))[2, (1,), (), ()]
     assert pair["benign"]["labels"] == 2 and set(pair["harmful"][0]) == {"pixel_values"}
     assert pair["harmful"][0]["pixel_values"][0, 0, 0] == 11
 
 
 def test_harmful_labels_come_on_request():
-    assert PairedDataset(rows(3), rows(2), harmful_labels=True)[2, (1,), ()]["harmful"][0]["labels"] == 1
+    assert PairedDataset(rows(3), rows(2), harmful_labels=True)[2, (1,), (), ()]["harmful"][0]["labels"] == 1
 
 
 def test_the_length_is_the_benign_one():
@@ -92,23 +92,25 @@ def test_an_empty_side_is_refused(benign, harmful, name):
 
 
 def test_pairs_are_collated_side_by_side():
-    batch = PairedCollator(ImageCollator())([PairedDataset(rows(3), rows(2))[i, (0,), ()] for i in range(3)])
+    batch = PairedCollator(ImageCollator())([PairedDataset(rows(3), rows(2))[i, (0,), (), ()] for i in range(3)])
     assert batch["benign"]["pixel_values"].shape == batch["harmful"]["pixel_values"].shape == (3, 3, 4, 4)
     assert batch["benign"]["labels"].tolist() == [0, 1, 2] and "labels" not in batch["harmful"]
 
 
 @given(
     counts=st.tuples(sizes, sizes, sizes),
-    batch=st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 7)),
+    batch=st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 7), st.integers(0, 3)),
     epochs=st.integers(1, 4),
 )
 def test_full_batches_hold_the_sizes_asked(counts, batch, epochs):
-    sampler = PairedSampler(counts[0], counts[1], 0, num_distillation=counts[2], batch_sizes=BatchSizes(*batch))
+    sampler = PairedSampler(
+        counts[0], counts[1], 0, num_distillation=counts[2], num_held_out=4, batch_sizes=BatchSizes(*batch)
+    )
     for epoch in range(epochs):
         drawn = pairs_of(sampler, [epoch])
         for start in range(0, counts[0] - batch[0] + 1, batch[0]):
             rows_of_batch = drawn[start : start + batch[0]]
-            found = [sum(len(draw[side]) for draw in rows_of_batch) for side in (1, 2)]
+            found = [sum(len(draw[side]) for draw in rows_of_batch) for side in (1, 2, 3)]
             assert found == list(batch[1:])
 
 
@@ -143,7 +145,7 @@ def test_single_rows_are_collated_as_one():
 def test_sides_of_different_shapes_are_refused():
     data = PairedDataset(rows(1), rows(1, shape=(3, 5, 5)))
     with pytest.raises(ShapeError, match=r"\(3, 4, 4\) and \(3, 5, 5\)"):
-        PairedCollator(ImageCollator())([data[0, (0,), ()]])
+        PairedCollator(ImageCollator())([data[0, (0,), (), ()]])
 
 
 class Indices(PairedDataset):

@@ -59,9 +59,9 @@ def norm():
 
 def run(folder, **options):
     """One step over a global batch of 8 images a side, then an evaluation of 13, which no batch size divides."""
+    options = {"max_steps": 1} | options
     args = ImmunizationArguments(
         output_dir=str(folder),
-        max_steps=1,
         per_device_train_batch_size=8 // world_size() // options.get("gradient_accumulation_steps", 1),
         per_device_eval_batch_size=4,
         optim="sgd",
@@ -76,14 +76,17 @@ def run(folder, **options):
         **options,
     )
     sets = {"train_dataset": rows(16, 1), "harmful_dataset": rows(16, 2), "eval_dataset": rows(13, 3)}
+    if args.benign_loss == "distillation":
+        sets["distillation_dataset"] = rows(10, 5)
     trainer = ImmunizationTrainer(vit(), args, **sets, harmful_eval_dataset=rows(11, 4))
     trainer.train()
     names = ("kappa", "rank", "rir", "ratio", "accuracy")
     metrics = {key: value for key, value in trainer.evaluate().items() if any(name in key for name in names)}
-    log = next(entry for entry in trainer.state.log_history if "r_ill" in entry)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     names = ("loss", "benign_loss", "r_well", "r_ill", "benign_weight", "harmful_weight")
+    names = [*names, "kl", "spread", "concentration", "multiplier"]
     moved = {name: p.flatten().tolist() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    return {"metrics": metrics, "log": {name: log[name] for name in names}, "weights": moved}
+    return {"metrics": metrics, "log": {name: log[name] for name in names if name in log}, "weights": moved}
 
 
 def everything(folder):
@@ -93,6 +96,8 @@ def everything(folder):
         "norm": norm(),
         "auto": run(folder, **PAPER),
         "fixed": run(folder, **FIXED),
+        # Running means, multiplier, queue, starting model and a third set, over steps enough to use them.
+        "defaults": run(folder, max_steps=4, queue_size=16),
         "cached": run(f"{folder}/cached", cache_trunk="float32", **FIXED),
     }
 
