@@ -28,6 +28,9 @@ _HOMES = {
     "probe_convergence": "hf_immunize.linear.probe",
     "penultimate_features": "hf_immunize.vision.features",
     "split_benign_harmful": "hf_immunize.vision.data",
+    "ImmunizationRecord": "hf_immunize.hub.record",
+    "load_immunized": "hf_immunize.hub.load",
+    "verify": "hf_immunize.hub.verify",
     "ImmunizationArguments": "hf_immunize.training.arguments",
     "ImmunizationTrainer": "hf_immunize.training.trainer",
 }

@@ -80,7 +80,9 @@ def from_plain(kind: type[T], value: Any, where: str) -> T:
     for name, item in known.items():
         optional = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
         if name not in given and not optional:
-            raise RecordError(f"Expected {where}.{name} in the record, found none. The record is damaged or not whole.")
+            raise RecordError(
+                f"Expected {where}.{name} in the record, found none. The record is damaged or not whole."
+            )
     unknown = {name: _value(Any, item, f"{where}.{name}") for name, item in value.items() if name not in known}
     return kind(**given, **{UNKNOWN: unknown})
 
@@ -119,8 +121,10 @@ def _plain_value(hint: type, value: Any, where: str) -> Any:
         return float(value)
     if hint is int and number and isinstance(value, int):
         return value
-    if hint in (str, bool) and isinstance(value, hint):
-        return _text(value, where) if hint is str else value
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str):
+        return _text(value, where)
     raise _unexpected(where, _KINDS[hint], value)
 
 
