@@ -261,7 +261,7 @@ def _body(record: ImmunizationRecord, options: CardOptions, title: str) -> str:
         trainable=plain(record.method.trainable),
         steps=record.method.steps,
         seed=record.method.seed,
-        software=", ".join(f"{plain(k)} {plain(v)}" for k, v in record.software.items()) or "not recorded",
+        software=plain(", ".join(f"{k} {v}" for k, v in record.software.items())) or "not recorded",
     )
 
 
@@ -272,7 +272,7 @@ def _data_words(data: DataRecord | None) -> str:
     if data.classes:
         words += f", classes {', '.join(plain(name) for name in data.classes)}"
     sizes = [f"{data.train_size} images to train on"] * (data.train_size is not None)
-    split = f" (split {plain(data.split)})" if data.split else ""
+    split = f" ({plain(data.split)})" if data.split else ""
     sizes += [f"{data.size} to measure on{split}"] * (data.size is not None)
     return words + (f"; {', '.join(sizes)}" if sizes else "")
 
