@@ -154,7 +154,7 @@ def _images(
         parts = split_benign_harmful(load(dataset), harmful_classes)
     else:
         parts = load(str(benign)), load(str(harmful))
-    return tuple(_first(part, max_images, seed) for part in parts)  # type: ignore[return-value]
+    return tuple(_first(part, max_images, seed) for part in parts)
 
 
 def _first(images: Any, limit: int | None, seed: int) -> Any:
