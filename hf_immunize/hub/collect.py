@@ -95,7 +95,7 @@ def describe_dataset(dataset: Any, name: str | None = None, *, train: Any = None
     Returns:
         Its part of the record; None where there is neither.
     """
-    inner = _innermost(dataset if dataset is not None else train)
+    inner = innermost(dataset if dataset is not None else train)
     if inner is None:
         return None
     info = getattr(inner, "info", None)
@@ -108,7 +108,7 @@ def describe_dataset(dataset: Any, name: str | None = None, *, train: Any = None
         on_hub=source is not None and (name is None or name == source[1]),
         revision=source[2] if source else None,
         split=one_line(split) if split is not None else None,
-        fingerprint=getattr(_innermost(dataset), "_fingerprint", None),
+        fingerprint=getattr(innermost(dataset), "_fingerprint", None),
         train_size=_size(train),
         size=_size(dataset),
     )
@@ -191,19 +191,26 @@ def software_versions() -> dict[str, str]:
     return found
 
 
-def _log10(value: float) -> float | None:
-    return math.log10(value) if value > 0 and math.isfinite(value) else None
+def innermost(dataset: Any) -> Any:
+    """The data set within wrappers such as `ImageRows`.
 
+    Args:
+        dataset: A data set, or rows of one.
 
-def _size(dataset: Any) -> int | None:
-    return len(dataset) if hasattr(dataset, "__len__") else None
-
-
-def _innermost(dataset: Any) -> Any:
-    """The data set within wrappers such as `ImageRows`."""
+    Returns:
+        The first that has a fingerprint, or holds no other.
+    """
     for _ in range(8):
         inner = getattr(dataset, "dataset", None)
         if inner is None or hasattr(dataset, "_fingerprint"):
             return dataset
         dataset = inner
     return dataset
+
+
+def _log10(value: float) -> float | None:
+    return math.log10(value) if value > 0 and math.isfinite(value) else None
+
+
+def _size(dataset: Any) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") else None

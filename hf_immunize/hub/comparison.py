@@ -156,6 +156,8 @@ def _other_data(data: DataRecord | None, now: Measured) -> str | None:
     if count != data.size:
         return f"{data.size} images then, {count} now"
     if not math.isclose(now.measurement.checksum, data.checksum, rel_tol=1e-6):
+        if data.fingerprint is not None and data.fingerprint == now.fingerprint:
+            return "the same data set, but with other pixel values, as another image processor makes them"
         return "as many, but with other pixel values (other images, another order, or another image processor)"
     return None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification
 
 from hf_immunize.errors import ArgumentError, WeightsChangedWarning, WeightsError
@@ -84,7 +85,7 @@ def load_model(folder: str | os.PathLike[str], trust_remote_code: bool = False) 
         return AutoModelForImageClassification.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True
         ).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         words = " ".join(str(error).split())
         raise WeightsError(
             f"Expected an image classifier's config.json and weights, found: {words[:300]}. Fetch or save them again; "

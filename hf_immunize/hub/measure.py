@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import DataError
-from hf_immunize.hub.collect import describe_ratio
+from hf_immunize.hub.collect import describe_ratio, innermost
 from hf_immunize.hub.parts import RatioRecord
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.vision.columns import find_columns
@@ -35,11 +35,13 @@ class Measured:
         measurement: Its features' QR factor and the images' checksum.
         accuracy: Top-1 accuracy; None where the rows have no labels that are the model's.
         features: The features, shape ``(N, D)``, where they were asked for.
+        fingerprint: The `datasets` fingerprint of the rows, if they have one.
     """
 
     measurement: Measurement = field(default_factory=Measurement)
     accuracy: float | None = None
     features: Tensor | None = None
+    fingerprint: str | None = None
 
 
 def measure(
@@ -68,7 +70,7 @@ def measure(
     Returns:
         `Measured`.
     """
-    found = Measured()
+    found = Measured(fingerprint=getattr(innermost(rows), "_fingerprint", None))
     kept: list[Tensor] = []
     right = seen = 0
     description = f"κ of {name} features"

@@ -1,16 +1,10 @@
-"""A Hub on loopback, and a tiny immunized checkpoint with its record."""
-
-import os
-import sys
-from pathlib import Path
+"""A tiny immunized checkpoint with its record."""
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers as hf
-from huggingface_hub import HfApi
 from PIL import Image
 
 from hf_immunize.hub.collect import describe_side, exact_ratio, software_versions
@@ -18,59 +12,6 @@ from hf_immunize.hub.hashes import hash_weights
 from hf_immunize.hub.measure import image_rows, measure
 from hf_immunize.hub.parts import AttackRecord, AuditRecord, BaseModelRecord, DataRecord, MethodRecord, MetricRecord
 from hf_immunize.hub.record import ImmunizationRecord, write_record
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-from server import TOKEN, USER, Hub
-
-
-REPO = f"{USER}/immunized"
-
-
-@pytest.fixture
-def hub():
-    server = Hub()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def online(hub, monkeypatch, tmp_path):
-    """The client in this process, turned to the loopback Hub; waiting costs no time."""
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return hub
-
-
-@pytest.fixture
-def api(online):
-    return HfApi(endpoint=online.url, token=TOKEN)
-
-
-@pytest.fixture
-def environment(hub, tmp_path):
-    """For a process of its own: the client asks the loopback Hub, and a home with a telling name."""
-    home = tmp_path / "home-of-alice"
-    home.mkdir()
-    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "VIRTUAL_ENV") if name in os.environ}
-    package = str(Path(__file__).parents[2])
-    return kept | {
-        "PYTHONPATH": os.pathsep.join([package, *filter(None, [kept.get("PYTHONPATH")])]),
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home / "hf"),
-        "HOME": str(home),
-        "USER": "alice",
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 def tiny_model():
@@ -157,3 +98,16 @@ def make_record(model, reference, processor, benign, harmful):
 @pytest.fixture
 def record(checkpoint):
     return ImmunizationRecord.from_json((checkpoint / "immunization.json").read_text())
+
+
+@pytest.fixture
+def tamper():
+    """Change one weight of a checkpoint."""
+
+    def change(folder):
+        path = folder / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-2] ^= 0x40
+        path.write_bytes(bytes(content))
+
+    return change

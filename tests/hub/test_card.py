@@ -4,11 +4,11 @@ import re
 
 import pytest
 import yaml
+from hub_server import card_problems
 from huggingface_hub import ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from server import card_problems
 
 from hf_immunize.errors import CardError
 from hf_immunize.hub.card import CardOptions, eval_results, licence_fields, render_card, write_card

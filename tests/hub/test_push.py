@@ -5,8 +5,8 @@ import shutil
 
 import huggingface_hub
 import pytest
+from hub_server import READ_ONLY, TOKEN, USER
 from huggingface_hub import HfApi
-from server import READ_ONLY, TOKEN, USER
 
 from hf_immunize.errors import ArgumentError, CardError, HubError, RecordError, WeightsError
 from hf_immunize.hub.push import files_to_push, push
@@ -154,10 +154,8 @@ def test_weights_of_an_earlier_push_are_removed(checkpoint, api, online):
     assert set(online.files(REPO)) == EXPECTED | {".gitattributes", "mine.txt"}
 
 
-def test_weights_other_than_the_recorded_are_refused(checkpoint, api, online):
-    with open(checkpoint / "model.safetensors", "r+b") as file:
-        file.seek(-4, 2)
-        file.write(b"\0\0\0\0")
+def test_weights_other_than_the_recorded_are_refused(checkpoint, api, online, tamper):
+    tamper(checkpoint)
     with pytest.raises(RecordError, match=r"model\.safetensors has changed"):
         push(checkpoint, REPO, api=api)
     assert REPO not in online.repos
