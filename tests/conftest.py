@@ -38,6 +38,8 @@ def online(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    # transformers keeps one client, with the endpoint of its first use.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return hub

@@ -97,7 +97,7 @@ def retried(
     *,
     attempts: int = 4,
     wait: float = 1.0,
-    sleep: Callable[[float], Any] = time.sleep,
+    sleep: Callable[[float], Any] | None = None,
 ) -> T:
     """Call until it succeeds, or fails for a reason that trying again does not mend.
 
@@ -106,7 +106,7 @@ def retried(
         what: What is being done, for messages.
         attempts: At most so many calls.
         wait: Seconds before the second, doubled before each further one; longer where the Hub says so.
-        sleep: How to wait.
+        sleep: How to wait; by default `time.sleep`.
 
     Returns:
         What the call returns.
@@ -123,7 +123,7 @@ def retried(
                 raise
             pause = min(max(wait * 2 ** (attempt - 1), _retry_after(error)), _LONGEST_WAIT)
             logger.warning(f"{error} Trying again in {pause:.0f} s ({attempt} of {attempts - 1}).")
-            sleep(pause)
+            (sleep or time.sleep)(pause)
     raise AssertionError("unreachable")
 
 

@@ -150,7 +150,7 @@ def _push_call(trainer: Any, message: str, token: str | None, revision: str | No
         push,
         trainer.args.output_dir,
         trainer.hub_model_id,
-        private=private,
+        private=private if private is not None else trainer.args.hub_private_repo,
         revision=revision if revision is not None else trainer.args.hub_revision,
         token=token,
         commit_message=message,
