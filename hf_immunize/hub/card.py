@@ -18,11 +18,10 @@ from hf_immunize.errors import CardError
 from hf_immunize.hub.collect import HUB_ID, one_line
 from hf_immunize.hub.parts import DataRecord, RatioRecord
 from hf_immunize.hub.record import ImmunizationRecord
-from hf_immunize.hub.rows import attack_rows, metric_rows, not_stopped, record_metrics, record_rows, summary_sentence
+from hf_immunize.hub.rows import attack_rows, not_stopped, record_metrics, record_rows, summary_sentence
 from hf_immunize.hub.text import code_place, plain, slug
 
 
-__all__ = ["CardOptions", "eval_results", "metric_rows", "render_card", "write_card"]
 CARD_NAME = "README.md"
 TAGS = ("model-immunization", "hf-immunize", "image-classification")
 _BEGIN = "<!-- hf-immunize: begin. Written anew from immunization.json; your own text stays outside. -->"
