@@ -88,6 +88,8 @@ def name_outcome(error: BaseException, what: str) -> HubError | CardError | None
     for each in chain:
         if isinstance(each, transport):
             return _outcome("unreachable", what, f"no answer ({type(each).__name__})")
+    if type(error) is RuntimeError:  # as the client's upload by hf_xet raises
+        return _outcome("unreachable", what, _words(error))
     return None
 
 

@@ -184,11 +184,13 @@ class MetricRecord:
         name: Such as "accuracy".
         after: Through the weights beside the record.
         before: Through the starting weights, where they were evaluated.
+        precision: Mixed precision of the evaluation: "no", "bf16" or "fp16".
     """
 
     name: str
     after: float
     before: float | None = None
+    precision: str | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 

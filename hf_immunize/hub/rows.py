@@ -104,7 +104,9 @@ def record_rows(record: ImmunizationRecord) -> list[tuple[str, str, str]]:
         value = None if exact is None else getattr(exact, f"log10_{side}_ratio")
         if value is not None:
             features = getattr(record, f"{side}_features")
-            sign = "≥ " if features.after is not None and features.after.is_bound else ""
+            now, then = features.after, features.before
+            gained = now is not None and then is not None and now.rank > then.rank
+            sign = "≥ " if now is not None and now.is_bound else "≤ " if gained else ""
             rows.append((f"{number}, growth of {side} κ", "1", f"{sign}{_power(value):,.4g}"))
     groups = record.ratios.get("groups")
     if groups is not None:

@@ -150,6 +150,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     for tensor in model.state_dict().values():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() > 0:
             wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+            # Nothing is read back until all are computed: one wait, not one a tensor.
             sums += [tensor.sum(dtype=wide), torch.linalg.vector_norm(tensor, dtype=wide)]
     values = torch.stack([value.double().cpu() if value.device.type == "mps" else value for value in sums]).tolist()
     return hashlib.sha256(repr(values).encode()).hexdigest()
@@ -165,6 +166,8 @@ def make_record(trainer: Any) -> ImmunizationRecord | None:
         The record; None where these weights were not evaluated.
     """
     evidence: Evidence = trainer.evidence
+    if evidence._latest is None and evidence._adopted is None:
+        return None
     weights = weights_fingerprint(trainer.model)
     known = evidence.of(weights)
     if known is None:
@@ -173,6 +176,8 @@ def make_record(trainer: Any) -> ImmunizationRecord | None:
         return _completed(dataclasses.replace(known), trainer, weights)
     record = bare_record(trainer, known.prefix, known.step)
     record.metric = _metric(evidence.before or {}, known.metrics, known.prefix)
+    if record.metric is not None:
+        record.metric.precision = trainer.accelerator.mixed_precision
     record.benign_features, record.harmful_features = describe_side(*known.benign), describe_side(*known.harmful)
     for data, measurement in ((record.benign, known.benign[0]), (record.harmful, known.harmful[0])):
         if data is not None and measurement is not None:

@@ -17,7 +17,7 @@ from transformers.utils.hub import PushInProgress
 
 from hf_immunize.errors import HubError, ImmunizationError
 from hf_immunize.hub.card import CardOptions, write_card
-from hf_immunize.hub.collect import describe_base_model, one_line
+from hf_immunize.hub.collect import describe_base_model, public_name
 from hf_immunize.hub.outcomes import name_outcome, retried
 from hf_immunize.hub.push import PushResult, files_to_push, push
 from hf_immunize.hub.record import read_record
@@ -56,7 +56,7 @@ def create_model_card(
     if finetuned_from:
         record.base_model = describe_base_model(finetuned_from)
     if dataset and record.benign is not None:
-        record.benign.name = one_line(dataset if isinstance(dataset, str) else ", ".join(dataset))
+        record.benign.name = ", ".join(public_name(name) for name in _listed(dataset))
     options = CardOptions(
         repo_id=trainer.hub_model_id,
         model_name=model_name,

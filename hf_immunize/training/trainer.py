@@ -302,7 +302,7 @@ class ImmunizationTrainer(Trainer):
                 output.metrics[name.replace(prefix, f"{prefix}_benign", 1)] = value
         metrics = spectral_metrics(benign, self._references.get(prefix), harmful, self._references.get("harmful"))
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
-        if self.args.should_save and not self._evaluation.other_data:
+        if self.args.should_save and self._loads_whole and not self._evaluation.other_data:
             step, references = self.state.global_step, self._references
             self.evidence.note(self.model, prefix, step, output.metrics, benign, harmful, references)
         return output
@@ -401,18 +401,17 @@ class ImmunizationTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is None and self._loads_whole:
             load_weights(self.model, resume_from_checkpoint)
+            self.evidence.adopt(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.evidence.adopt(self.model, resume_from_checkpoint)
         path = os.path.join(resume_from_checkpoint, _STATE_FILE)
         if os.path.isfile(path):
             self._references = load_measurements(path)
 
     def _load_best_model(self) -> None:
-        if self._loads_whole:
-            load_weights(self.model, self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+        if not self._loads_whole:
+            return super()._load_best_model()
+        load_weights(self.model, self.state.best_model_checkpoint)
         self.evidence.adopt(self.model, self.state.best_model_checkpoint)
 
     @property

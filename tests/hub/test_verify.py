@@ -84,6 +84,13 @@ def test_flattering_accuracy_differs(checkpoint, benign, harmful, record):
     assert outcomes(checked(checkpoint, benign, harmful))["benign accuracy"] == DIFFERS
 
 
+def test_accuracy_of_half_precision_has_more_room(checkpoint, benign, harmful, record):
+    record.metric.after, record.metric.precision = record.metric.after - 0.015, "bf16"
+    write_record(checkpoint, record)
+    figures = {figure.name: figure for figure in checked(checkpoint, benign, harmful).figures}
+    assert figures["benign accuracy"].tolerance > 0.015
+
+
 def test_other_images_cannot_say(checkpoint, benign, harmful):
     found = checked(checkpoint, harmful, benign)
     assert (found.outcome, found.exit_code) == (CANNOT_SAY, 4)
