@@ -134,7 +134,9 @@ def eval_results(record: ImmunizationRecord) -> list[EvalResult]:
             name = f"log10 κ of {task.side} features{_bound_words(bound)}"
             results.append(task.result("log10_kappa", name, features.after.log10_kappa, _arguments("exact", bound)))
     for protocol, ratio in record.ratios.items():
-        results += _ratio_results(harmful, one_line(protocol), ratio)
+        lower = protocol == "exact" and record.harmful_features.after is not None
+        lower = lower and record.harmful_features.after.is_bound
+        results += _ratio_results(harmful, one_line(protocol), ratio, "lower" if lower else None)
     for access, attack in (record.audit.strongest if record.audit else {}).items():
         if attack is not None:
             words = f"Strongest attacker with {one_line(access).replace('_', ' ')}: {one_line(attack.attacker)}"
@@ -166,25 +168,27 @@ class _Task:
         )
 
 
-def _ratio_results(task: _Task, protocol: str, ratio: RatioRecord) -> list[EvalResult]:
+def _ratio_results(task: _Task, protocol: str, ratio: RatioRecord, harmful_bound: str | None) -> list[EvalResult]:
     arguments = _arguments(protocol, ratio.bound)
+    words = f"log10 RIR, relative immunization ratio{_bound_words(ratio.bound)}"
+    growth = f"log10 of (i), growth of harmful κ{_bound_words(harmful_bound)}"
     named = {
-        "log10_rir": (f"log10 RIR, relative immunization ratio{_bound_words(ratio.bound)}", ratio.log10_rir),
-        "log10_harmful_ratio": ("log10 of (i), growth of harmful κ", ratio.log10_harmful_ratio),
-        "log10_benign_ratio": ("log10 of (ii), growth of benign κ", ratio.log10_benign_ratio),
+        "log10_rir": (words, ratio.log10_rir, arguments),
+        "log10_harmful_ratio": (growth, ratio.log10_harmful_ratio, _arguments(protocol, harmful_bound)),
+        "log10_benign_ratio": ("log10 of (ii), growth of benign κ", ratio.log10_benign_ratio, _arguments(protocol)),
     }
     results = []
     if ratio.log10_rir is not None and abs(ratio.log10_rir) < 300:
         words = f"RIR, relative immunization ratio{_bound_words(ratio.bound)}"
         results.append(task.result("rir", f"{words} ({protocol})", 10.0**ratio.log10_rir, arguments))
     return results + [
-        task.result(kind, f"{name} ({protocol})", value, arguments)
-        for kind, (name, value) in named.items()
+        task.result(kind, f"{name} ({protocol})", value, given)
+        for kind, (name, value, given) in named.items()
         if value is not None
     ]
 
 
-def _arguments(protocol: str, bound: str | None) -> dict[str, Any]:
+def _arguments(protocol: str, bound: str | None = None) -> dict[str, Any]:
     return {"protocol": protocol} | ({"bound": bound} if bound else {})
 
 

@@ -178,7 +178,7 @@ def not_stopped(audit: AuditRecord | None) -> str:
             f"With {words}, the strongest attacker tried ({plain(attack.attacker)}) reaches {attack.accuracy:.1%} of "
             f"the harmful task{' (' + '; '.join(compared) + ')' if compared else ''}."
         )
-    made = f"By an audit with the preset {plain(audit.preset)} (version {audit.preset_version}):"
+    made = f"By an audit with the preset {plain(audit.preset)} (version {audit.preset_version})."
     return " ".join([made, *sentences, "Attackers with other methods or more data may reach more."])
 
 
