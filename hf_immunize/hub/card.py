@@ -134,8 +134,8 @@ def eval_results(record: ImmunizationRecord) -> list[EvalResult]:
             name = f"log10 κ of {task.side} features{_bound_words(bound)}"
             results.append(task.result("log10_kappa", name, features.after.log10_kappa, _arguments("exact", bound)))
     for protocol, ratio in record.ratios.items():
-        lower = protocol == "exact" and record.harmful_features.after is not None
-        lower = lower and record.harmful_features.after.is_bound
+        after = record.harmful_features.after
+        lower = protocol == "exact" and after is not None and after.is_bound
         results += _ratio_results(harmful, one_line(protocol), ratio, "lower" if lower else None)
     for access, attack in (record.audit.strongest if record.audit else {}).items():
         if attack is not None:
