@@ -17,6 +17,7 @@ PARTS = {
     "streaming": "benchmarks.streaming",
     "training_step": "benchmarks.training_step",
     "linear_step": "benchmarks.linear_step",
+    "trunk": "benchmarks.trunk",
 }
 HERE = Path(__file__).parent
 

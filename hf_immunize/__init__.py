@@ -33,6 +33,12 @@ _HOMES = {
     "verify": "hf_immunize.hub.verify",
     "ImmunizationArguments": "hf_immunize.training.arguments",
     "ImmunizationTrainer": "hf_immunize.training.trainer",
+    "ImmunizationCallback": "hf_immunize.training.immunization_callback",
+    "ImmunizationStep": "hf_immunize.training.step",
+    "Method": "hf_immunize.training.method",
+    "BenignUtilityCallback": "hf_immunize.training.callbacks",
+    "TargetRIRCallback": "hf_immunize.training.callbacks",
+    "SpectrumFigureCallback": "hf_immunize.training.spectrum_figure",
 }
 
 __all__ = ["__version__", *_HOMES]

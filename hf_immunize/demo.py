@@ -235,9 +235,12 @@ def train_benign(folder: Path, benign: dict[str, list[dict[str, Any]]], seed: in
 
 
 def immunization_arguments(folder: Path, seed: int) -> ImmunizationArguments:
-    """The demo's arguments: the library's defaults for objective and weights; the whole of so small a net moves."""
+    """The demo's arguments: the paper's objective beside the task's loss; the whole of so small a net moves."""
     return ImmunizationArguments(
         output_dir=str(folder),
+        objective="kappa",
+        benign_loss="task",
+        benign_budget=None,
         trainable="all",
         max_steps=1000,
         per_device_train_batch_size=64,

@@ -37,6 +37,10 @@ class ScopeError(ImmunizationError, ValueError):
     """The parameters to train could not be found, or none would move."""
 
 
+class TrunkError(ImmunizationError, ValueError):
+    """The model cannot be split into a frozen trunk, computed once, and a part that moves."""
+
+
 class DataError(ImmunizationError, ValueError):
     """A dataset lacks a column, holds labels out of range, or is empty."""
 
@@ -47,6 +51,10 @@ class ImageDecodeError(DataError):
 
 class CheckpointError(ImmunizationError, OSError):
     """A checkpoint could not be written whole; the previous one is untouched."""
+
+
+class DiskSpaceError(ImmunizationError, OSError):
+    """The disk does not hold what is to be written; the message says what is needed and what is free."""
 
 
 class RecordError(ImmunizationError, ValueError):

@@ -37,6 +37,8 @@ class DataArguments:
         harmful: Harmful images.
         dataset: One data set with both, in place of `benign` and `harmful`.
         harmful_classes: Its harmful classes, by name or number.
+        distillation: Any images, whose labels are not used, on which the model shall stay what it was; the more
+            varied, the better benign accuracy is kept.
         benign_eval, harmful_eval: Images to measure on; by default the source's validation or test split, else a part
             held out by `eval_fraction`.
         eval_fraction: That part.
@@ -53,6 +55,9 @@ class DataArguments:
     dataset: str | None = field(default=None, metadata={"help": "One data set that holds both."})
     harmful_classes: list[str] = field(
         default_factory=list, metadata={"help": "With --dataset: the harmful classes, by name or number."}
+    )
+    distillation: str | None = field(
+        default=None, metadata={"help": "Any images, without labels, on which the model shall stay what it was."}
     )
     benign_eval: str | None = field(default=None, metadata={"help": "Benign images to measure on."})
     harmful_eval: str | None = field(default=None, metadata={"help": "Harmful images to measure on."})

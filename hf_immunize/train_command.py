@@ -18,7 +18,7 @@ from hf_immunize.hub.measure import Measured, groups_ratio, measure
 from hf_immunize.hub.parts import DataRecord
 from hf_immunize.hub.rows import metric_rows
 from hf_immunize.train_arguments import DataArguments, parse_arguments
-from hf_immunize.train_data import load_model, load_splits, match_labels
+from hf_immunize.train_data import load_distillation, load_model, load_splits, match_labels
 from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
 from hf_immunize.training.preparation import image_rows
 from hf_immunize.training.trainer import ImmunizationTrainer
@@ -36,6 +36,7 @@ def run_train(words: list[str]) -> dict[str, Any]:
     data, args = parse_arguments(words)
     set_seed(args.seed)
     (benign, benign_eval), (harmful, harmful_eval) = load_splits(data, args)
+    distillation = load_distillation(data, args)
     try:
         model = load_model(data, benign, args)
         processor = AutoImageProcessor.from_pretrained(
@@ -54,6 +55,7 @@ def run_train(words: list[str]) -> dict[str, Any]:
         args,
         train_dataset=benign,
         harmful_dataset=harmful,
+        distillation_dataset=distillation,
         eval_dataset=benign_eval,
         harmful_eval_dataset=harmful_eval,
         processing_class=processor,
@@ -77,6 +79,7 @@ def run_train(words: list[str]) -> dict[str, Any]:
         "images": {
             "benign_train": len(benign),
             "harmful_train": len(harmful),
+            **({} if distillation is None else {"distillation": len(distillation)}),
             "benign_eval": len(benign_eval),
             "harmful_eval": len(harmful_eval),
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import ClassLabel, DatasetDict
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.utils import logging
 
 from hf_immunize.errors import DataError
@@ -83,13 +83,19 @@ def match_labels(dataset: Any, config: Any, label_column: str | None) -> Any:
     return dataset.remove_columns(label).add_column(label, numbers, feature=ClassLabel(names=every))
 
 
+def load_distillation(data: DataArguments, args: ImmunizationArguments) -> Any:
+    """The images of ``--distillation``, or None; at most ``--max_images`` of them."""
+    if data.distillation is None:
+        return None
+    return _first(load_image_dataset(data.distillation), data.max_images, args.seed)
+
+
 def load_model(data: DataArguments, benign: Any, args: ImmunizationArguments) -> Any:
     """The model to immunize, with its own head or, with ``--new_head``, one for the benign classes."""
     if data.new_head:
         return _model_with_new_head(data, benign, args)
-    return AutoModelForImageClassification.from_pretrained(
-        data.model, revision=data.model_revision, trust_remote_code=data.trust_remote_code
-    )
+    kind = AutoModelForImageClassification if args.pooling is None else AutoModel  # the Trainer puts a head on it
+    return kind.from_pretrained(data.model, revision=data.model_revision, trust_remote_code=data.trust_remote_code)
 
 
 def _train_and_eval(
@@ -149,7 +155,8 @@ def _model_with_new_head(data: DataArguments, benign: Any, args: ImmunizationArg
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
     )
-    return AutoModelForImageClassification.from_pretrained(
+    kind = AutoModelForImageClassification if args.pooling is None else AutoModel
+    return kind.from_pretrained(
         data.model,
         config=config,
         revision=data.model_revision,

@@ -7,7 +7,13 @@ import pytest
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 from typer.testing import CliRunner
 
 from hf_immunize import cli
@@ -16,6 +22,7 @@ from hf_immunize.hub.record import read_record
 from hf_immunize.train_arguments import parse_arguments
 from hf_immunize.train_command import run_train, summary_sentence
 from hf_immunize.train_data import load_splits, match_labels
+from hf_immunize.vision.bare import load_with_linear_head
 
 
 CLASSES = ("cat", "dog", "gun", "knife")
@@ -242,3 +249,11 @@ def test_labels_known_in_part_are_refused():
 def test_labels_of_a_model_without_names_are_left():
     dataset = dataset_of(["ant", "bee"], [0, 1])
     assert match_labels(dataset, ViTConfig(num_labels=2), None) is dataset
+
+
+def test_a_bare_backbone_with_pooling_is_trained_with_a_head_of_its_own(images, model, tmp_path):
+    words = flags(model, tmp_path, "--dataset", images, "--harmful_classes", "gun", "knife", "--new_head", "True")
+    run_train([*words, "--pooling", "cls"])
+    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "ViTModel"
+    head = load_with_linear_head(tmp_path).classifier
+    assert (head.in_features, head.out_features) == (8, 2)

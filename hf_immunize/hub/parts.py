@@ -24,9 +24,8 @@ class MethodRecord:
         steps: Optimizer steps.
         seed: Seed of the run.
         benign_weight, harmful_weight: Weights of the regularizers: numbers, or "auto" (by gradient norm).
-        auto_weight_ratio: With "auto", the gradient's norm relative to that of the benign loss.
-        scale_free: Whether the regularizers were taken of H·D/tr(H).
         freeze_batchnorm: Whether BatchNorm statistics stayed as they were.
+        settings: All further settings of the objective and its weights, by the names of `ImmunizationArguments`.
     """
 
     objective: str
@@ -35,9 +34,8 @@ class MethodRecord:
     seed: int
     benign_weight: float | str | None = None
     harmful_weight: float | str | None = None
-    auto_weight_ratio: float | None = None
-    scale_free: bool | None = None
     freeze_batchnorm: bool | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 

@@ -11,38 +11,14 @@ extreme singular pair and the matrix, and average over the eigenspace where the 
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_immunize.errors import PerfectConditioningError, RankError
+from hf_immunize.spectra.closed_form import ClosedForm, ValueAndGradient
 from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
 from hf_immunize.spectra.extremes import hessian_spectrum, small_gram, tie_tolerance, top_eigenspace, wide
-
-
-# value and gradient of a spectral function at a detached matrix
-_ValueAndGradient = Callable[[Tensor], tuple[float, Tensor]]
-
-
-class _ClosedForm(torch.autograd.Function):
-    """A scalar function of a matrix whose gradient is computed beside its value."""
-
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor, function: _ValueAndGradient) -> Tensor:
-        with torch.autocast(matrix.device.type, enabled=False):
-            value, gradient = function(matrix.detach())
-        ctx.save_for_backward(gradient)
-        ctx.matrix_dtype = matrix.dtype
-        return torch.tensor(value, dtype=torch.promote_types(matrix.dtype, torch.float32), device=matrix.device)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        # Scaled before it is cast: a weight of 1e8 on a gradient of 1e-9 would vanish in half precision otherwise.
-        return (grad_outputs[0] * gradient).to(ctx.matrix_dtype), None
 
 
 def r_well(matrix: Tensor) -> Tensor:
@@ -65,7 +41,7 @@ def r_well(matrix: Tensor) -> Tensor:
         >>> r_well(torch.diag(torch.tensor([3.0, 1.0]))).item()
         2.0
     """
-    return _ClosedForm.apply(as_matrix(matrix), _r_well)
+    return ClosedForm.apply(as_matrix(matrix), _r_well)
 
 
 def r_ill(matrix: Tensor) -> Tensor:
@@ -89,7 +65,7 @@ def r_ill(matrix: Tensor) -> Tensor:
         >>> r_ill(torch.diag(torch.tensor([3.0, 1.0]))).item()
         0.5
     """
-    return _ClosedForm.apply(as_matrix(matrix), _r_ill)
+    return ClosedForm.apply(as_matrix(matrix), _r_ill)
 
 
 def hessian_r_well(features: Tensor, *, scale_free: bool = False) -> Tensor:
@@ -115,9 +91,7 @@ def hessian_r_well(features: Tensor, *, scale_free: bool = False) -> Tensor:
         >>> hessian_r_well(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item()
         3.75
     """
-    return _ClosedForm.apply(
-        _as_features(features), _scale_free(_hessian_r_well, 2) if scale_free else _hessian_r_well
-    )
+    return ClosedForm.apply(_as_features(features), _scale_free(_hessian_r_well, 2) if scale_free else _hessian_r_well)
 
 
 def hessian_r_ill(features: Tensor, *, scale_free: bool = False) -> Tensor:
@@ -145,7 +119,7 @@ def hessian_r_ill(features: Tensor, *, scale_free: bool = False) -> Tensor:
         >>> round(hessian_r_ill(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item(), 6)  # 1/(17/4 − 1/2)
         0.266667
     """
-    return _ClosedForm.apply(_as_features(features), _scale_free(_hessian_r_ill, -2) if scale_free else _hessian_r_ill)
+    return ClosedForm.apply(_as_features(features), _scale_free(_hessian_r_ill, -2) if scale_free else _hessian_r_ill)
 
 
 def spectral_concentration(features: Tensor) -> Tensor:
@@ -171,7 +145,7 @@ def spectral_concentration(features: Tensor) -> Tensor:
         >>> round(spectral_concentration(torch.diag(torch.tensor([10.0, 1.0]))).item(), 4)  # log(1/100)
         -4.6052
     """
-    return _ClosedForm.apply(_as_features(features), _spectral_concentration)
+    return ClosedForm.apply(_as_features(features), _spectral_concentration)
 
 
 def _r_well(s: Tensor) -> tuple[float, Tensor]:
@@ -249,7 +223,7 @@ def _combine(matrix: Tensor, weight: float, basis: Tensor, projector_weight: flo
     return torch.addmm(matrix, basis, basis.mT, beta=weight, alpha=projector_weight / basis.shape[1])
 
 
-def _scale_free(function: Callable[[Tensor, float], tuple[float, Tensor]], degree: int) -> _ValueAndGradient:
+def _scale_free(function: Callable[[Tensor, float], tuple[float, Tensor]], degree: int) -> ValueAndGradient:
     """The function of ``cH``, ``c = D/tr H``, where it is homogeneous in H of the given degree."""
 
     def scaled(z: Tensor) -> tuple[float, Tensor]:

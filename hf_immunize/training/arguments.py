@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
 from hf_immunize.errors import ArgumentError
+from hf_immunize.training.cached_trunk import check_trunk_arguments
+from hf_immunize.training.method import Method
 from hf_immunize.training.objectives import OBJECTIVES
+from hf_immunize.vision.pairing import BatchSizes
 
 
 @dataclass
@@ -25,14 +26,31 @@ class ImmunizationArguments(TrainingArguments):
     > Parameters that control what is minimized
 
     Args:
-        objective: "kappa" (the paper's: benign loss + R_well of benign + R_ill of harmful features) or "r_ill" (its
-            baseline without R_well).
-        benign_weight: Weight of the benign regularizer: a number, or "auto" to balance its gradient on the features
-            against the benign loss's in every step.
+        objective: "concentration" (harmful features towards one direction, a bound on κ from the top pair alone),
+            "kappa" (the paper's: R_well of benign + R_ill of harmful features), or one of the paper's baselines:
+            "r_ill" (without R_well), "opt_kappa" (log κ itself), "imma" (bi-level on the head; needs harmful labels).
+        benign_loss: "distillation" (logits and features stay those of the starting model; needs no labels), "task"
+            (the model's own loss), or "both". With "distillation" and "both" the starting model is run beside the
+            trained one, which costs a forward pass over the benign images.
+        feature_distillation_weight: Weight of the relative squared feature error beside the logits' divergence.
+        benign_budget: How far the benign side may move: a multiplier on both weights rises while the running measure
+            is below it and falls while it is above. None: the weights follow `auto_weight_ratio`. With
+            ``objective="kappa", benign_loss="task", benign_budget=None`` and two numbers as weights, the paper's
+            training.
+        budget_measure: What the budget is in: "kl" (divergence from the starting model's predictions on benign and
+            distillation images, in nats) or "loss" (rise of the benign task's loss over the starting model's).
+        benign_weight: Weight of the benign regularizer: a number, or "auto" to give its gradient on the features the
+            same size whatever its own.
         harmful_weight: Weight of the harmful regularizer, likewise.
-        auto_weight_ratio: With "auto", the norm of each regularizer's gradient on the features, relative to that of
-            the benign loss's. More immunizes faster and costs more benign accuracy.
+        auto_weight_ratio: With "auto" and no budget, the norm of each regularizer's gradient on the features, relative
+            to that of the benign loss's. More immunizes faster and costs more benign accuracy.
+        auto_weight_averaging: Share of the past in running means (gradient norms, the budget's measure).
+        auto_weight_bound: The benign loss's gradient norm counts at most this many times its smallest running mean, so
+            that a benign loss driven up by the weights does not drive them further.
+        weight_warmup_steps: Steps over which all weights rise from zero.
         scale_free: Take the regularizers of H·D/tr(H), so that they do not reward shrinking or growing features.
+        queue_size: Recent features, in rows, to which a batch's are added before the regularizers are taken; 0 for
+            none. It estimates the population's κ where a batch holds fewer images than the features' dimensions.
 
     > Parameters that control what moves
 
@@ -42,12 +60,26 @@ class ImmunizationArguments(TrainingArguments):
         freeze_batchnorm: Keep all BatchNorm running statistics, which makes one forward pass over benign and harmful
             images together exact. If False, benign batches update them and harmful ones never do.
         head_module: Name of the classifier module, where it cannot be found without help.
+        pooling: For a bare backbone (`AutoModel`): what its new linear head sees, "head_input", "pooler", "cls" or
+            "mean"; see `hf_immunize.vision.bare.with_linear_head`. The head has the config's ``num_labels``.
 
     > Parameters that control the data
 
     Args:
+        harmful_batch_size: Harmful images a device and step; by default `per_device_train_batch_size`.
+        distillation_batch_size: Images of the distillation set a device and step; by default half of it.
         image_column_name: Column of images (or of pixel values), where it cannot be found without help.
         label_column_name: Column of labels, likewise.
+
+    > Parameters that control the cached trunk
+
+    Args:
+        cache_trunk: "float32" or "float16" to compute what is frozen before the part that moves once, keep it on disk
+            in this type, and train on that; "no" to compute it in each step. Evaluation always runs the whole model.
+        trunk_cache_dir: Folder for it, of one run at a time; by default ``_trunk`` in `output_dir`, which no push to
+            the Hub takes along.
+        trunk_cache_views: How many draws of a random transform are kept of each image; training takes them in turn,
+            one an epoch.
 
     Raises:
         ArgumentError: If an option has an impossible value.
@@ -59,7 +91,26 @@ class ImmunizationArguments(TrainingArguments):
     """
 
     objective: str = field(
-        default="kappa", metadata={"help": "What is minimized beside the benign loss: " + ", ".join(OBJECTIVES) + "."}
+        default=Method.objective,
+        metadata={"help": "What is minimized beside the benign loss: " + ", ".join(OBJECTIVES) + "."},
+    )
+    benign_loss: str = field(
+        default=Method.benign_loss,
+        metadata={
+            "help": "What keeps the benign task: 'distillation' of the starting model, the 'task' loss, 'both'."
+        },
+    )
+    feature_distillation_weight: float = field(
+        default=Method.feature_distillation_weight,
+        metadata={"help": "Weight of the relative squared feature error beside the divergence of logits."},
+    )
+    benign_budget: str | None = field(  # a number or None, which only text can say on the command line
+        default=Method.benign_budget,  # type: ignore[assignment]
+        metadata={"help": "How far the benign side may move; a multiplier holds it. A number, or 'none'."},
+    )
+    budget_measure: str = field(
+        default=Method.budget_measure,
+        metadata={"help": "What the budget is in: 'kl' to the starting model, or rise of the benign task's 'loss'."},
     )
     benign_weight: str = field(
         default="auto", metadata={"help": "Weight of the benign regularizer: a number, or 'auto' (by gradient norm)."}
@@ -68,11 +119,24 @@ class ImmunizationArguments(TrainingArguments):
         default="auto", metadata={"help": "Weight of the harmful regularizer: a number, or 'auto' (by gradient norm)."}
     )
     auto_weight_ratio: float = field(
-        default=0.3,
+        default=Method.auto_weight_ratio,
         metadata={"help": "With 'auto': norm of a regularizer's gradient on features over that of the benign loss's."},
     )
+    auto_weight_averaging: float = field(
+        default=Method.auto_weight_averaging, metadata={"help": "Share of the past in running means, in [0, 1)."}
+    )
+    auto_weight_bound: float = field(
+        default=Method.auto_weight_bound,
+        metadata={"help": "The benign gradient norm counts at most this many times its smallest running mean."},
+    )
+    weight_warmup_steps: int = field(
+        default=Method.weight_warmup_steps, metadata={"help": "Steps over which all weights rise from zero."}
+    )
     scale_free: bool = field(
-        default=False, metadata={"help": "Take the regularizers of H*D/tr(H), which ignores the features' scale."}
+        default=Method.scale_free, metadata={"help": "Take the regularizers of H*D/tr(H), which ignores their scale."}
+    )
+    queue_size: int = field(
+        default=Method.queue_size, metadata={"help": "Recent features that join each batch's, in rows; 0 for none."}
     )
     trainable: str = field(
         default="last_stage", metadata={"help": "What moves: 'last_stage', 'all', or a regex on parameter names."}
@@ -81,8 +145,27 @@ class ImmunizationArguments(TrainingArguments):
     head_module: str | None = field(
         default=None, metadata={"help": "Name of the classifier module, where it cannot be found without help."}
     )
+    pooling: str | None = field(
+        default=None,
+        metadata={"help": "For a bare backbone: what its new head sees; head_input, pooler, cls or mean."},
+    )
+    harmful_batch_size: int | None = field(
+        default=None, metadata={"help": "Harmful images a device and step; by default as many as benign ones."}
+    )
+    distillation_batch_size: int | None = field(
+        default=None, metadata={"help": "Images of the distillation set a device and step; half the benign ones."}
+    )
     image_column_name: str | None = field(default=None, metadata={"help": "Column of images, if there are several."})
     label_column_name: str | None = field(default=None, metadata={"help": "Column of labels, if there are several."})
+    cache_trunk: str = field(
+        default="no", metadata={"help": "Compute the frozen trunk once, keep it on disk: 'no', 'float16', 'float32'."}
+    )
+    trunk_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the cached trunk; by default _trunk in output_dir."}
+    )
+    trunk_cache_views: int = field(
+        default=1, metadata={"help": "Draws of a random transform that the cached trunk keeps of each image."}
+    )
 
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Pairs of images have no columns to compare with the model's signature."}
@@ -96,17 +179,14 @@ class ImmunizationArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.objective not in OBJECTIVES:
-            raise ArgumentError(f"Expected objective= out of {', '.join(OBJECTIVES)}, found {self.objective!r}.")
-        self.benign_weight = _weight("benign_weight", self.benign_weight)  # type: ignore[assignment]
-        self.harmful_weight = _weight("harmful_weight", self.harmful_weight)  # type: ignore[assignment]
-        ratio = _number(self.auto_weight_ratio)
-        if not ratio >= 0:
-            raise ArgumentError(
-                f"Expected auto_weight_ratio= of at least 0, found {self.auto_weight_ratio}. "
-                "Typical values lie between 0.1 and 1."
-            )
-        self.auto_weight_ratio = ratio
+        method = Method.of(self)
+        for setting in fields(Method):  # numbers, where the command line or YAML gave text
+            setattr(self, setting.name, getattr(method, setting.name))
+        for name in ("harmful_batch_size", "distillation_batch_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ArgumentError(f"Expected {name}= of at least 1 or None, found {size}.")
+        check_trunk_arguments(self)
         if self.bf16_full_eval or self.fp16_full_eval:
             raise ArgumentError(
                 "Expected evaluation in full precision, found bf16_full_eval or fp16_full_eval: κ of half-precision "
@@ -118,23 +198,12 @@ class ImmunizationArguments(TrainingArguments):
                 "images before they are paired. Leave it at its default."
             )
 
-
-def _weight(name: str, value: str | float) -> str | float:
-    """A weight as the number it stands for, or "auto"."""
-    if value == "auto":
-        return value
-    number = _number(value)
-    if not number >= 0:
-        raise ArgumentError(
-            f"Expected {name}= 'auto' or a number of at least 0, found {value!r}. 'auto' is a good start."
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Rows of each side that one process takes in a micro-batch."""
+        benign = self.train_batch_size
+        return BatchSizes(
+            benign=benign,
+            harmful=self.harmful_batch_size or benign,
+            distillation=self.distillation_batch_size or max(1, benign // 2),
         )
-    return number
-
-
-def _number(value: Any) -> float:
-    """A finite number, also from text (YAML takes 3e-1 for text); NaN for all else."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return math.nan
-    return number if math.isfinite(number) else math.nan

@@ -7,6 +7,7 @@ by one over the world size without a word.
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -69,3 +70,33 @@ def process_mean(values: Tensor) -> Tensor:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total / size
+
+
+def any_process(yes: bool, device: torch.device) -> bool:
+    """Whether any process says yes: rounding may differ between them, and one that stops alone hangs the others.
+
+    Args:
+        yes: What this process says.
+        device: Where the processes' communication happens.
+
+    Returns:
+        The same on every process; the argument itself on one.
+    """
+    return bool(process_mean(torch.tensor(float(yes), device=device)) > 0)
+
+
+def first_process_step(step: int | None, device: torch.device) -> int | None:
+    """The first process's choice of a step.
+
+    Args:
+        step: This process's choice, None for none.
+        device: Where the processes' communication happens.
+
+    Returns:
+        The same on every process; the argument itself on one.
+    """
+    if world_size() == 1:
+        return step
+    choice = torch.tensor(-1 if step is None else step, device=device)
+    dist.broadcast(choice, src=0)
+    return None if choice < 0 else int(choice)

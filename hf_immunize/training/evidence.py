@@ -31,10 +31,13 @@ from hf_immunize.hub.hashes import hash_weights
 from hf_immunize.hub.parts import AuditRecord, BaseModelRecord, DataRecord, MethodRecord, MetricRecord, RatioRecord
 from hf_immunize.hub.record import ImmunizationRecord, read_record, write_record
 from hf_immunize.hub.validation import RECORD_NAME
+from hf_immunize.training.method import Method
 from hf_immunize.vision.measurement import Measurement
 
 
 logger = logging.get_logger(__name__)
+# Settings of the method that have fields of their own in the record.
+_NAMED = ("objective", "benign_weight", "harmful_weight")
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,7 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
         A record without figures.
     """
     args, evidence = trainer.args, trainer.evidence
+    settings = dataclasses.asdict(Method.of(args))
     train = trainer.train_dataset
     benign = trainer.eval_dataset
     if isinstance(benign, dict):
@@ -213,9 +217,8 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
             seed=args.seed,
             benign_weight=args.benign_weight,
             harmful_weight=args.harmful_weight,
-            auto_weight_ratio=args.auto_weight_ratio,
-            scale_free=args.scale_free,
             freeze_batchnorm=args.freeze_batchnorm,
+            settings={name: value for name, value in settings.items() if name not in _NAMED},
         ),
         base_model=dataclasses.replace(base),
         benign=_merged(evidence.benign, describe_dataset(benign, train=getattr(train, "benign", train))),

@@ -20,21 +20,24 @@ COLOURS = {"benign": "#0072B2", "harmful": "#D55E00"}
 STYLES = {"before": "--", "after": "-"}
 
 
-def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
+def new_figure(panels: int, columns: int | None = None) -> tuple[Figure, list[Axes]]:
     """A figure with panels side by side, drawn without a display.
 
     Args:
         panels: How many.
+        columns: How many to a row; by default all.
 
     Returns:
-        The figure and its axes, left to right.
+        The figure and its axes, left to right, row by row.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * panels, 4.0), layout="constrained")
+    columns = min(columns or panels, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(5.2 * columns, 4.0 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
+    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(panels)]
     return figure, axes
 
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well
+from hf_immunize.errors import DataError
+from hf_immunize.spectra.log_kappa import hessian_log_kappa
+from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well, spectral_concentration
+from hf_immunize.training.inner import adapted_loss
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,86 @@ def r_ill(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
     return Terms(harmful={"r_ill": hessian_r_ill(harmful.features, scale_free=scale_free)})
 
 
+def concentration(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
+    """Spectral concentration: harmful features towards one direction, benign features away from one.
+
+    ``C(Z) = log((tr H − σ_1)/σ_1)`` bounds log κ from below by ``log(k − 1) − C(Z)``; unlike `kappa` it moves every
+    singular value but the first, so that no linear probe finds much to read (see `spectral_concentration`).
+
+    Args:
+        benign: The benign side; its features are used.
+        harmful: The harmful side; its features are used.
+        scale_free: Changes nothing: it is scale-free by itself.
+
+    Returns:
+        Terms ``spread`` (benign, −C) and ``concentration`` (harmful, C).
+
+    Raises:
+        NonFiniteError, RankError: See `spectral_concentration`.
+
+    Example:
+        >>> import torch
+        >>> Z = torch.diag(torch.tensor([10.0, 1.0]))
+        >>> terms = concentration(Side(Z), Side(Z))
+        >>> round(terms.harmful["concentration"].item(), 4), round(terms.benign["spread"].item(), 4)
+        (-4.6052, 4.6052)
+    """
+    return Terms(
+        benign={"spread": -spectral_concentration(benign.features)},
+        harmful={"concentration": spectral_concentration(harmful.features)},
+    )
+
+
+def opt_kappa(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
+    """The paper's baseline "Opt κ": ``log κ`` itself, down for benign and up for harmful features.
+
+    Args:
+        benign: The benign side; its features are used.
+        harmful: The harmful side; its features are used.
+        scale_free: Changes nothing: κ is scale-free by itself.
+
+    Returns:
+        Terms ``benign_log_kappa`` and ``negative_log_kappa`` (harmful).
+
+    Raises:
+        NonFiniteError, RankError: See `hessian_log_kappa`.
+    """
+    return Terms(
+        benign={"benign_log_kappa": hessian_log_kappa(benign.features)},
+        harmful={"negative_log_kappa": -hessian_log_kappa(harmful.features)},
+    )
+
+
+def imma(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
+    """IMMA (Zheng & Yeh, ECCV 2024, arXiv:2311.18815): a harmful head that was fitted for some steps shall do badly.
+
+    Bi-level on the head: inner gradient steps fit it to the harmful features, and the outer step, differentiated
+    through them, raises the harmful loss that it then has.
+
+    Args:
+        benign: The benign side; not used.
+        harmful: The harmful side; its features and labels are used.
+        scale_free: Changes nothing.
+
+    Returns:
+        The term ``negative_adapted_loss`` (harmful).
+
+    Raises:
+        DataError: If the harmful side has no labels.
+    """
+    if harmful.labels is None:
+        raise DataError(
+            "Expected labels of the harmful images, which objective='imma' fits a head to, found none. Give the "
+            "harmful dataset a label column, or choose another objective."
+        )
+    return Terms(harmful={"negative_adapted_loss": -adapted_loss(harmful.features, harmful.labels)})
+
+
+# In the order in which `--help` names them.
 OBJECTIVES: dict[str, Callable[[Side, Side, bool], Terms]] = {
+    "concentration": concentration,
     "kappa": kappa,
     "r_ill": r_ill,
+    "opt_kappa": opt_kappa,
+    "imma": imma,
 }

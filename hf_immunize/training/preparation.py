@@ -10,6 +10,7 @@ from hf_immunize.training.distributed import world_size
 from hf_immunize.vision.columns import find_columns, validate_labels
 from hf_immunize.vision.images import ImageRows
 from hf_immunize.vision.pairing import PairedDataset
+from hf_immunize.vision.streams import StreamedRows, is_stream
 
 
 def image_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: int, labels: str = "needed") -> Any:
@@ -41,27 +42,63 @@ def image_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels:
     return ImageRows(dataset, name, image, label, num_labels)
 
 
-def paired_rows(benign: Any, harmful: Any, args: ImmunizationArguments) -> PairedDataset:
-    """Benign and harmful rows as one dataset of pairs, long enough for a batch.
+def side_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: int) -> Any:
+    """A dataset of a side that is trained on beside the benign one: stored or streamed, with labels if it has any.
+
+    Args:
+        dataset: As for `image_rows`, or a ``datasets.IterableDataset``.
+        name: What to call it in an error.
+        args: For the names of columns, and for whether labels are needed.
+        num_labels: The number of the model's outputs.
+
+    Returns:
+        An `ImageRows` or a `StreamedRows`.
+
+    Raises:
+        DataError: As `image_rows`; for a stream also where workers would have to share it.
+    """
+    needs_labels = name == "harmful_dataset" and args.objective == "imma"
+    if is_stream(dataset):
+        if args.dataloader_num_workers:
+            raise DataError(
+                f"Expected dataloader_num_workers=0 with a streamed {name}, found {args.dataloader_num_workers}: its "
+                "shards would be dealt out among them. Set it to 0 or store the data set."
+            )
+        return StreamedRows(dataset, name, args.image_column_name, args.label_column_name if needs_labels else None)
+    if not needs_labels or isinstance(dataset, ImageRows):
+        return image_rows(dataset, name, args, num_labels, labels="ignored")
+    if len(dataset) == 0:
+        raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
+    # Labels of the harmful task are its own; they need not be outputs of this model.
+    image, label = find_columns(dataset, args.image_column_name, args.label_column_name, True)
+    return ImageRows(dataset, name, image, label)
+
+
+def paired_rows(benign: Any, harmful: Any, args: ImmunizationArguments, distillation: Any = None) -> PairedDataset:
+    """Benign, harmful and distillation rows as one dataset, long enough for a batch.
 
     Args:
         benign: Benign rows.
         harmful: Harmful rows.
-        args: For the batch size.
+        args: For the batch sizes.
+        distillation: Rows of the distillation set, if there is one.
 
     Returns:
-        The pairs.
+        The rows side by side.
 
     Raises:
         DataError: If a side is missing or empty, or no batch of two or more images can be made.
     """
-    # ImageRows of harmful data have no labels; items for a collator of the user's keep theirs.
-    paired = PairedDataset(benign, harmful, harmful_labels=True)
-    batch = args.train_batch_size * world_size()
-    if batch < 2:
+    # ImageRows of harmful data have no labels unless the objective reads them; a user's own collator gets all items.
+    paired = PairedDataset(
+        benign, harmful, harmful_labels=True, distillation=distillation, batch_sizes=args.batch_sizes
+    )
+    batch, harmful_batch = (size * world_size() for size in (args.batch_sizes.benign, args.batch_sizes.harmful))
+    if min(batch, harmful_batch) < 2:
         raise DataError(
-            "Expected a global batch of at least 2, found 1: κ of a single image is 1. Raise "
-            "per_device_train_batch_size; gradient accumulation does not help, since κ is taken of each micro-batch."
+            f"Expected global batches of at least 2, found {batch} benign and {harmful_batch} harmful: κ of a single "
+            "image is 1. Raise per_device_train_batch_size and harmful_batch_size; gradient accumulation does not "
+            "help, since κ is taken of each micro-batch."
         )
     if args.dataloader_drop_last and len(paired) < batch:
         raise DataError(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
@@ -182,3 +183,13 @@ def checkpoint_to_resume(output_dir: str) -> str:
             f"Expected a whole checkpoint in {output_dir}, found none. Start without resume_from_checkpoint."
         )
     return path
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write named tensors as safetensors, from any device and with any sharing of memory.
+
+    Args:
+        tensors: Name to tensor.
+        path: File to write.
+    """
+    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path)

@@ -2,151 +2,260 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_immunize.errors import NonFiniteError
-from hf_immunize.training.distributed import mean_gradient_norm, process_mean
-from hf_immunize.training.objectives import Side, Terms
-from hf_immunize.training.weighting import balanced_weight, gradient_norm
-from hf_immunize.vision.features import HeadInput
+from hf_immunize.errors import ImmunizationError
+from hf_immunize.training.cached_trunk import replayed
+from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence
+from hf_immunize.training.distributed import gather_features, mean_gradient_norm
+from hf_immunize.training.method import Method
+from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
+from hf_immunize.training.queue import FeatureQueue
+from hf_immunize.training.weighting import Weighting, gradient_norm
+from hf_immunize.vision.features import HeadInput, find_head
+from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
+from hf_immunize.vision.trunk import TrunkSplit
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives.
+
+    Attributes:
+        loss: 0-D, to call ``backward`` on.
+        logged: Name to 0-D tensor: ``benign_loss``, the terms, their weights, the divergence and the multiplier.
+        logits: Of the benign images, shape ``(N_P, C)``.
+    """
+
+    loss: Tensor
+    logged: dict[str, Tensor]
+    logits: Tensor
+
+
+class ImmunizationStep:
+    """The loss of a pair of batches, and all that it remembers from step to step.
+
+    The Trainer, the callback and a bare loop share it. Parameters that shall move are those that require a gradient.
+
+    Args:
+        model: An image classifier at its starting weights, with its scope set (see `select_trainable`).
+        method: What is minimized.
+        moving: Names of the moving parameters; by default those that require a gradient.
+        freeze_batchnorm: Keep all BatchNorm running statistics.
+        head_module: The classifier's name, where it cannot be found without help.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        ...                    image_size=32, patch_size=16, num_labels=3)
+        >>> model = ViTForImageClassification(config)
+        >>> step = ImmunizationStep(model, Method(objective="kappa"))
+        >>> batch = {"benign": {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.tensor([0, 1, 2, 0])},
+        ...          "harmful": {"pixel_values": torch.randn(4, 3, 32, 32)}}
+        >>> result = step(model, batch, step=0)
+        >>> result.loss.backward()
+        >>> list(result.logged)[:4]
+        ['benign_loss', 'kl', 'feature_error', 'r_well']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | None = None,
+        *,
+        moving: list[str] | None = None,
+        freeze_batchnorm: bool = True,
+        head_module: str | None = None,
+    ) -> None:
+        self.method = method if method is not None else Method()
+        if moving is None:
+            moving = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        _, self.head = find_head(model, head_module)
+        self.still = modules_in_eval(model, moving, freeze_batchnorm, head_module)
+        self.together = not has_batch_statistics(model, self.still)
+        self.weighting = Weighting(self.method.rule)
+        self.start = StartingModel(model) if self.method.needs_start else None
+        # Where a cached trunk ends: batches then hold the activations at the entry of what moves.
+        self.trunk: TrunkSplit | None = None
+        self._plain_model = model
+        size = self.method.queue_size
+        self._queues = {side: FeatureQueue(size) for side in ("benign", "harmful")} if size else {}
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: dict[str, Any],
+        step: int,
+        task_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        add_task_loss: bool = True,
+    ) -> StepResult:
+        """Compute the loss of one micro-batch.
+
+        Args:
+            model: The model, as wrapped for training.
+            batch: ``{"benign": {"pixel_values", "labels"}, "harmful": {"pixel_values"}}``, maybe with
+                ``"distillation"``; labels are only needed by losses that use them.
+            step: Optimizer steps done before this one; the same for all micro-batches of a step.
+            task_loss: The benign task's loss of logits and labels; by default cross-entropy.
+            add_task_loss: Whether the loss holds it; False where someone else's training step does already.
+
+        Returns:
+            Loss, terms and benign logits.
+
+        Raises:
+            ImmunizationError: One of its kinds, with objective and step, where a term is undefined.
+        """
+        for module in self.still:
+            module.training = False
+        counts = [len(batch[side]["pixel_values"]) for side in ("benign", "harmful")]
+        benign_end, harmful_end = counts[0], sum(counts)
+        rest = [batch[side]["pixel_values"] for side in ("harmful", "distillation") if side in batch]
+        others = {"pixel_values": torch.cat(rest)}
+        with replayed(self.trunk, self._plain_model):
+            features, logits, loss_features = forward_both(
+                model, self.head, batch["benign"], others, together=self.together
+            )
+        labels = batch["benign"].get("labels")
+        benign = Side(gather_features(features[:benign_end]), logits[:benign_end], labels)
+        harmful = Side(
+            gather_features(features[benign_end:harmful_end]),
+            logits[benign_end:harmful_end],
+            batch["harmful"].get("labels"),
+        )
+        task_loss = task_loss or nn.functional.cross_entropy
+        task = None
+        if self.method.benign_loss != "distillation" and (add_task_loss or labels is not None):
+            task = task_loss(logits[:benign_end], labels)
+        distillation, logged, measured = self._distillation(
+            batch, features, logits, benign_end, harmful_end, task_loss
+        )
+        if measured is not None:
+            self.weighting.observe(measured, step)
+        parts = [part for part in (task, distillation) if part is not None]
+        benign_loss = torch.stack(parts).sum() if parts else logits.new_zeros(())
+        added = benign_loss if add_task_loss else (distillation if distillation is not None else logits.new_zeros(()))
+        terms = self._terms(benign, harmful, step)
+        loss, weighed = self.weighting.weigh(
+            added,
+            terms,
+            {"benign": benign.features, "harmful": harmful.features},
+            lambda: self._benign_scale(benign_loss, benign, loss_features),
+            step,
+        )
+        for side, queue in self._queues.items():
+            queue.push({"benign": benign, "harmful": harmful}[side].features)
+        return StepResult(loss, {"benign_loss": benign_loss, **logged, **weighed}, logits[:benign_end])
+
+    def _distillation(
+        self,
+        batch: dict[str, Any],
+        features: Tensor,
+        logits: Tensor,
+        benign_end: int,
+        harmful_end: int,
+        task_loss: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor | None, dict[str, Tensor], Tensor | None]:
+        """The distillation loss, its parts by name, and what the budget is measured by; None where not wanted."""
+        if self.start is None:
+            return None, {}, None
+        images = [batch[side]["pixel_values"] for side in ("benign", "distillation") if side in batch]
+        with replayed(self.trunk, self._plain_model):
+            start_features, start_logits = self.start(self._plain_model, self.head, torch.cat(images))
+        rows = [slice(0, benign_end), slice(harmful_end, None)]
+        kl = logit_divergence(torch.cat([logits[part] for part in rows]), start_logits)
+        parts, loss, measured = {"kl": kl}, None, kl
+        if self.method.benign_loss != "task":
+            parts["feature_error"] = feature_error(torch.cat([features[part] for part in rows]), start_features)
+            loss = kl + self.method.feature_distillation_weight * parts["feature_error"]
+        if self.method.budget_measure == "loss" and self.method.benign_budget is not None:
+            labels = batch["benign"]["labels"]
+            with torch.no_grad():
+                measured = task_loss(logits[:benign_end], labels) - task_loss(start_logits[:benign_end], labels)
+            parts["task_loss_rise"] = measured
+        return loss, parts, measured
+
+    def _terms(self, benign: Side, harmful: Side, step: int) -> Terms:
+        sides = {"benign": benign, "harmful": harmful}
+        for name, queue in self._queues.items():
+            sides[name] = replace(sides[name], features=queue.join(sides[name].features))
+        try:
+            return OBJECTIVES[self.method.objective](sides["benign"], sides["harmful"], self.method.scale_free)
+        except ImmunizationError as error:
+            raise type(error)(f"Objective {self.method.objective!r} at step {step + 1}: {error}") from error
+
+    def _benign_scale(self, benign_loss: Tensor, benign: Side, loss_features: Tensor) -> Tensor:
+        """The unit in which gradients of terms on the features are measured.
+
+        A distillation loss starts at its minimum, where its gradient says nothing; that of the relative feature error
+        at a displacement of ε is 2ε over the size of the features.
+        """
+        if self.method.benign_loss == "distillation":
+            return 1 / torch.linalg.vector_norm(benign.features.detach(), dtype=torch.float32)
+        return self.weighting.benign_scale(mean_gradient_norm(gradient_norm(benign_loss, loss_features)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights, queues and starting tensors, with which a resumed run goes on exactly."""
+        parts: dict[str, dict[str, Tensor]] = {"weighting": self.weighting.state_dict()}
+        parts |= {f"queue_{side}": queue.state_dict() for side, queue in self._queues.items()}
+        if self.start is not None:
+            parts["start"] = self.start.state_dict()
+        return {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Args:
+            state: Name to tensor.
+
+        Raises:
+            ArgumentError: If the starting tensors are of another model, scope or method.
+        """
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            part, key = name.split("/", 1)
+            parts.setdefault(part, {})[key] = value
+        self.weighting.load_state_dict(parts["weighting"])
+        for side, queue in self._queues.items():
+            queue.load_state_dict(parts.get(f"queue_{side}", {}))
+        if self.start is not None:
+            self.start.load_state_dict(parts.get("start", {}))
 
 
 def forward_both(
-    model: nn.Module, head: nn.Module, benign: dict[str, Any], harmful: dict[str, Any], *, together: bool
+    model: nn.Module, head: nn.Module, benign: dict[str, Any], others: dict[str, Any], *, together: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features and logits of a benign and a harmful batch, benign rows first.
+    """Features and logits of benign and other images, benign rows first.
 
     Args:
         model: The model, as wrapped for training.
         head: Its classifier, inside the wrapping.
         benign: ``pixel_values`` of shape ``(N_P, C, H, W)``.
-        harmful: ``pixel_values`` of shape ``(N_H, C, H, W)``.
+        others: ``pixel_values`` of shape ``(N_O, C, H, W)``: harmful images, and those of the distillation set.
         together: Whether one pass over both is exact, which it is unless BatchNorm uses the statistics of its batch.
 
     Returns:
-        Features ``(N_P + N_H, D)``, logits ``(N_P + N_H, C)``, and the features in the autograd graph of the benign
+        Features ``(N_P + N_O, D)``, logits ``(N_P + N_O, C)``, and the features in the autograd graph of the benign
         logits: all of them after one pass, those of the benign pass after two.
     """
     if together:
         with HeadInput(head) as captured:
-            outputs = model(pixel_values=torch.cat([benign["pixel_values"], harmful["pixel_values"]]))
+            outputs = model(pixel_values=torch.cat([benign["pixel_values"], others["pixel_values"]]))
         return captured.features, outputs["logits"], captured.features
     with HeadInput(head) as first:
         benign_logits = model(pixel_values=benign["pixel_values"])["logits"]
     # A harmful batch in the running statistics alone costs benign accuracy.
     with HeadInput(head) as second, _batchnorm_in_eval(model):
-        harmful_logits = model(pixel_values=harmful["pixel_values"])["logits"]
-    logits = torch.cat([benign_logits, harmful_logits])
+        other_logits = model(pixel_values=others["pixel_values"])["logits"]
+    logits = torch.cat([benign_logits, other_logits])
     return torch.cat([first.features, second.features]), logits, first.features
-
-
-def weigh(
-    benign_loss: Tensor,
-    benign: Side,
-    harmful: Side,
-    terms: Terms,
-    weights: dict[str, str | float],
-    ratio: float,
-    loss_features: Tensor,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a step: benign loss plus weighted regularizers.
-
-    Args:
-        benign_loss: 0-D.
-        benign: The benign side, whose features the benign terms are of.
-        harmful: The harmful side, likewise.
-        terms: The objective's terms.
-        weights: For "benign" and "harmful" a number, or "auto" to balance gradients on the features.
-        ratio: With "auto", the proportion of a term's gradient norm to the benign loss's.
-        loss_features: This process's features, in the autograd graph of the benign loss.
-
-    Returns:
-        The 0-D loss, and all terms and weights by the names they are logged under.
-    """
-    total, logged = benign_loss, {"benign_loss": benign_loss}
-    loss_norm = None
-    for side, view, named in (("benign", benign, terms.benign), ("harmful", harmful, terms.harmful)):
-        for name, term in named.items():
-            given = weights[side]
-            if isinstance(given, str):
-                if loss_norm is None:
-                    loss_norm = mean_gradient_norm(gradient_norm(benign_loss, loss_features))
-                weight = balanced_weight(loss_norm, gradient_norm(term, view.features), ratio)
-            else:
-                weight = torch.tensor(given, device=term.device)
-            total = total + weight * term
-            logged |= {name: term, f"{side}_weight": weight}
-    return total, logged
-
-
-class RunningMeans:
-    """Means of named scalars since they were last taken, kept on the device until then.
-
-    Fetching every term in every step would stall a GPU.
-
-    Example:
-        >>> means = RunningMeans()
-        >>> for value in (1.0, 3.0):
-        ...     means.update({"r_well": torch.tensor(value)}, step=1)
-        >>> means.take(step=2)
-        {'r_well': 2.0}
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-
-    def update(self, values: dict[str, Tensor], step: int) -> None:
-        """Add the scalars of one micro-batch.
-
-        Args:
-            values: Name to 0-D tensor.
-            step: The step they belong to.
-
-        Raises:
-            NonFiniteError: If one is NaN or infinite; on a GPU, `take` raises it.
-        """
-        for name, value in values.items():
-            value = value.detach()
-            if value.device.type == "cpu":
-                _check_finite(name, float(value), step)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += 1
-
-    def take(self, step: int) -> dict[str, float]:
-        """The means, over all processes as well, and start anew; a collective where there are several.
-
-        Args:
-            step: The last step they cover.
-
-        Returns:
-            Name to mean; empty where nothing was added.
-
-        Raises:
-            NonFiniteError: If one is NaN or infinite.
-        """
-        if not self._sums:
-            return {}
-        totals = process_mean(torch.stack(list(self._sums.values()))).tolist()
-        means = {name: total / self._count for name, total in zip(self._sums, totals, strict=True)}
-        for name, mean in means.items():
-            _check_finite(name, mean, step)
-        self._sums, self._count = {}, 0
-        return means
-
-
-def _check_finite(name: str, value: float, step: int) -> None:
-    if value != value or value in (float("inf"), float("-inf")):
-        raise NonFiniteError(
-            f"Expected a finite {name} at step {step}, found {value}. Lower the learning rate or the weights, or "
-            "train in full precision; the last checkpoint is sound."
-        )
 
 
 @contextmanager

@@ -7,44 +7,50 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
+from hf_immunize.errors import ArgumentError, DataError
 from hf_immunize.hub.outcomes import named_outcomes
 from hf_immunize.training import publishing
 from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.distributed import gather_features, world_size
+from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
+from hf_immunize.training.checks import as_classifier, check_checkpointing, check_classifier
+from hf_immunize.training.distributed import world_size
 from hf_immunize.training.evaluation import Evaluation, accuracy
 from hf_immunize.training.evidence import Evidence, save_record
-from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
-from hf_immunize.training.preparation import image_rows, paired_rows
+from hf_immunize.training.method import Method
+from hf_immunize.training.preparation import image_rows, paired_rows, side_rows
+from hf_immunize.training.running import RunningMeans
 from hf_immunize.training.saving import (
     check_finite_weights,
     checkpoint_to_resume,
     load_weights,
+    save_tensors,
     staged_directory,
     whole_or_passed_over,
 )
-from hf_immunize.training.step import RunningMeans, forward_both, weigh
-from hf_immunize.vision.features import HeadInput, find_head
+from hf_immunize.training.step import ImmunizationStep
+from hf_immunize.vision.features import HeadInput
 from hf_immunize.vision.images import ImageCollator
 from hf_immunize.vision.measurement import Measurement, load_measurements, save_measurements, spectral_metrics
 from hf_immunize.vision.pairing import PairedCollator
-from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval, select_trainable
+from hf_immunize.vision.scope import select_trainable
 
 
 _STATE_FILE = "immunization_state.safetensors"
+_STEP_FILE = "immunization_step.safetensors"
 
 
 class ImmunizationTrainer(Trainer):
     r"""A `transformers.Trainer` that immunizes an image classifier against a harmful task.
 
     Minimizes ``benign loss + Σ benign_weight·R_benign(Z_P) + Σ harmful_weight·R_harmful(Z_H)`` with Z the classifier's
-    inputs: for the default objective, Eq. 9 of Zheng et al. 2025 (arXiv:2505.23760). Everything else is the Trainer's.
+    inputs: with ``objective="kappa"``, Eq. 9 of Zheng et al. 2025 (arXiv:2505.23760). All else is the Trainer's.
 
     κ is not additive over micro-batches: under gradient accumulation the mean of the micro-batches' regularizers is
     minimized, not the regularizer of the whole batch. Over processes it is exact: features are gathered.
@@ -54,7 +60,9 @@ class ImmunizationTrainer(Trainer):
         args: `ImmunizationArguments`.
         train_dataset: Benign data with labels: a `datasets.Dataset` with an image column, or any map-style dataset
             whose items hold ``pixel_values`` and ``labels``.
-        harmful_dataset: Harmful data; labels are not needed.
+        harmful_dataset: Harmful data, stored or streamed; labels are needed by ``objective="imma"`` alone.
+        distillation_dataset: Any images, without labels, stored or streamed, on which the model shall stay what it was
+            as well; the more varied, the better benign accuracy is kept.
         eval_dataset: Benign data; `eval_loss` and `eval_accuracy` are of these.
         harmful_eval_dataset: Harmful data on which κ and RIR are measured.
         processing_class: Image processor that turns images into ``pixel_values``.
@@ -87,6 +95,7 @@ class ImmunizationTrainer(Trainer):
 
     # The loss is a per-batch mean: the Trainer divides it by the accumulation steps, and must not guess about it.
     loss_is_scaled_for_ga = False
+    data_collator: Any
 
     def __init__(
         self,
@@ -95,6 +104,7 @@ class ImmunizationTrainer(Trainer):
         *,
         train_dataset: Any = None,
         harmful_dataset: Any = None,
+        distillation_dataset: Any = None,
         eval_dataset: Any = None,
         harmful_eval_dataset: Any = None,
         processing_class: Any = None,
@@ -110,6 +120,7 @@ class ImmunizationTrainer(Trainer):
                 f"Expected one GPU a process, found {args.n_gpu} in this one, over which κ of a batch would be torn "
                 "apart. Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
+        model = None if model is None else as_classifier(model, args.pooling)
         # A user's own collator gets the datasets' own items.
         self._reads_images = data_collator is None
         # What goes into immunization.json; names of data that the data sets do not know can be set on it.
@@ -131,8 +142,12 @@ class ImmunizationTrainer(Trainer):
         if train_dataset is not None:
             if harmful_dataset is None:
                 raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
-            harmful = self._rows(harmful_dataset, "harmful_dataset", labels="ignored")
-            self.train_dataset = paired_rows(self._rows(train_dataset, "train_dataset"), harmful, args)
+            benign = self._rows(
+                train_dataset, "train_dataset", "needed" if Method.of(args).needs_labels else "optional"
+            )
+            harmful = self._side(harmful_dataset, "harmful_dataset")
+            distillation = self._side(distillation_dataset, "distillation_dataset")
+            self.train_dataset = paired_rows(benign, harmful, args, distillation)
         self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
         if isinstance(eval_dataset, dict):
             self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in eval_dataset.items()}
@@ -144,14 +159,20 @@ class ImmunizationTrainer(Trainer):
         self._evaluation: Evaluation | None = None
 
     def _choose_what_moves(self, model: PreTrainedModel) -> None:
-        _, self._head = find_head(model, self.args.head_module)
-        moving = select_trainable(model, self.args.trainable, self.args.head_module)
-        self._still = modules_in_eval(model, moving, self.args.freeze_batchnorm, self.args.head_module)
-        self._together = not has_batch_statistics(model, self._still)
+        check_classifier(model)
+        self._moving = select_trainable(model, self.args.trainable, self.args.head_module)
+        check_checkpointing(model, self.args)
+        self._step = ImmunizationStep(
+            model,
+            Method.of(self.args),
+            moving=self._moving,
+            freeze_batchnorm=self.args.freeze_batchnorm,
+            head_module=self.args.head_module,
+        )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the Trainer's, with the scope set on the model, which is another in each run or trial."""
-        model = super().call_model_init(trial)
+        model = as_classifier(super().call_model_init(trial), self.args.pooling)
         self._choose_what_moves(model)
         return model
 
@@ -161,6 +182,11 @@ class ImmunizationTrainer(Trainer):
         if dataset is None or not self._reads_images:
             return dataset
         return image_rows(dataset, name, self.args, self.model.config.num_labels, labels)
+
+    def _side(self, dataset: Any, name: str) -> Any:
+        if dataset is None or not self._reads_images:
+            return dataset
+        return side_rows(dataset, name, self.args, self.model.config.num_labels)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
@@ -175,6 +201,25 @@ class ImmunizationTrainer(Trainer):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; with `cache_trunk`, activations at the entry of what moves take the place of images."""
+        given = self.train_dataset, self.data_collator
+        if self.train_dataset is None or self.args.cache_trunk == "no":
+            if self.train_dataset is not None:
+                suggest_cached_trunk(self.model, self._moving, len(self.train_dataset), self.args)
+            return super().get_train_dataloader()
+        own = None if self._reads_images else self.data_collator.inner
+        options = {"processor": self.processing_class, "collate": own}
+        try:
+            # Here, since the weights of a checkpoint are loaded by now.
+            self._step.trunk, self.train_dataset = cached_pairs(
+                self.model, self.train_dataset, self._moving, self._step.still, self.args, **options
+            )
+            self.data_collator = PairedCollator(ImageCollator())
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = given
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
@@ -200,7 +245,8 @@ class ImmunizationTrainer(Trainer):
 
         Args:
             model: The model, as wrapped for training.
-            inputs: ``{"benign": {"pixel_values", "labels"}, "harmful": {"pixel_values"}}``, or a flat batch.
+            inputs: ``{"benign": {"pixel_values", "labels"}, "harmful": {"pixel_values"}}``, maybe with
+                ``"distillation"``, or a flat batch.
             return_outputs: Whether to return the benign outputs as well.
             num_items_in_batch: Not used: the loss is a mean.
 
@@ -209,33 +255,16 @@ class ImmunizationTrainer(Trainer):
         """
         if "benign" not in inputs:
             return super().compute_loss(model, inputs, return_outputs)
-        for module in self._still:
-            module.training = False
-        pair, count = (inputs["benign"], inputs["harmful"]), len(inputs["benign"]["pixel_values"])
-        features, logits, loss_features = forward_both(model, self._head, *pair, together=self._together)
-        labels = inputs["benign"]["labels"]
-        benign_loss = self._benign_loss(logits[:count], labels)
-        benign = Side(gather_features(features[:count]), logits[:count], labels)
-        harmful = Side(gather_features(features[count:]), logits[count:])
-        weights = {"benign": self.args.benign_weight, "harmful": self.args.harmful_weight}
-        terms = self._terms(benign, harmful)
-        loss, logged = weigh(benign_loss, benign, harmful, terms, weights, self.args.auto_weight_ratio, loss_features)
-        self._means.update(logged, self.state.global_step + 1)
-        return (loss, {"logits": logits[:count]}) if return_outputs else loss
+        result = self._step(model, inputs, self.state.global_step, self._task_loss)
+        self._means.update(result.logged, self.state.global_step + 1)
+        return (result.loss, {"logits": result.logits}) if return_outputs else result.loss
 
-    def _benign_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:
             return self.compute_loss_func(ImageClassifierOutput(logits=logits), labels, num_items_in_batch=None)
         if self.label_smoother is not None:
             return self.label_smoother({"logits": logits}, labels)
         return self.model.loss_function(labels, logits, self.model.config)
-
-    def _terms(self, benign: Side, harmful: Side) -> Terms:
-        try:
-            return OBJECTIVES[self.args.objective](benign, harmful, self.args.scale_free)
-        except ImmunizationError as error:
-            step = self.state.global_step + 1
-            raise type(error)(f"Objective {self.args.objective!r} at step {step}: {error}") from error
 
     # ---- the log ----
 
@@ -249,7 +278,7 @@ class ImmunizationTrainer(Trainer):
         """As the Trainer's, of both sides of a pair."""
         if "benign" not in inputs:
             return super().floating_point_ops(inputs)
-        return sum(super(ImmunizationTrainer, self).floating_point_ops(inputs[side]) for side in ("benign", "harmful"))
+        return sum(super(ImmunizationTrainer, self).floating_point_ops(side) for side in inputs.values())
 
     # ---- evaluation ----
 
@@ -302,7 +331,7 @@ class ImmunizationTrainer(Trainer):
                 output.metrics[name.replace(prefix, f"{prefix}_benign", 1)] = value
         metrics = spectral_metrics(benign, self._references.get(prefix), harmful, self._references.get("harmful"))
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
-        if self.args.should_save and self._loads_whole and not self._evaluation.other_data:
+        if self.args.should_save and not self._is_sharded and not self._evaluation.other_data:
             step, references = self.state.global_step, self._references
             self.evidence.note(self.model, prefix, step, output.metrics, benign, harmful, references)
         return output
@@ -312,7 +341,7 @@ class ImmunizationTrainer(Trainer):
         measurement = None if self._evaluation is None else self._evaluation.benign
         if measurement is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        with HeadInput(self._head) as captured:
+        with HeadInput(self._step.head) as captured:
             result = super().prediction_step(model, inputs, *args, **kwargs)
         self._fold(measurement, captured.features, inputs["pixel_values"])
         return result
@@ -333,7 +362,7 @@ class ImmunizationTrainer(Trainer):
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         for inputs in tqdm(dataloader, desc=f"κ of {name} features", disable=quiet, leave=False):
             pixel_values = self._prepare_inputs(inputs)["pixel_values"]
-            with HeadInput(self._head) as captured:
+            with HeadInput(self._step.head) as captured:
                 # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
                 type(self.model).forward(self.model, pixel_values=pixel_values)
             self._fold(measurement, captured.features, pixel_values)
@@ -395,7 +424,10 @@ class ImmunizationTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and self._references:
+        if not self.args.should_save:
+            return
+        save_tensors(self._step.state_dict(), os.path.join(output_dir, _STEP_FILE))
+        if self._references:
             save_measurements(os.path.join(output_dir, _STATE_FILE), self._references)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -407,16 +439,25 @@ class ImmunizationTrainer(Trainer):
         path = os.path.join(resume_from_checkpoint, _STATE_FILE)
         if os.path.isfile(path):
             self._references = load_measurements(path)
+        path = os.path.join(resume_from_checkpoint, _STEP_FILE)
+        if os.path.isfile(path):
+            self._step.load_state_dict(load_file(path))
 
     def _load_best_model(self) -> None:
-        if not self._loads_whole:
-            return super()._load_best_model()
-        load_weights(self.model, self.state.best_model_checkpoint)
-        self.evidence.adopt(self.model, self.state.best_model_checkpoint)
+        if self._loads_whole:
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+        if not self._is_sharded:
+            self.evidence.adopt(self.model, self.state.best_model_checkpoint)
 
     @property
     def _loads_whole(self) -> bool:
-        return isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        return isinstance(self.model, PreTrainedModel) and not self._is_sharded
+
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     # ---- card and Hub ----
 

@@ -1,16 +1,59 @@
-"""How much each regularization term counts beside the benign loss."""
+"""How much each regularization term counts beside the benign loss.
+
+Three rules, which share one form: the weight of a term R with features Z is ``factor · scale / ‖∂R/∂Z‖``, so that its
+gradient on the features has the norm ``factor · scale`` whatever the size of R.
+
+- fixed: the user's number, and nothing else (the paper's way);
+- by gradient norm: factor is ``auto_weight_ratio``, scale the norm of the benign loss's gradient;
+- by a multiplier (``benign_budget``): factor grows while the benign side moves less than the budget, and falls while
+  it moves more.
+
+The features are the last tensor that all terms share, so these norms cost no pass through the network.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_immunize.training.distributed import process_mean
+from hf_immunize.training.objectives import Terms
+
+
+# A multiplier that falls faster than it grows keeps the excursions above the budget short.
+_GROWTH, _DECAY = 1.03, 0.95
+_START = 0.02
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """What decides the weights.
+
+    Attributes:
+        benign: Weight of the benign terms: a number, or "auto".
+        harmful: Weight of the harmful terms, likewise.
+        ratio: With "auto" and no budget, the norm of a term's gradient on the features over the benign scale.
+        averaging: Share of the past in the running mean of the benign loss's gradient norm, in [0, 1).
+        bound: The benign scale counts at most this many times the smallest running mean so far: a benign loss that
+            rises because the weights are too large must not raise them further.
+        warmup_steps: Steps over which all weights rise linearly from zero; a function of the step alone.
+        budget: Largest running divergence of the benign side, or None for no multiplier.
+    """
+
+    benign: str | float = "auto"
+    harmful: str | float = "auto"
+    ratio: float = 0.3
+    averaging: float = 0.9
+    bound: float = 3.0
+    warmup_steps: int = 0
+    budget: float | None = None
+
 
 def gradient_norm(value: Tensor, features: Tensor) -> Tensor:
     """Norm of the gradient of a scalar with respect to the features, without a pass through the network.
-
-    The features are the last tensor that the benign loss and the regularizers share, so balancing gradients there
-    costs one backward pass through the head and the regularizers' closed forms.
 
     Args:
         value: 0-D tensor that depends on the features.
@@ -23,19 +66,176 @@ def gradient_norm(value: Tensor, features: Tensor) -> Tensor:
     return torch.linalg.vector_norm(gradient, dtype=torch.float32)
 
 
-def balanced_weight(loss_norm: Tensor, term_norm: Tensor, ratio: float) -> Tensor:
-    """Weight under which a term's gradient on the features has `ratio` times the norm of the benign loss's.
+def balanced_weight(scale: Tensor, term_norm: Tensor, factor: Tensor | float) -> Tensor:
+    """Weight under which a term's gradient on the features has the norm ``factor · scale``.
 
     Args:
-        loss_norm: Norm of the benign loss's gradient on the features.
-        term_norm: Norm of the term's.
-        ratio: Their wanted proportion.
+        scale: 0-D, such as the norm of the benign loss's gradient on the features.
+        term_norm: Norm of the term's gradient.
+        factor: The wanted proportion.
 
     Returns:
         0-D tensor; zero where the term has no gradient, as ``R_well`` at κ = 1.
 
     Example:
-        >>> balanced_weight(torch.tensor(2.0), torch.tensor(4.0), ratio=0.5).item()
+        >>> balanced_weight(torch.tensor(2.0), torch.tensor(4.0), factor=0.5).item()
         0.25
     """
-    return torch.where(term_norm > 0, ratio * loss_norm / term_norm, torch.zeros_like(term_norm))
+    return torch.where(term_norm > 0, factor * scale / term_norm, torch.zeros_like(term_norm))
+
+
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """Linear rise of all weights, a function of the step alone.
+
+    Args:
+        step: Steps done before this one.
+        warmup_steps: Length of the rise; 0 for none.
+
+    Returns:
+        Between 0 (exclusive) and 1.
+
+    Example:
+        >>> warmup_factor(0, 4), warmup_factor(3, 4), warmup_factor(9, 4)
+        (0.25, 1.0, 1.0)
+    """
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+class Weighting:
+    """The weights of a run, with what they remember.
+
+    Args:
+        rule: What decides them.
+
+    Example:
+        >>> weighting = Weighting(WeightRule(budget=0.1))
+        >>> for step in range(2):
+        ...     weighting.observe(torch.tensor(0.5), step)  # above the budget: the multiplier falls at the next step
+        >>> round(float(weighting.factor / _START), 4)
+        0.95
+    """
+
+    def __init__(self, rule: WeightRule) -> None:
+        self.rule = rule
+        self._multiplier = torch.tensor(_START)
+        self._divergence = torch.tensor(0.0)  # running mean over steps
+        self._pending = torch.zeros(2)  # sum and count over the micro-batches of the step at hand
+        self._step = -1
+        self._norm = torch.tensor(0.0)  # running mean over micro-batches, not yet corrected for its start at zero
+        self._norm_weight = 0.0
+        self._smallest = torch.tensor(torch.inf)
+
+    @property
+    def factor(self) -> Tensor:
+        """The multiplier under a budget, else the fixed ratio; 0-D."""
+        return self._multiplier if self.rule.budget is not None else torch.tensor(self.rule.ratio)
+
+    def observe(self, divergence: Tensor, step: int) -> None:
+        """Take note of how far the benign side has moved, and adapt the multiplier between steps.
+
+        The multiplier of a step depends on the steps before it alone, so it is one for all its micro-batches.
+
+        Args:
+            divergence: 0-D, of one micro-batch.
+            step: Steps done before this one.
+        """
+        self._to(divergence.device)
+        if step != self._step:
+            self._adapt()
+            self._step = step
+        self._pending = self._pending + torch.stack([divergence.detach().float(), torch.ones_like(self._divergence)])
+
+    def _adapt(self) -> None:
+        if self._step < 0 or self.rule.budget is None:
+            self._pending = torch.zeros_like(self._pending)
+            return
+        mean = process_mean(self._pending[0] / self._pending[1])
+        keep = self.rule.averaging if self._step > 0 else 0.0
+        self._divergence = keep * self._divergence + (1 - keep) * mean
+        change = torch.where(self._divergence < self.rule.budget, _GROWTH, _DECAY)
+        self._multiplier = self._multiplier * change
+        self._pending = torch.zeros_like(self._pending)
+
+    def benign_scale(self, norm: Tensor) -> Tensor:
+        """The benign loss's gradient norm, averaged over steps and bounded.
+
+        Args:
+            norm: 0-D, of one micro-batch.
+
+        Returns:
+            0-D.
+        """
+        self._to(norm.device)
+        keep = self.rule.averaging
+        self._norm = keep * self._norm + (1 - keep) * norm.detach().float()
+        self._norm_weight = keep * self._norm_weight + (1 - keep)
+        mean = self._norm / self._norm_weight
+        self._smallest = torch.minimum(self._smallest, mean)
+        return torch.minimum(mean, self.rule.bound * self._smallest)
+
+    def weigh(
+        self,
+        benign_loss: Tensor,
+        terms: Terms,
+        features: dict[str, Tensor],
+        benign_scale: Callable[[], Tensor],
+        step: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch: benign loss plus weighted terms.
+
+        Args:
+            benign_loss: 0-D.
+            terms: The objective's terms.
+            features: For "benign" and "harmful" the batch's features, with respect to which gradients are measured.
+            benign_scale: Computes the unit of these gradients; called where a weight is "auto".
+            step: Steps done before this one.
+
+        Returns:
+            The 0-D loss, and all terms and weights by the names they are logged under.
+        """
+        total = benign_loss
+        logged: dict[str, Tensor] = {}
+        scale: Tensor | None = None
+        warmup = warmup_factor(step, self.rule.warmup_steps)
+        for side, given, named in (
+            ("benign", self.rule.benign, terms.benign),
+            ("harmful", self.rule.harmful, terms.harmful),
+        ):
+            for name, term in named.items():
+                if isinstance(given, str):
+                    scale = benign_scale() if scale is None else scale
+                    norm = gradient_norm(term, features[side])
+                    weight = balanced_weight(scale, norm, self.factor.to(norm.device))
+                else:
+                    weight = torch.tensor(given, device=term.device)
+                    if self.rule.budget is not None:
+                        weight = weight * self.factor.to(term.device)
+                weight = warmup * weight
+                total = total + weight * term
+                logged |= {name: term, f"{side}_weight": weight}
+        if self.rule.budget is not None:
+            logged["multiplier"] = self.factor
+        return total, logged
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs to go on exactly."""
+        return {
+            "multiplier": self._multiplier,
+            "divergence": self._divergence,
+            "pending": self._pending,
+            "norm": self._norm,
+            "smallest": self._smallest,
+            "counters": torch.tensor([self._step, self._norm_weight], dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._multiplier, self._divergence = state["multiplier"], state["divergence"]
+        self._pending, self._norm, self._smallest = state["pending"], state["norm"], state["smallest"]
+        step, self._norm_weight = state["counters"].tolist()
+        self._step = int(step)
+
+    def _to(self, device: torch.device) -> None:
+        if self._multiplier.device != device:
+            for name in ("_multiplier", "_divergence", "_pending", "_norm", "_smallest"):
+                setattr(self, name, getattr(self, name).to(device))

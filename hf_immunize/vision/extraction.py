@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +75,8 @@ def extract(
     """
     _, head = find_head(model, head_module)
     device = next(model.parameters()).device
+    # accelerate prepares a model for mixed precision by putting a forward under autocast in place of the class's own.
+    forward = partial(type(model).forward, model) if "_original_forward" in vars(model) else model
     loader = torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=ImageCollator(image_processor))
     was_training = model.training
     model.eval()
@@ -82,7 +85,7 @@ def extract(
             pixel_values = batch["pixel_values"].to(device)
             labels = batch.get("labels")
             with torch.no_grad(), torch.autocast(device.type, enabled=False), HeadInput(head) as captured:
-                logits = model(pixel_values=pixel_values).logits
+                logits = forward(pixel_values=pixel_values).logits
             yield ExtractedBatch(
                 captured.features, logits, pixel_values, None if labels is None else labels.to(device)
             )

@@ -7,12 +7,15 @@ own (and, under data parallelism, the wrapper's own).
 
 from __future__ import annotations
 
+import inspect
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_immunize.errors import HeadError
+from hf_immunize.vision.adapters import outermost_name, running_modules, without_wrapper
 
 
 if TYPE_CHECKING:
@@ -24,17 +27,21 @@ def find_head(model: PreTrainedModel, head_module: str | None = None) -> tuple[s
     """Find the final classifier, the ``nn.Linear`` with one output a label.
 
     Only modules outside ``model.base_model`` are candidates, so a block as wide as the number of labels is not taken
-    for the head. Models that are their own base model (CLIP, SigLIP) are searched whole.
+    for the head. Models that are their own base model (CLIP, SigLIP) are searched whole; models of timm are asked.
+
+    In a model wrapped by PEFT, it is the linear layer that runs: the copy in ``modules_to_save`` where there is one,
+    the ``base_layer`` (which receives the same input) where the head has an adapter of its own.
 
     Args:
-        model: An image classifier of transformers.
+        model: An image classifier of transformers, wrapped by PEFT or not.
         head_module: The head's name in ``model.named_modules()``, where it cannot be found without help.
 
     Returns:
         The head's name and the head.
 
     Raises:
-        HeadError: If there is no head, more than one candidate, or ``head_module`` names no ``nn.Linear``.
+        HeadError: If there is no head, more than one candidate, ``head_module`` names no ``nn.Linear``, or the head
+            or its weight is also another part of the model.
 
     Examples:
         >>> from transformers import ResNetConfig, ResNetForImageClassification
@@ -42,31 +49,81 @@ def find_head(model: PreTrainedModel, head_module: str | None = None) -> tuple[s
         >>> find_head(ResNetForImageClassification(config))
         ('classifier.1', Linear(in_features=8, out_features=3, bias=True))
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if head_module is not None:
-        if head_module not in linears:
-            found = type(dict(model.named_modules()).get(head_module)).__name__
-            found = "no module of that name" if found == "NoneType" else f"a {found}"
-            raise HeadError(
-                f"head_module={head_module!r} should name the nn.Linear that classifies, but {type(model).__name__} "
-                f"has {found}; the last nn.Linear modules are {_shown(list(linears)[-3:])}."
-            )
-        return head_module, linears[head_module]
+    name, head = _named_head(model, head_module) if head_module is not None else _only_head(model)
+    _check_unshared(model, name, head)
+    return name, head
 
-    num_labels = model.config.num_labels
-    inside = set() if model.base_model is model else set(model.base_model.modules())
-    candidates = {n: m for n, m in linears.items() if m.out_features == num_labels and m not in inside}
-    if not candidates:
+
+def _named_head(model: PreTrainedModel, head_module: str) -> tuple[str, nn.Linear]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not isinstance(modules.get(head_module), nn.Linear):
+        # A user knows the head by the name it had before PEFT wrapped it.
+        inside = {n: m for n, m in running_modules(model) if isinstance(m, nn.Linear)}
+        wrapped = [n for n in inside if outermost_name(n).endswith((f".{head_module}", head_module))]
+        if len(wrapped) == 1:
+            return wrapped[0], inside[wrapped[0]]
+        found = f"a {type(modules[head_module]).__name__}" if head_module in modules else "no module of that name"
         raise HeadError(
-            f"{type(model).__name__} has no classifier with {num_labels} outputs outside its backbone; load it with "
+            f"head_module={head_module!r} should name the nn.Linear that classifies, but {_kind(model)} "
+            f"has {found}; the last nn.Linear modules are {_shown(list(inside)[-3:])}."
+        )
+    return head_module, modules[head_module]
+
+
+def _only_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
+    plain = without_wrapper(model)
+    base, num_labels = plain.base_model, plain.config.num_labels
+    inside = set() if base is plain else set(base.modules())
+    running = list(running_modules(model))
+    candidates: dict[str, nn.Linear] = {}
+    for name, module in running:
+        if not isinstance(module, nn.Linear) or module.out_features != num_labels or module in inside:
+            continue
+        if module not in candidates.values():
+            candidates[name] = module
+    if not candidates and callable(getattr(base, "get_classifier", None)):
+        # timm builds the classifier into what transformers calls the base model.
+        asked = base.get_classifier()
+        heads = asked if isinstance(asked, (tuple, list)) else [asked]
+        candidates = {n: m for n, m in running if isinstance(m, nn.Linear) and any(_holds(head, m) for head in heads)}
+    if not candidates:
+        if base is plain and not _classifies(plain):
+            raise HeadError(
+                f"{_kind(model)} is a bare backbone, without a classifier. Give it a linear one by "
+                f'hf_immunize.vision.bare.with_linear_head(model, num_labels=..., pooling="cls") (or, to the Trainer, '
+                f'pooling="cls" in its arguments), or load a classifier with AutoModelForImageClassification.'
+            )
+        raise HeadError(
+            f"{_kind(model)} has no classifier with {num_labels} outputs outside its backbone; load it with "
             f"AutoModelForImageClassification and num_labels >= 1, or name the classifier with head_module=..."
         )
     if len(candidates) > 1:
         raise HeadError(
-            f"{type(model).__name__} has {len(candidates)} linear modules with {num_labels} outputs: "
+            f"{_kind(model)} has {len(candidates)} linear modules with {num_labels} outputs: "
             f"{_shown(list(candidates))}; name the classifier with head_module=..."
         )
     return next(iter(candidates.items()))
+
+
+def _check_unshared(model: PreTrainedModel, name: str, head: nn.Linear) -> None:
+    """A head that is also another part of the model runs more than once, or moves what should be frozen."""
+    others = [other for other, module in running_modules(model) if module is head and other != name]
+    if others:
+        raise HeadError(
+            f"The head {name!r} of {_kind(model)} is the same module as {_shown(others)}, so it is not clear which "
+            f"input holds the features; give the classifier a module of its own (copy.deepcopy)."
+        )
+    own = {id(parameter) for parameter in head.parameters()}
+    tied = [
+        other
+        for other, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in own and other.rpartition(".")[0] != name
+    ]
+    if tied:
+        raise HeadError(
+            f"The head {name!r} of {_kind(model)} is tied to {_shown(tied)}: training one would move the other; give "
+            f"the classifier weights of its own (head.weight = nn.Parameter(head.weight.detach().clone()))."
+        )
 
 
 class HeadInput:
@@ -120,6 +177,9 @@ class HeadInput:
             self._handle.remove()
             self._handle = None
 
+    # Not traced by torch.compile, which then ends a graph before the head: compiled as one, logits would not be a
+    # function of the features to autograd, and the hook of the first pass would stand for those of all others.
+    @torch.compiler.disable
     def _record(self, head: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self._features is not None:
             raise HeadError(
@@ -163,6 +223,18 @@ def penultimate_features(model: PreTrainedModel, pixel_values: Tensor, head_modu
     with HeadInput(head) as captured:
         model(pixel_values=pixel_values)
     return captured.features
+
+
+def _classifies(model: PreTrainedModel) -> bool:
+    return "labels" in inspect.signature(type(model).forward).parameters
+
+
+def _holds(head: object, module: nn.Module) -> bool:
+    return isinstance(head, nn.Module) and any(part is module for _, part in running_modules(head))
+
+
+def _kind(model: PreTrainedModel) -> str:
+    return type(without_wrapper(model)).__name__
 
 
 def _shown(names: list[str]) -> str:

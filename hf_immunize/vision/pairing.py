@@ -1,4 +1,4 @@
-"""Benign and harmful images side by side, from one DataLoader.
+"""Benign and harmful images, and images to distil on, side by side, from one DataLoader.
 
 One loader keeps shuffling, sharding over processes and resuming the Trainer's own affair; two loaders zipped in the
 loss would not.
@@ -7,6 +7,7 @@ loss would not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,38 @@ from torch import Tensor
 from hf_immunize.errors import ArgumentError, DataError, ShapeError
 
 
-class PairedSampler(torch.utils.data.Sampler[tuple[int, int]]):
-    """Draw pairs of a benign and a harmful row; an epoch is one pass over the benign data.
+# A row, or a row and which of its stored views.
+Row = int | tuple[int, int]
+# A benign row with the harmful and the distillation rows that come along with it.
+Draw = tuple[Row, tuple[Row, ...], tuple[Row, ...]]
 
-    The benign order depends on ``(seed, epoch)`` alone. The harmful rows run through permutations of their own, on and
-    on over the epochs, so that all are used equally often whichever set is larger. No global random state is used:
-    every process draws the same pairs, and a resumed run the pairs of the interrupted one. (With ``drop_last``, the
-    pairs of a last partial batch are skipped, not moved to the next epoch.)
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """How many rows of each side one process takes in a micro-batch.
+
+    Attributes:
+        benign: Benign rows.
+        harmful: Harmful rows.
+        distillation: Rows of the distillation set; 0 without one.
+    """
+
+    benign: int = 1
+    harmful: int = 1
+    distillation: int = 0
+
+
+ONE_EACH = BatchSizes()
+
+
+class PairedSampler(torch.utils.data.Sampler[Draw]):
+    """Draw benign rows with the rows of the other sides beside them; an epoch is one pass over the benign data.
+
+    The benign order depends on ``(seed, epoch)`` alone. The rows of the other sides run through permutations of their
+    own, on and on over the epochs, so that all are used equally often whichever set is larger. Where batches differ in
+    size, the other side's rows are spread over the benign rows of a batch. No global random state is used: every
+    process draws the same rows, and a resumed run the rows of the interrupted one. (With ``drop_last``, the rows of a
+    last partial batch are skipped, not moved to the next epoch.)
 
     Accelerate 1.15 announces the epoch by `set_epoch`, as found by trying: ``DataLoaderShard.__iter__`` calls its own
     ``set_epoch``, which looks for a sampler in ``batch_sampler`` and in ``batch_sampler.batch_sampler``. That reaches
@@ -33,9 +59,11 @@ class PairedSampler(torch.utils.data.Sampler[tuple[int, int]]):
 
     Args:
         num_benign: The number of benign rows.
-        num_harmful: The number of harmful rows.
-        seed: The seed of both orders.
-        shuffle: If False, both sets come in their stored order.
+        num_harmful: The number of harmful rows; None for a stream, whose rows are then counted on and on.
+        seed: The seed of all orders.
+        shuffle: If False, all sets come in their stored order.
+        num_distillation: The number of distillation rows; None for a stream.
+        batch_sizes: Rows of each side in a batch.
 
     Raises:
         ArgumentError: If a set is empty.
@@ -43,25 +71,39 @@ class PairedSampler(torch.utils.data.Sampler[tuple[int, int]]):
     Examples:
         >>> sampler = PairedSampler(num_benign=3, num_harmful=2, seed=0, shuffle=False)
         >>> list(sampler)
-        [(0, 0), (1, 1), (2, 0)]
+        [(0, (0,), ()), (1, (1,), ()), (2, (0,), ())]
         >>> sampler.set_epoch(1)
         >>> list(sampler)
-        [(0, 1), (1, 0), (2, 1)]
+        [(0, (1,), ()), (1, (0,), ()), (2, (1,), ())]
+        >>> list(PairedSampler(4, 9, seed=0, shuffle=False, batch_sizes=BatchSizes(benign=4, harmful=6)))
+        [(0, (0,), ()), (1, (1, 2), ()), (2, (3,), ()), (3, (4, 5), ())]
     """
 
-    def __init__(self, num_benign: int, num_harmful: int, seed: int, shuffle: bool = True) -> None:
-        if num_benign < 1 or num_harmful < 1:
+    def __init__(
+        self,
+        num_benign: int,
+        num_harmful: int | None,
+        seed: int,
+        shuffle: bool = True,
+        *,
+        num_distillation: int | None = 0,
+        batch_sizes: BatchSizes = ONE_EACH,
+    ) -> None:
+        if num_benign < 1 or num_harmful == 0:
             raise ArgumentError(
                 f"Pairs need at least one benign and one harmful row, but there are {num_benign} and {num_harmful}."
             )
         self.num_benign = num_benign
         self.num_harmful = num_harmful
+        self.num_distillation = num_distillation
+        self.batch_sizes = batch_sizes
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
+        self.views: tuple[int, ...] = (1, 1, 1)  # of the benign, harmful and distillation rows
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose pairs the next iteration draws.
+        """Choose the epoch whose rows the next iteration draws.
 
         Args:
             epoch: The epoch, counted from 0.
@@ -71,69 +113,134 @@ class PairedSampler(torch.utils.data.Sampler[tuple[int, int]]):
     def __len__(self) -> int:
         return self.num_benign
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        start = self.epoch * self.num_benign
-        harmful: list[int] = []
-        for step, benign in enumerate(self._permutation(self.num_benign, kind=0, count=self.epoch)):
-            cycle, within = divmod(start + step, self.num_harmful)
-            if step == 0 or within == 0:
-                harmful = self._permutation(self.num_harmful, kind=1, count=cycle)
-            yield benign, harmful[within]
+    def __iter__(self) -> Iterator[Draw]:
+        order = self._permutation(self.num_benign, kind=0, count=self.epoch)
+        benign = [self._shown(row, kind=0, turn=self.epoch) for row in order]
+        harmful = self._beside(self.num_harmful, self.batch_sizes.harmful, kind=1)
+        distillation = self._beside(self.num_distillation, self.batch_sizes.distillation, kind=2)
+        yield from zip(benign, harmful, distillation, strict=True)
+
+    def _beside(self, length: int | None, batch_size: int, kind: int) -> Iterator[tuple[Row, ...]]:
+        """Rows of another side, for each benign row of this epoch."""
+        position = self.epoch * self._drawn(self.num_benign, batch_size)
+        order: list[int] = []
+        cycle = -1
+        for step in range(self.num_benign):
+            rows: list[Row] = []
+            for _ in range(self._drawn(step + 1, batch_size) - self._drawn(step, batch_size)):
+                if length is None:
+                    rows.append(position)
+                else:
+                    if position // length != cycle:
+                        cycle = position // length
+                        order = self._permutation(length, kind, cycle)
+                    rows.append(self._shown(order[position % length], kind, cycle))
+                position += 1
+            yield tuple(rows)
+
+    def _shown(self, row: int, kind: int, turn: int) -> Row:
+        views = self.views[kind]
+        return (row, view_of(self.seed, turn, row, views)) if views > 1 else row
+
+    def _drawn(self, steps: int, batch_size: int) -> int:
+        """How many rows of another side go with so many benign rows."""
+        return steps * batch_size // self.batch_sizes.benign
 
     def _permutation(self, length: int, kind: int, count: int) -> list[int]:
         if not self.shuffle:
             return list(range(length))
-        # A generator of its own, seeded alike in every process; `kind` keeps the two sets' orders apart.
+        # A generator of its own, seeded alike in every process; `kind` keeps the sets' orders apart.
         return np.random.default_rng([self.seed, kind, count]).permutation(length).tolist()
 
 
+def view_of(seed: int, turn: int, row: int, views: int) -> int:
+    """Choose the view of a row, so that over ``views`` turns each row shows all of its views.
+
+    Args:
+        seed: The run's seed.
+        turn: How many times all rows were drawn before; the epoch.
+        row: The row.
+        views: The number of views.
+
+    Returns:
+        The view, a function of the arguments alone.
+
+    Examples:
+        >>> [view_of(seed=0, turn=epoch, row=5, views=3) for epoch in range(4)]
+        [2, 0, 1, 2]
+    """
+    return (int(np.random.default_rng([seed, row]).integers(views)) + turn) % views if views > 1 else 0
+
+
 class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Benign and harmful rows, indexed by pairs.
+    """Benign rows with harmful, and maybe distillation rows beside them, indexed by what `PairedSampler` draws.
 
     Args:
         benign: A map-style dataset of benign rows, such as `ImageRows`.
-        harmful: A map-style dataset of harmful rows.
+        harmful: A map-style dataset of harmful rows, or `StreamedRows`.
         harmful_labels: Keep the harmful rows' labels, which most objectives do not use.
+        distillation: Rows of any images, whose labels are not used; likewise.
+        batch_sizes: Rows of each side in a batch.
 
     Raises:
         DataError: If one of them is empty.
 
     Examples:
         >>> pairs = PairedDataset([{"image": "cat", "labels": 0}], [{"image": "gun", "labels": 0}])
-        >>> pairs[0, 0]
-        {'benign': {'image': 'cat', 'labels': 0}, 'harmful': {'image': 'gun'}}
+        >>> pairs[0, (0,), ()]
+        {'benign': {'image': 'cat', 'labels': 0}, 'harmful': [{'image': 'gun'}], 'distillation': []}
     """
 
-    def __init__(self, benign: Any, harmful: Any, harmful_labels: bool = False) -> None:
-        for name, data in (("benign", benign), ("harmful", harmful)):
-            if len(data) == 0:
+    def __init__(
+        self,
+        benign: Any,
+        harmful: Any,
+        harmful_labels: bool = False,
+        distillation: Any = None,
+        batch_sizes: BatchSizes = ONE_EACH,
+    ) -> None:
+        for name, data in (("benign", benign), ("harmful", harmful), ("distillation", distillation)):
+            if data is not None and _length(data) == 0:
                 raise DataError(f"The {name} dataset is empty; immunization needs at least one {name} image.")
         self.benign = benign
         self.harmful = harmful
         self.harmful_labels = harmful_labels
+        self.distillation = distillation
+        self.batch_sizes = batch_sizes
         self._sampler: PairedSampler | None = None
 
     def __len__(self) -> int:
         return len(self.benign)
 
-    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Any]:
-        benign, harmful = pair
-        row = self.harmful[harmful]
-        if not self.harmful_labels:
-            row = {column: value for column, value in row.items() if column != "labels"}
-        return {"benign": self.benign[benign], "harmful": row}
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        benign, harmful, distillation = draw
+        harmful_rows = [self.harmful[row] for row in harmful]
+        return {
+            "benign": self.benign[benign],
+            "harmful": harmful_rows if self.harmful_labels else [_unlabelled(row) for row in harmful_rows],
+            "distillation": [_unlabelled(self.distillation[row]) for row in distillation],
+        }
 
     def make_sampler(self, seed: int, shuffle: bool = True) -> PairedSampler:
-        """Make the sampler that draws this dataset's pairs, and keep its epoch current; see `set_epoch`.
+        """Make the sampler that draws this dataset's rows, and keep its epoch current; see `set_epoch`.
 
         Args:
-            seed: The seed of both orders.
-            shuffle: If False, both sets come in their stored order.
+            seed: The seed of all orders.
+            shuffle: If False, all sets come in their stored order.
 
         Returns:
             The sampler, to give to the DataLoader.
         """
-        self._sampler = PairedSampler(len(self.benign), len(self.harmful), seed, shuffle)
+        self._sampler = PairedSampler(
+            len(self.benign),
+            _length(self.harmful),
+            seed,
+            shuffle,
+            num_distillation=0 if self.distillation is None else _length(self.distillation),
+            batch_sizes=self.batch_sizes
+            if self.distillation is not None
+            else replace(self.batch_sizes, distillation=0),
+        )
         return self._sampler
 
     def set_epoch(self, epoch: int) -> None:
@@ -155,7 +262,7 @@ class PairedCollator:
     Examples:
         >>> from hf_immunize.vision.images import ImageCollator
         >>> row = {"pixel_values": torch.zeros(3, 8, 8)}
-        >>> batch = PairedCollator(ImageCollator())([{"benign": row, "harmful": row}] * 4)
+        >>> batch = PairedCollator(ImageCollator())([{"benign": row, "harmful": [row], "distillation": []}] * 4)
         >>> batch["harmful"]["pixel_values"].shape
         torch.Size([4, 3, 8, 8])
     """
@@ -170,18 +277,46 @@ class PairedCollator:
             rows: Pairs from a `PairedDataset`, or single rows.
 
         Returns:
-            For pairs ``{"benign": {...}, "harmful": {...}}``, else what the inner collator returns.
+            For pairs ``{"benign": {...}, "harmful": {...}}``, and ``"distillation"`` where there are such rows, else
+            what the inner collator returns.
 
         Raises:
             ShapeError: If benign and harmful images differ in shape, so that they could not pass the model together.
         """
         if "benign" not in rows[0]:
             return self.inner(rows)
-        batch = {side: self.inner([row[side] for row in rows]) for side in ("benign", "harmful")}
-        benign, harmful = (tuple(batch[side]["pixel_values"].shape[1:]) for side in ("benign", "harmful"))
-        if benign != harmful:
-            raise ShapeError(
-                f"Benign and harmful images should have one shape (C, H, W), but have {benign} and {harmful}; give "
-                f"both sets the same image processor."
-            )
+        batch = {"benign": self.inner([row["benign"] for row in rows])}
+        for side in ("harmful", "distillation"):
+            side_rows = [one for row in rows for one in row[side]]
+            if side_rows:
+                batch[side] = self.inner(side_rows)
+        check_one_shape(batch)
         return batch
+
+
+def check_one_shape(batch: dict[str, dict[str, Any]]) -> None:
+    """Check that the images of all sides can pass the model together.
+
+    Args:
+        batch: Side to its collated batch.
+
+    Raises:
+        ShapeError: If sides differ in shape.
+    """
+    benign = tuple(batch["benign"]["pixel_values"].shape[1:])
+    for side in batch:
+        shape = tuple(batch[side]["pixel_values"].shape[1:])
+        if shape != benign:
+            raise ShapeError(
+                f"Benign and {side} images should have one shape (C, H, W), but have {benign} and {shape}; give both "
+                f"sets the same image processor."
+            )
+
+
+def _length(data: Any) -> int | None:
+    """The number of rows; None for a stream."""
+    return len(data) if hasattr(data, "__len__") else None
+
+
+def _unlabelled(row: dict[str, Any]) -> dict[str, Any]:
+    return {column: value for column, value in row.items() if column != "labels"}

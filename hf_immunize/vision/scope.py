@@ -8,13 +8,25 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from transformers.utils import logging
 
 from hf_immunize.errors import ScopeError
+from hf_immunize.vision.adapters import adapter_parameters, outermost_name, without_wrapper
 from hf_immunize.vision.features import find_head
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+logger = logging.get_logger(__name__)
+
+# These classifiers take the mean of the last hidden states; the parts that make the pooled output stay aside.
+_UNREAD = {
+    "clip": ("vision_model.post_layernorm",),
+    "metaclip_2": ("vision_model.post_layernorm",),
+    "siglip": ("vision_model.head",),
+}
 
 
 def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[str]:
@@ -24,7 +36,7 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
     Where its children are stages, which hold block lists of their own (Swin, ConvNeXt), the last child is the stage.
     Where they are blocks, the stage starts at the last one that downsamples by a strided convolution (MobileNetV2);
     where none does (ViT, DINOv2, CLIP), it is the last block. What is registered after the list (final norms, poolers,
-    MobileNetV2's ``conv_1x1``) comes along.
+    MobileNetV2's ``conv_1x1``) comes along, unless the classifier does not read it (SigLIP's attention pooling).
 
     Args:
         model: An image classifier of transformers.
@@ -34,7 +46,7 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
         Parameter names, in the order of ``model.named_parameters()``.
 
     Raises:
-        ScopeError: If the model has no list of blocks.
+        ScopeError: If the model has no list of blocks, or none of them is the last.
         HeadError: If the classifier cannot be found.
 
     Examples:
@@ -45,26 +57,37 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
         ['vit.layernorm.weight', 'vit.layernorm.bias', 'classifier.weight', 'classifier.bias']
     """
     head_name, head = find_head(model, head_module)
-    blocks = _block_list(model, head)
-    stage = list(blocks.children())[_stage_start(blocks) :]
+    blocks = _block_list(without_wrapper(model), head)
+    stage = blocks[_stage_start(blocks) :]
 
-    in_list = {id(parameter) for parameter in blocks.parameters()}
+    in_list = {id(parameter) for block in blocks for parameter in block.parameters()}
     in_stage = {id(parameter) for block in stage for parameter in block.parameters()}
+    unread = {id(parameter) for part in _unread(without_wrapper(model)) for parameter in part.parameters()}
     names = []
     behind = False  # Parameters are listed in the order of registration, which is the order of the forward pass.
     for name, parameter in model.named_parameters():
         behind = behind or id(parameter) in in_list
-        follows = behind and id(parameter) not in in_list
-        if id(parameter) in in_stage or follows or name.startswith(f"{head_name}."):
+        follows = behind and id(parameter) not in in_list | unread
+        if id(parameter) in in_stage or follows or name.startswith(f"{outermost_name(head_name)}."):
             names.append(name)
+    if len(names) == len(list(model.named_parameters())):
+        raise ScopeError(
+            f'"last_stage" should leave a part of the model as it is, but of {type(without_wrapper(model)).__name__} '
+            f'no last stage can be told from the rest; give trainable= a regular expression, or "all".'
+        )
     return names
 
 
 def select_trainable(model: PreTrainedModel, trainable: str, head_module: str | None = None) -> list[str]:
     r"""Set ``requires_grad`` on all parameters of a model, so that the chosen ones move and the others do not.
 
+    In a model wrapped by PEFT, ``trainable`` chooses among the parameters that PEFT trains and saves with the active
+    adapter (its matrices, ``modules_to_save``, biases it was told to train): "all" leaves PEFT's choice as it is,
+    "last_stage" takes of them those in the last stage. No parameter of the base model moves, since the adapter's
+    files would not hold it.
+
     Args:
-        model: An image classifier of transformers, changed in place.
+        model: An image classifier of transformers, wrapped by PEFT or not, changed in place.
         trainable: ``"last_stage"`` (see `last_stage`), ``"all"``, or a regular expression that is searched for in the
             parameters' names. An expression is taken at its word: a head that it does not match stays as it is.
         head_module: The classifier's name, where it cannot be found without help.
@@ -73,7 +96,8 @@ def select_trainable(model: PreTrainedModel, trainable: str, head_module: str | 
         The names of the parameters that move.
 
     Raises:
-        ScopeError: If the expression is invalid, matches nothing, or matches the head alone.
+        ScopeError: If the expression is invalid, matches nothing, everything, or the head alone, or matches nothing
+            that PEFT trains.
         HeadError: If the classifier cannot be found.
 
     Examples:
@@ -91,7 +115,16 @@ def select_trainable(model: PreTrainedModel, trainable: str, head_module: str | 
     elif trainable == "last_stage":
         moving = last_stage(model, head_module)
     else:
-        moving = _matching(trainable, names, head_name)
+        moving = _matching(trainable, names)
+
+    adapter = adapter_parameters(model)
+    if adapter is not None:
+        moving = _of_adapter(moving, adapter, trainable)
+    if all(name.startswith(f"{outermost_name(head_name)}.") for name in moving):
+        raise ScopeError(
+            f"trainable={trainable!r} takes the head {head_name!r} alone, so no feature could move; take parameters "
+            f'of the backbone too, with "last_stage" or, under PEFT, with an adapter there and "all".'
+        )
 
     chosen = set(moving)
     for name, parameter in model.named_parameters():
@@ -179,17 +212,31 @@ def has_batch_statistics(model: nn.Module, still: list[nn.Module]) -> bool:
     )
 
 
-def _block_list(model: PreTrainedModel, head: nn.Module) -> nn.Module:
+def _block_list(model: PreTrainedModel, head: nn.Module) -> list[nn.Module]:
+    base = model.base_model
     for kind in (nn.ModuleList, nn.Sequential):
-        lists = [
-            found for found in _outermost(model.base_model, kind) if all(part is not head for part in found.modules())
-        ]
+        lists = [found for found in _outermost(base, kind) if all(part is not head for part in found.modules())]
         if lists:
-            return max(lists, key=_size)
+            return list(max(lists, key=_size).children())
+    # Some of timm (RegNet) name their stages s1, s2, ... in the model itself.
+    alike: dict[type, list[nn.Module]] = {}
+    for part in base.children():
+        if list(part.children()) and all(inner is not head for inner in part.modules()):
+            alike.setdefault(type(part), []).append(part)
+    stages = max(alike.values(), key=lambda group: sum(map(_size, group)), default=[])
+    if len(stages) > 1:
+        return stages
     raise ScopeError(
         f'"last_stage" should be the last of a list of blocks, but {type(model).__name__} has no such list; give '
         f"trainable= a regular expression that matches the names of the parameters to train."
     )
+
+
+def _unread(model: PreTrainedModel) -> list[nn.Module]:
+    """Modules behind the blocks of which no path leads to the head; they would wait for a gradient in vain."""
+    names = getattr(model, "unread_modules", _UNREAD.get(model.config.model_type, ()))
+    modules = dict(model.named_modules())
+    return [modules[name] for name in names if name in modules]
 
 
 def _outermost(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
@@ -202,20 +249,19 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _stage_start(blocks: nn.Module) -> int:
-    children = list(blocks.children())
-    last = max(index for index, child in enumerate(children) if _size(child))
-    if _outermost(children[last], nn.ModuleList):
+def _stage_start(blocks: list[nn.Module]) -> int:
+    last = max(index for index, block in enumerate(blocks) if _size(block))
+    if _outermost(blocks[last], nn.ModuleList):
         # The children are stages. Swin and FocalNet downsample at the end of a stage, so looking for it would mislead.
         return last
-    return max((index for index, child in enumerate(children) if _downsamples(child)), default=last)
+    return max((index for index, block in enumerate(blocks) if _downsamples(block)), default=last)
 
 
 def _downsamples(block: nn.Module) -> bool:
     return any(isinstance(part, nn.Conv2d) and max(part.stride) > 1 for part in block.modules())
 
 
-def _matching(pattern: str, names: list[str], head_name: str) -> list[str]:
+def _matching(pattern: str, names: list[str]) -> list[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -224,11 +270,32 @@ def _matching(pattern: str, names: list[str], head_name: str) -> list[str]:
         ) from error
     moving = [name for name in names if expression.search(name)]
     if not moving:
-        examples = ", ".join(repr(name) for name in [names[0], names[len(names) // 2], names[-1]])
-        raise ScopeError(f"trainable={pattern!r} matches no parameter; parameters have names such as {examples}.")
-    if all(name.startswith(f"{head_name}.") for name in moving):
+        raise ScopeError(f"trainable={pattern!r} matches no parameter; parameters have names such as {_some(names)}.")
+    if len(moving) == len(names):
+        # "classifier|" and "." do so by mistake, and a network that moves as a whole is lost within some steps.
         raise ScopeError(
-            f"trainable={pattern!r} matches the head {head_name!r} alone, so no feature could move; match parameters "
-            f'of the backbone too, or use "last_stage".'
+            f"trainable={pattern!r} matches every parameter, those of the head included, of names such as "
+            f'{_some(names)}; write trainable="all" if the whole model should move.'
         )
     return moving
+
+
+def _of_adapter(moving: list[str], adapter: list[str], trainable: str) -> list[str]:
+    chosen = set(moving)
+    kept = [name for name in adapter if name in chosen]
+    if not kept:
+        raise ScopeError(
+            f"trainable={trainable!r} takes {len(moving)} parameters, none of which PEFT trains and saves: it does so "
+            f"with {len(adapter)}, of names such as {_some(adapter)}. Put an adapter there (target_modules, "
+            f'layers_to_transform), or write trainable="all" for those.'
+        )
+    if len(kept) < len(adapter) and trainable == "last_stage":
+        logger.warning(
+            f"Of the {len(adapter)} parameters that PEFT trains, the {len(kept)} in the last stage move; "
+            f'trainable="all" moves all of them.'
+        )
+    return kept
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))

@@ -51,7 +51,7 @@ def test_the_norm_of_the_mean_losss_gradient_is_that_of_one_process(one, two):
     assert two["norm"] == pytest.approx(one["norm"], rel=1e-6)
 
 
-@pytest.mark.parametrize("weights", ["auto", "fixed"])
+@pytest.mark.parametrize("weights", ["auto", "fixed", "cached"])
 def test_a_step_ends_at_the_same_weights(weights, one, two):
     found, expected = two[weights]["weights"], one[weights]["weights"]
     assert found.keys() == expected.keys()
@@ -59,12 +59,12 @@ def test_a_step_ends_at_the_same_weights(weights, one, two):
         torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("weights", ["auto", "fixed"])
+@pytest.mark.parametrize("weights", ["auto", "fixed", "cached"])
 def test_the_log_is_of_all_processes(weights, one, two):
     assert two[weights]["log"] == pytest.approx(one[weights]["log"], rel=1e-4)
 
 
-@pytest.mark.parametrize("weights", ["auto", "fixed"])
+@pytest.mark.parametrize("weights", ["auto", "fixed", "cached"])
 def test_metrics_are_of_each_image_once(weights, one, two):
     assert "eval_rir" in two[weights]["metrics"]
     assert two[weights]["metrics"] == pytest.approx(one[weights]["metrics"], rel=1e-3)

@@ -48,7 +48,7 @@ def make_record(model, reference, processor, benign, harmful):
             metric = MetricRecord("accuracy", now.accuracy, then.accuracy)
     attack = AttackRecord("ridge", 0.71, reference_accuracy=0.75, chance=0.5)
     return ImmunizationRecord(
-        MethodRecord("kappa", "last_stage", 3, 0, "auto", "auto", 0.3, False, True),
+        MethodRecord("kappa", "last_stage", 3, 0, "auto", "auto", True, {"auto_weight_ratio": 0.3}),
         BaseModelRecord("user/vit-small", "main", True),
         benign=data["benign"],
         harmful=data["harmful"],

@@ -74,6 +74,10 @@ def arguments(tmp_path):
             "use_cpu": True,
             "logging_steps": 1,
             "save_strategy": "no",
+            # The paper's objective beside the task's own loss: what most tests are about holds for any method.
+            "objective": "kappa",
+            "benign_loss": "task",
+            "benign_budget": None,
         }
         return ImmunizationArguments(**(defaults | options))
 
@@ -95,6 +99,7 @@ def trainer(tiny, images, arguments):
             "harmful_eval_dataset": images(24, 4, size, labels=False),
         }
         names = (*given, "processing_class", "data_collator", "compute_metrics", "compute_loss_func", "callbacks")
+        names += ("distillation_dataset",)
         names += ("optimizers", "model_init")
         given |= {name: options.pop(name) for name in names if name in options}
         args = options.pop("args", None) or arguments(**options)

@@ -7,9 +7,10 @@ from torch import nn
 
 from hf_immunize.errors import NonFiniteError
 from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well
-from hf_immunize.training.objectives import Side, Terms
-from hf_immunize.training.step import RunningMeans, forward_both, weigh
-from hf_immunize.training.weighting import gradient_norm
+from hf_immunize.training.objectives import Terms
+from hf_immunize.training.running import RunningMeans
+from hf_immunize.training.step import forward_both
+from hf_immunize.training.weighting import Weighting, WeightRule, gradient_norm
 from hf_immunize.vision.features import find_head
 from hf_immunize.vision.scope import modules_in_eval, select_trainable
 
@@ -85,10 +86,11 @@ def weighed(weights, ratio=0.3):
     """Weigh R_well and R_ill of random features beside the cross-entropy of a random head."""
     features = torch.randn(8, 4, requires_grad=True)
     loss = nn.functional.cross_entropy(features[:4] @ torch.randn(4, 2), torch.tensor([0, 1, 1, 0]))
-    benign, harmful = Side(features[:4]), Side(features[4:])
-    well, ill = hessian_r_well(benign.features), hessian_r_ill(harmful.features)
-    terms = Terms({"r_well": well}, {"r_ill": ill})
-    return features, loss, terms, *weigh(loss, benign, harmful, terms, weights, ratio, features)
+    sides = {"benign": features[:4], "harmful": features[4:]}
+    terms = Terms({"r_well": hessian_r_well(sides["benign"])}, {"r_ill": hessian_r_ill(sides["harmful"])})
+    weighting = Weighting(WeightRule(**weights, ratio=ratio))
+    norm = gradient_norm(loss, features)
+    return features, loss, terms, *weighting.weigh(loss, terms, sides, lambda: weighting.benign_scale(norm), step=0)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 1.0])

@@ -1,4 +1,6 @@
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from hf_immunize.vision.extraction import extract
 from hf_immunize.vision.features import penultimate_features
@@ -30,3 +32,14 @@ def test_labels_come_in_the_order_of_the_rows(tiny):
     vit = tiny("vit")
     labels = [batch.labels for batch in extract(vit, rows(7), batch_size=3, progress=False)]
     assert torch.cat(labels).tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_model_prepared_for_bf16_is_measured_in_full_precision(tiny):
+    vit, data = tiny("vit"), rows(4)
+    expected = next(extract(vit, data, progress=False)).features
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer that an earlier test made
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(vit)
+    with torch.no_grad():
+        assert prepared(pixel_values=data[0]["pixel_values"][None]).logits.dtype == torch.float32  # converted back
+    assert torch.equal(next(extract(prepared, data, progress=False)).features, expected)
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -131,3 +131,34 @@ def test_a_head_that_runs_twice_is_an_error():
 def test_an_input_with_tokens_is_an_error(tiny, pixels):
     with pytest.raises(HeadError, match=r"\(2, 5, 16\)"):
         penultimate_features(tiny("vit"), pixels, head_module="vit.layers.0.attention.q_proj")
+
+
+def test_a_head_that_is_also_a_part_of_the_backbone_is_refused(tiny):
+    model = tiny("vit")
+    model.vit.extra = model.classifier
+    with pytest.raises(HeadError, match=r"is the same module as 'vit.extra'.*module of its own"):
+        find_head(model, "classifier")
+
+
+def test_a_head_under_two_names_is_refused(tiny):
+    model = tiny("vit")
+    model.second = model.classifier
+    with pytest.raises(HeadError, match="is the same module as 'second'"):
+        find_head(model)
+
+
+def test_a_head_tied_to_other_weights_is_refused(tiny):
+    model = tiny("vit")
+    model.vit.prototypes = nn.Linear(16, 3, bias=False)
+    model.vit.prototypes.weight = model.classifier.weight
+    with pytest.raises(HeadError, match=r"is tied to 'vit.prototypes.weight'.*weights of its own"):
+        find_head(model)
+
+
+@pytest.mark.parametrize("name", ["ViT", "Dinov2", "ResNet", "CLIPVision", "ConvNext"])
+def test_a_bare_backbone_is_told_from_a_missing_head(name):
+    config = getattr(hf, f"{name}Config")()
+    with torch.device("meta"):
+        backbone = getattr(hf, f"{name}Model")(config)
+    with pytest.raises(HeadError, match=rf"{name}Model is a bare backbone.*with_linear_head"):
+        find_head(backbone)

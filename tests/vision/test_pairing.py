@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from hf_immunize.errors import ArgumentError, DataError, ShapeError
 from hf_immunize.vision.images import ImageCollator
-from hf_immunize.vision.pairing import PairedCollator, PairedDataset, PairedSampler
+from hf_immunize.vision.pairing import BatchSizes, PairedCollator, PairedDataset, PairedSampler
 
 
 def pairs_of(sampler, epochs):
@@ -38,7 +38,7 @@ def test_an_epoch_is_one_pass_over_the_benign_rows(num_benign, num_harmful, seed
 @given(num_benign=sizes, num_harmful=sizes, seed=st.integers(0, 2**32), epochs=st.integers(1, 6))
 def test_harmful_rows_are_used_equally_often(num_benign, num_harmful, seed, epochs):
     drawn = pairs_of(PairedSampler(num_benign, num_harmful, seed), range(epochs))
-    counts = Counter(pair[1] for pair in drawn)
+    counts = Counter(row for pair in drawn for row in pair[1])
     times = [counts[row] for row in range(num_harmful)]
     assert max(times) - min(times) <= 1
 
@@ -59,7 +59,7 @@ def test_no_global_random_state_is_used():
 def test_epochs_seeds_and_sides_differ():
     orders = [pairs_of(PairedSampler(50, 50, seed), [epoch]) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
     assert len({tuple(order) for order in orders}) == 3
-    assert [pair[0] for pair in orders[0]] != [pair[1] for pair in orders[0]]
+    assert [pair[0] for pair in orders[0]] != [pair[1][0] for pair in orders[0]]
 
 
 def test_an_empty_side_has_no_sampler():
@@ -72,13 +72,13 @@ def rows(count, shape=(3, 4, 4), first=0):
 
 
 def test_a_pair_holds_both_rows_and_the_benign_label_alone():
-    pair = PairedDataset(rows(3), rows(2, first=10))[2, 1]
-    assert pair["benign"]["labels"] == 2 and set(pair["harmful"]) == {"pixel_values"}
-    assert pair["harmful"]["pixel_values"][0, 0, 0] == 11
+    pair = PairedDataset(rows(3), rows(2, first=10))[2, (1,), ()]
+    assert pair["benign"]["labels"] == 2 and set(pair["harmful"][0]) == {"pixel_values"}
+    assert pair["harmful"][0]["pixel_values"][0, 0, 0] == 11
 
 
 def test_harmful_labels_come_on_request():
-    assert PairedDataset(rows(3), rows(2), harmful_labels=True)[2, 1]["harmful"]["labels"] == 1
+    assert PairedDataset(rows(3), rows(2), harmful_labels=True)[2, (1,), ()]["harmful"][0]["labels"] == 1
 
 
 def test_the_length_is_the_benign_one():
@@ -92,9 +92,48 @@ def test_an_empty_side_is_refused(benign, harmful, name):
 
 
 def test_pairs_are_collated_side_by_side():
-    batch = PairedCollator(ImageCollator())([PairedDataset(rows(3), rows(2))[i, 0] for i in range(3)])
+    batch = PairedCollator(ImageCollator())([PairedDataset(rows(3), rows(2))[i, (0,), ()] for i in range(3)])
     assert batch["benign"]["pixel_values"].shape == batch["harmful"]["pixel_values"].shape == (3, 3, 4, 4)
     assert batch["benign"]["labels"].tolist() == [0, 1, 2] and "labels" not in batch["harmful"]
+
+
+@given(
+    counts=st.tuples(sizes, sizes, sizes),
+    batch=st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 7)),
+    epochs=st.integers(1, 4),
+)
+def test_full_batches_hold_the_sizes_asked(counts, batch, epochs):
+    sampler = PairedSampler(counts[0], counts[1], 0, num_distillation=counts[2], batch_sizes=BatchSizes(*batch))
+    for epoch in range(epochs):
+        drawn = pairs_of(sampler, [epoch])
+        for start in range(0, counts[0] - batch[0] + 1, batch[0]):
+            rows_of_batch = drawn[start : start + batch[0]]
+            found = [sum(len(draw[side]) for draw in rows_of_batch) for side in (1, 2)]
+            assert found == list(batch[1:])
+
+
+@given(num_harmful=sizes, batch=st.integers(1, 7), epochs=st.integers(1, 5))
+def test_harmful_rows_are_used_equally_often_in_batches_of_another_size(num_harmful, batch, epochs):
+    sampler = PairedSampler(8, num_harmful, 0, batch_sizes=BatchSizes(4, batch))
+    counts = Counter(row for draw in pairs_of(sampler, range(epochs)) for row in draw[1])
+    times = [counts[row] for row in range(num_harmful)]
+    assert max(times) - min(times) <= 1
+
+
+def test_a_stream_is_counted_on_over_the_epochs():
+    drawn = pairs_of(PairedSampler(4, None, 0, batch_sizes=BatchSizes(2, 3)), [0, 1])
+    assert [row for draw in drawn for row in draw[1]] == list(range(12))
+
+
+def test_distillation_rows_come_without_labels():
+    data = PairedDataset(rows(2), rows(2), distillation=rows(3), batch_sizes=BatchSizes(2, 2, 4))
+    batch = PairedCollator(ImageCollator())([data[draw] for draw in data.make_sampler(0)])
+    assert set(batch["distillation"]) == {"pixel_values"} and len(batch["distillation"]["pixel_values"]) == 4
+
+
+def test_without_a_distillation_set_its_batch_size_does_not_matter():
+    data = PairedDataset(rows(2), rows(2), batch_sizes=BatchSizes(2, 2, 4))
+    assert [draw[2] for draw in data.make_sampler(0)] == [(), ()]
 
 
 def test_single_rows_are_collated_as_one():
@@ -104,7 +143,7 @@ def test_single_rows_are_collated_as_one():
 def test_sides_of_different_shapes_are_refused():
     data = PairedDataset(rows(1), rows(1, shape=(3, 5, 5)))
     with pytest.raises(ShapeError, match=r"\(3, 4, 4\) and \(3, 5, 5\)"):
-        PairedCollator(ImageCollator())([data[0, 0]])
+        PairedCollator(ImageCollator())([data[0, (0,), ()]])
 
 
 class Indices(PairedDataset):

@@ -6,7 +6,7 @@ import transformers as hf
 from torch import nn
 
 from hf_immunize.errors import HeadError, ScopeError
-from hf_immunize.vision.features import penultimate_features
+from hf_immunize.vision.features import find_head, penultimate_features
 from hf_immunize.vision.scope import has_batch_statistics, last_stage, modules_in_eval, select_trainable
 
 
@@ -16,11 +16,15 @@ LAST_STAGE = {
     "deit": ["deit.layers.2.", "deit.layernorm.", "classifier."],
     "beit": ["beit.layers.2.", "beit.pooler.", "classifier."],
     "dinov2": ["dinov2.encoder.layer.2.", "dinov2.layernorm.", "classifier."],
-    "clip": ["vision_model.encoder.layers.2.", "vision_model.post_layernorm.", "classifier."],
+    "dinov2_with_registers": [
+        "dinov2_with_registers.encoder.layer.2.",
+        "dinov2_with_registers.layernorm.",
+        "classifier.",
+    ],
+    "clip": ["vision_model.encoder.layers.2.", "classifier."],
     "siglip": [
         "vision_model.encoder.layers.2.",
         "vision_model.post_layernorm.",
-        "vision_model.head.",
         "classifier.",
     ],
     "swin": ["swin.encoder.layers.1.", "swin.layernorm.", "classifier."],
@@ -29,6 +33,7 @@ LAST_STAGE = {
     "resnet": ["resnet.encoder.stages.1.", "classifier."],
     "regnet": ["regnet.encoder.stages.1.", "classifier."],
     "convnext": ["convnext.encoder.stages.1.", "convnext.layernorm.", "classifier."],
+    "convnextv2": ["convnextv2.encoder.stages.1.", "convnextv2.layernorm.", "classifier."],
     "mobilenet_v2": [*(f"mobilenet_v2.layer.{i}." for i in range(12, 16)), "mobilenet_v2.conv_1x1.", "classifier."],
     "efficientnet": [
         *(f"efficientnet.encoder.blocks.{i}." for i in range(1, 3)),
@@ -57,8 +62,9 @@ def test_last_stage_moves_the_features(family, tiny, pixels):
     model = tiny(family)
     moving = set(select_trainable(model, "last_stage"))
     penultimate_features(model, pixels).square().sum().backward()
-    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert with_gradient and with_gradient <= moving
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    head_name, _ = find_head(model)
+    assert with_gradient == {name for name in moving if not name.startswith(f"{head_name}.")}
 
 
 def test_blocks_of_pvt_are_stages_although_their_attention_strides():
@@ -91,9 +97,29 @@ class Plain(nn.Module):
         return self
 
 
+class Stage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+
 def test_a_model_without_blocks_asks_for_an_expression():
     with pytest.raises(ScopeError, match=r"Plain has no such list.*regular expression"):
         last_stage(Plain())
+
+
+def test_stages_that_stand_in_the_model_itself_are_found():
+    model = Plain()
+    for i in range(3):
+        setattr(model, f"s{i}", Stage())
+    assert last_stage(model) == ["classifier.weight", "classifier.bias", "s2.inner.weight", "s2.inner.bias"]
+
+
+def test_a_last_stage_that_is_everything_is_refused():
+    model = Plain()
+    model.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3))
+    with pytest.raises(ScopeError, match=r"of Plain no last stage can be told.*regular expression"):
+        last_stage(model)
 
 
 def test_select_sets_requires_grad_both_ways(tiny):
@@ -128,6 +154,12 @@ def test_an_expression_without_match_shows_real_names(tiny):
 def test_the_head_alone_is_refused(tiny):
     with pytest.raises(ScopeError, match="the head 'classifier' alone"):
         select_trainable(tiny("vit"), "^classifier")
+
+
+@pytest.mark.parametrize("pattern", ["", ".", "classifier|"])
+def test_an_expression_that_matches_everything_asks_for_the_word(tiny, pattern):
+    with pytest.raises(ScopeError, match=r'matches every parameter, those of the head included.*trainable="all"'):
+        select_trainable(tiny("vit"), pattern)
 
 
 def test_a_refused_expression_leaves_the_model_as_it_was(tiny):

@@ -14,7 +14,8 @@ from hf_immunize.training.distributed import gather_features, mean_gradient_norm
 from hf_immunize.training.trainer import ImmunizationTrainer
 
 
-FIXED = {"benign_weight": 0.5, "harmful_weight": 2.0}
+PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}
+FIXED = PAPER | {"benign_weight": 0.5, "harmful_weight": 2.0}
 
 
 def rows(count, seed):
@@ -90,8 +91,9 @@ def everything(folder):
         "world_size": world_size(),
         "gradients": gradients(),
         "norm": norm(),
-        "auto": run(folder),
+        "auto": run(folder, **PAPER),
         "fixed": run(folder, **FIXED),
+        "cached": run(f"{folder}/cached", cache_trunk="float32", **FIXED),
     }
 
 

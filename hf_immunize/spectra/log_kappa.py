@@ -1,0 +1,52 @@
+"""``log κ`` itself as something to differentiate: the baseline "Opt κ" of Zheng et al. 2025."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from hf_immunize.spectra.closed_form import ClosedForm
+from hf_immunize.spectra.conditioning import as_matrix
+from hf_immunize.spectra.extremes import hessian_spectrum, small_gram, tie_tolerance, wide
+
+
+def hessian_log_kappa(features: Tensor) -> Tensor:
+    """``log κ(H) = log σ_1 − log σ_k`` of the probing Hessian ``H = ZᵀZ``, σ_k its smallest non-zero eigenvalue.
+
+    The natural logarithm of Eq. 1 of Zheng et al. 2025 (arXiv:2505.23760), on the smaller of ``ZᵀZ`` and ``ZZᵀ``.
+    Gradient with respect to Z: ``2(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k) Z`` (N ≤ D, or from the right), averaged over the
+    eigenspaces of repeated extremes. It depends on the extreme pairs alone, so that it says nothing of the values
+    between them, and it jumps where another pair becomes extreme.
+
+    Args:
+        features: Z, shape ``(N, D)``, any real floating-point dtype; computed in float64.
+
+    Returns:
+        0-D tensor, non-negative and dimensionless; differentiable once.
+
+    Raises:
+        ShapeError: If the features are not ``(N, D)``.
+        NonFiniteError: If they hold NaN or infinity.
+        RankError: If they are zero.
+
+    Example:
+        >>> import torch
+        >>> round(hessian_log_kappa(torch.diag(torch.tensor([10.0, 1.0]))).item(), 4)  # log 100
+        4.6052
+    """
+    return ClosedForm.apply(as_matrix(features, "features", check_finite=False), _hessian_log_kappa)
+
+
+def _hessian_log_kappa(z: Tensor) -> tuple[float, Tensor]:
+    gram = small_gram(z)
+    values, vectors = hessian_spectrum(z, gram)
+    k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
+    top = vectors[:, : sum(value >= values[0] - width for value in values)]
+    bottom = vectors[:, sum(value > values[-1] + width for value in values) : k]
+    small = (2 / (values[0] * top.shape[1])) * (top @ top.mT) - (2 / (values[-1] * bottom.shape[1])) * (
+        bottom @ bottom.mT
+    )
+    work = z.to(gram.dtype)
+    gradient = small @ work if wide(z) else work @ small
+    return math.log(values[0]) - math.log(values[-1]), gradient

@@ -1,0 +1,315 @@
+"""Callbacks for any `transformers.Trainer`: stop before benign accuracy is lost, or when RIR is reached.
+
+They decide by ``state.log_history`` alone, which every checkpoint holds, and keep nothing of their own: a resumed run
+decides as the one that was not stopped, whether or not ``restore_callback_states_from_checkpoint`` is set, and
+several of one class do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from hf_immunize.errors import ArgumentError, CheckpointError
+from hf_immunize.training.distributed import any_process, first_process_step
+from hf_immunize.training.history import benign_drops, by_step, rir_successes
+from hf_immunize.training.restoring import best_checkpoint, check_restorable, load_into
+
+
+ACTIONS = ("stop", "restore")
+_ELSEWHERE = "another process found the reason in its own metrics"
+logger = logging.get_logger(__name__)
+
+
+class _EvaluationCallback(TrainerCallback):
+    """What the two below share: they look at evaluations in training, and all processes decide alike."""
+
+    def __init__(self, *metrics: str) -> None:
+        self._needed = metrics
+        self._training = False
+        self._lacking: str | None = None
+
+    def _reason(self, state: TrainerState) -> str | None:
+        """Why to stop after the last evaluation, None to go on."""
+        raise NotImplementedError
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the settings; stop a resumed run that had already come to its end."""
+        if args.eval_strategy == "no":
+            raise ArgumentError(
+                f"Expected evaluations for {type(self).__name__} to look at, found eval_strategy='no'. "
+                "Set eval_strategy='steps' or 'epoch'."
+            )
+        self._training, self._lacking = True, None
+        reason = self._reason(state)
+        if any_process(reason is not None, args.device):
+            control.should_training_stop = True
+            _warn(state, f"This run was already at its end, and stops after one more step: {reason or _ELSEWHERE}.")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Decide whether to go on."""
+        if not self._training:
+            return
+        missing = [name for name in self._needed if not by_step(state.log_history, name)]
+        # With several evaluation sets, a later one may have it: only the next step tells.
+        self._lacking = missing[0] if missing else None
+        if missing:
+            return
+        reason = self._reason(state)
+        if any_process(reason is not None, args.device):
+            if not control.should_training_stop:
+                _warn(state, f"Stopping at step {state.global_step}: {reason or _ELSEWHERE}.")
+            control.should_training_stop = True
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse to train on without the metric that the decision needs."""
+        if self._lacking is not None:
+            found = sorted({key for entry in state.log_history for key in entry if key.startswith("eval_")})
+            raise ArgumentError(
+                f"Expected {self._lacking} in the evaluations for {type(self).__name__}, found {', '.join(found)}. "
+                "Name one of these, or give the Trainer what it needs to compute it (compute_metrics for an "
+                "accuracy; ImmunizationTrainer with harmful_eval_dataset for RIR)."
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the evaluations that follow the training alone."""
+        self._training = False
+
+
+class BenignUtilityCallback(_EvaluationCallback):
+    """Stop when benign accuracy falls more than a number of points below its starting value, or go back as well.
+
+    The starting value is the first evaluation in the log history: set ``eval_on_start=True``, or pass it as
+    ``baseline``. An evaluation before ``train()`` is not in the history, since the Trainer begins a new one.
+
+    With ``action="restore"`` the weights of the best checkpoint within the limit are loaded at the end of training,
+    after those of ``load_best_model_at_end``, so that what is saved afterwards are they. Best is what
+    ``metric_for_best_model`` says; without it, the latest. A checkpoint counts when it was evaluated at its very step:
+    save as often as you evaluate, or less often by a whole factor. The weights beyond the limit are not written as a
+    checkpoint (``save_strategy="best"`` may yet write them). ``state.best_model_checkpoint`` names the one gone back
+    to, and ``{"returned_to_step": …}`` is added to the log history.
+
+    A run that is resumed from a checkpoint beyond the limit takes one step, which the Trainer cannot leave out.
+
+    Args:
+        max_drop_points: Percentage points of accuracy that may be lost.
+        metric: The benign accuracy, as the log calls it, with or without ``eval_``.
+        action: "stop" or "restore".
+        baseline: The starting value, in the metric's unit; by default the first evaluation.
+        percent: Whether the metric is logged between 0 and 100, not between 0 and 1.
+
+    Raises:
+        ArgumentError: At once for impossible values; when training begins, where there are no evaluations or, to
+            restore, no checkpoints; after the first evaluation, where it lacks the metric.
+        CheckpointError: At the end of training, where there is no checkpoint to go back to.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import ViTConfig, ViTForImageClassification, Trainer, TrainingArguments
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        ...                    image_size=8, patch_size=4, num_labels=2)
+        >>> rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 2} for i in range(8)]
+        >>> args = TrainingArguments(tempfile.mkdtemp(), max_steps=4, eval_strategy="steps", eval_steps=1,
+        ...     report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no")
+        >>> trainer = Trainer(ViTForImageClassification(config), args, train_dataset=rows, eval_dataset=rows,
+        ...     compute_metrics=lambda prediction: {"accuracy": 0.5},
+        ...     callbacks=[BenignUtilityCallback(max_drop_points=2.0, baseline=0.9)])
+        >>> _ = trainer.train()  # doctest: +ELLIPSIS
+        {'eval_loss': ...
+        >>> trainer.state.global_step
+        1
+    """
+
+    def __init__(
+        self,
+        max_drop_points: float = 2.0,
+        metric: str = "eval_accuracy",
+        action: str = "stop",
+        baseline: float | None = None,
+        percent: bool = False,
+    ) -> None:
+        if action not in ACTIONS:
+            raise ArgumentError(f"Expected action= out of {', '.join(ACTIONS)}, found {action!r}.")
+        _check_limit(max_drop_points, baseline, percent)
+        self.max_drop_points = float(max_drop_points)
+        self.metric = _with_prefix(metric)
+        self.action = action
+        self.baseline = baseline
+        self.percent = percent
+        super().__init__(self.metric)
+
+    def _drops(self, state: TrainerState) -> dict[int, float]:
+        return benign_drops(state.log_history, self.metric, self.baseline, self.percent)
+
+    def _reason(self, state: TrainerState) -> str | None:
+        drops = self._drops(state)
+        if not drops or list(drops.values())[-1] <= self.max_drop_points:
+            return None
+        step, drop = list(drops.items())[-1]
+        return f"{self.metric} fell {drop:.3g} points by step {step}, more than the {self.max_drop_points:g} allowed"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the settings; stop a resumed run that was already beyond the limit."""
+        if self.action == "restore":
+            check_restorable(args, state)
+        known = self.baseline is not None or by_step(state.log_history, self.metric)
+        if not known and not args.eval_on_start:
+            _warn(
+                state,
+                f"No {self.metric} of the starting weights is known: BenignUtilityCallback will count from the first "
+                "evaluation, and not see what was lost before it. Set eval_on_start=True or pass baseline=.",
+            )
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Decide whether to go on; weights that will be given up are not saved."""
+        super().on_evaluate(args, state, control, **kwargs)
+        if self._training and self.action == "restore" and any_process(self._reason(state) is not None, args.device):
+            control.should_save = False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go back, where that was asked for and the last evaluation was beyond the limit."""
+        super().on_train_end(args, state, control, **kwargs)
+        reason = self._reason(state)
+        if self.action == "stop" or not any_process(reason is not None, args.device):
+            return
+        rank_by = args.metric_for_best_model and _with_prefix(args.metric_for_best_model)
+        within = [step for step, drop in self._drops(state).items() if drop <= self.max_drop_points]
+        step = best_checkpoint(
+            args.output_dir, state.log_history, self.metric, within, rank_by, args.greater_is_better is not False
+        )
+        step = first_process_step(step, args.device)
+        if step is None:
+            raise CheckpointError(
+                f"Expected a checkpoint in {args.output_dir} to go back to, evaluated at its step and within the "
+                f"limit, found none, while {reason or _ELSEWHERE}. The model in memory is beyond the limit. Save and "
+                "evaluate more often, lower the learning rate or the harmful weight, or use action='stop'."
+            )
+        folder = f"{args.output_dir}/checkpoint-{step}"
+        load_into(kwargs["model"], folder)
+        state.best_model_checkpoint, state.best_global_step = folder, step
+        state.best_metric = by_step(state.log_history, rank_by).get(step) if rank_by else state.best_metric
+        state.log_history.append({"returned_to_step": step, "step": state.global_step})
+        _warn(state, f"Returned to the weights of step {step}: {reason or _ELSEWHERE}.")
+
+
+class TargetRIRCallback(_EvaluationCallback):
+    """Stop when the exact RIR has reached a target in successive evaluations.
+
+    A lower bound (harmful rank was lost) counts; an upper bound and an undetermined RIR do not. RIR speaks of linear
+    probing by gradient descent, not of fine-tuning: audit the result. The weights stay those of the last evaluation,
+    unless ``load_best_model_at_end`` replaces them: set ``metric_for_best_model="log10_rir"`` with it.
+
+    `ImmunizationTrainer` logs RIR; a plain Trainer can be given it by ``compute_metrics`` or a subclass.
+    A run that is resumed after it had reached the target takes one step, which the Trainer cannot leave out.
+
+    Args:
+        target: The RIR to reach, dimensionless.
+        patience: In how many evaluations on end.
+        max_drop_points: If given, only evaluations count in which benign accuracy lies at most this many points below
+            its starting value (see `BenignUtilityCallback`).
+        metric: The decimal logarithm of RIR, as the log calls it; for an evaluation set named x, eval_x_log10_rir.
+        accuracy_metric: The benign accuracy, likewise.
+        baseline: The starting value of the accuracy; by default the first evaluation.
+        percent: Whether the accuracy is logged between 0 and 100, not between 0 and 1.
+
+    Raises:
+        ArgumentError: At once for impossible values; when training begins, where there are no evaluations; after the
+            first evaluation, where it lacks a metric.
+
+    Example:
+        >>> callback = TargetRIRCallback(target=1000.0, patience=2, max_drop_points=2.0)
+        >>> state, control = TrainerState(), TrainerControl()
+        >>> args = TrainingArguments(eval_strategy="steps", eval_steps=5, report_to="none", use_cpu=True)
+        >>> callback.on_train_begin(args, state, control)
+        >>> for step, log10_rir in enumerate([0.0, 3.2, 3.4]):
+        ...     state.log_history.append({"step": step, "eval_accuracy": 0.9, "eval_log10_rir": log10_rir})
+        ...     callback.on_evaluate(args, state, control)
+        ...     print(control.should_training_stop)
+        False
+        False
+        True
+    """
+
+    def __init__(
+        self,
+        target: float = 1000.0,
+        patience: int = 1,
+        max_drop_points: float | None = None,
+        metric: str = "eval_log10_rir",
+        accuracy_metric: str = "eval_accuracy",
+        baseline: float | None = None,
+        percent: bool = False,
+    ) -> None:
+        if not (0 < target < math.inf):
+            raise ArgumentError(f"Expected a finite target= above 0, found {target}. The paper's networks: 10 to 100.")
+        if patience < 1 or int(patience) != patience:
+            raise ArgumentError(f"Expected patience= as a whole number of at least 1, found {patience}.")
+        self.metric = _with_prefix(metric)
+        if not self.metric.endswith("log10_rir"):
+            raise ArgumentError(f"Expected metric= to end in log10_rir, found {metric!r}, as in 'eval_log10_rir'.")
+        _check_limit(0.0 if max_drop_points is None else max_drop_points, baseline, percent)
+        self.target = float(target)
+        self.patience = int(patience)
+        self.max_drop_points = max_drop_points
+        self.accuracy_metric = _with_prefix(accuracy_metric)
+        self.baseline = baseline
+        self.percent = percent
+        super().__init__(self.metric, *([] if max_drop_points is None else [self.accuracy_metric]))
+
+    def _reason(self, state: TrainerState) -> str | None:
+        reached = rir_successes(state.log_history, self.target, self.metric)
+        if self.max_drop_points is not None:
+            drops = benign_drops(state.log_history, self.accuracy_metric, self.baseline, self.percent)
+            reached = {s: ok and drops.get(s, math.inf) <= self.max_drop_points for s, ok in reached.items()}
+        last = list(reached)[-self.patience :]
+        if len(last) < self.patience or not all(reached[step] for step in last):
+            return None
+        value = by_step(state.log_history, self.metric)[last[-1]]
+        return f"log10 RIR was {value:.3f} at step {last[-1]}, at or above the target of {math.log10(self.target):.3f}"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the settings; stop a resumed run that had already reached the target."""
+        if args.load_best_model_at_end and "rir" not in (args.metric_for_best_model or ""):
+            _warn(
+                state,
+                f"load_best_model_at_end will load the best weights by {args.metric_for_best_model}, which may not "
+                "be those that reached the target. Set metric_for_best_model='log10_rir'.",
+            )
+        super().on_train_begin(args, state, control, **kwargs)
+
+
+def _check_limit(max_drop_points: float, baseline: float | None, percent: bool) -> None:
+    if not 0 <= max_drop_points < math.inf:
+        raise ArgumentError(f"Expected max_drop_points= of at least 0 (percentage points), found {max_drop_points}.")
+    top = 100.0 if percent else 1.0
+    if baseline is not None and not 0 <= baseline <= top:
+        raise ArgumentError(f"Expected baseline= between 0 and {top:g}, the unit of the metric, found {baseline}.")
+
+
+def _with_prefix(metric: str) -> str:
+    return metric if metric.startswith("eval_") else f"eval_{metric}"
+
+
+def _warn(state: TrainerState, message: str) -> None:
+    if state.is_world_process_zero:
+        logger.warning(message)

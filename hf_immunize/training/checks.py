@@ -1,0 +1,114 @@
+"""What a model must be for the Trainer, checked before anything runs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_immunize.errors import ArgumentError, HeadError
+from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.vision.adapters import without_wrapper
+from hf_immunize.vision.bare import with_linear_head
+
+
+def as_classifier(model: PreTrainedModel, pooling: str | None) -> PreTrainedModel:
+    """The model to train: a bare backbone gets the head that ``pooling`` asks for.
+
+    Args:
+        model: As the user gave it.
+        pooling: See `with_linear_head`; None for a model that has a head.
+
+    Returns:
+        A model with a head, on whose outputs the benign task is learned.
+
+    Raises:
+        HeadError: If a classifier is given with ``pooling``.
+        ArgumentError: If ``pooling`` is unknown.
+    """
+    return model if pooling is None else with_linear_head(model, pooling=pooling)
+
+
+def check_classifier(model: Any) -> None:
+    """Refuse a model whose task is not to choose one label out of several for an image.
+
+    κ of the features is defined whatever the head does; the benign loss and accuracy that go with it are not.
+
+    Args:
+        model: A model of transformers, wrapped by PEFT or not.
+
+    Raises:
+        ArgumentError: If it is no model of transformers, or adapters were put into it without PEFT's wrapper.
+        HeadError: If it does not learn such a task from images alone.
+    """
+    plain = without_wrapper(model)
+    kind = type(plain).__name__
+    if not isinstance(plain, PreTrainedModel):
+        raise ArgumentError(
+            f"Expected a model of transformers (or one wrapped by peft.get_peft_model), found {kind}. Load it with "
+            "AutoModelForImageClassification.from_pretrained; for a network of your own, use the functions of "
+            "hf_immunize.training.objectives in your own loop."
+        )
+    if plain is model and getattr(model, "_hf_peft_config_loaded", False):
+        raise ArgumentError(
+            f"Expected adapters in a wrapper of PEFT, found some that {kind}.add_adapter put in place, which the "
+            "Trainer cannot resume. Use peft.get_peft_model(model, config) on the model without them."
+        )
+    arguments = inspect.signature(type(plain).forward).parameters
+    if "spatial_shapes" in arguments:
+        raise HeadError(
+            f"Expected a model that takes images of one size, found {kind}, which takes patches with their masks and "
+            "shapes (NaFlex). Use a checkpoint of SigLIP 2 with a fixed resolution, such as "
+            "google/siglip2-base-patch16-224, which is a SiglipForImageClassification."
+        )
+    if "pixel_values" not in arguments:
+        raise HeadError(
+            f"Expected a model that takes pixel_values, found {kind}, which takes {', '.join(list(arguments)[1:4])}."
+        )
+    labels = plain.config.num_labels
+    if labels == 1 or plain.config.problem_type == "regression":
+        raise HeadError(
+            f"Expected a classifier of at least two labels, found a regression ({kind} with num_labels={labels}, "
+            f"problem_type={plain.config.problem_type!r}). Load the model with num_labels= of the benign task."
+        )
+    if plain.config.problem_type == "multi_label_classification":
+        raise HeadError(
+            f"Expected one label an image, found {kind} with problem_type='multi_label_classification', whose "
+            "accuracy is not defined. Set model.config.problem_type = 'single_label_classification' if each image "
+            "has one label; for several, use the functions of hf_immunize.training.objectives in your own loop."
+        )
+    if kind.endswith("WithTeacher"):
+        raise HeadError(
+            f"Expected one head, found the two of {kind}, which is for inference alone: its logits are the mean of "
+            f"both. Load the same checkpoint as {kind.removesuffix('WithTeacher')}."
+        )
+
+
+def check_checkpointing(model: Any, args: ImmunizationArguments) -> None:
+    """Refuse reentrant activation checkpointing of a model of which a part is frozen.
+
+    A reentrant block passes gradients to its own parameters only if its input has one, and the output of the frozen
+    part has none: the last stage would stay where it is, without a word.
+
+    Args:
+        model: The model, with ``requires_grad`` set.
+        args: The Trainer's arguments.
+
+    Raises:
+        ArgumentError: If the arguments or the model itself ask for it.
+    """
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return
+    asked = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    set_up = any(
+        getattr(module, "gradient_checkpointing", False)
+        # transformers keeps it as a partial of torch.utils.checkpoint.checkpoint.
+        and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
+        for module in model.modules()
+    )
+    if asked or set_up:
+        raise ArgumentError(
+            "Expected gradient checkpointing with use_reentrant=False, found use_reentrant=True, under which blocks "
+            "behind a frozen part get no gradient. Leave gradient_checkpointing_kwargs at its default."
+        )

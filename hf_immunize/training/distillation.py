@@ -1,0 +1,143 @@
+"""Staying close to the starting model: losses on its logits and features, and the means to run it.
+
+Distillation needs no labels, so that any images can take part, and it holds what the starting model does on classes
+which a small benign training set does not show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_immunize.errors import ArgumentError
+from hf_immunize.vision.features import HeadInput
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def logit_divergence(logits: Tensor, start_logits: Tensor) -> Tensor:
+    """``KL(start ‖ now)``: mean over rows of the Kullback-Leibler divergence from the starting model's predictions.
+
+    Args:
+        logits: Shape ``(N, C)``.
+        start_logits: Shape ``(N, C)``, of the same images through the starting model.
+
+    Returns:
+        0-D tensor, in nats; zero exactly when both predict alike.
+
+    Example:
+        >>> logit_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])).item()
+        0.0
+    """
+    now, start = (F.log_softmax(rows.float(), dim=1) for rows in (logits, start_logits))
+    return F.kl_div(now, start, log_target=True, reduction="batchmean")
+
+
+def feature_error(features: Tensor, start_features: Tensor) -> Tensor:
+    """Mean over rows of ``‖z − z₀‖²/‖z₀‖²``: how far features moved, in units of their own size.
+
+    Args:
+        features: Shape ``(N, D)``.
+        start_features: Shape ``(N, D)``, of the same images through the starting model.
+
+    Returns:
+        0-D tensor, dimensionless.
+
+    Example:
+        >>> feature_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0]])).item() == 16 / 9
+        False
+        >>> round(feature_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0]])).item(), 4)
+        1.7778
+    """
+    now, start = features.float(), start_features.float()
+    sizes = start.square().sum(1)
+    # An image whose features the starting model leaves at zero is measured against the others' size.
+    sizes = torch.maximum(sizes, 1e-6 * sizes.mean()).clamp_min(torch.finfo(sizes.dtype).tiny)
+    return ((now - start).square().sum(1) / sizes).mean()
+
+
+class StartingModel:
+    """The model as it was, run through the modules of the model that is being trained.
+
+    Only the tensors that training can change are kept: the moving parameters and all buffers.
+
+    Args:
+        model: The model, at its starting weights.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        ...                    image_size=32, patch_size=16, num_labels=3)
+        >>> model, images = ViTForImageClassification(config).eval(), torch.zeros(2, 3, 32, 32)
+        >>> start, before = StartingModel(model), model(images).logits
+        >>> _ = torch.nn.init.zeros_(model.classifier.weight)
+        >>> features, logits = start(model, model.classifier, images)
+        >>> torch.equal(logits, before)
+        True
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        moving = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self._tensors = {
+            name: value.detach().clone() for name, value in (moving | dict(model.named_buffers())).items()
+        }
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, head: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits through the starting weights, in eval mode and without a gradient.
+
+        Args:
+            model: The model itself, without a wrapper of data parallelism.
+            head: Its classifier.
+            pixel_values: Shape ``(N, C, H, W)``.
+
+        Returns:
+            Features ``(N, D)`` and logits ``(N, C)``.
+        """
+        if self._tensors and next(iter(self._tensors.values())).device != pixel_values.device:
+            self._tensors = {name: value.to(pixel_values.device) for name, value in self._tensors.items()}
+        with _all_in_eval(model), HeadInput(head) as captured:
+            outputs = torch.func.functional_call(model, self._tensors, (), {"pixel_values": pixel_values})
+        return captured.features, outputs["logits"]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The starting tensors, by their names in the model."""
+        return dict(self._tensors)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the starting tensors of an earlier run.
+
+        Args:
+            state: What `state_dict` gave.
+
+        Raises:
+            ArgumentError: If they are not of this model and scope.
+        """
+        for name, value in self._tensors.items():
+            found = state.get(name)
+            if found is None or found.shape != value.shape:
+                raise ArgumentError(
+                    f"Expected starting weights for {name} of shape {tuple(value.shape)} in the checkpoint, found "
+                    f"{'none' if found is None else tuple(found.shape)}. Resume with the model, trainable= and "
+                    "benign_loss= of the interrupted run."
+                )
+        self._tensors = {name: state[name].to(value.device) for name, value in self._tensors.items()}
+
+
+@contextmanager
+def _all_in_eval(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

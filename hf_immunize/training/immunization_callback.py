@@ -1,0 +1,220 @@
+"""Immunization beside someone else's Trainer: the regularizers as a callback."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_immunize.errors import ArgumentError, CheckpointError, DataError
+from hf_immunize.training.distributed import world_size
+from hf_immunize.training.method import Method
+from hf_immunize.training.running import RunningMeans
+from hf_immunize.training.saving import load_weights, save_tensors, staged_directory
+from hf_immunize.training.step import ImmunizationStep
+from hf_immunize.vision.columns import find_columns
+from hf_immunize.vision.images import ImageCollator, ImageRows
+from hf_immunize.vision.pairing import BatchSizes, PairedDataset, PairedSampler, check_one_shape
+from hf_immunize.vision.streams import StreamedRows, is_stream
+
+
+_STEP_FILE = "immunization_callback.safetensors"
+
+
+class ImmunizationCallback(TrainerCallback):
+    """Add the immunization loss to the training of an unmodified `transformers.Trainer`.
+
+    For users whose Trainer is a subclass of someone else's. At the beginning of each optimizer step the callback runs
+    benign and harmful images of its own through the model and adds the gradient of regularizers and distillation to
+    ``.grad``, before the Trainer's own backward passes add theirs: once a step whatever the accumulation, within what
+    gradient clipping sees, at the scale of fp16's loss scaler, and averaged over processes with the rest by DDP. The
+    Trainer keeps the task's own loss. What moves is what the user lets require a gradient (see `select_trainable`);
+    BatchNorm stays in eval mode in the callback's passes, so that no harmful image reaches running statistics.
+
+    Compared with `ImmunizationTrainer` it costs a forward and backward pass over benign images more, reads its images
+    in the main process, and does not measure κ in evaluations; terms are in ``trainer.state.log_history`` beside the
+    Trainer's loss. DeepSpeed and FSDP, which own the gradients, are refused.
+
+    Args:
+        harmful_dataset: Harmful images, stored or streamed; labels are needed by ``objective="imma"`` alone.
+        benign_dataset: Benign images; by default the Trainer's training data, collated as the Trainer does.
+        distillation_dataset: Any images on which the model shall stay what it was.
+        processing_class: Image processor, where these data sets hold images rather than ``pixel_values``.
+        batch_size: Images of each side a process and step; by default the Trainer's.
+        head_module: The classifier's name, where it cannot be found without help.
+        seed: Seed of the callback's draws; by default the Trainer's.
+        **method: The settings of `Method`, such as ``objective="concentration"`` or ``benign_budget=0.05``.
+
+    Raises:
+        ArgumentError, DataError: At the beginning of training, where something is missing.
+        CheckpointError: On resuming, where the checkpoint was written without this callback.
+
+    Example:
+        >>> harmful = [{"pixel_values": torch.randn(3, 8, 8)} for _ in range(8)]
+        >>> callback = ImmunizationCallback(harmful, objective="r_ill", benign_loss="task", benign_budget=None)
+        >>> callback.method.objective
+        'r_ill'
+    """
+
+    def __init__(
+        self,
+        harmful_dataset: Any,
+        benign_dataset: Any = None,
+        distillation_dataset: Any = None,
+        *,
+        processing_class: Any = None,
+        batch_size: int | None = None,
+        head_module: str | None = None,
+        seed: int | None = None,
+        **method: Any,
+    ) -> None:
+        unknown = sorted(set(method) - set(Method.__dataclass_fields__))
+        if unknown:
+            raise ArgumentError(
+                f"Expected settings out of {', '.join(Method.__dataclass_fields__)}, found {', '.join(unknown)}."
+            )
+        self.method = Method(**method)
+        self.batch_size = batch_size
+        self.head_module = head_module
+        self.seed = seed
+        self._datasets = (benign_dataset, harmful_dataset, distillation_dataset)
+        self._collator = ImageCollator(processing_class)
+        self._step: ImmunizationStep | None = None
+        self._means = RunningMeans()
+
+    # ---- the Trainer's events ----
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the head, keep the starting weights, make the data ready; on resuming, take up where it was left."""
+        if args.deepspeed or getattr(args, "fsdp", None):
+            raise ArgumentError(
+                "Expected plain or distributed data parallel training with ImmunizationCallback, found DeepSpeed or "
+                "FSDP, which own the gradients. Use ImmunizationTrainer there."
+            )
+        self._means = RunningMeans()
+        self._step = ImmunizationStep(kwargs["model"], self.method, head_module=self.head_module)
+        self._prepare_data(args, kwargs.get("train_dataloader"))
+        if state.global_step > 0:
+            path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", _STEP_FILE)
+            if not os.path.isfile(path):
+                raise CheckpointError(
+                    f"Expected {_STEP_FILE} in checkpoint-{state.global_step} of {args.output_dir}, found none: the "
+                    "starting weights and the state of the immunization are lost. Resume from a checkpoint that was "
+                    "written with this callback, in its place, or start anew."
+                )
+            self._step.load_state_dict(load_file(path))
+            # As of transformers 5.23 a plain Trainer leaves whole blocks of a ViT at the values they had before.
+            if isinstance(kwargs["model"], PreTrainedModel):
+                load_weights(kwargs["model"], os.path.dirname(path))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the gradient of this step, before the Trainer's own backward passes."""
+        assert self._step is not None  # training has begun
+        model: nn.Module = kwargs["model"]
+        batch = _on_device(self._draw(state.global_step), next(model.parameters()).device)
+        modes = {module: module.training for module in model.modules()}
+        try:
+            result = self._step(model, batch, state.global_step, add_task_loss=False)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        loss = result.loss if scaler is None else scaler.scale(result.loss)
+        loss.backward()
+        self._means.update(result.logged, state.global_step + 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the means of all terms beside the Trainer's loss."""
+        if logs is not None and "loss" in logs:
+            means = self._means.take(state.global_step)
+            logs.update(means)
+            # The Trainer has put its own copy there before it calls the callbacks.
+            state.log_history[-1].update(means)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write what a resumed run needs into the checkpoint."""
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        if self._step is not None and state.is_world_process_zero and os.path.isdir(folder):
+            with staged_directory(folder) as staging:
+                save_tensors(self._step.state_dict(), staging / _STEP_FILE)
+
+    # ---- data ----
+
+    def _prepare_data(self, args: TrainingArguments, train_dataloader: Any) -> None:
+        benign, harmful, distillation = self._datasets
+        batch = self.batch_size or args.per_device_train_batch_size
+        if batch < 2:
+            raise DataError(
+                f"Expected batch_size= of at least 2, found {batch}: κ of a single image is 1. Raise it, or "
+                "per_device_train_batch_size."
+            )
+        self._collate_benign = self._collator
+        if benign is None:
+            benign = getattr(train_dataloader, "dataset", None)
+            if not hasattr(benign, "__len__"):
+                raise DataError(
+                    "Expected benign_dataset=, since the Trainer's training data cannot be indexed, found none. Give "
+                    "the callback a stored data set of benign images."
+                )
+            self._collate_benign = train_dataloader.collate_fn
+        else:
+            benign = self._rows(benign, "benign_dataset")
+        self._data = PairedDataset(
+            benign,
+            self._rows(harmful, "harmful_dataset"),
+            harmful_labels=True,
+            distillation=None if distillation is None else self._rows(distillation, "distillation_dataset"),
+            batch_sizes=BatchSizes(batch, batch, max(1, batch // 2)),
+        )
+        seed = self.seed if self.seed is not None else (args.data_seed if args.data_seed is not None else args.seed)
+        self._sampler: PairedSampler = self._data.make_sampler(seed)
+        self._epoch = -1
+
+    def _rows(self, dataset: Any, name: str) -> Any:
+        if is_stream(dataset):
+            return StreamedRows(dataset, name)
+        if len(dataset) == 0:
+            raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
+        needs_label = name == "harmful_dataset" and self.method.objective == "imma"
+        image, label = find_columns(dataset, need_label=needs_label or name == "benign_dataset")
+        return ImageRows(dataset, name, image, label if needs_label or name == "benign_dataset" else None)
+
+    def _draw(self, step: int) -> dict[str, Any]:
+        """This process's batch of a step, a function of the step alone."""
+        size = self._data.batch_sizes.benign
+        per_epoch = max(1, len(self._data) // size)
+        rank = torch.distributed.get_rank() if world_size() > 1 else 0
+        epoch, within = divmod(step * world_size() + rank, per_epoch)
+        if epoch != self._epoch:
+            self._sampler.set_epoch(epoch)
+            self._draws, self._epoch = list(self._sampler), epoch
+        items = [self._data[draw] for draw in self._draws[within * size : (within + 1) * size]]
+        batch = {"benign": self._collate_benign([item["benign"] for item in items])}
+        for side in ("harmful", "distillation"):
+            rows = [row for item in items for row in item[side]]
+            if rows:
+                batch[side] = self._collator(rows)
+        check_one_shape(batch)
+        return batch
+
+
+def _on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        side: {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tensors.items()}
+        for side, tensors in batch.items()
+    }

@@ -1,0 +1,156 @@
+"""What is minimized, and how its parts are weighed against each other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hf_immunize.errors import ArgumentError
+from hf_immunize.training.objectives import OBJECTIVES
+from hf_immunize.training.weighting import WeightRule
+
+
+BENIGN_LOSSES = ("distillation", "task", "both")
+BUDGET_MEASURES = ("kl", "loss")
+
+
+@dataclass(frozen=True)
+class Method:
+    """The settings of `ImmunizationStep`; the same for the Trainer, the callback and a bare loop.
+
+    `ImmunizationArguments` explains each of them.
+
+    Raises:
+        ArgumentError: If a setting has an impossible value, or two contradict each other.
+
+    Example:
+        >>> Method(objective="kappa", benign_loss="task", benign_budget=None).needs_start
+        False
+    """
+
+    objective: str = "concentration"
+    benign_loss: str = "distillation"
+    feature_distillation_weight: float = 1.0
+    benign_budget: float | None = 0.05
+    budget_measure: str = "kl"
+    benign_weight: str | float = "auto"
+    harmful_weight: str | float = "auto"
+    auto_weight_ratio: float = 0.3
+    auto_weight_averaging: float = 0.9
+    auto_weight_bound: float = 3.0
+    weight_warmup_steps: int = 0
+    scale_free: bool = False
+    queue_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in _normalized(self).items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether the starting model is run beside the trained one."""
+        return self.benign_loss != "task" or self.benign_budget is not None
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether benign images need labels."""
+        return self.benign_loss != "distillation" or (self.benign_budget is not None and self.budget_measure == "loss")
+
+    @property
+    def rule(self) -> WeightRule:
+        """The part that decides the weights."""
+        return WeightRule(
+            benign=self.benign_weight,
+            harmful=self.harmful_weight,
+            ratio=self.auto_weight_ratio,
+            averaging=self.auto_weight_averaging,
+            bound=self.auto_weight_bound,
+            warmup_steps=self.weight_warmup_steps,
+            budget=self.benign_budget,
+        )
+
+    @classmethod
+    def of(cls, settings: Any) -> Method:
+        """The method that an object with fields of these names describes, such as `ImmunizationArguments`."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
+
+def _normalized(method: Method) -> dict[str, Any]:
+    """All settings, checked, with numbers as numbers."""
+    for name, known in (
+        ("objective", tuple(OBJECTIVES)),
+        ("benign_loss", BENIGN_LOSSES),
+        ("budget_measure", BUDGET_MEASURES),
+    ):
+        if getattr(method, name) not in known:
+            raise ArgumentError(f"Expected {name}= out of {', '.join(known)}, found {getattr(method, name)!r}.")
+    budget: Any = method.benign_budget
+    if isinstance(budget, str) and budget.lower() == "none":
+        budget = None
+    if budget is not None:
+        budget = _number(budget)
+        if not budget > 0:
+            raise ArgumentError(
+                f"Expected benign_budget= above 0 or None, found {method.benign_budget!r}. 0.05 (in nats) is a good "
+                "start; None lets auto_weight_ratio decide."
+            )
+    ratio = _number(method.auto_weight_ratio)
+    if not ratio >= 0:
+        raise ArgumentError(
+            f"Expected auto_weight_ratio= of at least 0, found {method.auto_weight_ratio}. "
+            "Typical values lie between 0.1 and 1."
+        )
+    averaging, bound = _number(method.auto_weight_averaging), _number(method.auto_weight_bound)
+    if not 0 <= averaging < 1:
+        raise ArgumentError(
+            f"Expected auto_weight_averaging= between 0 and 1, found {method.auto_weight_averaging}. 0.9 averages "
+            "over about ten steps; 0 takes each step's own norm."
+        )
+    if not bound >= 1:
+        raise ArgumentError(f"Expected auto_weight_bound= of at least 1, found {method.auto_weight_bound}.")
+    feature_weight = _number(method.feature_distillation_weight)
+    if not feature_weight >= 0:
+        raise ArgumentError(
+            f"Expected feature_distillation_weight= of at least 0, found {method.feature_distillation_weight}."
+        )
+    if method.weight_warmup_steps < 0 or method.queue_size < 0:
+        raise ArgumentError(
+            f"Expected weight_warmup_steps= and queue_size= of at least 0, found {method.weight_warmup_steps} and "
+            f"{method.queue_size}."
+        )
+    if method.queue_size and method.objective == "imma":
+        raise ArgumentError(
+            "Expected queue_size=0 with objective='imma', whose inner attacker needs labels beside all features, "
+            f"found {method.queue_size}."
+        )
+    return {
+        "benign_budget": budget,
+        "auto_weight_ratio": ratio,
+        "auto_weight_averaging": averaging,
+        "auto_weight_bound": bound,
+        "feature_distillation_weight": feature_weight,
+        "benign_weight": _weight("benign_weight", method.benign_weight),
+        "harmful_weight": _weight("harmful_weight", method.harmful_weight),
+    }
+
+
+def _weight(name: str, value: str | float) -> str | float:
+    """A weight as the number it stands for, or "auto"."""
+    if value == "auto":
+        return value
+    number = _number(value)
+    if not number >= 0:
+        raise ArgumentError(
+            f"Expected {name}= 'auto' or a number of at least 0, found {value!r}. 'auto' is a good start."
+        )
+    return number
+
+
+def _number(value: Any) -> float:
+    """A finite number, also from text (YAML takes 3e-1 for text); NaN for all else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan

@@ -1,0 +1,73 @@
+"""Means of what is logged, kept on the device until they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_immunize.errors import NonFiniteError
+from hf_immunize.training.distributed import process_mean
+
+
+class RunningMeans:
+    """Means of named scalars since they were last taken, kept on the device until then.
+
+    Fetching every term in every step would stall a GPU.
+
+    Example:
+        >>> means = RunningMeans()
+        >>> for value in (1.0, 3.0):
+        ...     means.update({"r_well": torch.tensor(value)}, step=1)
+        >>> means.take(step=2)
+        {'r_well': 2.0}
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def update(self, values: dict[str, Tensor], step: int) -> None:
+        """Add the scalars of one micro-batch.
+
+        Args:
+            values: Name to 0-D tensor.
+            step: The step they belong to.
+
+        Raises:
+            NonFiniteError: If one is NaN or infinite; on a GPU, `take` raises it.
+        """
+        for name, value in values.items():
+            value = value.detach()
+            if value.device.type == "cpu":
+                _check_finite(name, float(value), step)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def take(self, step: int) -> dict[str, float]:
+        """The means, over all processes as well, and start anew; a collective where there are several.
+
+        Args:
+            step: The last step they cover.
+
+        Returns:
+            Name to mean; empty where nothing was added.
+
+        Raises:
+            NonFiniteError: If one is NaN or infinite.
+        """
+        if not self._sums:
+            return {}
+        totals = process_mean(torch.stack(list(self._sums.values()))).tolist()
+        means = {name: total / self._count for name, total in zip(self._sums, totals, strict=True)}
+        for name, mean in means.items():
+            _check_finite(name, mean, step)
+        self._sums, self._count = {}, 0
+        return means
+
+
+def _check_finite(name: str, value: float, step: int) -> None:
+    if value != value or value in (float("inf"), float("-inf")):
+        raise NonFiniteError(
+            f"Expected a finite {name} at step {step}, found {value}. Lower the learning rate or the weights, or "
+            "train in full precision; the last checkpoint is sound."
+        )

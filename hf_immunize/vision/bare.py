@@ -1,0 +1,327 @@
+"""A linear head on a bare backbone (`AutoModel`), so that it can be trained, immunized and saved like a classifier.
+
+A backbone says nothing about which of its outputs are the features, so the caller does, by ``pooling=``:
+
+- ``"head_input"``: what the family's own image classifier feeds its head. The result is that classifier (a
+  `ViTForImageClassification`, say) with the backbone's weights and a new head: an ordinary checkpoint.
+- ``"pooler"``: the backbone's ``pooler_output``.
+- ``"cls"``: the class token of ``last_hidden_state``.
+- ``"mean"``: the mean of ``last_hidden_state`` over patches (class and register tokens left out) or positions.
+
+With the last three, what is saved is the backbone's ordinary checkpoint, which `AutoModel.from_pretrained` loads
+without this library, and beside it the head: ``head.safetensors`` and ``head_config.json``.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, CLIPConfig, PreTrainedModel, SiglipConfig
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+from transformers.utils import cached_file
+
+from hf_immunize.errors import ArgumentError, CheckpointError, HeadError
+
+
+POOLINGS = ("head_input", "pooler", "cls", "mean")
+HEAD_FILE, HEAD_CONFIG_FILE = "head.safetensors", "head_config.json"
+# The towers of two-tower models, whose classifiers are configured for both.
+_TOWERS = {"clip_vision_model": CLIPConfig, "siglip_vision_model": SiglipConfig}
+# What makes ``pooler_output`` out of ``last_hidden_state``, where it is not called so.
+_POOLERS = {"clip_vision_model": "post_layernorm", "siglip_vision_model": "head"}
+_POOLERS |= {"convnext": "layernorm", "convnextv2": "layernorm"}
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def with_linear_head(backbone: PreTrainedModel, num_labels: int | None = None, pooling: str = "") -> PreTrainedModel:
+    """Put a new linear head on a bare backbone.
+
+    Args:
+        backbone: A vision model as `AutoModel` loads it; its weights are kept.
+        num_labels: Outputs of the head; the config's ``num_labels`` by default.
+        pooling: What the head sees: "head_input", "pooler", "cls" or "mean"; see this module's docstring.
+
+    Returns:
+        The family's own image classifier for "head_input", else a `LinearHeadForImageClassification`. In eval mode,
+        with the backbone's dtype and device.
+
+    Raises:
+        ArgumentError: If ``pooling`` is none of these.
+        HeadError: If the model is no bare vision backbone, or has no such output.
+
+    Examples:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        ...                    image_size=32, patch_size=16)
+        >>> model = with_linear_head(ViTModel(config), num_labels=3, pooling="cls")
+        >>> model(torch.zeros(2, 3, 32, 32)).logits.shape
+        torch.Size([2, 3])
+        >>> type(with_linear_head(ViTModel(config), num_labels=3, pooling="head_input")).__name__
+        'ViTForImageClassification'
+    """
+    if pooling not in POOLINGS:
+        raise ArgumentError(
+            f"Expected pooling= out of {', '.join(POOLINGS)}, found {pooling!r}. For a vision transformer, 'cls' and "
+            f"'mean' are usual; 'head_input' is what the family's own classifier takes."
+        )
+    _check_bare(backbone)
+    num_labels = backbone.config.num_labels if num_labels is None else num_labels
+    if pooling == "head_input":
+        return _own_classifier(backbone, num_labels)
+    return LinearHeadForImageClassification(backbone, num_labels, pooling).eval()
+
+
+class LinearHeadForImageClassification(PreTrainedModel):
+    """A bare backbone, a pooling and a linear classifier.
+
+    Args:
+        backbone: As `AutoModel` loads it.
+        num_labels: Outputs of the classifier.
+        pooling: "pooler", "cls" or "mean".
+
+    Raises:
+        HeadError: If the backbone has no such output.
+    """
+
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    # Whether it holds is for the backbone to say, which has been asked when it was built.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(self, backbone: PreTrainedModel, num_labels: int, pooling: str) -> None:
+        super().__init__(backbone.config)
+        if self.config.num_labels != num_labels:
+            self.config.num_labels = num_labels  # renames the labels
+        self.supports_gradient_checkpointing = backbone.supports_gradient_checkpointing
+        self.backbone, self.pooling = backbone, pooling
+        self.classifier = nn.Linear(self._feature_dim(), num_labels, device=backbone.device, dtype=backbone.dtype)
+        nn.init.normal_(self.classifier.weight, std=getattr(self.config, "initializer_range", 0.02))
+        nn.init.zeros_(self.classifier.bias)
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Nothing: the backbone brings its weights, which the Transformers way of a new model would draw anew."""
+
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput | tuple[Tensor, ...]:
+        """Logits, and the loss where labels are given.
+
+        Args:
+            pixel_values: Images, ``(N, C, H, W)``.
+            labels: Class indices, ``(N,)``.
+            return_dict: False for a tuple.
+            **kwargs: Passed on to the backbone.
+
+        Returns:
+            ``loss``, ``logits`` ``(N, num_labels)``, and the backbone's ``hidden_states`` and ``attentions``.
+        """
+        outputs = self.backbone(pixel_values=pixel_values, return_dict=True, **kwargs)
+        logits = self.classifier(pooled(self.backbone, outputs, self.pooling))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        result = ImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the backbone's ordinary checkpoint, and the head beside it.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: Whether this process writes.
+            state_dict: Weights in place of the model's own.
+            push_to_hub: Refused: the head would stay behind. Use the method ``push_to_hub``.
+            **kwargs: As for the backbone's ``save_pretrained``.
+
+        Raises:
+            ArgumentError: If ``push_to_hub`` is set.
+        """
+        if push_to_hub:
+            raise ArgumentError("Expected push_to_hub=False, found True. Use model.push_to_hub(...) after saving.")
+        state = self.state_dict() if state_dict is None else state_dict
+        of_backbone = {n.removeprefix("backbone."): t for n, t in state.items() if n.startswith("backbone.")}
+        self.backbone.save_pretrained(
+            save_directory, is_main_process, of_backbone if state_dict is not None else None, **kwargs
+        )
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        head = {n: state[f"classifier.{n}"].detach().cpu().contiguous() for n in ("weight", "bias")}
+        about = {"pooling": self.pooling, "num_labels": len(head["bias"]), "feature_dim": head["weight"].shape[1]}
+        (folder / HEAD_CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
+
+    @property
+    def unread_modules(self) -> tuple[str, ...]:
+        """Names of modules that make the pooled output, where the head does not see it."""
+        if self.pooling == "pooler":
+            return ()
+        return (f"backbone.{_POOLERS.get(self.config.model_type, 'pooler')}",)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `load_with_linear_head`, under the name that Transformers calls."""
+        return load_with_linear_head(pretrained_model_name_or_path, *args, **kwargs)
+
+    @torch.no_grad()
+    def _feature_dim(self) -> int:
+        """Width of the features, found by a look at one; configs have no common name for it."""
+        size = getattr(self.config, "image_size", None) or 224
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        channels = getattr(self.config, "num_channels", 3)
+        pixels = torch.zeros(1, channels, height, width, device=self.backbone.device, dtype=self.backbone.dtype)
+        modes = [(module, module.training) for module in self.backbone.modules()]
+        self.backbone.eval()
+        try:
+            features = pooled(self.backbone, self.backbone(pixel_values=pixels, return_dict=True), self.pooling)
+        finally:
+            for module, training in modes:
+                module.training = training
+        return features.shape[1]
+
+
+def load_with_linear_head(folder: str | os.PathLike[str], *, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    """Load a backbone and the linear head that was saved beside it.
+
+    Args:
+        folder: A folder or a repository on the Hub, as `LinearHeadForImageClassification.save_pretrained` wrote it.
+        output_loading_info: Also return what was missing, as Transformers does.
+        **kwargs: As for `AutoModel.from_pretrained`.
+
+    Returns:
+        A `LinearHeadForImageClassification` in eval mode, or it and the loading information.
+
+    Raises:
+        CheckpointError: If the head's files are missing, damaged, or contradict each other.
+    """
+    backbone, info = AutoModel.from_pretrained(folder, output_loading_info=True, **kwargs)
+    hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+    try:
+        about = json.loads(Path(cached_file(folder, HEAD_CONFIG_FILE, **hub)).read_text(encoding="utf-8"))
+        head = load_file(cached_file(folder, HEAD_FILE, **hub))
+        pooling, shape = about["pooling"], (about["num_labels"], about["feature_dim"])
+        if pooling not in POOLINGS[1:] or tuple(head["weight"].shape) != shape or len(head["bias"]) != shape[0]:
+            raise ValueError(f"{about} beside weights of shape {tuple(head['weight'].shape)}")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Expected {HEAD_FILE} and {HEAD_CONFIG_FILE} of a backbone with a linear head in {folder}, found: "
+            f"{error}. Load the backbone alone with AutoModel.from_pretrained and give it a new head."
+        ) from error
+    unused = {key for key in info["missing_keys"] if key.startswith("pooler.")}
+    if unused and pooling != "pooler":
+        # It was saved without its pooler, which nothing here runs.
+        backbone.pooler, info["missing_keys"] = None, set(info["missing_keys"]) - unused
+    model = LinearHeadForImageClassification(backbone, shape[0], pooling)
+    if model.classifier.in_features != shape[1]:
+        raise CheckpointError(
+            f"Expected a backbone with {shape[1]} features in {folder}, found {model.classifier.in_features}. The "
+            "head belongs to another backbone."
+        )
+    model.classifier.load_state_dict(head)
+    return (model.eval(), info) if output_loading_info else model.eval()
+
+
+def pooled(backbone: PreTrainedModel, outputs: Any, pooling: str) -> Tensor:
+    """Features out of a backbone's outputs.
+
+    Args:
+        backbone: The model they are of.
+        outputs: With ``last_hidden_state``, ``(N, T, D)`` or ``(N, D, h, w)``, and perhaps ``pooler_output``.
+        pooling: "pooler", "cls" or "mean".
+
+    Returns:
+        Features ``(N, D)``.
+
+    Raises:
+        HeadError: If there is no such output.
+    """
+    kind = type(backbone).__name__
+    if pooling == "pooler":
+        features = getattr(outputs, "pooler_output", None)
+        if features is None:
+            raise HeadError(f'{kind} has no pooler_output; choose pooling="mean" or, with a class token, "cls".')
+        return features.flatten(1)
+    hidden = outputs.last_hidden_state
+    if hidden.dim() == 4:
+        if pooling == "cls":
+            raise HeadError(f'{kind} is convolutional and has no class token; choose pooling="mean" or "pooler".')
+        return hidden.mean((2, 3))
+    leading = _leading_tokens(backbone)
+    if pooling == "cls":
+        if leading == 0:
+            raise HeadError(f'{kind} has no class token; choose pooling="mean" or, if it has one, "pooler".')
+        return hidden[:, 0]
+    return hidden[:, leading:].mean(1)
+
+
+def _leading_tokens(backbone: PreTrainedModel) -> int:
+    """How many tokens stand before the patches: the class token, DeiT's distillation token, registers."""
+    count = 0
+    for name, parameter in backbone.named_parameters():
+        last = name.rpartition(".")[2]
+        if last in ("cls_token", "class_embedding", "distillation_token"):
+            count += 1
+        elif last == "register_tokens":
+            count += parameter.shape[1]
+    return count
+
+
+def _check_bare(backbone: PreTrainedModel) -> None:
+    kind, arguments = type(backbone).__name__, inspect.signature(type(backbone).forward).parameters
+    if "labels" in arguments:
+        raise HeadError(f"{kind} has a classifier already; leave out pooling=, or give the bare AutoModel.")
+    usual = MODEL_MAPPING.get(type(backbone.config), None)
+    usual = usual if isinstance(usual, tuple) or usual is None else (usual,)
+    if usual is not None and not isinstance(backbone, usual):
+        raise HeadError(f"Expected a backbone as AutoModel loads it, {usual[0].__name__}, found {kind}.")
+    if "pixel_values" not in arguments or "input_ids" in arguments or "spatial_shapes" in arguments:
+        raise HeadError(
+            f"Expected a backbone that takes pixel_values alone, found {kind}, which takes "
+            f"{', '.join(list(arguments)[1:4])}; of a model of images and text, give its vision model."
+        )
+
+
+def _own_classifier(backbone: PreTrainedModel, num_labels: int) -> PreTrainedModel:
+    config, both = copy.deepcopy(backbone.config), _TOWERS.get(backbone.config.model_type)
+    if both is not None:
+        config = both(vision_config=config.to_dict())
+    kind = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if kind is None:
+        raise HeadError(
+            f"{type(backbone).__name__} has no image classifier of its own in transformers, so pooling='head_input' "
+            f"says nothing; choose one out of {', '.join(POOLINGS[1:])}."
+        )
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    if config.num_labels != num_labels:
+        config.num_labels = num_labels
+    model = kind._from_config(config, dtype=backbone.dtype).to(backbone.device)
+    inner = model.vision_model if both is not None else model.base_model
+    # A pooler that the classifier does not have is left behind.
+    missing = inner.load_state_dict(backbone.state_dict(), strict=False).missing_keys
+    if missing:
+        raise HeadError(
+            f"{kind.__name__} needs weights that this {type(backbone).__name__} has not: {', '.join(missing[:3])}; "
+            f"choose pooling= out of {', '.join(POOLINGS[1:])}."
+        )
+    return model.eval()

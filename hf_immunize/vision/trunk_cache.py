@@ -1,0 +1,314 @@
+"""The activations of a frozen trunk, computed once and kept in a memory-mapped Arrow file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
+import torch
+from datasets.fingerprint import Hasher
+from huggingface_hub.utils import WeakFileLock
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from hf_immunize.errors import ArgumentError, DataError, DiskSpaceError, NonFiniteError
+from hf_immunize.vision.images import ImageCollator
+from hf_immunize.vision.trunk_key import (
+    batches_checksum,
+    model_fingerprint,
+    processor_fingerprint,
+    stored_fingerprint,
+    text_fingerprint,
+    trunk_fingerprint,
+)
+from hf_immunize.vision.trunk_rows import CachedRows
+from hf_immunize.vision.trunk_views import RowViews, ViewCollator, differs_between_draws
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_immunize.vision.trunk import TrunkSplit
+
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+# Of activations computed again in a batch of another size, on whatever device; those of another image differ by more.
+_SAME = 3e-2
+_ARROW_FILE, _KEY_FILE = "activations.arrow", "trunk.json"
+_UNFINISHED = "_unfinished-"
+logger = logging.get_logger(__name__)
+
+
+class TrunkCache:
+    """The stored activations of one dataset: found where they fit, else written.
+
+    They fit if weights, model, data, processor and views have the fingerprints they were written for, and a few rows
+    computed again agree.
+
+    Args:
+        model: The model that was split; its trunk runs where it is.
+        split: Where its trunk ends, as found by `split_trunk`.
+        rows: A map-style dataset of rows with ``"image"`` or ``"pixel_values"``, such as `ImageRows`.
+        folder: Where they are kept; nothing else should be in it.
+        name: What log, progress bar and errors call the data, such as ``"benign images"``.
+        processor: A transformers image processor; needed where the rows hold images.
+        collate: A collator in place of that of the processor; gives ``pixel_values`` and ``labels``.
+        dtype: ``"float32"``, or ``"float16"``, which takes half the space and rounds to 3 digits.
+        views: How many views of each image are kept: each a draw of the data's own random transform, or of `augment`.
+        augment: Takes an image (or pixel values) and a `torch.Generator`, and returns another; the first view is kept
+            without.
+        seed: Seeds the draws, each view of each row by itself.
+        batch_size: Images in one forward pass.
+        num_workers: Processes that read images.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ArgumentError: If `dtype` or `views` has an impossible value, or the views would all be alike.
+        DataError: If the rows are random and there is one view, so that one draw would be frozen; or if the collator
+            gives something that cannot be stored.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        split: TrunkSplit,
+        rows: Any,
+        folder: str | os.PathLike[str],
+        *,
+        name: str = "images",
+        processor: Any = None,
+        collate: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+        dtype: str = "float32",
+        views: int = 1,
+        augment: Callable[[Any, torch.Generator], Any] | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        progress: bool = True,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ArgumentError(f"Expected the type of a cached trunk out of {', '.join(DTYPES)}, found {dtype!r}.")
+        if views < 1:
+            raise ArgumentError(f"Expected at least 1 view of each image, found {views}.")
+        self.folder = Path(folder)
+        self.name = name
+        self._model, self._split, self._dtype = model, split, dtype
+        self._batch_size, self._num_workers, self._progress = batch_size, num_workers, progress
+        self._views = RowViews(rows, views, augment, seed)
+        self._collate = ViewCollator(collate or ImageCollator(processor))
+        self._check_views(augment)
+        first = self._computed([0])
+        self._labelled = "labels" in first
+        data = stored_fingerprint(rows) if collate is None else None
+        self._key = {
+            "weights": trunk_fingerprint(model, split),
+            "model": model_fingerprint(model, split),
+            "data": data or batches_checksum(self._batches(f"checksum of {name}")),
+            "processor": processor_fingerprint(processor),
+            "views": text_fingerprint([views, seed, dtype, None if augment is None else Hasher.hash(augment)]),
+        }
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    @property
+    def nbytes(self) -> int:
+        """About how much space they take, in bytes."""
+        width = math.prod(self._split.activation_shape) * DTYPES[self._dtype].itemsize + 8 * self._labelled
+        batches = -(-len(self) // self._batch_size)
+        return len(self) * width + batches * 1024 + 2**16
+
+    def find(self) -> CachedRows | None:
+        """The stored activations, if there are any that fit; says in the log why those that are there do not."""
+        if not self.folder.exists():
+            return None
+        try:
+            stored = json.loads((self.folder / _KEY_FILE).read_text(encoding="utf-8"))
+            rows = self._open(self.folder)
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            logger.warning(f"The cached trunk of {self.name} cannot be read ({type(error).__name__}): computed anew.")
+            return None
+        if others := [part for part, value in self._key.items() if stored.get(part) != value]:
+            logger.warning(f"The cached trunk of {self.name} is of other {', '.join(others)}: computed anew.")
+            return None
+        if len(rows) * rows.views != len(self) or not self._agrees(rows):
+            logger.warning(f"The cached trunk of {self.name} does not fit these images: computed anew.")
+            return None
+        return rows
+
+    def write(self) -> CachedRows:
+        """Compute and store the activations; what was there before is removed.
+
+        Returns:
+            The stored rows.
+
+        Raises:
+            DiskSpaceError: If the disk fills up.
+            NonFiniteError: If an activation is NaN, infinite or too large for float16.
+        """
+        parent = self.folder.parent
+        shutil.rmtree(self.folder, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{self.folder.name}-", dir=parent))
+        try:
+            self._write_arrow(staging / _ARROW_FILE)
+            with open(staging / _KEY_FILE, "w", encoding="utf-8") as file:
+                file.write(json.dumps(self._key, indent=2) + "\n")
+                _to_disk(file)
+            os.replace(staging, self.folder)
+        except OSError as error:
+            raise DiskSpaceError(
+                f"Expected to write the cached trunk of {self.name} into {parent}, found: {error}. Make room, choose "
+                "another trunk_cache_dir, or train without (cache_trunk='no')."
+            ) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return self._open(self.folder)
+
+    def _write_arrow(self, path: Path) -> None:
+        width = math.prod(self._split.activation_shape)
+        columns: dict[str, Any] = {"activation": datasets.List(datasets.Value(self._dtype), length=width)}
+        columns |= {"labels": datasets.Value("int64")} if self._labelled else {}
+        schema = datasets.Features(columns).arrow_schema
+        with open(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for number, batch in enumerate(self._batches(f"trunk of {self.name}, {_readable(self.nbytes)}")):
+                values = self._activations(batch, first=number * self._batch_size)
+                flat = pa.array(values.reshape(-1).numpy())
+                arrays = [pa.FixedSizeListArray.from_arrays(flat, width)]
+                arrays += [pa.array(batch["labels"].numpy(), pa.int64())] if self._labelled else []
+                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            writer.close()
+            _to_disk(file)
+
+    def _activations(self, batch: dict[str, Tensor], first: int = 0) -> Tensor:
+        device = next(self._model.parameters()).device
+        with _in_eval(self._model):
+            values = self._split.activations(self._model, batch["pixel_values"].to(device)).cpu()
+        values = values.to(DTYPES[self._dtype])
+        lost = ~torch.isfinite(values.flatten(1)).all(dim=1)
+        if bool(lost.any()):
+            row = (first + int(lost.nonzero()[0])) // self._views.views
+            raise NonFiniteError(
+                f"Expected finite {self._dtype} activations at {self._split.entry!r}, found NaN or infinity for row "
+                f"{row} of {self.name}. Check that image; if it is sound, use cache_trunk='float32'."
+            )
+        return values
+
+    def _batches(self, description: str) -> Iterator[dict[str, Tensor]]:
+        loader = torch.utils.data.DataLoader(
+            self._views,
+            batch_size=self._batch_size,
+            collate_fn=self._collate,
+            num_workers=self._num_workers,
+            generator=torch.Generator(),  # else it would draw from the one that training draws from
+        )
+        with tqdm(total=len(self), desc=description, unit="img", disable=not self._progress) as bar:
+            for batch in loader:
+                yield batch
+                bar.update(len(batch["pixel_values"]))
+
+    def _computed(self, positions: list[int]) -> dict[str, Tensor]:
+        return self._collate([self._views[position] for position in positions])
+
+    def _open(self, folder: Path) -> CachedRows:
+        dataset = datasets.Dataset.from_file(str(folder / _ARROW_FILE))
+        return CachedRows(dataset, self._split.activation_shape, self._views.views)
+
+    def _agrees(self, rows: CachedRows) -> bool:
+        """Whether a few rows computed again are those stored."""
+        positions = sorted({0, len(self) // 2, len(self) - 1})
+        batch = self._computed(positions)
+        now = self._activations(batch).float()
+        stored = [rows[divmod(position, rows.views)] for position in positions]
+        then = torch.stack([row["pixel_values"] for row in stored]).float()
+        labels = [row.get("labels") for row in stored]
+        same_labels = labels == (batch["labels"].tolist() if self._labelled else [None] * len(labels))
+        return same_labels and bool((now - then).abs().max() <= _SAME * now.abs().max())
+
+    def _check_views(self, augment: Any) -> None:
+        views = self._views.views
+        random = differs_between_draws(self._views, self._collate)
+        if random and views == 1:
+            raise DataError(
+                f"Expected {self.name} that are the same at every access, found that they differ (a random transform "
+                "or collator), so that a cached trunk would freeze one draw. Give trunk_cache_views= a number of "
+                "draws to keep of each image, remove the randomness, or train without (cache_trunk='no')."
+            )
+        if not random and views > 1 and augment is None:
+            raise ArgumentError(
+                f"Expected {views} different views of {self.name}, found no randomness to draw them with. Give the "
+                "dataset a random transform (with_transform), or set trunk_cache_views=1."
+            )
+
+
+def open_or_write(*caches: TrunkCache) -> list[CachedRows]:
+    """Find stored activations, and write those that are missing, once the disk is known to hold them all.
+
+    Processes that share the folder wait for one another, and the first writes for all.
+
+    Args:
+        *caches: Caches in sister folders.
+
+    Returns:
+        The rows of each.
+
+    Raises:
+        DiskSpaceError: If the disk does not hold them, before anything is written or removed.
+        NonFiniteError: See `TrunkCache.write`.
+    """
+    parent = caches[0].folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(parent / ".lock"):
+        for leftover in parent.glob(f"{_UNFINISHED}*"):  # of a process that was killed, or it would hold the lock
+            shutil.rmtree(leftover, ignore_errors=True)
+        found = [cache.find() for cache in caches]
+        missing = [cache for cache, rows in zip(caches, found, strict=True) if rows is None]
+        if missing:
+            _check_space(parent, missing)
+        return [cache.write() if rows is None else rows for cache, rows in zip(caches, found, strict=True)]
+
+
+def _check_space(parent: Path, missing: list[TrunkCache]) -> None:
+    needed = sum(cache.nbytes for cache in missing)
+    replaced = sum(file.stat().st_size for cache in missing for file in cache.folder.glob("*"))
+    free = shutil.disk_usage(parent).free + replaced
+    what = ", ".join(f"{len(cache):,} {cache.name}" for cache in missing)
+    logger.info(f"Caching the frozen trunk of {what}: about {_readable(needed)} of {_readable(free)} free.")
+    if needed > free:
+        raise DiskSpaceError(
+            f"Expected {_readable(needed)} for the cached trunk ({what}), found {_readable(free)} free in {parent}. "
+            "Make room, choose another trunk_cache_dir, use cache_trunk='float16' or fewer trunk_cache_views, or "
+            "train without (cache_trunk='no')."
+        )
+
+
+def _readable(nbytes: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes / 1000:.0f} kB"
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,240 @@
+import csv
+import dataclasses
+import json
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from audit_sample import attack, lost, make, sample_data
+
+from hf_immunize.attacks.outcomes import Spectrum, Task, Utility
+from hf_immunize.attacks.report import AuditReport
+from hf_immunize.errors import CheckpointError, DataError
+
+
+HOSTILE = "</td></style><script>alert('x')</script><img src=x onerror=alert(1)>\n\"' {{ 7*7 }} {% raw %} javascript:x"
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Elements of a page with their attributes, and whether every element is closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.text, self._open = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def named(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def hostile_data():
+    """An audit in which every string from outside is hostile."""
+    data = sample_data(model=HOSTILE, reference=HOSTILE, preset=HOSTILE, budget={HOSTILE: HOSTILE}, warnings=[HOSTILE])
+    data.tasks = {name: dataclasses.replace(task, dataset=HOSTILE) for name, task in data.tasks.items()}
+    data.machine = {HOSTILE: HOSTILE}
+    changed = {"attacker": HOSTILE, "layer": HOSTILE, "precision": HOSTILE, "note": HOSTILE}
+    data.outcomes = [dataclasses.replace(one, **changed, settings={HOSTILE: HOSTILE}) for one in data.outcomes]
+    data.spectra = [Spectrum(HOSTILE, "harmful", [1.0, 0.5], 10, 2, 0.6, False)]
+    return data
+
+
+@pytest.fixture(scope="module")
+def report():
+    return AuditReport(sample_data())
+
+
+@pytest.fixture(scope="module")
+def html(report):
+    return report.to_html()
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)
+
+
+@pytest.fixture(scope="module")
+def hostile():
+    return AuditReport(hostile_data()).to_html()
+
+
+def small_data(**kwargs):
+    """An audit whose report is quickly drawn."""
+    return make([one for s in ("immunized", "reference") for one in attack("ridge", "head_input", s, 0.4)], **kwargs)
+
+
+# The page
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    assert page.named("script") == page.named("link") == page.named("iframe") == []
+    assert all(one["src"].startswith("data:image/svg+xml;base64,") for one in page.named("img"))
+    (policy,) = [one["content"] for one in page.named("meta") if one.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'")
+
+
+def test_every_figure_has_words_for_those_who_do_not_see_it(page):
+    assert len(page.named("img")) == 11
+    assert all(len(one["alt"]) > 40 for one in page.named("img"))
+
+
+def test_every_table_has_a_caption_and_headers(page):
+    assert len(page.named("table")) == len(page.named("caption")) >= 7
+    assert all(one.get("scope") in ("col", "row", "rowgroup") for one in page.named("th"))
+
+
+def test_every_row_has_as_many_cells_as_its_table_has_headers(page):
+    widths = []
+    for tag, attributes in page.elements:
+        if tag == "table":
+            widths.append([])
+        elif tag == "tr":
+            widths[-1].append(0)
+        elif tag in ("td", "th"):
+            widths[-1][-1] += int(attributes.get("colspan", 1))
+    assert all(len(set(rows)) == 1 for rows in widths)
+
+
+def test_the_page_has_a_language_a_title_and_a_viewport(page):
+    assert page.named("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.named("meta")
+    assert "Audit of org/immunized-mobilenet" in page.text
+
+
+def test_the_page_tells_the_verdict_and_what_its_words_mean(report, page):
+    assert all(one in page.text for one in report.verdict())
+    assert any("at least 10 times the steps" in one for one in page.text)
+
+
+def test_a_page_can_be_made_of_next_to_nothing():
+    report = AuditReport(make([], utility=None, reference=None, rir={}, machine={}, budget={}))
+    assert Page(report.to_html()).named("img") == []
+
+
+def test_hostile_names_inject_nothing(hostile, page):
+    found = Page(hostile)
+    assert {tag for tag, _ in found.elements} <= {tag for tag, _ in page.elements}
+    for _, attributes in found.elements:
+        assert not any(name.startswith("on") for name in attributes)
+    assert all(one["src"].startswith("data:image/svg+xml;base64,") for one in found.named("img"))
+    assert "{{ 7*7 }}" in "".join(found.text)
+
+
+def test_hostile_names_leave_the_style_sheet_alone(hostile, html):
+    assert hostile.split("<style>")[1].split("</style>")[0] == html.split("<style>")[1].split("</style>")[0]
+
+
+# The short forms
+
+
+def test_the_card_is_plain_json_of_the_agreed_form(report):
+    card = report.for_card()
+    assert json.loads(json.dumps(card, allow_nan=False)) == card
+    assert list(card) == ["preset", "preset_version", "strongest", "utility", "verdict"]
+    assert list(card["strongest"]) == ["head_input", "any_layer", "fine_tuning"]
+    expected = ["attacker", "layer", "accuracy", "reference_accuracy", "chance"]
+    assert all(list(one) == expected for one in card["strongest"].values())
+    assert card["utility"]["interval"] == [-0.019, 0.003]
+
+
+def test_the_card_has_nothing_for_what_was_not_tested():
+    card = AuditReport(make(attack("ridge", "head_input", "immunized", 0.4), utility=None)).for_card()
+    assert card["strongest"]["fine_tuning"] is None and card["utility"] is None
+    assert card["strongest"]["head_input"]["reference_accuracy"] is None
+
+
+def test_the_summary_is_short_plain_text(report):
+    text = report.summary()
+    assert "Probes at any layer: 53.0% (reference 53.0%, chance 1.0%)" in text
+    assert len(text) < 4000
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_the_summary_of_hostile_names_acts_on_no_terminal():
+    data = hostile_data()
+    data.model = "\x1b[2J\x07model"
+    assert all(line.isprintable() for line in AuditReport(data).summary().split("\n"))
+
+
+# Files
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    report = AuditReport(small_data())
+    report.write(tmp_path / "audit")
+    assert AuditReport.load(tmp_path / "audit").data == report.data
+    assert AuditReport.load(tmp_path / "audit" / "audit.json").data == report.data
+
+
+def test_page_json_and_tables_are_written(tmp_path):
+    report = AuditReport(small_data())
+    report.write(tmp_path)
+    tables = {f"{name}.csv" for name in report.tables()}
+    assert set(os.listdir(tmp_path)) == {"report.html", "audit.json"} | tables
+    with open(tmp_path / "outcomes.csv", newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(report.data.outcomes)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    report = AuditReport(small_data())
+    (tmp_path / "report.html").write_text("before")
+
+    written = Path.write_text
+
+    def limited(self, *args, **kwargs):
+        if self.name == "audit.json":
+            raise OSError(28, "No space left on device")
+        return written(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", limited)
+    with pytest.raises(CheckpointError):
+        report.write(tmp_path)
+    assert (tmp_path / "report.html").read_text() == "before"
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path):
+    runs = [lost("=cmd|' /C calc'!A0", "diverged", "+1"), lost("@x", "skipped", "-1")]
+    AuditReport(make(runs)).write(tmp_path)
+    for name in ("outcomes.csv", "attacks.csv"):
+        with open(tmp_path / name, newline="", encoding="utf-8") as file:
+            for row in csv.reader(file):
+                assert not any(cell.startswith(("=", "+", "@")) for cell in row)
+
+
+def test_hostile_names_can_be_written(tmp_path):
+    data = small_data(model="\ud800")
+    data.tasks["harmful"] = Task("harmful", "\ud800", 1, 1, 2, 0.5)
+    AuditReport(data).write(tmp_path)
+    assert AuditReport.load(tmp_path).data.model == "\ud800"
+
+
+def test_a_folder_without_an_audit_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"Expected the audit\.json"):
+        AuditReport.load(tmp_path)
+
+
+def test_no_local_path_leaves_the_building(tmp_path):
+    AuditReport(small_data(model="/home/alice/models/x", reference="/home/alice/base")).write(tmp_path)
+    for file in tmp_path.iterdir():
+        assert "alice" not in file.read_text(encoding="utf-8")
+
+
+def test_a_report_of_numbers_that_contradict_themselves_is_refused():
+    with pytest.raises(DataError, match="between 0 and 1"):
+        AuditReport(make([], utility=Utility(100, 73.3)))

@@ -1,0 +1,97 @@
+"""The report in a real browser: nothing is amiss, every figure shows, no request leaves the file."""
+
+import pytest
+from audit_sample import sample_data
+from browser import Browser, find_browser
+from test_report import hostile_data
+
+from hf_immunize.attacks.report import AuditReport
+
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(find_browser() is None, reason="no Chromium or Chrome is installed (CHROME may name one)"),
+]
+SHOWN = """[...document.images].map(i => ({
+    loaded: i.complete && i.naturalWidth > 0, width: i.getBoundingClientRect().width, alt: i.alt
+}))"""
+# Text against what is behind it, by the contrast ratio of the Web Content Accessibility Guidelines.
+CONTRAST = """(() => {
+  const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
+  const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+    if (!/, 0\\)$/.test(c)) return c; } return 'rgb(255, 255, 255)'; };
+  return Math.min(...[...document.querySelectorAll('p, li span, th, td, dt, dd, h1, h2')].map(e => {
+    const [a, b] = [light(getComputedStyle(e).color), light(behind(e))];
+    return (Math.max(a, b) + .05) / (Math.min(a, b) + .05); }));
+})()"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Browser(find_browser(), tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Address of the sample's report, drawn once."""
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    file.write_text(AuditReport(sample_data()).to_html(), encoding="utf-8")
+    return file.as_uri()
+
+
+@pytest.fixture
+def address(browser, page):
+    """The same, opened afresh."""
+    browser.resize(1100, 900)
+    browser.open(page)
+    return page
+
+
+def test_the_console_is_silent(browser, address):
+    assert browser.complaints() == []
+
+
+def test_every_figure_is_shown(browser, address):
+    images = browser.evaluate(SHOWN)
+    assert len(images) == 11
+    assert all(one["loaded"] and one["width"] > 200 and one["alt"] for one in images)
+
+
+def test_no_request_leaves_the_file(browser, address):
+    assert [one for one in browser.requests() if one != address and not one.startswith("data:image/svg+xml")] == []
+
+
+def test_the_browser_would_tell_of_a_figure_that_does_not_load(browser, tmp_path):
+    """The three tests above could fail: a page with a missing figure, a request and an error has all three."""
+    page = tmp_path / "bad.html"
+    page.write_text("<img src='http://127.0.0.1:9/x.png' alt='x'><script>throw Error('amiss')</script>")
+    browser.open(page.as_uri())
+    assert browser.complaints() and not browser.evaluate(SHOWN)[0]["loaded"]
+    assert "http://127.0.0.1:9/x.png" in browser.requests()
+
+
+@pytest.mark.parametrize("width", [320, 390, 1100])
+def test_the_page_fits_its_window(browser, address, width):
+    browser.resize(width, 800)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_in_light_and_dark(browser, address, scheme):
+    browser.resize(1100, 900, prefers_color_scheme=scheme)
+    assert browser.evaluate(CONTRAST) >= 4.5
+
+
+def test_it_prints(browser, address):
+    assert browser.pdf().startswith(b"%PDF")
+
+
+def test_hostile_names_run_nothing(browser, tmp_path):
+    (tmp_path / "report.html").write_text(AuditReport(hostile_data()).to_html(), encoding="utf-8")
+    browser.open((tmp_path / "report.html").as_uri())
+    assert browser.evaluate("document.scripts.length") == 0
+    assert browser.complaints() == []
+    assert not any(name == "Page.javascriptDialogOpening" for name, _ in browser.events)
+    assert all(one["loaded"] for one in browser.evaluate(SHOWN))

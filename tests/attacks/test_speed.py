@@ -1,0 +1,65 @@
+import math
+
+import pytest
+from audit_sample import STEPS, attack, make
+
+from hf_immunize.attacks.speed import first_reaching, late_rise, steps_ratios
+
+
+def test_a_flat_curve_does_not_rise():
+    assert late_rise([1, 10, 100], [0.1, 0.5, 0.5]) == 0
+
+
+def test_a_curve_of_one_point_is_not_known_to_rise():
+    assert late_rise([100], [0.5]) == 0
+
+
+def test_a_target_never_met_is_reached_at_no_step():
+    assert first_reaching([1, 2], [0.1, 0.2], 0.3) is None
+
+
+def test_step_zero_counts_as_one():
+    assert first_reaching([0, 2], [0.3, 0.4], 0.2) == 1
+
+
+def ratio_of(immunized_half, reference_half, **kwargs):
+    runs = [
+        *attack("gd", "head_input", "immunized", 0.5, half=immunized_half, **kwargs),
+        *attack("gd", "head_input", "reference", 0.5, half=reference_half, **kwargs),
+    ]
+    return next(one for one in steps_ratios(make(runs)) if one.share == 0.9)
+
+
+def test_an_equal_model_takes_equal_steps():
+    one = ratio_of(10, 10)
+    assert (one.ratio, one.is_bound, one.interval) == (1.0, False, (1.0, 1.0))
+
+
+def test_a_slower_model_takes_more_steps():
+    assert ratio_of(300, 3).ratio == pytest.approx(100)
+
+
+def test_a_model_never_read_gives_a_bound_at_the_budget():
+    one = ratio_of(1e6, 3)
+    assert one.is_bound and one.immunized == STEPS[-1] and one.ratio == pytest.approx(STEPS[-1] / one.reference)
+
+
+def test_the_target_is_a_share_of_what_the_reference_gives_above_chance():
+    assert ratio_of(10, 10).target == pytest.approx(0.01 + 0.9 * 0.49, abs=0.005)
+
+
+def test_few_seeds_give_a_ratio_without_interval():
+    assert ratio_of(300, 3, seeds=2).interval is None
+
+
+def test_an_attack_that_cannot_read_the_reference_has_no_ratio():
+    runs = [one for s in ("immunized", "reference") for one in attack("gd", "head_input", s, 0.02, half=10)]
+    assert steps_ratios(make(runs)) == []
+
+
+def test_the_mean_ratio_is_geometric():
+    slow = attack("gd", "head_input", "immunized", 0.5, half=300, seeds=2)[:1]
+    fast = attack("gd", "head_input", "immunized", 0.5, half=3, seeds=2)[1:]
+    reference = attack("gd", "head_input", "reference", 0.5, half=3, seeds=2)
+    one = next(one for one in steps_ratios(make([*slow, *fast, *reference])) if one.share == 0.9)
+    assert one.ratio == pytest.approx(math.sqrt(100))

@@ -1,0 +1,89 @@
+import dataclasses
+
+import pytest
+from audit_sample import attack, lost, make, probes, sample_data
+
+from hf_immunize.attacks.intervals import wilson_interval
+from hf_immunize.attacks.outcomes import Outcome
+from hf_immunize.attacks.summaries import gap, gap_of_images, matched, of_class, reached, strongest, summarize
+
+
+def test_the_best_along_the_curve_counts():
+    run = Outcome("sgd", "head_input", "immunized", "harmful", "l", 0, "float64", accuracy=0.1, steps=[1], curve=[0.4])
+    assert reached(run) == 0.4
+
+
+def test_runs_of_one_attack_are_one_summary_with_its_seeds():
+    (one,) = summarize(make(attack("ridge", "head_input", "immunized", 0.4)))
+    assert sorted(one.accuracies) == [0, 1, 2, 3, 4]
+    assert one.closed_form and one.interval[0] < one.mean < one.interval[1]
+
+
+def test_the_wider_of_both_intervals_bounds_the_accuracy():
+    (one,) = summarize(make(attack("ridge", "head_input", "immunized", 0.4)))
+    assert one.upper == one.test_interval[1] > one.interval[1]
+
+
+def test_an_attack_without_a_result_excludes_no_accuracy():
+    (one,) = summarize(make([lost("sgd", "diverged", "NaN", steps=[1, 2], curve=[0.2, 0.1])]))
+    assert (one.mean, one.lower, one.upper) == (None, 0.0, 1.0)
+    assert (one.diverged, one.notes, one.before_divergence) == (1, ("NaN",), 0.2)
+
+
+def test_precisions_are_kept_apart():
+    runs = [*attack("ridge", "head_input", "immunized", 0.4), *attack("ridge", "head_input", "immunized", 0.3)]
+    half = [Outcome(**vars(one) | {"precision": "bfloat16"}) for one in runs[5:]]
+    assert [one.precision for one in summarize(make([*runs[:5], *half]))] == ["float64", "bfloat16"]
+
+
+def test_any_layer_includes_the_head_where_an_earlier_layer_was_probed():
+    summaries = summarize(sample_data())
+    accesses = {one.access for one in of_class(summaries, "immunized", "harmful", "any_layer")}
+    assert accesses == {"any_layer", "head_input"}
+
+
+def test_any_layer_is_empty_where_only_the_head_was_probed():
+    assert of_class(summarize(make(probes("immunized", 0.4))), "immunized", "harmful", "any_layer") == []
+
+
+def test_the_strongest_has_the_highest_mean():
+    summaries = summarize(
+        make([*attack("a", "head_input", "immunized", 0.3), *attack("b", "head_input", "immunized", 0.5)])
+    )
+    assert strongest(summaries).attacker == "b"
+    assert strongest([]) is None
+
+
+def test_attacks_that_are_done_on_both_are_matched():
+    summaries = summarize(
+        make([*attack("a", "head_input", "reference", 0.3), *attack("b", "head_input", "reference", 0.5)])
+    )
+    others = summarize(make([*attack("a", "head_input", "immunized", 0.3), lost("b", "diverged", "NaN")]))
+    assert [one.attacker for one in matched(summaries, others)] == ["a"]
+
+
+def test_the_gap_is_paired_by_seed():
+    (ours,) = summarize(make(attack("ridge", "head_input", "immunized", 0.3)))
+    (theirs,) = summarize(make(attack("ridge", "head_input", "reference", 0.5)))
+    difference, (low, high) = gap(theirs, ours)
+    # The seeds' noise is the same on both sides, and goes.
+    assert difference == pytest.approx(0.2) and high - low < 1e-9
+
+
+def test_the_gap_of_few_shared_seeds_has_no_interval():
+    (ours,) = summarize(make(attack("ridge", "head_input", "immunized", 0.3, seeds=2)))
+    (theirs,) = summarize(make(attack("ridge", "head_input", "reference", 0.5)))
+    assert gap(theirs, ours)[1] is None
+
+
+def test_the_gap_of_images_is_newcombes():
+    """56/70 against 48/80: Newcombe's Table II, method 10, gives 0.0524 to 0.3339."""
+    (theirs,) = summarize(
+        make([Outcome("a", "head_input", "reference", "harmful", "l", 0, "float64", accuracy=56 / 70)])
+    )
+    (ours,) = summarize(
+        make([Outcome("a", "head_input", "immunized", "harmful", "l", 0, "float64", accuracy=48 / 80)])
+    )
+    theirs = dataclasses.replace(theirs, test_interval=wilson_interval(56 / 70, 70))
+    ours = dataclasses.replace(ours, test_interval=wilson_interval(48 / 80, 80))
+    assert gap_of_images(theirs, ours) == pytest.approx((0.0524, 0.3339), abs=5e-5)

@@ -1,0 +1,105 @@
+"""A model that cannot be immunized is refused before anything runs."""
+
+import pytest
+import transformers as hf
+from families import BUILDERS, TEXT, TRANSFORMER
+from torch import nn
+
+from hf_immunize.errors import ArgumentError, HeadError, ScopeError
+from hf_immunize.training.checks import check_classifier
+from hf_immunize.vision.bare import LinearHeadForImageClassification
+
+
+def vit(**options):
+    return hf.ViTForImageClassification(hf.ViTConfig(**TRANSFORMER, **options))
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_every_family_is_accepted(name):
+    check_classifier(BUILDERS[name]())
+
+
+def test_a_regression_is_refused():
+    with pytest.raises(HeadError, match=r"at least two labels, found a regression .*num_labels=1.*num_labels= of"):
+        check_classifier(vit(num_labels=1))
+
+
+def test_a_regression_of_several_numbers_is_refused():
+    with pytest.raises(HeadError, match=r"problem_type='regression'"):
+        check_classifier(vit(num_labels=3, problem_type="regression"))
+
+
+def test_several_labels_an_image_are_refused():
+    with pytest.raises(HeadError, match=r"one label an image.*'single_label_classification'"):
+        check_classifier(vit(num_labels=3, problem_type="multi_label_classification"))
+
+
+def test_two_heads_for_inference_are_refused_with_the_class_to_load():
+    model = hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**TRANSFORMER, num_labels=3))
+    with pytest.raises(HeadError, match=r"same checkpoint as DeiTForImageClassification\."):
+        check_classifier(model)
+
+
+def test_images_of_any_size_are_refused_with_a_checkpoint_that_works():
+    vision = {name: value for name, value in TRANSFORMER.items() if name != "image_size"} | {"num_patches": 4}
+    model = hf.Siglip2ForImageClassification(hf.Siglip2Config(vision_config=vision, text_config=TEXT, num_labels=3))
+    with pytest.raises(HeadError, match=r"NaFlex.*google/siglip2-base-patch16-224"):
+        check_classifier(model)
+
+
+def test_a_model_of_text_is_refused():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = hf.BertForSequenceClassification(hf.BertConfig(vocab_size=10, num_labels=3, **sizes))
+    with pytest.raises(
+        HeadError, match=r"takes pixel_values, found BertForSequenceClassification, which takes input_ids"
+    ):
+        check_classifier(model)
+
+
+def test_a_network_of_ones_own_is_refused():
+    with pytest.raises(ArgumentError, match=r"a model of transformers.*found Linear.*objectives"):
+        check_classifier(nn.Linear(2, 2))
+
+
+def test_adapters_without_wrapper_are_refused():
+    peft = pytest.importorskip("peft")
+    model = vit(num_labels=3)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ArgumentError, match=r"peft.get_peft_model"):
+        check_classifier(model)
+
+
+def test_the_trainer_refuses_at_once(trainer):
+    with pytest.raises(HeadError, match=r"regression"):
+        trainer(vit(num_labels=1))
+
+
+def test_a_bare_backbone_is_refused_with_what_to_do(trainer):
+    with pytest.raises(HeadError, match=r'bare backbone.*pooling="cls"'):
+        trainer(hf.ViTModel(hf.ViTConfig(**TRANSFORMER)))
+
+
+def test_a_bare_backbone_with_pooling_gets_a_head(trainer):
+    built = trainer(hf.ViTModel(hf.ViTConfig(**TRANSFORMER, num_labels=3)), pooling="cls")
+    assert isinstance(built.model, LinearHeadForImageClassification)
+    assert built.model.classifier.out_features == 3
+
+
+def test_a_classifier_with_pooling_is_refused(trainer):
+    with pytest.raises(HeadError, match=r"leave out pooling="):
+        trainer("vit", pooling="cls")
+
+
+def test_an_unknown_pooling_is_refused(trainer):
+    with pytest.raises(ArgumentError, match="pooling= out of"):
+        trainer(hf.ViTModel(hf.ViTConfig(**TRANSFORMER)), pooling="max")
+
+
+def test_model_init_gets_a_head_too(trainer):
+    built = trainer(model_init=lambda: hf.ViTModel(hf.ViTConfig(**TRANSFORMER)), pooling="mean")
+    assert isinstance(built.model, LinearHeadForImageClassification)
+
+
+def test_an_expression_that_matches_everything_is_refused(trainer):
+    with pytest.raises(ScopeError, match=r'trainable="all"'):
+        trainer("vit", trainable=".*")

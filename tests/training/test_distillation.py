@@ -1,0 +1,142 @@
+"""Distillation holds the model where it started."""
+
+import pytest
+import torch
+
+from hf_immunize.errors import ArgumentError, ShapeError
+from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence
+from hf_immunize.training.queue import FeatureQueue
+from hf_immunize.vision.features import find_head
+from hf_immunize.vision.scope import select_trainable
+
+
+def test_divergence_is_that_of_the_definition():
+    draw = torch.Generator().manual_seed(0)
+    now, start = (torch.randn(5, 4, generator=draw) for _ in range(2))
+    p, q = start.softmax(1), now.softmax(1)
+    assert logit_divergence(now, start).item() == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-5)
+
+
+def test_feature_error_does_not_depend_on_scale():
+    draw = torch.Generator().manual_seed(0)
+    now, start = (torch.randn(5, 4, generator=draw) for _ in range(2))
+    assert feature_error(1e4 * now, 1e4 * start).item() == pytest.approx(feature_error(now, start).item(), rel=1e-5)
+
+
+def test_an_image_without_features_does_not_make_the_error_infinite():
+    start = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    assert torch.isfinite(feature_error(start + 0.1, start))
+
+
+@pytest.fixture(params=["vit", "resnet", "mobilenet_v2"])
+def moved(request, tiny):
+    """A model whose last stage was changed after its starting model was kept, and what it computed before."""
+    model = tiny(request.param)
+    size = 32 if request.param == "mobilenet_v2" else 8
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    select_trainable(model, "last_stage")
+    with torch.no_grad():
+        before = model.eval()(pixel_values=images).logits
+        start = StartingModel(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5).add_(0.1)
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.mul_(2)
+    return model, start, images, before
+
+
+def test_the_starting_model_predicts_what_the_model_did(moved):
+    model, start, images, before = moved
+    assert torch.allclose(start(model.train(), find_head(model)[1], images)[1], before, atol=1e-6)
+
+
+def test_the_trained_model_is_left_as_it_is(moved):
+    model, start, images, _ = moved
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.train().modules()]
+    start(model, find_head(model)[1], images)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_starting_tensors_of_another_scope_are_refused(tiny):
+    narrow, wide = tiny("vit"), tiny("vit")
+    select_trainable(narrow, "last_stage")
+    state = StartingModel(narrow).state_dict()
+    select_trainable(wide, "all")
+    with pytest.raises(ArgumentError, match=r"found none\. Resume with the model, trainable="):
+        StartingModel(wide).load_state_dict(state)
+
+
+def test_distillation_on_unlabelled_images_enters_the_loss(trainer, images):
+    settings = {"benign_loss": "distillation", "benign_budget": 0.1, "learning_rate": 0.1, "max_steps": 3}
+    logs = []
+    for extra in (None, images(8, 7, labels=False)):
+        run = trainer(distillation_dataset=extra, **settings)
+        run.train()
+        logs.append([entry["kl"] for entry in run.state.log_history if "kl" in entry])
+    assert logs[0][0] == logs[1][0] == 0 and logs[0][-1] != logs[1][-1]
+
+
+def test_benign_images_need_no_labels_for_distillation(trainer, images):
+    run = trainer(
+        train_dataset=images(8, 1, labels=False), benign_loss="distillation", benign_budget=0.1, eval_dataset=None
+    )
+    run.train()
+    assert "feature_error" in run.state.log_history[0]
+
+
+def test_a_budget_in_benign_loss_is_measured_against_the_starting_model(trainer):
+    run = trainer(benign_budget=0.1, budget_measure="loss")
+    run.train()
+    assert run.state.log_history[0]["task_loss_rise"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_small_budget_holds_predictions_closer_than_a_large_one(trainer):
+    found = []
+    for budget in (1e-3, 1.0):
+        run = trainer(objective="concentration", benign_loss="distillation", benign_budget=budget, max_steps=300)
+        run.train()
+        found.append(sum(entry["kl"] for entry in run.state.log_history[200:300]) / 100)
+    assert found[0] < 0.2 * found[1]
+
+
+def test_a_queue_of_another_dimension_is_named():
+    queue = FeatureQueue(4)
+    queue.push(torch.zeros(2, 3))
+    with pytest.raises(ShapeError, match="dimension 3, which the queue holds, found 5"):
+        queue.join(torch.zeros(2, 5))
+
+
+def test_gradient_flows_to_the_batch_alone():
+    queue, batch = FeatureQueue(4), torch.randn(2, 3, requires_grad=True)
+    old = torch.randn(2, 3, requires_grad=True)
+    queue.push(old)
+    queue.join(batch).square().sum().backward()
+    assert torch.equal(batch.grad, 2 * batch.detach()) and old.grad is None
+
+
+def test_kappa_of_the_queue_approaches_that_of_the_population():
+    """Where a batch holds fewer samples than dimensions, its own κ says little about the task's."""
+    from hf_immunize.spectra.log_kappa import hessian_log_kappa
+
+    draw = torch.Generator().manual_seed(0)
+    population = torch.randn(4096, 16, generator=draw, dtype=torch.float64) * torch.logspace(0, 2, 16)
+    truth = hessian_log_kappa(population).item()
+    queue = FeatureQueue(1024)
+    for start in range(0, 1024, 8):
+        queue.push(population[start : start + 8])
+    batch = population[1024:1032]
+    alone, joined = hessian_log_kappa(batch).item(), hessian_log_kappa(queue.join(batch)).item()
+    assert abs(joined - truth) < 0.2 < abs(alone - truth)
+
+
+def test_a_run_with_a_queue_logs_terms_of_all_its_rows(trainer):
+    alone, queued = trainer(max_steps=3), trainer(max_steps=3, queue_size=8)
+    for run in (alone, queued):
+        run.train()
+    first, last = ([run.state.log_history[step]["r_well"] for run in (alone, queued)] for step in (0, 2))
+    assert first[0] == first[1] and last[0] != last[1]

@@ -1,0 +1,69 @@
+"""Models of timm in transformers' wrapper, where timm is installed."""
+
+import pytest
+import torch
+import transformers as hf
+
+from hf_immunize.errors import HeadError, ScopeError
+from hf_immunize.vision.features import find_head, penultimate_features
+from hf_immunize.vision.scope import last_stage, select_trainable
+
+
+pytest.importorskip("timm", reason="timm is an optional extra, and needs torchvision")
+
+# Architecture -> (head, what the last stage's parameters begin with).
+EXPECTED = {
+    "resnet18": ("fc", ["layer4.", "fc."]),
+    "vit_tiny_patch16_224": ("head", ["blocks.11.", "norm.", "head."]),
+    "beit_base_patch16_224": ("head", ["blocks.11.", "fc_norm.", "head."]),
+    "convnext_atto": ("head.fc", ["stages.3.", "head.norm.", "head.fc."]),
+    "swin_tiny_patch4_window7_224": ("head.fc", ["layers.3.", "norm.", "head.fc."]),
+    "mobilenetv2_100": ("classifier", ["blocks.5.", "blocks.6.", "conv_head.", "bn2.", "classifier."]),
+    "regnety_002": ("head.fc", ["s4.", "head.fc."]),
+}
+
+
+@pytest.fixture
+def wrapped():
+    """Build a seeded classifier with three labels, in eval mode."""
+
+    def build(architecture):
+        torch.manual_seed(0)
+        config = hf.TimmWrapperConfig(architecture=architecture, num_labels=3)
+        return hf.TimmWrapperForImageClassification(config).eval()
+
+    return build
+
+
+@pytest.mark.parametrize("architecture", list(EXPECTED))
+def test_head_and_last_stage_are_found(wrapped, architecture):
+    model = wrapped(architecture)
+    head, stage = EXPECTED[architecture]
+    prefixes = tuple(f"timm_model.{part}" for part in stage)
+    assert find_head(model)[0] == f"timm_model.{head}"
+    assert last_stage(model) == [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "vit_tiny_patch16_224"])
+def test_features_are_what_the_classifier_sees(wrapped, architecture):
+    model, pixels = wrapped(architecture), torch.randn(2, 3, 224, 224)
+    features = penultimate_features(model, pixels)
+    torch.testing.assert_close(find_head(model)[1](features), model(pixel_values=pixels).logits)
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "vit_tiny_patch16_224"])
+def test_the_last_stage_moves_the_features(wrapped, architecture):
+    model = wrapped(architecture)
+    moving = select_trainable(model, "last_stage")
+    model(pixel_values=torch.randn(2, 3, 224, 224)).logits.square().sum().backward()
+    assert moving == [name for name, p in model.named_parameters() if p.grad is not None]
+
+
+def test_two_heads_are_refused_by_name(wrapped):
+    with pytest.raises(HeadError, match=r"'timm_model.head', 'timm_model.head_dist'"):
+        find_head(wrapped("deit_tiny_distilled_patch16_224"))
+
+
+def test_blocks_that_cannot_be_told_apart_are_refused(wrapped):
+    with pytest.raises(ScopeError, match="no last stage can be told from the rest"):
+        last_stage(wrapped("densenet121"))

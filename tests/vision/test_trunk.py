@@ -1,0 +1,222 @@
+"""The part that moves, run from stored activations, is the whole model; what is not is refused."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from torch.distributed import destroy_process_group, init_process_group
+
+from hf_immunize.errors import ShapeError, TrunkError
+from hf_immunize.vision.scope import select_trainable
+from hf_immunize.vision.trunk import split_trunk
+
+
+SHAPE = (3, 32, 32)
+IMAGES = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(3))
+
+
+def split(model, trainable="last_stage", **options):
+    return split_trunk(model, select_trainable(model, trainable), SHAPE, **options)
+
+
+def gradients(model, output):
+    model.zero_grad()
+    output.square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def both(model, found, call=None):
+    """Gradients of the whole model and of the part that moves."""
+    activations = found.activations(model, IMAGES)
+    whole = gradients(model, (call or model)(pixel_values=IMAGES).logits)
+    with found.replayed(model):
+        logits = (call or model)(pixel_values=activations).logits
+    return whole, gradients(model, logits)
+
+
+class Small(hf.PreTrainedModel):
+    """Two convolutions with one activation module between and after them."""
+
+    config_class = hf.ResNetConfig
+
+    def __init__(self, leaks=False, **options):
+        super().__init__(hf.ResNetConfig(num_labels=3))
+        self.leaks = leaks
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+        self.act = nn.ReLU(**options)
+        self.classifier = nn.Linear(4, 3)
+
+    def forward(self, pixel_values=None):
+        early = self.act(self.first(pixel_values))
+        hidden = self.act(self.second(early * 1 if self.leaks == "unnamed" else early))
+        if self.leaks is True:
+            hidden = hidden + self.first(pixel_values)
+        return hf.modeling_outputs.ImageClassifierOutput(logits=self.classifier(hidden.mean((2, 3))))
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+def test_logits_from_activations_are_the_models(family, tiny):
+    model = tiny(family)
+    found = split(model)
+    activations = found.activations(model, IMAGES)
+    with found.replayed(model):
+        logits = model(pixel_values=activations).logits
+    torch.testing.assert_close(logits, model(pixel_values=IMAGES).logits, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_from_activations_are_the_models(family, tiny):
+    model = tiny(family)
+    whole, part = both(model, split(model))
+    assert whole and whole.keys() == part.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(part[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "entry"), [("vit", "vit.layers.2"), ("mobilenet_v2", "mobilenet_v2.layer.12")])
+def test_the_trunk_ends_at_the_first_block_that_moves(name, entry, tiny):
+    assert split(tiny(name)).entry == entry
+
+
+def test_a_trunk_ends_before_a_block_of_which_only_an_inner_part_moves(tiny):
+    # Inside the block, the residual branch carries a second activation.
+    assert split(tiny("vit"), r"layers\.2\.mlp|classifier").entry == "vit.layers.2"
+
+
+def test_the_trunk_is_not_computed(tiny):
+    model = tiny("vit")
+    found = split(model)
+    activations = found.activations(model, IMAGES)
+    model.vit.layers[0].mlp.fc1.weight.data.fill_(float("nan"))
+    with found.replayed(model):
+        assert torch.isfinite(model(pixel_values=activations).logits).all()
+
+
+def test_activations_stop_at_the_entry(tiny):
+    model = tiny("vit")
+    found = split(model)
+    model.classifier.register_forward_hook(lambda *_: pytest.fail("the head ran"))
+    assert found.activations(model, IMAGES).shape == (5, *found.activation_shape)
+
+
+def test_the_model_is_as_before(tiny):
+    model = tiny("swin").train()
+    model.swin.layernorm.training = False
+    modes = [module.training for module in model.modules()]
+    before = model.state_dict().keys(), torch.get_rng_state()
+    found = split(model)
+    with found.replayed(model):
+        pass
+    assert modes == [module.training for module in model.modules()]
+    assert before[0] == model.state_dict().keys() and torch.equal(before[1], torch.get_rng_state())
+    assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_forward_put_in_place_by_others_is_put_back(tiny):
+    model = tiny("vit")
+    found = split(model)
+    block = model.vit.layers[0]
+    block.forward = other = block.forward
+    with found.replayed(model):
+        assert block.forward is not other
+    assert block.forward is other
+
+
+def test_a_copy_runs_with_its_own_weights(tiny):
+    model = tiny("convnext")
+    found, teacher = split(model), copy.deepcopy(tiny("convnext"))
+    model.classifier.weight.data.zero_()
+    activations = found.activations(model, IMAGES)
+    with found.replayed(teacher):
+        logits = teacher(pixel_values=activations).logits
+    torch.testing.assert_close(logits, teacher(pixel_values=IMAGES).logits)
+
+
+def test_a_wrapper_for_data_parallelism_may_be_called(tiny, tmp_path):
+    init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        model = tiny("resnet")
+        found = split(model)
+        whole, part = both(model, found, nn.parallel.DistributedDataParallel(model))
+    finally:
+        destroy_process_group()
+    assert whole.keys() == part.keys() and all(torch.allclose(part[name], whole[name]) for name in whole)
+
+
+def test_gradients_are_the_same_under_gradient_checkpointing(tiny):
+    model = tiny("vit").train()
+    found = split(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    whole, part = both(model, found)
+    assert whole.keys() == part.keys() and all(torch.allclose(part[name], whole[name]) for name in whole)
+
+
+def test_a_peft_model_splits_at_its_first_adapter(tiny):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=r".*layers\.2\..*q_proj", modules_to_save=["classifier"])
+    model = peft.get_peft_model(tiny("vit"), config).eval()
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    found = split_trunk(model, names, SHAPE, head_module="base_model.model.classifier.modules_to_save.default")
+    assert found.entry == "base_model.model.vit.layers.2"
+
+
+def test_a_module_that_is_used_again_after_the_trunk_runs(small):
+    found = split(small, "second|classifier")
+    activations = found.activations(small, IMAGES)
+    with found.replayed(small):
+        logits = small(pixel_values=activations).logits
+    assert found.trunk == ("first", "act") and torch.allclose(logits, small(pixel_values=IMAGES).logits)
+
+
+def test_all_parameters_moving_leaves_no_trunk(tiny):
+    with pytest.raises(TrunkError, match="nothing frozen runs before them"):
+        split(tiny("vit"), "all")
+
+
+def test_a_model_that_uses_more_of_the_trunk_is_refused():
+    with pytest.raises(TrunkError, match="uses more of it than one activation"):
+        split(Small(leaks=True), "second|classifier")
+
+
+def test_an_activation_that_no_module_gives_is_refused():
+    with pytest.raises(TrunkError, match="0 of its outputs enter 'second'"):
+        split(Small(leaks="unnamed"), "second|classifier")
+
+
+def test_dropout_that_is_live_in_the_trunk_is_refused():
+    config = hf.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    config.image_size, config.hidden_dropout_prob = 32, 0.1
+    with pytest.raises(TrunkError, match="drops at random"):
+        split(hf.ViTForImageClassification(config), still=[])
+
+
+def test_dropout_that_is_kept_in_eval_mode_is_no_obstacle():
+    config = hf.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    config.image_size, config.hidden_dropout_prob = 32, 0.1
+    assert split(hf.ViTForImageClassification(config)).entry == "vit.layers.1"
+
+
+def test_batchnorm_over_the_batch_in_the_trunk_is_refused(tiny):
+    model = tiny("resnet")
+    norm = model.resnet.embedder.embedder.normalization
+    norm.running_mean = norm.running_var = None
+    with pytest.raises(TrunkError, match="statistics of its batch"):
+        split(model)
+
+
+def test_images_of_another_size_are_refused(tiny):
+    model = tiny("resnet")
+    with pytest.raises(ShapeError, match="resizes and crops"):
+        split(model).activations(model, torch.zeros(2, 3, 64, 64))
+
+
+def test_images_where_activations_belong_are_refused(tiny):
+    model = tiny("resnet")
+    with split(model).replayed(model), pytest.raises(ShapeError, match="stored activations"):
+        model(pixel_values=IMAGES)

@@ -1,0 +1,376 @@
+"""Stored activations are those of the trunk, and of nothing else; they are written whole or not at all."""
+
+import pickle
+import shutil
+from collections import namedtuple
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from hf_immunize.errors import ArgumentError, DataError, DiskSpaceError, NonFiniteError, ShapeError
+from hf_immunize.vision.images import ImageRows
+from hf_immunize.vision.scope import select_trainable
+from hf_immunize.vision.trunk import TrunkSplit, split_trunk
+from hf_immunize.vision.trunk_cache import TrunkCache, open_or_write
+
+
+SHAPE = (3, 32, 32)
+
+
+@pytest.fixture
+def setting(tiny):
+    model = tiny("resnet").train()
+    return model, split_trunk(model, select_trainable(model, "last_stage"), SHAPE)
+
+
+@pytest.fixture
+def images():
+    def make(count=7, seed=1):
+        pixels = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+        return [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(pixels)]
+
+    return make
+
+
+@pytest.fixture
+def cache(setting, images, tmp_path):
+    """Make a cache of seven images in batches of three."""
+
+    def make(rows=None, **options):
+        given = {"batch_size": 3, "progress": False} | options
+        return TrunkCache(*setting, images() if rows is None else rows, tmp_path / "trunk" / "benign", **given)
+
+    return make
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Count how often a trunk is written."""
+    calls = []
+    write = TrunkCache.write
+    monkeypatch.setattr(TrunkCache, "write", lambda self: (calls.append(self), write(self))[1])
+    return calls
+
+
+def activations(rows):
+    return torch.stack([rows[i]["pixel_values"] for i in range(len(rows))])
+
+
+def expected(setting, rows):
+    model, split = setting
+    model.eval()
+    return split.activations(model, torch.stack([row["pixel_values"] for row in rows]))
+
+
+def shades(dataset):
+    """Rows of an image dataset, and a processor for them."""
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    return ImageRows(dataset, "train_dataset", "image", "label"), processor
+
+
+def test_float32_activations_are_the_trunks(cache, setting, images):
+    (rows,) = open_or_write(cache())
+    torch.testing.assert_close(activations(rows), expected(setting, images()), rtol=1e-5, atol=1e-6)
+
+
+def test_float16_rounding_is_small(cache, setting, images):
+    (rows,) = open_or_write(cache(dtype="float16"))
+    stored, exact = activations(rows), expected(setting, images())
+    assert stored.dtype == torch.float16 and float((stored - exact).norm() / exact.norm()) < 5e-4
+
+
+def test_labels_come_along(cache):
+    (rows,) = open_or_write(cache())
+    assert [rows[i]["labels"] for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_rows_without_labels_have_none(cache, images):
+    (rows,) = open_or_write(cache([{"pixel_values": row["pixel_values"]} for row in images()]))
+    assert set(rows[0]) == {"pixel_values"}
+
+
+def test_the_file_is_a_dataset_about_as_large_as_was_estimated(cache):
+    made = cache()
+    (rows,) = open_or_write(made)
+    size = sum(file.stat().st_size for file in made.folder.glob("*"))
+    assert rows.dataset.cache_files and rows.dataset.features["labels"].dtype == "int64"
+    assert size <= made.nbytes <= size + 2**16 + 3 * 1024
+
+
+def test_rows_travel_to_worker_processes(cache):
+    (rows,) = open_or_write(cache())
+    before = activations(rows)
+    content = pickle.dumps(rows)
+    assert len(content) < before.nbytes and torch.equal(activations(pickle.loads(content)), before)
+
+
+def test_the_same_is_found_again(cache, written):
+    first, second = open_or_write(cache())[0], open_or_write(cache())[0]
+    assert len(written) == 1 and torch.equal(activations(first), activations(second))
+
+
+def test_the_part_that_moves_does_not_count_as_other_weights(cache, setting, written):
+    open_or_write(cache())
+    setting[0].classifier[1].weight.data.add_(1)
+    open_or_write(cache())
+    assert len(written) == 1
+
+
+def test_other_weights_are_computed_anew(cache, setting, images, written):
+    open_or_write(cache())
+    setting[0].resnet.embedder.embedder.convolution.weight.data.mul_(1.5)
+    (rows,) = open_or_write(cache())
+    assert len(written) == 2 and torch.allclose(activations(rows), expected(setting, images()), atol=1e-5)
+
+
+def test_other_running_statistics_are_computed_anew(cache, setting, written):
+    open_or_write(cache())
+    setting[0].resnet.embedder.embedder.normalization.running_var.mul_(2)
+    open_or_write(cache())
+    assert len(written) == 2
+
+
+def test_other_data_are_computed_anew(cache, images, written):
+    open_or_write(cache())
+    open_or_write(cache(images(seed=2)))
+    assert len(written) == 2
+
+
+def test_another_row_of_a_stored_dataset_is_other_data(cache, image_dataset, written):
+    rows, processor = shades(image_dataset)
+    open_or_write(cache(rows, processor=processor))
+    open_or_write(cache(rows, processor=processor))
+    again, _ = shades(image_dataset.select([0, 1, 2, 3, 5, 4]))
+    open_or_write(cache(again, processor=processor))
+    assert len(written) == 2
+
+
+def test_another_processor_is_computed_anew(cache, image_dataset, written):
+    rows, processor = shades(image_dataset)
+    open_or_write(cache(rows, processor=processor))
+    processor.image_mean = [0.4, 0.4, 0.4]
+    open_or_write(cache(rows, processor=processor))
+    assert len(written) == 2
+
+
+def test_another_type_is_computed_anew(cache):
+    open_or_write(cache())
+    (rows,) = open_or_write(cache(dtype="float16"))
+    assert rows[0]["pixel_values"].dtype == torch.float16
+
+
+def test_images_changed_behind_the_fingerprint_are_noticed(cache, tmp_path, written):
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for number in (10, 200):
+        for i, file in enumerate(files):
+            Image.new("RGB", (32, 32), (number, 40 * i, 0)).save(file)
+        dataset = datasets.Dataset.from_dict({"image": [str(file) for file in files], "label": [0, 1, 2]})
+        rows, processor = shades(dataset.cast_column("image", datasets.Image()))
+        open_or_write(cache(rows, processor=processor))
+    assert len(written) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no key", "no data"])
+def test_a_damaged_cache_is_computed_anew(damage, cache, setting, images):
+    made = cache()
+    open_or_write(made)
+    data = made.folder / "activations.arrow"
+    if damage == "truncated":
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    else:
+        (data if damage == "no data" else made.folder / "trunk.json").unlink()
+    (rows,) = open_or_write(cache())
+    torch.testing.assert_close(activations(rows), expected(setting, images()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_writing_leaves_nothing(error, cache, tmp_path, monkeypatch):
+    made, count, compute = cache(), [], TrunkSplit.activations
+
+    def interrupted(*args):
+        count.append(1)
+        if len(count) == 2:
+            raise error
+        return compute(*args)
+
+    monkeypatch.setattr(TrunkSplit, "activations", interrupted)
+    with pytest.raises(error):
+        open_or_write(made)
+    assert [path.name for path in (tmp_path / "trunk").iterdir()] in ([".lock"], [])
+
+
+def test_what_a_killed_process_left_is_removed(cache, tmp_path):
+    leftover = tmp_path / "trunk" / "_unfinished-benign-x"
+    leftover.mkdir(parents=True)
+    (leftover / "activations.arrow").write_bytes(b"half")
+    open_or_write(cache())
+    assert not leftover.exists()
+
+
+@pytest.fixture
+def free(monkeypatch):
+    def only(nbytes):
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(nbytes, 0, nbytes))
+
+    return only
+
+
+def test_a_full_disk_is_refused_before_anything_runs(cache, free, tmp_path):
+    made = cache()
+    free(made.nbytes - 1)
+    with pytest.raises(DiskSpaceError, match=r"found 8\d kB free .* Make room, choose another trunk_cache_dir"):
+        open_or_write(made)
+    assert not made.folder.exists()
+
+
+def test_a_cache_that_is_there_needs_no_space(cache, free):
+    open_or_write(cache())
+    free(0)
+    assert len(open_or_write(cache())[0]) == 7
+
+
+def test_the_space_of_all_missing_caches_is_added_up(cache, setting, images, free, tmp_path):
+    made = cache()
+    other = TrunkCache(*setting, images(), tmp_path / "trunk" / "harmful", progress=False)
+    free(made.nbytes + other.nbytes - 1)
+    with pytest.raises(DiskSpaceError):
+        open_or_write(made, other)
+
+
+def test_a_disk_that_fills_up_meanwhile_is_named(cache, monkeypatch, tmp_path):
+    made = cache()
+    monkeypatch.setattr(made, "_activations", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(DiskSpaceError, match="No space left"):
+        open_or_write(made)
+    assert not made.folder.exists()
+
+
+def test_modes_and_random_state_stay(cache, setting):
+    modes = [module.training for module in setting[0].modules()]
+    state = torch.get_rng_state()
+    open_or_write(cache())
+    assert modes == [module.training for module in setting[0].modules()]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_activations_too_large_for_float16_are_named(cache, images):
+    rows = images()
+    rows[4]["pixel_values"] *= 1e9
+    with pytest.raises(NonFiniteError, match=r"for row 4 of images.*cache_trunk='float32'"):
+        open_or_write(cache(rows, dtype="float16"))
+
+
+def test_images_of_unequal_size_are_refused(cache, images):
+    with pytest.raises(ShapeError):
+        open_or_write(cache([*images(2), {"pixel_values": torch.zeros(3, 64, 64), "labels": 0}], batch_size=1))
+
+
+# ---- views ----
+
+
+def noisy(image, generator):
+    return image + torch.randn(image.shape, generator=generator)
+
+
+class Flipped(torch.utils.data.Dataset):
+    """Rows with a random flip of their own."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        image = self.rows[index]["pixel_values"]
+        return {"pixel_values": image.flip(-1) if torch.rand(()) < 0.5 else image, "labels": index % 3}
+
+
+def test_the_first_view_is_not_augmented(cache, setting, images):
+    (rows,) = open_or_write(cache(views=3, augment=noisy))
+    torch.testing.assert_close(activations(rows), expected(setting, images()), rtol=1e-5, atol=1e-6)
+
+
+def test_the_other_views_differ(cache):
+    (rows,) = open_or_write(cache(views=3, augment=noisy))
+    views = [rows[4, view]["pixel_values"] for view in range(3)]
+    assert all(not torch.equal(views[i], views[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_views_are_drawn_alike_again(cache, tmp_path):
+    (rows,) = open_or_write(cache(views=3, augment=noisy))
+    before = rows[6, 2]["pixel_values"]
+    shutil.rmtree(tmp_path / "trunk")
+    (rows,) = open_or_write(cache(views=3, augment=noisy, batch_size=5))
+    torch.testing.assert_close(rows[6, 2]["pixel_values"], before, rtol=1e-5, atol=1e-6)
+
+
+def test_another_augmentation_is_computed_anew(cache, written):
+    open_or_write(cache(views=2, augment=noisy))
+    open_or_write(cache(views=2, augment=lambda image, generator: noisy(image, generator) * 2))
+    assert len(written) == 2
+
+
+def test_views_of_random_rows_are_draws_of_them(cache, images, setting):
+    (rows,) = open_or_write(cache(Flipped(images()), views=4))
+    plain = expected(setting, images())
+    flipped = expected(setting, [{"pixel_values": row["pixel_values"].flip(-1)} for row in images()])
+    kinds = set()
+    for row in range(7):
+        for view in range(4):
+            found = rows[row, view]["pixel_values"]
+            kinds.add(
+                next(i for i, each in enumerate((plain, flipped)) if torch.allclose(found, each[row], atol=1e-4))
+            )
+    assert kinds == {0, 1}
+
+
+def test_random_rows_are_found_again(cache, images, written):
+    open_or_write(cache(Flipped(images()), views=2))
+    open_or_write(cache(Flipped(images()), views=2))
+    assert len(written) == 1
+
+
+def test_one_view_of_random_rows_is_refused(cache, images):
+    with pytest.raises(DataError, match=r"freeze one draw.*trunk_cache_views"):
+        cache(Flipped(images()))
+
+
+def test_a_random_transform_is_refused_alike(cache, image_dataset):
+    def transform(batch):
+        return {"pixel_values": [torch.rand(SHAPE) for _ in batch["image"]], "label": batch["label"]}
+
+    rows = ImageRows(image_dataset.with_transform(transform), "train_dataset", "pixel_values", "label")
+    with pytest.raises(DataError, match="freeze one draw"):
+        cache(rows)
+
+
+def test_views_that_would_be_alike_are_refused(cache):
+    with pytest.raises(ArgumentError, match="no randomness"):
+        cache(views=2)
+
+
+def test_columns_that_cannot_be_stored_are_refused(cache):
+    def collate(rows):
+        return {"pixel_values": torch.stack([r["pixel_values"] for r in rows]), "bool_masked_pos": torch.ones(1)}
+
+    with pytest.raises(DataError, match="bool_masked_pos"):
+        cache(collate=collate)
+
+
+def test_soft_labels_are_refused(cache):
+    def collate(rows):
+        return {"pixel_values": torch.stack([r["pixel_values"] for r in rows]), "labels": torch.ones(len(rows), 3)}
+
+    with pytest.raises(DataError, match="one class a row"):
+        cache(collate=collate)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"views": 0}])
+def test_impossible_options_are_refused(options, cache):
+    with pytest.raises(ArgumentError):
+        cache(**options)
