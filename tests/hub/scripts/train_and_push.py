@@ -46,6 +46,7 @@ def main():
             push_to_hub=True,
             hub_model_id=repo,
             hub_strategy="end",
+            objective="kappa",
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
