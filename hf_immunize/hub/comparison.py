@@ -141,6 +141,7 @@ def rounding_allowance(conditioning: Conditioning) -> float:
         A difference of log10 κ; next to nothing for healthy features.
 
     Example:
+        >>> import torch
         >>> from hf_immunize import feature_conditioning
         >>> round(rounding_allowance(feature_conditioning(torch.eye(3))), 5)
         0.0
