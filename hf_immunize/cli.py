@@ -11,6 +11,7 @@ import typer
 
 from hf_immunize.ceiling_command import ceiling
 from hf_immunize.errors import ImmunizationError
+from hf_immunize.hub_commands import card, push, verify
 
 
 app = typer.Typer(
@@ -58,6 +59,9 @@ def train(context: typer.Context) -> None:
 
 
 app.command(short_help="Before any training: how far can these two tasks be told apart?")(ceiling)
+app.command(short_help="Publish a checkpoint with its record and card; nothing else leaves.")(push)
+app.command(short_help="Measure a published checkpoint again: do its claims hold?")(verify)
+app.command(short_help="Write the model card from the record.")(card)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from transformers import ViTImageProcessorPil as ViTProcessor
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
-from hf_immunize.hub.card import CardFacts, metric_rows, write_card
+from hf_immunize.hub.measure import Measured, groups_ratio, measure
+from hf_immunize.hub.parts import AttackRecord, AuditRecord, BaseModelRecord, DataRecord
+from hf_immunize.hub.rows import metric_rows
 from hf_immunize.linear.probe import least_squares_probe, probe_accuracy, probe_convergence
 from hf_immunize.train_command import finite, print_table
 from hf_immunize.training.arguments import ImmunizationArguments
@@ -93,6 +96,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
         highlight=False,
     )
     model = train_benign(folder, benign, seed)
+    reference = copy.deepcopy(model)
     probing_before = probe_harmful(model, harmful)
     benign_before = _convergence(model, benign["train"])
     console.print("\n[bold]2/3[/] Immunizing it against the harmful digits", highlight=False)
@@ -109,7 +113,6 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
-    trainer.save_model()
     console.print("\n[bold]3/3[/] Probing the harmful digits before and after", highlight=False)
     probing_after = probe_harmful(model, harmful)
     results = {
@@ -144,17 +147,23 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
         axes[2].axhline(probing.least_squares, color=colour, linestyle=":", label=f"least squares, {moment}")
     axes[2].legend(frameon=False, loc="lower right")
     save_figure(figure, folder / "before_after.png")
-    facts = CardFacts.from_results(
-        results,
-        f"{results['summary']} {CHOSEN}",
-        figure="before_after.png",
-        not_stopped=_not_stopped(probing_before, probing_after),
-    )
-    write_card(folder / "README.md", facts)
+    describe(trainer, results, probing_before, probing_after)
+    groups = groups_ratio(*(measure_both(model, reference, side["test"]) for side in (harmful, benign)), seed=seed)
+    trainer.evidence.attach(model, groups=groups, audit=audit_record(probing_before, probing_after))
+    trainer.save_model()
+    trainer.create_model_card()
+    for name, side in zip(("benign", "harmful"), splits, strict=True):
+        side["test"].save_to_disk(str(folder / "held_out" / name))
     print_table(results)
     _print_probing(console, probing_before, probing_after)
     console.print(f"\n[bold]{results['summary']}[/]\n{CHOSEN}", highlight=False, soft_wrap=True)
-    console.print(f"\nCheckpoint, card (README.md) and figure (before_after.png): {folder}/", highlight=False)
+    console.print(
+        f"\nCheckpoint, record (immunization.json), card (README.md) and figure (before_after.png): {folder}/\n"
+        f"Measure again: hf-immunize verify {folder} --benign {folder}/held_out/benign --harmful "
+        f"{folder}/held_out/harmful",
+        highlight=False,
+        soft_wrap=True,
+    )
     return results
 
 
@@ -324,12 +333,52 @@ def demo_sentence(before: dict[str, float], after: dict[str, float], old: Probin
     )
 
 
-def _not_stopped(old: Probing, new: Probing) -> str:
-    return (
-        f"Least squares on the same features: the best ridge probe reads {new.least_squares:.1%} of held-out harmful "
-        f"digits ({old.least_squares:.1%} before; chance 20%). Whitening and second-order methods do the same. Probes "
-        "of earlier layers and fine-tuning of the network were not measured, and are not expected to be stopped."
-    )
+def describe(trainer: ImmunizationTrainer, results: dict[str, Any], old: Probing, new: Probing) -> None:
+    """Tell the Trainer, for its record, what the data and the model are.
+
+    Args:
+        trainer: The Trainer.
+        results: What ``results.json`` holds.
+        old: Probing before.
+        new: Probing after.
+    """
+    evidence = trainer.evidence
+    evidence.base_model = BaseModelRecord(results["model"].removeprefix("a "))
+    for side in ("benign", "harmful"):
+        sizes = {"train_size": results["images"][f"{side}_train"], "split": "30 % held out"}
+        setattr(evidence, side, DataRecord(results[side], **sizes))
+    evidence.figures = ["before_after.png"]
+    target = 0.9 * old.least_squares
+    steps = [probing.steps_to(target) or f"more than {PROBE_STEPS:,}" for probing in (old, new)]
+    evidence.remarks = [
+        f"Gradient descent on the harmful digits, with exact line search, takes {steps[0]} steps before and "
+        f"{steps[1]} after to read {target:.0%} of them.",
+        CHOSEN,
+    ]
+
+
+def audit_record(old: Probing, new: Probing) -> AuditRecord:
+    """The demo's two attackers as the record of a small audit: the stronger one counts.
+
+    Args:
+        old: Probing before.
+        new: Probing after.
+
+    Returns:
+        The record.
+    """
+    descent = f"gradient descent, the best of {PROBE_STEPS:,} steps"
+    least_squares = f"least squares, the best of {len(RIDGES)} ridges"
+    best = [{descent: float(probing.curve.max()), least_squares: probing.least_squares} for probing in (old, new)]
+    attacker = max(best[1], key=lambda name: best[1][name])
+    attack = AttackRecord(attacker, best[1][attacker], reference_accuracy=max(best[0].values()), chance=0.2)
+    return AuditRecord("demo", strongest={"head_input": attack})
+
+
+def measure_both(model: PreTrainedModel, reference: PreTrainedModel, rows: Any) -> tuple[Measured, Measured]:
+    """Features of the same images through the immunized model and through the one before."""
+    after, before = (measure(m, rows, keep_features=True, progress=False) for m in (model, reference))
+    return after, before
 
 
 def _figures(probing: Probing) -> dict[str, float]:

@@ -55,3 +55,37 @@ class CheckpointError(ImmunizationError, OSError):
 
 class DiskSpaceError(ImmunizationError, OSError):
     """The disk does not hold what is to be written; the message says what is needed and what is free."""
+
+
+class RecordError(ImmunizationError, ValueError):
+    """An ``immunization.json`` is missing, damaged, or says what cannot be."""
+
+
+class RecordVersionError(RecordError):
+    """A record was written by a newer major version of the schema than this library reads."""
+
+
+class WeightsError(ImmunizationError, ValueError):
+    """Weights are pickled, absent, or others than the ones a record was made for."""
+
+
+class CardError(ImmunizationError, ValueError):
+    """A model card's metadata cannot be read."""
+
+
+class HubError(ImmunizationError, OSError):
+    """The Hub did not do what was asked of it; nothing local is lost.
+
+    Attributes:
+        outcome: Which of these it was: "unauthorized" (401), "forbidden" (403), "not_found" (404), "conflict" (409),
+            "rejected" (another 4xx), "rate_limited" (429), "server_error" (5xx), "unreachable" (no connection, or one
+            that was cut), "offline" (HF_HUB_OFFLINE is set).
+    """
+
+    def __init__(self, message: str, outcome: str) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+
+class WeightsChangedWarning(UserWarning):
+    """Weights differ from those that their record describes: its figures are not theirs."""

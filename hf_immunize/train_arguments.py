@@ -46,6 +46,7 @@ class DataArguments:
         new_head: Replace the classifier by a new one for the benign classes.
         trust_remote_code: Run code that comes with the model.
         max_images: At most so many images of each set (for a first try).
+        groups: Measure RIR over groups of 100 images too, for the record; four more passes over the images.
     """
 
     model: str = field(default="", metadata={"help": "Hub id or folder of an image classifier."})
@@ -67,6 +68,9 @@ class DataArguments:
     new_head: bool = field(default=False, metadata={"help": "Replace the classifier by one for the benign classes."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     max_images: int | None = field(default=None, metadata={"help": "At most so many images of each set."})
+    groups: bool = field(
+        default=False, metadata={"help": "Measure RIR over groups of 100 images too, with its spread."}
+    )
 
     def __post_init__(self) -> None:
         if not self.model:

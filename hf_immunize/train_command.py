@@ -12,10 +12,15 @@ from rich.table import Table
 from transformers import AutoImageProcessor, set_seed
 
 from hf_immunize.errors import ArgumentError
-from hf_immunize.hub.card import CardFacts, metric_rows, write_card
-from hf_immunize.train_arguments import parse_arguments
+from hf_immunize.hub import rows
+from hf_immunize.hub.collect import describe_base_model, is_hub_id, one_line, public_name
+from hf_immunize.hub.measure import Measured, groups_ratio, measure
+from hf_immunize.hub.parts import DataRecord
+from hf_immunize.hub.rows import metric_rows
+from hf_immunize.train_arguments import DataArguments, parse_arguments
 from hf_immunize.train_data import load_distillation, load_model, load_splits, match_labels
 from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
+from hf_immunize.training.preparation import image_rows
 from hf_immunize.training.trainer import ImmunizationTrainer
 
 
@@ -66,7 +71,6 @@ def run_train(words: list[str]) -> dict[str, Any]:
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"True": True, "true": True}.get(resume, resume) if resume else None)
     after = trainer.evaluate()
-    trainer.save_model()
     results = {
         "model": public_name(data.model),
         "benign": public_name(str(data.benign or data.dataset)),
@@ -86,20 +90,60 @@ def run_train(words: list[str]) -> dict[str, Any]:
         "before": finite(before),
         "after": finite(after),
     }
+    describe(trainer, data, finite(before))
+    if data.groups:
+        measure_groups(trainer, data, benign_eval, harmful_eval)
+    if trainer.is_world_process_zero():
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_figure(Path(args.output_dir), trainer)
+    trainer.save_model()
     if trainer.is_world_process_zero():
         write_outputs(Path(args.output_dir), trainer, results)
     return results
 
 
-def public_name(source: str) -> str:
-    """What results and cards call a source: a Hub id as it is, a local path by its last part, since it may tell more.
+def describe(trainer: ImmunizationTrainer, data: DataArguments, before: dict[str, float | None]) -> None:
+    """Tell the Trainer, for its record, what the typed names stand for.
 
-    Example:
-        >>> public_name("."), public_name("user/name")
-        ('.', 'user/name')
+    Args:
+        trainer: The Trainer.
+        data: What was typed.
+        before: Metrics of the starting weights, which a resumed Trainer has not measured.
     """
-    path = Path(source).expanduser()
-    return (path.resolve().name if path.name not in ("", ".", "..") else source) if path.exists() else source
+    evidence = trainer.evidence
+    evidence.before = before
+    evidence.base_model = describe_base_model(data.model, data.model_revision)
+    for side, source in (("benign", data.benign or data.dataset), ("harmful", data.harmful or data.dataset)):
+        evaluated = getattr(data, f"{side}_eval")
+        record = DataRecord(public_name(source), on_hub=is_hub_id(source))
+        record.split = None if evaluated is None else f"of {public_name(evaluated)}"
+        if side == "harmful" and data.harmful_classes:
+            record.classes = [one_line(name) for name in data.harmful_classes]
+        setattr(evidence, side, record)
+
+
+def measure_groups(trainer: ImmunizationTrainer, data: DataArguments, benign: Any, harmful: Any) -> None:
+    """RIR over groups of images, against the model loaded once more as it was.
+
+    Args:
+        trainer: With the immunized model.
+        data: For the model before.
+        benign: Benign images to measure on.
+        harmful: Harmful images to measure on.
+    """
+    reference = load_model(data, benign, trainer.args).to(trainer.args.device)
+    found: dict[str, tuple[Measured, Measured]] = {}
+    for side, images in (("benign", benign), ("harmful", harmful)):
+        rows_of = image_rows(images, side, trainer.args, trainer.model.config.num_labels, labels="ignored")
+        options: dict[str, Any] = {"head_module": trainer.args.head_module, "keep_features": True}
+        options |= {"progress": not trainer.args.disable_tqdm}
+        after, before = (
+            measure(model, rows_of, trainer.processing_class, name=f"{side} (groups)", **options)
+            for model in (trainer.model, reference)
+        )
+        found[side] = after, before
+    ratio = groups_ratio(found["harmful"], found["benign"], seed=trainer.args.seed)
+    trainer.evidence.attach(trainer.model, groups=ratio)
 
 
 def summary_sentence(results: dict[str, Any]) -> str:
@@ -111,44 +155,36 @@ def summary_sentence(results: dict[str, Any]) -> str:
     Returns:
         The sentence.
     """
-    before, after = results["before"], results["after"]
-    gain = 100 * (after.get("eval_accuracy", math.nan) - before.get("eval_accuracy", math.nan))
-    rir = after.get("eval_rir")
-    if rir is None and after.get("eval_rir_is_lower_bound") and after.get("eval_rir_is_upper_bound"):
-        ratio = "the ratio of condition numbers is undetermined, since the ranks of both tasks' features changed"
-    elif rir is None:
-        ratio = "the ratio of condition numbers was not measured"
-    else:
-        bound = "at least " if after.get("eval_rir_is_lower_bound") else ""
-        bound = "at most " if after.get("eval_rir_is_upper_bound") else bound
-        ratio = (
-            f"the condition number of harmful probing grew {bound}{rir:,.3g} times as much as that of benign probing "
-            "(exact RIR)"
-        )
-    return (
-        f"On held-out images {ratio}, and benign accuracy changed by {gain:+.1f} points; a large ratio slows gradient "
-        "descent on these features, and by itself stops neither least squares, nor probes of earlier layers, nor "
-        "fine-tuning."
-    )
+    return rows.summary_sentence(results["before"], results["after"])
 
 
-def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str, Any]) -> None:
-    """Results as JSON, a figure, a card, and a table in the terminal.
+def write_figure(folder: Path, trainer: ImmunizationTrainer) -> None:
+    """The spectra before and after, as a figure that the record names.
 
     Args:
         folder: The run's folder.
         trainer: For the spectra.
+    """
+    figure, (axes,) = new_figure(1)
+    draw_spectra(axes, trainer.last_spectra)
+    save_figure(figure, folder / "spectra.png")
+    trainer.evidence.figures = ["spectra.png"]
+
+
+def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str, Any]) -> None:
+    """Results as JSON, a card, and a table in the terminal.
+
+    Args:
+        folder: The run's folder.
+        trainer: For the card.
         results: What to write.
     """
     sentence = summary_sentence(results)
     (folder / "results.json").write_text(json.dumps({**results, "summary": sentence}, indent=2))
-    figure, (axes,) = new_figure(1)
-    draw_spectra(axes, trainer.last_spectra)
-    save_figure(figure, folder / "spectra.png")
-    write_card(folder / "README.md", CardFacts.from_results(results, sentence, figure="spectra.png"))
+    trainer.create_model_card()
     print_table(results)
     Console(soft_wrap=True).print(
-        f"\n{sentence}\n\nCheckpoint, card and figure: {folder}/", highlight=False, markup=False
+        f"\n{sentence}\n\nCheckpoint, record, card and figure: {folder}/", highlight=False, markup=False
     )
 
 

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny seeded models and datasets, offline by force."""
 
 import os
+from pathlib import Path
 
 
 # Before any import of transformers or datasets: a missing hub model would otherwise take most of a minute to fail.
@@ -10,8 +11,61 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hub_server import TOKEN, Hub
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def online(hub, monkeypatch, tmp_path):
+    """The client in this process, turned to the loopback Hub; waiting costs no time."""
+    import huggingface_hub
+
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    # transformers keeps one client, with the endpoint of its first use.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
+
+
+@pytest.fixture
+def api(online):
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=online.url, token=TOKEN)
+
+
+@pytest.fixture
+def environment(hub, tmp_path):
+    """For a process of its own: the client asks the loopback Hub, and a home with a telling name."""
+    home = tmp_path / "home-of-alice"
+    home.mkdir()
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "VIRTUAL_ENV") if name in os.environ}
+    package = str(Path(__file__).parents[1])
+    return kept | {
+        "PYTHONPATH": os.pathsep.join([package, *filter(None, [kept.get("PYTHONPATH")])]),
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home / "hf"),
+        "HOME": str(home),
+        "USER": "alice",
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }

@@ -7,7 +7,11 @@ import sys
 import pytest
 import torch
 
-from hf_immunize.demo import Probing, demo_sentence
+from hf_immunize import verify
+from hf_immunize.demo import Probing, audit_record, demo_sentence
+from hf_immunize.hub.card import render_card
+from hf_immunize.hub.push import push
+from hf_immunize.hub.record import read_record
 
 
 def probing(*, slow, least_squares):
@@ -42,6 +46,13 @@ def test_sentence_gives_the_least_squares_attacker():
     )
 
 
+def test_audit_names_the_stronger_attacker():
+    before, after = probing(slow=False, least_squares=0.9), probing(slow=True, least_squares=0.88)
+    attack = audit_record(before, after).strongest["head_input"]
+    assert (attack.accuracy, attack.reference_accuracy) == (0.88, pytest.approx(0.9))
+    assert "least squares" in attack.attacker
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
@@ -62,9 +73,10 @@ def test_demo_keeps_benign_accuracy(demo):
 
 
 @pytest.mark.slow
-def test_demo_leaves_checkpoint_card_and_figure(demo):
+def test_demo_leaves_checkpoint_record_card_and_figure(demo):
     folder, _ = demo
     names = {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "before_after.png"}
+    names |= {"immunization.json"}
     assert names <= {path.name for path in folder.iterdir()}
 
 
@@ -78,3 +90,38 @@ def test_demo_checkpoint_loads_without_this_library(demo):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
     assert out.stdout.strip() == "5"
+
+
+@pytest.mark.slow
+def test_demo_record_has_its_figures(demo):
+    folder, results = demo
+    record = read_record(folder)
+    assert 10 ** record.ratios["exact"].log10_rir == pytest.approx(results["after"]["eval_rir"])
+    assert record.audit.strongest["head_input"].accuracy >= results["probing"]["after"]["least_squares"]
+
+
+@pytest.mark.slow
+def test_demo_card_is_that_of_its_record(demo):
+    folder, _ = demo
+    card = (folder / "README.md").read_text()
+    assert str(render_card(read_record(folder), existing=card)) == card
+
+
+@pytest.mark.slow
+def test_demo_measured_again_agrees(demo):
+    folder, _ = demo
+    data = {name: str(folder / "held_out" / name) for name in ("benign", "harmful")}
+    assert verify(folder, **data, progress=False).outcome == "agrees"
+
+
+@pytest.mark.slow
+def test_demo_would_push_no_data_and_no_pickle(demo):
+    folder, _ = demo
+    assert set(push(folder, "user/demo", dry_run=True).files) == {
+        "README.md",
+        "before_after.png",
+        "config.json",
+        "immunization.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }

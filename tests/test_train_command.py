@@ -14,8 +14,11 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
+from typer.testing import CliRunner
 
+from hf_immunize import cli
 from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.hub.record import read_record
 from hf_immunize.train_arguments import parse_arguments
 from hf_immunize.train_command import run_train, summary_sentence
 from hf_immunize.train_data import load_splits, match_labels
@@ -84,6 +87,32 @@ def test_writes_results_card_and_figure(finished):
     assert {"results.json", "README.md", "spectra.png", "preprocessor_config.json"} <= {
         p.name for p in output.iterdir()
     }
+
+
+def test_writes_a_record_of_the_classes_without_paths(finished):
+    output, results = finished
+    record = read_record(output)
+    assert record.harmful.classes == ["gun", "knife"]
+    assert record.metric.before == results["before"]["eval_accuracy"]
+    assert [(data.train_size, data.size) for data in (record.benign, record.harmful)] == [(16, 8), (16, 8)]
+    assert str(output.parent) not in (output / "immunization.json").read_text() + (output / "README.md").read_text()
+
+
+def test_measured_again_the_record_agrees(finished, images):
+    output, _ = finished
+    words = ["verify", output, "--dataset", images, "--harmful-class", "gun", "--harmful-class", "knife"]
+    assert CliRunner().invoke(cli.app, [str(word) for word in words]).exit_code == 0
+
+
+def test_figure_is_named_by_the_record_and_shown_by_the_card(finished):
+    output, _ = finished
+    assert read_record(output).figures == ["spectra.png"]
+    assert "(spectra.png)" in (output / "README.md").read_text()
+
+
+def test_groups_of_too_few_images_are_left_out(images, model, tmp_path):
+    run_train(flags(model, tmp_path, "--dataset", images, "--harmful_classes", "gun", "knife", "--groups"))
+    assert set(read_record(tmp_path).ratios) == {"exact"}
 
 
 def test_results_are_strict_json(finished):

@@ -1,180 +1,295 @@
-"""The model card of an immunized checkpoint, from the figures of the run alone."""
+"""The model card of an immunized checkpoint, from its record alone."""
 
 from __future__ import annotations
 
-import html
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from hf_immunize.errors import CardError
+from hf_immunize.hub.collect import HUB_ID, one_line
+from hf_immunize.hub.parts import DataRecord, RatioRecord
+from hf_immunize.hub.record import ImmunizationRecord
+from hf_immunize.hub.rows import attack_rows, not_stopped, record_metrics, record_rows, summary_sentence
+from hf_immunize.hub.text import code_place, plain, slug
 
-_NO_AUDIT = (
-    "No audit was made. An ill-conditioned feature map leaves the attainable accuracy of a linear probe as it is: "
-    "least squares, conjugate gradient or whitening before the probe are not slowed. Probes of earlier layers and "
-    "fine-tuning of the network were not measured, and are not expected to be stopped."
-)
-# Name, metric, form, and the flags that make it a bound from below and from above.
-_ROWS = (
-    ("benign accuracy", "eval_accuracy", "{:.1%}", None, None),
-    ("log10 κ of benign features", "eval_benign_log10_kappa", "{:.2f}", "eval_benign_is_bound", None),
-    ("log10 κ of harmful features", "eval_harmful_log10_kappa", "{:.2f}", "eval_harmful_is_bound", None),
-    ("rank of benign features", "eval_benign_rank", "{:.0f}", None, None),
-    ("rank of harmful features", "eval_harmful_rank", "{:.0f}", None, None),
-    ("RIR (exact)", "eval_rir", "{:,.4g}", "eval_rir_is_lower_bound", "eval_rir_is_upper_bound"),
-)
+
+CARD_NAME = "README.md"
+TAGS = ("model-immunization", "hf-immunize", "image-classification")
+_BEGIN = "<!-- hf-immunize: begin. Written anew from immunization.json; your own text stays outside. -->"
+_END = "<!-- hf-immunize: end -->"
+_OURS = re.compile(rf"^{re.escape(_BEGIN)}\s*?$.*?^{re.escape(_END)}\s*?$", re.DOTALL | re.MULTILINE)
+_METRICS = ("accuracy", "log10_kappa", "rir", "log10_rir", "log10_harmful_ratio", "log10_benign_ratio")
+_FIGURES = {
+    "spectra.png": "Spectra of benign and harmful features, before and after",
+    "before_after.png": "Spectra of benign and harmful features and linear probing, before and after",
+}
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
 @dataclass
-class CardFacts:
-    """What the card says.
+class CardOptions:
+    """What a card says that the record does not know.
 
     Attributes:
-        base_model: Hub id or folder the run started from.
-        benign, harmful: What the data are called.
-        images: Sizes by "benign_train", "benign_eval", "harmful_train", "harmful_eval".
-        objective, trainable, steps, seed: How it was made.
-        before, after: Metrics of `ImmunizationTrainer.evaluate`; None where a number is not finite.
-        summary: One plain sentence.
-        not_stopped: What the immunization does not stop, by the audit, or that none was made.
-        figure: File name beside the card, or None.
+        repo_id: Where the model can be loaded from; without it the code shows a folder.
+        model_name: Title and name in the index of results.
+        license: Licence; otherwise the existing card's, or the record's.
+        language: Language or languages.
+        tags: Further tags.
+        datasets: Further ids of datasets on the Hub.
     """
 
-    base_model: str
-    benign: str
-    harmful: str
-    images: dict[str, int]
-    objective: str
-    trainable: str
-    steps: int
-    seed: int
-    before: dict[str, float | None]
-    after: dict[str, float | None]
-    summary: str
-    not_stopped: str = _NO_AUDIT
-    figure: str | None = None
-    tags: list[str] = field(default_factory=lambda: ["model-immunization", "hf-immunize", "image-classification"])
-
-    @classmethod
-    def from_results(cls, results: dict[str, Any], summary: str, **kwargs: Any) -> CardFacts:
-        """Facts from what a run's ``results.json`` holds."""
-        names = ("benign", "harmful", "images", "objective", "trainable", "steps", "seed", "before", "after")
-        return cls(base_model=results["model"], summary=summary, **{name: results[name] for name in names}, **kwargs)
+    repo_id: str | None = None
+    model_name: str | None = None
+    license: str | None = None
+    language: str | Sequence[str] | None = None
+    tags: Sequence[str] = field(default_factory=tuple)
+    datasets: Sequence[str] = field(default_factory=tuple)
 
 
-def render_card(facts: CardFacts) -> ModelCard:
+def render_card(
+    record: ImmunizationRecord, options: CardOptions | None = None, existing: str | None = None
+) -> ModelCard:
     """Render the card.
 
-    Names that users chose are escaped: none can open a tag, a link, a table cell or a metadata block.
+    Names that users chose are escaped: none can open a tag, a link, a table cell or a metadata block. Of an existing
+    card, the metadata and all text outside this library's own part are kept.
 
     Args:
-        facts: What it says.
+        record: What it says.
+        options: What the record does not know.
+        existing: Text of the card to renew.
 
     Returns:
         The card, with metadata that `huggingface_hub` reads back.
+
+    Raises:
+        CardError: If the existing card's metadata cannot be read.
     """
-    metrics = [("accuracy", "Accuracy", "eval_accuracy"), ("log10_rir", "log10 RIR (exact)", "eval_log10_rir")]
-    results = [
-        EvalResult(
+    options = options or CardOptions()
+    old = _read_card(existing) if existing and existing.strip() else None
+    name = one_line(options.model_name or "") or (old and old.data.get("model_name"))
+    name = name or f"Immunized {one_line(record.base_model.name)}"
+    data = _metadata(record, options, name, old)
+    body = f"{_BEGIN}\n\n{_body(record, options, name)}\n{_END}"
+    text = "\n" + body + "\n"
+    if old is not None:
+        # Spliced, not substituted: a backslash in the text is a backslash.
+        match = _OURS.search(old.text)
+        text = (
+            old.text[: match.start()] + body + old.text[match.end() :] if match else f"{old.text.rstrip()}\n\n{body}\n"
+        )
+    return ModelCard(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n{text}")
+
+
+def write_card(folder: str | os.PathLike[str], record: ImmunizationRecord, options: CardOptions | None = None) -> Path:
+    """Render the card of a checkpoint and write it, keeping the user's own sections of the one that is there.
+
+    Args:
+        folder: The checkpoint's folder.
+        record: What it says.
+        options: What the record does not know.
+
+    Returns:
+        The file.
+
+    Raises:
+        CardError: If the metadata of the card that is there cannot be read; it is left as it is.
+    """
+    path = Path(folder) / CARD_NAME
+    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    text = str(render_card(record, options, existing))
+    staged = path.with_name(f"_{CARD_NAME}")
+    staged.write_text(text, encoding="utf-8")
+    os.replace(staged, path)
+    return path
+
+
+def eval_results(record: ImmunizationRecord) -> list[EvalResult]:
+    """The record's figures as the Hub's index of results knows them.
+
+    Args:
+        record: The record.
+
+    Returns:
+        Benign accuracy, log10 κ of both tasks, RIR with its parts, and the strongest attackers; finite numbers only.
+    """
+    benign, harmful = _Task("benign", record.benign), _Task("harmful", record.harmful)
+    results = []
+    if record.metric is not None:
+        kind = slug(record.metric.name)
+        results.append(benign.result(kind, f"Benign {one_line(record.metric.name)}", record.metric.after))
+    for task, features in ((benign, record.benign_features), (harmful, record.harmful_features)):
+        if features.after is not None:
+            bound = "lower" if features.after.is_bound else None
+            name = f"log10 κ of {task.side} features{_bound_words(bound)}"
+            results.append(task.result("log10_kappa", name, features.after.log10_kappa, _arguments("exact", bound)))
+    for protocol, ratio in record.ratios.items():
+        after = record.harmful_features.after
+        lower = protocol == "exact" and after is not None and after.is_bound
+        results += _ratio_results(harmful, one_line(protocol), ratio, "lower" if lower else None)
+    for access, attack in (record.audit.strongest if record.audit else {}).items():
+        if attack is not None:
+            words = f"Strongest attacker with {one_line(access).replace('_', ' ')}: {one_line(attack.attacker)}"
+            results.append(harmful.result("accuracy", words, attack.accuracy, {"access": one_line(access)}))
+    return results
+
+
+@dataclass
+class _Task:
+    side: str
+    data: DataRecord | None
+
+    def result(self, kind: str, name: str, value: float, arguments: dict[str, Any] | None = None) -> EvalResult:
+        data = self.data
+        title = one_line(data.name) if data is not None else ""
+        return EvalResult(
             task_type="image-classification",
-            dataset_type="benign-held-out",
-            dataset_name=_one_line(facts.benign),
+            task_name="Image classification",
+            # The Hub groups results by type, configuration, split and revision: one data set may serve both tasks.
+            dataset_type=slug(title),
+            dataset_name=title or f"{self.side} images",
+            dataset_config=self.side,
+            dataset_split=one_line(data.split) if data is not None and data.split else None,
+            dataset_revision=one_line(data.revision) if data is not None and data.revision else None,
             metric_type=kind,
             metric_name=name,
-            metric_value=round(float(value), 6),
+            metric_value=float(f"{value:.8g}"),
+            metric_args=arguments,
         )
-        for kind, name, key in metrics
-        if (value := facts.after.get(key)) is not None
+
+
+def _ratio_results(task: _Task, protocol: str, ratio: RatioRecord, harmful_bound: str | None) -> list[EvalResult]:
+    arguments = _arguments(protocol, ratio.bound)
+    words = f"log10 RIR, relative immunization ratio{_bound_words(ratio.bound)}"
+    growth = f"log10 of (i), growth of harmful κ{_bound_words(harmful_bound)}"
+    named = {
+        "log10_rir": (words, ratio.log10_rir, arguments),
+        "log10_harmful_ratio": (growth, ratio.log10_harmful_ratio, _arguments(protocol, harmful_bound)),
+        "log10_benign_ratio": ("log10 of (ii), growth of benign κ", ratio.log10_benign_ratio, _arguments(protocol)),
+    }
+    results = []
+    if ratio.log10_rir is not None and abs(ratio.log10_rir) < 300:
+        words = f"RIR, relative immunization ratio{_bound_words(ratio.bound)}"
+        results.append(task.result("rir", f"{words} ({protocol})", 10.0**ratio.log10_rir, arguments))
+    return results + [
+        task.result(kind, f"{name} ({protocol})", value, given)
+        for kind, (name, value, given) in named.items()
+        if value is not None
     ]
-    title = f"Immunized {Path(facts.base_model).name}"
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=facts.tags,
-        model_name=_one_line(title),
-        eval_results=results or None,
+
+
+def _arguments(protocol: str, bound: str | None = None) -> dict[str, Any]:
+    return {"protocol": protocol} | ({"bound": bound} if bound else {})
+
+
+def _bound_words(bound: str | None) -> str:
+    return {"lower": ", bound from below", "upper": ", bound from above"}.get(bound or "", "")
+
+
+def _metadata(record: ImmunizationRecord, options: CardOptions, name: str, old: ModelCard | None) -> ModelCardData:
+    data: Any = old.data if old is not None else ModelCardData()
+    data.library_name = data.library_name or "transformers"
+    data.pipeline_tag = data.pipeline_tag or "image-classification"
+    data.tags = _union(data.tags, [*TAGS, *(one_line(tag) for tag in options.tags)])
+    if options.language:
+        languages = [options.language] if isinstance(options.language, str) else options.language
+        data.language = [one_line(language) for language in languages]
+    licence = options.license or (None if data.license else record.license)
+    if licence:
+        data.license, data.license_name = licence_fields(licence)
+    if record.base_model.on_hub and HUB_ID.fullmatch(record.base_model.name):
+        data.base_model = record.base_model.name
+    on_hub = [
+        d.name for d in (record.benign, record.harmful) if d is not None and d.on_hub and HUB_ID.fullmatch(d.name)
+    ]
+    data.datasets = _union(data.datasets, [*on_hub, *(d for d in options.datasets if HUB_ID.fullmatch(d))]) or None
+    others = [result for result in data.eval_results or [] if not _is_ours(result)]
+    results = eval_results(record) + others
+    data.model_name, data.eval_results = (name, results) if results else (None, None)
+    return data
+
+
+def licence_fields(licence: str) -> tuple[str, str | None]:
+    """A licence as the Hub's metadata has it: an identifier, or "other" with a name.
+
+    Example:
+        >>> licence_fields("apache-2.0"), licence_fields("My Own: licence")
+        (('apache-2.0', None), ('other', 'my-own-licence'))
+    """
+    return (licence, None) if _LICENSE.fullmatch(licence) else ("other", slug(licence))
+
+
+def _is_ours(result: EvalResult) -> bool:
+    return result.dataset_config in ("benign", "harmful") and (
+        result.metric_type in _METRICS or str(result.metric_name).startswith("Benign ")
     )
-    rows = [dict(zip(("name", "before", "after"), row, strict=True)) for row in metric_rows(facts.before, facts.after)]
+
+
+def _union(first: Any, second: Sequence[str]) -> list[str]:
+    given = [first] if isinstance(first, str) else list(first or [])
+    return list(dict.fromkeys([*given, *second]))
+
+
+def _body(record: ImmunizationRecord, options: CardOptions, title: str) -> str:
     source = files("hf_immunize.hub").joinpath("templates/card.md.jinja").read_text(encoding="utf-8")
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
-    return ModelCard(
-        template.render(
-            card_data=data.to_yaml(),
-            title=plain(title),
-            summary=facts.summary,
-            rows=rows,
-            figure=facts.figure,
-            not_stopped=facts.not_stopped,
-            base_model=plain(facts.base_model),
-            benign=plain(facts.benign),
-            harmful=plain(facts.harmful),
-            images=facts.images,
-            objective=plain(facts.objective),
-            trainable=plain(facts.trainable),
-            steps=facts.steps,
-            seed=facts.seed,
-        )
+    rows = record_rows(record)
+    parts = [part for side in (record.benign_features, record.harmful_features) for part in (side.before, side.after)]
+    return template.render(
+        title=plain(title),
+        processor=record.image_processor is not None,
+        place=code_place(options.repo_id),
+        summary=summary_sentence(*record_metrics(record)),
+        rows=[dict(zip(("name", "before", "after"), row, strict=True)) for row in rows],
+        has_bounds=any("≥" in row[2] or "≤" in row[2] for row in rows),
+        short=any(part is not None and part.num_samples < part.dim for part in parts),
+        figures=[{"name": name, "words": _FIGURES.get(name, plain(name))} for name in record.figures],
+        remarks=[plain(remark) for remark in record.remarks],
+        not_stopped=not_stopped(record.audit),
+        attacks=attack_rows(record.audit),
+        base_model=plain(record.base_model.name) + _at(record.base_model.revision),
+        benign=_data_words(record.benign),
+        harmful=_data_words(record.harmful),
+        objective=plain(record.method.objective),
+        trainable=plain(record.method.trainable),
+        steps=record.method.steps,
+        seed=record.method.seed,
+        software=plain(", ".join(f"{k} {v}" for k, v in record.software.items())) or "not recorded",
     )
 
 
-def write_card(path: str | os.PathLike[str], facts: CardFacts) -> None:
-    """Render the card and write it.
-
-    Args:
-        path: File to write.
-        facts: What it says.
-    """
-    Path(path).write_text(str(render_card(facts)), encoding="utf-8")
-
-
-def plain(text: str) -> str:
-    r"""Text as one line without meaning in Markdown or HTML.
-
-    Args:
-        text: Anything a user chose, such as the name of a class.
-
-    Returns:
-        The same to the eye.
-
-    Example:
-        >>> print(plain("<b>a|b</b>\n--- www.x.org"))
-        &lt;b&gt;a\|b&lt;/b&gt; \-\-\- www&#46;x.org
-    """
-    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", html.escape(_one_line(text), quote=False))
-    # Addresses that Markdown would turn into links by themselves.
-    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
+def _data_words(data: DataRecord | None) -> str:
+    if data is None:
+        return "none was given"
+    words = plain(data.name) + _at(data.revision)
+    if data.classes:
+        words += f", classes {', '.join(plain(name) for name in data.classes)}"
+    sizes = [f"{data.train_size} images to train on"] * (data.train_size is not None)
+    split = f" ({plain(data.split)})" if data.split else ""
+    sizes += [f"{data.size} to measure on{split}"] * (data.size is not None)
+    return words + (f"; {', '.join(sizes)}" if sizes else "")
 
 
-def _one_line(text: str) -> str:
-    """For YAML, which quotes what it must by itself."""
-    return " ".join(text.split())
+def _at(revision: str | None) -> str:
+    return f", revision {plain(revision)}" if revision else ""
 
 
-def metric_rows(before: dict[str, float | None], after: dict[str, float | None]) -> list[tuple[str, str, str]]:
-    """Rows of a table of metrics, bounds with their direction.
-
-    Args:
-        before: Metrics of `ImmunizationTrainer.evaluate`; None where a number is not finite.
-        after: The same after immunization.
-
-    Returns:
-        Name, before and after, as text.
-
-    Example:
-        >>> metric_rows({"eval_rir": 1.0}, {"eval_rir": 50.0, "eval_rir_is_lower_bound": 1.0})[-1]
-        ('RIR (exact)', '1', '≥ 50')
-    """
-
-    def cell(metrics: dict[str, float | None], key: str, form: str, below: str | None, above: str | None) -> str:
-        lower, upper = (bool(flag and metrics.get(flag)) for flag in (below, above))
-        value = metrics.get(key)
-        if value is None or value != value:
-            return "undetermined" if lower and upper else "–"
-        return ("≥ " if lower else "≤ " if upper else "") + form.format(value)
-
-    return [(name, cell(before, *rest), cell(after, *rest)) for name, *rest in _ROWS]
+def _read_card(text: str) -> ModelCard:
+    try:
+        return ModelCard(text)
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        first = str(error).splitlines()
+        raise CardError(
+            f"Expected metadata in YAML between two lines '---' at the top of {CARD_NAME}, found: "
+            f"{' '.join(first[:4])}. Repair it by hand, or remove the file to have it written anew."
+        ) from error

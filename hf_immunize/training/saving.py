@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
-from hf_immunize.errors import CheckpointError, NonFiniteError
+from hf_immunize.errors import CheckpointError, HubError, NonFiniteError
 
 
 # What a full disk raises: torch.save a RuntimeError, safetensors its own.
@@ -105,6 +105,8 @@ def whole_or_passed_over(checkpoint: str | os.PathLike[str], writes: bool) -> It
             # Of an earlier run, it would make half of this checkpoint pass for a whole one.
             (Path(checkpoint) / _WRITTEN_LAST).unlink(missing_ok=True)
         yield
+    except HubError:  # an OSError too, but of a push: the checkpoint itself is written
+        raise
     except _WRITE_ERRORS as error:
         raise CheckpointError(
             f"Expected to write {checkpoint}, found: {error}. Earlier checkpoints are untouched: make room and resume "

@@ -15,11 +15,14 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.hub.outcomes import named_outcomes
+from hf_immunize.training import publishing
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
 from hf_immunize.training.checks import as_classifier, check_checkpointing, check_classifier
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.evaluation import Evaluation, accuracy
+from hf_immunize.training.evidence import Evidence, save_record
 from hf_immunize.training.method import Method
 from hf_immunize.training.preparation import image_rows, paired_rows, side_rows
 from hf_immunize.training.running import RunningMeans
@@ -120,6 +123,8 @@ class ImmunizationTrainer(Trainer):
         model = None if model is None else as_classifier(model, args.pooling)
         # A user's own collator gets the datasets' own items.
         self._reads_images = data_collator is None
+        # What goes into immunization.json; names of data that the data sets do not know can be set on it.
+        self.evidence = Evidence()
         super().__init__(
             model,
             args,
@@ -326,6 +331,9 @@ class ImmunizationTrainer(Trainer):
                 output.metrics[name.replace(prefix, f"{prefix}_benign", 1)] = value
         metrics = spectral_metrics(benign, self._references.get(prefix), harmful, self._references.get("harmful"))
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        if self.args.should_save and not self._is_sharded and not self._evaluation.other_data:
+            step, references = self.state.global_step, self._references
+            self.evidence.note(self.model, prefix, step, output.metrics, benign, harmful, references)
         return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -404,8 +412,10 @@ class ImmunizationTrainer(Trainer):
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
         check_finite_weights(self.model)
-        with staged_directory(output_dir or self.args.output_dir) as staging:
+        output_dir = output_dir or self.args.output_dir
+        with staged_directory(output_dir) as staging:
             super()._save(str(staging), state_dict)
+            save_record(self, staging, output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
@@ -423,6 +433,7 @@ class ImmunizationTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is None and self._loads_whole:
             load_weights(self.model, resume_from_checkpoint)
+            self.evidence.adopt(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = os.path.join(resume_from_checkpoint, _STATE_FILE)
@@ -433,10 +444,76 @@ class ImmunizationTrainer(Trainer):
             self._step.load_state_dict(load_file(path))
 
     def _load_best_model(self) -> None:
-        if not self._loads_whole:
-            return super()._load_best_model()
-        load_weights(self.model, self.state.best_model_checkpoint)
+        if self._loads_whole:
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+        if not self._is_sharded:
+            self.evidence.adopt(self.model, self.state.best_model_checkpoint)
 
     @property
     def _loads_whole(self) -> bool:
-        return isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        return isinstance(self.model, PreTrainedModel) and not self._is_sharded
+
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    # ---- card and Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As the Trainer's; what goes wrong has a name (see `HubError`)."""
+        with named_outcomes("creation of the repository"):
+            super().init_hf_repo(token=token, private=private)
+
+    def create_model_card(
+        self,
+        language: Any = None,
+        license: str | None = None,
+        tags: Any = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: Any = None,
+        dataset_tags: Any = None,
+        dataset: Any = None,
+        dataset_args: Any = None,
+    ) -> None:
+        """Write the card with the figures of the present weights; your own sections of an existing one stay.
+
+        Args: as the Trainer's; `tasks` and `dataset_args` are not used, since the task is always the same.
+        """
+        if self.is_world_process_zero():
+            publishing.create_model_card(
+                self,
+                language=language,
+                license=license,
+                tags=tags,
+                model_name=model_name,
+                finetuned_from=finetuned_from,
+                dataset_tags=dataset_tags,
+                dataset=dataset,
+            )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save, and push weights, configs, record, card and figures in one commit; nothing else leaves.
+
+        Args: as the Trainer's.
+
+        Returns:
+            `PushResult`, or its future where not `blocking`; None on other processes than the first.
+
+        Raises:
+            HubError: With its outcome by name; nothing local is lost.
+        """
+        return publishing.push_to_hub(self, commit_message, blocking, token, revision, private, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        publishing.push_from_checkpoint(self, checkpoint_folder)

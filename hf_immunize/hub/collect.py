@@ -1,0 +1,216 @@
+"""From data sets, models and measurements to the parts of a record. No path, user name or image gets in."""
+
+from __future__ import annotations
+
+import math
+import platform
+import re
+import unicodedata
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hf_immunize import __version__
+from hf_immunize.hub.parts import BaseModelRecord, ConditioningRecord, DataRecord, RatioRecord, SideRecord
+from hf_immunize.spectra.conditioning import Conditioning
+from hf_immunize.spectra.ratio import ImmunizationRatio, relative_immunization_ratio
+from hf_immunize.vision.measurement import Measurement
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]{40})/")
+_LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "safetensors")
+
+
+def one_line(text: Any) -> str:
+    r"""Text as one line of visible characters.
+
+    Control characters, marks of writing direction and halves of surrogate pairs are dropped: they can hide or reverse
+    what a reader sees, or cannot be written at all.
+
+    Example:
+        >>> one_line("pets\n---\nlicense: mit"), one_line("abc\u202edef")
+        ('pets --- license: mit', 'abcdef')
+    """
+    spaced = " ".join(str(text).split())
+    visible = "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    return " ".join(visible.split())
+
+
+def public_name(source: Any) -> str:
+    """What records and cards call a source: an id on the Hub as it is, a local path by its last part.
+
+    A whole path may tell a user's name, or where secrets lie.
+
+    Example:
+        >>> public_name("user/name"), public_name("/home/me/data/pets"), public_name("~/x/../pets")
+        ('user/name', 'pets', 'pets')
+    """
+    text = str(source)
+    if "://" in text:
+        return one_line(re.split(r"[?#]", text)[0].rstrip("/").rsplit("/", 1)[-1])
+    path = Path(text).expanduser()
+    if path.exists():
+        return one_line(path.resolve().name or "root")
+    local = text.startswith(("/", "~", ".", "\\")) or bool(re.match(r"[A-Za-z]:[\\/]", text))
+    if local or text.count("/") > 1 or "\\" in text:
+        return one_line(re.split(r"[\\/]", text.rstrip("\\/"))[-1].strip(".") or "unnamed")
+    return one_line(text)
+
+
+def is_hub_id(source: Any) -> bool:
+    """Whether a source is the id of a repository rather than a path.
+
+    Example:
+        >>> is_hub_id("google/vit-base-patch16-224"), is_hub_id("./runs/mine"), is_hub_id("runs")
+        (True, False, False)
+    """
+    return bool(HUB_ID.fullmatch(str(source))) and not Path(str(source)).expanduser().exists()
+
+
+def describe_base_model(name: Any, revision: str | None = None) -> BaseModelRecord:
+    """The model before immunization, from what was given to ``from_pretrained``.
+
+    Args:
+        name: Id on the Hub or folder; empty for a model that was made in memory.
+        revision: Branch, tag or commit.
+
+    Returns:
+        Its part of the record.
+    """
+    if not str(name or ""):
+        return BaseModelRecord("a model made in memory")
+    on_hub = is_hub_id(name)
+    return BaseModelRecord(public_name(name), revision if on_hub else None, on_hub)
+
+
+def describe_dataset(dataset: Any, name: str | None = None, *, train: Any = None) -> DataRecord | None:
+    """One task's data, from what `datasets` knows of them.
+
+    Args:
+        dataset: What κ is measured on; rows of it, or a wrapper that holds it as ``dataset``.
+        name: What to call it in place of its own name.
+        train: What is trained on.
+
+    Returns:
+        Its part of the record; None where there is neither.
+    """
+    inner = innermost(dataset if dataset is not None else train)
+    if inner is None:
+        return None
+    info = getattr(inner, "info", None)
+    files = list(getattr(info, "download_checksums", None) or {})
+    source = next((match for file in files if (match := _HUB_FILE.match(str(file)))), None)
+    own = source[1] if source else getattr(info, "dataset_name", None) or "unnamed images"
+    split = getattr(inner, "split", None)
+    return DataRecord(
+        name=one_line(name) if name else public_name(own),
+        on_hub=source is not None and (name is None or name == source[1]),
+        revision=source[2] if source else None,
+        split=one_line(split) if split is not None else None,
+        fingerprint=getattr(innermost(dataset), "_fingerprint", None),
+        train_size=_size(train),
+        size=_size(dataset),
+    )
+
+
+def describe_side(now: Measurement | None, before: Measurement | None) -> SideRecord:
+    """κ of one task before and after.
+
+    Args:
+        now: Its features through the immunized weights.
+        before: Its features through the starting weights; ignored if they are of other data.
+
+    Returns:
+        Its part of the record.
+    """
+    if now is None:
+        return SideRecord()
+    start = before.factor.conditioning() if before is not None and now.same_data(before) else None
+    after = now.factor.conditioning(start)
+    return SideRecord(None if start is None else ConditioningRecord.of(start), ConditioningRecord.of(after))
+
+
+def exact_ratio(benign: SideRecord, harmful: SideRecord) -> RatioRecord | None:
+    """RIR over all images, from the conditionings of both tasks.
+
+    Args:
+        benign: Conditioning before and after.
+        harmful: Conditioning before and after.
+
+    Returns:
+        The ratio; None unless all four are known.
+    """
+    if None in (benign.before, benign.after, harmful.before, harmful.after):
+        return None
+    parts = [part.conditioning() for side in (harmful, benign) for part in (side.after, side.before) if part]
+    return describe_ratio(ratio_of(*parts))
+
+
+def ratio_of(h: Conditioning, h0: Conditioning, b: Conditioning, b0: Conditioning) -> ImmunizationRatio:
+    """Exact RIR of four conditionings: harmful after and before, benign after and before."""
+    return relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0)
+
+
+def describe_ratio(
+    ratio: ImmunizationRatio, *, num_groups: int | None = None, group_size: int | None = None, seed: int | None = None
+) -> RatioRecord:
+    """A ratio as a record keeps it: logarithms, which stay finite.
+
+    Args:
+        ratio: As measured.
+        num_groups: Number of groups, for protocol "groups".
+        group_size: Their size.
+        seed: Seed of their draw.
+
+    Returns:
+        Its part of the record.
+    """
+    told = ratio.bound != "undetermined" and math.isfinite(ratio.log10_rir)
+    spread = None if ratio.std is None or not told or not ratio.rir > 0 else ratio.std / ratio.rir
+    return RatioRecord(
+        log10_rir=ratio.log10_rir if told else None,
+        log10_harmful_ratio=_log10(ratio.harmful_ratio),
+        log10_benign_ratio=_log10(ratio.benign_ratio),
+        bound=ratio.bound if told else "undetermined",
+        relative_std=spread if spread is not None and math.isfinite(spread) else None,
+        num_groups=num_groups,
+        group_size=group_size,
+        seed=seed,
+    )
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of the libraries that decide the figures."""
+    found = {"hf_immunize": __version__, "python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def innermost(dataset: Any) -> Any:
+    """The data set within wrappers such as `ImageRows`.
+
+    Args:
+        dataset: A data set, or rows of one.
+
+    Returns:
+        The first that has a fingerprint, or holds no other.
+    """
+    for _ in range(8):
+        inner = getattr(dataset, "dataset", None)
+        if inner is None or hasattr(dataset, "_fingerprint"):
+            return dataset
+        dataset = inner
+    return dataset
+
+
+def _log10(value: float) -> float | None:
+    return math.log10(value) if value > 0 and math.isfinite(value) else None
+
+
+def _size(dataset: Any) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") else None

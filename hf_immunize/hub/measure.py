@@ -1,0 +1,190 @@
+"""Measuring a saved model anew: κ of its features, its benign accuracy, RIR over groups of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from torch import Tensor
+
+from hf_immunize.errors import DataError
+from hf_immunize.hub.collect import describe_ratio, innermost
+from hf_immunize.hub.parts import RatioRecord
+from hf_immunize.spectra.ratio import relative_immunization_ratio
+from hf_immunize.vision.columns import find_columns
+from hf_immunize.vision.extraction import extract
+from hf_immunize.vision.images import ImageRows
+from hf_immunize.vision.measurement import Measurement
+from hf_immunize.vision.sources import load_image_dataset
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_SPLITS = ("validation", "test", "train")
+
+
+@dataclass
+class Measured:
+    """One data set through one model.
+
+    Attributes:
+        measurement: Its features' QR factor and the images' checksum.
+        accuracy: Top-1 accuracy; None where the rows have no labels that are the model's.
+        features: The features, shape ``(N, D)``, where they were asked for.
+        fingerprint: The `datasets` fingerprint of the rows, if they have one.
+    """
+
+    measurement: Measurement = field(default_factory=Measurement)
+    accuracy: float | None = None
+    features: Tensor | None = None
+    fingerprint: str | None = None
+
+
+def measure(
+    model: PreTrainedModel,
+    rows: Any,
+    image_processor: Any = None,
+    *,
+    name: str = "images",
+    batch_size: int = 64,
+    head_module: str | None = None,
+    keep_features: bool = False,
+    progress: bool = True,
+) -> Measured:
+    """Run a data set through a model and fold up its features.
+
+    Args:
+        model: An image classifier.
+        rows: As `image_rows` gives them.
+        image_processor: Turns images into pixel values.
+        name: What to call the data at the progress bar.
+        batch_size: Images a batch.
+        head_module: The classifier's name, where it cannot be found.
+        keep_features: Whether to keep all features, N·D numbers.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        `Measured`.
+    """
+    found = Measured(fingerprint=getattr(innermost(rows), "_fingerprint", None))
+    kept: list[Tensor] = []
+    right = seen = 0
+    description = f"κ of {name} features"
+    options = {"batch_size": batch_size, "head_module": head_module, "progress": progress}
+    for batch in extract(model, rows, image_processor, description=description, **options):  # type: ignore[arg-type]
+        found.measurement.update(batch.features, batch.pixel_values)
+        if batch.labels is not None:
+            right += int((batch.logits.argmax(-1) == batch.labels).sum())
+            seen += len(batch.labels)
+        if keep_features:
+            kept.append(batch.features.cpu())
+    if seen and seen == found.measurement.factor.num_samples:
+        found.accuracy = right / seen
+    found.features = torch.cat(kept) if keep_features else None
+    return found
+
+
+def groups_ratio(
+    harmful: tuple[Measured, Measured],
+    benign: tuple[Measured, Measured],
+    *,
+    num_groups: int | None = None,
+    group_size: int = 100,
+    seed: int = 0,
+) -> RatioRecord | None:
+    """RIR over random groups of images, with its spread (protocol "groups").
+
+    Args:
+        harmful: Through the immunized and the reference model, with features.
+        benign: Likewise.
+        num_groups: Number of groups; by default 20, or as many disjoint ones as the rows give.
+        group_size: Images a group.
+        seed: Seed of the draw.
+
+    Returns:
+        The ratio; None where there are fewer images than a group needs.
+    """
+    fewest = min(harmful[0].measurement.factor.num_samples, benign[0].measurement.factor.num_samples)
+    if fewest < group_size:
+        return None
+    count = max(1, min(20, fewest // group_size)) if num_groups is None else num_groups
+    ratio = relative_immunization_ratio(
+        harmful=harmful[0].features,
+        harmful_reference=harmful[1].features,
+        benign=benign[0].features,
+        benign_reference=benign[1].features,
+        protocol="groups",
+        num_groups=count,
+        group_size=group_size,
+        seed=seed,
+    )
+    return describe_ratio(ratio, num_groups=count, group_size=group_size, seed=seed)
+
+
+def image_rows(data: Any, name: str, model: PreTrainedModel) -> Any:
+    """Rows to measure on, from a data set or the name of one.
+
+    Args:
+        data: A `datasets.Dataset` with images, rows of ``pixel_values``, or what `load_image_dataset` takes; then the
+            validation split is used, else the test split, else the training split.
+        name: What to call it in an error.
+        model: Its class names number the labels where the data have the same names.
+
+    Returns:
+        Rows for `measure`; labels that are not the model's are left out.
+
+    Raises:
+        DataError: If it is empty or lacks images.
+    """
+    if isinstance(data, ImageRows):
+        return data
+    if isinstance(data, str):
+        data = load_measured_split(data)
+    if hasattr(data, "__len__") and len(data) == 0:
+        raise DataError(f"Expected at least one image in the {name} data, found none. Check the split.")
+    image, label = find_columns(data, None, None, False)
+    if label is None:
+        return ImageRows(data, name, image)
+    if isinstance(data, datasets.Dataset):
+        names = getattr(data.features[label], "names", None)
+        config = model.config
+        if (
+            names
+            and set(names) <= set(config.label2id)
+            and names != [config.id2label.get(i) for i in range(len(names))]
+        ):
+            data = data.cast_column(label, datasets.Value("int64"))
+            numbers = [int(config.label2id[name]) for name in names]
+            labels = [numbers[number] for number in data[label][:]]
+            data = data.remove_columns(label).add_column(label, labels)
+        elif names and not set(names) & set(config.label2id) and len(names) != config.num_labels:
+            return ImageRows(data, name, image)
+    return ImageRows(data, name, image, label)
+
+
+def load_measured_split(source: str, split: str | None = None) -> Any:
+    """The split of a source that is measured on: the validation split, else the test split, else the training split.
+
+    Args:
+        source: As for `load_image_dataset`.
+        split: Another split.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: If there is no such data or split.
+    """
+    if split is not None:
+        return load_image_dataset(source, split)
+    for candidate in _SPLITS[:-1]:
+        try:
+            return load_image_dataset(source, candidate)
+        except DataError as error:
+            if "has no split" not in str(error):
+                raise
+    return load_image_dataset(source, _SPLITS[-1])

@@ -1,0 +1,221 @@
+"""A record's figures as rows of a table, as one sentence, and as metrics by the Trainer's names."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hf_immunize.hub.parts import ACCESS, AuditRecord, RatioRecord
+from hf_immunize.hub.record import ImmunizationRecord
+from hf_immunize.hub.text import plain
+
+
+# Name, metric, form, and the flags that make it a bound from below and from above.
+_ROWS = (
+    ("benign accuracy", "eval_accuracy", "{:.1%}", None, None),
+    ("log10 κ of benign features", "eval_benign_log10_kappa", "{:.2f}", "eval_benign_is_bound", None),
+    ("log10 κ of harmful features", "eval_harmful_log10_kappa", "{:.2f}", "eval_harmful_is_bound", None),
+    ("rank of benign features", "eval_benign_rank", "{:.0f}", None, None),
+    ("rank of harmful features", "eval_harmful_rank", "{:.0f}", None, None),
+    ("RIR (exact)", "eval_rir", "{:,.4g}", "eval_rir_is_lower_bound", "eval_rir_is_upper_bound"),
+)
+_ACCESS_WORDS = {
+    "head_input": "the classifier's input",
+    "any_layer": "the output of any layer",
+    "fine_tuning": "all weights (fine-tuning)",
+}
+_NO_AUDIT = (
+    "No audit was made. An ill-conditioned feature map leaves the attainable accuracy of a linear probe as it is: "
+    "least squares, conjugate gradient or whitening before the probe are not slowed. Probes of earlier layers and "
+    "fine-tuning of the network were not measured, and are not expected to be stopped."
+)
+
+
+def metric_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of a table of metrics, bounds with their direction.
+
+    Args:
+        before: Metrics of `ImmunizationTrainer.evaluate`; None where a number is not finite.
+        after: The same after immunization.
+
+    Returns:
+        Name, before and after, as text.
+
+    Example:
+        >>> metric_rows({"eval_rir": 1.0}, {"eval_rir": 50.0, "eval_rir_is_lower_bound": 1.0})[-1]
+        ('RIR (exact)', '1', '≥ 50')
+    """
+
+    def cell(metrics: dict[str, Any], key: str, form: str, below: str | None, above: str | None) -> str:
+        lower, upper = (bool(flag and metrics.get(flag)) for flag in (below, above))
+        value = metrics.get(key)
+        if value is None or value != value:
+            return "undetermined" if lower and upper else "–"
+        return ("≥ " if lower else "≤ " if upper else "") + form.format(value)
+
+    return [(name, cell(before, *rest), cell(after, *rest)) for name, *rest in _ROWS]
+
+
+def record_metrics(record: ImmunizationRecord) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A record's figures by the names `ImmunizationTrainer.evaluate` gives them, before and after.
+
+    Args:
+        record: The record.
+
+    Returns:
+        Metrics before and after; what the record does not know is left out.
+    """
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    if record.metric is not None:
+        after[f"eval_{record.metric.name}"] = record.metric.after
+        if record.metric.before is not None:
+            before[f"eval_{record.metric.name}"] = record.metric.before
+    for side, features in (("benign", record.benign_features), ("harmful", record.harmful_features)):
+        for metrics, part in ((before, features.before), (after, features.after)):
+            if part is not None:
+                metrics[f"eval_{side}_log10_kappa"] = part.log10_kappa
+                metrics[f"eval_{side}_is_bound"] = float(part.is_bound)
+                metrics[f"eval_{side}_rank"] = float(part.rank)
+    exact = record.ratios.get("exact")
+    if exact is not None:
+        before["eval_rir"] = 1.0
+        after["eval_rir"] = None if exact.log10_rir is None else _power(exact.log10_rir)
+        after["eval_rir_is_lower_bound"] = float(exact.bound in ("lower", "undetermined"))
+        after["eval_rir_is_upper_bound"] = float(exact.bound in ("upper", "undetermined"))
+    return before, after
+
+
+def record_rows(record: ImmunizationRecord) -> list[tuple[str, str, str]]:
+    """Rows of the card's table.
+
+    Args:
+        record: The record.
+
+    Returns:
+        Name, before and after, as text; only rows of which something is known.
+    """
+    rows = [row for row in metric_rows(*record_metrics(record)) if row[1:] != ("–", "–")]
+    if record.metric is not None and record.metric.name != "accuracy":
+        old, new = ("–" if value is None else f"{value:.4g}" for value in (record.metric.before, record.metric.after))
+        rows.insert(0, (f"benign {plain(record.metric.name)}", old, new))
+    for side, number in (("harmful", "(i)"), ("benign", "(ii)")):
+        exact = record.ratios.get("exact")
+        value = None if exact is None else getattr(exact, f"log10_{side}_ratio")
+        if value is not None:
+            features = getattr(record, f"{side}_features")
+            now, then = features.after, features.before
+            gained = now is not None and then is not None and now.rank > then.rank
+            sign = "≥ " if now is not None and now.is_bound else "≤ " if gained else ""
+            rows.append((f"{number}, growth of {side} κ", "1", f"{sign}{_power(value):,.4g}"))
+    groups = record.ratios.get("groups")
+    if groups is not None:
+        count = "" if groups.num_groups is None else f", {groups.num_groups} groups of {groups.group_size}"
+        rows.append((f"RIR (mean ± standard deviation{count})", "1", _groups_cell(groups)))
+    return rows
+
+
+def summary_sentence(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """One plain sentence of what was achieved, from the figures alone.
+
+    Args:
+        before: Metrics of `ImmunizationTrainer.evaluate` before immunization.
+        after: Metrics after.
+
+    Returns:
+        The sentence.
+    """
+    rir = after.get("eval_rir")
+    if rir is None and after.get("eval_rir_is_lower_bound") and after.get("eval_rir_is_upper_bound"):
+        ratio = "the ratio of condition numbers is undetermined, since the ranks of both tasks' features changed"
+    elif rir is None:
+        ratio = "the ratio of condition numbers was not measured"
+    else:
+        bound = "at least " if after.get("eval_rir_is_lower_bound") else ""
+        bound = "at most " if after.get("eval_rir_is_upper_bound") else bound
+        ratio = (
+            f"the condition number of harmful probing grew {bound}{rir:,.3g} times as much as that of benign probing "
+            "(exact RIR)"
+        )
+    old, new = before.get("eval_accuracy"), after.get("eval_accuracy")
+    if new is None:
+        accuracy = "benign accuracy was not measured"
+    elif old is None:
+        accuracy = f"benign accuracy is {new:.1%} (it was not measured before)"
+    else:
+        accuracy = f"benign accuracy changed by {100 * (new - old):+.1f} points"
+    return (
+        f"On held-out images {ratio}, and {accuracy}; a large ratio slows gradient descent on these features, and by "
+        "itself stops neither least squares, nor probes of earlier layers, nor fine-tuning."
+    )
+
+
+def not_stopped(audit: AuditRecord | None) -> str:
+    """What the immunization does not stop, by the audit, or that none was made.
+
+    Args:
+        audit: What it found.
+
+    Returns:
+        Plain sentences, harmless in Markdown.
+    """
+    if audit is None:
+        return _NO_AUDIT
+    sentences = []
+    for access in ACCESS:
+        attack = audit.strongest.get(access)
+        words = _ACCESS_WORDS[access]
+        if attack is None:
+            sentences.append(
+                f"An attacker with {words} was not tried; nothing is known of that, and it is not expected to be "
+                "stopped."
+            )
+            continue
+        compared = [f"{attack.reference_accuracy:.1%} on the model before immunization"] * (
+            attack.reference_accuracy is not None
+        ) + [f"chance {attack.chance:.1%}"] * (attack.chance is not None)
+        sentences.append(
+            f"With {words}, the strongest attacker tried ({plain(attack.attacker)}) reaches {attack.accuracy:.1%} of "
+            f"the harmful task{' (' + '; '.join(compared) + ')' if compared else ''}."
+        )
+    made = f"By an audit with the preset {plain(audit.preset)} (version {audit.preset_version})."
+    return " ".join([made, *sentences, "Attackers with other methods or more data may reach more."])
+
+
+def attack_rows(audit: AuditRecord | None) -> list[dict[str, str]]:
+    """Rows of the card's table of attackers.
+
+    Args:
+        audit: What it found.
+
+    Returns:
+        Rows of text, harmless in Markdown.
+    """
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{value:.1%}"
+
+    return [
+        {
+            "access": _ACCESS_WORDS.get(access, plain(access)),
+            "attacker": plain(attack.attacker),
+            "accuracy": share(attack.accuracy),
+            "reference": share(attack.reference_accuracy),
+            "chance": share(attack.chance),
+        }
+        for access, attack in (audit.strongest if audit else {}).items()
+        if attack is not None
+    ]
+
+
+def _groups_cell(ratio: RatioRecord) -> str:
+    if ratio.log10_rir is None:
+        return "undetermined"
+    mean = _power(ratio.log10_rir)
+    sign = {"lower": "≥ ", "upper": "≤ "}.get(ratio.bound or "", "")
+    return f"{sign}{mean:,.4g}" + ("" if ratio.relative_std is None else f" ± {mean * ratio.relative_std:,.3g}")
+
+
+def _power(exponent: float) -> float:
+    """10 to a power, saturating at the largest float."""
+    return 10.0**exponent if exponent < math.log10(1.7e308) else 1.7e308

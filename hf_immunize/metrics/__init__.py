@@ -1,0 +1,1 @@
+"""Metrics in the form of `evaluate` modules, to be loaded from their path."""

@@ -1,0 +1,1 @@
+"""The relative immunization ratio as an `evaluate` module; see its README.md."""

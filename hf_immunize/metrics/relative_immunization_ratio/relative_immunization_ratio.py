@@ -1,0 +1,109 @@
+"""The relative immunization ratio as a metric of the library `evaluate`."""
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+from hf_immunize.errors import ArgumentError
+from hf_immunize.spectra.ratio import relative_immunization_ratio
+
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_DESCRIPTION = """
+Relative immunization ratio (RIR, Zheng et al. 2025): how much worse conditioned linear probing of a harmful task
+became through immunized weights than through the reference weights, over how much worse that of a benign task became:
+
+    RIR = (i)/(ii),  (i) = κ(H_H(θ_I))/κ(H_H(θ_0)),  (ii) = κ(H_P(θ_I))/κ(H_P(θ_0)),  H(θ) = Z(θ)ᵀZ(θ)
+
+Z are features, the inputs of a linear probe. κ is exact and rank-aware. RIR speaks of gradient descent on the
+features; it is silent about least squares, earlier layers and fine-tuning. Never report it without an attack's result.
+"""
+
+_CITATION = """
+@inproceedings{zheng2025immunization,
+  title     = {Model Immunization from a Condition Number Perspective},
+  author    = {Zheng and Bai and Bullins and Yeh},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2025},
+  note      = {arXiv:2505.23760}
+}
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions (`list` of `list` of `float`): Features through the immunized weights, one row an image, benign and
+        harmful images together.
+    references (`list` of `list` of `float`): Features of the same images through the reference weights.
+    harmful (`list` of `bool`): Whether each image is of the harmful task.
+    protocol (`str`): 'exact' (over all rows, the default and the number to quote), 'groups' (mean and spread over
+        random groups of 100 rows) or 'reference' (the recipe of the paper's code, noise-floored, for comparison with
+        its tables).
+    num_groups (`int`, optional), group_size (`int`, 100), seed (`int`, 0): For groups.
+    produced_dtype (`str`, 'float32'): Dtype in which the features were computed, which decides the rank rule.
+
+Returns:
+    rir (`float`): The ratio; nan where `bound` is 'undetermined'.
+    log10_rir (`float`): Its decimal logarithm.
+    harmful_ratio (`float`): Its part (i).
+    benign_ratio (`float`): Its part (ii).
+    std (`float` or None): Standard deviation over groups.
+    bound (`str` or None): What rir is of the true value where features lost or gained rank: 'lower', 'upper' or
+        'undetermined'.
+
+Examples:
+    >>> import os, evaluate, hf_immunize
+    >>> path = os.path.join(os.path.dirname(hf_immunize.__file__), "metrics", "relative_immunization_ratio")
+    >>> rir = evaluate.load(path)
+    >>> before = [[1.0, 0.0], [0.0, 1.0]]
+    >>> after = [[10.0, 0.0], [0.0, 1.0]]
+    >>> harmful = [True, True, False, False]
+    >>> results = rir.compute(predictions=after + before, references=before + before, harmful=harmful)
+    >>> round(results["rir"], 6), results["bound"]
+    (100.0, None)
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class RelativeImmunizationRatio(evaluate.Metric):
+    """The metric; `hf_immunize.spectra.ratio` does the work."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        row = datasets.Sequence(datasets.Value("float64"))
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features({"predictions": row, "references": row, "harmful": datasets.Value("bool")}),
+            reference_urls=["https://arxiv.org/abs/2505.23760"],
+        )
+
+    def _compute(
+        self,
+        predictions: list[list[float]],
+        references: list[list[float]],
+        harmful: list[bool],
+        protocol: str = "exact",
+        num_groups: int | None = None,
+        group_size: int = 100,
+        seed: int = 0,
+        produced_dtype: str = "float32",
+    ) -> dict[str, float | str | None]:
+        if produced_dtype not in _DTYPES:
+            raise ArgumentError(f"Expected produced_dtype out of {', '.join(_DTYPES)}, found {produced_dtype!r}.")
+        # Numbers travel as float64; those of a coarser dtype are unchanged by going back to it.
+        dtype = getattr(torch, produced_dtype)
+        after, before = (torch.tensor(np.asarray(rows), dtype=dtype) for rows in (predictions, references))
+        is_harmful = torch.tensor(np.asarray(harmful), dtype=torch.bool)
+        ratio = relative_immunization_ratio(
+            harmful=after[is_harmful],
+            harmful_reference=before[is_harmful],
+            benign=after[~is_harmful],
+            benign_reference=before[~is_harmful],
+            protocol=protocol,
+            num_groups=num_groups,
+            group_size=group_size,
+            seed=seed,
+        )
+        names = ("rir", "log10_rir", "harmful_ratio", "benign_ratio", "std", "bound")
+        return {name: getattr(ratio, name) for name in names}

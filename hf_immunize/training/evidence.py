@@ -1,0 +1,281 @@
+"""What was measured, tied to the weights it was measured on, until it is written beside them.
+
+No figure is ever written beside other weights: after more steps there is no record until the next evaluation, and the
+best checkpoint that is loaded at the end gets its own figures, not the last step's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from hf_immunize.errors import RecordError
+from hf_immunize.hub.collect import (
+    describe_base_model,
+    describe_dataset,
+    describe_side,
+    exact_ratio,
+    one_line,
+    software_versions,
+)
+from hf_immunize.hub.hashes import hash_weights
+from hf_immunize.hub.parts import AuditRecord, BaseModelRecord, DataRecord, MethodRecord, MetricRecord, RatioRecord
+from hf_immunize.hub.record import ImmunizationRecord, read_record, write_record
+from hf_immunize.hub.validation import RECORD_NAME
+from hf_immunize.training.method import Method
+from hf_immunize.vision.measurement import Measurement
+
+
+logger = logging.get_logger(__name__)
+# Settings of the method that have fields of their own in the record.
+_NAMED = ("objective", "benign_weight", "harmful_weight")
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    weights: str
+    step: int
+    prefix: str
+    metrics: dict[str, float]
+    benign: tuple[Measurement, Measurement | None]
+    harmful: tuple[Measurement | None, Measurement | None]
+
+
+@dataclass
+class Evidence:
+    """What is known about a model in training, for its record.
+
+    Attributes:
+        base_model: What it started from, where the model's config does not say it.
+        benign, harmful: Names, revisions and splits of the data, where the data sets do not say them; what is None is
+            taken from the data sets.
+        license: Licence of the weights.
+        before: Metrics of the starting weights, where they were not evaluated by this Trainer.
+        figures: Names of figures in the output folder.
+        remarks: Plain sentences that the figures need to be understood.
+    """
+
+    base_model: BaseModelRecord | None = None
+    benign: DataRecord | None = None
+    harmful: DataRecord | None = None
+    license: str | None = None
+    before: dict[str, float | None] | None = None
+    figures: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    _latest: _Evaluated | None = None
+    _adopted: tuple[str, ImmunizationRecord] | None = None
+    _attached: tuple[str, RatioRecord | None, AuditRecord | None] | None = None
+
+    def note(
+        self,
+        model: nn.Module,
+        prefix: str,
+        step: int,
+        metrics: dict[str, float],
+        benign: Measurement,
+        harmful: Measurement | None,
+        references: dict[str, Measurement],
+    ) -> None:
+        """Keep what an evaluation of the constructor's data found.
+
+        Args:
+            model: The weights it was made of.
+            prefix: Of its metrics; of several benign sets, the first one counts.
+            step: Optimizer steps so far.
+            metrics: With the prefix.
+            benign: Features of the benign set.
+            harmful: Of the harmful set.
+            references: Features through the starting weights, by prefix and "harmful".
+        """
+        weights = weights_fingerprint(model)
+        last = self._latest
+        if last is not None and (last.weights, last.step) == (weights, step) and last.prefix != prefix:
+            return
+        if step == 0:
+            self.before = {name.replace(prefix, "eval", 1): value for name, value in metrics.items()}
+        sides = (benign, references.get(prefix)), (harmful, references.get("harmful"))
+        self._latest = _Evaluated(weights, step, prefix, dict(metrics), *sides)
+
+    def attach(self, model: nn.Module, *, groups: RatioRecord | None = None, audit: AuditRecord | None = None) -> None:
+        """Keep what was measured outside the Trainer, for these weights only.
+
+        Args:
+            model: The weights it was made of.
+            groups: RIR over groups of images.
+            audit: What an audit found.
+        """
+        self._attached = weights_fingerprint(model), groups, audit
+
+    def adopt(self, model: nn.Module, folder: str | None) -> None:
+        """Take over the record of a checkpoint whose weights were just loaded.
+
+        Args:
+            model: With those weights.
+            folder: The checkpoint's folder.
+        """
+        if folder is None or not (Path(folder) / RECORD_NAME).is_file():
+            return
+        try:
+            record = read_record(folder)
+        except RecordError as error:
+            logger.warning(f"Passing over the record in {folder}: {error}")
+            return
+        self._adopted = weights_fingerprint(model), record
+        if self.before is None and record.metric is not None and record.metric.before is not None:
+            self.before = {f"eval_{record.metric.name}": record.metric.before}
+
+    def of(self, weights: str) -> _Evaluated | ImmunizationRecord | None:
+        """What is known of these weights, by their fingerprint."""
+        if self._latest is not None and self._latest.weights == weights:
+            return self._latest
+        return self._adopted[1] if self._adopted is not None and self._adopted[0] == weights else None
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A fingerprint of all weights and statistics: the sums and norms of all tensors, in float64.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A hash; another one as soon as a weight has changed by more than rounding of its tensor's sum.
+    """
+    sums = []
+    for tensor in model.state_dict().values():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() > 0:
+            wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+            # Nothing is read back until all are computed: one wait, not one a tensor.
+            sums += [tensor.sum(dtype=wide), torch.linalg.vector_norm(tensor, dtype=wide)]
+    values = torch.stack([value.double().cpu() if value.device.type == "mps" else value for value in sums]).tolist()
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def make_record(trainer: Any) -> ImmunizationRecord | None:
+    """The record of the Trainer's weights, without their hashes.
+
+    Args:
+        trainer: An `ImmunizationTrainer`.
+
+    Returns:
+        The record; None where these weights were not evaluated.
+    """
+    evidence: Evidence = trainer.evidence
+    if evidence._latest is None and evidence._adopted is None:
+        return None
+    weights = weights_fingerprint(trainer.model)
+    known = evidence.of(weights)
+    if known is None:
+        return None
+    if isinstance(known, ImmunizationRecord):
+        return _completed(dataclasses.replace(known), trainer, weights)
+    record = bare_record(trainer, known.prefix, known.step)
+    record.metric = _metric(evidence.before or {}, known.metrics, known.prefix)
+    if record.metric is not None:
+        record.metric.precision = trainer.accelerator.mixed_precision
+    record.benign_features, record.harmful_features = describe_side(*known.benign), describe_side(*known.harmful)
+    for data, measurement in ((record.benign, known.benign[0]), (record.harmful, known.harmful[0])):
+        if data is not None and measurement is not None:
+            data.size, data.checksum = measurement.factor.num_samples, measurement.checksum
+    exact = exact_ratio(record.benign_features, record.harmful_features)
+    record.ratios = {} if exact is None else {"exact": exact}
+    return _completed(record, trainer, weights)
+
+
+def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> ImmunizationRecord:
+    """What can be said of the Trainer's model without a measurement: method, base model and data.
+
+    Args:
+        trainer: An `ImmunizationTrainer`.
+        prefix: Which of several benign sets is meant.
+        step: Optimizer steps; by default those taken so far.
+
+    Returns:
+        A record without figures.
+    """
+    args, evidence = trainer.args, trainer.evidence
+    settings = dataclasses.asdict(Method.of(args))
+    train = trainer.train_dataset
+    benign = trainer.eval_dataset
+    if isinstance(benign, dict):
+        benign = benign.get(prefix.removeprefix("eval_"), next(iter(benign.values()), None))
+    config = trainer.model.config
+    base = evidence.base_model or describe_base_model(config._name_or_path, getattr(config, "_commit_hash", None))
+    return ImmunizationRecord(
+        method=MethodRecord(
+            objective=args.objective,
+            trainable=one_line(args.trainable),
+            steps=trainer.state.global_step if step is None else step,
+            seed=args.seed,
+            benign_weight=args.benign_weight,
+            harmful_weight=args.harmful_weight,
+            freeze_batchnorm=args.freeze_batchnorm,
+            settings={name: value for name, value in settings.items() if name not in _NAMED},
+        ),
+        base_model=dataclasses.replace(base),
+        benign=_merged(evidence.benign, describe_dataset(benign, train=getattr(train, "benign", train))),
+        harmful=_merged(
+            evidence.harmful, describe_dataset(trainer._harmful_eval, train=getattr(train, "harmful", None))
+        ),
+        image_processor=None if trainer.processing_class is None else type(trainer.processing_class).__name__,
+        software=software_versions(),
+        license=evidence.license,
+        figures=list(evidence.figures),
+        remarks=[one_line(remark) for remark in evidence.remarks],
+    )
+
+
+def save_record(trainer: Any, staging: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Write the record beside weights that were just written, with their hashes; or take an outdated one away.
+
+    Args:
+        trainer: An `ImmunizationTrainer`.
+        staging: Where the weights lie now.
+        target: Where they will lie; a record there that is not of these weights is removed.
+    """
+    record = make_record(trainer)
+    if record is not None:
+        record.weights = hash_weights(staging)
+        write_record(staging, record)
+    elif (Path(target) / RECORD_NAME).is_file():
+        logger.warning(
+            f"Removing {RECORD_NAME} from {target}: these weights were not evaluated, and its figures are of others."
+        )
+        (Path(target) / RECORD_NAME).unlink()
+
+
+def _completed(record: ImmunizationRecord, trainer: Any, weights: str) -> ImmunizationRecord:
+    """With what was given from outside for these very weights."""
+    evidence: Evidence = trainer.evidence
+    record.figures, record.remarks = list(evidence.figures), [one_line(remark) for remark in evidence.remarks]
+    record.license = evidence.license or record.license
+    if evidence._attached is not None and evidence._attached[0] == weights:
+        _, groups, audit = evidence._attached
+        record.ratios = record.ratios | ({} if groups is None else {"groups": groups})
+        record.audit = audit or record.audit
+    return record
+
+
+def _metric(before: dict[str, Any], after: dict[str, float], prefix: str) -> MetricRecord | None:
+    for name in ("accuracy", "loss"):
+        value, old = after.get(f"{prefix}_{name}"), before.get(f"eval_{name}")
+        if value is not None and math.isfinite(value):
+            known = old is not None and math.isfinite(old)
+            return MetricRecord(name, float(value), None if old is None or not known else float(old))
+    return None
+
+
+def _merged(given: DataRecord | None, found: DataRecord | None) -> DataRecord | None:
+    if given is None or found is None:
+        return given if found is None else found
+    named = {item.name: getattr(given, item.name) for item in dataclasses.fields(given)}
+    kept = {name: value for name, value in named.items() if value is not None}
+    return dataclasses.replace(found, **kept)

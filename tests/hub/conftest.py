@@ -1,0 +1,50 @@
+"""A tiny immunized checkpoint with its record."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+from checkpoints import benign_images, harmful_images, reference_model, write_checkpoint
+
+from hf_immunize.hub.record import read_record
+
+
+@pytest.fixture
+def benign():
+    return benign_images()
+
+
+@pytest.fixture
+def harmful():
+    return harmful_images()
+
+
+@pytest.fixture
+def reference():
+    return reference_model()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_checkpoint(tmp_path / "checkpoint")[0]
+
+
+@pytest.fixture
+def record(checkpoint):
+    return read_record(checkpoint)
+
+
+@pytest.fixture
+def tamper():
+    """Change one weight of a checkpoint."""
+
+    def change(folder):
+        path = folder / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-2] ^= 0x40
+        path.write_bytes(bytes(content))
+
+    return change

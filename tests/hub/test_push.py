@@ -1,0 +1,215 @@
+"""Pushing to a Hub on loopback, and every way in which that can fail."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+from hub_server import READ_ONLY, TOKEN, USER
+from huggingface_hub import HfApi
+
+from hf_immunize.errors import ArgumentError, CardError, HubError, RecordError, WeightsError
+from hf_immunize.hub.push import files_to_push, push
+from hf_immunize.hub.record import read_record
+
+
+pytestmark = pytest.mark.hub
+REPO = f"{USER}/immunized"
+EXPECTED = {"README.md", "immunization.json", "config.json", "preprocessor_config.json", "model.safetensors"}
+
+
+def local(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_repository_holds_exactly_the_allowed_files(checkpoint, api, online):
+    for name in ("training_args.bin", "notes.txt", "results.json", "optimizer.pt", "private.png"):
+        (checkpoint / name).write_bytes(b"not for others")
+    push(checkpoint, REPO, api=api)
+    assert set(online.files(REPO)) == EXPECTED | {".gitattributes"}
+
+
+def test_pushed_files_are_the_local_ones(checkpoint, api, online):
+    push(checkpoint, REPO, api=api)
+    there = online.files(REPO)
+    assert {name: there[name] for name in EXPECTED} == {name: local(checkpoint)[name] for name in EXPECTED}
+
+
+def test_figure_of_the_record_is_pushed(checkpoint, record):
+    (checkpoint / "spectra.png").write_bytes(b"png")
+    record.figures = ["spectra.png"]
+    assert "spectra.png" in files_to_push(checkpoint, record)
+
+
+def test_dry_run_lists_without_network_or_change(checkpoint):
+    before = local(checkpoint)
+    result = push(checkpoint, REPO, dry_run=True)
+    assert set(result.files) == EXPECTED - {"README.md"}
+    assert local(checkpoint) == before
+
+
+def test_pushing_again_makes_no_commit(checkpoint, api, online):
+    first = push(checkpoint, REPO, api=api)
+    second = push(checkpoint, REPO, api=api)
+    assert (first.changed, second.changed, second.commit) == (True, False, first.commit)
+
+
+def test_upload_that_is_cut_leaves_the_repository_and_the_next_push_is_whole(checkpoint, api, online):
+    online.fail("PUT", "/lfs/", "cut", times=100)
+    before = local(checkpoint)
+    with pytest.raises(HubError) as cut:
+        push(checkpoint, REPO, api=api)
+    assert cut.value.outcome == "unreachable"
+    assert set(online.files(REPO)) == {".gitattributes"}
+    assert before.items() <= local(checkpoint).items()
+    online.faults.clear()
+    push(checkpoint, REPO, api=api)
+    assert set(online.files(REPO)) == EXPECTED | {".gitattributes"}
+
+
+def test_upload_cut_once_is_tried_again_by_itself(checkpoint, api, online):
+    online.fail("PUT", "/lfs/", "cut")
+    assert push(checkpoint, REPO, api=api).changed
+
+
+def test_commit_cut_after_the_upload_sends_the_weights_only_once(checkpoint, api, online):
+    online.fail("POST", "/commit/", "cut")
+    push(checkpoint, REPO, api=api)
+    assert max(online.uploads().values()) == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+@pytest.mark.parametrize("path", ["/api/repos/create", "/commit/", "/preupload/"])
+def test_passing_trouble_is_waited_out(status, path, checkpoint, api, online):
+    online.fail("POST", path, status, **{"Retry-After": 1})
+    assert push(checkpoint, REPO, api=api).changed
+
+
+OUTCOMES = {400: "rejected", 401: "unauthorized", 403: "forbidden", 404: "not_found", 409: "conflict"}
+OUTCOMES |= {429: "rate_limited", 500: "server_error"}
+
+
+@pytest.mark.parametrize("status", list(OUTCOMES))
+def test_lasting_trouble_has_a_name(status, checkpoint, api, online):
+    online.fail("POST", "/commit/", status, times=100)
+    with pytest.raises(HubError) as failed:
+        push(checkpoint, REPO, api=api)
+    assert failed.value.outcome == OUTCOMES[status]
+
+
+def test_token_of_another_is_unauthorized(checkpoint, online):
+    with pytest.raises(HubError, match="hf auth login") as failed:
+        push(checkpoint, REPO, api=HfApi(endpoint=online.url, token="hf_wrong"))
+    assert failed.value.outcome == "unauthorized"
+
+
+def test_token_that_may_only_read_is_forbidden(checkpoint, online):
+    with pytest.raises(HubError, match="write access") as failed:
+        push(checkpoint, REPO, api=HfApi(endpoint=online.url, token=READ_ONLY))
+    assert failed.value.outcome == "forbidden"
+
+
+def test_repository_of_another_is_forbidden(checkpoint, api):
+    with pytest.raises(HubError) as failed:
+        push(checkpoint, "somebody/else", api=api)
+    assert failed.value.outcome == "forbidden"
+
+
+def test_no_network_is_one_sentence(checkpoint, online):
+    with pytest.raises(HubError, match="connection") as failed:
+        push(checkpoint, REPO, api=HfApi(endpoint="http://127.0.0.1:9", token=TOKEN))
+    assert failed.value.outcome == "unreachable"
+
+
+def test_offline_is_said(checkpoint, api, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE") as failed:
+        push(checkpoint, REPO, api=api)
+    assert failed.value.outcome == "offline"
+
+
+def test_private_on_request(checkpoint, api, online):
+    push(checkpoint, REPO, private=True, api=api)
+    assert online.repos[REPO].private
+
+
+def test_private_is_not_pushed_to_a_public_repository(checkpoint, api, online):
+    push(checkpoint, REPO, api=api)
+    with pytest.raises(HubError, match="public") as failed:
+        push(checkpoint, REPO, private=True, api=api)
+    assert failed.value.outcome == "conflict"
+
+
+def test_branch_is_made(checkpoint, api, online):
+    push(checkpoint, REPO, revision="v1", api=api)
+    assert "model.safetensors" in online.files(REPO, "v1")
+    assert "model.safetensors" not in online.files(REPO)
+
+
+def test_weights_of_an_earlier_push_are_removed(checkpoint, api, online):
+    push(checkpoint, REPO, api=api)
+    online.files(REPO)["pytorch_model.bin"] = online.files(REPO)["model-00001-of-00002.safetensors"] = b"old"
+    online.files(REPO)["mine.txt"] = b"stays"
+    push(checkpoint, REPO, api=api)
+    assert set(online.files(REPO)) == EXPECTED | {".gitattributes", "mine.txt"}
+
+
+def test_weights_other_than_the_recorded_are_refused(checkpoint, api, online, tamper):
+    tamper(checkpoint)
+    with pytest.raises(RecordError, match=r"model\.safetensors has changed"):
+        push(checkpoint, REPO, api=api)
+    assert REPO not in online.repos
+
+
+def test_checkpoint_without_record_is_refused(checkpoint, api):
+    (checkpoint / "immunization.json").unlink()
+    with pytest.raises(RecordError, match="no evidence"):
+        push(checkpoint, REPO, api=api)
+
+
+def test_pickled_weights_are_refused(checkpoint, api):
+    shutil.move(checkpoint / "model.safetensors", checkpoint / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="pickled"):
+        push(checkpoint, REPO, api=api)
+
+
+def test_token_in_a_file_is_refused_and_not_repeated(checkpoint, api, online):
+    (checkpoint / "README.md").write_text(f"my token is {TOKEN}\n")
+    with pytest.raises(ArgumentError, match=r"a token in README\.md") as refused:
+        push(checkpoint, REPO, api=api)
+    assert TOKEN not in str(refused.value)
+    assert not online.requests
+
+
+def test_local_path_in_a_file_is_refused(checkpoint, api, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/alice")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"teacher": "/home/alice/models/x"}))
+    with pytest.raises(ArgumentError, match=r"local path /home/alice in config\.json"):
+        push(checkpoint, REPO, api=api)
+
+
+def test_card_edited_into_invalid_yaml_is_named_and_left(checkpoint, api, online):
+    broken = "---\ntags: [a\nlicense: : mit\n---\n\nMy text.\n"
+    (checkpoint / "README.md").write_text(broken)
+    with pytest.raises(CardError, match="Repair it by hand"):
+        push(checkpoint, REPO, api=api)
+    assert (checkpoint / "README.md").read_text() == broken
+    assert not online.requests
+
+
+def test_metadata_that_the_hub_refuses_is_named(checkpoint, api):
+    (checkpoint / "README.md").write_text("---\nlicense: no-such-licence\n---\n\nMy text.\n")
+    with pytest.raises(CardError, match="license"):
+        push(checkpoint, REPO, api=api)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b/c", "user/na me", "", "https://huggingface.co/user/x"])
+def test_impossible_names_are_refused(name, checkpoint):
+    with pytest.raises(ArgumentError, match="user/name"):
+        push(checkpoint, name, dry_run=True)
+
+
+def test_record_is_still_readable_after_a_push(checkpoint, api, record):
+    push(checkpoint, REPO, api=api)
+    assert read_record(checkpoint) == record

@@ -1,0 +1,156 @@
+"""`immunization.json`: read back without loss, and refused by name where it is not what it should be."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_immunize.errors import RecordError, RecordVersionError
+from hf_immunize.hub.parts import BaseModelRecord, MethodRecord
+from hf_immunize.hub.record import ImmunizationRecord, read_record, write_record
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**40), 2**40)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def plain(record):
+    return json.loads(record.to_json())
+
+
+def reread(values):
+    return ImmunizationRecord.from_json(json.dumps(values))
+
+
+def test_reads_back_what_was_written(record):
+    assert ImmunizationRecord.from_json(record.to_json()) == record
+
+
+def test_file_reads_back(record, tmp_path):
+    write_record(tmp_path, record)
+    assert read_record(tmp_path) == record
+
+
+def test_smallest_record_reads_back():
+    record = ImmunizationRecord(MethodRecord("kappa", "all", 0, 0), BaseModelRecord("x"))
+    assert ImmunizationRecord.from_json(record.to_json()) == record
+
+
+@given(extra=st.dictionaries(st.text(min_size=1, max_size=12).map(lambda name: f"x-{name}"), JSON, max_size=3))
+def test_unknown_fields_survive_a_round_trip(extra):
+    values = plain(ImmunizationRecord(MethodRecord("kappa", "all", 0, 0), BaseModelRecord("x")))
+    values |= extra
+    values["method"] |= extra
+    assert plain(reread(values)) == json.loads(json.dumps(values))
+
+
+def test_newer_minor_version_is_read(record):
+    values = plain(record) | {"schema_version": "1.7", "new_evidence": {"certified": True}}
+    assert plain(reread(values)) == values
+
+
+@pytest.mark.parametrize("version", ["2.0", "10.3"])
+def test_newer_major_version_has_a_name(record, version):
+    with pytest.raises(RecordVersionError, match="Update hf_immunize"):
+        reread(plain(record) | {"schema_version": version, "method": "of another shape"})
+
+
+@pytest.mark.parametrize("version", [None, 1, "1", "one", "1.0.0"])
+def test_no_version_is_no_record(record, version):
+    with pytest.raises(RecordError, match="schema_version"):
+        reread(plain(record) | {"schema_version": version})
+
+
+def test_truncated_anywhere_is_an_error_by_name(record):
+    text = record.to_json().rstrip()
+    for length in range(0, len(text) - 1, 97):
+        with pytest.raises(RecordError):
+            ImmunizationRecord.from_json(text[:length])
+
+
+def test_missing_file_says_that_there_is_no_evidence(tmp_path):
+    with pytest.raises(RecordError, match="carries no evidence"):
+        read_record(tmp_path)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "immunization.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecordError, match="UTF-8"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_only_finite_numbers_are_read(record, number):
+    text = record.to_json().replace(json.dumps(record.metric.after), number, 1)
+    with pytest.raises(RecordError, match="finite"):
+        ImmunizationRecord.from_json(text)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_only_finite_numbers_are_written(record, number):
+    record.metric.after = number
+    with pytest.raises(RecordError, match="finite"):
+        record.to_json()
+
+
+def test_failed_write_leaves_the_old_record(record, tmp_path):
+    write_record(tmp_path, record)
+    before = (tmp_path / "immunization.json").read_bytes()
+    record.metric.after = math.nan
+    with pytest.raises(RecordError):
+        write_record(tmp_path, record)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["immunization.json"]
+    assert (tmp_path / "immunization.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("method", "steps"), "many", r"method\.steps"),
+        (("method", "steps"), 1.5, r"method\.steps"),
+        (("method", "seed"), True, r"method\.seed"),
+        (("method",), None, r"record\.method"),
+        (("base_model", "name"), 3, r"base_model\.name"),
+        (("benign_features", "after", "rank"), 0, r"benign_features\.after\.rank"),
+        (("benign_features", "after", "rank"), 10**6, r"min\(N, D\)"),
+        (("harmful_features", "after", "log10_kappa"), -1.0, r"κ ≥ 1"),
+        (("ratios", "exact", "bound"), "sideways", r"ratios\.exact\.bound"),
+        (("ratios", "exact", "log10_rir"), None, r"log10_rir"),
+        (("weights", "../../etc/passwd"), "0" * 64, r"beside the record"),
+        (("weights", "model.safetensors"), "abc", r"SHA-256"),
+        (("figures",), ["../secret.png"], r"figures"),
+        (("audit", "strongest", "head_input", "accuracy"), 7.0, r"between 0 and 1"),
+        (("remarks",), "text", r"remarks"),
+        (("benign", "name"), "\ud800", r"surrogate"),
+    ],
+)
+def test_what_cannot_be_is_named(record, path, value, message):
+    values = plain(record)
+    inner = values
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    with pytest.raises(RecordError, match=message):
+        reread(values)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", '"x"', "[" * 100_000, "{}"])
+def test_other_json_is_no_record(text):
+    with pytest.raises(RecordError):
+        ImmunizationRecord.from_json(text)
+
+
+def test_missing_field_is_named(record):
+    values = plain(record)
+    del values["method"]["objective"]
+    with pytest.raises(RecordError, match=r"method\.objective"):
+        reread(values)

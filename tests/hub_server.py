@@ -1,0 +1,411 @@
+"""The Hub's endpoints on loopback, strict about what they accept; the standard library and PyYAML only.
+
+Enough for create_repo, create_commit, model_info, snapshot_download, from_pretrained and `Trainer(push_to_hub=True)`.
+Faults can be ordered: a status, or a connection that is cut in the middle of an upload.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+
+TOKEN = "hf_thisIsAFakeTokenOfTheTestsOnly0000"
+READ_ONLY = "hf_thisIsAFakeTokenThatMayOnlyRead00"
+USER = "tester"
+REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "other", "unknown"}
+LFS = (".safetensors", ".png", ".bin", ".pt", ".pth")
+
+
+@dataclass
+class Repo:
+    private: bool
+    commits: list = field(default_factory=list)  # (oid, {path: blob})
+    branches: dict = field(default_factory=dict)
+
+    def head(self, revision="main"):
+        if revision in self.branches:
+            revision = self.branches[revision]
+        return next(((oid, files) for oid, files in self.commits if oid == revision), None)
+
+    def commit(self, files, branch):
+        oid = hashlib.sha1(f"{len(self.commits)}{sorted(files)}".encode()).hexdigest()
+        self.commits.append((oid, files))
+        self.branches[branch] = oid
+        return oid
+
+
+@dataclass
+class Fault:
+    method: str
+    path: str
+    action: object  # a status, or "cut"
+    times: int = 1
+    headers: dict = field(default_factory=dict)
+
+
+def blob_id(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class Hub(ThreadingHTTPServer):
+    """A Hub that forgets everything when it is closed."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repos, self.store, self.faults, self.requests = {}, {}, [], []
+        self.lock = threading.RLock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def fail(self, method, path, action, times=1, **headers):
+        self.faults.append(Fault(method, path, action, times, headers))
+
+    def files(self, repo, revision="main"):
+        return self.repos[repo].head(revision)[1]
+
+    def uploads(self):
+        return Counter(path for method, path in self.requests if method == "PUT")
+
+    def handle_error(self, request, address):
+        """A client that went away is no news."""
+
+
+class Refused(Exception):
+    def __init__(self, status, message, code=None, **headers):
+        super().__init__(message)
+        self.status, self.headers = status, headers | ({"X-Error-Code": code} if code else {})
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def __getattr__(self, name):
+        if name.startswith("do_"):
+            return self.answer
+        raise AttributeError(name)
+
+    # ---- plumbing ----
+
+    def answer(self):
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append((self.command, path))
+        self.query = parse_qs(urlsplit(self.path).query)
+        self.body_read = False
+        try:
+            self.misbehave(path)
+            for method, pattern, name in ROUTES:
+                match = re.fullmatch(pattern, path)
+                if match and self.command in method:
+                    with self.server.lock:
+                        return getattr(self, name)(**match.groupdict())
+            raise Refused(404, f"no such endpoint: {self.command} {path}")
+        except Refused as refusal:
+            self.drain()
+            self.reply(refusal.status, {"error": str(refusal)}, **refusal.headers)
+
+    def misbehave(self, path):
+        for fault in self.server.faults:
+            if fault.times > 0 and fault.method == self.command and re.search(fault.path, path):
+                fault.times -= 1
+                if fault.action == "cut":
+                    self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+                    self.close_connection = True
+                    self.connection.shutdown(2)
+                    raise ConnectionAbortedError
+                raise Refused(fault.action, "as ordered by the test", **fault.headers)
+
+    def drain(self):
+        if not self.body_read:
+            self.body()
+
+    def body(self):
+        self.body_read = True
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def json(self):
+        try:
+            return json.loads(self.body())
+        except ValueError:
+            raise Refused(400, "the body is no JSON") from None
+
+    def reply(self, status, content=b"", **headers):
+        if not isinstance(content, bytes):
+            content, headers = json.dumps(content).encode(), {"Content-Type": "application/json"} | headers
+        self.send_response(status)
+        for name, value in ({"Content-Length": len(content)} | headers).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    # ---- rights ----
+
+    def token(self):
+        given = self.headers.get("Authorization", "")
+        if given and given not in (f"Bearer {TOKEN}", f"Bearer {READ_ONLY}"):
+            raise Refused(401, "Invalid credentials in Authorization header")
+        return given.removeprefix("Bearer ") or None
+
+    def writer(self, repo):
+        token = self.token()
+        if token is None:
+            raise Refused(401, "Invalid username or password.")
+        if token == READ_ONLY or repo.split("/")[0] != USER:
+            raise Refused(403, f"You don't have the rights to write to {repo}")
+
+    def readable(self, repo):
+        found = self.server.repos.get(repo)
+        if found is None or (found.private and self.token() is None):
+            raise Refused(404 if self.token() else 401, "Repository not found", "RepoNotFound")
+        return found
+
+    def state(self, repo, revision):
+        found = self.readable(repo).head(unquote(revision))
+        if found is None:
+            raise Refused(404, "Invalid rev id", "RevisionNotFound")
+        return found
+
+    # ---- endpoints ----
+
+    def whoami(self):
+        if self.token() is None:
+            raise Refused(401, "Invalid username or password.")
+        self.reply(200, {"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+
+    def create_repo(self):
+        given = self.json()
+        repo = f"{given.get('organization') or USER}/{given['name']}"
+        self.writer(repo)
+        if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo) or "--" in repo or ".." in repo:
+            raise Refused(400, f"Invalid repository name {repo}")
+        if repo in self.server.repos:
+            return self.reply(
+                409, {"error": "You already created this model repo", "url": f"{self.server.url}/{repo}"}
+            )
+        private = given.get("private") or given.get("visibility") == "private"
+        made = self.server.repos[repo] = Repo(bool(private))
+        made.commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "main")
+        self.reply(200, {"url": f"{self.server.url}/{repo}"})
+
+    def create_branch(self, repo, branch):
+        self.writer(repo)
+        self.drain()
+        found = self.readable(repo)
+        if branch in found.branches:
+            raise Refused(409, "Reference already exists")
+        found.branches[branch] = found.branches["main"]
+        self.reply(200, {})
+
+    def validate_yaml(self):
+        given = self.json()
+        problems = card_problems(given["content"]) if given["repoType"] == "model" else []
+        status = 400 if problems else 200
+        self.reply(status, {"errors": [{"message": p} for p in problems], "warnings": []})
+
+    def preupload(self, repo, revision):
+        self.writer(repo)
+        _, files = self.state(repo, revision)
+        answers = []
+        for file in self.json()["files"]:
+            path = safe_path(file["path"])
+            if len(base64.b64decode(file["sample"], validate=True)) > 512 or not isinstance(file["size"], int):
+                raise Refused(400, f"bad sample or size of {path}")
+            mode = "lfs" if path.endswith(LFS) else "regular"
+            answer = {"path": path, "uploadMode": mode, "shouldIgnore": False}
+            if path in files:
+                # Of an LFS file, git's blob is its pointer; the client compares sha256 for those.
+                answer["oid"] = hashlib.sha256(files[path]).hexdigest() if mode == "lfs" else blob_id(files[path])
+            answers.append(answer)
+        self.reply(200, {"files": answers})
+
+    def lfs_batch(self, repo):
+        self.writer(repo)
+        given = self.json()
+        if given.get("operation") != "upload" or given.get("hash_algo") != "sha256":
+            raise Refused(422, "unknown operation or hash")
+        objects = []
+        for item in given["objects"]:
+            if not re.fullmatch(r"[0-9a-f]{64}", item["oid"]):
+                raise Refused(422, "bad oid")
+            answer = {"oid": item["oid"], "size": item["size"]}
+            if item["oid"] not in self.server.store:
+                href = f"{self.server.url}/lfs/{repo}/{item['oid']}"
+                answer["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
+            objects.append(answer)
+        self.reply(200, {"transfer": "basic", "objects": objects}, **{"Content-Type": "application/vnd.git-lfs+json"})
+
+    def lfs_put(self, repo, oid):
+        content = self.body()
+        if hashlib.sha256(content).hexdigest() != oid:
+            raise Refused(400, "content is not what its hash says")
+        self.server.store[oid] = content
+        self.reply(200)
+
+    def lfs_verify(self, repo, oid):
+        self.writer(repo)
+        given = self.json()
+        if given["oid"] != oid or len(self.server.store.get(oid, b"")) != given["size"]:
+            raise Refused(400, "not uploaded whole")
+        self.reply(200, {})
+
+    def commit(self, repo, revision):
+        self.writer(repo)
+        if self.headers.get("Content-Type") != "application/x-ndjson":
+            raise Refused(415, "expected application/x-ndjson")
+        found, branch = self.readable(repo), unquote(revision)
+        if branch not in found.branches:
+            raise Refused(404, "Invalid rev id", "RevisionNotFound")
+        files = dict(found.head(branch)[1])
+        lines = [json.loads(line) for line in self.body().splitlines() if line.strip()]
+        if not lines or lines[0]["key"] != "header" or not lines[0]["value"]["summary"]:
+            raise Refused(400, "the first line must be a header with a summary")
+        for line in lines[1:]:
+            key, value = line["key"], line["value"]
+            path = safe_path(value["path"])
+            if key == "file":
+                content = base64.b64decode(value["content"], validate=True)
+                if path.endswith(LFS):
+                    raise Refused(400, f"{path} must go through LFS")
+                problems = card_problems(content.decode()) if path == "README.md" else []
+                if problems:
+                    raise Refused(400, "; ".join(problems))
+                files[path] = content
+            elif key == "lfsFile":
+                if value["algo"] != "sha256" or len(self.server.store.get(value["oid"], b"")) != value["size"]:
+                    raise Refused(400, f"{path} was not uploaded")
+                files[path] = self.server.store[value["oid"]]
+            elif key == "deletedFile":
+                if files.pop(path, None) is None:
+                    raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
+            else:
+                raise Refused(400, f"unknown key {key}")
+        oid = found.commit(files, branch)
+        self.reply(200, {"commitUrl": f"{self.server.url}/{repo}/commit/{oid}", "commitOid": oid, "success": True})
+
+    def model_info(self, repo, revision="main"):
+        oid, files = self.state(repo, revision)
+        siblings = [{"rfilename": path} for path in sorted(files)]
+        private = self.server.repos[repo].private
+        plain = {"id": repo, "modelId": repo, "sha": oid, "private": private, "gated": False, "disabled": False}
+        self.reply(200, {**plain, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
+
+    def tree(self, repo, revision):
+        _, files = self.state(repo, revision)
+        entries = []
+        for path, content in sorted(files.items()):
+            entry = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
+            if path.endswith(LFS):
+                oid = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
+            entries.append(entry)
+        self.reply(200, entries)
+
+    def resolve(self, repo, revision, path):
+        self.drain()
+        oid, files = self.state(repo, revision)
+        if path not in files:
+            raise Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": oid})
+        content, headers = files[path], {"X-Repo-Commit": oid}
+        if path.endswith(LFS):
+            etag = hashlib.sha256(content).hexdigest()
+            headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": len(content)}
+        else:
+            etag = blob_id(content)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        status = 200
+        if wanted:
+            start, end = int(wanted[1]), int(wanted[2] or len(content) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+            content, status = content[start : end + 1], 206
+        self.reply(status, content, ETag=f'"{etag}"', **headers)
+
+
+ROUTES = [
+    (("GET",), "/api/whoami-v2", "whoami"),
+    (("POST",), "/api/repos/create", "create_repo"),
+    (("POST",), "/api/validate-yaml", "validate_yaml"),
+    (("POST",), rf"/api/models/{REPO}/branch/(?P<branch>.+)", "create_branch"),
+    (("POST",), rf"/api/models/{REPO}/preupload/(?P<revision>.+)", "preupload"),
+    (("POST",), rf"/api/models/{REPO}/commit/(?P<revision>.+)", "commit"),
+    (("POST",), rf"/{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
+    (("PUT",), rf"/lfs/{REPO}/(?P<oid>\w+)", "lfs_put"),
+    (("POST",), rf"/lfs/{REPO}/(?P<oid>\w+)/verify", "lfs_verify"),
+    (("GET",), rf"/api/models/{REPO}/revision/(?P<revision>.+)", "model_info"),
+    (("GET",), rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)", "tree"),
+    (("GET",), rf"/api/models/{REPO}", "model_info"),
+    (("GET", "HEAD"), rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+]
+
+
+def safe_path(path):
+    parts = path.split("/")
+    if path.startswith("/") or "\\" in path or any(part in ("", ".", "..", ".git") for part in parts):
+        raise Refused(400, f"bad path {path!r}")
+    return path
+
+
+def card_problems(text):
+    """What the Hub objects to in a model card's metadata."""
+    match = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\r?\n|$)", text, re.DOTALL)
+    if match is None:
+        return []
+    try:
+        data = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        return [f"invalid YAML: {error}"]
+    if not isinstance(data, dict):
+        return ["metadata must be names and values"]
+    problems = []
+
+    def check(holds, message):
+        if not holds:
+            problems.append(message)
+
+    def texts(value):
+        return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+    check("license" not in data or data["license"] in LICENSES, f'"license" must be one of {sorted(LICENSES)}')
+    check("tags" not in data or texts(data["tags"]), '"tags" must be a list of texts')
+    bases = data.get("base_model", [])
+    for name in [bases] if isinstance(bases, str) else bases:
+        check(re.fullmatch(r"[\w.-]+/[\w.-]+", name), f'"base_model" {name!r} is no id')
+    for name in data.get("datasets", []):
+        check(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name), f'"datasets" {name!r} is no id')
+    for model in data.get("model-index", []):
+        check(isinstance(model.get("name"), str) and model["name"], '"model-index[].name" must be a text')
+        for result in model["results"]:
+            check(isinstance(result["task"].get("type"), str), '"task.type" is required')
+            dataset = result.get("dataset", {})
+            check(isinstance(dataset.get("name"), str) and dataset["name"], '"dataset.name" is required')
+            check(re.fullmatch(r"[\w./-]+", str(dataset.get("type", ""))), '"dataset.type" must be an identifier')
+            check(result.get("metrics"), '"metrics" is required')
+            for metric in result.get("metrics", []):
+                check(re.fullmatch(r"[\w./-]+", str(metric.get("type", ""))), '"metric.type" must be an identifier')
+                value = metric.get("value")
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                check(number and value == value and abs(value) != float("inf"), '"metric.value" must be finite')
+    return problems

@@ -1,0 +1,222 @@
+"""The Trainer's card and pushes, against a Hub on loopback."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from hub_server import TOKEN, USER
+from huggingface_hub import ModelCard
+from transformers import ViTImageProcessorPil
+from transformers.utils import logging as transformers_logging
+
+from hf_immunize.errors import CardError, HubError
+from hf_immunize.hub.card import eval_results
+from hf_immunize.hub.hashes import changed_weights
+from hf_immunize.hub.record import ImmunizationRecord, read_record
+from hf_immunize.training.saving import last_whole_checkpoint
+
+
+REPO = f"{USER}/run"
+ALLOWED = {".gitattributes", "README.md", "config.json", "immunization.json", "model.safetensors"}
+CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+
+
+def card_of(run):
+    return ModelCard.load(Path(run.args.output_dir) / "README.md")
+
+
+@pytest.fixture
+def said():
+    """What was logged. The logger of transformers hands nothing on."""
+    records = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            records.append(record.getMessage())
+
+    loggers = [logging.getLogger("hf_immunize"), transformers_logging.get_logger("transformers")]
+    handler = Keep()
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield records
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+@pytest.fixture
+def pushing(trainer, online):
+    """A trainer that pushes to the Hub on loopback."""
+
+    def make(**options):
+        defaults = {"push_to_hub": True, "hub_model_id": REPO, "hub_token": TOKEN}
+        return trainer(**(defaults | options))
+
+    return make
+
+
+def test_card_has_the_figures_of_the_model(trainer):
+    run = trainer()
+    run.evaluate()
+    run.train()
+    metrics = run.evaluate()
+    run.save_model()
+    run.create_model_card()
+    results = {(r.dataset_config, r.metric_type): r.metric_value for r in card_of(run).data.eval_results}
+    assert results["benign", "accuracy"] == pytest.approx(metrics["eval_accuracy"])
+    assert results["harmful", "log10_rir"] == pytest.approx(metrics["eval_log10_rir"], rel=1e-6)
+
+
+def test_card_of_the_best_model_has_the_best_steps_figures(trainer):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_log10_rir", "greater_is_better": False}
+    run = trainer(**CHECKPOINTS, **best)
+    run.train()
+    run.create_model_card()
+    results = {(r.dataset_config, r.metric_type): r.metric_value for r in card_of(run).data.eval_results}
+    assert results["harmful", "log10_rir"] == pytest.approx(run.state.best_metric, rel=1e-6)
+
+
+def test_card_takes_the_trainers_arguments(trainer):
+    run = trainer()
+    run.create_model_card(
+        language="en",
+        license="mit",
+        tags="mine",
+        model_name="My model",
+        finetuned_from="user/base",
+        tasks="image-classification",
+        dataset_tags=["user/pets"],
+        dataset="Pets",
+        dataset_args="split: test",
+    )
+    data = card_of(run).data
+    assert (data.language, data.license, data.base_model, data.datasets) == (["en"], "mit", "user/base", ["user/pets"])
+    assert "mine" in data.tags
+    assert "# My model" in card_of(run).text
+
+
+def test_card_without_a_measurement_says_so(trainer):
+    run = trainer()
+    run.create_model_card()
+    assert "was not measured" in card_of(run).text
+
+
+def test_card_edited_into_invalid_yaml_is_named(trainer):
+    run = trainer()
+    Path(run.args.output_dir).mkdir(parents=True, exist_ok=True)
+    (Path(run.args.output_dir) / "README.md").write_text("---\nx: [\n---\n")
+    with pytest.raises(CardError):
+        run.create_model_card()
+
+
+@pytest.mark.hub
+def test_push_holds_what_is_allowed_and_true(pushing, online, tmp_path):
+    run = pushing()
+    run.train()
+    run.evaluate()
+    result = run.push_to_hub()
+    assert set(online.files(REPO)) == ALLOWED
+    for name, content in online.files(REPO).items():
+        (tmp_path / name).write_bytes(content)
+    assert changed_weights(tmp_path, read_record(tmp_path).weights) == []
+    assert (result.repo_id, result.changed) == (REPO, True)
+
+
+@pytest.mark.hub
+def test_pushed_card_reads_back(pushing, online):
+    run = pushing()
+    run.train()
+    run.evaluate()
+    run.push_to_hub(tags=["mine"])
+    card = ModelCard(online.files(REPO)["README.md"].decode())
+    record = ImmunizationRecord.from_json(online.files(REPO)["immunization.json"].decode())
+    assert card.data.eval_results == eval_results(record)
+    assert {"mine", "model-immunization"} <= set(card.data.tags)
+    assert f'from_pretrained("{REPO}")' in card.text
+
+
+@pytest.mark.hub
+def test_pushing_again_makes_no_commit(pushing, online):
+    run = pushing()
+    run.train()
+    run.evaluate()
+    assert [run.push_to_hub().changed, run.push_to_hub().changed] == [True, False]
+
+
+@pytest.mark.hub
+def test_push_in_the_background_gives_a_future(pushing, online):
+    run = pushing()
+    assert run.push_to_hub(blocking=False).result().repo_id == REPO
+
+
+@pytest.mark.hub
+def test_image_processor_is_pushed(pushing, online):
+    run = pushing(processing_class=ViTImageProcessorPil(size={"height": 8, "width": 8}))
+    run.push_to_hub()
+    assert set(online.files(REPO)) == (ALLOWED - {"immunization.json"}) | {"preprocessor_config.json"}
+
+
+@pytest.mark.hub
+def test_private_repository(pushing, online):
+    pushing(hub_private_repo=True).push_to_hub()
+    assert online.repos[REPO].private
+
+
+@pytest.mark.hub
+def test_push_without_rights_is_one_sentence_and_loses_nothing(pushing, online):
+    run = pushing()
+    online.fail("POST", "/commit/", 403)
+    with pytest.raises(HubError, match="write access") as failed:
+        run.push_to_hub()
+    assert failed.value.outcome == "forbidden"
+    assert {"model.safetensors", "README.md"} <= {path.name for path in Path(run.args.output_dir).iterdir()}
+
+
+@pytest.mark.hub
+def test_repository_that_cannot_be_made_is_one_sentence(pushing, online):
+    with pytest.raises(HubError) as failed:
+        pushing(hub_model_id="somebody/else")
+    assert failed.value.outcome == "forbidden"
+
+
+@pytest.mark.hub
+def test_pushes_during_training_carry_the_record(pushing, online):
+    run = pushing(**CHECKPOINTS, hub_strategy="every_save", hub_always_push=True)
+    run.train()
+    run._finish_current_push()
+    assert set(online.files(REPO)) == ALLOWED
+    record = ImmunizationRecord.from_json(online.files(REPO)["immunization.json"].decode())
+    assert record.ratios["exact"].log10_rir is not None
+
+
+@pytest.mark.hub
+def test_pushed_checkpoints_have_no_token_and_no_path(pushing, online, tmp_path):
+    run = pushing(**CHECKPOINTS, hub_strategy="checkpoint", hub_always_push=True, load_best_model_at_end=True)
+    run.train()
+    run._finish_current_push()
+    files = online.files(REPO)
+    assert "last-checkpoint/optimizer.pt" in files
+    assert not any("training_args" in name for name in files)
+    for name, content in files.items():
+        assert TOKEN.encode() not in content, name
+        assert str(tmp_path).encode() not in content, name
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("action", [403, 500, "cut"])
+def test_failed_push_of_a_checkpoint_is_said_and_training_goes_on(action, pushing, online, said):
+    run = pushing(**CHECKPOINTS, hub_strategy="every_save", hub_always_push=True)
+    online.fail("POST", "/commit/", action, times=1000)
+    run.train()
+    run._finish_current_push()
+    assert run.state.global_step == 2
+    assert last_whole_checkpoint(run.args.output_dir) == (str(Path(run.args.output_dir) / "checkpoint-2"), [])
+    assert any("checkpoint-2 is saved, but was not pushed" in line for line in said)
+
+
+@pytest.mark.hub
+def test_broken_card_does_not_stop_a_training(pushing, online, said):
+    run = pushing(**CHECKPOINTS, hub_strategy="every_save", hub_always_push=True)
+    (Path(run.args.output_dir) / "README.md").write_text("---\nx: [\n---\n")
+    run.train()
+    assert run.state.global_step == 2
+    assert any("was not pushed" in line for line in said)
