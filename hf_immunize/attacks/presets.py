@@ -93,7 +93,7 @@ class Preset:
         probe_seeds: Seeds of probes at the classifier's input.
         layer_seeds: Seeds of probes at earlier layers.
         tuning_seeds: Seeds of fine-tuning.
-        flattened: Whether layers are probed flattened too.
+        flattened_probes: Attackers at earlier layers without pooling, in the dual form; none: not probed so.
         max_layers: At most so many layers, evenly spaced; the last is among them.
         layer_entries: Layers with more values an image are skipped, with a note.
         both_precisions: Whether probes at the classifier's input run in float64 and in the checkpoint's precision, or
@@ -112,7 +112,7 @@ class Preset:
     probe_seeds: int
     layer_seeds: int
     tuning_seeds: int
-    flattened: bool
+    flattened_probes: tuple[str, ...]
     max_layers: int
     layer_entries: int
     both_precisions: bool
@@ -145,6 +145,7 @@ class Preset:
             self,
             probes=tuple(name for name in _PROBES if name in chosen),
             layer_probes=tuple(name for name in self.layer_probes if name in chosen),
+            flattened_probes=tuple(name for name in self.flattened_probes if name in chosen),
             fine_tuning=tuple(name for name in _FINE_TUNING if name in chosen),
             restoring=tuple(name for name in _RESTORING if name in chosen),
             benign_attackers=tuple(name for name in self.benign_attackers if name in chosen),
@@ -166,7 +167,7 @@ PRESETS = {
         probe_seeds=3,
         layer_seeds=1,
         tuning_seeds=1,
-        flattened=True,
+        flattened_probes=("ridge",),
         max_layers=6,
         layer_entries=20_000,
         both_precisions=False,
@@ -184,14 +185,14 @@ PRESETS = {
     "standard": Preset(
         name="standard",
         probes=_PROBES,
-        layer_probes=("ridge", "lbfgs"),
+        layer_probes=("ridge", "lda"),
         fine_tuning=("last_stage", "whole_network", "bias_only", "lora_r8"),
         restoring=_RESTORING,
         benign_attackers=("gd_line_search", "adamw", "ridge", "lora_r8"),
         probe_seeds=5,
-        layer_seeds=1,
-        tuning_seeds=2,
-        flattened=True,
+        layer_seeds=3,
+        tuning_seeds=3,
+        flattened_probes=("ridge",),
         max_layers=8,
         layer_entries=50_000,
         both_precisions=True,
@@ -215,7 +216,7 @@ PRESETS = {
         probe_seeds=5,
         layer_seeds=3,
         tuning_seeds=3,
-        flattened=True,
+        flattened_probes=("ridge", "lbfgs"),
         max_layers=64,
         layer_entries=400_000,
         both_precisions=True,

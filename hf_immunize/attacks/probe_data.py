@@ -18,7 +18,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finding:
-    """What one attack found; `Outcome` has the meaning of the fields."""
+    """What one attack found; `Outcome` has the meaning of the fields.
+
+    `validation` is the accuracy by which the settings were chosen, where it is known.
+    """
 
     accuracy: float | None
     steps: list[int] = field(default_factory=list)
@@ -27,6 +30,7 @@ class Finding:
     trials: int = 1
     status: str = "done"
     note: str = ""
+    validation: float | None = None
 
 
 class Spectrum(NamedTuple):
@@ -162,6 +166,10 @@ class ProbeData:
             store[key] = make()
         found: T = store[key]
         return found
+
+    def forget(self) -> None:
+        """Drop what was kept for later attacks."""
+        self._kept, self._kept_of_seed, self._seed = {}, {}, None
 
 
 def decompose(Z: Tensor) -> Spectrum:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -281,7 +282,7 @@ def _filtered(
     best = best_index(tried)
     spectrum = data.spectrum(whole, None, dtype)
     (value,) = filter_accuracies(whole, spectrum, filters(spectrum.s)[best : best + 1], data.num_classes)
-    return Finding(value, trials=len(tried)), best
+    return Finding(value, trials=len(tried), validation=tried[best]), best
 
 
 def filter_accuracies(part: Part, spectrum: Spectrum, filters: list[Tensor], num_classes: int) -> list[float]:
@@ -341,4 +342,4 @@ def _conjugate_curve(part: Part, spectrum: Spectrum, steps: list[int], num_class
 
 
 def _with(finding: Finding, **settings: Any) -> Finding:
-    return Finding(finding.accuracy, settings=settings, trials=finding.trials)
+    return replace(finding, settings=settings)
