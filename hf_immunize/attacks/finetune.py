@@ -195,8 +195,9 @@ def _train(
         nn.utils.clip_grad_norm_(moving, 1.0)
         optimizer.step()
         schedule.step()
-        if not math.isfinite(float(loss)):
-            return curve, when[: len(curve)], f"the loss was {float(loss)} at step {step}"
+        value = loss.item()
+        if not math.isfinite(value):
+            return curve, when[: len(curve)], f"the loss was {value} at step {step}"
         if step in when:
             curve.append(measure_accuracy(model, *measure))
     return curve, when, ""

@@ -181,7 +181,7 @@ def _minibatch_attack(
     steps = log_steps(budget.steps)
 
     def tune() -> tuple[list[float], list[list[float]], list[float], float]:
-        # In float32, whatever the precision of the attack: a rate is no matter of digits, and this is most of the cost.
+        # In float32, whatever the attack's precision: a rate is no matter of digits, and this is most of the cost.
         part = data.tuning(seed, budget.validation_fraction, torch.float32)
         part = standardize_part(part) if standardized else part
         natural = natural_rate(part, data.num_classes)
@@ -217,6 +217,8 @@ def _descend(
     targets = one_hot(part.y, num_classes, part.Z.dtype)
     curves: list[list[float]] = [[] for _ in range(count)]
     wanted = set(steps)
+    # Products of numbers below this are subnormal, many times slower to compute with, and say nothing.
+    smallest = 1e3 * torch.finfo(part.Z.dtype).tiny ** 0.5
     recent: list[Tensor] = []
     for step, rows in enumerate(minibatches(n, budget.batch_size, steps[-1], seed), start=1):
         Z = part.Z[rows]
@@ -225,6 +227,7 @@ def _descend(
             logs = logits.log_softmax(dim=2)
             recent.append(-(logs * targets[rows][:, None]).sum(dim=2).mean(dim=0))
         residual = ((logits.softmax(dim=2) - targets[rows][:, None]) / len(rows)).reshape(len(rows), width)
+        residual = torch.nn.functional.hardshrink(residual, smallest)
         weight = update(weight, Z.mT @ residual, states[0], step, wide)
         bias = update(bias, residual.sum(dim=0, keepdim=True), states[1], step, wide)
         if step in wanted:
@@ -247,7 +250,6 @@ def _adam_update(decay: float) -> Update:
     def update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int, rates: Tensor) -> Tensor:
         if not state:
             state["m"], state["v"] = torch.zeros_like(weight), torch.zeros_like(weight)
-        # Squares below the smallest normal number are slow to compute with and say nothing.
         gradient = torch.nn.functional.hardshrink(gradient, 1e3 * torch.finfo(weight.dtype).tiny ** 0.5)
         state["m"].lerp_(gradient, 0.1)
         state["v"].mul_(0.999).addcmul_(gradient, gradient, value=0.001)

@@ -79,8 +79,8 @@ def find_layers(
         >>> config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
         ...                    image_size=32, patch_size=16, num_labels=3)
         >>> layers = find_layers(ViTForImageClassification(config), torch.zeros(1, 3, 32, 32), 8)
-        >>> [(layer.label("pooled"), layer.shape) for layer in layers]
-        [('input of vit.layers.0 (pooled)', (5, 16)), ('vit.layers.0 (pooled)', (5, 16)), ('vit.layers.1 (pooled)', (5, 16))]
+        >>> [layer.label("pooled") for layer in layers]
+        ['input of vit.layers.0 (pooled)', 'vit.layers.0 (pooled)', 'vit.layers.1 (pooled)']
     """
     try:
         blocks = block_modules(model, head_module)

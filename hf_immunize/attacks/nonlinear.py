@@ -17,7 +17,7 @@ _HIDDEN = 256
 
 
 def knn(data: ProbeData, seed: int, dtype: torch.dtype, budget: ProbeBudget) -> Finding:
-    """k nearest neighbours on three views of the features, k and the view chosen by validation.
+    """K nearest neighbours on three views of the features, k and the view chosen by validation.
 
     The views: as they are with cosine distance, standardized with Euclidean distance, and whitened (which undoes any
     invertible linear map) with cosine distance.

@@ -236,7 +236,7 @@ def softmax_path(part: Part, penalties: tuple[float, ...], num_classes: int, ite
     Returns:
         One accuracy a penalty.
     """
-    n, d = part.Z.shape
+    d = part.Z.shape[1]
     weight = part.Z.new_zeros(d, num_classes, requires_grad=True)
     bias = part.Z.new_zeros(num_classes, requires_grad=True)
     values = []
@@ -252,7 +252,7 @@ def softmax_path(part: Part, penalties: tuple[float, ...], num_classes: int, ite
             value.backward()
             return value
 
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)
         with torch.no_grad():
             values.append(accuracy(part.Z_test @ weight + bias, part.y_test))
     return values

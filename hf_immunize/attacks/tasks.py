@@ -64,14 +64,16 @@ class Images:
                 if batch.shape[1:] != held.shape[1:]:
                     raise DataError(
                         f"Expected images of one size after processing in {self.rows.name}, found "
-                        f"{tuple(held.shape[1:])} and {tuple(batch.shape[1:])}; use a processor that resizes and crops."
+                        f"{tuple(held.shape[1:])} and {tuple(batch.shape[1:])}; use a processor that crops."
                     )
                 held[done : done + len(batch)] = batch
             done += len(batch)
         self._held = held
         return 0 if held is None else held.numel() * held.element_size()
 
-    def batches(self, processor: Any, size: int = 64, description: str = "", progress: bool = True) -> Iterator[Tensor]:
+    def batches(
+        self, processor: Any, size: int = 64, description: str = "", progress: bool = True
+    ) -> Iterator[Tensor]:
         """Pixel values, batch by batch, in order."""
         if self._held is None:
             yield from self._decode(processor, size, progress, description)
@@ -144,7 +146,7 @@ def load_task(
 
     Args:
         name: "harmful", "unseen", "benign" or "unrelated".
-        source: A name or path as `load_image_dataset` takes it, a data set, a ``DatasetDict``, or a pair (train, test).
+        source: A name or path as `load_image_dataset` takes it, a data set, a ``DatasetDict``, or (train, test).
         warnings: Sentences for the report are appended here.
         test_fraction: Held out to measure on where there is no validation or test split.
         image_column: The image column, where it cannot be found.
@@ -193,7 +195,7 @@ def load_task(
         raise DataError(f"{problem}; check both label columns.")
     if absent and known:
         warnings.append(
-            f"{len(absent)} classes of the {name} test images are not among the training images ({listed(absent, 3)}); "
+            f"{len(absent)} classes of the {name} test images are not among the training ones ({listed(absent, 3)}); "
             f"{len(keys[1]) - len(known)} test images were left out."
         )
     generator = np.random.default_rng(seed)
@@ -205,12 +207,12 @@ def load_task(
     single = int((torch.bincount(train_images.labels, minlength=len(classes)) == 1).sum())
     if single and not problem:
         warnings.append(
-            f"{single} of {len(classes)} {name} classes have a single training image: it is learned from, and settings "
-            "are chosen without it."
+            f"{single} of {len(classes)} {name} classes have a single training image: it is learned from, and "
+            "settings are chosen without it."
         )
     numbers = [value if isinstance(value, int) else code[str(value)] for value in test_labels] if every else []
     utility = Images(test_rows, every, torch.tensor([numbers[row] for row in every], dtype=torch.long))
-    called = source if isinstance(source, (str, Path)) else f"{name} images"
+    called = str(source) if isinstance(source, (str, Path)) else f"{name} images"
     return AttackedTask(
         name, _public(called), train_images, test_images, [str(c) for c in classes], utility, test_names or [], problem
     )
