@@ -30,6 +30,8 @@ _HOMES = {
     "split_benign_harmful": "hf_immunize.vision.data",
     "ImmunizationArguments": "hf_immunize.training.arguments",
     "ImmunizationTrainer": "hf_immunize.training.trainer",
+    "AuditReport": "hf_immunize.attacks.report",
+    "audit": "hf_immunize.attacks.runner",
 }
 
 __all__ = ["__version__", *_HOMES]

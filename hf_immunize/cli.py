@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hf_immunize.audit_command import audit
 from hf_immunize.ceiling_command import ceiling
 from hf_immunize.errors import ImmunizationError
 
@@ -57,6 +58,7 @@ def train(context: typer.Context) -> None:
     run_train(context.args)
 
 
+app.command(short_help="Attack an immunized model: what is slowed, what is prevented, what is not.")(audit)
 app.command(short_help="Before any training: how far can these two tasks be told apart?")(ceiling)
 
 

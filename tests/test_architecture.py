@@ -15,6 +15,7 @@ LEVEL |= {
     "train_data": 9,
     "train_command": 10,
     "ceiling_command": 10,
+    "audit_command": 10,
     "demo": 11,
     "cli": 12,
     "__main__": 13,

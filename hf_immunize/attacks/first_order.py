@@ -6,6 +6,7 @@ others minimize the cross-entropy on mini-batches, as people do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -180,29 +181,47 @@ def _minibatch_attack(
 ) -> Finding:
     steps = log_steps(budget.steps)
 
-    def tune() -> tuple[list[float], list[list[float]], list[float], float]:
+    def tune() -> tuple[list[float], list[list[float]], list[float], float, float]:
         # In float32, whatever the attack's precision: a rate is no matter of digits, and this is most of the cost.
-        part = data.tuning(seed, budget.validation_fraction, torch.float32)
-        part = standardize_part(part) if standardized else part
+        part = prepare(data.tuning(seed, budget.validation_fraction, torch.float32))
         natural = natural_rate(part, data.num_classes)
         rates = [natural * multiple for multiple in budget.rates]
         blind = float(part.y_test.bincount().max() / len(part.y_test))
         tried, losses = _descend(part, rates, data.num_classes, budget, seed, update, steps)
-        return rates, tried, losses, blind
+        return rates, tried, losses, blind, math.sqrt(blind * (1 - blind) / len(part.y_test))
 
-    rates, tried, losses, blind = data.keep(seed, name, tune)
-    best = best_index([max(curve) for curve in tried])
+    prepare = standardize_part if standardized else _scale_part
+    rates, tried, losses, blind, spread = data.keep(seed, name, tune)
+    best = _best_rate(tried, losses, math.log(data.num_classes), spread)
     stop = best_index(tried[best])
-    whole = data.whole(dtype)
-    whole = standardize_part(whole) if standardized else whole
+    whole = prepare(data.whole(dtype))
     (curve,), (loss,) = _descend(whole, rates[best : best + 1], data.num_classes, budget, seed, update, steps)
-    settings = {"learning_rate": rates[best], "stop": steps[stop]}
+    settings = {
+        "learning_rate": rates[best],
+        "stop": steps[stop],
+        "features": "standardized" if standardized else "scaled",
+    }
     # Where even the best rate ends above the loss of an untrained probe and beats no blind guess, nothing was learned.
-    worst = max(loss, losses[best], key=lambda value: value if np.isfinite(value) else np.inf)
-    if not np.isfinite(worst) or (worst > np.log(data.num_classes) and max(tried[best]) <= blind):
+    worst = max(loss, losses[best], key=lambda value: value if math.isfinite(value) else math.inf)
+    if not math.isfinite(worst) or (worst > math.log(data.num_classes) and max(tried[best]) <= blind + 3 * spread):
         note = f"the training loss ended at {worst:.3g}, above that of an untrained probe"
         return Finding(None, settings=settings, trials=len(rates), status="diverged", note=note)
     return Finding(curve[stop], steps, curve, settings, trials=len(rates))
+
+
+def _best_rate(tried: list[list[float]], losses: list[float], untrained: float, spread: float) -> int:
+    """The best rate by validation; one whose loss blew up only where it is clearly better than the sound ones."""
+    tops = [max(curve) for curve in tried]
+    sound = [index for index, loss in enumerate(losses) if loss <= untrained]  # not a number is not sound
+    if sound and max(tops[index] for index in sound) >= max(tops) - spread:
+        return sound[best_index([tops[index] for index in sound])]
+    return best_index(tops)
+
+
+def _scale_part(part: Part) -> Part:
+    """Features by one factor for all, such that their mean square is 1: the rate of the bias then fits the others."""
+    size = float(part.Z.square().mean().sqrt())
+    return part if size == 0 else Part(part.Z / size, part.y, part.Z_test / size, part.y_test)
 
 
 def _descend(
@@ -277,6 +296,5 @@ def _descent_rate(part: Part, num_classes: int) -> float:
 
 
 def _adam_rate(part: Part, num_classes: int) -> float:
-    """``1e-2/rms(Z)``: a step of Adam changes each weight by the rate, so logits change in proportion to features."""
-    size = float(part.Z.square().mean().sqrt())
-    return 1e-2 / size if size > 0 else 1.0
+    """A step of Adam changes each weight by the rate: on features of mean square 1, logits by about as much."""
+    return 1e-2

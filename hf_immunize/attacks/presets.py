@@ -22,8 +22,8 @@ class ProbeBudget:
             last one ended.
         steps: Steps of optimizers on mini-batches, for each setting tried.
         batch_size: Images in a mini-batch.
-        rates: Learning rates tried, as multiples of a natural one: ``C/λ_max(ZᵀZ/N)`` for SGD and momentum
-            (C classes), ``1e-2/rms(Z)`` for Adam and AdamW.
+        rates: Learning rates tried, as multiples of a natural one on features scaled to a mean square of 1:
+            ``C/λ_max(ZᵀZ/N)`` for SGD and momentum (C classes), 0.01 for Adam and AdamW.
         ridge_decades: How many decades below ``σ_max²`` the ridge strengths reach.
         validation_fraction: Part of the training images on which settings are chosen; the attack is then run anew on
             all of them.

@@ -28,7 +28,7 @@ from hf_immunize.attacks.probe_data import (
 
 
 # Inverse strengths of scikit-learn's logistic regression, on features scaled to a mean square of 1.
-_INVERSE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+_INVERSE_STRENGTHS = (1e-2, 1e-1, 1.0)
 
 
 def ridge(data: ProbeData, seed: int, dtype: torch.dtype, budget: ProbeBudget) -> Finding:
