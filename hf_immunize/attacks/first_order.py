@@ -196,11 +196,8 @@ def _minibatch_attack(
     stop = best_index(tried[best])
     whole = prepare(data.whole(dtype))
     (curve,), (loss,) = _descend(whole, rates[best : best + 1], data.num_classes, budget, seed, update, steps)
-    settings = {
-        "learning_rate": rates[best],
-        "stop": steps[stop],
-        "features": "standardized" if standardized else "scaled",
-    }
+    form = "standardized" if standardized else "scaled"
+    settings = {"learning_rate": rates[best], "stop": steps[stop], "features": form}
     # Where even the best rate ends above the loss of an untrained probe and beats no blind guess, nothing was learned.
     worst = max(loss, losses[best], key=lambda value: value if math.isfinite(value) else math.inf)
     if not math.isfinite(worst) or (worst > math.log(data.num_classes) and max(tried[best]) <= blind + 3 * spread):

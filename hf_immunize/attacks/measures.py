@@ -29,8 +29,8 @@ def relative_deviation(reference: Sequence[float], immunized: Sequence[float]) -
         ShapeError: If the curves differ in length.
 
     Example:
-        >>> relative_deviation([0.5, 0.8], [0.25, 1.0])
-        (37.5, 12.5)
+        >>> relative_deviation([0.5, 0.5], [0.25, 0.75])
+        (50.0, 0.0)
     """
     if len(reference) != len(immunized):
         raise ShapeError(
@@ -56,6 +56,7 @@ def paired_utility(immunized: Tensor, reference: Tensor | None = None) -> Utilit
         `Utility`.
 
     Example:
+        >>> import torch
         >>> paired_utility(torch.tensor([True, False]), torch.tensor([True, True])).difference
         -0.5
     """

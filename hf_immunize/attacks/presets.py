@@ -100,7 +100,7 @@ class Preset:
             in float64 alone.
         random: Whether a random initialisation is attacked too.
         probe_budget: Budget of each probe.
-        tuning_budget: Budget of each fine-tuning attack.
+        tuning_budget: Budget of each fine-tuning attack; the first seed chooses the settings of the others.
     """
 
     name: str
@@ -165,8 +165,8 @@ PRESETS = {
         restoring=_RESTORING,
         benign_attackers=("gd_line_search", "adamw", "ridge", "lora_r8"),
         probe_seeds=3,
-        layer_seeds=1,
-        tuning_seeds=1,
+        layer_seeds=3,
+        tuning_seeds=3,
         flattened_probes=("ridge",),
         max_layers=6,
         layer_entries=20_000,
@@ -174,12 +174,12 @@ PRESETS = {
         random=False,
         probe_budget=ProbeBudget(descent_steps=10_000, steps=150, batch_size=64, rates=(0.03, 0.3, 3.0, 30.0)),
         tuning_budget=TuningBudget(
-            steps=150,
-            trial_steps=50,
+            steps=100,
+            trial_steps=25,
             optimizers={"adamw": (3e-4, 3e-3), "sgd": (1e-2,)},
             max_images=1000,
             max_test_images=500,
-            evaluations=6,
+            evaluations=4,
         ),
     ),
     "standard": Preset(

@@ -143,7 +143,7 @@ def conjugate_path(s: Tensor, coefficients: Tensor, steps: list[int]) -> list[Te
 
     Example:
         >>> conjugate_path(torch.tensor([2.0, 1.0]), torch.tensor([[2.0], [3.0]]), [2])[0].flatten()
-        tensor([1.0000, 3.0000])
+        tensor([1., 3.])
     """
     top = s.max() if len(s) else torch.ones(())
     q = (s / top).square()[:, None]

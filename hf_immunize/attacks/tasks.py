@@ -210,11 +210,15 @@ def load_task(
             f"{single} of {len(classes)} {name} classes have a single training image: it is learned from, and "
             "settings are chosen without it."
         )
-    numbers = [value if isinstance(value, int) else code[str(value)] for value in test_labels] if every else []
+    label_names = test_names or []
+    if every and not label_names and any(isinstance(value, str) for value in test_labels):
+        label_names = sorted({str(value) for value in test_labels})
+    place = {name: index for index, name in enumerate(label_names)}
+    numbers = [place.get(value, -1) if isinstance(value, str) else value for value in test_labels] if every else []
     utility = Images(test_rows, every, torch.tensor([numbers[row] for row in every], dtype=torch.long))
     called = str(source) if isinstance(source, (str, Path)) else f"{name} images"
     return AttackedTask(
-        name, _public(called), train_images, test_images, [str(c) for c in classes], utility, test_names or [], problem
+        name, _public(called), train_images, test_images, [str(c) for c in classes], utility, label_names, problem
     )
 
 

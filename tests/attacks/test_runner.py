@@ -2,9 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from attacked import pictures, rows_of, tiny_resnet, tiny_vit
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import ViTImageProcessorPil
 
 from hf_immunize import audit
 from hf_immunize.errors import ArgumentError, DataError
@@ -136,3 +141,17 @@ def test_features_that_are_not_finite_are_one_sentence(models, harmful, tiny_pre
 def test_a_missing_model_is_one_sentence(harmful, tiny_preset):
     with pytest.raises(ArgumentError, match="nowhere"):
         audit("./nowhere", harmful=harmful, preset=tiny_preset)
+
+
+def test_utility_follows_the_models_class_names(models, tiny_preset):
+    model = models[0]
+    model.config.id2label = dict(enumerate(["d", "c", "b", "a"]))
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+    images = [Image.fromarray(np.full((8, 8, 3), 9 * i, np.uint8)) for i in range(16)]
+    data = Dataset.from_dict({"image": images, "label": [0, 1] * 8}, features=features)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([0.0, 0, 0, 1]))  # always "a"
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    options = {"benign": (data, data), "processing_class": processor, "reference": None}
+    assert run(models, (data, data), tiny_preset.only(["ridge"]), **options).utility.immunized == 0.5

@@ -75,6 +75,12 @@ def test_missing_label_names_its_row():
         load_task("harmful", (rows, rows_of(*pictures(4, 1))), [])
 
 
+def test_labels_that_are_names_without_numbers_are_a_task():
+    rows = [{"pixel_values": torch.zeros(3, 8, 8), "labels": name} for name in ("dog", "cat", "dog")]
+    task = load_task("benign", (rows, [*rows, {**rows[0], "labels": "eel"}]), [])
+    assert [task.label_names[number] for number in task.utility.labels] == ["dog", "cat", "dog", "eel"]
+
+
 def test_rows_of_tensors_are_a_task(harmful):
     assert load_task("harmful", harmful, []).num_classes == 4
 
