@@ -32,6 +32,8 @@ def tiny_preset(probe_budget, tuning_budget):
         fine_tuning=("bias_only",),
         benign_attackers=("ridge",),
         probe_seeds=2,
+        layer_seeds=1,
+        tuning_seeds=2,
         max_layers=2,
         probe_budget=probe_budget,
         tuning_budget=replace(tuning_budget, steps=4, trial_steps=2),
