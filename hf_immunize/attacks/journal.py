@@ -87,7 +87,9 @@ class Journal:
                     found = values["fingerprint"]
                 else:
                     outcome = Outcome(**values)
-                    self.outcomes[key_of(outcome)] = outcome
+                    # What was skipped for want of memory may go now.
+                    if outcome.status != "skipped":
+                        self.outcomes[key_of(outcome)] = outcome
                 whole.append(line)
             except (ValueError, TypeError):
                 dropped += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -74,6 +75,8 @@ class Work:
         self.standing = Standing(warnings)
         self.head_data: dict[tuple[str, str], ProbeData] = {}
         self.bar: Any = None
+        # Label of a layer to the digest of the reference's features there.
+        self.seen: dict[str, bytes] = {}
         # The reference first: rank lost is rank lost against it.
         self.subjects = [name for name in ("reference", "immunized", "random") if name in models]
 
@@ -140,11 +143,20 @@ class Work:
                 self._warn(f"{type(model).__name__} has no list of blocks: earlier layers were not probed.")
             rows, flat = len(task.train) + len(task.test), bool(self.preset.flattened_probes)
             views, left_out = choose_views(layers, rows, self.preset.layer_entries, self.memory, flat)
+            views = [(layer, view) for layer, view in views if view == "flattened" or self.preset.layer_probes]
+        ahead = [
+            (layer, view)
+            for layer, view in views
+            if any(
+                key_of(one) not in self.journal.outcomes
+                for one in self._layer_outcomes(layer.label(view), view, subject, task)
+            )
+        ]
         train, test = (
             extract_views(
                 model,
                 images.batches(self.processor, description=f"{subject}: {task.name}", progress=self.progress),
-                views,
+                ahead,
                 self.head_module,
             )
             if len(images)
@@ -169,8 +181,8 @@ class Work:
         data.forget()
         for layer, view in views:
             label = layer.label(view)
-            names = self.preset.flattened_probes if view == "flattened" else self.preset.layer_probes
-            self._probe_layer(train.views.pop(label), test.views.pop(label), label, names, subject, task)
+            parts = (train.views.pop(label), test.views.pop(label)) if label in train.views else None
+            self._probe_layer(parts, label, view, subject, task)
         for label, reason in left_out.items():
             outcome = Outcome("ridge", "any_layer", subject, task.name, label, 0, "float64", "skipped", reason)
             self._keep(outcome)
@@ -181,24 +193,33 @@ class Work:
         batches = task.utility.batches(self.processor, description=f"{subject}: utility", progress=self.progress)
         return torch.cat([run(self.models[subject], batch).float().cpu() for batch in batches])
 
-    def _probe_layer(
-        self, Z: Tensor, Z_test: Tensor, label: str, names: tuple[str, ...], subject: str, task: AttackedTask
-    ) -> None:
+    def _layer_outcomes(self, label: str, view: str, subject: str, task: AttackedTask) -> list[Outcome]:
+        names = self.preset.flattened_probes if view == "flattened" else self.preset.layer_probes
         seeds = range(self.preset.layer_seeds)
-        ahead = [
-            key_of(Outcome(name, "any_layer", subject, task.name, label, seed, "float64"))
-            for seed in seeds
-            for name in names
+        return [
+            Outcome(name, "any_layer", subject, task.name, label, seed, "float64") for seed in seeds for name in names
         ]
+
+    def _probe_layer(
+        self, parts: tuple[Tensor, Tensor] | None, label: str, view: str, subject: str, task: AttackedTask
+    ) -> None:
+        outcomes = self._layer_outcomes(label, view, subject, task)
         data = None
-        if not all(key in self.journal.outcomes for key in ahead):
+        if parts is not None:
             self.bar.set_description(f"{subject}: {label}")
-            coordinates = dual_coordinates(Z, Z_test)
-            del Z, Z_test
-            data = ProbeData(coordinates[0], task.train.labels, coordinates[1], task.test.labels, task.num_classes)
-        for seed in seeds:
-            for name in names:
-                self._attack_features(data, name, "any_layer", subject, task, label, seed, torch.float64)
+            digest = hashlib.blake2b(parts[0].numpy().data).digest()
+            twins = [replace(outcome, subject="reference") for outcome in outcomes]
+            if subject == "immunized" and self.seen.get(label) == digest:
+                # A layer that immunization left alone: to the last bit the same features give the same outcomes.
+                for outcome, twin in zip(outcomes, twins, strict=True):
+                    found = self.journal.outcomes[key_of(twin)]
+                    self._keep(replace(found, subject=outcome.subject, seconds=0.0))
+                return
+            self.seen[label] = digest
+            train, test = dual_coordinates(*parts)
+            data = ProbeData(train, task.train.labels, test, task.test.labels, task.num_classes)
+        for one in outcomes:
+            self._attack_features(data, one.attacker, one.access, subject, task, label, one.seed, torch.float64)
 
     def _attack_features(
         self,

@@ -110,6 +110,21 @@ def test_too_little_memory_skips_what_does_not_fit_and_says_so(models, harmful, 
     assert all("GiB" in one.note and one.accuracy is None for one in skipped)
 
 
+def test_what_was_skipped_for_want_of_memory_runs_when_there_is_enough(models, harmful, tiny_preset, tmp_path):
+    run(models, harmful, tiny_preset, memory_limit=1000, run_dir=tmp_path)
+    data = run(models, harmful, tiny_preset, run_dir=tmp_path)
+    assert {one.status for one in data.outcomes} == {"done"}
+
+
+def test_layers_that_immunization_left_alone_read_the_same(models, harmful, tiny_preset):
+    data = run(models, harmful, tiny_preset.only(["ridge"]))
+    by_subject = [
+        {one.layer: one.accuracy for one in data.outcomes if (one.subject, one.access) == (subject, "any_layer")}
+        for subject in ("reference", "immunized")
+    ]
+    assert by_subject[0] == by_subject[1] != {}
+
+
 def test_a_random_initialisation_is_attacked_where_the_preset_says_so(models, harmful, tiny_preset):
     preset = replace(tiny_preset.only(["ridge"]), random=True)
     assert any(one.subject == "random" and one.status == "done" for one in run(models, harmful, preset).outcomes)
