@@ -232,3 +232,30 @@ def best_index(accuracies: list[float]) -> int:
     top = max(accuracies)
     tied = [index for index, value in enumerate(accuracies) if value == top]
     return tied[len(tied) // 2]
+
+
+def guarded(attack: Callable[[], Finding]) -> Finding:
+    """Run an attack whose failure, for want of memory or of an algorithm that converges, is a finding.
+
+    Args:
+        attack: The attack.
+
+    Returns:
+        What it found; "skipped" or "diverged" where it failed so. Other errors are raised.
+
+    Example:
+        >>> def attack():
+        ...     raise MemoryError("12 GiB")
+        >>> guarded(attack).status, guarded(attack).note
+        ('skipped', 'not enough memory: 12 GiB')
+    """
+    try:
+        return attack()
+    except MemoryError as error:
+        return Finding(None, status="skipped", note=f"not enough memory: {error}")
+    except torch.linalg.LinAlgError as error:
+        return Finding(None, status="diverged", note=f"the decomposition failed: {str(error).splitlines()[0]}")
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        return Finding(None, status="skipped", note=f"not enough memory: {str(error).splitlines()[0]}")

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_immunize.attacks.presets import ProbeBudget
+from hf_immunize.attacks.probe_data import Finding, ProbeData
+from hf_immunize.attacks.second_order import ridge
 from hf_immunize.errors import DataError
 
 
@@ -65,3 +68,25 @@ def interpolate(model: PreTrainedModel, reference: PreTrainedModel, share: float
             state[name] = theirs[name]
     restored.load_state_dict(state)
     return restored
+
+
+def best_share(candidates: dict[float, ProbeData], seed: int, budget: ProbeBudget) -> Finding:
+    """The ridge probe behind the mixture of weights that validation prefers.
+
+    Args:
+        candidates: Share of the public weights to the features of that mixture.
+        seed: Draws the rows that share and strength are chosen on.
+        budget: Of the probe.
+
+    Returns:
+        The finding; diverged where there is no candidate.
+    """
+    if not candidates:
+        return Finding(None, status="diverged", note="every mixture of the weights gave features that are not finite")
+    found = {share: ridge(data, seed, torch.float64, budget) for share, data in candidates.items()}
+    best = max(found, key=lambda share: found[share].validation or 0.0)
+    return Finding(
+        found[best].accuracy,
+        settings={"share_of_public_weights": best, **found[best].settings},
+        trials=sum(finding.trials for finding in found.values()),
+    )

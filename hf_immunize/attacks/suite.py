@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from hf_immunize.attacks import first_order, nonlinear, second_order
+from hf_immunize.attacks import first_order, nonlinear, second_order, softmax
 from hf_immunize.attacks.presets import ProbeBudget
 from hf_immunize.attacks.probe_data import Finding, ProbeData
 
@@ -24,8 +24,8 @@ PROBES: dict[str, Probe] = {
     "adam": first_order.adam,
     "adamw": first_order.adamw,
     "batchnorm_adamw": first_order.batchnorm_adamw,
-    "lbfgs": second_order.lbfgs,
-    "logistic_regression": second_order.logistic_regression,
+    "lbfgs": softmax.lbfgs,
+    "logistic_regression": softmax.logistic_regression,
     "knn": nonlinear.knn,
     "mlp": nonlinear.mlp,
 }

@@ -25,8 +25,8 @@ from hf_immunize.attacks.layers import (
 )
 from hf_immunize.attacks.outcomes import Outcome
 from hf_immunize.attacks.presets import Preset
-from hf_immunize.attacks.probe_data import Finding, ProbeData
-from hf_immunize.attacks.restore import SHARES, interpolate, moved_parameters
+from hf_immunize.attacks.probe_data import Finding, ProbeData, guarded
+from hf_immunize.attacks.restore import SHARES, best_share, interpolate, moved_parameters
 from hf_immunize.attacks.standing import Standing
 from hf_immunize.attacks.suite import PROBES
 from hf_immunize.attacks.tasks import AttackedTask
@@ -329,7 +329,7 @@ class Work:
             for outcome in outcomes:
 
                 def attack(candidates: Any = candidates, seed: int = outcome.seed) -> Finding:
-                    return _best_share(candidates, seed, self.preset)
+                    return best_share(candidates, seed, self.preset.probe_budget)
 
                 self._attack(outcome, attack, 0.0)
 
@@ -340,7 +340,7 @@ class Work:
         if key not in self.journal.outcomes:
             self.bar.set_description(f"{outcome.subject}: {outcome.attacker}, {outcome.task}, seed {outcome.seed}")
             begin = time.perf_counter()
-            finding = _guarded(attack)
+            finding = guarded(attack)
             found = {name: value for name, value in vars(finding).items() if name != "validation"}
             self._keep(replace(outcome, **found, seconds=time.perf_counter() - begin))
         else:
@@ -364,31 +364,3 @@ _WHERE = {
     "bias_only": "biases and a new head",
     "lora": "low-rank adapters and a new head",
 }
-
-
-def _guarded(attack: Callable[[], Finding]) -> Finding:
-    """An attack whose failure for want of memory or of a convergent algorithm is recorded, not raised."""
-    try:
-        return attack()
-    except MemoryError as error:
-        return Finding(None, status="skipped", note=f"not enough memory: {error}")
-    except torch.linalg.LinAlgError as error:
-        return Finding(None, status="diverged", note=f"the decomposition failed: {str(error).splitlines()[0]}")
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        return Finding(None, status="skipped", note=f"not enough memory: {str(error).splitlines()[0]}")
-
-
-def _best_share(candidates: dict[float, ProbeData], seed: int, preset: Preset) -> Finding:
-    if not candidates:
-        return Finding(None, status="diverged", note="every mixture of the weights gave features that are not finite")
-    found = {
-        share: PROBES["ridge"](data, seed, torch.float64, preset.probe_budget) for share, data in candidates.items()
-    }
-    best = max(found, key=lambda share: found[share].validation or 0.0)
-    return Finding(
-        found[best].accuracy,
-        settings={"share_of_public_weights": best, **found[best].settings},
-        trials=sum(finding.trials for finding in found.values()),
-    )

@@ -4,16 +4,11 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from hf_immunize.attacks.first_order import standardize_part
-from hf_immunize.attacks.presets import ProbeBudget
 from hf_immunize.attacks.probe_data import Part, decompose
 from hf_immunize.attacks.second_order import (
     conjugate_path,
     filter_accuracies,
-    lbfgs,
-    logistic_regression,
     ridge,
-    softmax_path,
     whitening,
 )
 
@@ -45,14 +40,3 @@ def test_an_invertible_map_changes_nothing_for_closed_forms(attack, features, pr
     ill = type(features)(features.Z.double() @ theta, features.y, features.Z_test.double() @ theta, features.y_test, 4)
     found = [attack(data, 0, torch.float64, probe_budget).accuracy for data in (features, ill)]
     assert abs(found[0] - found[1]) <= 0.03
-
-
-def test_lbfgs_is_as_good_as_scikit_learns_logistic_regression(features):
-    budget = ProbeBudget(iterations=100)
-    ours, theirs = (attack(features, 0, torch.float64, budget).accuracy for attack in (lbfgs, logistic_regression))
-    assert ours >= theirs - 0.02
-
-
-def test_penalties_are_a_path_from_strong_to_weak(features):
-    part = standardize_part(features.whole(torch.float64))
-    assert softmax_path(part, (1e-3,), 4, 50)[0] > 0.9
