@@ -1,5 +1,7 @@
 """Time all probes of a preset at the classifier's input of one model, features included once, and say what they read.
 
+The data are not part of the project; any labelled images do.
+
 python examples/mobilenet_v2_imagenet.py --output-dir runs/mobilenet_v2 --image-size 160
 python examples/audit_probes.py --model runs/mobilenet_v2 --train cars/train.parquet --test cars/test.parquet
 """

@@ -1,7 +1,7 @@
 """Linear probes by gradient descent: the attackers that ill-conditioning slows.
 
 Gradient descent with exact line search on the squared loss is the attacker of the paper (Zheng et al., ICML 2025); the
-others minimize the cross-entropy on mini-batches, as people do.
+others minimize the cross-entropy on mini-batches, with rates that fall to zero linearly, as people do.
 """
 
 from __future__ import annotations
@@ -244,8 +244,9 @@ def _descend(
             recent.append(-(logs * targets[rows][:, None]).sum(dim=2).mean(dim=0))
         residual = ((logits.softmax(dim=2) - targets[rows][:, None]) / len(rows)).reshape(len(rows), width)
         residual = torch.nn.functional.hardshrink(residual, smallest)
-        weight = update(weight, Z.mT @ residual, states[0], step, wide)
-        bias = update(bias, residual.sum(dim=0, keepdim=True), states[1], step, wide)
+        now = wide * (1 - (step - 1) / steps[-1])
+        weight = update(weight, Z.mT @ residual, states[0], step, now)
+        bias = update(bias, residual.sum(dim=0, keepdim=True), states[1], step, now)
         if step in wanted:
             scores = (part.Z_test @ weight + bias).view(-1, count, num_classes)
             for index in range(count):

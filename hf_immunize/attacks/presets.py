@@ -33,7 +33,7 @@ class ProbeBudget:
     iterations: int = 100
     steps: int = 300
     batch_size: int = 128
-    rates: tuple[float, ...] = (0.03, 0.3, 3.0, 30.0)
+    rates: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
     ridge_decades: int = 18
     validation_fraction: float = 0.2
 
@@ -172,7 +172,7 @@ PRESETS = {
         layer_entries=20_000,
         both_precisions=False,
         random=False,
-        probe_budget=ProbeBudget(descent_steps=10_000, steps=150, batch_size=64, rates=(0.03, 0.3, 3.0, 30.0)),
+        probe_budget=ProbeBudget(descent_steps=10_000, steps=150, batch_size=64, rates=(0.1, 1.0, 10.0, 100.0)),
         tuning_budget=TuningBudget(
             steps=100,
             trial_steps=25,
@@ -222,7 +222,7 @@ PRESETS = {
         both_precisions=True,
         random=True,
         probe_budget=ProbeBudget(
-            descent_steps=100_000, iterations=500, steps=2000, rates=(0.003, 0.03, 0.3, 3.0, 30.0, 300.0)
+            descent_steps=100_000, iterations=500, steps=2000, rates=(0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
         ),
         tuning_budget=TuningBudget(
             steps=1500,
