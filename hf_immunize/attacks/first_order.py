@@ -179,7 +179,7 @@ def _minibatch_attack(
     natural_rate: Callable[[Part, int], float],
     standardized: bool = False,
 ) -> Finding:
-    steps = log_steps(budget.steps)
+    steps, trial_steps = log_steps(budget.steps), log_steps(max(1, budget.steps // 2))
 
     def tune() -> tuple[list[float], list[list[float]], list[float], float, float]:
         # In float32, whatever the attack's precision: a rate is no matter of digits, and this is most of the cost.
@@ -187,20 +187,24 @@ def _minibatch_attack(
         natural = natural_rate(part, data.num_classes)
         rates = [natural * multiple for multiple in budget.rates]
         blind = float(part.y_test.bincount().max() / len(part.y_test))
-        tried, losses = _descend(part, rates, data.num_classes, budget, seed, update, steps)
+        tried, losses = _descend(part, rates, data.num_classes, budget, seed, update, trial_steps)
         return rates, tried, losses, blind, math.sqrt(blind * (1 - blind) / len(part.y_test))
 
     prepare = standardize_part if standardized else _scale_part
     rates, tried, losses, blind, spread = data.keep(seed, name, tune)
     best = _best_rate(tried, losses, math.log(data.num_classes), spread)
-    stop = best_index(tried[best])
+    # The same part of the way as in the trial, which was half as long.
+    part_way = trial_steps[best_index(tried[best])] / trial_steps[-1]
+    stop = min(range(len(steps)), key=lambda index: abs(steps[index] - part_way * steps[-1]))
     whole = prepare(data.whole(dtype))
     (curve,), (loss,) = _descend(whole, rates[best : best + 1], data.num_classes, budget, seed, update, steps)
     form = "standardized" if standardized else "scaled"
     settings = {"learning_rate": rates[best], "stop": steps[stop], "features": form}
-    # Where even the best rate ends above the loss of an untrained probe and beats no blind guess, nothing was learned.
+    # Where even the best rate ends well above an untrained probe's loss and beats no blind guess, nothing was learned.
     worst = max(loss, losses[best], key=lambda value: value if math.isfinite(value) else math.inf)
-    if not math.isfinite(worst) or (worst > math.log(data.num_classes) and max(tried[best]) <= blind + 3 * spread):
+    if not math.isfinite(worst) or (
+        worst > 1.1 * math.log(data.num_classes) and max(tried[best]) <= blind + 3 * spread
+    ):
         note = f"the training loss ended at {worst:.3g}, above that of an untrained probe"
         return Finding(None, settings=settings, trials=len(rates), status="diverged", note=note)
     return Finding(curve[stop], steps, curve, settings, trials=len(rates))

@@ -13,7 +13,7 @@ from hf_immunize.attacks.probe_data import Finding, Part, ProbeData, accuracy, b
 
 
 _NEIGHBOURS = (1, 3, 5, 10, 20, 50)
-_HIDDEN = 256
+_HIDDEN = 128
 
 
 def knn(data: ProbeData, seed: int, dtype: torch.dtype, budget: ProbeBudget) -> Finding:
@@ -42,7 +42,7 @@ def knn(data: ProbeData, seed: int, dtype: torch.dtype, budget: ProbeBudget) -> 
 
 
 def mlp(data: ProbeData, seed: int, dtype: torch.dtype, budget: ProbeBudget) -> Finding:
-    """A network with one hidden layer of 256 ReLU on standardized features, AdamW, cosine schedule.
+    """A network with one hidden layer of 128 ReLU on standardized features, AdamW, cosine schedule.
 
     Args:
         data: Features and labels.

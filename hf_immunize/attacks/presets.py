@@ -18,9 +18,9 @@ class ProbeBudget:
 
     Attributes:
         descent_steps: Steps of gradient descent with exact line search (each over all data).
-        iterations: Iterations of conjugate gradient; half as many of L-BFGS for each penalty, which starts where the
-            last one ended.
-        steps: Steps of optimizers on mini-batches, for each setting tried.
+        iterations: Iterations of conjugate gradient; a third as many of L-BFGS for each penalty, which starts where
+            the last one ended.
+        steps: Steps of optimizers on mini-batches; half as many for each learning rate tried.
         batch_size: Images in a mini-batch.
         rates: Learning rates tried, as multiples of a natural one on features scaled to a mean square of 1:
             ``C/λ_max(ZᵀZ/N)`` for SGD and momentum (C classes), 0.01 for Adam and AdamW.
@@ -33,7 +33,7 @@ class ProbeBudget:
     iterations: int = 100
     steps: int = 300
     batch_size: int = 128
-    rates: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    rates: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
     ridge_decades: int = 18
     validation_fraction: float = 0.2
 
@@ -172,7 +172,7 @@ PRESETS = {
         layer_entries=20_000,
         both_precisions=False,
         random=False,
-        probe_budget=ProbeBudget(descent_steps=10_000, steps=150, batch_size=64, rates=(0.1, 1.0, 10.0, 100.0)),
+        probe_budget=ProbeBudget(descent_steps=10_000, steps=150, batch_size=64, rates=(0.01, 0.1, 1.0, 10.0, 100.0)),
         tuning_budget=TuningBudget(
             steps=100,
             trial_steps=25,

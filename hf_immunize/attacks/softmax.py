@@ -30,8 +30,8 @@ def lbfgs(data: ProbeData, seed: int, dtype: torch.dtype, budget: ProbeBudget) -
     Returns:
         The finding, without a curve.
     """
-    penalties = (1.0, 1e-1, 1e-2, 1e-3)
-    iterations = max(1, budget.iterations // 2)
+    penalties = (1e-1, 1e-2, 1e-3)
+    iterations = max(1, budget.iterations // 3)
 
     def tune() -> list[float]:
         # The penalty in float32, whatever the precision of the attack: this is most of the cost.
@@ -60,7 +60,7 @@ def logistic_regression(data: ProbeData, seed: int, dtype: torch.dtype, budget: 
     Returns:
         The finding, without a curve.
     """
-    iterations = max(1, budget.iterations // 2)
+    iterations = max(1, budget.iterations // 3)
 
     def tune() -> list[float]:
         part = data.tuning(seed, budget.validation_fraction, torch.float32)
