@@ -10,6 +10,9 @@ from hf_immunize.attacks.finetune import fine_tune, prepare
 from hf_immunize.errors import ArgumentError
 
 
+pytest_plugins = ["attack_fixtures"]
+
+
 ATTACKERS = ["last_stage", "whole_network", "bias_only", "lora_r2"]
 
 

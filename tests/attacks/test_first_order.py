@@ -10,6 +10,9 @@ from hf_immunize.attacks.second_order import ridge
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 
 
+pytest_plugins = ["attack_fixtures"]
+
+
 def with_spectrum(n, d, kappa, seed=0):
     """Features with κ(ZᵀZ) = kappa."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,6 +7,9 @@ from hf_immunize.attacks.probe_data import ProbeData, decompose, log_steps, stra
 from hf_immunize.errors import DataError, NonFiniteError
 
 
+pytest_plugins = ["attack_fixtures"]
+
+
 def test_split_takes_from_every_class_with_two_images():
     labels = torch.tensor([0] * 10 + [1] * 2 + [2])
     _, validation = stratified_split(labels, 0.2, seed=0)

@@ -15,6 +15,9 @@ from hf_immunize import audit
 from hf_immunize.errors import ArgumentError, DataError
 
 
+pytest_plugins = ["attack_fixtures"]
+
+
 @pytest.fixture
 def models():
     model, reference = tiny_vit(), tiny_vit()

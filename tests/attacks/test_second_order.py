@@ -13,6 +13,9 @@ from hf_immunize.attacks.second_order import (
 )
 
 
+pytest_plugins = ["attack_fixtures"]
+
+
 @pytest.mark.parametrize("kappa", [4.0, 100.0])
 def test_conjugate_gradient_is_at_the_optimum_after_rank_steps(kappa):
     rank = 8

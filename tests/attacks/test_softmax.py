@@ -7,6 +7,9 @@ from hf_immunize.attacks.presets import ProbeBudget
 from hf_immunize.attacks.softmax import lbfgs, logistic_regression, softmax_path
 
 
+pytest_plugins = ["attack_fixtures"]
+
+
 def test_lbfgs_is_as_good_as_scikit_learns_logistic_regression(features):
     budget = ProbeBudget(iterations=100)
     ours, theirs = (attack(features, 0, torch.float64, budget).accuracy for attack in (lbfgs, logistic_regression))

@@ -10,6 +10,9 @@ from hf_immunize.attacks.probe_data import ProbeData
 from hf_immunize.attacks.suite import PROBES
 
 
+pytest_plugins = ["attack_fixtures"]
+
+
 CHANCE, MARGIN = 0.25, 0.5
 DTYPES = [torch.float64, torch.float32]
 

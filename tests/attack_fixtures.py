@@ -1,4 +1,8 @@
-"""Fixtures of the attackers' tests: data, and budgets of a second or two."""
+"""Fixtures of the attackers' tests: data, and budgets of a second or two.
+
+A plugin rather than a conftest.py: of two files of that name, one of which stands before ``tests/conftest.py`` in the
+alphabet, only one can be collected for doctests.
+"""
 
 from dataclasses import replace
 
