@@ -216,7 +216,8 @@ def load_task(
     place = {name: index for index, name in enumerate(label_names)}
     numbers = [place.get(value, -1) if isinstance(value, str) else value for value in test_labels] if every else []
     utility = Images(test_rows, every, torch.tensor([numbers[row] for row in every], dtype=torch.long))
-    called = str(source) if isinstance(source, (str, Path)) else f"{name} images"
+    typed = source[0] if isinstance(source, (tuple, list)) else source
+    called = str(typed) if isinstance(typed, (str, Path)) else f"{name} images"
     return AttackedTask(
         name, _public(called), train_images, test_images, [str(c) for c in classes], utility, label_names, problem
     )
