@@ -39,6 +39,8 @@ _HOMES = {
     "BenignUtilityCallback": "hf_immunize.training.callbacks",
     "TargetRIRCallback": "hf_immunize.training.callbacks",
     "SpectrumFigureCallback": "hf_immunize.training.spectrum_figure",
+    "AuditReport": "hf_immunize.attacks.report",
+    "audit": "hf_immunize.attacks.runner",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hf_immunize.audit_command import audit
 from hf_immunize.ceiling_command import ceiling
 from hf_immunize.errors import ImmunizationError
 from hf_immunize.hub_commands import card, push, verify
@@ -58,6 +59,7 @@ def train(context: typer.Context) -> None:
     run_train(context.args)
 
 
+app.command(short_help="Attack an immunized model: what is slowed, what is prevented, what is not.")(audit)
 app.command(short_help="Before any training: how far can these two tasks be told apart?")(ceiling)
 app.command(short_help="Publish a checkpoint with its record and card; nothing else leaves.")(push)
 app.command(short_help="Measure a published checkpoint again: do its claims hold?")(verify)

@@ -97,6 +97,8 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
     )
     model = train_benign(folder, benign, seed)
     reference = copy.deepcopy(model)
+    # The reference that an audit needs.
+    model.save_pretrained(folder / "before")
     probing_before = probe_harmful(model, harmful)
     benign_before = _convergence(model, benign["train"])
     console.print("\n[bold]2/3[/] Immunizing it against the harmful digits", highlight=False)

@@ -16,6 +16,7 @@ LEVEL |= {
     "train_command": 10,
     "ceiling_command": 10,
     "hub_commands": 10,
+    "audit_command": 10,
     "demo": 11,
     "cli": 12,
     "__main__": 13,

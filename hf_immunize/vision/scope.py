@@ -212,6 +212,32 @@ def has_batch_statistics(model: nn.Module, still: list[nn.Module]) -> bool:
     )
 
 
+def block_modules(model: PreTrainedModel, head_module: str | None = None) -> dict[str, nn.Module]:
+    """The blocks (or stages) of the backbone, in the order of the forward pass.
+
+    Args:
+        model: An image classifier of transformers.
+        head_module: The classifier's name, where it cannot be found without help.
+
+    Returns:
+        Name in ``model.named_modules()`` to module, of the children of the list that `last_stage` looks at.
+
+    Raises:
+        ScopeError: If the model has no list of blocks.
+        HeadError: If the classifier cannot be found.
+
+    Examples:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        ...                    image_size=32, patch_size=16, num_labels=3)
+        >>> list(block_modules(ViTForImageClassification(config)))
+        ['vit.layers.0', 'vit.layers.1']
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    _, head = find_head(model, head_module)
+    return {names[id(block)]: block for block in _block_list(model, head)}
+
+
 def _block_list(model: PreTrainedModel, head: nn.Module) -> list[nn.Module]:
     base = model.base_model
     for kind in (nn.ModuleList, nn.Sequential):

@@ -1,0 +1,227 @@
+"""The audit: every attacker of a preset on the immunized model and on its reference, with the same draws."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+import transformers
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_immunize.attacks.journal import Journal, fingerprint
+from hf_immunize.attacks.outcomes import AuditData
+from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_preset
+from hf_immunize.attacks.report import AuditReport
+from hf_immunize.attacks.restore import moved_parameters
+from hf_immunize.attacks.tasks import AttackedTask, Images, load_task, overlaps
+from hf_immunize.attacks.work import Work
+from hf_immunize.errors import ArgumentError
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def audit(
+    model: Any,
+    *,
+    harmful: Any,
+    benign: Any = None,
+    reference: Any = None,
+    attackers: Sequence[str] | None = None,
+    preset: str | Preset = "standard",
+    unseen: Any = None,
+    unrelated: Any = None,
+    processing_class: Any = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    head_module: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    test_fraction: float = 0.3,
+    max_images: int | None = None,
+    seed: int = 42,
+    memory_limit: int | None = None,
+    progress: bool = True,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> AuditReport:
+    """Attack an immunized model with everything there is, its reference with the same, and report.
+
+    Args:
+        model: The immunized image classifier, or its folder or name on the Hub.
+        harmful: Labelled images of the harmful task: a folder, a parquet file, a name on the Hub, a
+            ``datasets.Dataset``, a ``DatasetDict``, or a pair (train, test) of such.
+        benign: The benign task, in the same forms, for utility and for benign learning speed.
+        reference: The model before immunization; without it nothing can be said about what immunization changed.
+        attackers: Names of attackers, to run some only; by default those of the preset.
+        preset: "quick", "standard" or "full".
+        unseen: Harmful images of classes that immunization did not see.
+        unrelated: A third task, which immunization should leave alone.
+        processing_class: Image processor, where the model is not given by its name and the data hold images.
+        run_dir: Where finished attacks are kept; the same call resumes an interrupted audit there.
+        head_module: The classifier's name, where it cannot be found without help.
+        image_column: Of all data sets, where it cannot be found.
+        label_column: The same.
+        test_fraction: Held out where data have no test split.
+        max_images: At most so many training and test images of each task.
+        seed: Seed of splits of data; the attackers' seeds are 0, 1, ….
+        memory_limit: Bytes of memory to use; by default 60 % of what is free.
+        progress: Whether to show progress bars.
+        revision: Branch, tag or commit of the model on the Hub.
+        trust_remote_code: Run code that comes with a model.
+
+    Returns:
+        `AuditReport`.
+
+    Raises:
+        ArgumentError: An unknown preset or attacker, or a run directory of another audit.
+        DataError: Data that cannot be used; the sentence says why and what to do.
+    """
+    start = time.time()
+    chosen = preset if isinstance(preset, Preset) else find_preset(preset)
+    chosen = chosen if attackers is None else chosen.only(list(attackers))
+    warnings: list[str] = []
+    models, processor, names = _load_models(model, reference, processing_class, revision, trust_remote_code)
+    if "reference" not in models:
+        warnings.append(
+            "No reference was given: accuracies are absolute, and what immunization changed cannot be told. Give the "
+            "model before immunization."
+        )
+    else:
+        moved_parameters(models["immunized"], models["reference"])  # refuses another architecture
+    if chosen.random:
+        models["random"] = _random_like(models["immunized"])
+    sources = {"harmful": harmful, "unseen": unseen, "benign": benign, "unrelated": unrelated}
+    tasks = [
+        load_task(
+            name,
+            source,
+            warnings,
+            test_fraction=test_fraction,
+            image_column=image_column,
+            label_column=label_column,
+            max_images=max_images,
+            seed=seed,
+            required=name != "benign",
+        )
+        for name, source in sources.items()
+        if source is not None
+    ]
+    memory = memory_limit or int(0.6 * psutil.virtual_memory().available)
+    memory = _load_images(tasks, processor, memory, progress)
+    warnings += overlaps(tasks)
+    warnings += [f"{task.problem}; it was not attacked." for task in tasks if task.problem]
+    hashes = {f"{t.name} {s}": [*i.hashes, i.labels.numpy().tobytes()] for t in tasks for s, i in _sides(t)}
+    mark = fingerprint(models, hashes, {"preset": _without_choice(chosen), "version": PRESET_VERSION})
+    journal = Journal(run_dir, mark, warnings)
+    work = Work(chosen, models, tasks, processor, journal, warnings, head_module, memory, progress)
+    standing = work.run()
+    total = sum(outcome.seconds for outcome in journal.outcomes.values())
+    return AuditReport(
+        AuditData(
+            model=names["immunized"],
+            reference=names.get("reference"),
+            preset=chosen.name,
+            preset_version=PRESET_VERSION,
+            budget=_budget(chosen),
+            tasks={task.name: task.describe() for task in tasks},
+            outcomes=[journal.outcomes[key] for key in work.order],
+            utility=standing.utility(),
+            spectra=standing.spectra(),
+            rir=standing.ratio(),
+            warnings=warnings,
+            machine=_machine(),
+            # A resumed audit cost what its parts cost.
+            seconds=max(time.time() - start, total),
+        )
+    )
+
+
+def _load_models(
+    model: Any, reference: Any, processor: Any, revision: str, trust_remote_code: bool
+) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str]]:
+    models, names = {}, {}
+    for subject, given in (("immunized", model), ("reference", reference)):
+        if given is None:
+            continue
+        if not isinstance(given, (str, os.PathLike)):
+            models[subject], names[subject] = given, type(given).__name__
+            continue
+        options = {"trust_remote_code": trust_remote_code}
+        if subject == "immunized":
+            options["revision"] = revision  # type: ignore[assignment]
+        try:
+            loaded = AutoModelForImageClassification.from_pretrained(given, **options)
+            if processor is None:
+                processor = AutoImageProcessor.from_pretrained(given, **options)
+        except (OSError, ValueError) as error:
+            raise ArgumentError(
+                f"Expected an image classifier with its processor as the {subject} model at {given}, found: "
+                f"{str(error).splitlines()[0]} Check the spelling, the connection and your rights."
+            ) from error
+        models[subject] = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+        path = os.fspath(given)
+        names[subject] = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else path
+    return models, processor, names
+
+
+def _random_like(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return type(model)(copy.deepcopy(model.config)).to(model.device)
+
+
+def _sides(task: AttackedTask) -> list[tuple[str, Images]]:
+    return [("train", task.train), ("test", task.test), ("utility", task.utility)]
+
+
+def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progress: bool) -> int:
+    """Decode every image once; returns the memory that is left."""
+    for task in tasks:
+        for side, images in _sides(task):
+            if not len(images):
+                continue
+            if side == "utility" and images.indices == task.test.indices:
+                images.hashes, images._held = task.test.hashes, task.test._held
+                continue
+            # Half of what is left: features and attacks need room too.
+            memory -= images.load(processor, memory // 2, progress)
+    return memory
+
+
+def _without_choice(preset: Preset) -> dict[str, Any]:
+    """What decides an attack's result: which attackers run does not, so that more can be added to a run."""
+    described = preset.describe()
+    return {name: described[name] for name in ("name", "probe_budget", "tuning_budget")}
+
+
+def _budget(preset: Preset) -> dict[str, Any]:
+    return {
+        "probe_steps": preset.probe_budget.steps,
+        "descent_steps": preset.probe_budget.descent_steps,
+        "solver_iterations": preset.probe_budget.iterations,
+        "fine_tuning_steps": preset.tuning_budget.steps,
+        "fine_tuning_trial_steps": preset.tuning_budget.trial_steps,
+        "fine_tuning_images": preset.tuning_budget.max_images,
+        "probe_seeds": preset.probe_seeds,
+        "layer_seeds": preset.layer_seeds,
+        "fine_tuning_seeds": preset.tuning_seeds,
+    }
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,318 @@
+"""Images of the tasks under attack, checked before anything runs, and held as pixels where memory allows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_immunize.attacks.outcomes import Task
+from hf_immunize.errors import DataError
+from hf_immunize.vision.columns import find_columns, is_transformed, listed, read_labels
+from hf_immunize.vision.images import ImageCollator, ImageRows
+from hf_immunize.vision.sources import load_image_dataset
+
+
+@dataclass
+class Images:
+    """Some images of a task with their class numbers.
+
+    Attributes:
+        rows: The data set.
+        indices: Which of its rows.
+        labels: Their class numbers, ``(n,)``.
+        hashes: One a row, of the pixel values as the model sees them; empty before `load`.
+    """
+
+    rows: ImageRows
+    indices: list[int]
+    labels: Tensor
+    hashes: list[bytes] = field(default_factory=list)
+    _held: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, processor: Any, memory: int, progress: bool = True) -> int:
+        """Decode and process all images once, for their hashes, and hold them if they fit.
+
+        Args:
+            processor: Image processor.
+            memory: Bytes they may take.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            Bytes held.
+        """
+        held: Tensor | None = None
+        fits, done = True, 0
+        for batch in self._decode(processor, 64, progress):
+            self.hashes += [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in batch]
+            if held is None:
+                fits = batch[0].numel() * batch.element_size() * len(self) <= memory
+                if fits:
+                    held = batch.new_empty(len(self), *batch.shape[1:])
+            if held is not None and fits:
+                if batch.shape[1:] != held.shape[1:]:
+                    raise DataError(
+                        f"Expected images of one size after processing in {self.rows.name}, found "
+                        f"{tuple(held.shape[1:])} and {tuple(batch.shape[1:])}; use a processor that crops."
+                    )
+                held[done : done + len(batch)] = batch
+            done += len(batch)
+        self._held = held
+        return 0 if held is None else held.numel() * held.element_size()
+
+    def batches(
+        self, processor: Any, size: int = 64, description: str = "", progress: bool = True
+    ) -> Iterator[Tensor]:
+        """Pixel values, batch by batch, in order."""
+        if self._held is None:
+            yield from self._decode(processor, size, progress, description)
+        else:
+            parts = self._held.split(size)
+            yield from tqdm(parts, desc=description, disable=not progress, leave=False)
+
+    def pixels(self, processor: Any, chosen: Tensor) -> Tensor:
+        """Pixel values of chosen rows, ``(k, C, H, W)``."""
+        if self._held is not None:
+            return self._held[chosen]
+        part = Images(self.rows, [self.indices[i] for i in chosen.tolist()], self.labels[chosen])
+        return torch.cat(list(part._decode(processor, 64, False)))
+
+    def _decode(self, processor: Any, size: int, progress: bool, description: str = "images") -> Iterator[Tensor]:
+        subset = torch.utils.data.Subset(self.rows, self.indices)
+        loader = torch.utils.data.DataLoader(subset, batch_size=size, collate_fn=ImageCollator(processor))
+        for batch in tqdm(loader, desc=description or "images", disable=not progress, leave=False):
+            yield batch["pixel_values"].contiguous()
+
+
+@dataclass
+class AttackedTask:
+    """A task: images to learn from and images to measure on.
+
+    Attributes:
+        name: "harmful", "unseen", "benign" or "unrelated".
+        dataset: What reports call it.
+        train, test: The images; test images of classes that the training images lack are left out.
+        classes: Names of the classes, or their labels as text.
+        utility: All test images with the labels as the data set has them, for the released classifier's accuracy.
+        label_names: Name of each label as the data set has it, where it has names.
+        problem: Why the task cannot be learned from these images; empty if it can.
+    """
+
+    name: str
+    dataset: str
+    train: Images
+    test: Images
+    classes: list[str]
+    utility: Images
+    label_names: list[str]
+    problem: str = ""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    def describe(self) -> Task:
+        """The task as reports have it."""
+        labels = self.test.labels if len(self.test) else self.utility.labels
+        chance = float(torch.bincount(labels).max() / len(labels)) if len(labels) else 0.0
+        return Task(self.name, self.dataset, len(self.train), len(self.test), self.num_classes, chance)
+
+
+def load_task(
+    name: str,
+    source: Any,
+    warnings: list[str],
+    *,
+    test_fraction: float = 0.3,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_images: int | None = None,
+    seed: int = 42,
+    required: bool = True,
+) -> AttackedTask:
+    """Find and check the images of a task, without decoding any.
+
+    Args:
+        name: "harmful", "unseen", "benign" or "unrelated".
+        source: A name or path as `load_image_dataset` takes it, a data set, a ``DatasetDict``, or (train, test).
+        warnings: Sentences for the report are appended here.
+        test_fraction: Held out to measure on where there is no validation or test split.
+        image_column: The image column, where it cannot be found.
+        label_column: The label column, where it cannot be found.
+        max_images: At most so many images to learn from, and so many to measure on.
+        seed: Seed of the split and of the choice of images; that of `TrainingArguments` by default.
+        required: Whether a task that cannot be learned is an error; otherwise `AttackedTask.problem` says so.
+
+    Returns:
+        The task.
+
+    Raises:
+        DataError: If there are no images, no labels, fewer than two classes, or no class in both parts.
+    """
+    train, test = _splits(name, source, test_fraction, seed, warnings)
+    sides = []
+    for part, side in ((train, "training"), (test, "test")):
+        called = f"the {name} {side} data"
+        if len(part) == 0:
+            raise DataError(f"Expected at least one image in {called}, found none. Check the split and its filters.")
+        image, label = find_columns(part, image_column, label_column)
+        assert label is not None
+        sides.append((ImageRows(part, called, image), _labels(part, label, called), _names(part, label)))
+    (train_rows, train_labels, train_names), (test_rows, test_labels, test_names) = sides
+    spoken = train_names is not None and test_names is not None
+    keys = [
+        [names[value] if spoken and names is not None else value for value in labels]
+        for labels, names in ((train_labels, train_names), (test_labels, test_names))
+    ]
+    present = set(keys[0])
+    classes: list[Any] = (
+        [n for n in train_names if n in present] if spoken and train_names is not None else sorted(present)
+    )
+    code = {key: index for index, key in enumerate(classes)}
+    known = [row for row, key in enumerate(keys[1]) if key in code]
+    absent = sorted({str(key) for key in keys[1] if key not in code})
+    problem = ""
+    if len(classes) < 2:
+        problem = f"Expected at least two classes in the {name} training data, found {listed(map(str, classes))}"
+    elif not known:
+        problem = (
+            f"Expected classes of the {name} training data in its test data too, found {listed(absent, 5)} for "
+            f"{listed(map(str, classes), 5)}"
+        )
+    if problem and required:
+        raise DataError(f"{problem}; check both label columns.")
+    if absent and known:
+        warnings.append(
+            f"{len(absent)} classes of the {name} test images are not among the training ones ({listed(absent, 3)}); "
+            f"{len(keys[1]) - len(known)} test images were left out."
+        )
+    generator = np.random.default_rng(seed)
+    rows = _choose(list(range(len(keys[0]))), max_images, generator)
+    train_images = Images(train_rows, rows, torch.tensor([code[keys[0][row]] for row in rows]))
+    known = _choose(known, max_images, generator)
+    test_images = Images(test_rows, known, torch.tensor([code[keys[1][row]] for row in known], dtype=torch.long))
+    every = _choose(list(range(len(keys[1]))), max_images, generator) if name == "benign" else []
+    single = int((torch.bincount(train_images.labels, minlength=len(classes)) == 1).sum())
+    if single and not problem:
+        warnings.append(
+            f"{single} of {len(classes)} {name} classes have a single training image: it is learned from, and "
+            "settings are chosen without it."
+        )
+    label_names = test_names or []
+    if every and not label_names and any(isinstance(value, str) for value in test_labels):
+        label_names = sorted({str(value) for value in test_labels})
+    place = {name: index for index, name in enumerate(label_names)}
+    numbers = [place.get(value, -1) if isinstance(value, str) else value for value in test_labels] if every else []
+    utility = Images(test_rows, every, torch.tensor([numbers[row] for row in every], dtype=torch.long))
+    typed = source[0] if isinstance(source, (tuple, list)) else source
+    called = str(typed) if isinstance(typed, (str, Path)) else f"{name} images"
+    return AttackedTask(
+        name, _public(called), train_images, test_images, [str(c) for c in classes], utility, label_names, problem
+    )
+
+
+def overlaps(tasks: list[AttackedTask]) -> list[str]:
+    """Sentences on images that occur where they should not: in training and test data, or in two tasks.
+
+    Args:
+        tasks: Tasks whose images are loaded.
+
+    Returns:
+        One sentence for each overlap found by hash of the processed image.
+    """
+    sentences = []
+    hashes = {task.name: (set(task.train.hashes), set(task.test.hashes)) for task in tasks}
+    for task in tasks:
+        train, test = hashes[task.name]
+        if both := len(train & test):
+            sentences.append(
+                f"{both} {task.name} test images are training images as well: accuracies on them are too high, before "
+                "and after immunization."
+            )
+    for i, one in enumerate(tasks):
+        for other in tasks[i + 1 :]:
+            shared = len(set().union(*hashes[one.name]) & set().union(*hashes[other.name]))
+            if shared:
+                sentences.append(
+                    f"{shared} images are both {one.name} and {other.name}: raising κ for one and keeping it for the "
+                    "other contradict each other on them."
+                )
+    return sentences
+
+
+def _splits(name: str, source: Any, fraction: float, seed: int, warnings: list[str]) -> tuple[Any, Any]:
+    if isinstance(source, (tuple, list)) and len(source) == 2 and not isinstance(source[0], dict):
+        train, test = (load_image_dataset(str(s)) if isinstance(s, (str, Path)) else s for s in source)
+        return train, test
+    if isinstance(source, (str, Path)):
+        train = load_image_dataset(str(source))
+        for split in ("test", "validation"):
+            try:
+                return train, load_image_dataset(str(source), split)
+            except DataError:
+                continue
+        source = train
+    if isinstance(source, datasets.DatasetDict):
+        test_split = next((split for split in ("test", "validation") if split in source), None)
+        if "train" not in source:
+            raise DataError(f"Expected a split 'train' in the {name} data, found {listed(source)}.")
+        if test_split is not None:
+            return source["train"], source[test_split]
+        source = source["train"]
+    if isinstance(source, datasets.Dataset):
+        if len(source) < 2:
+            raise DataError(f"Expected at least two {name} images, found {len(source)}.")
+        parts = source.train_test_split(fraction, seed=seed)
+        warnings.append(
+            f"The {name} data have no test split: {fraction:.0%} held out (seed {seed}). If immunization saw these "
+            "images, use the split that it held out."
+        )
+        return parts["train"], parts["test"]
+    raise DataError(
+        f"Expected the {name} data as a path, a name on the Hub, a datasets.Dataset, a DatasetDict, or a pair (train, "
+        f"test), found {type(source).__name__}."
+    )
+
+
+def _labels(dataset: Any, column: str, called: str) -> list[Any]:
+    if isinstance(dataset, datasets.Dataset) and not is_transformed(dataset) and column in dataset.features:
+        values = read_labels(dataset, column)
+    else:
+        values = [dataset[row][column] for row in range(len(dataset))]
+    labels = [value.item() if isinstance(value, (Tensor, np.generic)) else value for value in values]
+    for row, label in enumerate(labels):
+        if not isinstance(label, (int, str)) or (isinstance(label, int) and label < 0):
+            raise DataError(
+                f"Row {row} of {called} has the label {label!r}; labels are whole numbers from 0 or names. Drop the "
+                "rows without a valid label."
+            )
+    return labels
+
+
+def _names(dataset: Any, column: str) -> list[str] | None:
+    features = getattr(dataset, "features", None) or {}
+    return getattr(features.get(column), "names", None)
+
+
+def _choose(rows: list[int], limit: int | None, generator: np.random.Generator) -> list[int]:
+    if limit is None or len(rows) <= limit:
+        return rows
+    return sorted(generator.permutation(rows)[:limit].tolist())
+
+
+def _public(source: str | Path) -> str:
+    """A Hub name as it is, a local path by its last part, since it may tell more."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else str(source)

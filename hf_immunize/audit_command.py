@@ -1,0 +1,145 @@
+"""`hf-immunize audit`: attack an immunized model before its critics do.
+
+Heavy imports wait until the command runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_immunize.errors import ArgumentError
+
+
+def audit(
+    model: Annotated[
+        str, typer.Argument(help="The immunized model: a folder or a name on the Hub.", show_default=False)
+    ],
+    harmful: Annotated[
+        str | None, typer.Option(help="Labelled images of the harmful task: folder, parquet file or Hub id.")
+    ] = None,
+    benign: Annotated[str | None, typer.Option(help="Labelled images of the task to keep.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The model before immunization; without it nothing can be compared.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="One data set with both tasks, in place of --harmful and --benign.")
+    ] = None,
+    harmful_classes: Annotated[
+        str | None, typer.Option(help="With --dataset: the harmful classes, separated by commas.")
+    ] = None,
+    harmful_test: Annotated[str | None, typer.Option(help="Harmful images to measure on.")] = None,
+    benign_test: Annotated[str | None, typer.Option(help="Benign images to measure on.")] = None,
+    unseen: Annotated[str | None, typer.Option(help="Harmful images of classes that immunization never saw.")] = None,
+    unrelated: Annotated[str | None, typer.Option(help="A third task that should be left alone.")] = None,
+    output_dir: Annotated[
+        Path, typer.Option(help="For the report, and for finished attacks: the same command resumes there.")
+    ] = Path("runs/audit"),
+    quick: Annotated[bool, typer.Option("--quick", help="Small budgets: two minutes on a small model.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every attacker, large budgets: hours, and a GPU.")] = False,
+    attackers: Annotated[
+        str | None, typer.Option(help="Run these alone, separated by commas, such as ridge,adamw,lora_r8.")
+    ] = None,
+    test_fraction: Annotated[float, typer.Option(help="Held out where data have no test split.")] = 0.3,
+    max_images: Annotated[
+        int | None, typer.Option(min=2, help="At most so many training and test images of each task.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of held-out splits; give the one that training used.")] = 42,
+    image_column: Annotated[str | None, typer.Option(help="Column of images, where it cannot be found.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels, where it cannot be found.")] = None,
+    head_module: Annotated[str | None, typer.Option(help="The classifier's name, where it cannot be found.")] = None,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit of MODEL on the Hub.")] = "main",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Attack an immunized model with what an adversary has, and say what is slowed, what is prevented, what is not.
+
+        hf-immunize audit runs/mine --harmful my/weapons --benign my/pets --reference my/model-before --quick
+
+    Attackers probe the classifier's input (gradient descent, Adam, closed forms, second-order methods, nearest
+    neighbours), probe every earlier stage, fine-tune the network (also by low-rank adapters), and put the public
+    starting weights back. Each tunes its own settings on a part of its training images. The same attacks with the
+    same draws run on the reference. The strongest one counts.
+
+    Finished attacks are kept in the output folder. After an interruption the same command goes on where it was.
+    """
+    import transformers
+
+    from hf_immunize.attacks.runner import audit as run_audit
+
+    if quick and full:
+        raise ArgumentError("Expected --quick or --full, found both.")
+    if not 0 < test_fraction < 1:
+        raise ArgumentError(f"Expected --test-fraction between 0 and 1, found {test_fraction}.")
+    transformers.utils.logging.set_verbosity_error()
+    harmful_data, benign_data = _data(
+        harmful, benign, dataset, harmful_classes, harmful_test, benign_test, label_column
+    )
+    report = run_audit(
+        model,
+        harmful=harmful_data,
+        benign=benign_data,
+        reference=reference,
+        attackers=None if attackers is None else [name.strip() for name in attackers.split(",")],
+        preset="quick" if quick else "full" if full else "standard",
+        unseen=unseen,
+        unrelated=unrelated,
+        run_dir=output_dir,
+        head_module=head_module,
+        image_column=image_column,
+        label_column=label_column,
+        test_fraction=test_fraction,
+        max_images=max_images,
+        seed=seed,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    report.write(output_dir)
+    typer.echo(report.summary())
+    typer.echo(f"Report: {output_dir}/")
+
+
+def _data(
+    harmful: str | None,
+    benign: str | None,
+    dataset: str | None,
+    harmful_classes: str | None,
+    harmful_test: str | None,
+    benign_test: str | None,
+    label_column: str | None,
+) -> tuple[object, object]:
+    if (dataset is None) == (harmful is None) or (dataset is None) != (harmful_classes is None):
+        raise ArgumentError(
+            "Expected either --harmful (and --benign), or --dataset with --harmful-classes, found "
+            f"harmful={harmful}, dataset={dataset}, harmful_classes={harmful_classes}."
+        )
+    if dataset is None:
+        assert harmful is not None
+        return (
+            harmful if harmful_test is None else (harmful, harmful_test),
+            benign if benign is None or benign_test is None else (benign, benign_test),
+        )
+    from datasets import DatasetDict
+
+    from hf_immunize.errors import DataError
+    from hf_immunize.vision.columns import find_columns
+    from hf_immunize.vision.data import split_benign_harmful
+    from hf_immunize.vision.sources import load_image_dataset
+
+    splits = {"train": load_image_dataset(dataset)}
+    for split in ("test", "validation"):
+        try:
+            splits["test"] = load_image_dataset(dataset, split)
+            break
+        except DataError:
+            continue
+    _, column = find_columns(splits["train"], label_column=label_column)
+    names = getattr(splits["train"].features.get(column), "names", None) or []
+    assert harmful_classes is not None
+    words = [word.strip() for word in harmful_classes.split(",")]
+    keys: list[str | int] = [word if word in names or not word.isdigit() else int(word) for word in words]
+    benign_part, harmful_part = split_benign_harmful(DatasetDict(splits), keys, label_column)
+    return harmful_part, benign_part

@@ -1,0 +1,39 @@
+"""Features and images of four classes that any attacker should tell apart, and tiny models to attack."""
+
+import torch
+import transformers as hf
+
+
+CLASSES = 4
+
+
+def clusters(rows, seed, dim=12, spread=0.6):
+    """Points around four corners; the labels go round."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = 3 * torch.randn(CLASSES, dim, generator=torch.Generator().manual_seed(99))
+    labels = torch.arange(rows) % CLASSES
+    return corners[labels] + spread * torch.randn(rows, dim, generator=generator), labels
+
+
+def pictures(rows, seed):
+    """Images of 8 pixels in the colour that stands for the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(rows) % CLASSES
+    colours = torch.tensor([[2.0, 0, 0], [0, 2.0, 0], [0, 0, 2.0], [-2.0, -2.0, -2.0]])
+    return colours[labels][:, :, None, None] + 0.3 * torch.randn(rows, 3, 8, 8, generator=generator), labels
+
+
+def rows_of(pixels, labels):
+    return [{"pixel_values": p, "labels": int(y)} for p, y in zip(pixels, labels, strict=True)]
+
+
+def tiny_vit(seed=0):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    return hf.ViTForImageClassification(hf.ViTConfig(image_size=8, patch_size=4, num_labels=4, **sizes)).eval()
+
+
+def tiny_resnet(seed=0):
+    torch.manual_seed(seed)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    return hf.ResNetForImageClassification(hf.ResNetConfig(num_labels=4, **sizes)).eval()

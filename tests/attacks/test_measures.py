@@ -1,0 +1,43 @@
+"""Relative fine-tuning deviation and the paired interval."""
+
+import math
+
+import pytest
+import torch
+
+from hf_immunize.attacks.measures import paired_utility, relative_deviation
+from hf_immunize.errors import ShapeError
+
+
+def test_signed_deviation_is_negative_where_the_immunized_model_learns_better():
+    assert relative_deviation([0.5], [0.75]) == (50.0, -50.0)
+
+
+def test_deviation_of_a_reference_that_reads_nothing_is_no_number():
+    assert all(math.isnan(value) for value in relative_deviation([0.0], [0.5]))
+
+
+def test_deviation_of_unequal_curves_is_refused():
+    with pytest.raises(ShapeError, match="same steps"):
+        relative_deviation([0.5], [0.5, 0.6])
+
+
+def test_pairing_narrows_the_interval():
+    ours, theirs = torch.arange(100) >= 50, torch.arange(100) >= 48
+    low, high = paired_utility(ours, theirs).interval
+    assert high - low < 0.06  # unpaired it is 0.28
+
+
+def test_equal_answers_leave_an_interval_of_the_rule_of_three():
+    same = torch.ones(300, dtype=torch.bool)
+    assert paired_utility(same, same).interval == (-0.01, 0.01)
+
+
+def test_interval_covers_the_truth_nineteen_times_in_twenty():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(400):
+        draw = torch.rand(200, generator=generator)
+        low, high = paired_utility(draw < 0.7, (draw < 0.6) | (draw > 0.9)).interval
+        covered += low <= 0.0 <= high
+    assert 0.92 <= covered / 400 <= 0.98

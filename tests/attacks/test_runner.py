@@ -1,0 +1,175 @@
+"""The audit as a whole, on tiny models."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from attacked import pictures, rows_of, tiny_resnet, tiny_vit
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from hf_immunize import audit
+from hf_immunize.errors import ArgumentError, DataError
+
+
+pytest_plugins = ["attack_fixtures"]
+
+
+@pytest.fixture
+def models():
+    model, reference = tiny_vit(), tiny_vit()
+    with torch.no_grad():
+        model.vit.layernorm.weight *= torch.logspace(0, -3, 16)
+    return model, reference
+
+
+@pytest.fixture
+def benign():
+    return rows_of(*pictures(40, 5)), rows_of(*pictures(24, 6))
+
+
+def run(models, harmful, preset, **options):
+    options = {"reference": models[1], "progress": False, "preset": preset, **options}
+    return audit(models[0], harmful=harmful, **options).data
+
+
+def without_time(data):
+    return [replace(outcome, seconds=0.0) for outcome in data.outcomes]
+
+
+def test_all_classes_of_access_are_attacked_on_both_models(models, harmful, benign, tiny_preset):
+    data = run(models, harmful, tiny_preset, benign=benign)
+    seen = {(one.subject, one.access) for one in data.outcomes if one.status == "done"}
+    classes = ("head_input", "any_layer", "fine_tuning")
+    assert seen == {(subject, access) for subject in ("immunized", "reference") for access in classes}
+
+
+def test_utility_spectra_and_rir_are_measured(models, harmful, benign, tiny_preset):
+    data = run(models, harmful, tiny_preset.only(["ridge"]), benign=benign)
+    assert data.utility.size == 24
+    assert len(data.spectra) == 4
+    assert data.rir["harmful_ratio"] > 100
+
+
+def test_same_seeds_give_the_same_outcomes(models, harmful, tiny_preset):
+    assert without_time(run(models, harmful, tiny_preset)) == without_time(run(models, harmful, tiny_preset))
+
+
+def test_an_interrupted_audit_goes_on_where_it_was(models, harmful, tiny_preset, tmp_path, monkeypatch):
+    whole = run(models, harmful, tiny_preset)
+    run(models, harmful, tiny_preset, run_dir=tmp_path)
+    path = tmp_path / "outcomes.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:8]) + lines[8][:30])
+    resumed = run(models, harmful, tiny_preset, run_dir=tmp_path)
+    assert without_time(resumed) == without_time(whole)
+    assert len(path.read_text().splitlines()) == len(lines)
+    assert any("unfinished" in sentence for sentence in resumed.warnings)
+
+
+def test_a_finished_audit_attacks_nothing_again(models, harmful, tiny_preset, tmp_path, monkeypatch):
+    first = run(models, harmful, tiny_preset, run_dir=tmp_path)
+    monkeypatch.setattr("hf_immunize.attacks.work.PROBES", {})
+    monkeypatch.setattr("hf_immunize.attacks.work.fine_tune", None)
+    assert run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes == first.outcomes
+
+
+def test_a_run_directory_of_other_weights_is_refused(models, harmful, tiny_preset, tmp_path):
+    run(models, harmful, tiny_preset.only(["ridge"]), run_dir=tmp_path)
+    with pytest.raises(ArgumentError, match="another run directory"):
+        run((models[1], models[1]), harmful, tiny_preset.only(["ridge"]), run_dir=tmp_path)
+
+
+def test_without_a_reference_it_says_what_cannot_be_told(models, harmful, tiny_preset):
+    data = run(models, harmful, tiny_preset.only(["ridge"]), reference=None)
+    assert data.reference is None
+    assert any("No reference" in sentence for sentence in data.warnings)
+
+
+def test_a_reference_of_another_architecture_is_one_sentence(models, harmful, tiny_preset):
+    with pytest.raises(DataError, match="same architecture"):
+        run(models, harmful, tiny_preset, reference=tiny_resnet())
+
+
+def test_restoring_all_public_weights_reads_what_the_reference_reads(models, harmful, tiny_preset):
+    data = run(models, harmful, tiny_preset.only(["ridge", "restore_swap"]))
+    reference = {o.seed: o.accuracy for o in data.outcomes if (o.subject, o.access) == ("reference", "head_input")}
+    swapped = [o for o in data.outcomes if o.attacker == "restore_swap"]
+    assert swapped and all(one.accuracy == reference[one.seed] for one in swapped)
+
+
+def test_overlapping_images_are_reported(models, harmful, tiny_preset):
+    data = run(models, harmful, tiny_preset.only(["ridge"]), benign=harmful)
+    assert any("both harmful and benign" in sentence for sentence in data.warnings)
+
+
+def test_too_little_memory_skips_what_does_not_fit_and_says_so(models, harmful, tiny_preset):
+    data = run(models, harmful, tiny_preset, memory_limit=1000)
+    skipped = [one for one in data.outcomes if one.status == "skipped"]
+    assert {one.access for one in skipped} == {"any_layer", "fine_tuning"}
+    assert all("GiB" in one.note and one.accuracy is None for one in skipped)
+
+
+def test_what_was_skipped_for_want_of_memory_runs_when_there_is_enough(models, harmful, tiny_preset, tmp_path):
+    run(models, harmful, tiny_preset, memory_limit=1000, run_dir=tmp_path)
+    data = run(models, harmful, tiny_preset, run_dir=tmp_path)
+    assert {one.status for one in data.outcomes} == {"done"}
+
+
+def test_layers_that_immunization_left_alone_read_the_same(models, harmful, tiny_preset):
+    data = run(models, harmful, tiny_preset.only(["ridge"]))
+    by_subject = [
+        {one.layer: one.accuracy for one in data.outcomes if (one.subject, one.access) == (subject, "any_layer")}
+        for subject in ("reference", "immunized")
+    ]
+    assert by_subject[0] == by_subject[1] != {}
+
+
+def test_a_random_initialisation_is_attacked_where_the_preset_says_so(models, harmful, tiny_preset):
+    preset = replace(tiny_preset.only(["ridge"]), random=True)
+    assert any(one.subject == "random" and one.status == "done" for one in run(models, harmful, preset).outcomes)
+
+
+def test_both_precisions_are_attacked_where_the_preset_says_so(models, harmful, tiny_preset):
+    preset = replace(tiny_preset.only(["ridge"]), both_precisions=True)
+    outcomes = run(models, harmful, preset).outcomes
+    assert {one.precision for one in outcomes if one.access == "head_input"} == {"float32", "float64"}
+
+
+def test_third_and_unseen_tasks_are_attacked(models, harmful, benign, tiny_preset):
+    data = run(models, harmful, tiny_preset.only(["ridge"]), unseen=benign, unrelated=benign)
+    assert set(data.tasks) == {"harmful", "unseen", "unrelated"} == {one.task for one in data.outcomes}
+
+
+def test_only_attackers_asked_for_run(models, harmful, tiny_preset):
+    data = run(models, harmful, tiny_preset, attackers=["gd_line_search"])
+    assert {one.attacker for one in data.outcomes} == {"gd_line_search"}
+
+
+def test_features_that_are_not_finite_are_one_sentence(models, harmful, tiny_preset):
+    with torch.no_grad():
+        models[0].vit.layernorm.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="finite"):
+        run(models, harmful, tiny_preset)
+
+
+def test_a_missing_model_is_one_sentence(harmful, tiny_preset):
+    with pytest.raises(ArgumentError, match="nowhere"):
+        audit("./nowhere", harmful=harmful, preset=tiny_preset)
+
+
+def test_utility_follows_the_models_class_names(models, tiny_preset):
+    model = models[0]
+    model.config.id2label = dict(enumerate(["d", "c", "b", "a"]))
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+    images = [Image.fromarray(np.full((8, 8, 3), 9 * i, np.uint8)) for i in range(16)]
+    data = Dataset.from_dict({"image": images, "label": [0, 1] * 8}, features=features)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([0.0, 0, 0, 1]))  # always "a"
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    options = {"benign": (data, data), "processing_class": processor, "reference": None}
+    assert run(models, (data, data), tiny_preset.only(["ridge"]), **options).utility.immunized == 0.5

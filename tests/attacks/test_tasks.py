@@ -1,0 +1,131 @@
+"""Images of a task are checked before anything runs, and what is odd is said."""
+
+import numpy as np
+import pytest
+import torch
+from attacked import pictures, rows_of
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from hf_immunize.attacks.tasks import load_task, overlaps
+from hf_immunize.errors import DataError
+
+
+pytest_plugins = ["attack_fixtures"]
+
+
+def dataset(labels, names, shade=0):
+    images = [Image.fromarray(np.full((4, 4, 3), shade + 3 * i, np.uint8)) for i in range(len(labels))]
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def processor(images):
+    return {"pixel_values": [np.asarray(image, dtype=np.float32).transpose(2, 0, 1) for image in images]}
+
+
+def test_classes_are_matched_by_name_where_the_numbers_differ():
+    task = load_task("harmful", (dataset([0, 1, 1], ["a", "b"]), dataset([1, 0], ["b", "a"])), [])
+    assert task.test.labels.tolist() == [0, 1]
+
+
+def test_test_classes_without_training_images_are_left_out_with_a_sentence():
+    said = []
+    task = load_task("harmful", (dataset([0, 1], ["a", "b", "c"]), dataset([0, 2, 2], ["a", "b", "c"])), said)
+    assert len(task.test) == 1
+    assert any("'c'" in sentence and "2 test images" in sentence for sentence in said)
+
+
+def test_no_shared_class_is_one_sentence():
+    with pytest.raises(DataError, match="in its test data too"):
+        load_task("harmful", (dataset([0, 1], ["a", "b"]), dataset([0], ["c"])), [])
+
+
+def test_no_shared_class_of_the_benign_task_leaves_utility():
+    task = load_task("benign", (dataset([0, 1], ["a", "b"]), dataset([0], ["c"])), [], required=False)
+    assert "too" in task.problem
+    assert len(task.utility) == 1
+
+
+def test_one_class_is_no_task():
+    with pytest.raises(DataError, match="at least two classes"):
+        load_task("harmful", (dataset([0, 0], ["a"]), dataset([0], ["a"])), [])
+
+
+def test_classes_with_one_image_are_said():
+    said = []
+    load_task("harmful", (dataset([0, 0, 1], ["a", "b"]), dataset([0, 1], ["a", "b"])), said)
+    assert any("1 of 2 harmful classes have a single" in sentence for sentence in said)
+
+
+def test_data_without_a_test_split_are_divided_and_this_is_said():
+    said = []
+    task = load_task("harmful", dataset([0, 1] * 10, ["a", "b"]), said)
+    assert (len(task.train), len(task.test)) == (14, 6)
+    assert any("no test split" in sentence for sentence in said)
+
+
+def test_splits_of_a_dataset_dict_are_used():
+    data = DatasetDict({"train": dataset([0, 1], ["a", "b"]), "test": dataset([1], ["a", "b"])})
+    assert len(load_task("harmful", data, []).test) == 1
+
+
+def test_missing_label_names_its_row():
+    rows = rows_of(*pictures(4, 0))
+    rows[2]["labels"] = None
+    with pytest.raises(DataError, match="Row 2 of the harmful training data"):
+        load_task("harmful", (rows, rows_of(*pictures(4, 1))), [])
+
+
+def test_labels_that_are_names_without_numbers_are_a_task():
+    rows = [{"pixel_values": torch.zeros(3, 8, 8), "labels": name} for name in ("dog", "cat", "dog")]
+    task = load_task("benign", (rows, [*rows, {**rows[0], "labels": "eel"}]), [])
+    assert [task.label_names[number] for number in task.utility.labels] == ["dog", "cat", "dog", "eel"]
+
+
+def test_rows_of_tensors_are_a_task(harmful):
+    assert load_task("harmful", harmful, []).num_classes == 4
+
+
+def test_empty_data_are_one_sentence(harmful):
+    with pytest.raises(DataError, match="at least one image"):
+        load_task("harmful", ([], harmful[1]), [])
+
+
+def test_other_types_are_one_sentence():
+    with pytest.raises(DataError, match="found int"):
+        load_task("harmful", 7, [])
+
+
+def test_fewer_images_are_the_same_images_every_time(harmful):
+    chosen = [load_task("harmful", harmful, [], max_images=10).train.indices for _ in range(2)]
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 10
+
+
+def loaded(name, source):
+    task = load_task(name, source, [])
+    for images in (task.train, task.test):
+        images.load(processor, 2**30, progress=False)
+    return task
+
+
+def test_overlap_of_tasks_is_found_by_image():
+    names = ["a", "b"]
+    harmful = loaded("harmful", (dataset([0, 1, 0], names), dataset([0, 1], names, shade=100)))
+    benign = loaded("benign", (dataset([1, 0], names, shade=6), dataset([0, 1], names, shade=200)))
+    assert [s for s in overlaps([harmful, benign]) if "1 images are both harmful and benign" in s]
+
+
+def test_test_images_among_the_training_images_are_found():
+    names = ["a", "b"]
+    task = loaded("harmful", (dataset([0, 1], names), dataset([0, 1], names)))
+    assert any("2 harmful test images are training images" in sentence for sentence in overlaps([task]))
+
+
+def test_images_that_do_not_fit_are_read_again_and_the_same():
+    held, streamed = (load_task("harmful", (dataset([0, 1] * 3, ["a", "b"]),) * 2, []).train for _ in range(2))
+    held.load(processor, 2**30, progress=False)
+    assert streamed.load(processor, 10, progress=False) == 0
+    parts = [torch.cat(list(images.batches(processor, 4, progress=False))) for images in (held, streamed)]
+    assert torch.equal(*parts)
