@@ -250,9 +250,12 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             seed,
             shuffle,
             num_distillation=0 if self.distillation is None else _length(self.distillation),
-            batch_sizes=self.batch_sizes
-            if self.distillation is not None
-            else replace(self.batch_sizes, distillation=0),
+            num_held_out=0 if self.held_out is None else len(self.held_out),
+            batch_sizes=replace(
+                self.batch_sizes,
+                distillation=0 if self.distillation is None else self.batch_sizes.distillation,
+                held_out=0 if self.held_out is None else self.batch_sizes.held_out,
+            ),
         )
         return self._sampler
 

@@ -268,3 +268,29 @@ def test_an_evaluation_of_features_that_are_not_finite_says_so(tiny, trainer):
     model.vit.layernorm.weight.data[0] = float("nan")
     with pytest.raises(NonFiniteError, match="features"):
         trainer(model).evaluate()
+
+
+class TestHeldOut:
+    def test_a_part_of_the_benign_images_is_kept_from_training(self, trainer, images):
+        data = trainer(train_dataset=images(100), benign_budget=0.1).train_dataset
+        seen, kept = ({float(row["pixel_values"].sum()) for row in side} for side in (data.benign, data.held_out))
+        assert (len(seen), len(kept), len(seen & kept)) == (90, 10, 0)
+
+    @pytest.mark.parametrize("options", [{"benign_budget": None}, {"benign_budget": 0.1, "budget_holdout": 0}])
+    def test_nothing_is_kept_where_nothing_is_measured(self, options, trainer, images):
+        assert trainer(train_dataset=images(100), **options).train_dataset.held_out is None
+
+    def test_of_few_images_none_are_kept(self, trainer, images):
+        data = trainer(train_dataset=images(79), benign_budget=0.1).train_dataset
+        assert data.held_out is None and len(data) == 79
+
+    def test_the_budget_is_measured_on_them(self, trainer, images):
+        run = trainer(train_dataset=images(100), benign_budget=0.1, benign_loss="distillation")
+        run.train()
+        assert {"held_out_kl", "kl"} <= set(run.state.log_history[0])
+
+    def test_an_error_names_the_row_by_its_own_number(self, trainer, processor):
+        data = photos(100)
+        run = trainer(train_dataset=data, benign_budget=0.1, processing_class=processor)
+        numbers = run.train_dataset.held_out._numbers
+        assert all(run.train_dataset.held_out[i]["labels"] == data[n]["label"] for i, n in enumerate(numbers))

@@ -186,3 +186,10 @@ def test_loader_workers_draw_the_same_pairs():
     data = Indices(rows(16), rows(5))
     loader = DataLoader(data, batch_size=2, sampler=data.make_sampler(seed=1), collate_fn=list, num_workers=1)
     assert list(loader) == batches(0)
+
+
+def test_held_out_rows_come_with_their_labels():
+    data = PairedDataset(rows(8), rows(2), batch_sizes=BatchSizes(4, 4, 0, 1), held_out=rows(3))
+    draws = list(data.make_sampler(0))
+    batch = PairedCollator(ImageCollator())([data[draw] for draw in draws[:4]])
+    assert batch["held_out"]["labels"].shape == (1,) and "distillation" not in batch
