@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_immunize.errors import ArgumentError, HeadError
 from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.method import Method
 from hf_immunize.vision.adapters import without_wrapper
 from hf_immunize.vision.bare import with_linear_head
 
@@ -111,4 +112,21 @@ def check_checkpointing(model: Any, args: ImmunizationArguments) -> None:
         raise ArgumentError(
             "Expected gradient checkpointing with use_reentrant=False, found use_reentrant=True, under which blocks "
             "behind a frozen part get no gradient. Leave gradient_checkpointing_kwargs at its default."
+        )
+
+
+def check_sharding(args: ImmunizationArguments) -> None:
+    """Refuse to run the starting model beside one whose parameters are sharded.
+
+    Args:
+        args: The Trainer's arguments.
+
+    Raises:
+        ArgumentError: Under FSDP or DeepSpeed, if the method needs the starting model.
+    """
+    if (args.fsdp or args.deepspeed) and Method.of(args).needs_start:
+        raise ArgumentError(
+            "Expected benign_loss='task' and benign_budget=None under FSDP or DeepSpeed, found "
+            f"benign_loss={args.benign_loss!r} and benign_budget={args.benign_budget}: these run the starting model "
+            "through the trained one's modules, whose parameters are sharded there. Change them, or train with DDP."
         )

@@ -19,7 +19,7 @@ from hf_immunize.hub.outcomes import named_outcomes
 from hf_immunize.training import publishing
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
-from hf_immunize.training.checks import as_classifier, check_checkpointing, check_classifier
+from hf_immunize.training.checks import as_classifier, check_checkpointing, check_classifier, check_sharding
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.evaluation import Evaluation, accuracy
 from hf_immunize.training.evidence import Evidence, save_record
@@ -120,6 +120,7 @@ class ImmunizationTrainer(Trainer):
                 f"Expected one GPU a process, found {args.n_gpu} in this one, over which κ of a batch would be torn "
                 "apart. Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
+        check_sharding(args)
         model = None if model is None else as_classifier(model, args.pooling)
         # A user's own collator gets the datasets' own items.
         self._reads_images = data_collator is None

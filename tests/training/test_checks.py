@@ -1,12 +1,14 @@
 """A model that cannot be immunized is refused before anything runs."""
 
+from types import SimpleNamespace
+
 import pytest
 import transformers as hf
 from families import BUILDERS, TEXT, TRANSFORMER
 from torch import nn
 
 from hf_immunize.errors import ArgumentError, HeadError, ScopeError
-from hf_immunize.training.checks import check_classifier
+from hf_immunize.training.checks import check_classifier, check_sharding
 from hf_immunize.vision.bare import LinearHeadForImageClassification
 
 
@@ -103,3 +105,17 @@ def test_model_init_gets_a_head_too(trainer):
 def test_an_expression_that_matches_everything_is_refused(trainer):
     with pytest.raises(ScopeError, match=r'trainable="all"'):
         trainer("vit", trainable=".*")
+
+
+PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "deepspeed"])
+def test_a_starting_model_beside_a_sharded_one_is_refused(sharding, arguments):
+    settings = vars(arguments(benign_loss="distillation")) | {sharding: "full_shard"}
+    with pytest.raises(ArgumentError, match=r"benign_loss='task' and benign_budget=None under FSDP or DeepSpeed"):
+        check_sharding(SimpleNamespace(**settings))
+
+
+def test_the_papers_training_may_be_sharded(arguments):
+    check_sharding(SimpleNamespace(**vars(arguments(**PAPER)) | {"fsdp": "full_shard"}))

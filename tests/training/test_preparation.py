@@ -290,7 +290,8 @@ class TestHeldOut:
         assert {"held_out_kl", "kl"} <= set(run.state.log_history[0])
 
     def test_an_error_names_the_row_by_its_own_number(self, trainer, processor):
-        data = photos(100)
-        run = trainer(train_dataset=data, benign_budget=0.1, processing_class=processor)
-        numbers = run.train_dataset.held_out._numbers
-        assert all(run.train_dataset.held_out[i]["labels"] == data[n]["label"] for i, n in enumerate(numbers))
+        kept = trainer(train_dataset=photos(100), benign_budget=0.1, processing_class=processor)
+        number = kept.train_dataset.held_out._numbers[3]
+        again = trainer(train_dataset=damaged(100, number), benign_budget=0.1, processing_class=processor)
+        with pytest.raises(ImageDecodeError, match=f"row {number} of train_dataset"):
+            again.train_dataset.held_out[3]
