@@ -24,11 +24,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install  ## Immunize a small ViT on handwritten digits; results in runs/demo/
 	$(BIN)/hf-immunize demo --output-dir runs/demo
 
+# Two processes of one thread each are faster than one of two: most tests are too small to share out.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: install  ## All tests and the docstrings' examples
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fast: install  ## The tests that finish within seconds each
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 quality: install-dev  ## What CI asks of the code's form
 	$(BIN)/ruff check .
