@@ -36,6 +36,7 @@ def parse(words):
     parser.add_argument("--accumulation", type=int, default=1, help="Micro-batches of an optimizer step.")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true", help="Needed for several processes on a machine without a GPU.")
     return parser.parse_args(words)
 
 
@@ -54,7 +55,7 @@ def measure(model, rows, processor):
 def main(words):
     options = parse(words)
     set_seed(options.seed)
-    accelerator = Accelerator(gradient_accumulation_steps=options.accumulation)
+    accelerator = Accelerator(cpu=options.cpu, gradient_accumulation_steps=options.accumulation)
     processor = AutoImageProcessor.from_pretrained(options.model)
     model = AutoModelForImageClassification.from_pretrained(options.model).to(accelerator.device)
 

@@ -126,7 +126,7 @@ def test_the_callback_joins_a_trainer_with_a_loss_of_its_own(here):
     assert moved("model", "beside")
 
 
-LOOP = ["--model", "model", "--benign", "./pets", "--harmful", "./weapons", "--batch_size", "4"]
+LOOP = ["--model", "model", "--benign", "./pets", "--harmful", "./weapons", "--batch_size", "4", "--cpu"]
 
 
 def test_the_bare_loop_accumulates_and_measures(here, capsys):
