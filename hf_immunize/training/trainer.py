@@ -21,7 +21,7 @@ from hf_immunize.training.checks import as_classifier, check_checkpointing, chec
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.evaluation import Evaluation, accuracy
 from hf_immunize.training.method import Method
-from hf_immunize.training.preparation import image_rows, paired_rows, side_rows
+from hf_immunize.training.preparation import check_best_metric, image_rows, paired_rows, side_rows
 from hf_immunize.training.running import RunningMeans
 from hf_immunize.training.saving import (
     check_finite_weights,
@@ -143,6 +143,7 @@ class ImmunizationTrainer(Trainer):
             harmful = self._side(harmful_dataset, "harmful_dataset")
             distillation = self._side(distillation_dataset, "distillation_dataset")
             self.train_dataset = paired_rows(benign, harmful, args, distillation)
+        check_best_metric(args, harmful_eval_dataset)
         self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
         if isinstance(eval_dataset, dict):
             self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in eval_dataset.items()}
@@ -179,9 +180,9 @@ class ImmunizationTrainer(Trainer):
         return image_rows(dataset, name, self.args, self.model.config.num_labels, labels)
 
     def _side(self, dataset: Any, name: str) -> Any:
-        if dataset is None or not self._reads_images:
-            return dataset
-        return side_rows(dataset, name, self.args, self.model.config.num_labels)
+        if dataset is None:
+            return None
+        return side_rows(dataset, name, self.args, self.model.config.num_labels, raw=not self._reads_images)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
