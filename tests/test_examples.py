@@ -4,8 +4,10 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,9 @@ import yaml
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from transformers import ViTImageProcessorPil as Processor
+
+import hf_immunize
+from hf_immunize import ImmunizationArguments, ImmunizationTrainer
 
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +100,14 @@ def test_the_readme_shows_the_lines_where_they_are():
     after = [line[1:] for line in block.splitlines() if line[0] in " +"]
     source = (EXAMPLES / "immunize.py").read_text().splitlines()
     assert all(line in source for line in after if line.strip() != "…")
+
+
+def test_what_the_readme_says_can_be_set_exists():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## What you can set\n")[1].split("\n## ")[0]
+    names = {name for row in table.splitlines() if row[:1] == "|" for name in re.findall(r"`(\w+)=`", row)}
+    known = set(ImmunizationArguments.__dataclass_fields__) | set(signature(ImmunizationTrainer).parameters)
+    assert len(names) > 8 and names <= known
+    assert set(re.findall(r"`(\w+Callback)\(", table)) <= set(hf_immunize.__all__)
 
 
 def test_both_versions_run_one_after_the_other(here):

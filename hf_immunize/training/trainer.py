@@ -55,12 +55,12 @@ class ImmunizationTrainer(Trainer):
     Args:
         model: An image classifier with one linear head (`AutoModelForImageClassification`).
         args: `ImmunizationArguments`.
-        train_dataset: Benign data with labels: a `datasets.Dataset` with an image column, or any map-style dataset
-            whose items hold ``pixel_values`` and ``labels``.
+        train_dataset: Benign data: a `datasets.Dataset` with an image column, or any map-style dataset whose items hold
+            ``pixel_values``; with labels, where ``benign_loss`` is "task" or "both".
         harmful_dataset: Harmful data, stored or streamed; labels are needed by ``objective="imma"`` alone.
         distillation_dataset: Any images, without labels, stored or streamed, on which the model shall stay what it was
             as well; the more varied, the better benign accuracy is kept.
-        eval_dataset: Benign data; `eval_loss` and `eval_accuracy` are of these.
+        eval_dataset: Benign data with labels; `eval_loss` and `eval_accuracy` are of these.
         harmful_eval_dataset: Harmful data on which κ and RIR are measured.
         processing_class: Image processor that turns images into ``pixel_values``.
         data_collator: A collator of your own for either side; it then gets the datasets' own items.
