@@ -55,8 +55,8 @@ class ImmunizationTrainer(Trainer):
     Args:
         model: An image classifier with one linear head (`AutoModelForImageClassification`).
         args: `ImmunizationArguments`.
-        train_dataset: Benign data: a `datasets.Dataset` with an image column, or any map-style dataset whose items hold
-            ``pixel_values``; with labels, where ``benign_loss`` is "task" or "both".
+        train_dataset: Benign data: a `datasets.Dataset` with an image column, or any map-style dataset whose items
+            hold ``pixel_values``; with labels, where ``benign_loss`` is "task" or "both".
         harmful_dataset: Harmful data, stored or streamed; labels are needed by ``objective="imma"`` alone.
         distillation_dataset: Any images, without labels, stored or streamed, on which the model shall stay what it was
             as well; the more varied, the better benign accuracy is kept.
