@@ -171,8 +171,11 @@ def test_labels_beyond_the_head_name_the_remedy(images, model, tmp_path):
         run_train(flags(model, tmp_path, "--benign", images, "--harmful", images))
 
 
-def test_new_head_takes_the_benign_classes(images, model, tmp_path):
+def test_new_head_takes_the_benign_classes(images, model, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_immunize.train_data.logger.warning", said.append)
     run_train(flags(model, tmp_path, "--benign", images, "--harmful", images, "--new_head"))
+    assert any("--benign_loss task --benign_budget none" in line for line in said)
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == dict(enumerate(CLASSES))
 
 

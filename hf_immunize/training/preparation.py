@@ -42,14 +42,41 @@ def image_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels:
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
     wanted = args.label_column_name if labels == "needed" else None
-    image, label = find_columns(dataset, args.image_column_name, wanted, labels == "needed")
+    try:
+        image, label = find_columns(dataset, args.image_column_name, wanted, labels == "needed")
+    except DataError as error:
+        raise DataError(f"In {name}: {error}{_labels_are_for(name) if labels == 'needed' else ''}") from error
     if labels == "ignored" or label is None:
         return ImageRows(dataset, name, image)
     validate_labels(dataset, label, num_labels, name)
     return ImageRows(dataset, name, image, label, num_labels)
 
 
-def side_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: int) -> Any:
+def _labels_are_for(name: str) -> str:
+    if name == "train_dataset":
+        return " Labels are needed by benign_loss='task' and 'both', not by 'distillation'."
+    return " Labels are needed for eval_loss and eval_accuracy; of the harmful data, none are."
+
+
+def check_best_metric(args: ImmunizationArguments, harmful_eval: Any) -> None:
+    """Refuse to choose the best model by a metric that evaluations will not have.
+
+    Args:
+        args: For ``metric_for_best_model``.
+        harmful_eval: Harmful data to measure on, or None.
+
+    Raises:
+        DataError: If it takes harmful data to measure, and there are none.
+    """
+    metric = args.metric_for_best_model or ""
+    if harmful_eval is None and ("harmful_" in metric or metric.endswith("rir")):
+        raise DataError(
+            f"Expected harmful_eval_dataset= with metric_for_best_model={metric!r}, found none. Give harmful images "
+            "to measure on, or choose a benign metric such as eval_accuracy."
+        )
+
+
+def side_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: int, raw: bool = False) -> Any:
     """A dataset of a side that is trained on beside the benign one: stored or streamed, with labels if it has any.
 
     Args:
@@ -57,9 +84,10 @@ def side_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: 
         name: What to call it in an error.
         args: For the names of columns, and for whether labels are needed.
         num_labels: The number of the model's outputs.
+        raw: Leave the data set's own rows as they are, for a collator of the user's own.
 
     Returns:
-        An `ImageRows` or a `StreamedRows`.
+        An `ImageRows` or a `StreamedRows`, or the data set itself.
 
     Raises:
         DataError: As `image_rows`; for a stream also where workers would have to share it.
@@ -71,7 +99,10 @@ def side_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: 
                 f"Expected dataloader_num_workers=0 with a streamed {name}, found {args.dataloader_num_workers}: its "
                 "shards would be dealt out among them. Set it to 0 or store the data set."
             )
-        return StreamedRows(dataset, name, args.image_column_name, args.label_column_name if needs_labels else None)
+        label = args.label_column_name if needs_labels else None
+        return StreamedRows(dataset, name, args.image_column_name, label, raw=raw)
+    if raw:
+        return dataset
     if not needs_labels or isinstance(dataset, ImageRows):
         return image_rows(dataset, name, args, num_labels, labels="ignored")
     if len(dataset) == 0:

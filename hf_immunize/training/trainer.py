@@ -24,7 +24,7 @@ from hf_immunize.training.distributed import world_size
 from hf_immunize.training.evaluation import Evaluation, accuracy
 from hf_immunize.training.evidence import Evidence, save_record
 from hf_immunize.training.method import Method
-from hf_immunize.training.preparation import image_rows, paired_rows, side_rows
+from hf_immunize.training.preparation import check_best_metric, image_rows, paired_rows, side_rows
 from hf_immunize.training.running import RunningMeans
 from hf_immunize.training.saving import (
     check_finite_weights,
@@ -58,12 +58,12 @@ class ImmunizationTrainer(Trainer):
     Args:
         model: An image classifier with one linear head (`AutoModelForImageClassification`).
         args: `ImmunizationArguments`.
-        train_dataset: Benign data with labels: a `datasets.Dataset` with an image column, or any map-style dataset
-            whose items hold ``pixel_values`` and ``labels``.
+        train_dataset: Benign data: a `datasets.Dataset` with an image column, or any map-style dataset whose items
+            hold ``pixel_values``; with labels, where ``benign_loss`` is "task" or "both".
         harmful_dataset: Harmful data, stored or streamed; labels are needed by ``objective="imma"`` alone.
         distillation_dataset: Any images, without labels, stored or streamed, on which the model shall stay what it was
             as well; the more varied, the better benign accuracy is kept.
-        eval_dataset: Benign data; `eval_loss` and `eval_accuracy` are of these.
+        eval_dataset: Benign data with labels; `eval_loss` and `eval_accuracy` are of these.
         harmful_eval_dataset: Harmful data on which κ and RIR are measured.
         processing_class: Image processor that turns images into ``pixel_values``.
         data_collator: A collator of your own for either side; it then gets the datasets' own items.
@@ -149,6 +149,7 @@ class ImmunizationTrainer(Trainer):
             harmful = self._side(harmful_dataset, "harmful_dataset")
             distillation = self._side(distillation_dataset, "distillation_dataset")
             self.train_dataset = paired_rows(benign, harmful, args, distillation)
+        check_best_metric(args, harmful_eval_dataset)
         self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
         if isinstance(eval_dataset, dict):
             self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in eval_dataset.items()}
@@ -185,9 +186,9 @@ class ImmunizationTrainer(Trainer):
         return image_rows(dataset, name, self.args, self.model.config.num_labels, labels)
 
     def _side(self, dataset: Any, name: str) -> Any:
-        if dataset is None or not self._reads_images:
-            return dataset
-        return side_rows(dataset, name, self.args, self.model.config.num_labels)
+        if dataset is None:
+            return None
+        return side_rows(dataset, name, self.args, self.model.config.num_labels, raw=not self._reads_images)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed

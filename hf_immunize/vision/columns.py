@@ -196,7 +196,8 @@ def _find_image_column(kinds: dict[str, str], asked: str | None) -> str:
         found = f"{len(images)} image columns" if images else "no image column (and no 'pixel_values')"
         raise DataError(
             f"Expected one column of images, but found {found} among {listed(kinds)}; name it with image_column=... "
-            f"or cast it with dataset.cast_column(name, datasets.Image())."
+            f"(image_column_name= in ImmunizationArguments) or cast it with dataset.cast_column(name, "
+            f"datasets.Image())."
         )
     return images[0]
 
@@ -215,7 +216,7 @@ def _find_label_column(kinds: dict[str, str], asked: str | None, needed: bool) -
     found = f"several: {listed(classes)}" if classes else "none"
     raise DataError(
         f"Expected one label column, of type ClassLabel or named 'label' or 'labels', but found {found} among "
-        f"{listed(kinds)}; name it with label_column=..."
+        f"{listed(kinds)}; name it with label_column=... (label_column_name= in ImmunizationArguments)."
     )
 
 

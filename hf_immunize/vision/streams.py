@@ -41,6 +41,7 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
         name: How messages call it, such as ``"harmful_dataset"``.
         image_column: The image column, where it cannot be found.
         label_column: The label column, where it cannot be found.
+        raw: Give the stream's own rows, for a collator of the user's own, rather than items as of `ImageRows`.
 
     Raises:
         DataError: If it is empty, cannot be read a second time, or has no image column; when it is read in a worker.
@@ -54,7 +55,13 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, dataset: Any, name: str, image_column: str | None = None, label_column: str | None = None
+        self,
+        dataset: Any,
+        name: str,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        *,
+        raw: bool = False,
     ) -> None:
         if iter(dataset) is dataset:
             raise DataError(
@@ -66,7 +73,9 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
             raise DataError(f"Expected at least one image in {name}, found an empty stream. Check the split.")
         self.dataset = dataset
         self.name = name
-        self._image, self._label = find_columns([first], image_column, label_column, need_label=False)
+        self._raw = raw
+        if not raw:
+            self._image, self._label = find_columns([first], image_column, label_column, need_label=False)
         self._length: int | None = None  # known once the end was seen
         self._position = 0  # of the row that comes next, counted from the beginning of this pass
         self._pass = 0
@@ -80,7 +89,7 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
             position: At least that of the last call, or reading starts again.
 
         Returns:
-            As an item of `ImageRows`.
+            As an item of `ImageRows`, or as the stream has it.
         """
         if torch.utils.data.get_worker_info() is not None:
             raise DataError(
@@ -88,6 +97,8 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
                 "its shards would be dealt out. Set it to 0 or store the data set."
             )
         row = self._seek(position)
+        if self._raw:
+            return row
         rows = ImageRows([row], f"{self.name} (at position {position} of the stream)", self._image, self._label)
         return rows[0]
 

@@ -1,0 +1,205 @@
+"""The examples run on tiny data, and three lines turn a classification script into an immunizing one."""
+
+import difflib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from inspect import signature
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import ViTImageProcessorPil as Processor
+
+import hf_immunize
+from hf_immunize import ImmunizationArguments, ImmunizationTrainer
+
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+QUICK = ["--per_device_train_batch_size", "4", "--learning_rate", "1e-3", "--report_to", "none", "--use_cpu"]
+QUICK += ["--disable_tqdm", "True", "--save_strategy", "no", "--logging_steps", "1"]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up to resolve annotations.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny classifier of pets, and images of pets and of weapons, of 32 pixels."""
+    root = tmp_path_factory.mktemp("examples")
+    draw = np.random.default_rng(0)
+    for task, classes in (("pets", ("cat", "dog")), ("weapons", ("gun", "knife"))):
+        for split, count in (("train", 8), ("test", 12)):
+            for shade, name in enumerate(classes):
+                (root / task / split / name).mkdir(parents=True)
+                for index in range(count):
+                    pixels = draw.integers(0, 128, (32, 32, 3)) + 100 * shade
+                    Image.fromarray(pixels.astype(np.uint8)).save(root / task / split / name / f"{index}.png")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    names = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
+    model = ViTForImageClassification(ViTConfig(**sizes, **names, image_size=32, patch_size=16))
+    model.vit.layernorm.bias.data.normal_()  # without it, normalized features lie in a plane
+    model.save_pretrained(root / "model")
+    Processor(size={"height": 32, "width": 32}).save_pretrained(root / "model")
+    return root
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    """Where a user types: beside ./pets and ./weapons."""
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def moved(first, second):
+    """Whether two checkpoints differ."""
+    states = [AutoModelForImageClassification.from_pretrained(path).state_dict() for path in (first, second)]
+    return {name for name, value in states[0].items() if not torch.equal(value, states[1][name])}
+
+
+# ---- three lines ----
+
+
+def differences():
+    lines = [(EXAMPLES / f"{name}.py").read_text().splitlines() for name in ("image_classification", "immunize")]
+    return [line for line in difflib.unified_diff(*lines, lineterm="", n=0) if line[:3] not in ("---", "+++")]
+
+
+def test_three_lines_are_new_and_one_is_gone():
+    changed = [line for line in differences() if line[0] in "+-"]
+    assert [line[0] for line in changed].count("+") == 3
+    assert [line[0] for line in changed].count("-") == 1
+
+
+def test_the_readme_shows_exactly_these_lines():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split("```diff\n")[1].split("```")[0]
+    assert [line for line in block.splitlines() if line[0] in "+-"] == [
+        line for line in differences() if line[0] in "+-"
+    ]
+
+
+def test_the_readme_shows_the_lines_where_they_are():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split("```diff\n")[1].split("```")[0]
+    after = [line[1:] for line in block.splitlines() if line[0] in " +"]
+    source = (EXAMPLES / "immunize.py").read_text().splitlines()
+    assert all(line in source for line in after if line.strip() != "…")
+
+
+def test_what_the_readme_says_can_be_set_exists():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## What you can set\n")[1].split("\n## ")[0]
+    names = {name for row in table.splitlines() if row[:1] == "|" for name in re.findall(r"`(\w+)=`", row)}
+    known = set(ImmunizationArguments.__dataclass_fields__) | set(signature(ImmunizationTrainer).parameters)
+    assert len(names) > 8 and names <= known
+    assert set(re.findall(r"`(\w+Callback)\(", table)) <= set(hf_immunize.__all__)
+
+
+def test_both_versions_run_one_after_the_other(here):
+    words = ["--dataset", "./pets", "--max_steps", "3", *QUICK]
+    plain = script("image_classification").main(["--model", "model", "--output_dir", "trained", *words])
+    assert "eval_accuracy" in plain and "eval_rir" not in plain
+    immunized = script("immunize").main(["--model", "trained", "--output_dir", "immunized", *words])
+    assert {"eval_accuracy", "eval_rir", "eval_benign_log10_kappa", "eval_harmful_log10_kappa"} <= set(immunized)
+    assert moved("trained", "immunized")
+    assert AutoImageProcessor.from_pretrained("immunized").size["height"] == 32
+
+
+def test_a_file_of_arguments_does_as_well(here):
+    arguments = {"model": "model", "dataset": "./pets", "output_dir": "from_file", "max_steps": 2, "use_cpu": True}
+    arguments |= {"per_device_train_batch_size": 4, "report_to": "none", "objective": "kappa", "save_strategy": "no"}
+    Path("arguments.yaml").write_text(yaml.safe_dump(arguments))
+    assert "eval_rir" in script("immunize").main(["arguments.yaml"])
+    assert moved("model", "from_file")
+
+
+# ---- the callback and the loop ----
+
+
+def test_the_callback_joins_a_trainer_with_a_loss_of_its_own(here):
+    words = ["--model", "model", "--benign", "./pets", "--harmful", "./weapons", "--output_dir", "beside"]
+    history = script("callback_on_your_trainer").main([*words, "--max_steps", "2", "--eval_strategy", "epoch", *QUICK])
+    assert {"loss", "concentration", "kl", "harmful_weight"} <= set(history[0])
+    assert any("spectrum_log10_rir" in entry for entry in history)
+    assert moved("model", "beside")
+
+
+LOOP = ["--model", "model", "--benign", "./pets", "--harmful", "./weapons", "--batch_size", "4", "--cpu"]
+
+
+def test_the_bare_loop_accumulates_and_measures(here, capsys):
+    words = [*LOOP, "--output_dir", "loop", "--epochs", "2", "--accumulation", "2", "--learning_rate", "1e-3"]
+    metrics = script("accelerate_loop").main(words)
+    assert metrics["steps"] == 4 and {"last_concentration", "last_kl", "rir"} <= set(metrics)
+    printed = capsys.readouterr().out
+    assert "step 4: {'benign_loss'" in printed and "harmful: κ" in printed and "RIR" in printed
+    assert moved("model", "loop") and not any("layers.0." in name for name in moved("model", "loop"))
+
+
+# ---- started as a user starts them ----
+
+
+def start(folder, *words):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, words)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+LAUNCH = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_loop(folder):
+    start(folder, *LAUNCH, EXAMPLES / "accelerate_loop.py", *LOOP, "--output_dir", "launched")
+    assert json.loads((folder / "launched" / "metrics.json").read_text())["processes"] == 1
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_immunizing_script(folder):
+    words = ["--model", "model", "--dataset", "./pets", "--output_dir", "launched_script", "--max_steps", "2", *QUICK]
+    start(folder, *LAUNCH, EXAMPLES / "immunize.py", *words)
+    assert "eval_rir" in json.loads((folder / "launched_script" / "eval_results.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_loop_runs_on_two_processes(folder):
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    start(folder, *launch, EXAMPLES / "accelerate_loop.py", *LOOP, "--output_dir", "two", "--epochs", "2")
+    metrics = json.loads((folder / "two" / "metrics.json").read_text())
+    assert (metrics["processes"], metrics["steps"]) == (2, 4)
+    assert moved(folder / "model", folder / "two")
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_train_command_from_a_file(folder):
+    arguments = {"model": "model", "benign": "./pets", "harmful": "./weapons", "output_dir": "command", "max_steps": 2}
+    arguments |= {"per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    (folder / "command.yaml").write_text(yaml.safe_dump(arguments))
+    start(folder, *LAUNCH, "-m", "hf_immunize", "train", "--config", "command.yaml")
+    results = json.loads((folder / "command" / "results.json").read_text())
+    assert results["steps"] == 2 and "eval_rir" in results["after"]

@@ -1,0 +1,199 @@
+"""What a user of the Trainer types works as it does there."""
+
+import datasets
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.training.arguments import ImmunizationArguments
+
+
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+# As of transformers 5.2x the second name is to replace the first.
+CHECKPOINTING = [
+    name
+    for name in ("gradient_checkpointing", "activation_checkpointing")
+    if name in ImmunizationArguments.__dataclass_fields__
+]
+
+
+def same(model, other):
+    expected = other.state_dict()
+    return all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def finished(run):
+    run.train()
+    return run
+
+
+def unlabelled(count, seed, size=8):
+    pixels = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return datasets.Dataset.from_dict({"pixel_values": pixels.tolist()})
+
+
+# ---- evaluation ----
+
+
+def test_an_evaluation_set_without_labels_is_refused_with_the_reason(trainer):
+    with pytest.raises(DataError, match=r"In eval_dataset: .*found none among 'pixel_values'.*needed for eval_loss"):
+        trainer(eval_dataset=unlabelled(8, 3))
+
+
+def test_one_of_several_evaluation_sets_without_labels_is_named(trainer, images):
+    with pytest.raises(DataError, match="In eval_dataset b:"):
+        trainer(eval_dataset={"a": images(8), "b": unlabelled(8, 3)})
+
+
+def test_training_on_the_task_without_labels_names_what_needs_none(trainer):
+    with pytest.raises(DataError, match=r"In train_dataset: .*not by 'distillation'"):
+        trainer(train_dataset=unlabelled(8, 1), benign_loss="task")
+
+
+def test_a_collator_of_ones_own_may_leave_the_labels_out(trainer):
+    def collate(items):
+        batch = {"pixel_values": torch.stack([torch.as_tensor(item["pixel_values"]) for item in items])}
+        return batch | ({"labels": torch.tensor([item["labels"] for item in items])} if "labels" in items[0] else {})
+
+    metrics = trainer(eval_dataset=unlabelled(24, 3), data_collator=collate).evaluate()
+    assert "eval_rir" in metrics and "eval_loss" not in metrics and "eval_accuracy" not in metrics
+
+
+@pytest.mark.parametrize("metric", ["eval_log10_rir", "rir", "eval_harmful_log10_kappa"])
+def test_a_best_model_by_a_metric_that_is_not_measured_is_refused(metric, trainer):
+    with pytest.raises(DataError, match=f"harmful_eval_dataset= with metric_for_best_model='{metric}'"):
+        trainer(harmful_eval_dataset=None, metric_for_best_model=metric)
+
+
+def test_the_best_model_is_chosen_by_rir_of_one_of_several_sets(trainer, images):
+    sets = {"a": images(24, 3), "b": images(20, 5)}
+    options = {"max_steps": 3, "learning_rate": 0.05, "load_best_model_at_end": True, **EVERY_STEP}
+    run = finished(trainer(eval_dataset=sets, metric_for_best_model="eval_b_log10_rir", **options))
+    seen = [entry["eval_b_log10_rir"] for entry in run.state.log_history if "eval_b_log10_rir" in entry]
+    assert len(seen) == 3 and run.state.best_metric == max(seen)
+    assert run.evaluate()["eval_b_log10_rir"] == pytest.approx(max(seen), abs=1e-6)
+
+
+def test_tensorboard_receives_rir_and_the_terms(trainer, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    run = finished(trainer(report_to="tensorboard", **EVERY_STEP))
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert {"eval/rir", "eval/log10_rir", "eval/accuracy", "train/loss", "train/r_ill"} <= set(board.Tags()["scalars"])
+    logged = [entry["eval_rir"] for entry in run.state.log_history if "eval_rir" in entry]
+    assert [event.value for event in board.Scalars("eval/rir")] == pytest.approx(logged)
+
+
+def test_callbacks_of_the_user_see_rir(trainer):
+    class Seen(hf.TrainerCallback):
+        metrics = None
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            Seen.metrics = metrics
+
+    trainer(callbacks=[Seen()]).evaluate()
+    assert Seen.metrics["eval_rir"] == 1.0
+
+
+# ---- training ----
+
+
+def test_an_optimizer_and_a_schedule_of_ones_own_are_used(tiny, trainer):
+    model, start = tiny(), tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    run = finished(trainer(model, max_steps=3, optimizers=(optimizer, schedule)))
+    rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([0.02, 0.01, 0.005])
+    before = dict(start.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad
+
+
+@pytest.mark.parametrize("benign_loss", ["task", "both"])
+def test_the_benign_loss_has_smoothed_labels(benign_loss, tiny, trainer, images):
+    """Before the first step distillation is zero, so that both losses are the task's."""
+    benign = images(4)
+    options = {"label_smoothing_factor": 0.2, "benign_loss": benign_loss, "learning_rate": 0.0, "max_steps": 1}
+    run = finished(trainer(tiny(), train_dataset=benign, **options))
+    logits = tiny().eval()(pixel_values=torch.stack([row["pixel_values"] for row in benign])).logits
+    labels = torch.tensor([row["labels"] for row in benign])
+    expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.2).item()
+    assert run.state.log_history[0]["benign_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_training_of_a_model_from_a_function_starts_anew(tiny, trainer):
+    run = trainer(model_init=lambda: tiny(), benign_loss="distillation", objective="concentration", benign_budget=0.05)
+    weights = []
+    for _ in range(2):
+        run.train()
+        weights.append(run.model)
+    assert weights[0] is not weights[1] and same(*weights)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTING)
+def test_checkpointing_of_activations_changes_nothing_but_memory(name, tiny, trainer):
+    plain, checkpointed = (finished(trainer(tiny(), **{name: asked})) for asked in (False, True))
+    assert any(getattr(module, "gradient_checkpointing", False) for module in checkpointed.model.modules())
+    for one, other in zip(plain.model.parameters(), checkpointed.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTING)
+def test_reentrant_checkpointing_is_refused_under_either_name(name, trainer):
+    with pytest.raises(ArgumentError, match="use_reentrant=False"):
+        trainer(**{name: True, f"{name}_kwargs": {"use_reentrant": True}})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 trains on CUDA alone, and there is none")
+def test_a_run_in_fp16_stays_finite(trainer):
+    run = finished(trainer(fp16=True, use_cpu=False))
+    assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
+    assert "eval_rir" in run.evaluate()
+
+
+# ---- streamed data ----
+
+
+def streamed(seed=None):
+    stream = unlabelled(10, 2).to_iterable_dataset()
+    return stream if seed is None else stream.shuffle(seed=seed, buffer_size=4)
+
+
+@pytest.mark.parametrize("shuffled", [None, 0])
+def test_a_run_on_a_streamed_harmful_set_is_resumed_bit_for_bit(shuffled, trainer, tmp_path):
+    """Four steps are an epoch, in which the stream of ten rows is read once and a half."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = finished(trainer(harmful_dataset=streamed(shuffled), **options))
+    resumed = trainer(harmful_dataset=streamed(shuffled), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert resumed.state.global_step == 6 and same(resumed.model, whole.model)
+
+
+def test_a_streamed_set_is_collated_in_its_order_by_a_collator_of_ones_own(trainer):
+    """A collator of one's own gets the rows of the stream, in turn."""
+    seen = []
+
+    def spy(items):
+        pixels = torch.stack([torch.as_tensor(item["pixel_values"]) for item in items])
+        seen.append(pixels.sum(dim=(1, 2, 3)).tolist())
+        return {"pixel_values": pixels}
+
+    sets = {"train_dataset": unlabelled(4, 1), "eval_dataset": None, "harmful_eval_dataset": None}
+    finished(trainer(harmful_dataset=streamed(), data_collator=spy, benign_loss="distillation", max_steps=3, **sets))
+    harmful = [value for batch in seen[1::2] for value in batch]
+    expected = [float(torch.as_tensor(row["pixel_values"]).sum()) for row in unlabelled(10, 2)]
+    assert harmful[:10] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset", "harmful_eval_dataset"])
+def test_a_stream_where_rows_are_looked_up_is_refused_by_name(name, trainer):
+    with pytest.raises(DataError, match=f"In {name}: .*without streaming"):
+        trainer(**{name: streamed()})
