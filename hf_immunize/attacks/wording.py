@@ -212,7 +212,9 @@ def _caution(finding: Finding) -> str:
 def _attacks(attacks: Sequence[Summary]) -> str:
     def name(one: Summary) -> str:
         whose = "" if one.subject == "immunized" else f" of {one.subject}"
-        return f"{label(one.attacker)} on {clean(one.layer, 40)}{whose}"
+        # What fine-tuning moves is in its name.
+        where = "" if one.access == "fine_tuning" else f" on {clean(one.layer, 40)}"
+        return f"{label(one.attacker)}{where}{whose}"
 
     return _listed(map(name, attacks))
 
