@@ -130,6 +130,9 @@ def _class(finding: Finding, data: AuditData) -> str:
             f"{where}: inconclusive, as there was nothing to protect; {read}, hardly above chance ({percent(chance)})."
         )
     if kind is Kind.INCONCLUSIVE:
+        if reference is not None and worst.lower > chance + limit.PREVENTED_POINTS:
+            # Whatever the doubt, what is read is read.
+            return f"{where} is not prevented; how far it is reduced is inconclusive, as {finding.reason}: {ours}."
         return f"{where}: inconclusive, as {finding.reason}; {ours}."
     if kind is Kind.PREVENTED:
         within = f" within {worst.budget:,} steps" if worst.budget and finding.access == "fine_tuning" else ""

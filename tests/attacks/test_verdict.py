@@ -188,6 +188,18 @@ def test_a_solver_that_descends_without_counting_steps_does_not_vouch_for_preven
     assert kinds(data, "head_input")[0] is Kind.INCONCLUSIVE
 
 
+def test_an_earlier_layer_that_lost_less_is_one_layer_away():
+    earlier = [
+        one
+        for subject, accuracy in (("immunized", 0.44), ("reference", 0.52))
+        for one in attack("ridge", "any_layer", subject, accuracy, layer="stages.2")
+    ]
+    left_out = lost("ridge", "skipped", "not enough memory", access="any_layer", layer="stem")
+    data = make([*head(0.1).outcomes, *earlier, left_out])
+    assert Kind.ONE_LAYER_AWAY in kinds(data)
+    assert "at any layer is not prevented; how far it is reduced is inconclusive" in said(data)
+
+
 def test_a_weak_attacker_without_steps_does_not_vouch_for_the_strong_ones():
     data = make([one for one in head(0.012).outcomes if one.attacker in ("gd_line_search", "knn")])
     assert kinds(data, "head_input")[0] is Kind.INCONCLUSIVE
