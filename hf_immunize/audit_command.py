@@ -6,7 +6,7 @@ Heavy imports wait until the command runs, so that ``--help`` is quick.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,6 +50,10 @@ def audit(
     image_column: Annotated[str | None, typer.Option(help="Column of images, where it cannot be found.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels, where it cannot be found.")] = None,
     head_module: Annotated[str | None, typer.Option(help="The classifier's name, where it cannot be found.")] = None,
+    attach: Annotated[
+        bool,
+        typer.Option("--attach", help="Write the findings into MODEL's record and card; MODEL is a folder with both."),
+    ] = False,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of MODEL on the Hub.")] = "main",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -65,15 +69,24 @@ def audit(
     same draws run on the reference. The strongest one counts.
 
     Finished attacks are kept in the output folder. After an interruption the same command goes on where it was.
+    The exit code says whether the audit ran, not what it found: report.html and the lines printed say that.
     """
     import transformers
 
     from hf_immunize.attacks.runner import audit as run_audit
+    from hf_immunize.hub.attach import attach_audit, attachable_record
+    from hf_immunize.hub.card import CARD_NAME
+    from hf_immunize.hub.validation import RECORD_NAME
 
     if quick and full:
         raise ArgumentError("Expected --quick or --full, found both.")
     if not 0 < test_fraction < 1:
         raise ArgumentError(f"Expected --test-fraction between 0 and 1, found {test_fraction}.")
+    if attach:
+        # Before hours of attacks.
+        attachable_record(_local(model))
+    if reference is None and (hint := _reference_hint(model)):
+        typer.echo(hint, err=True)
     transformers.utils.logging.set_verbosity_error()
     harmful_data, benign_data = _data(
         harmful, benign, dataset, harmful_classes, harmful_test, benign_test, label_column
@@ -99,7 +112,47 @@ def audit(
     )
     report.write(output_dir)
     typer.echo(report.summary())
-    typer.echo(f"Report: {output_dir}/")
+    typer.echo(f"Report: {output_dir / 'report.html'}")
+    if attach:
+        attach_audit(model, _with_words(report.for_card()))
+        typer.echo(f"Attached to {RECORD_NAME} and {CARD_NAME} in {model}.")
+
+
+def _local(model: str) -> str:
+    if not Path(model).is_dir():
+        raise ArgumentError(
+            f"Expected a folder as MODEL with --attach, found {model!r}. Download the checkpoint, or leave --attach "
+            "out."
+        )
+    return model
+
+
+def _reference_hint(model: str) -> str | None:
+    """How to name the reference, where the record of a local checkpoint tells what it was made from."""
+    from hf_immunize.attacks.text import clean
+    from hf_immunize.errors import RecordError
+    from hf_immunize.hub.record import read_record
+
+    try:
+        base = read_record(model).base_model
+    except RecordError:
+        return None
+    return (
+        "No --reference was given, so that what immunization changed cannot be told. By its record the model was "
+        f"made from {clean(base.name)}: if you have it or trust it, add --reference with its folder or its name on "
+        "the Hub."
+    )
+
+
+def _with_words(found: dict[str, Any]) -> dict[str, Any]:
+    """The findings with the attackers named for people, as a card has them."""
+    from hf_immunize.attacks.text import label
+
+    named = {
+        access: attack and attack | {"attacker": label(attack["attacker"])}
+        for access, attack in found["strongest"].items()
+    }
+    return found | {"strongest": named}
 
 
 def _data(

@@ -1,6 +1,7 @@
 """`hf-immunize audit` from the terminal."""
 
 import json
+from pathlib import Path
 
 import pytest
 from attacked import pictures, tiny_vit
@@ -12,7 +13,12 @@ from typer.testing import CliRunner
 
 from hf_immunize.audit_command import _data
 from hf_immunize.cli import app
-from hf_immunize.errors import ArgumentError
+from hf_immunize.errors import ArgumentError, CardError, RecordError, WeightsError
+from hf_immunize.hub.attach import attach_audit
+from hf_immunize.hub.hashes import hash_weights
+from hf_immunize.hub.parts import BaseModelRecord, MethodRecord
+from hf_immunize.hub.record import ImmunizationRecord, read_record, write_record
+from hf_immunize.hub.text import plain
 
 
 def saved(folder, seed):
@@ -57,3 +63,54 @@ def test_incomplete_data_are_one_sentence(given):
 def test_quick_and_full_exclude_each_other(model):
     result = CliRunner().invoke(app, ["audit", model, "--harmful", "x", "--quick", "--full"])
     assert isinstance(result.exception, ArgumentError)
+
+
+FOUND = {"preset": "quick", "preset_version": 1, "strongest": {"head_input": {"attacker": "AdamW", "accuracy": 0.5}}}
+
+
+@pytest.fixture
+def recorded(model):
+    record = ImmunizationRecord(MethodRecord("kappa", "all", 1, 0), BaseModelRecord("user/base"))
+    record.weights = hash_weights(model)
+    write_record(model, record)
+    return model
+
+
+@pytest.mark.slow
+def test_an_attached_audit_is_in_the_record_and_its_strongest_attackers_on_the_card(recorded, tmp_path):
+    words = ["audit", recorded, "--harmful", saved(tmp_path / "harmful", 0), "--quick", "--attach", "--output-dir"]
+    words += [str(tmp_path / "out"), "--attackers", "ridge,last_stage"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "made from user/base" in result.output
+    strongest = read_record(recorded).audit.strongest
+    names = {access: attack.attacker for access, attack in strongest.items()}
+    ridge = "closed-form least squares (ridge)"
+    assert names == {"head_input": ridge, "any_layer": ridge, "fine_tuning": "fine-tuning of the last stage"}
+    card = (Path(recorded) / "README.md").read_text()
+    assert all(plain(name) in card for name in names.values())
+    assert f"{strongest['fine_tuning'].accuracy:.1%}" in card
+
+
+def test_an_audit_is_attached_to_a_record_only(model):
+    result = CliRunner().invoke(app, ["audit", model, "--harmful", "x", "--attach"])
+    assert isinstance(result.exception, RecordError)
+
+
+def test_an_audit_of_a_name_on_the_hub_cannot_be_attached():
+    result = CliRunner().invoke(app, ["audit", "user/model", "--harmful", "x", "--attach"])
+    assert isinstance(result.exception, ArgumentError)
+
+
+def test_an_audit_of_other_weights_is_not_attached(recorded):
+    tiny_vit(seed=1).save_pretrained(recorded)
+    with pytest.raises(WeightsError, match="has changed"):
+        attach_audit(recorded, FOUND)
+
+
+def test_a_card_that_cannot_be_written_leaves_the_record_as_it_was(recorded):
+    before = (Path(recorded) / "immunization.json").read_bytes()
+    (Path(recorded) / "README.md").write_text("---\n: [\n---\nmine\n")
+    with pytest.raises(CardError):
+        attach_audit(recorded, FOUND)
+    assert (Path(recorded) / "immunization.json").read_bytes() == before

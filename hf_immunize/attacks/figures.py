@@ -210,8 +210,8 @@ def _draw_curve(one: Summary, runs: dict[str, list[Outcome]], chance: float) -> 
     axes.grid(True, alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     name = f"{label(one.attacker)[:1].upper()}{label(one.attacker)[1:]}"
-    where = "at the classifier's input" if one.access == "head_input" else clean(one.layer)
-    caption = f"{name}, {where}: accuracy against steps, mean and interval over seeds."
+    where = ", at the classifier's input" if one.access == "head_input" else ""
+    caption = f"{name}{where}: accuracy against steps, mean and interval over seeds."
     return _picture(figure, "curves", caption, f"{name}: {', '.join(ends)}; chance {percent(chance)}")
 
 

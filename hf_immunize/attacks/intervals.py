@@ -11,6 +11,10 @@ from scipy.special import ndtri, stdtrit
 from hf_immunize.attacks.thresholds import LEVEL, MIN_SEEDS
 
 
+# Two-sided quantile of the standard normal distribution.
+NORMAL = float(ndtri(0.5 + LEVEL / 2))
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
     """Mean and Student's t interval at `LEVEL`.
 
@@ -49,7 +53,7 @@ def wilson_interval(accuracy: float, size: int) -> tuple[float, float]:
     """
     if size < 1:
         return 0.0, 1.0
-    z2 = float(ndtri(0.5 + LEVEL / 2)) ** 2
+    z2 = NORMAL**2
     centre = (accuracy + z2 / (2 * size)) / (1 + z2 / size)
     half = math.sqrt(z2) / (1 + z2 / size) * math.sqrt(accuracy * (1 - accuracy) / size + z2 / (4 * size**2))
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -137,7 +137,8 @@ def choose_views(
         else:
             spent += need
             chosen.append((layer, "flattened"))
-    return chosen, left_out
+    # Chosen from the end, read in the network's order.
+    return sorted(chosen, key=lambda view: (view[1] != "pooled", layers.index(view[0]))), left_out
 
 
 def extract_views(

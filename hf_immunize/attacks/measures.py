@@ -1,14 +1,37 @@
-"""Measures of what immunization changed, from accuracies."""
+"""Measures of what immunization changed, from accuracies of both models."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_immunize.attacks.outcomes import Utility
+from hf_immunize.attacks.intervals import NORMAL, mean_interval
+from hf_immunize.attacks.outcomes import AuditData, Outcome, Utility
 from hf_immunize.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Relative fine-tuning deviation of one attack over its seeds, in per cent.
+
+    Attributes:
+        attacker, layer, precision: As in `Outcome`.
+        absolute, signed: Means over seeds of `relative_deviation`, each seed against the reference's same seed.
+        absolute_interval, signed_interval: Student's t intervals; None with fewer than `MIN_SEEDS`.
+        seeds: Number of seeds.
+    """
+
+    attacker: str
+    layer: str
+    precision: str
+    absolute: float
+    absolute_interval: tuple[float, float] | None
+    signed: float
+    signed_interval: tuple[float, float] | None
+    seeds: int
 
 
 def relative_deviation(reference: Sequence[float], immunized: Sequence[float]) -> tuple[float, float]:
@@ -42,6 +65,44 @@ def relative_deviation(reference: Sequence[float], immunized: Sequence[float]) -
     return 100 * math.fsum(map(abs, parts)) / len(parts), 100 * math.fsum(parts) / len(parts)
 
 
+def deviations(data: AuditData, task: str = "harmful") -> list[Deviation]:
+    """Relative deviation of every fine-tuning attack that was run on both models.
+
+    Points are the steps, 0 left out, after which both curves of a seed were measured.
+
+    Args:
+        data: What the audit found.
+        task: As in `Outcome`.
+
+    Returns:
+        In the order of the audit; none for an attack without a seed that is done on both models.
+    """
+    runs: dict[tuple[str, str, str], dict[tuple[str, int], Outcome]] = {}
+    for one in data.outcomes:
+        if (one.access, one.task, one.status) == ("fine_tuning", task, "done") and one.curve:
+            runs.setdefault((one.attacker, one.layer, one.precision), {})[one.subject, one.seed] = one
+    found = []
+    for (attacker, layer, precision), by in runs.items():
+        pairs = []
+        for (subject, seed), reference in by.items():
+            if subject != "reference" or ("immunized", seed) not in by:
+                continue
+            ours = dict(zip(by["immunized", seed].steps, by["immunized", seed].curve, strict=True))
+            theirs = dict(zip(reference.steps, reference.curve, strict=True))
+            shared = [step for step in theirs if step > 0 and step in ours]
+            pair = relative_deviation([theirs[step] for step in shared], [ours[step] for step in shared])
+            if not math.isnan(pair[0]):
+                pairs.append(pair)
+        if pairs:
+            absolute, interval = mean_interval([pair[0] for pair in pairs])
+            signed, signed_interval = mean_interval([pair[1] for pair in pairs])
+            interval = interval and (max(0.0, interval[0]), interval[1])
+            found.append(
+                Deviation(attacker, layer, precision, absolute, interval, signed, signed_interval, len(pairs))
+            )
+    return found
+
+
 def paired_utility(immunized: Tensor, reference: Tensor | None = None) -> Utility:
     """Accuracy of two classifiers on the same images, with the 95 % interval of their difference.
 
@@ -67,7 +128,7 @@ def paired_utility(immunized: Tensor, reference: Tensor | None = None) -> Utilit
     theirs = float(reference.double().mean())
     differences = immunized.double() - reference.double()
     mean = float(differences.mean())
-    half = 1.96 * float(differences.std(unbiased=size > 1)) / math.sqrt(size)
+    half = NORMAL * float(differences.std(unbiased=size > 1)) / math.sqrt(size)
     if not bool(differences.any()):
         half = min(1.0, 3 / size)
     return Utility(size, ours, theirs, mean, (max(-1.0, mean - half), min(1.0, mean + half)))

@@ -180,7 +180,7 @@ class AuditReport:
         source = files("hf_immunize.attacks").joinpath("templates/report.html.jinja").read_text(encoding="utf-8")
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         environment.filters |= {"percent": percent, "clean": clean, "label": label, "ratio": ratio, "range": _range}
-        environment.filters["signed"] = signed
+        environment.filters |= {"signed": signed, "deviation": lambda value: f"{signed(value / 100)}%"}
         return environment.from_string(source).render(
             data=self.data,
             findings=[(one, sentence(one, self.data)) for one in judge(self.data)],

@@ -14,6 +14,8 @@ from hf_immunize.attacks.speed import late_rise
 
 ACCESSES = ("head_input", "any_layer", "fine_tuning")
 SUBJECTS = ("immunized", "reference", "random")
+# Solvers that count no steps here and descend all the same: ill-conditioning may slow them.
+ITERATIVE = ("lbfgs", "logistic_regression")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Summary:
         test_interval: Wilson's interval of the mean for the number of test images; None when no run is done.
         diverged, skipped: Runs that ended so.
         notes: What was said of those, each once.
-        closed_form: Whether it takes no gradient steps.
+        closed_form: Whether it takes no gradient steps; not `ITERATIVE` ones.
         rise: Mean gain in accuracy over the last half of the steps; 0 for closed forms.
         budget: Most steps of a run; 0 for closed forms.
         before_divergence: Best accuracy of a diverged run before it diverged, or None.
@@ -111,7 +113,7 @@ def _summarize(runs: list[Outcome], test_size: int) -> Summary:
         diverged=sum(run.status == "diverged" for run in runs),
         skipped=sum(run.status == "skipped" for run in runs),
         notes=tuple(dict.fromkeys(run.note for run in runs if run.status != "done" and run.note)),
-        closed_form=bool(done) and not any(run.steps for run in done),
+        closed_form=bool(done) and first.attacker not in ITERATIVE and not any(run.steps for run in done),
         rise=statistics.fmean([late_rise(run.steps, run.curve) for run in done]) if done else 0.0,
         budget=max((run.steps[-1] for run in done if run.steps), default=0),
         before_divergence=max(before, default=None),

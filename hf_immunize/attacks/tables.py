@@ -10,6 +10,7 @@ from typing import Any
 import pandas
 
 from hf_immunize.attacks.findings import CLASS_KINDS
+from hf_immunize.attacks.measures import Deviation, deviations
 from hf_immunize.attacks.outcomes import AuditData, Outcome
 from hf_immunize.attacks.speed import StepsRatio, steps_ratios
 from hf_immunize.attacks.summaries import (
@@ -42,6 +43,8 @@ _HEADLINE += [
 _SIDES = [f"{subject}_{name}" for subject in SUBJECTS for name in ("attacker", "accuracy", "low", "high")]
 _OUTCOMES = [field.name for field in fields(Outcome) if field.name not in ("steps", "curve")]
 _OUTCOMES += ["best_accuracy", "last_step"]
+_DEVIATION = ["operator", "layer", "precision", "absolute", "absolute_low", "absolute_high"]
+_DEVIATION += ["signed", "signed_low", "signed_high", "seeds"]
 _STEPS = ["attacker", "access", "task", "layer", "precision", "share", "target", "immunized_steps", "reference_steps"]
 _STEPS += ["ratio", "low", "high", "is_bound", "seeds"]
 _ATTACKS = ["attacker", "access", "subject", "task", "layer", "precision", "accuracy", "low", "high", "seeds"]
@@ -56,8 +59,8 @@ def make_tables(data: AuditData) -> dict[str, pandas.DataFrame]:
 
     Returns:
         "headline" (worst case by class of attackers), "layers" (best probe at each layer), "fine_tuning" (operator by
-        budget), "steps" (how many times the steps), "tasks" (worst case on the other tasks), "attacks" (every attack
-        over its seeds) and "outcomes" (every run).
+        budget), "deviation" (relative fine-tuning deviation, in per cent), "steps" (how many times the steps), "tasks"
+        (worst case on the other tasks), "attacks" (every attack over its seeds) and "outcomes" (every run).
     """
     summaries = summarize(data)
     tasks = [task for task in data.tasks if task != "harmful"]
@@ -73,6 +76,7 @@ def make_tables(data: AuditData) -> dict[str, pandas.DataFrame]:
         "fine_tuning": _frame(
             _budgets(data), ["operator", "budget_steps", *[f"{s}_accuracy" for s in SUBJECTS], "gap"]
         ),
+        "deviation": _frame([_deviation(one) for one in deviations(data)], _DEVIATION),
         "steps": _frame([_steps(one) for task in data.tasks for one in steps_ratios(data, task)], _STEPS),
         "tasks": _frame(other, ["task", *_HEADLINE]),
         "attacks": _frame([_attack(one) for one in summaries], _ATTACKS),
@@ -189,6 +193,13 @@ def _budgets(data: AuditData) -> list[dict[str, Any]]:
                 row["gap"] = row["reference_accuracy"] - row["immunized_accuracy"]
             rows.append(row)
     return rows
+
+
+def _deviation(one: Deviation) -> dict[str, Any]:
+    row = asdict(one) | {"operator": one.attacker}
+    for name, interval in (("absolute", one.absolute_interval), ("signed", one.signed_interval)):
+        row[f"{name}_low"], row[f"{name}_high"] = _ends(interval)
+    return row
 
 
 def _steps(one: StepsRatio) -> dict[str, Any]:

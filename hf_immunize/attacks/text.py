@@ -10,18 +10,23 @@ import unicodedata
 LABELS = {
     "adam": "Adam",
     "adamw": "AdamW",
-    "bias": "bias-only fine-tuning",
-    "cg": "conjugate gradient",
-    "gd": "gradient descent with exact line search",
+    "batchnorm_adamw": "AdamW behind a BatchNorm",
+    "bias_only": "fine-tuning of the biases",
+    "conjugate_gradient": "conjugate gradient",
+    "gd_line_search": "gradient descent with exact line search",
     "knn": "k nearest neighbours",
     "last_stage": "fine-tuning of the last stage",
     "lbfgs": "L-BFGS",
     "lda": "linear discriminant analysis",
+    "logistic_regression": "scikit-learn's logistic regression",
     "mlp": "an MLP head",
     "momentum": "SGD with momentum",
+    "restore_interpolation": "mixing the public weights back in",
+    "restore_swap": "putting the public weights back",
     "ridge": "closed-form least squares (ridge)",
     "sgd": "SGD",
-    "whole": "fine-tuning of the whole network",
+    "whitening": "least squares on whitened features",
+    "whole_network": "fine-tuning of the whole network",
 }
 
 
@@ -51,7 +56,7 @@ def label(attacker: str) -> str:
     """An attacker's name for people: without underscores, unless a better one is known.
 
     Example:
-        >>> label("gd"), label("lora_r8"), label("head_first")
+        >>> label("gd_line_search"), label("lora_r8"), label("head_first")
         ('gradient descent with exact line search', 'LoRA of rank 8', 'head first')
     """
     if rank := re.fullmatch(r"lora_r(\d{1,6})", attacker):

@@ -224,7 +224,12 @@ def _as_before(immunized: Summary, reference: Summary, chance: float) -> bool:
 def _one_layer_away(classes: dict[str, Finding]) -> list[Finding]:
     head, layers = classes["head_input"], classes["any_layer"]
     held = head.kind in (Kind.PREVENTED, Kind.REDUCED, Kind.INCONCLUSIVE)
-    if held and head.worst and head.reference and layers.kind is Kind.NOT_PREVENTED and layers.reference:
+    if not (held and head.worst and head.reference and layers.worst and layers.reference):
+        return []
+    # An earlier layer that lost something too may still give away far more than the classifier's input does.
+    clear = layers.kind in (Kind.REDUCED, Kind.INCONCLUSIVE) and layers.worst.access == "any_layer"
+    clear = clear and layers.worst.lower > head.worst.upper + limit.REDUCED_POINTS
+    if layers.kind is Kind.NOT_PREVENTED or clear:
         return [Finding(Kind.ONE_LAYER_AWAY, "any_layer", "harmful", layers.worst, layers.reference, head.worst)]
     return []
 

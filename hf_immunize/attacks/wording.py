@@ -130,6 +130,9 @@ def _class(finding: Finding, data: AuditData) -> str:
             f"{where}: inconclusive, as there was nothing to protect; {read}, hardly above chance ({percent(chance)})."
         )
     if kind is Kind.INCONCLUSIVE:
+        if reference is not None and worst.lower > chance + limit.PREVENTED_POINTS:
+            # Whatever the doubt, what is read is read.
+            return f"{where} is not prevented; how far it is reduced is inconclusive, as {finding.reason}: {ours}."
         return f"{where}: inconclusive, as {finding.reason}; {ours}."
     if kind is Kind.PREVENTED:
         within = f" within {worst.budget:,} steps" if worst.budget and finding.access == "fine_tuning" else ""
@@ -212,7 +215,9 @@ def _caution(finding: Finding) -> str:
 def _attacks(attacks: Sequence[Summary]) -> str:
     def name(one: Summary) -> str:
         whose = "" if one.subject == "immunized" else f" of {one.subject}"
-        return f"{label(one.attacker)} on {clean(one.layer, 40)}{whose}"
+        # What fine-tuning moves is in its name.
+        where = "" if one.access == "fine_tuning" else f" on {clean(one.layer, 40)}"
+        return f"{label(one.attacker)}{where}{whose}"
 
     return _listed(map(name, attacks))
 

@@ -201,12 +201,14 @@ class AttackRecord:
         accuracy: What it reaches on the immunized model, between 0 and 1.
         reference_accuracy: What the strongest of its kind reaches on the model before immunization.
         chance: Accuracy of always naming the most frequent class.
+        layer: Where it probes, or what it fine-tunes.
     """
 
     attacker: str
     accuracy: float
     reference_accuracy: float | None = None
     chance: float | None = None
+    layer: str | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 
@@ -219,10 +221,12 @@ class AuditRecord:
         preset_version: Raised whenever the preset changes.
         strongest: By access: "head_input", "any_layer", "fine_tuning"; what is absent was not attacked.
         utility: Benign accuracy, as the audit measured it.
+        verdict: What the audit's report says, in sentences; names of data in them are the user's own.
     """
 
     preset: str
     preset_version: int = 1
     strongest: dict[str, AttackRecord | None] = field(default_factory=dict)
     utility: dict[str, Any] | None = None
+    verdict: list[str] = field(default_factory=list)
     unknown: Unknown = field(default_factory=dict, repr=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hf_immunize.hub.parts import ACCESS, AuditRecord, RatioRecord
+from hf_immunize.hub.parts import ACCESS, AttackRecord, AuditRecord, RatioRecord
 from hf_immunize.hub.record import ImmunizationRecord
 from hf_immunize.hub.text import plain
 
@@ -171,12 +171,14 @@ def not_stopped(audit: AuditRecord | None) -> str:
                 "stopped."
             )
             continue
-        compared = [f"{attack.reference_accuracy:.1%} on the model before immunization"] * (
-            attack.reference_accuracy is not None
-        ) + [f"chance {attack.chance:.1%}"] * (attack.chance is not None)
+        compared = []
+        if attack.reference_accuracy is not None:
+            compared.append(f"{attack.reference_accuracy:.1%} on the model before immunization")
+        if attack.chance is not None:
+            compared.append(f"chance {attack.chance:.1%}")
         sentences.append(
-            f"With {words}, the strongest attacker tried ({plain(attack.attacker)}) reaches {attack.accuracy:.1%} of "
-            f"the harmful task{' (' + '; '.join(compared) + ')' if compared else ''}."
+            f"With {words}, the strongest attacker tried ({_attacker(access, attack)}) reaches {attack.accuracy:.1%} "
+            f"of the harmful task{' (' + '; '.join(compared) + ')' if compared else ''}."
         )
     made = f"By an audit with the preset {plain(audit.preset)} (version {audit.preset_version})."
     return " ".join([made, *sentences, "Attackers with other methods or more data may reach more."])
@@ -198,7 +200,7 @@ def attack_rows(audit: AuditRecord | None) -> list[dict[str, str]]:
     return [
         {
             "access": _ACCESS_WORDS.get(access, plain(access)),
-            "attacker": plain(attack.attacker),
+            "attacker": _attacker(access, attack),
             "accuracy": share(attack.accuracy),
             "reference": share(attack.reference_accuracy),
             "chance": share(attack.chance),
@@ -206,6 +208,11 @@ def attack_rows(audit: AuditRecord | None) -> list[dict[str, str]]:
         for access, attack in (audit.strongest if audit else {}).items()
         if attack is not None
     ]
+
+
+def _attacker(access: str, attack: AttackRecord) -> str:
+    where = f" at {attack.layer}" if access == "any_layer" and attack.layer else ""
+    return plain(f"{attack.attacker}{where}")
 
 
 def _groups_cell(ratio: RatioRecord) -> str:

@@ -37,7 +37,7 @@ def lost(attacker, status, note, *, access="head_input", subject="immunized", la
 def probes(subject, accuracy, slow=1.0, **kwargs):
     """The probes at the classifier's input; first-order ones `slow` times slower than on the reference."""
     return [
-        *attack("gd", "head_input", subject, accuracy, half=10 * slow, **kwargs),
+        *attack("gd_line_search", "head_input", subject, accuracy, half=10 * slow, **kwargs),
         *attack("adamw", "head_input", subject, accuracy, half=8 * max(1, slow**0.2), **kwargs),
         *attack("ridge", "head_input", subject, accuracy, **kwargs),
         *attack("knn", "head_input", subject, CHANCE + 0.6 * (accuracy - CHANCE), **kwargs),
@@ -57,9 +57,9 @@ def fine_tuning(subject, accuracy, slow=1.0, **kwargs):
         one
         for attacker, factor, half in (
             ("last_stage", 0.9, 60),
-            ("whole", 1.0, 80),
+            ("whole_network", 1.0, 80),
             ("lora_r8", 0.8, 50),
-            ("bias", 0.5, 60),
+            ("bias_only", 0.5, 60),
         )
         for one in attack(
             attacker, "fine_tuning", subject, accuracy * factor, half=half * slow, layer=attacker, **kwargs
@@ -111,8 +111,8 @@ def sample_data(**kwargs):
         *attack("ridge", "head_input", "reference", 0.435, task="unseen"),
         *attack("ridge", "head_input", "immunized", 0.976, task="unrelated"),
         *attack("ridge", "head_input", "reference", 0.98, task="unrelated"),
-        *attack("gd", "head_input", "immunized", 0.72, task="benign", half=9),
-        *attack("gd", "head_input", "reference", 0.73, task="benign", half=10),
+        *attack("gd_line_search", "head_input", "immunized", 0.72, task="benign", half=9),
+        *attack("gd_line_search", "head_input", "reference", 0.73, task="benign", half=10),
     ]
     odd = [lost("momentum", "diverged", "the loss is NaN", seed=seed) for seed in range(5)]
     skipped = lost("ridge", "skipped", "not enough memory: 41 GB", access="any_layer", layer="stem (flattened)")

@@ -20,7 +20,7 @@ def outcomes(draw, subjects=("immunized", "reference", "random"), statuses=("don
     status = draw(st.sampled_from(statuses))
     steps = draw(st.sampled_from([[], [0], [1, 10], [0, 5, 100]]))
     return Outcome(
-        attacker=draw(st.sampled_from(["gd", "ridge", "lora_r8"])),
+        attacker=draw(st.sampled_from(["gd_line_search", "ridge", "lora_r8"])),
         access=draw(st.sampled_from(["head_input", "any_layer", "fine_tuning"])),
         subject=draw(st.sampled_from(subjects)),
         task=draw(st.sampled_from(["harmful", "harmful", "unseen", "benign", "unrelated"])),

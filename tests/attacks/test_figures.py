@@ -65,7 +65,7 @@ def test_an_attacker_is_drawn_where_it_reads_most():
     ]
     data = make(runs)
     (picture,) = draw_curves(data, summarize(data))
-    assert picture.caption.startswith("LoRA of rank 8, all:")
+    assert "immunized 40." in picture.alt or "immunized 39." in picture.alt
 
 
 @pytest.mark.parametrize("name", ["$\\frac{", "$x$", "a\nb\x00", "<script>", "汽车", "--><b>", "W" * 300])
@@ -83,7 +83,7 @@ def test_a_spectrum_of_zeros_is_left_out():
 
 
 def test_one_seed_draws_a_curve_without_interval():
-    data = make(attack("gd", "head_input", "immunized", 0.4, half=10, seeds=1))
+    data = make(attack("gd_line_search", "head_input", "immunized", 0.4, half=10, seeds=1))
     assert len(draw_curves(data, summarize(data))) == 1
 
 
@@ -91,6 +91,6 @@ def test_one_seed_is_drawn_without_intervals():
     runs = [
         *attack("ridge", "head_input", "immunized", 0.4, seeds=1),
         *attack("ridge", "any_layer", "immunized", 0.4, seeds=1, layer="stem"),
-        *attack("whole", "fine_tuning", "immunized", 0.4, seeds=1, half=10),
+        *attack("whole_network", "fine_tuning", "immunized", 0.4, seeds=1, half=10),
     ]
     assert [one.section for one in draw(make(runs))] == ["headline", "curves", "layers", "fine_tuning"]

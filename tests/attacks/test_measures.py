@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from audit_sample import make
 
-from hf_immunize.attacks.measures import paired_utility, relative_deviation
+from hf_immunize.attacks.measures import deviations, paired_utility, relative_deviation
+from hf_immunize.attacks.outcomes import Outcome
 from hf_immunize.errors import ShapeError
 
 
@@ -41,3 +43,27 @@ def test_interval_covers_the_truth_nineteen_times_in_twenty():
         low, high = paired_utility(draw < 0.7, (draw < 0.6) | (draw > 0.9)).interval
         covered += low <= 0.0 <= high
     assert 0.92 <= covered / 400 <= 0.98
+
+
+def tuned(subject, seed, curve, **kwargs):
+    values = {"accuracy": curve[-1], "steps": [0, 10, 100][: len(curve)], "curve": curve} | kwargs
+    return Outcome("lora_r8", "fine_tuning", subject, "harmful", "adapters", seed, "float32", **values)
+
+
+def test_deviation_pairs_seeds_and_leaves_the_untrained_point_out():
+    runs = [tuned("reference", seed, [0.01, 0.2, 0.4]) for seed in range(3)]
+    runs += [tuned("immunized", seed, [0.9, 0.1, 0.5 + 0.1 * seed]) for seed in range(3)]
+    (found,) = deviations(make(runs))
+    # 50 % less after 10 steps; 25, 50 and 75 % more after 100.
+    assert (found.absolute, found.signed) == pytest.approx((50.0, 0.0))
+    assert found.signed_interval[0] < 0 < found.signed_interval[1]
+
+
+def test_deviation_of_too_few_seeds_has_no_interval():
+    (found,) = deviations(make([tuned("reference", 0, [0.0, 0.5]), tuned("immunized", 0, [0.0, 0.25])]))
+    assert (found.absolute, found.signed, found.signed_interval, found.seeds) == (50.0, 50.0, None, 1)
+
+
+def test_an_attack_that_diverged_has_no_deviation():
+    runs = [tuned("reference", 0, [0.0, 0.5]), tuned("immunized", 0, [0.0], status="diverged", accuracy=None)]
+    assert deviations(make(runs)) == []

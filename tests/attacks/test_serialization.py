@@ -76,7 +76,7 @@ def test_names_on_the_hub_stay():
 
 
 def run(**changes):
-    return make([dataclasses.replace(attack("gd", "head_input", "immunized", 0.4, half=10)[0], **changes)])
+    return make([dataclasses.replace(attack("gd_line_search", "head_input", "immunized", 0.4, half=10)[0], **changes)])
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ def test_step_zero_counts_as_one():
 
 def ratio_of(immunized_half, reference_half, **kwargs):
     runs = [
-        *attack("gd", "head_input", "immunized", 0.5, half=immunized_half, **kwargs),
-        *attack("gd", "head_input", "reference", 0.5, half=reference_half, **kwargs),
+        *attack("gd_line_search", "head_input", "immunized", 0.5, half=immunized_half, **kwargs),
+        *attack("gd_line_search", "head_input", "reference", 0.5, half=reference_half, **kwargs),
     ]
     return next(one for one in steps_ratios(make(runs)) if one.share == 0.9)
 
@@ -53,13 +53,15 @@ def test_few_seeds_give_a_ratio_without_interval():
 
 
 def test_an_attack_that_cannot_read_the_reference_has_no_ratio():
-    runs = [one for s in ("immunized", "reference") for one in attack("gd", "head_input", s, 0.02, half=10)]
+    runs = [
+        one for s in ("immunized", "reference") for one in attack("gd_line_search", "head_input", s, 0.02, half=10)
+    ]
     assert steps_ratios(make(runs)) == []
 
 
 def test_the_mean_ratio_is_geometric():
-    slow = attack("gd", "head_input", "immunized", 0.5, half=300, seeds=2)[:1]
-    fast = attack("gd", "head_input", "immunized", 0.5, half=3, seeds=2)[1:]
-    reference = attack("gd", "head_input", "reference", 0.5, half=3, seeds=2)
+    slow = attack("gd_line_search", "head_input", "immunized", 0.5, half=300, seeds=2)[:1]
+    fast = attack("gd_line_search", "head_input", "immunized", 0.5, half=3, seeds=2)[1:]
+    reference = attack("gd_line_search", "head_input", "reference", 0.5, half=3, seeds=2)
     one = next(one for one in steps_ratios(make([*slow, *fast, *reference])) if one.share == 0.9)
     assert one.ratio == pytest.approx(math.sqrt(100))

@@ -10,7 +10,7 @@ def tables():
 
 
 def test_every_table_is_there(tables):
-    assert list(tables) == ["headline", "layers", "fine_tuning", "steps", "tasks", "attacks", "outcomes"]
+    assert list(tables) == ["headline", "layers", "fine_tuning", "deviation", "steps", "tasks", "attacks", "outcomes"]
 
 
 def test_the_headline_has_a_row_for_each_class_of_attackers(tables):
@@ -44,11 +44,11 @@ def test_the_layers_end_with_the_head(tables):
 
 def test_budgets_grow_up_to_all_steps(tables):
     table = tables["fine_tuning"]
-    assert list(table[table["operator"] == "whole"]["budget_steps"]) == [300, 1000, 3000]
+    assert list(table[table["operator"] == "whole_network"]["budget_steps"]) == [300, 1000, 3000]
 
 
 def test_more_steps_read_no_less(tables):
-    whole = tables["fine_tuning"].query("operator == 'whole'")
+    whole = tables["fine_tuning"].query("operator == 'whole_network'")
     assert whole["immunized_accuracy"].is_monotonic_increasing
 
 
@@ -59,6 +59,12 @@ def test_the_best_learning_rate_counts_where_an_operator_has_several_layers():
     ]
     table = make_tables(make(runs))["fine_tuning"]
     assert table["immunized_accuracy"].max() == pytest.approx(0.4, abs=0.01)
+
+
+def test_the_deviation_of_fine_tuning_is_positive_where_learning_is_slower(tables):
+    row = tables["deviation"].set_index("operator").loc["whole_network"]
+    assert 0 < row["signed_low"] < row["signed"] < row["signed_high"]
+    assert row["signed"] == pytest.approx(row["absolute"], rel=0.05)
 
 
 def test_other_tasks_have_their_own_table(tables):

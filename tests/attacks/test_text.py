@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from hf_immunize.attacks.text import clean, label, percent, ratio, signed
+from hf_immunize.attacks.presets import ALL_ATTACKERS
+from hf_immunize.attacks.text import LABELS, clean, label, percent, ratio, signed
 
 
 @pytest.mark.parametrize("character", ["\n", "\r", "\t", "\x00", "\x1b", "\u202e", "\u2028", "\ud800", "\ue000"])
@@ -17,6 +18,10 @@ def test_names_of_other_scripts_stay():
 @pytest.mark.parametrize("size", [3, 80, 81, 1000])
 def test_names_are_short(size):
     assert len(clean("x" * size)) == min(size, 80)
+
+
+def test_every_attacker_of_the_suite_has_a_name_for_people():
+    assert [name for name in ALL_ATTACKERS if name not in LABELS and label(name) == name.replace("_", " ")] == []
 
 
 def test_attackers_without_a_better_name_keep_their_own():

@@ -150,7 +150,7 @@ def test_an_attack_that_read_more_before_it_diverged_forbids_prevented():
 
 
 def test_a_skipped_class_is_not_tested_and_not_resistant():
-    data = make([*head(0.012).outcomes, lost("whole", "skipped", "not enough memory", access="fine_tuning")])
+    data = make([*head(0.012).outcomes, lost("whole_network", "skipped", "not enough memory", access="fine_tuning")])
     assert kinds(data, "fine_tuning") == [Kind.NOT_TESTED]
     assert "Fine-tuning was not tested on the harmful task: that is no sign of resistance." in said(data)
     assert "not enough memory" in said(data)
@@ -162,7 +162,9 @@ def test_probes_at_the_head_alone_do_not_test_any_layer():
 
 def test_attackers_that_ran_out_of_budget_prevent_nothing():
     def still(subject, best):
-        return attack("whole", "fine_tuning", subject, best, half=3000 if subject == "immunized" else 60, layer="all")
+        return attack(
+            "whole_network", "fine_tuning", subject, best, half=3000 if subject == "immunized" else 60, layer="all"
+        )
 
     data = make([*still("immunized", 0.05), *still("reference", 0.5)])
     assert kinds(data, "fine_tuning")[0] is Kind.INCONCLUSIVE
@@ -171,20 +173,46 @@ def test_attackers_that_ran_out_of_budget_prevent_nothing():
 
 
 def test_gradient_descent_alone_prevents_nothing():
-    data = make([one for one in head(0.012).outcomes if one.attacker in ("gd", "adamw")])
+    data = make([one for one in head(0.012).outcomes if one.attacker in ("gd_line_search", "adamw")])
     assert kinds(data, "head_input")[0] is Kind.INCONCLUSIVE
     assert "takes gradient steps, which ill-conditioning only slows" in said(data)
 
 
+def test_a_solver_that_descends_without_counting_steps_does_not_vouch_for_prevention():
+    quasi_newton = [
+        one
+        for subject, accuracy in (("immunized", 0.012), ("reference", 0.486))
+        for one in attack("lbfgs", "head_input", subject, accuracy)
+    ]
+    data = make([one for one in head(0.012).outcomes if one.attacker == "gd_line_search"] + quasi_newton)
+    assert kinds(data, "head_input")[0] is Kind.INCONCLUSIVE
+
+
+def test_an_earlier_layer_that_lost_less_is_one_layer_away():
+    earlier = [
+        one
+        for subject, accuracy in (("immunized", 0.44), ("reference", 0.52))
+        for one in attack("ridge", "any_layer", subject, accuracy, layer="stages.2")
+    ]
+    left_out = lost("ridge", "skipped", "not enough memory", access="any_layer", layer="stem")
+    data = make([*head(0.1).outcomes, *earlier, left_out])
+    assert Kind.ONE_LAYER_AWAY in kinds(data)
+    assert "at any layer is not prevented; how far it is reduced is inconclusive" in said(data)
+
+
 def test_a_weak_attacker_without_steps_does_not_vouch_for_the_strong_ones():
-    data = make([one for one in head(0.012).outcomes if one.attacker in ("gd", "knn")])
+    data = make([one for one in head(0.012).outcomes if one.attacker in ("gd_line_search", "knn")])
     assert kinds(data, "head_input")[0] is Kind.INCONCLUSIVE
 
 
 def test_a_last_step_that_falls_does_not_hide_what_was_read_before():
     fallen = [
-        dataclasses.replace(one, curve=[*one.curve[:-1], CHANCE], accuracy=CHANCE) if one.attacker == "gd" else one
-        for one in [*probes("immunized", 0.012), *attack("gd", "head_input", "immunized", 0.45, half=10)][5:]
+        dataclasses.replace(one, curve=[*one.curve[:-1], CHANCE], accuracy=CHANCE)
+        if one.attacker == "gd_line_search"
+        else one
+        for one in [*probes("immunized", 0.012), *attack("gd_line_search", "head_input", "immunized", 0.45, half=10)][
+            5:
+        ]
     ]
     data = make([*fallen, *probes("reference", 0.486)])
     assert kinds(data, "head_input")[0] is Kind.NOT_PREVENTED
@@ -206,7 +234,7 @@ def test_a_layer_that_nobody_read_forbids_prevented():
 
 
 def test_gradient_descent_alone_does_not_vouch_for_reduced_either():
-    data = make([one for one in head(0.2).outcomes if one.attacker in ("gd", "adamw")])
+    data = make([one for one in head(0.2).outcomes if one.attacker in ("gd_line_search", "adamw")])
     assert kinds(data, "head_input")[0] is Kind.INCONCLUSIVE
 
 
@@ -269,7 +297,7 @@ def slowed(seeds=5):
     """Gradient descent 300 times slower and still arriving, least squares as before: what a linear map does."""
 
     def gd(subject, half):
-        return attack("gd", "head_input", subject, 0.486, half=half, seeds=seeds)
+        return attack("gd_line_search", "head_input", subject, 0.486, half=half, seeds=seeds)
 
     ridge = [one for s in ("immunized", "reference") for one in attack("ridge", "head_input", s, 0.486, seeds=seeds)]
     return make([*gd("immunized", 900), *gd("reference", 3), *ridge])
@@ -317,7 +345,7 @@ def linear_map_data():
                 curve += [accuracy(w)] if step in marks else []
             same = {"access": "head_input", "subject": subject, "task": "harmful", "layer": "map"}
             same |= {"seed": seed, "precision": "float64"}
-            outcomes.append(Outcome("gd", **same, accuracy=curve[-1], steps=marks, curve=curve))
+            outcomes.append(Outcome("gd_line_search", **same, accuracy=curve[-1], steps=marks, curve=curve))
             exact = torch.linalg.lstsq(z, target).solution
             outcomes.append(Outcome("ridge", **same, accuracy=accuracy(exact)))
     data = make(outcomes, rir={"rir": float(ratio.rir), "bound": ratio.bound})
@@ -330,7 +358,7 @@ def test_on_a_linear_map_gradient_descent_is_slowed_a_hundredfold_and_least_squa
     data = linear_map_data()
     assert data.rir["rir"] >= 1e4 and data.rir["bound"] is None
     (slow,) = [one for one in judge(data) if one.kind is Kind.SLOWED]
-    assert [one.attacker for one in slow.ratios] == ["gd"] and slow.ratios[0].interval[0] >= 100
+    assert [one.attacker for one in slow.ratios] == ["gd_line_search"] and slow.ratios[0].interval[0] >= 100
     assert "Slowed but not prevented at the classifier's input: closed-form least squares (ridge)" in said(data)
     assert kinds(data, "head_input")[0] is Kind.NOT_PREVENTED
 
@@ -346,8 +374,8 @@ def test_what_is_slowed_is_not_called_stopped_by_nothing():
 def test_an_accuracy_never_reached_is_a_bound_on_the_ratio():
     data = make(
         [
-            *attack("gd", "head_input", "immunized", 0.2, half=900),
-            *attack("gd", "head_input", "reference", 0.486, half=3),
+            *attack("gd_line_search", "head_input", "immunized", 0.2, half=900),
+            *attack("gd_line_search", "head_input", "reference", 0.486, half=3),
         ]
     )
     assert "at least 300 times the steps" in said(data)
@@ -361,7 +389,7 @@ def test_benign_probing_that_is_slowed_is_told():
     own = [
         one
         for s, half in (("immunized", 900), ("reference", 3))
-        for one in attack("gd", "head_input", s, 0.7, half=half, task="benign")
+        for one in attack("gd_line_search", "head_input", s, 0.7, half=half, task="benign")
     ]
     assert "Benign probing is slowed too" in said(make([*head(0.012).outcomes, *own]))
 
