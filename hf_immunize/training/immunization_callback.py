@@ -47,7 +47,7 @@ class ImmunizationCallback(TrainerCallback):
         batch_size: Images of each side a process and step; by default the Trainer's.
         head_module: The classifier's name, where it cannot be found without help.
         seed: Seed of the callback's draws; by default the Trainer's.
-        **method: The settings of `Method`, such as ``objective="concentration"`` or ``benign_budget=0.05``.
+        **method: The settings of `Method`, such as ``objective="concentration"`` or ``benign_budget=0.03``.
 
     Raises:
         ArgumentError, DataError: At the beginning of training, where something is missing.
