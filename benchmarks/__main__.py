@@ -16,6 +16,7 @@ PARTS = {
     "regularizers": "benchmarks.regularizers",
     "streaming": "benchmarks.streaming",
     "training_step": "benchmarks.training_step",
+    "training_options": "benchmarks.training_options",
     "linear_step": "benchmarks.linear_step",
     "trunk": "benchmarks.trunk",
 }
