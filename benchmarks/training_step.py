@@ -177,7 +177,7 @@ def run() -> dict[str, Any]:
             f"A step on {SIDE} benign + {SIDE} harmful images against the plain Trainer's on the same {2 * SIDE}, "
             f"the last stage moving, BatchNorm frozen, auto weights, the task's own benign loss; medians of "
             f"{ROUNDS * (STEPS - 1)} steps taken in turns. The largest ratio is {max(ratios):.3f} (wanted: at most "
-            "1.05)."
+            "1.05). The plain Trainer comes first in each round; a ratio below 1 is no gain, but what turns cost."
         ),
         "tables": [{"title": "Whole step", "columns": COLUMNS, "rows": table}],
     }
