@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import PerfectConditioningError
-from hf_immunize.spectra.extremes import hessian_spectrum, tie_tolerance, top_eigenspace
+from hf_immunize.spectra.extremes import bottom_of_full_rank, hessian_spectrum, top_eigenspace
+from hf_immunize.spectra.gram import CHUNK
+from hf_immunize.spectra.krylov import tie_tolerance
 from hf_immunize.spectra.small_side import SmallSide, wide
 
 
@@ -48,11 +50,15 @@ class SmallGradient(NamedTuple):
             return m @ z if wide(z) else z @ m
         # Without G it is a product with a few vectors. What is left of Z beside them, and what a vector of a small
         # singular value finds in it, are differences of larger numbers: in float64.
-        tall = (z.mT if wide(z) else z).to(torch.float64)
-        product = self.identity * tall
-        for basis, weight in self.spaces:
-            product.addmm_(tall @ basis, basis.mT, alpha=weight / basis.shape[1])
-        return (product.mT if wide(z) else product).to(work)
+        product = torch.empty(z.shape, dtype=work, device=z.device)
+        tall, target = (z.mT, product.mT) if wide(z) else (z, product)
+        for rows, out in zip(tall.split(CHUNK), target.split(CHUNK), strict=True):
+            rows = rows.to(torch.float64)
+            chunk = self.identity * rows
+            for basis, weight in self.spaces:
+                chunk.addmm_(rows @ basis, basis.mT, alpha=weight / basis.shape[1])
+            out.copy_(chunk)
+        return product
 
 
 # The factor enters before anything is rounded to the features' dtype: without it the gradient of R_ill, of degree −5
@@ -60,18 +66,28 @@ class SmallGradient(NamedTuple):
 def small_r_well(side: SmallSide, factor: float = 1.0) -> tuple[float, SmallGradient]:
     """``½σ_1² − tr(G²)/2D`` and ``2(σ_1 uuᵀ − G/D)``."""
     top, basis = top_eigenspace(side.gram, vector_accuracy(side.dtype))
-    value = max(0.0, top**2 / 2 - float(side.gram.square().sum()) / (2 * side.dim))
+    value = max(0.0, top**2 / 2 - float(torch.linalg.vector_norm(side.gram)) ** 2 / (2 * side.dim))
     return factor * value, SmallGradient(-2 * factor / side.dim, 0.0, ((basis, 2 * factor * top),))
 
 
 def small_r_ill(side: SmallSide, factor: float = 1.0) -> tuple[float, SmallGradient]:
     """``1/d``, ``d = Σ(σ_i² − σ_k²)/2k``, and ``2(σ_k uuᵀ − G/k)/d²``."""
-    values, vectors = hessian_spectrum(side)
-    k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
-    denominator = ill_denominator(values, max(width, rounding(side.dtype) * values[0]))
-    first = sum(value > values[-1] + width for value in values)
+    n = side.gram.shape[0]
+    squares = float(torch.linalg.vector_norm(side.gram)) ** 2
+    # The vector's part of the gradient is σ_k to the whole's σ_1/n at least, and σ_1 ≥ tr(G²)/tr(G).
+    slack = squares / float(side.gram.diagonal().sum()) / n
+    found = bottom_of_full_rank(side, vector_accuracy(side.dtype), slack)
+    # Near κ = 1 the sum of squares less the smallest is all cancellation, and κ = 1 itself is to be told from it.
+    if found is not None and squares > 2 * n * found.value**2:
+        k, smallest, basis = n, found.value, found.vector
+        denominator = (squares - n * smallest**2) / (2 * n)
+    else:
+        values, vectors = hessian_spectrum(side)
+        k, smallest, width = len(values), values[-1], tie_tolerance(n, values[0])
+        denominator = ill_denominator(values, max(width, rounding(side.dtype) * values[0]))
+        basis = vectors[:, sum(value > smallest + width for value in values) : k]
     scale = 2 * factor / denominator**2
-    return factor / denominator, SmallGradient(-scale / k, 0.0, ((vectors[:, first:k], scale * values[-1]),))
+    return factor / denominator, SmallGradient(-scale / k, 0.0, ((basis, scale * smallest),))
 
 
 def small_concentration(side: SmallSide) -> tuple[float, SmallGradient]:
@@ -86,12 +102,18 @@ def small_concentration(side: SmallSide) -> tuple[float, SmallGradient]:
 
 def small_log_kappa(side: SmallSide) -> tuple[float, SmallGradient]:
     """``log σ_1 − log σ_k`` and ``2(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k)``."""
-    values, vectors = hessian_spectrum(side)
-    k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
-    top = vectors[:, : sum(value >= values[0] - width for value in values)]
-    bottom = vectors[:, sum(value > values[-1] + width for value in values) : k]
-    spaces = ((top, 2 / values[0]), (bottom, -2 / values[-1]))
-    return math.log(values[0]) - math.log(values[-1]), SmallGradient(0.0, 0.0, spaces)
+    accuracy = vector_accuracy(side.dtype)
+    found = bottom_of_full_rank(side, accuracy)
+    if found is not None:
+        smallest, bottom = found.value, found.vector
+        largest, top = top_eigenspace(side.gram, accuracy)
+    else:
+        values, vectors = hessian_spectrum(side)
+        largest, smallest, width = values[0], values[-1], tie_tolerance(vectors.shape[0], values[0])
+        top = vectors[:, : sum(value >= largest - width for value in values)]
+        bottom = vectors[:, sum(value > smallest + width for value in values) : len(values)]
+    spaces = ((top, 2 / largest), (bottom, -2 / smallest))
+    return math.log(largest) - math.log(smallest), SmallGradient(0.0, 0.0, spaces)
 
 
 def scale_free(

@@ -1,8 +1,8 @@
 """The matrix on which the spectrum of a probing Hessian is computed.
 
-For features ``Z`` of shape ``(N, D)`` the matrices ``ZᵀZ`` (D×D) and ``ZZᵀ`` (N×N) share their non-zero spectrum. Where
-the features are given, everything is computed on the smaller of the two, the *small side*; where the Hessian alone is
-given, on the Hessian.
+For features ``Z`` of shape ``(N, D)`` the matrices ``ZᵀZ`` (D×D) and ``ZZᵀ`` (N×N) share their non-zero spectrum.
+Where the features are given, everything is computed on the smaller of the two, the *small side*; where the Hessian
+alone is given, on the Hessian.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_immunize.errors import NonFiniteError, RankError
 from hf_immunize.spectra.conditioning import as_matrix
+from hf_immunize.spectra.gram import gram_matrix
 from hf_immunize.spectra.hessian import Hessian
 
 
@@ -48,8 +49,7 @@ def small_gram(features: Tensor) -> Tensor:
         NonFiniteError: If the features hold NaN or infinity, or their squares overflow.
         RankError: If they are zero.
     """
-    z = features.detach().to(torch.float64)
-    gram = z @ z.mT if wide(features) else z.mT @ z
+    gram = gram_matrix(features.mT if wide(features) else features)
     # Every entry of Z stands in the trace, squared: one look at n numbers tells what a look at N·D would.
     trace = float(gram.diagonal().sum())
     if not math.isfinite(trace):

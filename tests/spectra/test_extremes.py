@@ -4,7 +4,8 @@ from matrices import gaussian, geometric, orthonormal, with_singular_values
 
 from hf_immunize.errors import NonFiniteError, RankError
 from hf_immunize.spectra import extremes
-from hf_immunize.spectra.extremes import hessian_spectrum, tie_tolerance, top_eigenspace
+from hf_immunize.spectra.extremes import hessian_spectrum, top_eigenspace
+from hf_immunize.spectra.krylov import tie_tolerance
 from hf_immunize.spectra.small_side import side_of_features, small_gram
 
 
