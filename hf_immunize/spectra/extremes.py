@@ -11,8 +11,10 @@ from hf_immunize.spectra.krylov import Pair, largest_pair, smallest_pair, tie_to
 from hf_immunize.spectra.small_side import SmallSide, wide
 
 
-# Up to this size a full decomposition is as fast as an iteration and finds repeated values for certain.
-_DENSE_LIMIT = 320
+# Up to these sizes a full decomposition is as fast as the iteration for the largest and for the smallest value, and
+# finds repeated values for certain. The benchmark `growth` shows the crossover.
+TOP_DENSE_LIMIT = 192
+BOTTOM_DENSE_LIMIT = 352
 _COMPUTED_NOISE = torch.finfo(torch.float64).eps ** 0.5  # what a Gram matrix in float64 loses, in singular values
 
 
@@ -67,7 +69,7 @@ def top_eigenspace(gram: Tensor, accuracy: float = 1e-8) -> tuple[float, Tensor]
         The eigenvalue and the basis, shape ``(n, m)``, m its multiplicity.
     """
     n = gram.shape[0]
-    found = largest_pair(gram, accuracy) if n > _DENSE_LIMIT else None
+    found = largest_pair(gram, accuracy) if n > TOP_DENSE_LIMIT else None
     if found is not None:
         return found.value, found.vector
     eigenvalues, vectors = torch.linalg.eigh(gram)
@@ -88,10 +90,10 @@ def bottom_of_full_rank(side: SmallSide, accuracy: float, slack: float = 0.0) ->
 
     Returns:
         The pair; None where the rank is not full, where the pair could not be proved, where a full decomposition is
-        as fast, and for float64 features, whose Gram matrix is not exact enough. `hessian_spectrum` then tells.
+        as fast, and for float64 features, which their Gram matrix does not resolve. `hessian_spectrum` then tells.
     """
     n = side.gram.shape[0]
-    if n <= _DENSE_LIMIT or n > side.rows or (side.features is not None and side.dtype == torch.float64):
+    if n <= BOTTOM_DENSE_LIMIT or n > side.rows or side.dtype == torch.float64:
         return None
     found = smallest_pair(side.gram, accuracy, slack=slack)
     if found is None:

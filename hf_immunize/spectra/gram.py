@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 # Rows cast at a time. Fewer make each product slower, more make the copy larger: 512 cost nothing at D = 768.
 CHUNK = 512
 # Columns to a block of the lower triangle; the blocks above the diagonal are mirrored, not computed.
-_BLOCK = 192
+_BLOCK = 128
 
 
 def gram_matrix(tall: Tensor) -> Tensor:
