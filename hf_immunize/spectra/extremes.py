@@ -15,7 +15,7 @@ from hf_immunize.spectra.small_side import SmallSide, wide
 # finds repeated values for certain. The benchmark `growth` shows the crossover.
 TOP_DENSE_LIMIT = 192
 BOTTOM_DENSE_LIMIT = 352
-_COMPUTED_NOISE = torch.finfo(torch.float64).eps ** 0.5  # what a Gram matrix in float64 loses, in singular values
+COMPUTED_NOISE = torch.finfo(torch.float64).eps ** 0.5  # what a Gram matrix in float64 loses, in singular values
 
 
 class Spectrum(NamedTuple):
@@ -47,7 +47,7 @@ def hessian_spectrum(side: SmallSide) -> Spectrum:
         singular = sigma.tolist()
     else:
         values, vectors = torch.linalg.eigh(side.gram)
-        vectors, computed_noise = vectors.flip(1), _COMPUTED_NOISE
+        vectors, computed_noise = vectors.flip(1), COMPUTED_NOISE
         # of a Hessian of few rows the eigenvalues beyond them are rounding
         singular = [math.sqrt(max(value, 0.0)) for value in reversed(values.tolist())][: side.rows]
     frobenius = math.sqrt(math.fsum(s * s for s in singular))
@@ -101,5 +101,5 @@ def bottom_of_full_rank(side: SmallSide, accuracy: float, slack: float = 0.0) ->
     frobenius = math.sqrt(float(side.gram.diagonal().sum()))
     largest = min(frobenius, math.sqrt(float(torch.linalg.vector_norm(side.gram))))  # σ_1 of Z at most
     cutoff = rank_cutoff(largest, frobenius, side.rows, side.dim, side.dtype)
-    cutoff = max(cutoff, _COMPUTED_NOISE * largest)
+    cutoff = max(cutoff, COMPUTED_NOISE * largest)
     return found if found.value - found.residual > cutoff**2 else None

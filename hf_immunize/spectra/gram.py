@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +15,13 @@ from torch.autograd.function import once_differentiable
 CHUNK = 512
 # Columns to a block of the lower triangle; the blocks above the diagonal are mirrored, not computed.
 _BLOCK = 128
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off, on devices that know it."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def gram_matrix(tall: Tensor) -> Tensor:
@@ -32,6 +41,27 @@ def gram_matrix(tall: Tensor) -> Tensor:
     return gram
 
 
+def product_by_rows(
+    z: Tensor, times: Callable[[Tensor], Tensor], compute: torch.dtype, *, transposed: bool = False
+) -> Tensor:
+    """A product with features that is taken in another dtype, `CHUNK` rows at a time.
+
+    Args:
+        z: Features, shape ``(N, D)``.
+        times: The product with some rows of Z, or of Zᵀ, in the dtype it is taken in.
+        compute: That dtype.
+        transposed: Whether the rows are those of Zᵀ.
+
+    Returns:
+        The product, or its transpose, of Z's shape, in Z's dtype, float32 at least.
+    """
+    product = torch.empty(z.shape, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+    source, target = (z.mT, product.mT) if transposed else (z, product)
+    for rows, out in zip(source.split(CHUNK), target.split(CHUNK), strict=True):
+        out.copy_(times(rows.to(compute)))
+    return product
+
+
 class Gram(torch.autograd.Function):
     """``ZᵀZ`` in float64, differentiable: ``∂f/∂Z = Z(S + Sᵀ)`` with S the gradient that arrives."""
 
@@ -39,7 +69,7 @@ class Gram(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor) -> Tensor:
         """The matrix, with autocast off."""
         ctx.save_for_backward(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             return gram_matrix(features)
 
     @staticmethod
@@ -47,7 +77,7 @@ class Gram(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         """The product in float64, by chunks of rows."""
         (features,) = ctx.saved_tensors
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             both = grad_outputs[0] + grad_outputs[0].mT
             gradient = torch.empty_like(features)
             for source, target in zip(features.split(CHUNK), gradient.split(CHUNK), strict=True):

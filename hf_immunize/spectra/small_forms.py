@@ -16,12 +16,12 @@ from torch import Tensor
 
 from hf_immunize.errors import PerfectConditioningError
 from hf_immunize.spectra.extremes import bottom_of_full_rank, hessian_spectrum, top_eigenspace
-from hf_immunize.spectra.gram import CHUNK
+from hf_immunize.spectra.gram import product_by_rows
 from hf_immunize.spectra.krylov import tie_tolerance
 from hf_immunize.spectra.small_side import SmallSide, wide
 
 
-class SmallGradient(NamedTuple):
+class SpaceGradient(NamedTuple):
     """``M = gram·G + identity·I + Σ_j weight_j·P_j``, P_j the average of uuᵀ over the columns u of a basis.
 
     Attributes:
@@ -44,33 +44,39 @@ class SmallGradient(NamedTuple):
 
     def times(self, z: Tensor, gram: Tensor) -> Tensor:
         """``M·Z`` or ``Z·M``, whichever side is the small one, in the features' dtype, float32 at least."""
-        work = torch.promote_types(z.dtype, torch.float32)
         if self.gram:
-            m, z = self.matrix(gram).to(work), z.to(work)
-            return m @ z if wide(z) else z @ m
+            return times_small(z, self.matrix(gram))
+
+        def times(rows: Tensor) -> Tensor:
+            product = self.identity * rows
+            for basis, weight in self.spaces:
+                product.addmm_(rows @ basis, basis.mT, alpha=weight / basis.shape[1])
+            return product
+
         # Without G it is a product with a few vectors. What is left of Z beside them, and what a vector of a small
         # singular value finds in it, are differences of larger numbers: in float64.
-        product = torch.empty(z.shape, dtype=work, device=z.device)
-        tall, target = (z.mT, product.mT) if wide(z) else (z, product)
-        for rows, out in zip(tall.split(CHUNK), target.split(CHUNK), strict=True):
-            rows = rows.to(torch.float64)
-            chunk = self.identity * rows
-            for basis, weight in self.spaces:
-                chunk.addmm_(rows @ basis, basis.mT, alpha=weight / basis.shape[1])
-            out.copy_(chunk)
-        return product
+        return product_by_rows(z, times, torch.float64, transposed=wide(z))
+
+
+def times_small(z: Tensor, small: Tensor) -> Tensor:
+    """``M·Z`` or ``Z·M``, M symmetric, in the features' dtype, float32 at least."""
+    work = torch.promote_types(z.dtype, torch.float32)
+    small = small.to(work)
+    if z.dtype == work:
+        return small @ z if wide(z) else z @ small
+    return product_by_rows(z, lambda rows: rows @ small, work, transposed=wide(z))
 
 
 # The factor enters before anything is rounded to the features' dtype: without it the gradient of R_ill, of degree −5
 # in the features, leaves the range of float32 while the scale-free one is of ordinary size.
-def small_r_well(side: SmallSide, factor: float = 1.0) -> tuple[float, SmallGradient]:
+def small_r_well(side: SmallSide, factor: float = 1.0) -> tuple[float, SpaceGradient]:
     """``½σ_1² − tr(G²)/2D`` and ``2(σ_1 uuᵀ − G/D)``."""
     top, basis = top_eigenspace(side.gram, vector_accuracy(side.dtype))
     value = max(0.0, top**2 / 2 - float(torch.linalg.vector_norm(side.gram)) ** 2 / (2 * side.dim))
-    return factor * value, SmallGradient(-2 * factor / side.dim, 0.0, ((basis, 2 * factor * top),))
+    return factor * value, SpaceGradient(-2 * factor / side.dim, 0.0, ((basis, 2 * factor * top),))
 
 
-def small_r_ill(side: SmallSide, factor: float = 1.0) -> tuple[float, SmallGradient]:
+def small_r_ill(side: SmallSide, factor: float = 1.0) -> tuple[float, SpaceGradient]:
     """``1/d``, ``d = Σ(σ_i² − σ_k²)/2k``, and ``2(σ_k uuᵀ − G/k)/d²``."""
     n = side.gram.shape[0]
     squares = float(torch.linalg.vector_norm(side.gram)) ** 2
@@ -87,20 +93,20 @@ def small_r_ill(side: SmallSide, factor: float = 1.0) -> tuple[float, SmallGradi
         denominator = ill_denominator(values, max(width, rounding(side.dtype) * values[0]))
         basis = vectors[:, sum(value > smallest + width for value in values) : k]
     scale = 2 * factor / denominator**2
-    return factor / denominator, SmallGradient(-scale / k, 0.0, ((basis, scale * smallest),))
+    return factor / denominator, SpaceGradient(-scale / k, 0.0, ((basis, scale * smallest),))
 
 
-def small_concentration(side: SmallSide) -> tuple[float, SmallGradient]:
+def small_concentration(side: SmallSide) -> tuple[float, SpaceGradient]:
     """``log((tr G − σ_1)/σ_1)`` and ``2(I − uuᵀ)/(tr G − σ_1) − 2uuᵀ/σ_1``."""
     top, basis = top_eigenspace(side.gram, vector_accuracy(side.dtype))
     trace = float(side.gram.diagonal().sum())
     rest, floor = trace - top, 64 * torch.finfo(torch.float64).eps * trace
     if rest <= floor:
-        return math.log(floor / top), SmallGradient(0.0, 0.0, ())
-    return math.log(rest / top), SmallGradient(0.0, 2 / rest, ((basis, -2 * (1 / rest + 1 / top)),))
+        return math.log(floor / top), SpaceGradient(0.0, 0.0, ())
+    return math.log(rest / top), SpaceGradient(0.0, 2 / rest, ((basis, -2 * (1 / rest + 1 / top)),))
 
 
-def small_log_kappa(side: SmallSide) -> tuple[float, SmallGradient]:
+def small_log_kappa(side: SmallSide) -> tuple[float, SpaceGradient]:
     """``log σ_1 − log σ_k`` and ``2(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k)``."""
     accuracy = vector_accuracy(side.dtype)
     found = bottom_of_full_rank(side, accuracy)
@@ -113,15 +119,15 @@ def small_log_kappa(side: SmallSide) -> tuple[float, SmallGradient]:
         top = vectors[:, : sum(value >= largest - width for value in values)]
         bottom = vectors[:, sum(value > smallest + width for value in values) : len(values)]
     spaces = ((top, 2 / largest), (bottom, -2 / smallest))
-    return math.log(largest) - math.log(smallest), SmallGradient(0.0, 0.0, spaces)
+    return math.log(largest) - math.log(smallest), SpaceGradient(0.0, 0.0, spaces)
 
 
 def scale_free(
-    function: Callable[[SmallSide, float], tuple[float, SmallGradient]], degree: int
-) -> Callable[[SmallSide], tuple[float, SmallGradient]]:
+    function: Callable[[SmallSide, float], tuple[float, SpaceGradient]], degree: int
+) -> Callable[[SmallSide], tuple[float, SpaceGradient]]:
     """The function of ``cH``, ``c = D/tr H``, where it is homogeneous in H of the given degree."""
 
-    def scaled(side: SmallSide) -> tuple[float, SmallGradient]:
+    def scaled(side: SmallSide) -> tuple[float, SpaceGradient]:
         trace = float(side.gram.diagonal().sum())
         value, gradient = function(side, (side.dim / trace) ** degree)
         return value, gradient._replace(identity=gradient.identity - 2 * degree * value / trace)

@@ -9,7 +9,7 @@ from hf_immunize.spectra.extremes import bottom_of_full_rank, hessian_spectrum
 from hf_immunize.spectra.krylov import largest_pair, smallest_pair
 from hf_immunize.spectra.log_kappa import hessian_log_kappa
 from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well, spectral_concentration
-from hf_immunize.spectra.small_side import side_of_features, small_gram
+from hf_immunize.spectra.small_side import small_gram, small_side
 
 
 SIZE = 400  # beyond the sizes up to which the full decomposition is used
@@ -109,7 +109,7 @@ FAMILIES = {
 def test_a_bottom_pair_of_a_gram_matrix_is_that_of_the_singular_values(name):
     features, rank = FAMILIES[name]
     features = features.float()
-    side = side_of_features(features)
+    side = small_side(features)
     found = bottom_of_full_rank(side, 1e-8)
     assert len(hessian_spectrum(side).values) == rank
     if rank < SIZE:
@@ -135,7 +135,7 @@ def test_a_value_below_the_rounding_of_float32_features_is_not_a_bottom():
     sigma = geometric(1e2, SIZE)
     sigma[-1] = 3e-7
     features = with_singular_values(sigma, 900, SIZE)
-    side = side_of_features(features)._replace(dtype=torch.float32)
+    side = small_side(features)._replace(dtype=torch.float32)
     assert smallest_pair(side.gram, 1e-8, slack=1.0) is not None
     assert bottom_of_full_rank(side, 1e-8, slack=1.0) is None
 
@@ -144,7 +144,7 @@ def test_the_slack_of_r_ill_costs_its_gradient_nothing():
     # The smallest value is a millionth of the mean, where the vector may be 1e-5 off.
     features = with_singular_values(geometric(2e3, SIZE), 500, SIZE).float()
     squares = small_gram(features).square().sum()
-    side = side_of_features(features)
+    side = small_side(features)
     slack = float(squares / side.gram.trace()) / SIZE
     assert bottom_of_full_rank(side, 1e-8, slack) is not None
     _, gradient = value_and_gradient(hessian_r_ill, features)
