@@ -41,7 +41,7 @@ def features_of(rows, dtype):
     ],
     ids=["r_well", "r_ill", "concentration", "log_kappa", "by the Hessian"],
 )
-# float32: the gradient, and the same scaled by what comes from above; bfloat16: the gradient in float32, twice as large
+# float32: the gradient, and the same scaled by what comes from above; bfloat16: the first in float32, twice as large
 @pytest.mark.parametrize(("dtype", "multiple"), [(torch.float32, 2.0), (torch.bfloat16, 3.0)])
 @pytest.mark.parametrize("rows", [100_000, 400_000])
 def test_many_rows_take_two_or_three_times_their_own_memory_and_no_more(function, dtype, multiple, rows):
