@@ -6,15 +6,15 @@ import os
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.method import Method
+from hf_immunize.training.resuming import load_step, save_step
 from hf_immunize.training.running import RunningMeans
-from hf_immunize.training.saving import load_weights, save_tensors, staged_directory
+from hf_immunize.training.saving import load_weights, staged_directory
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.columns import find_columns
 from hf_immunize.vision.images import ImageCollator, ImageRows
@@ -108,7 +108,7 @@ class ImmunizationCallback(TrainerCallback):
                     "starting weights and the state of the immunization are lost. Resume from a checkpoint that was "
                     "written with this callback, in its place, or start anew."
                 )
-            self._step.load_state_dict(load_file(path))
+            load_step(self._step, path)
             # As of transformers 5.23 a plain Trainer leaves whole blocks of a ViT at the values they had before.
             if isinstance(kwargs["model"], PreTrainedModel):
                 load_weights(kwargs["model"], os.path.dirname(path))
@@ -151,7 +151,7 @@ class ImmunizationCallback(TrainerCallback):
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         if self._step is not None and state.is_world_process_zero and os.path.isdir(folder):
             with staged_directory(folder) as staging:
-                save_tensors(self._step.state_dict(), staging / _STEP_FILE)
+                save_step(self._step, staging / _STEP_FILE)
 
     # ---- data ----
 

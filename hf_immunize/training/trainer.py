@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer
@@ -25,12 +24,12 @@ from hf_immunize.training.evaluation import Evaluation, accuracy
 from hf_immunize.training.evidence import Evidence, save_record
 from hf_immunize.training.method import Method
 from hf_immunize.training.preparation import check_best_metric, image_rows, paired_rows, side_rows
+from hf_immunize.training.resuming import load_step, save_step
 from hf_immunize.training.running import RunningMeans
 from hf_immunize.training.saving import (
     check_finite_weights,
     checkpoint_to_resume,
     load_weights,
-    save_tensors,
     staged_directory,
     whole_or_passed_over,
 )
@@ -428,7 +427,7 @@ class ImmunizationTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if not self.args.should_save:
             return
-        save_tensors(self._step.state_dict(), os.path.join(output_dir, _STEP_FILE))
+        save_step(self._step, os.path.join(output_dir, _STEP_FILE))
         if self._references:
             save_measurements(os.path.join(output_dir, _STATE_FILE), self._references)
 
@@ -441,9 +440,7 @@ class ImmunizationTrainer(Trainer):
         path = os.path.join(resume_from_checkpoint, _STATE_FILE)
         if os.path.isfile(path):
             self._references = load_measurements(path)
-        path = os.path.join(resume_from_checkpoint, _STEP_FILE)
-        if os.path.isfile(path):
-            self._step.load_state_dict(load_file(path))
+        load_step(self._step, os.path.join(resume_from_checkpoint, _STEP_FILE))
 
     def _load_best_model(self) -> None:
         if self._loads_whole:
