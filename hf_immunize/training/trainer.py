@@ -139,6 +139,7 @@ class ImmunizationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._choose_what_moves(self.model)
         self._means = RunningMeans()
+        self._sides: tuple[Any, Any, Any] | None = None
         if train_dataset is not None:
             if harmful_dataset is None:
                 raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
@@ -147,7 +148,8 @@ class ImmunizationTrainer(Trainer):
             )
             harmful = self._side(harmful_dataset, "harmful_dataset")
             distillation = self._side(distillation_dataset, "distillation_dataset")
-            self.train_dataset = paired_rows(benign, harmful, args, distillation)
+            self._sides = benign, harmful, distillation
+            self._pair_sides()
         check_best_metric(args, harmful_eval_dataset)
         self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
         if isinstance(eval_dataset, dict):
@@ -175,7 +177,15 @@ class ImmunizationTrainer(Trainer):
         """As the Trainer's, with the scope set on the model, which is another in each run or trial."""
         model = as_classifier(super().call_model_init(trial), self.args.pooling)
         self._choose_what_moves(model)
+        self._references = {}  # those known are of the model before
         return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As the Trainer's, which learns a trial's settings only after it has made the trial's model."""
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self._choose_what_moves(self.model)
+            self._pair_sides()
 
     # ---- data ----
 
@@ -183,6 +193,11 @@ class ImmunizationTrainer(Trainer):
         if dataset is None or not self._reads_images:
             return dataset
         return image_rows(dataset, name, self.args, self.model.config.num_labels, labels)
+
+    def _pair_sides(self) -> None:
+        if self._sides is not None:
+            benign, harmful, distillation = self._sides
+            self.train_dataset = paired_rows(benign, harmful, self.args, distillation)
 
     def _side(self, dataset: Any, name: str) -> Any:
         if dataset is None:
@@ -396,13 +411,19 @@ class ImmunizationTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir)
         self._means = RunningMeans()  # without what a run that was stopped had not logged yet
-        if not resume_from_checkpoint:
-            self._measure_references()
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _measure_references(self) -> None:
         if self._harmful_eval is None or self.eval_dataset is None:
             return
+    def _inner_training_loop(
+        self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As the Trainer's. Here `model_init` has given the model of this run or trial, and nothing has moved yet."""
+        if resume_from_checkpoint is None:
+            self._measure_references()
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+
         benign = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         sets = {f"eval_{name}" if name else "eval": dataset for name, dataset in benign.items()}
         for name, dataset in {**sets, "harmful": self._harmful_eval}.items():
