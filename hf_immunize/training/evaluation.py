@@ -18,14 +18,20 @@ class Evaluation:
         other_data: Whether the data are others than the constructor's, so that they are no reference.
         benign: The benign set at hand.
         harmful: The harmful set, measured once for several benign ones.
+        prefix: Of the metrics, as the user asked for it; that of a set named x is ``{prefix}_x``.
     """
 
     other_data: bool
     benign: Measurement | None = None
     harmful: Measurement | None = None
+    prefix: str = "eval"
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    def name_of(self, prefix: str) -> str:
+        """What the set with this prefix is called among the references, whatever prefix was asked for."""
+        return f"eval{prefix.removeprefix(self.prefix)}"
+
     """Top-1 accuracy of logits, the default `compute_metrics`.
 
     Args:

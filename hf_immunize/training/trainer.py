@@ -317,7 +317,7 @@ class ImmunizationTrainer(Trainer):
         """
         outermost = self._evaluation is None
         if outermost:
-            self._evaluation = Evaluation(other_data=eval_dataset is not None)
+            self._evaluation = Evaluation(other_data=eval_dataset is not None, prefix=metric_key_prefix)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -330,6 +330,7 @@ class ImmunizationTrainer(Trainer):
             return super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
+        name = self._evaluation.name_of(prefix)
         plain = self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
         self._evaluation.benign = Measurement() if plain else None
         output = super().evaluation_loop(dataloader, *args, **kwargs)
@@ -338,18 +339,19 @@ class ImmunizationTrainer(Trainer):
             self._evaluation.harmful = self._measure(self.get_eval_dataloader(self._harmful_eval), "harmful")
         harmful = self._evaluation.harmful
         if not self._evaluation.other_data:
-            self._latest = {prefix: benign, **({} if harmful is None else {"harmful": harmful})}
+            self._latest = {name: benign, **({} if harmful is None else {"harmful": harmful})}
         if self.state.global_step == 0:
-            now = {"harmful": harmful} | ({} if self._evaluation.other_data else {prefix: benign})
-            self._references = {name: of for name, of in now.items() if of is not None} | self._references
-        for name, value in list(output.metrics.items()):
-            if name in (f"{prefix}_loss", f"{prefix}_accuracy"):
-                output.metrics[name.replace(prefix, f"{prefix}_benign", 1)] = value
-        metrics = spectral_metrics(benign, self._references.get(prefix), harmful, self._references.get("harmful"))
-        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+            now = {"harmful": harmful} | ({} if self._evaluation.other_data else {name: benign})
+            self._references = {key: of for key, of in now.items() if of is not None} | self._references
+        for metric, value in list(output.metrics.items()):
+            if metric in (f"{prefix}_loss", f"{prefix}_accuracy"):
+                output.metrics[metric.replace(prefix, f"{prefix}_benign", 1)] = value
+        metrics = spectral_metrics(benign, self._references.get(name), harmful, self._references.get("harmful"))
+        output.metrics.update({f"{prefix}_{metric}": value for metric, value in metrics.items()})
         if self.args.should_save and not self._is_sharded and not self._evaluation.other_data:
             step, references = self.state.global_step, self._references
-            self.evidence.note(self.model, prefix, step, output.metrics, benign, harmful, references)
+            named = {metric.replace(prefix, name, 1): value for metric, value in output.metrics.items()}
+            self.evidence.note(self.model, name, step, named, benign, harmful, references)
         return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -113,6 +113,20 @@ def test_other_data_seen_before_training_take_nothing_from_rir(trainer, images):
     assert "eval_rir" in run.evaluate()
 
 
+def test_another_prefix_has_the_same_rir(trainer):
+    run = trainer()
+    run.train()
+    metrics, final = run.evaluate(), run.evaluate(metric_key_prefix="final")
+    assert final["final_rir"] == metrics["eval_rir"] != 1.0
+
+
+def test_another_prefix_has_the_rir_of_each_of_several_sets(trainer, images):
+    run = trainer(eval_dataset={"a": images(24, 3), "b": images(20, 5)})
+    run.train()
+    metrics, final = run.evaluate(), run.evaluate(metric_key_prefix="final")
+    assert [final[f"final_{name}_rir"] for name in "ab"] == [metrics[f"eval_{name}_rir"] for name in "ab"]
+
+
 def test_without_harmful_data_there_is_kappa_of_the_benign(trainer):
     run = trainer(harmful_eval_dataset=None)
     run.train()
