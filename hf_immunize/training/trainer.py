@@ -20,7 +20,7 @@ from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
 from hf_immunize.training.checks import as_classifier, check_checkpointing, check_classifier, check_sharding
 from hf_immunize.training.distributed import world_size
-from hf_immunize.training.evaluation import Evaluation, accuracy
+from hf_immunize.training.evaluation import Evaluation, RunningAccuracy, accuracy
 from hf_immunize.training.evidence import Evidence, save_record
 from hf_immunize.training.method import Method
 from hf_immunize.training.preparation import check_best_metric, image_rows, paired_rows, side_rows
@@ -131,7 +131,7 @@ class ImmunizationTrainer(Trainer):
             data_collator=PairedCollator(data_collator or ImageCollator(processing_class)),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=compute_metrics or accuracy,
+            compute_metrics=compute_metrics or (RunningAccuracy() if args.batch_eval_metrics else accuracy),
             **kwargs,
         )
         # Nearly every image model's forward takes **kwargs, from which the Trainer concludes that the loss is a sum

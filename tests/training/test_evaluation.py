@@ -275,3 +275,16 @@ def test_spectra_are_measured_outside_autocast_when_evaluated_before_training(ti
     assert metrics["eval_rir"] == 1.0
     expected = trainer(tiny()).evaluate()
     assert metrics["eval_benign_log10_kappa"] == pytest.approx(expected["eval_benign_log10_kappa"], abs=1e-5)
+
+
+def test_the_accuracy_may_be_taken_batch_by_batch(trainer):
+    whole, batches, lists = (
+        trainer(**options).evaluate()["eval_accuracy"]
+        for options in ({}, {"batch_eval_metrics": True}, {"eval_do_concat_batches": False})
+    )
+    assert whole == pytest.approx(batches) == pytest.approx(lists)
+
+
+def test_a_second_evaluation_batch_by_batch_begins_anew(trainer):
+    run = trainer(batch_eval_metrics=True)
+    assert run.evaluate()["eval_accuracy"] == run.evaluate()["eval_accuracy"]
