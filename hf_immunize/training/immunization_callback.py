@@ -50,7 +50,8 @@ class ImmunizationCallback(TrainerCallback):
         **method: The settings of `Method`, such as ``objective="concentration"`` or ``benign_budget=0.03``.
 
     Raises:
-        ArgumentError, DataError: At the beginning of training, where something is missing.
+        ArgumentError, DataError, HeadError: At the beginning of training, where something is missing, or the model is
+            none that can be immunized.
         CheckpointError: On resuming, where the checkpoint was written without this callback.
 
     Example:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.errors import ImmunizationError
 from hf_immunize.training.cached_trunk import replayed
+from hf_immunize.training.checks import check_checkpointing, check_classifier
 from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence, released_logits
 from hf_immunize.training.distributed import gather_features, mean_gradient_norm
 from hf_immunize.training.method import Method
@@ -51,6 +52,9 @@ class ImmunizationStep:
         freeze_batchnorm: Keep all BatchNorm running statistics.
         head_module: The classifier's name, where it cannot be found without help.
 
+    Raises:
+        ArgumentError, HeadError: If the model is none that can be immunized; each says what to do.
+
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
@@ -74,6 +78,8 @@ class ImmunizationStep:
         freeze_batchnorm: bool = True,
         head_module: str | None = None,
     ) -> None:
+        check_classifier(model)
+        check_checkpointing(model)
         self.method = method if method is not None else Method()
         if moving is None:
             moving = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

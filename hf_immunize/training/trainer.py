@@ -120,7 +120,7 @@ class ImmunizationTrainer(Trainer):
                 "apart. Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
         check_sharding(args)
-        model = None if model is None else as_classifier(model, args.pooling)
+        model = None if model is None else as_classifier(model, args)
         # A user's own collator gets the datasets' own items.
         self._reads_images = data_collator is None
         # What goes into immunization.json; names of data that the data sets do not know can be set on it.
@@ -175,7 +175,7 @@ class ImmunizationTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the Trainer's, with the scope set on the model, which is another in each run or trial."""
-        model = as_classifier(super().call_model_init(trial), self.args.pooling)
+        model = as_classifier(super().call_model_init(trial), self.args)
         self._choose_what_moves(model)
         self._references = {}  # those known are of the model before
         return model
