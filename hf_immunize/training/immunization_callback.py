@@ -41,11 +41,14 @@ class ImmunizationCallback(TrainerCallback):
 
     Args:
         harmful_dataset: Harmful images, stored or streamed; labels are needed by ``objective="imma"`` alone.
-        benign_dataset: Benign images; by default the Trainer's training data, collated as the Trainer does.
+        benign_dataset: Benign images; by default the Trainer's training data, collated as the Trainer does. Labels
+            are needed by ``benign_loss="task"`` and "both", and by ``budget_measure="loss"``.
         distillation_dataset: Any images on which the model shall stay what it was.
         processing_class: Image processor, where these data sets hold images rather than ``pixel_values``.
         batch_size: Images of each side a process and step; by default the Trainer's.
         head_module: The classifier's name, where it cannot be found without help.
+        image_column_name: Column of images (or of pixel values) in these data sets, likewise.
+        label_column_name: Column of labels, likewise.
         seed: Seed of the callback's draws; by default the Trainer's.
         **method: The settings of `Method`, such as ``objective="concentration"`` or ``benign_budget=0.03``.
 
@@ -70,6 +73,8 @@ class ImmunizationCallback(TrainerCallback):
         processing_class: Any = None,
         batch_size: int | None = None,
         head_module: str | None = None,
+        image_column_name: str | None = None,
+        label_column_name: str | None = None,
         seed: int | None = None,
         **method: Any,
     ) -> None:
@@ -81,6 +86,7 @@ class ImmunizationCallback(TrainerCallback):
         self.method = Method(**method)
         self.batch_size = batch_size
         self.head_module = head_module
+        self._columns = image_column_name, label_column_name
         self.seed = seed
         self._datasets = (benign_dataset, harmful_dataset, distillation_dataset)
         self._collator = ImageCollator(processing_class)
@@ -187,13 +193,19 @@ class ImmunizationCallback(TrainerCallback):
         self._epoch = -1
 
     def _rows(self, dataset: Any, name: str) -> Any:
+        image, label = self._columns
+        needs_label = name == "harmful_dataset" and self.method.objective == "imma"
+        needs_label = needs_label or (name == "benign_dataset" and self.method.needs_labels)
+        label = label if needs_label else None
         if is_stream(dataset):
-            return StreamedRows(dataset, name)
+            return StreamedRows(dataset, name, image, label)
         if len(dataset) == 0:
             raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
-        needs_label = name == "harmful_dataset" and self.method.objective == "imma"
-        image, label = find_columns(dataset, need_label=needs_label or name == "benign_dataset")
-        return ImageRows(dataset, name, image, label if needs_label or name == "benign_dataset" else None)
+        try:
+            image, label = find_columns(dataset, image, label, needs_label)
+        except DataError as error:
+            raise DataError(f"In {name}: {error}") from error
+        return ImageRows(dataset, name, image, label if needs_label else None)
 
     def _draw(self, step: int) -> dict[str, Any]:
         """This process's batch of a step, a function of the step alone."""

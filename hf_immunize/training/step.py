@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_immunize.errors import ImmunizationError
+from hf_immunize.errors import DataError, ImmunizationError
 from hf_immunize.training.cached_trunk import replayed
 from hf_immunize.training.checks import check_checkpointing, check_classifier
 from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence, released_logits
@@ -117,6 +117,7 @@ class ImmunizationStep:
             Loss, terms and benign logits.
 
         Raises:
+            DataError: If the benign images lack the labels that the loss needs.
             ImmunizationError: One of its kinds, with objective and step, where a term is undefined.
         """
         for module in self.still:
@@ -130,6 +131,8 @@ class ImmunizationStep:
                 model, self.head, batch["benign"], others, together=self.together
             )
         labels = batch["benign"].get("labels")
+        if labels is None:
+            self._check_unlabelled(add_task_loss)
         benign = Side(gather_features(features[:benign_end]), logits[:benign_end], labels)
         harmful = Side(
             gather_features(features[benign_end:harmful_end]),
@@ -208,6 +211,18 @@ class ImmunizationStep:
         assert labels is not None  # checked before training began
         with torch.no_grad():
             return task_loss(logits, labels) - task_loss(start_logits, labels), f"{prefix}task_loss_rise"
+
+    def _check_unlabelled(self, add_task_loss: bool) -> None:
+        """Whether labels of the benign images can be missing."""
+        method = self.method
+        balanced = "auto" in (method.benign_weight, method.harmful_weight)
+        spent = method.benign_budget is not None and method.budget_measure == "loss"
+        if method.needs_labels and (add_task_loss or balanced or spent):
+            raise DataError(
+                f"Expected labels of the benign images, which benign_loss={method.benign_loss!r} with "
+                f"budget_measure={method.budget_measure!r} needs, found none in the batch, which has "
+                "'pixel_values' alone. Let the collator put them under 'labels', or use benign_loss='distillation'."
+            )
 
     def _terms(self, benign: Side, harmful: Side, step: int) -> Terms:
         sides = {"benign": benign, "harmful": harmful}
