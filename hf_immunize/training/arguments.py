@@ -13,6 +13,10 @@ from hf_immunize.training.objectives import OBJECTIVES
 from hf_immunize.vision.pairing import BatchSizes
 
 
+# Metrics of an evaluation that are better when they are small; the Trainer knows this of losses alone.
+_LOWER_IS_BETTER = ("benign_log10_kappa", "benign_ratio", "harmful_rank", "harmful_effective_rank")
+
+
 @dataclass
 class ImmunizationArguments(TrainingArguments):
     """`transformers.TrainingArguments` plus what immunization needs.
@@ -21,7 +25,8 @@ class ImmunizationArguments(TrainingArguments):
     > These defaults differ from `TrainingArguments`: `remove_unused_columns=False` (pairs of images have no columns to
     > compare with the model's signature), `logging_nan_inf_filter=False` (it would log a loss of NaN as 0.0 while the
     > weights are lost), and `dataloader_drop_last=True` (κ of a short last batch is another quantity, and undefined
-    > for one image).
+    > for one image). Without `greater_is_better`, a `metric_for_best_model` such as "benign_log10_kappa", of which
+    > less is better, is taken so.
 
     > Parameters that control what is minimized
 
@@ -185,7 +190,15 @@ class ImmunizationArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        best = self.metric_for_best_model or ""
+        if vars(self).get("greater_is_better") is None and best.endswith(_LOWER_IS_BETTER):
+            self.greater_is_better = False
         super().__post_init__()
+        if getattr(self, "train_sampling_strategy", "random") not in ("random", "sequential"):
+            raise ArgumentError(
+                f"Expected train_sampling_strategy= 'random' or 'sequential', found {self.train_sampling_strategy!r}: "
+                "images have no lengths to group them by. Leave it at its default."
+            )
         method = Method.of(self)
         for setting in fields(Method):  # numbers, where the command line or YAML gave text
             setattr(self, setting.name, getattr(method, setting.name))

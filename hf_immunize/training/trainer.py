@@ -207,7 +207,8 @@ class ImmunizationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         # The dataset passes on the epoch, which accelerate announces to it alone when resuming on several processes.
-        return (train_dataset or self.train_dataset).make_sampler(seed)
+        shuffle = getattr(self.args, "train_sampling_strategy", "random") != "sequential"
+        return (train_dataset or self.train_dataset).make_sampler(seed, shuffle)
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         # The Trainer would drop the last images of an evaluation too: all of them, of a small set.
@@ -329,8 +330,8 @@ class ImmunizationTrainer(Trainer):
         if self._evaluation is None:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
         name = self._evaluation.name_of(prefix)
+        # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
         plain = self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
         self._evaluation.benign = Measurement() if plain else None
         output = super().evaluation_loop(dataloader, *args, **kwargs)
@@ -415,9 +416,6 @@ class ImmunizationTrainer(Trainer):
         self._means = RunningMeans()  # without what a run that was stopped had not logged yet
         return super().train(resume_from_checkpoint, **kwargs)
 
-    def _measure_references(self) -> None:
-        if self._harmful_eval is None or self.eval_dataset is None:
-            return
     def _inner_training_loop(
         self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
     ) -> Any:
@@ -426,6 +424,9 @@ class ImmunizationTrainer(Trainer):
             self._measure_references()
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
 
+    def _measure_references(self) -> None:
+        if self._harmful_eval is None or self.eval_dataset is None:
+            return
         benign = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         sets = {f"eval_{name}" if name else "eval": dataset for name, dataset in benign.items()}
         for name, dataset in {**sets, "harmful": self._harmful_eval}.items():
