@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, DataError
 from hf_immunize.hub.outcomes import named_outcomes
@@ -41,6 +42,7 @@ from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.scope import select_trainable
 
 
+logger = logging.get_logger(__name__)
 _STATE_FILE = "immunization_state.safetensors"
 _STEP_FILE = "immunization_step.safetensors"
 
@@ -158,6 +160,7 @@ class ImmunizationTrainer(Trainer):
             self.eval_dataset = self._rows(eval_dataset, "eval_dataset")
         # Through the starting weights, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
+        self._measured_again: set[str] = set()
         self._latest: dict[str, Measurement] = {}
         self._evaluation: Evaluation | None = None
 
@@ -344,6 +347,9 @@ class ImmunizationTrainer(Trainer):
         if self.state.global_step == 0:
             now = {"harmful": harmful} | ({} if self._evaluation.other_data else {name: benign})
             self._references = {key: of for key, of in now.items() if of is not None} | self._references
+        elif harmful is not None and not self._evaluation.other_data:
+            self._check_reference(name, benign, dataloader)
+            self._check_reference("harmful", harmful)
         for metric, value in list(output.metrics.items()):
             if metric in (f"{prefix}_loss", f"{prefix}_accuracy"):
                 output.metrics[metric.replace(prefix, f"{prefix}_benign", 1)] = value
@@ -364,6 +370,21 @@ class ImmunizationTrainer(Trainer):
             result = super().prediction_step(model, inputs, *args, **kwargs)
         self._fold(measurement, captured.features, inputs["pixel_values"])
         return result
+
+    def _check_reference(self, name: str, now: Measurement, dataloader: Any = None) -> None:
+        """Measure the starting weights on these images too, where what is known of them is of others, or nothing."""
+        known = self._references.get(name)
+        if (known is None or not now.same_data(known)) and self._step.start and name not in self._measured_again:
+            self._measured_again.add(name)
+            dataloader = dataloader or self.get_eval_dataloader(self._harmful_eval)
+            with self._step.start.in_place(self.model):
+                known = self._references[name] = self._measure(dataloader, f"starting {name}")
+        if known is None or not now.same_data(known):
+            logger.warning_once(
+                f"No RIR is told: the images of {'harmful_eval_dataset' if name == 'harmful' else 'eval_dataset'} are "
+                "not those on which the starting weights were measured. Resume with those; if a transform draws them "
+                "at random, take it out of the evaluation."
+            )
 
     def _fold(self, measurement: Measurement, features: Tensor, pixel_values: Tensor) -> None:
         features, pixel_values = features.detach(), pixel_values.to(features.device)

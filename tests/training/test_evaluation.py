@@ -288,3 +288,28 @@ def test_the_accuracy_may_be_taken_batch_by_batch(trainer):
 def test_a_second_evaluation_batch_by_batch_begins_anew(trainer):
     run = trainer(batch_eval_metrics=True)
     assert run.evaluate()["eval_accuracy"] == run.evaluate()["eval_accuracy"]
+
+
+def other_images_on_resuming(trainer, images, tmp_path, **options):
+    """A run of three steps, evaluated after two on one set and after the third on another; both runs."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, **options}
+    whole = trainer(eval_dataset=images(20, 7), **settings)
+    whole.train()
+    trainer(**settings).train()
+    resumed = trainer(eval_dataset=images(20, 7), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    return whole, resumed
+
+
+def test_a_reference_of_other_images_is_measured_again(trainer, images, tmp_path, tiny):
+    """The checkpoint holds the starting weights, and the weights of the run are not touched."""
+    whole, resumed = other_images_on_resuming(trainer, images, tmp_path, benign_loss="distillation")
+    state = {name: value.clone() for name, value in resumed.model.state_dict().items()}
+    assert resumed.evaluate()["eval_log10_rir"] == pytest.approx(whole.evaluate()["eval_log10_rir"], abs=1e-6)
+    assert all(torch.equal(value, state[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_it_is_said_where_a_reference_of_other_images_cannot_be_measured_again(trainer, images, tmp_path, caplog):
+    _, resumed = other_images_on_resuming(trainer, images, tmp_path)
+    assert "eval_rir" not in resumed.evaluate()
+    assert "images of eval_dataset are not those on which" in " ".join(r.getMessage() for r in caplog.records)
