@@ -10,12 +10,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from hf_immunize.errors import CheckpointError
+from hf_immunize.errors import ArgumentError, CheckpointError
 from hf_immunize.training.saving import save_tensors
 from hf_immunize.training.step import ImmunizationStep
 
 
-_METHOD = "method"
+_METHOD, _MOVING = _ABOUT = "method", "moving"
 logger = logging.get_logger(__name__)
 
 
@@ -26,7 +26,8 @@ def save_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> None:
         step: The step.
         path: File to write.
     """
-    save_tensors(step.state_dict(), path, {_METHOD: json.dumps(asdict(step.method))})
+    metadata = {_METHOD: asdict(step.method), _MOVING: step.moving}
+    save_tensors(step.state_dict(), path, {name: json.dumps(value) for name, value in metadata.items()})
 
 
 def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> None:
@@ -38,7 +39,7 @@ def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> None:
 
     Raises:
         CheckpointError: If it cannot be read, or is missing where it alone holds the starting weights.
-        ArgumentError: If the starting weights in it are of another model, scope or method.
+        ArgumentError: If it is of another model or scope, or holds no starting weights where the method needs them.
     """
     folder = os.path.dirname(path)
     if not os.path.isfile(path):
@@ -55,13 +56,20 @@ def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> None:
     try:
         state = load_file(path)
         with safe_open(path, "pt") as file:
-            saved = json.loads((file.metadata() or {}).get(_METHOD, "{}"))
+            about = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in _ABOUT}
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"Expected the state of the immunization in {path}, found: {error}. Resume from another checkpoint."
         ) from error
+    moved = about.get(_MOVING, step.moving)
+    if moved != step.moving:
+        raise ArgumentError(
+            f"Expected the parameters to move that moved when {folder} was written ({len(moved)}, the first "
+            f"{moved[0]}), found {len(step.moving)}, the first {step.moving[0]}. Resume with trainable= and the model "
+            "of the interrupted run."
+        )
     step.load_state_dict(state)
-    now = asdict(step.method)
+    now, saved = asdict(step.method), about.get(_METHOD, {})
     changed = [f"{name}={now[name]} (was {saved[name]})" for name in now if name in saved and saved[name] != now[name]]
     if changed:
         logger.warning(f"Resuming {folder} with other settings than it was written with: {', '.join(changed)}.")

@@ -83,6 +83,7 @@ class ImmunizationStep:
         self.method = method if method is not None else Method()
         if moving is None:
             moving = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.moving = list(moving)
         _, self.head = find_head(model, head_module)
         self.still = modules_in_eval(model, moving, freeze_batchnorm, head_module)
         self.together = not has_batch_statistics(model, self.still)

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.hub.outcomes import named_outcomes
 from hf_immunize.training import publishing
 from hf_immunize.training.arguments import ImmunizationArguments
@@ -434,6 +434,11 @@ class ImmunizationTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir)
+        elif resume_from_checkpoint and not os.path.isdir(resume_from_checkpoint):
+            raise CheckpointError(
+                f"Expected the folder of a checkpoint to resume from, found none at {resume_from_checkpoint}. Give "
+                "True for the last one in output_dir, or check the spelling."
+            )
         self._means = RunningMeans()  # without what a run that was stopped had not logged yet
         return super().train(resume_from_checkpoint, **kwargs)
 

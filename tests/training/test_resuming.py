@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from hf_immunize.errors import CheckpointError
+from hf_immunize.errors import ArgumentError, CheckpointError
 
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
@@ -68,3 +68,15 @@ def test_the_same_settings_say_nothing(stopped, trainer, caplog):
     folder = stopped(harmful_weight="0.3")
     trainer(max_steps=2, harmful_weight=0.3).train(resume_from_checkpoint=folder)
     assert "other settings" not in said(caplog)
+
+
+@pytest.mark.parametrize("options", [{}, DISTILLED])
+def test_another_scope_is_refused(options, stopped, trainer):
+    folder = stopped(**options)
+    with pytest.raises(ArgumentError, match=r"to move that moved when .*checkpoint-1.*trainable="):
+        trainer(max_steps=2, trainable="all", **options).train(resume_from_checkpoint=folder)
+
+
+def test_a_folder_that_is_not_there_is_named(trainer, tmp_path):
+    with pytest.raises(CheckpointError, match=r"folder of a checkpoint .* found none at .*checkpoint-7"):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
