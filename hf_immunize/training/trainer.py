@@ -152,6 +152,8 @@ class ImmunizationTrainer(Trainer):
             distillation = self._side(distillation_dataset, "distillation_dataset")
             self._sides = benign, harmful, distillation
             self._pair_sides()
+        if args.fp16 and args.device.type == "cpu":
+            logger.warning("fp16=True does nothing on a CPU: this run is in full precision. bf16=True works there.")
         check_best_metric(args, harmful_eval_dataset)
         self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
         if isinstance(eval_dataset, dict):

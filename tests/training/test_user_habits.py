@@ -188,6 +188,11 @@ def test_a_run_in_fp16_stays_finite(trainer):
     assert "eval_rir" in run.evaluate()
 
 
+def test_it_is_said_that_fp16_does_nothing_on_a_cpu(trainer, caplog):
+    trainer(fp16=True)
+    assert "full precision" in " ".join(record.getMessage() for record in caplog.records)
+
+
 # ---- streamed data ----
 
 
