@@ -19,18 +19,20 @@ class Evaluation:
     Attributes:
         other_data: Whether the data are others than the constructor's, so that they are no reference.
         prefix: Of the metrics, as the user asked for it; that of a set named x is ``{prefix}_x``.
+        one: Name of the one set asked for, out of several.
         benign: The benign set at hand.
         harmful: The harmful set, measured once for several benign ones.
     """
 
     other_data: bool
     prefix: str = "eval"
+    one: str | None = None
     benign: Measurement | None = None
     harmful: Measurement | None = None
 
     def name_of(self, prefix: str) -> str:
         """What the set with this prefix is called among the references, whatever prefix was asked for."""
-        return f"eval{prefix.removeprefix(self.prefix)}"
+        return f"{'eval' if self.one is None else f'eval_{self.one}'}{prefix.removeprefix(self.prefix)}"
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

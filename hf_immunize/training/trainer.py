@@ -314,7 +314,8 @@ class ImmunizationTrainer(Trainer):
         ``eval_benign_accuracy`` as other names of ``eval_loss`` and ``eval_accuracy``.
 
         Args:
-            eval_dataset: Benign data in place of the constructor's; κ is then reported without RIR.
+            eval_dataset: Benign data in place of the constructor's; κ is then reported without RIR. Or the name of
+                one of several sets of the constructor's.
             ignore_keys: Keys of the model's output to leave out.
             metric_key_prefix: Prefix of the names.
 
@@ -323,7 +324,9 @@ class ImmunizationTrainer(Trainer):
         """
         outermost = self._evaluation is None
         if outermost:
-            self._evaluation = Evaluation(other_data=eval_dataset is not None, prefix=metric_key_prefix)
+            one = eval_dataset if isinstance(eval_dataset, str) else None
+            others = eval_dataset is not None and one is None
+            self._evaluation = Evaluation(other_data=others, prefix=metric_key_prefix, one=one)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:

@@ -127,6 +127,12 @@ def test_another_prefix_has_the_rir_of_each_of_several_sets(trainer, images):
     assert [final[f"final_{name}_rir"] for name in "ab"] == [metrics[f"eval_{name}_rir"] for name in "ab"]
 
 
+def test_one_of_several_sets_evaluated_by_name_has_its_rir(trainer, images):
+    run = trainer(eval_dataset={"a": images(24, 3), "b": images(20, 5)})
+    run.train()
+    assert run.evaluate("b")["eval_rir"] == run.evaluate()["eval_b_rir"]
+
+
 def test_without_harmful_data_there_is_kappa_of_the_benign(trainer):
     run = trainer(harmful_eval_dataset=None)
     run.train()
