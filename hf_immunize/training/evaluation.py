@@ -90,4 +90,5 @@ class RunningAccuracy:
 
 def _hits(predictions: Any, labels: np.ndarray) -> np.ndarray:
     logits = predictions[0] if isinstance(predictions, tuple) else predictions
-    return np.argmax(logits, axis=-1) == labels
+    # With preprocess_logits_for_metrics they may be classes already.
+    return (logits if np.ndim(logits) == 1 else np.argmax(logits, axis=-1)) == labels

@@ -291,6 +291,13 @@ def test_the_accuracy_may_be_taken_batch_by_batch(trainer):
     assert whole == pytest.approx(batches) == pytest.approx(lists)
 
 
+def test_the_accuracy_is_of_classes_where_logits_were_made_such(trainer):
+    run = trainer()
+    expected = run.evaluate()["eval_accuracy"]
+    run.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+    assert run.evaluate()["eval_accuracy"] == expected > 0
+
+
 def test_a_second_evaluation_batch_by_batch_begins_anew(trainer):
     run = trainer(batch_eval_metrics=True)
     assert run.evaluate()["eval_accuracy"] == run.evaluate()["eval_accuracy"]
