@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from hf_immunize.errors import ArgumentError
 from hf_immunize.training.cached_trunk import check_trunk_arguments
-from hf_immunize.training.method import Method
+from hf_immunize.training.method import Method, whole_number
 from hf_immunize.training.objectives import OBJECTIVES
 from hf_immunize.vision.pairing import BatchSizes
 
@@ -204,8 +204,10 @@ class ImmunizationArguments(TrainingArguments):
             setattr(self, setting.name, getattr(method, setting.name))
         for name in ("harmful_batch_size", "distillation_batch_size"):
             size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ArgumentError(f"Expected {name}= of at least 1 or None, found {size}.")
+            if size is not None:
+                setattr(self, name, whole_number(size))
+                if (getattr(self, name) or 0) < 1:
+                    raise ArgumentError(f"Expected {name}= as a whole number of at least 1 or None, found {size!r}.")
         check_trunk_arguments(self)
         if self.bf16_full_eval or self.fp16_full_eval:
             raise ArgumentError(
