@@ -50,11 +50,12 @@ class ImmunizationCallback(TrainerCallback):
         image_column_name: Column of images (or of pixel values) in these data sets, likewise.
         label_column_name: Column of labels, likewise.
         seed: Seed of the callback's draws; by default the Trainer's.
-        **method: The settings of `Method`, such as ``objective="concentration"`` or ``benign_budget=0.03``.
+        **method: The settings of `Method`, such as ``objective="concentration"`` or ``benign_budget=0.03``; less
+            ``budget_holdout``, since the budget is measured on the images of each step.
 
     Raises:
         ArgumentError, DataError, HeadError: At the beginning of training, where something is missing, or the model is
-            none that can be immunized.
+            none that can be immunized. ArgumentError at once, for unknown or impossible settings.
         CheckpointError: On resuming, where the checkpoint was written without this callback.
 
     Example:
@@ -82,6 +83,11 @@ class ImmunizationCallback(TrainerCallback):
         if unknown:
             raise ArgumentError(
                 f"Expected settings out of {', '.join(Method.__dataclass_fields__)}, found {', '.join(unknown)}."
+            )
+        if method.get("budget_holdout"):
+            raise ArgumentError(
+                f"Expected no budget_holdout= with ImmunizationCallback, found {method['budget_holdout']}: which "
+                "benign images are trained on is the Trainer's affair. The budget is measured on those of each step."
             )
         self.method = Method(**method)
         self.batch_size = batch_size
@@ -173,6 +179,11 @@ class ImmunizationCallback(TrainerCallback):
         self._collate_benign = self._collator
         if benign is None:
             benign = getattr(train_dataloader, "dataset", None)
+            if isinstance(benign, PairedDataset):
+                raise ArgumentError(
+                    "Expected a Trainer that does not immunize, found an ImmunizationTrainer: its steps have the "
+                    "regularizers already. Leave ImmunizationCallback out."
+                )
             if not hasattr(benign, "__len__"):
                 raise DataError(
                     "Expected benign_dataset=, since the Trainer's training data cannot be indexed, found none. Give "

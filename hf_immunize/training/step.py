@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_immunize.errors import DataError, ImmunizationError
+from hf_immunize.errors import DataError, ImmunizationError, ScopeError
 from hf_immunize.training.cached_trunk import replayed
 from hf_immunize.training.checks import check_checkpointing, check_classifier
 from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence, released_logits
@@ -20,6 +20,7 @@ from hf_immunize.training.method import Method
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.queue import FeatureQueue
 from hf_immunize.training.weighting import Weighting, gradient_norm
+from hf_immunize.vision.adapters import outermost_name
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
 from hf_immunize.vision.trunk import TrunkSplit
@@ -53,7 +54,7 @@ class ImmunizationStep:
         head_module: The classifier's name, where it cannot be found without help.
 
     Raises:
-        ArgumentError, HeadError: If the model is none that can be immunized; each says what to do.
+        ArgumentError, HeadError, ScopeError: If the model is none that can be immunized; each says what to do.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -84,7 +85,12 @@ class ImmunizationStep:
         if moving is None:
             moving = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.moving = list(moving)
-        _, self.head = find_head(model, head_module)
+        head_name, self.head = find_head(model, head_module)
+        if all(name.startswith(f"{outermost_name(head_name)}.") for name in moving):
+            raise ScopeError(
+                f"Expected parameters of the backbone that require a gradient, found {', '.join(moving) or 'none'}: "
+                "no feature could move. Choose them, as hf_immunize.vision.scope.select_trainable does."
+            )
         self.still = modules_in_eval(model, moving, freeze_batchnorm, head_module)
         self.together = not has_batch_statistics(model, self.still)
         self.weighting = Weighting(self.method.rule)
@@ -118,9 +124,14 @@ class ImmunizationStep:
             Loss, terms and benign logits.
 
         Raises:
-            DataError: If the benign images lack the labels that the loss needs.
+            DataError: If a side is missing, or the benign images lack the labels that the loss needs.
             ImmunizationError: One of its kinds, with objective and step, where a term is undefined.
         """
+        if missing := [side for side in ("benign", "harmful") if side not in batch]:
+            raise DataError(
+                f"Expected a batch of benign and harmful images, found none that are {missing[0]}. Collate pairs with "
+                "hf_immunize.vision.pairing.PairedCollator, or give a dictionary of both sides."
+            )
         for module in self.still:
             module.training = False
         counts = [len(batch[side]["pixel_values"]) for side in ("benign", "harmful")]

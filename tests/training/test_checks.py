@@ -142,3 +142,12 @@ def test_a_bare_step_refuses_the_reentrant_kind_of_checkpointing():
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ArgumentError, match="use_reentrant=False"):
         ImmunizationStep(model)
+
+
+@pytest.mark.parametrize("moving", [[], ["classifier.weight"]])
+def test_a_bare_step_refuses_a_scope_in_which_no_feature_moves(moving):
+    model = vit(num_labels=3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in moving)
+    with pytest.raises(ScopeError, match=f"found {'classifier.weight' if moving else 'none'}: no feature could move"):
+        ImmunizationStep(model)

@@ -162,6 +162,16 @@ def test_a_model_that_the_trainer_refuses_is_refused(plain, images, tiny):
         plain(ImmunizationCallback(images(4)), model=model).train()
 
 
+def test_a_trainer_that_immunizes_already_is_refused(trainer, images):
+    with pytest.raises(ArgumentError, match="Leave ImmunizationCallback out"):
+        trainer(callbacks=[ImmunizationCallback(images(4))]).train()
+
+
+def test_a_part_held_out_is_refused_since_the_trainer_trains_on_it(images):
+    with pytest.raises(ArgumentError, match=r"no budget_holdout=.*found 0\.2"):
+        ImmunizationCallback(images(4), budget_holdout=0.2)
+
+
 def test_an_empty_harmful_set_is_refused(plain):
     with pytest.raises(DataError, match="harmful_dataset, found none"):
         plain(ImmunizationCallback([])).train()
