@@ -105,6 +105,11 @@ def test_harmful_labels_may_be_anything(trainer, processor):
     assert "eval_harmful_log10_kappa" in run.evaluate()
 
 
+def test_harmful_images_without_the_labels_of_imma_are_named(trainer, images):
+    with pytest.raises(DataError, match=r"In harmful_dataset: .*label.*needed by objective='imma'"):
+        trainer(harmful_dataset=images(8, labels=False), objective="imma")
+
+
 def test_a_batch_larger_than_the_data_is_refused(trainer, images):
     with pytest.raises(DataError, match="one full batch of 4, found 3 benign images"):
         trainer(train_dataset=images(3))
