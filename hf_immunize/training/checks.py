@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, HeadError
 from hf_immunize.training.arguments import ImmunizationArguments
@@ -14,12 +15,15 @@ from hf_immunize.vision.adapters import without_wrapper
 from hf_immunize.vision.bare import with_linear_head
 
 
-def as_classifier(model: PreTrainedModel, pooling: str | None) -> PreTrainedModel:
-    """The model to train: a bare backbone gets the head that ``pooling`` asks for.
+logger = logging.get_logger(__name__)
+
+
+def as_classifier(model: PreTrainedModel, args: ImmunizationArguments) -> PreTrainedModel:
+    """The model to train: a bare backbone gets the head that ``pooling`` asks for, which the log says.
 
     Args:
         model: As the user gave it.
-        pooling: See `with_linear_head`; None for a model that has a head.
+        args: For ``pooling``, see `with_linear_head`; None for a model that has a head.
 
     Returns:
         A model with a head, on whose outputs the benign task is learned.
@@ -28,7 +32,21 @@ def as_classifier(model: PreTrainedModel, pooling: str | None) -> PreTrainedMode
         HeadError: If a classifier is given with ``pooling``.
         ArgumentError: If ``pooling`` is unknown.
     """
-    return model if pooling is None else with_linear_head(model, pooling=pooling)
+    if args.pooling is None:
+        return model
+    kind = type(model).__name__
+    model = with_linear_head(model, pooling=args.pooling)
+    kept = (
+        ""
+        if args.benign_loss == "task" and args.benign_budget is None
+        else ", and stays near it: what holds the benign side to the starting model holds it to this head. Train the "
+        "classifier first, or set benign_loss='task' and benign_budget=None"
+    )
+    logger.warning(
+        f"The linear head of {model.config.num_labels} outputs on {kind} (pooling={args.pooling!r}) is new and "
+        f"untrained: benign accuracy starts at chance{kept}."
+    )
+    return model
 
 
 def check_classifier(model: Any) -> None:
@@ -86,7 +104,7 @@ def check_classifier(model: Any) -> None:
         )
 
 
-def check_checkpointing(model: Any, args: ImmunizationArguments) -> None:
+def check_checkpointing(model: Any, args: TrainingArguments | None = None) -> None:
     """Refuse reentrant activation checkpointing of a model of which a part is frozen.
 
     A reentrant block passes gradients to its own parameters only if its input has one, and the output of the frozen
@@ -94,14 +112,18 @@ def check_checkpointing(model: Any, args: ImmunizationArguments) -> None:
 
     Args:
         model: The model, with ``requires_grad`` set.
-        args: The Trainer's arguments.
+        args: The Trainer's arguments, where there is one.
 
     Raises:
         ArgumentError: If the arguments or the model itself ask for it.
     """
     if all(parameter.requires_grad for parameter in model.parameters()):
         return
-    asked = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    asked = (
+        args is not None
+        and args.gradient_checkpointing
+        and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    )
     set_up = any(
         getattr(module, "gradient_checkpointing", False)
         # transformers keeps it as a partial of torch.utils.checkpoint.checkpoint.

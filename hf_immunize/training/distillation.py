@@ -107,6 +107,21 @@ class StartingModel:
             outputs = torch.func.functional_call(model, self._tensors, (), {"pixel_values": pixel_values})
         return captured.features, outputs["logits"]
 
+    @contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """Within, the model itself has its starting weights.
+
+        Args:
+            model: The model itself, without a wrapper of data parallelism.
+        """
+        now = dict(model.named_parameters()) | dict(model.named_buffers())
+        kept = {name: now[name].detach().clone() for name in self._tensors}
+        try:
+            _copy_into(now, self._tensors)
+            yield
+        finally:
+            _copy_into(now, kept)
+
     def state_dict(self) -> dict[str, Tensor]:
         """The starting tensors, by their names in the model."""
         return dict(self._tensors)
@@ -129,6 +144,12 @@ class StartingModel:
                     "benign_loss= of the interrupted run."
                 )
         self._tensors = {name: state[name].to(value.device) for name, value in self._tensors.items()}
+
+
+@torch.no_grad()
+def _copy_into(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        tensors[name].copy_(value)
 
 
 @torch.no_grad()

@@ -6,15 +6,15 @@ import os
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.method import Method
+from hf_immunize.training.resuming import load_step, save_step
 from hf_immunize.training.running import RunningMeans
-from hf_immunize.training.saving import load_weights, save_tensors, staged_directory
+from hf_immunize.training.saving import load_weights, staged_directory
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.columns import find_columns
 from hf_immunize.vision.images import ImageCollator, ImageRows
@@ -41,16 +41,21 @@ class ImmunizationCallback(TrainerCallback):
 
     Args:
         harmful_dataset: Harmful images, stored or streamed; labels are needed by ``objective="imma"`` alone.
-        benign_dataset: Benign images; by default the Trainer's training data, collated as the Trainer does.
+        benign_dataset: Benign images; by default the Trainer's training data, collated as the Trainer does. Labels
+            are needed by ``benign_loss="task"`` and "both", and by ``budget_measure="loss"``.
         distillation_dataset: Any images on which the model shall stay what it was.
         processing_class: Image processor, where these data sets hold images rather than ``pixel_values``.
         batch_size: Images of each side a process and step; by default the Trainer's.
         head_module: The classifier's name, where it cannot be found without help.
+        image_column_name: Column of images (or of pixel values) in these data sets, likewise.
+        label_column_name: Column of labels, likewise.
         seed: Seed of the callback's draws; by default the Trainer's.
-        **method: The settings of `Method`, such as ``objective="concentration"`` or ``benign_budget=0.03``.
+        **method: The settings of `Method`, such as ``objective="concentration"`` or ``benign_budget=0.03``; less
+            ``budget_holdout``, since the budget is measured on the images of each step.
 
     Raises:
-        ArgumentError, DataError: At the beginning of training, where something is missing.
+        ArgumentError, DataError, HeadError: At the beginning of training, where something is missing, or the model is
+            none that can be immunized. ArgumentError at once, for unknown or impossible settings.
         CheckpointError: On resuming, where the checkpoint was written without this callback.
 
     Example:
@@ -69,6 +74,8 @@ class ImmunizationCallback(TrainerCallback):
         processing_class: Any = None,
         batch_size: int | None = None,
         head_module: str | None = None,
+        image_column_name: str | None = None,
+        label_column_name: str | None = None,
         seed: int | None = None,
         **method: Any,
     ) -> None:
@@ -77,9 +84,15 @@ class ImmunizationCallback(TrainerCallback):
             raise ArgumentError(
                 f"Expected settings out of {', '.join(Method.__dataclass_fields__)}, found {', '.join(unknown)}."
             )
+        if method.get("budget_holdout"):
+            raise ArgumentError(
+                f"Expected no budget_holdout= with ImmunizationCallback, found {method['budget_holdout']}: which "
+                "benign images are trained on is the Trainer's affair. The budget is measured on those of each step."
+            )
         self.method = Method(**method)
         self.batch_size = batch_size
         self.head_module = head_module
+        self._columns = image_column_name, label_column_name
         self.seed = seed
         self._datasets = (benign_dataset, harmful_dataset, distillation_dataset)
         self._collator = ImageCollator(processing_class)
@@ -108,7 +121,7 @@ class ImmunizationCallback(TrainerCallback):
                     "starting weights and the state of the immunization are lost. Resume from a checkpoint that was "
                     "written with this callback, in its place, or start anew."
                 )
-            self._step.load_state_dict(load_file(path))
+            load_step(self._step, path)
             # As of transformers 5.23 a plain Trainer leaves whole blocks of a ViT at the values they had before.
             if isinstance(kwargs["model"], PreTrainedModel):
                 load_weights(kwargs["model"], os.path.dirname(path))
@@ -151,7 +164,7 @@ class ImmunizationCallback(TrainerCallback):
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         if self._step is not None and state.is_world_process_zero and os.path.isdir(folder):
             with staged_directory(folder) as staging:
-                save_tensors(self._step.state_dict(), staging / _STEP_FILE)
+                save_step(self._step, staging / _STEP_FILE)
 
     # ---- data ----
 
@@ -166,6 +179,11 @@ class ImmunizationCallback(TrainerCallback):
         self._collate_benign = self._collator
         if benign is None:
             benign = getattr(train_dataloader, "dataset", None)
+            if isinstance(benign, PairedDataset):
+                raise ArgumentError(
+                    "Expected a Trainer that does not immunize, found an ImmunizationTrainer: its steps have the "
+                    "regularizers already. Leave ImmunizationCallback out."
+                )
             if not hasattr(benign, "__len__"):
                 raise DataError(
                     "Expected benign_dataset=, since the Trainer's training data cannot be indexed, found none. Give "
@@ -186,13 +204,19 @@ class ImmunizationCallback(TrainerCallback):
         self._epoch = -1
 
     def _rows(self, dataset: Any, name: str) -> Any:
+        image, label = self._columns
+        needs_label = name == "harmful_dataset" and self.method.objective == "imma"
+        needs_label = needs_label or (name == "benign_dataset" and self.method.needs_labels)
+        label = label if needs_label else None
         if is_stream(dataset):
-            return StreamedRows(dataset, name)
+            return StreamedRows(dataset, name, image, label)
         if len(dataset) == 0:
             raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
-        needs_label = name == "harmful_dataset" and self.method.objective == "imma"
-        image, label = find_columns(dataset, need_label=needs_label or name == "benign_dataset")
-        return ImageRows(dataset, name, image, label if needs_label or name == "benign_dataset" else None)
+        try:
+            image, label = find_columns(dataset, image, label, needs_label)
+        except DataError as error:
+            raise DataError(f"In {name}: {error}") from error
+        return ImageRows(dataset, name, image, label if needs_label else None)
 
     def _draw(self, step: int) -> dict[str, Any]:
         """This process's batch of a step, a function of the step alone."""

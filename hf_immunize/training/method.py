@@ -121,12 +121,13 @@ def _normalized(method: Method) -> dict[str, Any]:
         raise ArgumentError(
             f"Expected feature_distillation_weight= of at least 0, found {method.feature_distillation_weight}."
         )
-    if method.weight_warmup_steps < 0 or method.queue_size < 0:
+    warmup, queue = whole_number(method.weight_warmup_steps), whole_number(method.queue_size)
+    if warmup is None or queue is None or min(warmup, queue) < 0:
         raise ArgumentError(
-            f"Expected weight_warmup_steps= and queue_size= of at least 0, found {method.weight_warmup_steps} and "
-            f"{method.queue_size}."
+            "Expected weight_warmup_steps= and queue_size= as whole numbers of at least 0, found "
+            f"{method.weight_warmup_steps} and {method.queue_size}."
         )
-    if method.queue_size and method.objective == "imma":
+    if queue and method.objective == "imma":
         raise ArgumentError(
             "Expected queue_size=0 with objective='imma', whose inner attacker needs labels beside all features, "
             f"found {method.queue_size}."
@@ -138,9 +139,28 @@ def _normalized(method: Method) -> dict[str, Any]:
         "auto_weight_averaging": averaging,
         "auto_weight_bound": bound,
         "feature_distillation_weight": feature_weight,
+        "weight_warmup_steps": warmup,
+        "queue_size": queue,
         "benign_weight": _weight("benign_weight", method.benign_weight),
         "harmful_weight": _weight("harmful_weight", method.harmful_weight),
     }
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number, also from text (YAML takes 1e3 for text); None for all else.
+
+    Args:
+        value: As a user gave it.
+
+    Returns:
+        The number.
+
+    Example:
+        >>> whole_number(8), whole_number("1e3"), whole_number(2.5), whole_number("many")
+        (8, 1000, None, None)
+    """
+    number = _number(value)
+    return int(number) if math.isfinite(number) and number == int(number) else None
 
 
 def _weight(name: str, value: str | float) -> str | float:

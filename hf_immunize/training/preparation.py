@@ -108,7 +108,10 @@ def side_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: 
     if len(dataset) == 0:
         raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
     # Labels of the harmful task are its own; they need not be outputs of this model.
-    image, label = find_columns(dataset, args.image_column_name, args.label_column_name, True)
+    try:
+        image, label = find_columns(dataset, args.image_column_name, args.label_column_name, True)
+    except DataError as error:
+        raise DataError(f"In {name}: {error} Labels of the harmful images are needed by objective='imma'.") from error
     return ImageRows(dataset, name, image, label)
 
 

@@ -118,7 +118,7 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
     """Load saved weights into a model, under whatever names they were saved.
 
     Many families (ViT among them) are saved under the names of older versions. The Trainer, as of transformers 5.23,
-    looks for today's names, and of the others says no more than a warning: a resumed ViT went on from its starting
+    looks for the present names, and of the others says no more than a warning: a resumed ViT went on from its starting
     blocks. ``from_pretrained`` knows both.
 
     Args:
@@ -185,11 +185,14 @@ def checkpoint_to_resume(output_dir: str) -> str:
     return path
 
 
-def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+def save_tensors(
+    tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+) -> None:
     """Write named tensors as safetensors, from any device and with any sharing of memory.
 
     Args:
         tensors: Name to tensor.
         path: File to write.
+        metadata: Text that goes into the file's header.
     """
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path)
+    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path, metadata)

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_immunize.errors import ImmunizationError
+from hf_immunize.errors import DataError, ImmunizationError, ScopeError
 from hf_immunize.training.cached_trunk import replayed
+from hf_immunize.training.checks import check_checkpointing, check_classifier
 from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence, released_logits
 from hf_immunize.training.distributed import gather_features, mean_gradient_norm
 from hf_immunize.training.method import Method
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.queue import FeatureQueue
 from hf_immunize.training.weighting import Weighting, gradient_norm
+from hf_immunize.vision.adapters import outermost_name
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
 from hf_immunize.vision.trunk import TrunkSplit
@@ -51,6 +53,9 @@ class ImmunizationStep:
         freeze_batchnorm: Keep all BatchNorm running statistics.
         head_module: The classifier's name, where it cannot be found without help.
 
+    Raises:
+        ArgumentError, HeadError, ScopeError: If the model is none that can be immunized; each says what to do.
+
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
@@ -74,10 +79,18 @@ class ImmunizationStep:
         freeze_batchnorm: bool = True,
         head_module: str | None = None,
     ) -> None:
+        check_classifier(model)
+        check_checkpointing(model)
         self.method = method if method is not None else Method()
         if moving is None:
             moving = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        _, self.head = find_head(model, head_module)
+        self.moving = list(moving)
+        head_name, self.head = find_head(model, head_module)
+        if all(name.startswith(f"{outermost_name(head_name)}.") for name in moving):
+            raise ScopeError(
+                f"Expected parameters of the backbone that require a gradient, found {', '.join(moving) or 'none'}: "
+                "no feature could move. Choose them, as hf_immunize.vision.scope.select_trainable does."
+            )
         self.still = modules_in_eval(model, moving, freeze_batchnorm, head_module)
         self.together = not has_batch_statistics(model, self.still)
         self.weighting = Weighting(self.method.rule)
@@ -111,8 +124,14 @@ class ImmunizationStep:
             Loss, terms and benign logits.
 
         Raises:
+            DataError: If a side is missing, or the benign images lack the labels that the loss needs.
             ImmunizationError: One of its kinds, with objective and step, where a term is undefined.
         """
+        if missing := [side for side in ("benign", "harmful") if side not in batch]:
+            raise DataError(
+                f"Expected a batch of benign and harmful images, found none that are {missing[0]}. Collate pairs with "
+                "hf_immunize.vision.pairing.PairedCollator, or give a dictionary of both sides."
+            )
         for module in self.still:
             module.training = False
         counts = [len(batch[side]["pixel_values"]) for side in ("benign", "harmful")]
@@ -124,6 +143,8 @@ class ImmunizationStep:
                 model, self.head, batch["benign"], others, together=self.together
             )
         labels = batch["benign"].get("labels")
+        if labels is None:
+            self._check_unlabelled(add_task_loss)
         benign = Side(gather_features(features[:benign_end]), logits[:benign_end], labels)
         harmful = Side(
             gather_features(features[benign_end:harmful_end]),
@@ -202,6 +223,18 @@ class ImmunizationStep:
         assert labels is not None  # checked before training began
         with torch.no_grad():
             return task_loss(logits, labels) - task_loss(start_logits, labels), f"{prefix}task_loss_rise"
+
+    def _check_unlabelled(self, add_task_loss: bool) -> None:
+        """Whether labels of the benign images can be missing."""
+        method = self.method
+        balanced = "auto" in (method.benign_weight, method.harmful_weight)
+        spent = method.benign_budget is not None and method.budget_measure == "loss"
+        if method.needs_labels and (add_task_loss or balanced or spent):
+            raise DataError(
+                f"Expected labels of the benign images, which benign_loss={method.benign_loss!r} with "
+                f"budget_measure={method.budget_measure!r} needs, found none in the batch, which has "
+                "'pixel_values' alone. Let the collator put them under 'labels', or use benign_loss='distillation'."
+            )
 
     def _terms(self, benign: Side, harmful: Side, step: int) -> Terms:
         sides = {"benign": benign, "harmful": harmful}

@@ -7,30 +7,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.hub.outcomes import named_outcomes
 from hf_immunize.training import publishing
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
 from hf_immunize.training.checks import as_classifier, check_checkpointing, check_classifier, check_sharding
 from hf_immunize.training.distributed import world_size
-from hf_immunize.training.evaluation import Evaluation, accuracy
+from hf_immunize.training.evaluation import Evaluation, RunningAccuracy, accuracy
 from hf_immunize.training.evidence import Evidence, save_record
 from hf_immunize.training.method import Method
 from hf_immunize.training.preparation import check_best_metric, image_rows, paired_rows, side_rows
+from hf_immunize.training.resuming import load_step, save_step
 from hf_immunize.training.running import RunningMeans
 from hf_immunize.training.saving import (
     check_finite_weights,
     checkpoint_to_resume,
     load_weights,
-    save_tensors,
     staged_directory,
     whole_or_passed_over,
 )
@@ -42,6 +42,7 @@ from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.scope import select_trainable
 
 
+logger = logging.get_logger(__name__)
 _STATE_FILE = "immunization_state.safetensors"
 _STEP_FILE = "immunization_step.safetensors"
 
@@ -121,7 +122,7 @@ class ImmunizationTrainer(Trainer):
                 "apart. Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
         check_sharding(args)
-        model = None if model is None else as_classifier(model, args.pooling)
+        model = None if model is None else as_classifier(model, args)
         # A user's own collator gets the datasets' own items.
         self._reads_images = data_collator is None
         # What goes into immunization.json; names of data that the data sets do not know can be set on it.
@@ -132,7 +133,7 @@ class ImmunizationTrainer(Trainer):
             data_collator=PairedCollator(data_collator or ImageCollator(processing_class)),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=compute_metrics or accuracy,
+            compute_metrics=compute_metrics or (RunningAccuracy() if args.batch_eval_metrics else accuracy),
             **kwargs,
         )
         # Nearly every image model's forward takes **kwargs, from which the Trainer concludes that the loss is a sum
@@ -140,6 +141,7 @@ class ImmunizationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._choose_what_moves(self.model)
         self._means = RunningMeans()
+        self._sides: tuple[Any, Any, Any] | None = None
         if train_dataset is not None:
             if harmful_dataset is None:
                 raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
@@ -148,7 +150,10 @@ class ImmunizationTrainer(Trainer):
             )
             harmful = self._side(harmful_dataset, "harmful_dataset")
             distillation = self._side(distillation_dataset, "distillation_dataset")
-            self.train_dataset = paired_rows(benign, harmful, args, distillation)
+            self._sides = benign, harmful, distillation
+            self._pair_sides()
+        if args.fp16 and args.device.type == "cpu":
+            logger.warning("fp16=True does nothing on a CPU: this run is in full precision. bf16=True works there.")
         check_best_metric(args, harmful_eval_dataset)
         self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
         if isinstance(eval_dataset, dict):
@@ -157,6 +162,7 @@ class ImmunizationTrainer(Trainer):
             self.eval_dataset = self._rows(eval_dataset, "eval_dataset")
         # Through the starting weights, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
+        self._measured_again: set[str] = set()
         self._latest: dict[str, Measurement] = {}
         self._evaluation: Evaluation | None = None
 
@@ -174,9 +180,17 @@ class ImmunizationTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the Trainer's, with the scope set on the model, which is another in each run or trial."""
-        model = as_classifier(super().call_model_init(trial), self.args.pooling)
+        model = as_classifier(super().call_model_init(trial), self.args)
         self._choose_what_moves(model)
+        self._references = {}  # those known are of the model before
         return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As the Trainer's, which learns a trial's settings only after it has made the trial's model."""
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self._choose_what_moves(self.model)
+            self._pair_sides()
 
     # ---- data ----
 
@@ -184,6 +198,11 @@ class ImmunizationTrainer(Trainer):
         if dataset is None or not self._reads_images:
             return dataset
         return image_rows(dataset, name, self.args, self.model.config.num_labels, labels)
+
+    def _pair_sides(self) -> None:
+        if self._sides is not None:
+            benign, harmful, distillation = self._sides
+            self.train_dataset = paired_rows(benign, harmful, self.args, distillation)
 
     def _side(self, dataset: Any, name: str) -> Any:
         if dataset is None:
@@ -193,7 +212,8 @@ class ImmunizationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         # The dataset passes on the epoch, which accelerate announces to it alone when resuming on several processes.
-        return (train_dataset or self.train_dataset).make_sampler(seed)
+        shuffle = getattr(self.args, "train_sampling_strategy", "random") != "sequential"
+        return (train_dataset or self.train_dataset).make_sampler(seed, shuffle)
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         # The Trainer would drop the last images of an evaluation too: all of them, of a small set.
@@ -294,7 +314,8 @@ class ImmunizationTrainer(Trainer):
         ``eval_benign_accuracy`` as other names of ``eval_loss`` and ``eval_accuracy``.
 
         Args:
-            eval_dataset: Benign data in place of the constructor's; κ is then reported without RIR.
+            eval_dataset: Benign data in place of the constructor's; κ is then reported without RIR. Or the name of
+                one of several sets of the constructor's.
             ignore_keys: Keys of the model's output to leave out.
             metric_key_prefix: Prefix of the names.
 
@@ -303,7 +324,9 @@ class ImmunizationTrainer(Trainer):
         """
         outermost = self._evaluation is None
         if outermost:
-            self._evaluation = Evaluation(other_data=eval_dataset is not None)
+            one = eval_dataset if isinstance(eval_dataset, str) else None
+            others = eval_dataset is not None and one is None
+            self._evaluation = Evaluation(other_data=others, prefix=metric_key_prefix, one=one)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -315,6 +338,7 @@ class ImmunizationTrainer(Trainer):
         if self._evaluation is None:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
+        name = self._evaluation.name_of(prefix)
         # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
         plain = self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
         self._evaluation.benign = Measurement() if plain else None
@@ -324,18 +348,22 @@ class ImmunizationTrainer(Trainer):
             self._evaluation.harmful = self._measure(self.get_eval_dataloader(self._harmful_eval), "harmful")
         harmful = self._evaluation.harmful
         if not self._evaluation.other_data:
-            self._latest = {prefix: benign, **({} if harmful is None else {"harmful": harmful})}
+            self._latest = {name: benign, **({} if harmful is None else {"harmful": harmful})}
         if self.state.global_step == 0:
-            now = {"harmful": harmful} | ({} if self._evaluation.other_data else {prefix: benign})
-            self._references = {name: of for name, of in now.items() if of is not None} | self._references
-        for name, value in list(output.metrics.items()):
-            if name in (f"{prefix}_loss", f"{prefix}_accuracy"):
-                output.metrics[name.replace(prefix, f"{prefix}_benign", 1)] = value
-        metrics = spectral_metrics(benign, self._references.get(prefix), harmful, self._references.get("harmful"))
-        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+            now = {"harmful": harmful} | ({} if self._evaluation.other_data else {name: benign})
+            self._references = {key: of for key, of in now.items() if of is not None} | self._references
+        elif harmful is not None and not self._evaluation.other_data:
+            self._check_reference(name, benign, dataloader)
+            self._check_reference("harmful", harmful)
+        for metric, value in list(output.metrics.items()):
+            if metric in (f"{prefix}_loss", f"{prefix}_accuracy"):
+                output.metrics[metric.replace(prefix, f"{prefix}_benign", 1)] = value
+        metrics = spectral_metrics(benign, self._references.get(name), harmful, self._references.get("harmful"))
+        output.metrics.update({f"{prefix}_{metric}": value for metric, value in metrics.items()})
         if self.args.should_save and not self._is_sharded and not self._evaluation.other_data:
             step, references = self.state.global_step, self._references
-            self.evidence.note(self.model, prefix, step, output.metrics, benign, harmful, references)
+            named = {metric.replace(prefix, name, 1): value for metric, value in output.metrics.items()}
+            self.evidence.note(self.model, name, step, named, benign, harmful, references)
         return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -347,6 +375,21 @@ class ImmunizationTrainer(Trainer):
             result = super().prediction_step(model, inputs, *args, **kwargs)
         self._fold(measurement, captured.features, inputs["pixel_values"])
         return result
+
+    def _check_reference(self, name: str, now: Measurement, dataloader: Any = None) -> None:
+        """Measure the starting weights on these images too, where what is known of them is of others, or nothing."""
+        known = self._references.get(name)
+        if (known is None or not now.same_data(known)) and self._step.start and name not in self._measured_again:
+            self._measured_again.add(name)
+            dataloader = dataloader or self.get_eval_dataloader(self._harmful_eval)
+            with self._step.start.in_place(self.model):
+                known = self._references[name] = self._measure(dataloader, f"starting {name}")
+        if known is None or not now.same_data(known):
+            logger.warning_once(
+                f"No RIR is told: the images of {'harmful_eval_dataset' if name == 'harmful' else 'eval_dataset'} are "
+                "not those on which the starting weights were measured. Resume with those; if a transform draws them "
+                "at random, take it out of the evaluation."
+            )
 
     def _fold(self, measurement: Measurement, features: Tensor, pixel_values: Tensor) -> None:
         features, pixel_values = features.detach(), pixel_values.to(features.device)
@@ -396,10 +439,21 @@ class ImmunizationTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir)
+        elif resume_from_checkpoint and not os.path.isdir(resume_from_checkpoint):
+            raise CheckpointError(
+                f"Expected the folder of a checkpoint to resume from, found none at {resume_from_checkpoint}. Give "
+                "True for the last one in output_dir, or check the spelling."
+            )
         self._means = RunningMeans()  # without what a run that was stopped had not logged yet
-        if not resume_from_checkpoint:
-            self._measure_references()
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def _inner_training_loop(
+        self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As the Trainer's. Here `model_init` has given the model of this run or trial, and nothing has moved yet."""
+        if resume_from_checkpoint is None:
+            self._measure_references()
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
 
     def _measure_references(self) -> None:
         if self._harmful_eval is None or self.eval_dataset is None:
@@ -428,7 +482,7 @@ class ImmunizationTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if not self.args.should_save:
             return
-        save_tensors(self._step.state_dict(), os.path.join(output_dir, _STEP_FILE))
+        save_step(self._step, os.path.join(output_dir, _STEP_FILE))
         if self._references:
             save_measurements(os.path.join(output_dir, _STATE_FILE), self._references)
 
@@ -441,9 +495,7 @@ class ImmunizationTrainer(Trainer):
         path = os.path.join(resume_from_checkpoint, _STATE_FILE)
         if os.path.isfile(path):
             self._references = load_measurements(path)
-        path = os.path.join(resume_from_checkpoint, _STEP_FILE)
-        if os.path.isfile(path):
-            self._step.load_state_dict(load_file(path))
+        load_step(self._step, os.path.join(resume_from_checkpoint, _STEP_FILE))
 
     def _load_best_model(self) -> None:
         if self._loads_whole:

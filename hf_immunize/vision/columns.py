@@ -167,6 +167,8 @@ def _column_kinds(dataset: Any) -> dict[str, str]:
     """Map each column to "image", "class" or "other"."""
     if isinstance(dataset, datasets.DatasetDict):
         raise DataError(f"Expected one dataset, but got splits; choose one of {listed(dataset)}, as in data['train'].")
+    if isinstance(dataset, dict):
+        raise DataError(f"Expected one dataset, but got a dictionary with {listed(dataset)}; give one of its values.")
     if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
         raise DataError(
             f"Expected a dataset with rows that can be looked up, but got {type(dataset).__name__}; load the data "

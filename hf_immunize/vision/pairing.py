@@ -317,8 +317,15 @@ def check_one_shape(batch: dict[str, dict[str, Any]]) -> None:
         batch: Side to its collated batch.
 
     Raises:
+        DataError: If a side has no pixel values.
         ShapeError: If sides differ in shape.
     """
+    for side, collated in batch.items():
+        if "pixel_values" not in collated:
+            raise DataError(
+                f"Expected pixel_values in a collated batch of {side} images, found {', '.join(collated) or 'none'}. "
+                "Let data_collator give them under that name, with labels beside them."
+            )
     benign = tuple(batch["benign"]["pixel_values"].shape[1:])
     for side in batch:
         shape = tuple(batch[side]["pixel_values"].shape[1:])

@@ -9,7 +9,9 @@ from torch import nn
 
 from hf_immunize.errors import ArgumentError, HeadError, ScopeError
 from hf_immunize.training.checks import check_classifier, check_sharding
+from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.bare import LinearHeadForImageClassification
+from hf_immunize.vision.scope import select_trainable
 
 
 def vit(**options):
@@ -119,3 +121,33 @@ def test_a_starting_model_beside_a_sharded_one_is_refused(sharding, arguments):
 
 def test_the_papers_training_may_be_sharded(arguments):
     check_sharding(SimpleNamespace(**vars(arguments(**PAPER)) | {"fsdp": "full_shard"}))
+
+
+@pytest.mark.parametrize("options", [{}, {"benign_loss": "distillation"}, {"benign_budget": 0.03}])
+def test_it_is_said_that_a_new_head_is_untrained(options, trainer, caplog):
+    """And, unless the task's own loss trains it freely, that it stays so."""
+    trainer(hf.ViTModel(hf.ViTConfig(**TRANSFORMER, num_labels=3)), pooling="cls", **options)
+    said = next(record.getMessage() for record in caplog.records if "untrained" in record.getMessage())
+    assert "head of 3 outputs on ViTModel" in said and ("stays near it" in said) == bool(options)
+
+
+def test_a_bare_step_refuses_what_the_trainer_refuses():
+    with pytest.raises(HeadError, match=r"regression"):
+        ImmunizationStep(vit(num_labels=1))
+
+
+def test_a_bare_step_refuses_the_reentrant_kind_of_checkpointing():
+    model = vit(num_labels=3)
+    select_trainable(model, "last_stage")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ArgumentError, match="use_reentrant=False"):
+        ImmunizationStep(model)
+
+
+@pytest.mark.parametrize("moving", [[], ["classifier.weight"]])
+def test_a_bare_step_refuses_a_scope_in_which_no_feature_moves(moving):
+    model = vit(num_labels=3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in moving)
+    with pytest.raises(ScopeError, match=f"found {'classifier.weight' if moving else 'none'}: no feature could move"):
+        ImmunizationStep(model)

@@ -113,6 +113,26 @@ def test_other_data_seen_before_training_take_nothing_from_rir(trainer, images):
     assert "eval_rir" in run.evaluate()
 
 
+def test_another_prefix_has_the_same_rir(trainer):
+    run = trainer()
+    run.train()
+    metrics, final = run.evaluate(), run.evaluate(metric_key_prefix="final")
+    assert final["final_rir"] == metrics["eval_rir"] != 1.0
+
+
+def test_another_prefix_has_the_rir_of_each_of_several_sets(trainer, images):
+    run = trainer(eval_dataset={"a": images(24, 3), "b": images(20, 5)})
+    run.train()
+    metrics, final = run.evaluate(), run.evaluate(metric_key_prefix="final")
+    assert [final[f"final_{name}_rir"] for name in "ab"] == [metrics[f"eval_{name}_rir"] for name in "ab"]
+
+
+def test_one_of_several_sets_evaluated_by_name_has_its_rir(trainer, images):
+    run = trainer(eval_dataset={"a": images(24, 3), "b": images(20, 5)})
+    run.train()
+    assert run.evaluate("b")["eval_rir"] == run.evaluate()["eval_b_rir"]
+
+
 def test_without_harmful_data_there_is_kappa_of_the_benign(trainer):
     run = trainer(harmful_eval_dataset=None)
     run.train()
@@ -261,3 +281,48 @@ def test_spectra_are_measured_outside_autocast_when_evaluated_before_training(ti
     assert metrics["eval_rir"] == 1.0
     expected = trainer(tiny()).evaluate()
     assert metrics["eval_benign_log10_kappa"] == pytest.approx(expected["eval_benign_log10_kappa"], abs=1e-5)
+
+
+def test_the_accuracy_may_be_taken_batch_by_batch(trainer):
+    whole, batches, lists = (
+        trainer(**options).evaluate()["eval_accuracy"]
+        for options in ({}, {"batch_eval_metrics": True}, {"eval_do_concat_batches": False})
+    )
+    assert whole == pytest.approx(batches) == pytest.approx(lists)
+
+
+def test_the_accuracy_is_of_classes_where_logits_were_made_such(trainer):
+    run = trainer()
+    expected = run.evaluate()["eval_accuracy"]
+    run.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+    assert run.evaluate()["eval_accuracy"] == expected > 0
+
+
+def test_a_second_evaluation_batch_by_batch_begins_anew(trainer):
+    run = trainer(batch_eval_metrics=True)
+    assert run.evaluate()["eval_accuracy"] == run.evaluate()["eval_accuracy"]
+
+
+def other_images_on_resuming(trainer, images, tmp_path, **options):
+    """A run of three steps, evaluated after two on one set and after the third on another; both runs."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, **options}
+    whole = trainer(eval_dataset=images(20, 7), **settings)
+    whole.train()
+    trainer(**settings).train()
+    resumed = trainer(eval_dataset=images(20, 7), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    return whole, resumed
+
+
+def test_a_reference_of_other_images_is_measured_again(trainer, images, tmp_path, tiny):
+    """The checkpoint holds the starting weights, and the weights of the run are not touched."""
+    whole, resumed = other_images_on_resuming(trainer, images, tmp_path, benign_loss="distillation")
+    state = {name: value.clone() for name, value in resumed.model.state_dict().items()}
+    assert resumed.evaluate()["eval_log10_rir"] == pytest.approx(whole.evaluate()["eval_log10_rir"], abs=1e-6)
+    assert all(torch.equal(value, state[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_it_is_said_where_a_reference_of_other_images_cannot_be_measured_again(trainer, images, tmp_path, caplog):
+    _, resumed = other_images_on_resuming(trainer, images, tmp_path)
+    assert "eval_rir" not in resumed.evaluate()
+    assert "images of eval_dataset are not those on which" in " ".join(r.getMessage() for r in caplog.records)

@@ -3,7 +3,7 @@
 import pytest
 import transformers as hf
 
-from hf_immunize.errors import ArgumentError, CheckpointError, DataError
+from hf_immunize.errors import ArgumentError, CheckpointError, DataError, HeadError
 from hf_immunize.training.immunization_callback import ImmunizationCallback
 from hf_immunize.vision.scope import select_trainable
 
@@ -134,6 +134,42 @@ def test_unknown_settings_are_named(images):
 def test_a_batch_of_one_is_refused(plain, images):
     with pytest.raises(DataError, match="at least 2, found 1"):
         plain(ImmunizationCallback(images(4)), per_device_train_batch_size=1).train()
+
+
+def test_benign_images_need_no_labels_for_distillation(plain, images):
+    run = plain(ImmunizationCallback(images(4, 2, labels=False), images(8, 5, labels=False)))
+    run.train()
+    assert "kl" in run.state.log_history[0]
+
+
+def test_benign_images_without_the_labels_of_the_tasks_loss_are_named(plain, images):
+    callback = ImmunizationCallback(images(4, 2, labels=False), images(8, 5, labels=False), **PAPER)
+    with pytest.raises(DataError, match=r"In benign_dataset: .*label.*found none"):
+        plain(callback).train()
+
+
+def test_columns_can_be_named(plain, images):
+    rows = [{"photo": row["pixel_values"], "kind": row["labels"]} for row in images(8, 2)]
+    names = {"image_column_name": "photo", "label_column_name": "kind"}
+    run = plain(ImmunizationCallback(rows, rows, objective="imma", benign_loss="task", benign_budget=None, **names))
+    run.train()
+    assert "negative_adapted_loss" in run.state.log_history[0]
+
+
+def test_a_model_that_the_trainer_refuses_is_refused(plain, images, tiny):
+    model = tiny(problem_type="multi_label_classification")
+    with pytest.raises(HeadError, match="one label an image"):
+        plain(ImmunizationCallback(images(4)), model=model).train()
+
+
+def test_a_trainer_that_immunizes_already_is_refused(trainer, images):
+    with pytest.raises(ArgumentError, match="Leave ImmunizationCallback out"):
+        trainer(callbacks=[ImmunizationCallback(images(4))]).train()
+
+
+def test_a_part_held_out_is_refused_since_the_trainer_trains_on_it(images):
+    with pytest.raises(ArgumentError, match=r"no budget_holdout=.*found 0\.2"):
+        ImmunizationCallback(images(4), budget_holdout=0.2)
 
 
 def test_an_empty_harmful_set_is_refused(plain):

@@ -105,6 +105,11 @@ def test_harmful_labels_may_be_anything(trainer, processor):
     assert "eval_harmful_log10_kappa" in run.evaluate()
 
 
+def test_harmful_images_without_the_labels_of_imma_are_named(trainer, images):
+    with pytest.raises(DataError, match=r"In harmful_dataset: .*label.*needed by objective='imma'"):
+        trainer(harmful_dataset=images(8, labels=False), objective="imma")
+
+
 def test_a_batch_larger_than_the_data_is_refused(trainer, images):
     with pytest.raises(DataError, match="one full batch of 4, found 3 benign images"):
         trainer(train_dataset=images(3))
@@ -213,6 +218,10 @@ def test_a_model_may_come_from_a_function(tiny, trainer):
         ({"auto_weight_ratio": -0.1}, "auto_weight_ratio= of at least 0, found -0.1"),
         ({"auto_weight_ratio": "some"}, "auto_weight_ratio= of at least 0, found some"),
         ({"remove_unused_columns": True}, "remove_unused_columns=False, found True"),
+        ({"queue_size": 2.5}, "whole numbers of at least 0, found 0 and 2.5"),
+        ({"weight_warmup_steps": "some"}, "whole numbers of at least 0, found some and 0"),
+        ({"harmful_batch_size": "many"}, "harmful_batch_size= as a whole number of at least 1 or None, found 'many'"),
+        ({"distillation_batch_size": 0}, "distillation_batch_size= as a whole number of at least 1 or None, found 0"),
     ],
 )
 def test_an_impossible_value_is_refused(option, message, arguments):
@@ -223,6 +232,11 @@ def test_an_impossible_value_is_refused(option, message, arguments):
 @pytest.mark.parametrize("given, meant", [("auto", "auto"), ("2.5", 2.5), (3, 3.0), ("0", 0.0)])
 def test_a_weight_is_auto_or_a_number(given, meant, arguments):
     assert arguments(harmful_weight=given).harmful_weight == meant
+
+
+@pytest.mark.parametrize("name", ["queue_size", "weight_warmup_steps", "harmful_batch_size"])
+def test_whole_numbers_may_be_text_as_in_yaml(name, arguments):
+    assert getattr(arguments(**{name: "1e2"}), name) == 100
 
 
 def parse(tmp_path, *line):

@@ -5,11 +5,11 @@ import torch
 import transformers as hf
 from torch import nn
 
-from hf_immunize.errors import NonFiniteError
+from hf_immunize.errors import DataError, NonFiniteError
 from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well
 from hf_immunize.training.objectives import Terms
 from hf_immunize.training.running import RunningMeans
-from hf_immunize.training.step import forward_both
+from hf_immunize.training.step import ImmunizationStep, forward_both
 from hf_immunize.training.weighting import Weighting, WeightRule, gradient_norm
 from hf_immunize.vision.features import find_head
 from hf_immunize.vision.scope import modules_in_eval, select_trainable
@@ -205,6 +205,12 @@ def test_the_logged_loss_does_not_depend_on_accumulation(trainer):
     whole = train_logs(trainer(**zero_weights(per_device_train_batch_size=16)))[0]
     parts = train_logs(trainer(**zero_weights(per_device_train_batch_size=4, gradient_accumulation_steps=4)))[0]
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
+def test_a_batch_without_harmful_images_is_named(tiny):
+    model = tiny()
+    with pytest.raises(DataError, match="none that are harmful"):
+        ImmunizationStep(model)(model, {"benign": {"pixel_values": torch.zeros(2, 3, 8, 8)}}, step=0)
 
 
 def test_labels_are_smoothed_as_the_trainer_does(tiny, trainer, images):

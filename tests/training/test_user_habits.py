@@ -78,6 +78,16 @@ def test_the_best_model_is_chosen_by_rir_of_one_of_several_sets(trainer, images)
     assert run.evaluate()["eval_b_log10_rir"] == pytest.approx(max(seen), abs=1e-6)
 
 
+@pytest.mark.parametrize("metric", ["benign_log10_kappa", "eval_a_benign_ratio", "harmful_effective_rank"])
+def test_of_some_metrics_less_is_better(metric, arguments):
+    assert arguments(metric_for_best_model=metric).greater_is_better is False
+    assert arguments(metric_for_best_model=metric, greater_is_better=True).greater_is_better is True
+
+
+def test_of_rir_more_is_better(arguments):
+    assert arguments(metric_for_best_model="rir").greater_is_better is True
+
+
 def test_tensorboard_receives_rir_and_the_terms(trainer, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -115,6 +125,25 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_used(tiny, trainer):
     before = dict(start.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad
+
+
+def test_rows_come_in_their_order_if_asked_for(trainer):
+    sampler = trainer(train_sampling_strategy="sequential")._get_train_sampler()
+    assert [draw[0] for draw in sampler] == list(range(16))
+
+
+def test_lengths_of_images_are_not_grouped_by(arguments):
+    with pytest.raises(ArgumentError, match=r"train_sampling_strategy=.*found 'group_by_length'"):
+        arguments(train_sampling_strategy="group_by_length")
+
+
+@pytest.mark.parametrize("benign_loss", ["task", "both"])
+def test_labels_that_the_benign_loss_needs_are_missed_in_a_batch(benign_loss, trainer):
+    def collate(items):
+        return {"pixel_values": torch.stack([item["pixel_values"] for item in items])}
+
+    with pytest.raises(DataError, match="Expected labels of the benign images"):
+        trainer(benign_loss=benign_loss, data_collator=collate).train()
 
 
 @pytest.mark.parametrize("benign_loss", ["task", "both"])
@@ -157,6 +186,11 @@ def test_a_run_in_fp16_stays_finite(trainer):
     run = finished(trainer(fp16=True, use_cpu=False))
     assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
     assert "eval_rir" in run.evaluate()
+
+
+def test_it_is_said_that_fp16_does_nothing_on_a_cpu(trainer, caplog):
+    trainer(fp16=True)
+    assert "full precision" in " ".join(record.getMessage() for record in caplog.records)
 
 
 # ---- streamed data ----

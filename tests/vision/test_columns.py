@@ -78,6 +78,11 @@ def test_splits_are_refused(image_dataset):
         find_columns(datasets.DatasetDict(train=image_dataset, test=image_dataset))
 
 
+def test_several_datasets_by_name_are_refused(image_dataset):
+    with pytest.raises(DataError, match="a dictionary with 'a', 'b'; give one of its values"):
+        find_columns({"a": image_dataset, "b": image_dataset})
+
+
 def test_a_streamed_dataset_is_refused(image_dataset):
     with pytest.raises(DataError, match="got IterableDataset; load the data without streaming"):
         find_columns(image_dataset.to_iterable_dataset())

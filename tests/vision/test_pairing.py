@@ -142,6 +142,12 @@ def test_single_rows_are_collated_as_one():
     assert set(PairedCollator(ImageCollator())(rows(2))) == {"pixel_values", "labels"}
 
 
+def test_a_collator_that_gives_no_pixel_values_is_named_with_its_side():
+    pairs = PairedDataset(rows(2), rows(2))
+    with pytest.raises(DataError, match="pixel_values in a collated batch of benign images, found images"):
+        PairedCollator(lambda items: {"images": len(items)})([pairs[0, (0,), (), ()]])
+
+
 def test_sides_of_different_shapes_are_refused():
     data = PairedDataset(rows(1), rows(1, shape=(3, 5, 5)))
     with pytest.raises(ShapeError, match=r"\(3, 4, 4\) and \(3, 5, 5\)"):
