@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.errors import ImmunizationError
+from hf_immunize.spectra.hessian import Hessian
 from hf_immunize.training.cached_trunk import replayed
 from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence, released_logits
-from hf_immunize.training.distributed import gather_features, mean_gradient_norm
+from hf_immunize.training.distributed import (
+    gather_features,
+    gather_labels,
+    mean_gradient_norm,
+    sum_hessian,
+    sum_is_smaller,
+    world_size,
+)
 from hf_immunize.training.method import Method
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.queue import FeatureQueue
@@ -124,11 +132,11 @@ class ImmunizationStep:
                 model, self.head, batch["benign"], others, together=self.together
             )
         labels = batch["benign"].get("labels")
-        benign = Side(gather_features(features[:benign_end]), logits[:benign_end], labels)
+        benign = Side(self._of_all_processes(features[:benign_end]), logits[:benign_end], labels)
         harmful = Side(
-            gather_features(features[benign_end:harmful_end]),
+            self._of_all_processes(features[benign_end:harmful_end]),
             logits[benign_end:harmful_end],
-            batch["harmful"].get("labels"),
+            gather_labels(batch["harmful"].get("labels")) if self.method.objective == "imma" else None,
         )
         task_loss = task_loss or nn.functional.cross_entropy
         task = None
@@ -151,8 +159,16 @@ class ImmunizationStep:
             step,
         )
         for side, queue in self._queues.items():
-            queue.push({"benign": benign, "harmful": harmful}[side].features)
+            queue.push(_rows({"benign": benign, "harmful": harmful}[side]))
         return StepResult(loss, {"benign_loss": benign_loss, **logged, **weighed}, logits[:benign_end])
+
+    def _of_all_processes(self, features: Tensor) -> Tensor | Hessian:
+        """The global batch: features where rows are needed, else whichever of features and Hessian moves less."""
+        rows = len(features) * world_size()
+        needs_rows = world_size() == 1 or self._queues or self.method.objective == "imma"
+        if needs_rows or not sum_is_smaller(rows, features.shape[1], features.dtype):
+            return gather_features(features)
+        return sum_hessian(features)
 
     def _distillation(
         self,
@@ -206,7 +222,7 @@ class ImmunizationStep:
     def _terms(self, benign: Side, harmful: Side, step: int) -> Terms:
         sides = {"benign": benign, "harmful": harmful}
         for name, queue in self._queues.items():
-            sides[name] = replace(sides[name], features=queue.join(sides[name].features))
+            sides[name] = replace(sides[name], features=queue.join(_rows(sides[name])))
         try:
             return OBJECTIVES[self.method.objective](sides["benign"], sides["harmful"], self.method.scale_free)
         except ImmunizationError as error:
@@ -219,7 +235,10 @@ class ImmunizationStep:
         at a displacement of ε is 2ε over the size of the features.
         """
         if self.method.benign_loss == "distillation":
-            return 1 / torch.linalg.vector_norm(benign.features.detach(), dtype=torch.float32)
+            dtype = torch.promote_types(benign.features.dtype, torch.float32)
+            if isinstance(benign.features, Hessian):
+                return benign.features.matrix.detach().trace().rsqrt().to(dtype)
+            return 1 / torch.linalg.vector_norm(benign.features.detach(), dtype=dtype)
         return self.weighting.benign_scale(mean_gradient_norm(gradient_norm(benign_loss, loss_features)))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -277,6 +296,11 @@ def forward_both(
         other_logits = model(pixel_values=others["pixel_values"])["logits"]
     logits = torch.cat([benign_logits, other_logits])
     return torch.cat([first.features, second.features]), logits, first.features
+
+
+def _rows(side: Side) -> Tensor:
+    assert isinstance(side.features, Tensor)  # where there is a queue, features are gathered
+    return side.features
 
 
 @contextmanager

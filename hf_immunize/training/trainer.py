@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
@@ -19,31 +18,32 @@ from hf_immunize.hub.outcomes import named_outcomes
 from hf_immunize.training import publishing
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
-from hf_immunize.training.checks import as_classifier, check_checkpointing, check_classifier, check_sharding
-from hf_immunize.training.distributed import world_size
-from hf_immunize.training.evaluation import Evaluation, accuracy
+from hf_immunize.training.checks import (
+    as_classifier,
+    check_batches,
+    check_checkpointing,
+    check_classifier,
+    check_sharding,
+)
+from hf_immunize.training.evaluation import Evaluation, accuracy, fold, measure, merged
 from hf_immunize.training.evidence import Evidence, save_record
 from hf_immunize.training.method import Method
 from hf_immunize.training.preparation import check_best_metric, image_rows, paired_rows, side_rows
+from hf_immunize.training.run_state import load_run_state, save_run_state
 from hf_immunize.training.running import RunningMeans
 from hf_immunize.training.saving import (
     check_finite_weights,
     checkpoint_to_resume,
     load_weights,
-    save_tensors,
     staged_directory,
     whole_or_passed_over,
 )
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.features import HeadInput
 from hf_immunize.vision.images import ImageCollator
-from hf_immunize.vision.measurement import Measurement, load_measurements, save_measurements, spectral_metrics
+from hf_immunize.vision.measurement import Measurement, spectral_metrics
 from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.scope import select_trainable
-
-
-_STATE_FILE = "immunization_state.safetensors"
-_STEP_FILE = "immunization_step.safetensors"
 
 
 class ImmunizationTrainer(Trainer):
@@ -121,6 +121,7 @@ class ImmunizationTrainer(Trainer):
                 "apart. Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
         check_sharding(args)
+        check_batches(args, args.world_size)
         model = None if model is None else as_classifier(model, args.pooling)
         # A user's own collator gets the datasets' own items.
         self._reads_images = data_collator is None
@@ -135,6 +136,8 @@ class ImmunizationTrainer(Trainer):
             compute_metrics=compute_metrics or accuracy,
             **kwargs,
         )
+        # Only now is it known what `accelerate launch` asks for.
+        check_sharding(args, self.accelerator, harmful_eval_dataset)
         # Nearly every image model's forward takes **kwargs, from which the Trainer concludes that the loss is a sum
         # over `num_items_in_batch`; it is a mean.
         self.model_accepts_loss_kwargs = False
@@ -312,14 +315,15 @@ class ImmunizationTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As the Trainer's; within `evaluate`, features are folded into a QR factor as they pass."""
-        if self._evaluation is None:
+        if self._evaluation is None or not self._can_measure:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
         plain = self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
         self._evaluation.benign = Measurement() if plain else None
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        benign = self._evaluation.benign or self._measure(dataloader, "benign")
+        here = self._evaluation.benign
+        benign = self._measure(dataloader, "benign") if here is None else merged(here, self.args.device)
         if self._evaluation.harmful is None and self._harmful_eval is not None:
             self._evaluation.harmful = self._measure(self.get_eval_dataloader(self._harmful_eval), "harmful")
         harmful = self._evaluation.harmful
@@ -345,31 +349,27 @@ class ImmunizationTrainer(Trainer):
             return super().prediction_step(model, inputs, *args, **kwargs)
         with HeadInput(self._step.head) as captured:
             result = super().prediction_step(model, inputs, *args, **kwargs)
-        self._fold(measurement, captured.features, inputs["pixel_values"])
+        fold(measurement, captured.features, inputs["pixel_values"], self.accelerator)
         return result
 
-    def _fold(self, measurement: Measurement, features: Tensor, pixel_values: Tensor) -> None:
-        features, pixel_values = features.detach(), pixel_values.to(features.device)
-        if world_size() > 1:  # drops the repeats with which accelerate fills up the last batch
-            features, pixel_values = self.accelerator.gather_for_metrics((features, pixel_values))
-        measurement.update(features, pixel_values)
-
-    @torch.no_grad()
     def _measure(self, dataloader: Any, name: str) -> Measurement:
         """Features of a data set through the model in full precision."""
-        measurement = Measurement()
         was_training = self.model.training
         self.model.eval()
         self._move_model_to_device(self.model, self.args.device)
-        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        for inputs in tqdm(dataloader, desc=f"κ of {name} features", disable=quiet, leave=False):
-            pixel_values = self._prepare_inputs(inputs)["pixel_values"]
-            with HeadInput(self._step.head) as captured:
-                # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
-                type(self.model).forward(self.model, pixel_values=pixel_values)
-            self._fold(measurement, captured.features, pixel_values)
+        # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
+        forward = self.model if self._is_sharded else partial(type(self.model).forward, self.model)
+        found = measure(
+            forward,
+            self._step.head,
+            dataloader,
+            self.accelerator,
+            prepare=self._prepare_inputs,
+            description=f"κ of {name} features",
+            quiet=self.args.disable_tqdm or not self.is_world_process_zero(),
+        )
         self.model.train(was_training)
-        return measurement
+        return found
 
     @property
     def last_spectra(self) -> dict[tuple[str, str], Tensor]:
@@ -402,7 +402,7 @@ class ImmunizationTrainer(Trainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _measure_references(self) -> None:
-        if self._harmful_eval is None or self.eval_dataset is None:
+        if self._harmful_eval is None or self.eval_dataset is None or not self._can_measure:
             return
         benign = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         sets = {f"eval_{name}" if name else "eval": dataset for name, dataset in benign.items()}
@@ -413,7 +413,9 @@ class ImmunizationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
-        check_finite_weights(self.model)
+        # Of sharded weights, the first process alone was given the whole.
+        weights = dict(self.model.named_parameters()) if state_dict is None else state_dict
+        check_finite_weights({name: weights[name] for name in self._moving if name in weights})
         output_dir = output_dir or self.args.output_dir
         with staged_directory(output_dir) as staging:
             super()._save(str(staging), state_dict)
@@ -426,11 +428,8 @@ class ImmunizationTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if not self.args.should_save:
-            return
-        save_tensors(self._step.state_dict(), os.path.join(output_dir, _STEP_FILE))
-        if self._references:
-            save_measurements(os.path.join(output_dir, _STATE_FILE), self._references)
+        if self.args.should_save:
+            save_run_state(output_dir, self._step, self._references, self.args.train_batch_size)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is None and self._loads_whole:
@@ -438,12 +437,8 @@ class ImmunizationTrainer(Trainer):
             self.evidence.adopt(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = os.path.join(resume_from_checkpoint, _STATE_FILE)
-        if os.path.isfile(path):
-            self._references = load_measurements(path)
-        path = os.path.join(resume_from_checkpoint, _STEP_FILE)
-        if os.path.isfile(path):
-            self._step.load_state_dict(load_file(path))
+        references = load_run_state(resume_from_checkpoint, self._step, self.args.train_batch_size)
+        self._references = references or self._references
 
     def _load_best_model(self) -> None:
         if self._loads_whole:
@@ -460,6 +455,11 @@ class ImmunizationTrainer(Trainer):
     @property
     def _is_sharded(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    @property
+    def _can_measure(self) -> bool:
+        # Sharded weights cannot be run outside of mixed precision.
+        return not (self._is_sharded and self.accelerator.mixed_precision != "no")
 
     # ---- card and Hub ----
 

@@ -1,0 +1,74 @@
+"""What a run keeps in its checkpoints beside the Trainer's own files."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+from hf_immunize.training.distributed import world_size
+from hf_immunize.training.saving import save_tensors
+from hf_immunize.training.step import ImmunizationStep
+from hf_immunize.vision.measurement import Measurement, load_measurements, save_measurements
+
+
+_STATE_FILE = "immunization_state.safetensors"
+_STEP_FILE = "immunization_step.safetensors"
+_BATCH = "run/batch"
+logger = logging.get_logger(__name__)
+
+
+def save_run_state(folder: str, step: ImmunizationStep, references: dict[str, Measurement], batch: int) -> None:
+    """Write the state of the step and the features' factors through the starting weights.
+
+    Args:
+        folder: The checkpoint.
+        step: What the run computes in a step; its state is the same on every process.
+        references: Measurements through the starting weights.
+        batch: Benign images a process takes in a micro-batch.
+    """
+    tensors = step.state_dict() | {_BATCH: torch.tensor([batch, world_size()])}
+    save_tensors(tensors, os.path.join(folder, _STEP_FILE))
+    if references:
+        save_measurements(os.path.join(folder, _STATE_FILE), references)
+
+
+def load_run_state(folder: str, step: ImmunizationStep, batch: int) -> dict[str, Measurement]:
+    """Go on from what `save_run_state` wrote, on however many processes.
+
+    Args:
+        folder: The checkpoint.
+        step: Takes its state.
+        batch: Benign images a process takes in a micro-batch now.
+
+    Returns:
+        Measurements through the starting weights; none where the checkpoint holds none.
+    """
+    path = os.path.join(folder, _STEP_FILE)
+    if os.path.isfile(path):
+        tensors = load_file(path)
+        before = tensors.pop(_BATCH, None)
+        step.load_state_dict(tensors)
+        if before is not None:
+            _say_what_differs(*before.tolist(), batch, world_size())
+    path = os.path.join(folder, _STATE_FILE)
+    return load_measurements(path) if os.path.isfile(path) else {}
+
+
+def _say_what_differs(old_batch: int, old_processes: int, batch: int, processes: int) -> None:
+    old, new = old_batch * old_processes, batch * processes
+    if old != new:
+        same = f"With per_device_train_batch_size={old // processes} it goes on as it was."
+        other = f"On a number of processes that divides {old} it can go on as it was."
+        logger.warning(
+            f"The run was interrupted at batches of {old} benign images ({old_batch} on each of {old_processes} "
+            f"processes) and goes on at {new} ({batch} on each of {processes}): κ is of batches of another size, and "
+            f"the place in the epoch is counted in the new ones. {other if old % processes else same}"
+        )
+    elif old_processes != processes:
+        logger.warning(
+            f"The run was interrupted on {old_processes} processes and goes on on {processes}, at the same batches: "
+            "random numbers within the model (dropout) and the images of the budget's hold-out are drawn otherwise."
+        )
