@@ -1,8 +1,4 @@
-"""Extreme eigenpairs of Gram matrices, the one thing that the regularizers' gradients need.
-
-For features ``Z`` of shape ``(N, D)`` the matrices ``ZᵀZ`` (D×D) and ``ZZᵀ`` (N×N) share their non-zero spectrum;
-everything here works on the smaller of the two, the *small side*, in float64.
-"""
+"""Extreme eigenpairs of Gram matrices, the one thing that the regularizers' gradients need."""
 
 import math
 from typing import NamedTuple
@@ -10,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_immunize.errors import NonFiniteError, RankError
-from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
+from hf_immunize.spectra.conditioning import rank_cutoff
+from hf_immunize.spectra.small_side import SmallSide, wide
 
 
 # Up to this size a full decomposition is as fast as an iteration and finds repeated values for certain.
@@ -21,7 +17,7 @@ _KRYLOV_CHECKS = (4, 8, 16, 28)  # depths at which convergence is looked at; aft
 
 
 class Spectrum(NamedTuple):
-    """Spectrum of the Hessian ``H = ZᵀZ`` on its small side, of size n = min(N, D).
+    """Spectrum of the Hessian ``H = ZᵀZ`` on its small side, of size n.
 
     Attributes:
         values: The non-zero eigenvalues of H by the rank rule, descending; as many as the rank.
@@ -33,62 +29,33 @@ class Spectrum(NamedTuple):
     vectors: Tensor
 
 
-def wide(features: Tensor) -> bool:
-    """Whether ``ZZᵀ`` (N×N) is the small side."""
-    return features.shape[0] <= features.shape[1]
-
-
-def small_gram(features: Tensor) -> Tensor:
-    """``ZZᵀ`` or ``ZᵀZ``, whichever is smaller, in float64, shape ``(n, n)``.
-
-    Raises:
-        NonFiniteError: If the features hold NaN or infinity, or their squares overflow.
-        RankError: If they are zero.
-    """
-    z = features.detach().to(torch.float64)
-    gram = z @ z.mT if wide(features) else z.mT @ z
-    # Every entry of Z stands in the trace, squared: one look at n numbers tells what a look at N·D would.
-    trace = float(gram.diagonal().sum())
-    if not math.isfinite(trace):
-        as_matrix(features, "features")  # names the entry
-        raise NonFiniteError(
-            f"Expected features whose squares are finite in float64, found values up to "
-            f"{float(features.detach().abs().max()):.3g}. Divide them by their scale first."
-        )
-    if trace == 0:
-        raise RankError(
-            f"Expected features of rank at least 1, found rank 0: all of {tuple(features.shape)} values are zero. "
-            "Check that the network is not dead and the right layer is read."
-        )
-    return gram
-
-
 def tie_tolerance(size: int, largest: float) -> float:
     """Distance below which two eigenvalues computed in float64 count as one repeated value."""
     return 16 * size * torch.finfo(torch.float64).eps * largest
 
 
-def hessian_spectrum(features: Tensor, gram: Tensor) -> Spectrum:
+def hessian_spectrum(side: SmallSide) -> Spectrum:
     """All eigenpairs of the small side, with the rank by the rule of `rank_cutoff`.
 
-    For float64 features the singular values of ``Z`` itself are taken; for coarser features the float64 Gram matrix
-    resolves what lies above their own rounding noise, at a fraction of the cost.
+    For float64 features the singular values of ``Z`` itself are taken; for coarser features, and where the Hessian
+    alone is given, the float64 Gram matrix resolves what lies above their own rounding noise, at a fraction of the
+    cost.
 
     Args:
-        features: ``Z``, shape ``(N, D)``, finite and not zero.
-        gram: Its `small_gram`.
+        side: Finite and not zero.
     """
-    n, d = features.shape
-    if features.dtype == torch.float64:
-        u, sigma, vh = torch.linalg.svd(features.detach(), full_matrices=False)
-        vectors, computed_noise = u if wide(features) else vh.mT, 0.0
+    if side.features is not None and side.dtype == torch.float64:
+        u, sigma, vh = torch.linalg.svd(side.features, full_matrices=False)
+        vectors, computed_noise = u if wide(side.features) else vh.mT, 0.0
         singular = sigma.tolist()
     else:
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = torch.linalg.eigh(side.gram)
         vectors, computed_noise = vectors.flip(1), torch.finfo(torch.float64).eps ** 0.5
-        singular = [math.sqrt(max(value, 0.0)) for value in reversed(values.tolist())]
+        # of a Hessian of few rows the eigenvalues beyond them are rounding
+        singular = [math.sqrt(max(value, 0.0)) for value in reversed(values.tolist())][: side.rows]
     frobenius = math.sqrt(math.fsum(s * s for s in singular))
-    cutoff = max(rank_cutoff(singular[0], frobenius, n, d, features.dtype), computed_noise * singular[0])
+    cutoff = rank_cutoff(singular[0], frobenius, side.rows, side.dim, side.dtype)
+    cutoff = max(cutoff, computed_noise * singular[0])
     return Spectrum([s * s for s in singular if s > cutoff], vectors)
 
 

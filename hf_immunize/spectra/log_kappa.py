@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from hf_immunize.spectra.closed_form import ClosedForm
-from hf_immunize.spectra.conditioning import as_matrix
-from hf_immunize.spectra.extremes import hessian_spectrum, small_gram, tie_tolerance, wide
+from hf_immunize.spectra.closed_form import hessian_function
+from hf_immunize.spectra.hessian import Hessian
+from hf_immunize.spectra.small_forms import small_log_kappa
 
 
-def hessian_log_kappa(features: Tensor) -> Tensor:
+def hessian_log_kappa(features: Tensor | Hessian) -> Tensor:
     """``log κ(H) = log σ_1 − log σ_k`` of the probing Hessian ``H = ZᵀZ``, σ_k its smallest non-zero eigenvalue.
 
     The natural logarithm of Eq. 1 of Zheng et al. 2025 (arXiv:2505.23760), on the smaller of ``ZᵀZ`` and ``ZZᵀ``.
@@ -20,7 +18,7 @@ def hessian_log_kappa(features: Tensor) -> Tensor:
     between them, and it jumps where another pair becomes extreme.
 
     Args:
-        features: Z, shape ``(N, D)``, any real floating-point dtype; computed in float64.
+        features: Z, shape ``(N, D)``, any real floating-point dtype, or their `Hessian`; computed in float64.
 
     Returns:
         0-D tensor, non-negative and dimensionless; differentiable once.
@@ -35,18 +33,4 @@ def hessian_log_kappa(features: Tensor) -> Tensor:
         >>> round(hessian_log_kappa(torch.diag(torch.tensor([10.0, 1.0]))).item(), 4)  # log 100
         4.6052
     """
-    return ClosedForm.apply(as_matrix(features, "features", check_finite=False), _hessian_log_kappa)
-
-
-def _hessian_log_kappa(z: Tensor) -> tuple[float, Tensor]:
-    gram = small_gram(z)
-    values, vectors = hessian_spectrum(z, gram)
-    k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
-    top = vectors[:, : sum(value >= values[0] - width for value in values)]
-    bottom = vectors[:, sum(value > values[-1] + width for value in values) : k]
-    small = (2 / (values[0] * top.shape[1])) * (top @ top.mT) - (2 / (values[-1] * bottom.shape[1])) * (
-        bottom @ bottom.mT
-    )
-    work = z.to(gram.dtype)
-    gradient = small @ work if wide(z) else work @ small
-    return math.log(values[0]) - math.log(values[-1]), gradient
+    return hessian_function(features, small_log_kappa)

@@ -10,15 +10,16 @@ extreme singular pair and the matrix, and average over the eigenspace where the 
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hf_immunize.errors import PerfectConditioningError, RankError
-from hf_immunize.spectra.closed_form import ClosedForm, ValueAndGradient
+from hf_immunize.errors import RankError
+from hf_immunize.spectra.closed_form import ClosedForm, ValueAndGradient, hessian_function
 from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
-from hf_immunize.spectra.extremes import hessian_spectrum, small_gram, tie_tolerance, top_eigenspace, wide
+from hf_immunize.spectra.hessian import Hessian
+from hf_immunize.spectra.small_forms import ill_denominator, rounding, small_concentration, small_r_ill, small_r_well
+from hf_immunize.spectra.small_forms import scale_free as scale_free_form
 
 
 def r_well(matrix: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def r_well(matrix: Tensor) -> Tensor:
         >>> r_well(torch.diag(torch.tensor([3.0, 1.0]))).item()
         2.0
     """
-    return ClosedForm.apply(as_matrix(matrix), _r_well)
+    return _matrix_function(matrix, _r_well)
 
 
 def r_ill(matrix: Tensor) -> Tensor:
@@ -65,17 +66,17 @@ def r_ill(matrix: Tensor) -> Tensor:
         >>> r_ill(torch.diag(torch.tensor([3.0, 1.0]))).item()
         0.5
     """
-    return ClosedForm.apply(as_matrix(matrix), _r_ill)
+    return _matrix_function(matrix, _r_ill)
 
 
-def hessian_r_well(features: Tensor, *, scale_free: bool = False) -> Tensor:
+def hessian_r_well(features: Tensor | Hessian, *, scale_free: bool = False) -> Tensor:
     """``R_well`` of the probing Hessian ``H = ZᵀZ``, p = D, computed on the smaller of ``ZᵀZ`` and ``ZZᵀ``.
 
     Gradient with respect to Z: ``2(σ_1 uuᵀ − G/D) Z``, ``G = ZZᵀ`` and u its top eigenvector (N ≤ D), or the same with
     H from the right. Only the top pair is needed.
 
     Args:
-        features: Z, shape ``(N, D)``, any real floating-point dtype; computed in float64.
+        features: Z, shape ``(N, D)``, any real floating-point dtype, or their `Hessian`; computed in float64.
         scale_free: Take it of ``H·D/tr(H)``, which does not change when the features are scaled.
 
     Returns:
@@ -91,17 +92,17 @@ def hessian_r_well(features: Tensor, *, scale_free: bool = False) -> Tensor:
         >>> hessian_r_well(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item()
         3.75
     """
-    return ClosedForm.apply(_as_features(features), _scale_free(_hessian_r_well, 2) if scale_free else _hessian_r_well)
+    return hessian_function(features, scale_free_form(small_r_well, 2) if scale_free else small_r_well)
 
 
-def hessian_r_ill(features: Tensor, *, scale_free: bool = False) -> Tensor:
+def hessian_r_ill(features: Tensor | Hessian, *, scale_free: bool = False) -> Tensor:
     """``R_ill`` of the probing Hessian ``H = ZᵀZ``, k = rank(H), computed on the smaller of ``ZᵀZ`` and ``ZZᵀ``.
 
     Gradient with respect to Z: ``2((σ_k uuᵀ − G/k)/d²) Z``, ``G = ZZᵀ``, u the eigenvector of its smallest non-zero
     eigenvalue σ_k and d the denominator of R_ill (N ≤ D), or the same with H from the right.
 
     Args:
-        features: Z, shape ``(N, D)``, any real floating-point dtype; computed in float64.
+        features: Z, shape ``(N, D)``, any real floating-point dtype, or their `Hessian`; computed in float64.
         scale_free: Take it of ``H·D/tr(H)``, which does not change when the features are scaled.
 
     Returns:
@@ -119,10 +120,10 @@ def hessian_r_ill(features: Tensor, *, scale_free: bool = False) -> Tensor:
         >>> round(hessian_r_ill(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item(), 6)  # 1/(17/4 − 1/2)
         0.266667
     """
-    return ClosedForm.apply(_as_features(features), _scale_free(_hessian_r_ill, -2) if scale_free else _hessian_r_ill)
+    return hessian_function(features, scale_free_form(small_r_ill, -2) if scale_free else small_r_ill)
 
 
-def spectral_concentration(features: Tensor) -> Tensor:
+def spectral_concentration(features: Tensor | Hessian) -> Tensor:
     """``C(Z) = log((tr H − σ_1)/σ_1)``, H = ZᵀZ and σ_1 its largest eigenvalue: scale-free, from the top pair alone.
 
     Lowering it raises a lower bound of κ: ``log κ(H) ≥ log(k − 1) − C(Z)``, k = rank(H), since the smallest of the
@@ -131,7 +132,7 @@ def spectral_concentration(features: Tensor) -> Tensor:
     where nothing is left to gain, the value stays at the floor and the gradient is zero.
 
     Args:
-        features: Z, shape ``(N, D)``, any real floating-point dtype; computed in float64.
+        features: Z, shape ``(N, D)``, any real floating-point dtype, or their `Hessian`; computed in float64.
 
     Returns:
         0-D tensor, dimensionless; differentiable once.
@@ -145,7 +146,12 @@ def spectral_concentration(features: Tensor) -> Tensor:
         >>> round(spectral_concentration(torch.diag(torch.tensor([10.0, 1.0]))).item(), 4)  # log(1/100)
         -4.6052
     """
-    return ClosedForm.apply(_as_features(features), _spectral_concentration)
+    return hessian_function(features, small_concentration)
+
+
+def _matrix_function(matrix: Tensor, function: ValueAndGradient) -> Tensor:
+    matrix = as_matrix(matrix)
+    return ClosedForm.apply(matrix, function, matrix.dtype)
 
 
 def _r_well(s: Tensor) -> tuple[float, Tensor]:
@@ -170,95 +176,15 @@ def _r_ill(s: Tensor) -> tuple[float, Tensor]:
             "produced it."
         )
     k, width = len(kept), _tie_width(sigma)
-    denominator = _ill_denominator(kept, max(width, _rounding(s) * kept[0]))
+    denominator = ill_denominator(kept, max(width, rounding(s.dtype) * kept[0]))
     first = sum(value > kept[-1] + width for value in kept)
     extreme = (kept[-1] / (k - first)) * (u[:, first:k] @ vh[first:k])
     gradient = (extreme - s.to(sigma.dtype) / k) / denominator**2
     return 1 / denominator, gradient.to(_work_dtype(s))
 
 
-# The factor enters before anything is rounded to the features' dtype: without it the gradient of R_ill, of degree −5
-# in the features, leaves the range of float32 while the scale-free one is of ordinary size.
-def _hessian_r_well(z: Tensor, factor: float = 1.0) -> tuple[float, Tensor]:
-    gram = small_gram(z)
-    top, basis = top_eigenspace(gram, _vector_accuracy(z))
-    dim = z.shape[1]
-    value = max(0.0, top**2 / 2 - float(gram.square().sum()) / (2 * dim))
-    return factor * value, _apply(_combine(gram, -2 * factor / dim, basis, 2 * factor * top), z)
-
-
-def _hessian_r_ill(z: Tensor, factor: float = 1.0) -> tuple[float, Tensor]:
-    gram = small_gram(z)
-    values, vectors = hessian_spectrum(z, gram)
-    k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
-    denominator = _ill_denominator(values, max(width, _rounding(z) * values[0]))
-    first = sum(value > values[-1] + width for value in values)
-    scale = 2 * factor / denominator**2
-    return factor / denominator, _apply(_combine(gram, -scale / k, vectors[:, first:k], scale * values[-1]), z)
-
-
-def _spectral_concentration(z: Tensor) -> tuple[float, Tensor]:
-    gram = small_gram(z)
-    top, basis = top_eigenspace(gram, _vector_accuracy(z))
-    trace = float(gram.diagonal().sum())
-    rest, floor = trace - top, 64 * torch.finfo(torch.float64).eps * trace
-    if rest <= floor:
-        return math.log(floor / top), torch.zeros_like(z, dtype=_work_dtype(z))
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return math.log(rest / top), _apply(_combine(identity, 2 / rest, basis, -2 * (1 / rest + 1 / top)), z)
-
-
-def _ill_denominator(values: list[float], width: float) -> float:
-    """``(1/2k)Σσ_i² − ½σ_k²`` as a sum of differences, which loses nothing by cancellation."""
-    if values[0] - values[-1] <= width:
-        raise PerfectConditioningError(
-            f"Expected κ > 1 in R_ill, found {len(values)} equal non-zero singular value(s) ({values[0]:.3g}), where "
-            "R_ill is undefined. Use at least two different samples in a harmful batch."
-        )
-    return math.fsum(value**2 - values[-1] ** 2 for value in values) / (2 * len(values))
-
-
-def _combine(matrix: Tensor, weight: float, basis: Tensor, projector_weight: float) -> Tensor:
-    """``weight·matrix + projector_weight·(average of uuᵀ over the columns u of an orthonormal basis)``."""
-    return torch.addmm(matrix, basis, basis.mT, beta=weight, alpha=projector_weight / basis.shape[1])
-
-
-def _scale_free(function: Callable[[Tensor, float], tuple[float, Tensor]], degree: int) -> ValueAndGradient:
-    """The function of ``cH``, ``c = D/tr H``, where it is homogeneous in H of the given degree."""
-
-    def scaled(z: Tensor) -> tuple[float, Tensor]:
-        trace = float(z.to(torch.float64).square().sum())
-        # Where the trace is zero or not finite the function itself says what is wrong with the features.
-        factor = (z.shape[1] / trace) ** degree if 0 < trace < math.inf else 1.0
-        value, gradient = function(z, factor)
-        return value, gradient + (-2 * degree * value / trace) * z.to(gradient.dtype)
-
-    return scaled
-
-
-def _apply(small: Tensor, z: Tensor) -> Tensor:
-    """A small-side matrix times the features, from the side it belongs to, in the features' working precision."""
-    small, z = small.to(_work_dtype(z)), z.to(_work_dtype(z))
-    return small @ z if wide(z) else z @ small
-
-
-def _vector_accuracy(z: Tensor) -> float:
-    """Float32 gradients need no vector beyond float32; float64 ones are compared with references to 1e-10."""
-    return 1e-12 if z.dtype == torch.float64 else 1e-8
-
-
-def _rounding(z: Tensor) -> float:
-    """Relative spread of equal eigenvalues once the features are rounded to their dtype."""
-    return 8 * torch.finfo(z.dtype).eps
-
-
-def _work_dtype(z: Tensor) -> torch.dtype:
-    return torch.promote_types(z.dtype, torch.float32)
-
-
-def _as_features(features: Tensor) -> Tensor:
-    """Shape and dtype only: that they are finite and not zero is seen in the Gram matrix."""
-    return as_matrix(features, "features", check_finite=False)
+def _work_dtype(s: Tensor) -> torch.dtype:
+    return torch.promote_types(s.dtype, torch.float32)
 
 
 def _tie_width(sigma: Tensor) -> float:

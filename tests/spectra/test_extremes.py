@@ -4,7 +4,8 @@ from matrices import gaussian, geometric, orthonormal, with_singular_values
 
 from hf_immunize.errors import NonFiniteError, RankError
 from hf_immunize.spectra import extremes
-from hf_immunize.spectra.extremes import hessian_spectrum, small_gram, tie_tolerance, top_eigenspace
+from hf_immunize.spectra.extremes import hessian_spectrum, tie_tolerance, top_eigenspace
+from hf_immunize.spectra.small_side import side_of_features, small_gram
 
 
 def psd(values, seed=0):
@@ -86,7 +87,7 @@ def test_a_matrix_of_lower_rank_than_the_krylov_space(rank):
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30)])
 def test_the_hessian_spectrum_has_the_rank_and_the_eigenvectors(shape, dtype):
     features = with_singular_values([5.0, 3.0, 2.0, 0.5], *shape).to(dtype)
-    values, vectors = hessian_spectrum(features, small_gram(features))
+    values, vectors = hessian_spectrum(side_of_features(features))
     assert values == pytest.approx([25.0, 9.0, 4.0, 0.25], rel=1e-5)
     gram = small_gram(features)
     kept = vectors[:, :4]
@@ -95,7 +96,7 @@ def test_the_hessian_spectrum_has_the_rank_and_the_eigenvectors(shape, dtype):
 
 def test_float64_features_keep_directions_that_the_gram_matrix_loses():
     features = with_singular_values(geometric(1e10, 8), 30, 8)
-    values, _ = hessian_spectrum(features, small_gram(features))
+    values, _ = hessian_spectrum(side_of_features(features))
     assert len(values) == 8
     assert values[-1] == pytest.approx(1e-20, rel=1e-4)
 

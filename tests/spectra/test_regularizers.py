@@ -10,7 +10,7 @@ from matrices import gaussian, geometric, orthonormal, relative_error, value_and
 
 from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError, ShapeError
 from hf_immunize.spectra.conditioning import condition_number, feature_conditioning
-from hf_immunize.spectra.extremes import _krylov_top, small_gram
+from hf_immunize.spectra.extremes import _krylov_top
 from hf_immunize.spectra.regularizers import (
     hessian_r_ill,
     hessian_r_well,
@@ -19,6 +19,7 @@ from hf_immunize.spectra.regularizers import (
     r_well,
     spectral_concentration,
 )
+from hf_immunize.spectra.small_side import small_gram
 
 
 FEATURE_FUNCTIONS = [hessian_r_well, hessian_r_ill, spectral_concentration]

@@ -1,0 +1,135 @@
+"""The regularizers on the small side: value, and what makes the gradient.
+
+Every function here takes a `SmallSide`, a Gram matrix G of features Z, and a factor on the result, and returns the
+value with the symmetric matrix M of G's size for which the gradient is ``∂f/∂Z = M·Z`` (G = ZZᵀ) or ``Z·M``
+(G = ZᵀZ). The features' side and the Hessian's side share them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_immunize.errors import PerfectConditioningError
+from hf_immunize.spectra.extremes import hessian_spectrum, tie_tolerance, top_eigenspace
+from hf_immunize.spectra.small_side import SmallSide, wide
+
+
+class SmallGradient(NamedTuple):
+    """``M = gram·G + identity·I + Σ_j weight_j·P_j``, P_j the average of uuᵀ over the columns u of a basis.
+
+    Attributes:
+        gram: Factor of G.
+        identity: Factor of I.
+        spaces: Orthonormal bases, each of shape ``(n, m_j)``, with their weights.
+    """
+
+    gram: float
+    identity: float
+    spaces: tuple[tuple[Tensor, float], ...]
+
+    def matrix(self, gram: Tensor) -> Tensor:
+        """M, shape ``(n, n)``, in float64."""
+        m = self.gram * gram
+        m.diagonal().add_(self.identity)
+        for basis, weight in self.spaces:
+            m.addmm_(basis, basis.mT, alpha=weight / basis.shape[1])
+        return m
+
+    def times(self, z: Tensor, gram: Tensor) -> Tensor:
+        """``M·Z`` or ``Z·M``, whichever side is the small one, in the features' dtype, float32 at least."""
+        work = torch.promote_types(z.dtype, torch.float32)
+        if self.gram:
+            m, z = self.matrix(gram).to(work), z.to(work)
+            return m @ z if wide(z) else z @ m
+        # Without G it is a product with a few vectors. What is left of Z beside them, and what a vector of a small
+        # singular value finds in it, are differences of larger numbers: in float64.
+        tall = (z.mT if wide(z) else z).to(torch.float64)
+        product = self.identity * tall
+        for basis, weight in self.spaces:
+            product.addmm_(tall @ basis, basis.mT, alpha=weight / basis.shape[1])
+        return (product.mT if wide(z) else product).to(work)
+
+
+# The factor enters before anything is rounded to the features' dtype: without it the gradient of R_ill, of degree −5
+# in the features, leaves the range of float32 while the scale-free one is of ordinary size.
+def small_r_well(side: SmallSide, factor: float = 1.0) -> tuple[float, SmallGradient]:
+    """``½σ_1² − tr(G²)/2D`` and ``2(σ_1 uuᵀ − G/D)``."""
+    top, basis = top_eigenspace(side.gram, vector_accuracy(side.dtype))
+    value = max(0.0, top**2 / 2 - float(side.gram.square().sum()) / (2 * side.dim))
+    return factor * value, SmallGradient(-2 * factor / side.dim, 0.0, ((basis, 2 * factor * top),))
+
+
+def small_r_ill(side: SmallSide, factor: float = 1.0) -> tuple[float, SmallGradient]:
+    """``1/d``, ``d = Σ(σ_i² − σ_k²)/2k``, and ``2(σ_k uuᵀ − G/k)/d²``."""
+    values, vectors = hessian_spectrum(side)
+    k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
+    denominator = ill_denominator(values, max(width, rounding(side.dtype) * values[0]))
+    first = sum(value > values[-1] + width for value in values)
+    scale = 2 * factor / denominator**2
+    return factor / denominator, SmallGradient(-scale / k, 0.0, ((vectors[:, first:k], scale * values[-1]),))
+
+
+def small_concentration(side: SmallSide) -> tuple[float, SmallGradient]:
+    """``log((tr G − σ_1)/σ_1)`` and ``2(I − uuᵀ)/(tr G − σ_1) − 2uuᵀ/σ_1``."""
+    top, basis = top_eigenspace(side.gram, vector_accuracy(side.dtype))
+    trace = float(side.gram.diagonal().sum())
+    rest, floor = trace - top, 64 * torch.finfo(torch.float64).eps * trace
+    if rest <= floor:
+        return math.log(floor / top), SmallGradient(0.0, 0.0, ())
+    return math.log(rest / top), SmallGradient(0.0, 2 / rest, ((basis, -2 * (1 / rest + 1 / top)),))
+
+
+def small_log_kappa(side: SmallSide) -> tuple[float, SmallGradient]:
+    """``log σ_1 − log σ_k`` and ``2(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k)``."""
+    values, vectors = hessian_spectrum(side)
+    k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
+    top = vectors[:, : sum(value >= values[0] - width for value in values)]
+    bottom = vectors[:, sum(value > values[-1] + width for value in values) : k]
+    spaces = ((top, 2 / values[0]), (bottom, -2 / values[-1]))
+    return math.log(values[0]) - math.log(values[-1]), SmallGradient(0.0, 0.0, spaces)
+
+
+def scale_free(
+    function: Callable[[SmallSide, float], tuple[float, SmallGradient]], degree: int
+) -> Callable[[SmallSide], tuple[float, SmallGradient]]:
+    """The function of ``cH``, ``c = D/tr H``, where it is homogeneous in H of the given degree."""
+
+    def scaled(side: SmallSide) -> tuple[float, SmallGradient]:
+        trace = float(side.gram.diagonal().sum())
+        value, gradient = function(side, (side.dim / trace) ** degree)
+        return value, gradient._replace(identity=gradient.identity - 2 * degree * value / trace)
+
+    return scaled
+
+
+def ill_denominator(values: list[float], width: float) -> float:
+    """``(1/2k)Σσ_i² − ½σ_k²`` as a sum of differences, which loses nothing by cancellation.
+
+    Args:
+        values: The non-zero values, descending.
+        width: Spread within which they all count as one.
+
+    Raises:
+        PerfectConditioningError: If they do, where the denominator vanishes.
+    """
+    if values[0] - values[-1] <= width:
+        raise PerfectConditioningError(
+            f"Expected κ > 1 in R_ill, found {len(values)} equal non-zero singular value(s) ({values[0]:.3g}), where "
+            "R_ill is undefined. Use at least two different samples in a harmful batch."
+        )
+    return math.fsum(value**2 - values[-1] ** 2 for value in values) / (2 * len(values))
+
+
+def vector_accuracy(dtype: torch.dtype) -> float:
+    """Float32 gradients need no vector beyond float32; float64 ones are compared with references to 1e-10."""
+    return 1e-12 if dtype == torch.float64 else 1e-8
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative spread of equal eigenvalues once the features are rounded to their dtype."""
+    return 8 * torch.finfo(dtype).eps

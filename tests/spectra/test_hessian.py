@@ -1,0 +1,161 @@
+"""The Hessian in the place of the features: the same values, and gradients that reach the features the same."""
+
+import math
+
+import pytest
+import torch
+from matrices import gaussian, geometric, orthonormal, relative_error, value_and_gradient, with_singular_values
+
+from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError, ShapeError
+from hf_immunize.spectra.hessian import Hessian
+from hf_immunize.spectra.log_kappa import hessian_log_kappa
+from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well, spectral_concentration
+
+
+def scale_free_r_well(features):
+    return hessian_r_well(features, scale_free=True)
+
+
+def scale_free_r_ill(features):
+    return hessian_r_ill(features, scale_free=True)
+
+
+FUNCTIONS = [
+    hessian_r_well,
+    hessian_r_ill,
+    scale_free_r_well,
+    scale_free_r_ill,
+    spectral_concentration,
+    hessian_log_kappa,
+]
+# rows, columns, rank
+SHAPES = [(9, 6, 6), (6, 9, 6), (7, 7, 7), (9, 6, 4), (6, 9, 3), (330, 340, 330), (400, 330, 330)]
+
+
+def by_hessian(function):
+    return lambda z: function(Hessian.of(z))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("rows", "columns", "rank"), SHAPES)
+def test_the_hessian_gives_the_value_and_gradient_of_the_features(function, rows, columns, rank):
+    features = with_singular_values(geometric(10.0, rank), rows, columns)
+    value, gradient = value_and_gradient(function, features)
+    found, found_gradient = value_and_gradient(by_hessian(function), features)
+    assert float(found) == pytest.approx(float(value), rel=1e-12)
+    assert relative_error(found_gradient, gradient) < 1e-12
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("rows", "columns"), [(40, 60), (60, 40), (400, 330), (330, 400)])
+def test_float32_features_agree_to_their_own_precision(function, rows, columns):
+    features = gaussian(rows, columns, dtype=torch.float32)
+    value, gradient = value_and_gradient(function, features)
+    found, found_gradient = value_and_gradient(by_hessian(function), features)
+    assert found.dtype == value.dtype
+    assert float(found) == pytest.approx(float(value), rel=1e-6)
+    assert relative_error(found_gradient, gradient) < 1e-6
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_sum_over_shares_of_rows_is_the_hessian_of_all_rows(function):
+    features = gaussian(24, 7)
+    value, gradient = value_and_gradient(function, features)
+
+    def by_shares(z):
+        shares = [Hessian.of(rows).matrix for rows in z.split([3, 10, 11])]
+        return function(Hessian(sum(shares), rows=24, dtype=z.dtype))
+
+    found, found_gradient = value_and_gradient(by_shares, features)
+    assert float(found) == pytest.approx(float(value), rel=1e-12)
+    assert relative_error(found_gradient, gradient) < 1e-12
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_gradient_at_the_hessian_is_symmetric_and_in_float64(function):
+    matrix = Hessian.of(gaussian(12, 8, dtype=torch.float32)).matrix.requires_grad_()
+    function(Hessian(matrix, rows=12, dtype=torch.float32)).backward()
+    assert matrix.grad.dtype == torch.float64
+    assert torch.allclose(matrix.grad, matrix.grad.mT, rtol=1e-13, atol=1e-13 * float(matrix.grad.abs().max()))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (6, 6)])
+def test_gradcheck_through_the_hessian(function, shape):
+    assert torch.autograd.gradcheck(by_hessian(function), (gaussian(*shape, seed=3).requires_grad_(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_rank_is_at_most_the_number_of_rows(dtype):
+    # Below the smallest of the six true directions there is nothing but the rounding of the Gram matrix.
+    features = with_singular_values(geometric(1e3, 6), 6, 200).to(dtype)
+    found = hessian_log_kappa(Hessian.of(features))
+    assert float(found) == pytest.approx(2 * math.log(1e3), rel=1e-4)
+
+
+@pytest.mark.parametrize("function", [hessian_r_well, spectral_concentration])
+def test_a_repeated_top_gives_the_averaged_subgradient(function):
+    sigma = torch.tensor([2.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    features = with_singular_values(sigma, 9, 6)
+    _, gradient = value_and_gradient(function, features)
+    _, found = value_and_gradient(by_hessian(function), features)
+    assert relative_error(found, gradient) < 1e-10
+
+
+def test_a_large_weight_on_a_small_gradient_loses_nothing():
+    features = gaussian(7, 5, seed=1, dtype=torch.float32)
+    _, gradient = value_and_gradient(by_hessian(hessian_r_ill), features)
+    _, weighted = value_and_gradient(lambda z: -3e8 * hessian_r_ill(Hessian.of(z)), features)
+    assert relative_error(weighted, -3e8 * gradient.double()) < 1e-6
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_autocast_changes_nothing(function):
+    features = gaussian(20, 12, dtype=torch.bfloat16)
+    value, gradient = value_and_gradient(by_hessian(function), features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, found_gradient = value_and_gradient(by_hessian(function), features)
+    assert torch.equal(found, value)
+    assert torch.equal(found_gradient, gradient)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_entry_that_is_not_finite_is_named(function, bad):
+    matrix = torch.eye(4, dtype=torch.float64)
+    matrix[3, 2] = bad
+    with pytest.raises(NonFiniteError, match=r"the Hessian, found (nan|inf) in row 3, column 2"):
+        function(Hessian(matrix, rows=5, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_hessian_of_zeros_is_refused(function):
+    with pytest.raises(RankError, match="Check that the network is not dead"):
+        function(Hessian(torch.zeros(4, 4, dtype=torch.float64), rows=5, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("function", [hessian_r_ill, scale_free_r_ill])
+def test_r_ill_at_perfect_conditioning_is_refused(function):
+    with pytest.raises(PerfectConditioningError, match="Use at least two different samples"):
+        function(Hessian.of(3 * orthonormal(6, 4, seed=0).float()))
+
+
+def test_r_ill_of_a_single_row_is_refused():
+    with pytest.raises(PerfectConditioningError, match="Use at least two different samples"):
+        hessian_r_ill(Hessian.of(gaussian(1, 4)))
+
+
+def test_a_matrix_that_is_not_square_is_refused():
+    with pytest.raises(ShapeError, match="Pass ZᵀZ"):
+        Hessian(torch.ones(4, 3, dtype=torch.float64), rows=4, dtype=torch.float32)
+
+
+def test_a_matrix_in_single_precision_is_refused():
+    with pytest.raises(ArgumentError, match="cast to float64"):
+        Hessian(torch.eye(3), rows=4, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("rows", [0, -2])
+def test_a_hessian_of_no_rows_is_refused(rows):
+    with pytest.raises(ShapeError, match=f"rows={rows}"):
+        Hessian(torch.eye(3, dtype=torch.float64), rows=rows, dtype=torch.float32)
