@@ -77,8 +77,8 @@ def images_checksum(pixel_values: Tensor) -> float:
         >>> images = torch.arange(24.0).reshape(2, 3, 2, 2)
         >>> images_checksum(images) == images_checksum(images[:1]) + images_checksum(images[1:])
         True
-        >>> images_checksum(images) == images_checksum(images.flip(0)), images_checksum(images.flip(3))
-        (True, False)
+        >>> [images_checksum(images) == images_checksum(images.flip(dim)) for dim in (0, 3)]
+        [True, False]
     """
     rows = pixel_values.detach().float().flatten(1)
     weights = 1 + torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device) / rows.shape[1]

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 
+import torch.distributed as dist
 import transformers as hf
 from two_ranks import resumable
 
@@ -15,4 +16,5 @@ class Killed(hf.TrainerCallback):
 
 
 if __name__ == "__main__":
+    dist.init_process_group("gloo")
     resumable(sys.argv[1], dropout=0.2, callbacks=[Killed()]).train()

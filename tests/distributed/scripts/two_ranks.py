@@ -1,16 +1,23 @@
-"""What one process and two should agree on: ``torchrun ... two_ranks.py FOLDER FOLDER_OF_ONE FOLDER_OF_THE_KILLED``."""
+"""What one process and two should agree on: ``torchrun ... two_ranks.py FOLDER FOLDER_OF_ONE FOLDER_OF_KILLED``."""
 
 import json
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import transformers as hf
 
 from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.distributed import gather_features, gather_labels, mean_gradient_norm, world_size
+from hf_immunize.training.distributed import (
+    gather_features,
+    gather_labels,
+    mean_gradient_norm,
+    sum_hessian,
+    world_size,
+)
 from hf_immunize.training.objectives import OBJECTIVES, Side
 from hf_immunize.training.queue import FeatureQueue
 from hf_immunize.training.trainer import ImmunizationTrainer
@@ -18,6 +25,9 @@ from hf_immunize.vision.measurement import Measurement
 
 
 PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}
+SPECTRAL = [name for name in OBJECTIVES if name != "imma"]
+# Its default would make steps of full size out of gradients that are rounding, as of the bias of attention's keys.
+ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-2}
 FIXED = PAPER | {"benign_weight": 0.5, "harmful_weight": 2.0}
 
 
@@ -65,10 +75,16 @@ def gradients():
                 whole = [gather_features(part) for part in parts]
                 whole = [queue.join(each) for each in whole] if size else whole
                 own = gather_labels(labels.chunk(world_size())[rank()])
-                terms = objective(Side(whole[0]), Side(whole[1], labels=own), False)
-                torch.stack([*terms.benign.values(), *terms.harmful.values()]).sum().backward()
-                case = f"{name} {str(dtype).removeprefix('torch.')} {'queue' if size else 'batch'}"
-                found[case] = [gathered(part.grad) for part in parts if part.grad is not None]
+                routes = {"queue" if size else "batch": whole}
+                if dtype == torch.float32 and not size and name != "imma":
+                    routes["sum"] = [sum_hessian(part) for part in parts]
+                for route, given in routes.items():
+                    terms = objective(Side(given[0]), Side(given[1], labels=own), False)
+                    torch.stack([*terms.benign.values(), *terms.harmful.values()]).sum().backward()
+                    case = f"{name} {str(dtype).removeprefix('torch.')} {route}"
+                    found[case] = [gathered(part.grad) for part in parts if part.grad is not None]
+                    for part in parts:
+                        part.grad = None
     return found
 
 
@@ -79,13 +95,13 @@ def norm():
     return float(mean_gradient_norm(torch.linalg.vector_norm(part)))
 
 
-def trainer(folder, model, dtype=torch.float32, callbacks=None, **options):
+def trainer(folder, model, dtype=torch.float32, callbacks=None, batch=8, **options):
     """For steps over a global batch of 8 images a side and evaluations of 13 and 11, which no batch size divides."""
     defaults = {"max_steps": 1, "optim": "sgd", "save_strategy": "no", "max_grad_norm": 0.0}
     options = defaults | options
     args = ImmunizationArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=8 // world_size() // options.get("gradient_accumulation_steps", 1),
+        per_device_train_batch_size=batch // world_size() // options.get("gradient_accumulation_steps", 1),
         per_device_eval_batch_size=4,
         learning_rate=1e-2,
         logging_steps=1,
@@ -95,7 +111,7 @@ def trainer(folder, model, dtype=torch.float32, callbacks=None, **options):
         ddp_backend="gloo" if world_size() > 1 else None,
         **options,
     )
-    sets = {"train_dataset": rows(16, 1, dtype), "harmful_dataset": rows(16, 2, dtype)}
+    sets = {"train_dataset": rows(2 * batch, 1, dtype), "harmful_dataset": rows(2 * batch, 2, dtype)}
     sets |= {"eval_dataset": rows(13, 3, dtype), "harmful_eval_dataset": rows(11, 4, dtype)}
     if args.benign_loss == "distillation":
         sets["distillation_dataset"] = rows(10, 5, dtype)
@@ -119,6 +135,15 @@ def run(folder, dtype=torch.float32, **options):
     return outcome(done)
 
 
+def summed(folder):
+    """Batches of which the Hessian is smaller than the features, 8 numbers a row; and how often it was summed."""
+    options = {"batch": 32, "max_steps": 2}
+    with mock.patch("hf_immunize.training.step.sum_hessian", wraps=sum_hessian) as used:
+        runs = {f"summed {name}": run(folder, **options, **PAPER | {"objective": name}) for name in SPECTRAL}
+        runs["summed defaults"] = run(folder, **options, budget_holdout=0.0)
+    return runs, used.call_count
+
+
 def exactly(folder):
     """In float64: every objective with weights by gradient norms, and what remembers."""
     wide = {"dtype": torch.float64, "max_steps": 2}
@@ -131,8 +156,8 @@ def exactly(folder):
 
 def resumable(folder, dropout=0.0, callbacks=None, **options):
     """A run of five steps in epochs of two, which keeps a checkpoint of each."""
-    kept = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "queue_size": 16}
-    return trainer(folder, vit(dropout), callbacks=callbacks, **kept | options)
+    kept = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "queue_size": 16}
+    return trainer(folder, vit(dropout), callbacks=callbacks, **kept | ADAM | options)
 
 
 def resumed(source, folder, last=None, **options):
@@ -165,19 +190,23 @@ def fewer_images_than_processes(folder):
 
 def everything(folder):
     folder = Path(folder)
+    of_sums, sums = summed(folder)
     return {
         "world_size": world_size(),
+        "sums": sums,
         "gradients": gradients(),
         "norm": norm(),
         "runs": {
-            "auto": run(folder, **PAPER),
+            "auto": run(folder, **PAPER, max_steps=2),
             "fixed": run(folder, **FIXED),
+            "adam": run(folder, **PAPER, max_steps=2, **ADAM),
             # Running means, multiplier, queue, starting model and a third set, over steps enough to use them.
             "defaults": run(folder, max_steps=4, queue_size=16),
             "cached": run(folder / "cached", cache_trunk="float32", **FIXED),
             "imma": run(folder, **PAPER | {"objective": "imma"}),
             "opt_kappa": run(folder, **PAPER | {"objective": "opt_kappa"}),
-            "r_ill": run(folder, **PAPER | {"objective": "r_ill"}, gradient_accumulation_steps=2),
+            "r_ill": run(folder, **PAPER | {"objective": "r_ill"}),
+            **of_sums,
         },
         "exactly": exactly(folder),
         "few": fewer_images_than_processes(folder),
@@ -187,12 +216,14 @@ def everything(folder):
 
 def on_two(folder, of_one, of_killed):
     from callbacks_two_ranks import callbacks
+    from sharded import sharded
 
     return everything(folder) | {
         "from_one": resumed(of_one / "whole", folder / "from_one", last=3),
         "dropout": uninterrupted(folder / "dropout", dropout=0.2),
         "after_kill": resumed(of_killed, folder / "after_kill", dropout=0.2),
         "callbacks": callbacks(folder),
+        "sharded": sharded(folder, trainer, vit, PAPER | ADAM),
     }
 
 
