@@ -25,11 +25,30 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+class _Gathered(torch.autograd.Function):
+    """The rows of all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        rows = len(features)
+        ctx.own = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
+        whole = features.new_empty(world_size() * rows, *features.shape[1:])
+        dist.all_gather_into_tensor(whole, features.contiguous())
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        # The same on every process, as the loss is: nothing to communicate, but to make up for the mean.
+        return world_size() * grad_outputs[0][ctx.own]
+
+
 def gather_features(features: Tensor) -> Tensor:
     """Features of all processes, differentiably.
 
-    With the same loss on every process, the gradient that comes back to each is the world size times its part of the
-    global gradient; the mean that DistributedDataParallel takes restores exactly the single-process gradient.
+    The loss that they enter must be the same on every process. The gradient that comes back to each is then the world
+    size times its part of the global gradient; the mean that DistributedDataParallel takes restores exactly the
+    single-process gradient.
 
     Args:
         features: Shape ``(n, D)``, the same n on every process.
@@ -37,22 +56,15 @@ def gather_features(features: Tensor) -> Tensor:
     Returns:
         Shape ``(world_size · n, D)``, in the order of ranks; the argument itself on one process.
     """
-    if world_size() == 1:
-        return features
-    from torch.distributed._functional_collectives import all_gather_tensor_autograd
-
-    group = dist.group.WORLD
-    assert group is not None  # world_size() was above 1
-    return all_gather_tensor_autograd(features.contiguous(), gather_dim=0, group=group)
+    return features if world_size() == 1 else _Gathered.apply(features)
 
 
 def sum_is_smaller(rows: int, dim: int, dtype: torch.dtype) -> bool:
     """Whether summing ``ZᵀZ`` over processes moves fewer bytes than gathering Z.
 
-    In units of ``(W − 1)/W`` bytes a process, W their number: gathering moves ``N·D·b`` forward and, scattering the
-    gradient, the same backward, b the bytes of a feature. A sum of float64 moves ``2·8·D²`` forward, and nothing
-    backward, since every process holds the gradient with respect to the sum. That of float64 features is never taken:
-    they hold more than their float64 Gram matrix can.
+    In units of ``(W − 1)/W`` bytes a process, W their number: gathering moves ``N·D·b``, b the bytes of a feature, and
+    a sum of float64 moves ``2·8·D²``. Neither moves anything backward, since every process holds the same gradient.
+    That of float64 features is never taken: they hold more than their float64 Gram matrix can.
 
     Args:
         rows: N, of all processes.
@@ -60,15 +72,15 @@ def sum_is_smaller(rows: int, dim: int, dtype: torch.dtype) -> bool:
         dtype: Of the features.
 
     Returns:
-        Whether ``8·D < N·b``.
+        Whether ``16·D < N·b``.
 
     Example:
-        >>> sum_is_smaller(2048, 768, torch.float32), sum_is_smaller(2048, 768, torch.bfloat16)
+        >>> sum_is_smaller(4096, 768, torch.float32), sum_is_smaller(4096, 768, torch.bfloat16)
         (True, False)
-        >>> sum_is_smaller(2048, 768, torch.float64)
+        >>> sum_is_smaller(4096, 768, torch.float64)
         False
     """
-    return dtype != torch.float64 and 8 * dim < rows * dtype.itemsize
+    return dtype != torch.float64 and 16 * dim < rows * dtype.itemsize
 
 
 class _GlobalGram(torch.autograd.Function):
@@ -88,7 +100,6 @@ class _GlobalGram(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
-        # The same on every process, as the loss is: nothing to communicate, but to make up for the mean.
         weight = world_size() * (grad_outputs[0] + grad_outputs[0].mT)
         work = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from hf_immunize.training.distributed import world_size
 from hf_immunize.vision.features import HeadInput
-from hf_immunize.vision.measurement import Measurement
+from hf_immunize.vision.measurement import Measurement, spectral_metrics
 
 
 logger = logging.get_logger(__name__)
@@ -58,6 +58,29 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+
+
+def add_metrics(
+    metrics: dict[str, float],
+    prefix: str,
+    benign: Measurement,
+    harmful: Measurement | None,
+    references: dict[str, Measurement],
+) -> None:
+    """Add the metrics of the spectra, and other names of loss and accuracy, to those of the Trainer.
+
+    Args:
+        metrics: With the prefix; is added to.
+        prefix: Of all names.
+        benign: Features of the benign set.
+        harmful: Of the harmful set, if there is one.
+        references: Features through the starting weights, by prefix and "harmful".
+    """
+    for name in (f"{prefix}_loss", f"{prefix}_accuracy"):
+        if name in metrics:
+            metrics[name.replace(prefix, f"{prefix}_benign", 1)] = metrics[name]
+    found = spectral_metrics(benign, references.get(prefix), harmful, references.get("harmful"))
+    metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
 
 
 @torch.no_grad()

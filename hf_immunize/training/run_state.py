@@ -52,12 +52,14 @@ def load_run_state(folder: str, step: ImmunizationStep, batch: int) -> dict[str,
         before = tensors.pop(_BATCH, None)
         step.load_state_dict(tensors)
         if before is not None:
-            _say_what_differs(*before.tolist(), batch, world_size())
+            _say_what_differs((int(before[0]), int(before[1])), (batch, world_size()))
     path = os.path.join(folder, _STATE_FILE)
     return load_measurements(path) if os.path.isfile(path) else {}
 
 
-def _say_what_differs(old_batch: int, old_processes: int, batch: int, processes: int) -> None:
+def _say_what_differs(before: tuple[int, int], now: tuple[int, int]) -> None:
+    """Of images a process takes and the number of processes."""
+    (old_batch, old_processes), (batch, processes) = before, now
     old, new = old_batch * old_processes, batch * processes
     if old != new:
         same = f"With per_device_train_batch_size={old // processes} it goes on as it was."

@@ -24,7 +24,7 @@ from hf_immunize.training.checks import (
     check_classifier,
     check_sharding,
 )
-from hf_immunize.training.evaluation import Evaluation, accuracy, fold, measure, merged
+from hf_immunize.training.evaluation import Evaluation, accuracy, add_metrics, fold, measure, merged
 from hf_immunize.training.evidence import Evidence, save_record
 from hf_immunize.training.method import Method
 from hf_immunize.training.preparation import check_best_metric, image_rows, paired_rows, side_rows
@@ -40,7 +40,7 @@ from hf_immunize.training.saving import (
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.features import HeadInput
 from hf_immunize.vision.images import ImageCollator
-from hf_immunize.vision.measurement import Measurement, spectral_metrics
+from hf_immunize.vision.measurement import Measurement
 from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.scope import select_trainable
 
@@ -52,7 +52,9 @@ class ImmunizationTrainer(Trainer):
     inputs: with ``objective="kappa"``, Eq. 9 of Zheng et al. 2025 (arXiv:2505.23760). All else is the Trainer's.
 
     κ is not additive over micro-batches: under gradient accumulation the mean of the micro-batches' regularizers is
-    minimized, not the regularizer of the whole batch. Over processes it is exact: features are gathered.
+    minimized, not the regularizer of the whole batch. Over processes it is exact, and so are evaluations, whose
+    results do not depend on their number. FSDP needs ``benign_loss="task"`` and ``benign_budget=None``, and measures
+    no κ in half precision; it is tested on the CPU (FSDP2). DeepSpeed, under the same conditions, is untested.
 
     Args:
         model: An image classifier with one linear head (`AutoModelForImageClassification`).
@@ -331,11 +333,7 @@ class ImmunizationTrainer(Trainer):
         if self.state.global_step == 0:
             now = {"harmful": harmful} | ({} if self._evaluation.other_data else {prefix: benign})
             self._references = {name: of for name, of in now.items() if of is not None} | self._references
-        for name, value in list(output.metrics.items()):
-            if name in (f"{prefix}_loss", f"{prefix}_accuracy"):
-                output.metrics[name.replace(prefix, f"{prefix}_benign", 1)] = value
-        metrics = spectral_metrics(benign, self._references.get(prefix), harmful, self._references.get("harmful"))
-        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        add_metrics(output.metrics, prefix, benign, harmful, self._references)
         if self.args.should_save and not self._is_sharded and not self._evaluation.other_data:
             step, references = self.state.global_step, self._references
             self.evidence.note(self.model, prefix, step, output.metrics, benign, harmful, references)
@@ -373,13 +371,13 @@ class ImmunizationTrainer(Trainer):
     @property
     def last_spectra(self) -> dict[tuple[str, str], Tensor]:
         """Singular values of the features, for ("benign" or "harmful", "before" or "after"), as last evaluated."""
-        known = {
-            ("benign", "before"): self._references.get("eval"),
-            ("benign", "after"): self._latest.get("eval"),
-            ("harmful", "before"): self._references.get("harmful"),
-            ("harmful", "after"): self._latest.get("harmful"),
+        known = {"before": self._references, "after": self._latest}
+        return {
+            (side, when): of[name].factor.singular_values()
+            for side, name in (("benign", "eval"), ("harmful", "harmful"))
+            for when, of in known.items()
+            if name in of
         }
-        return {which: m.factor.singular_values() for which, m in known.items() if m is not None}
 
     # ---- training, saving, resuming ----
 

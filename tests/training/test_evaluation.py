@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import EvalPrediction
 
 from hf_immunize.errors import ImageDecodeError
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
-from hf_immunize.training.evaluation import accuracy
+from hf_immunize.training.evaluation import accuracy, own_rows
 from hf_immunize.vision.features import penultimate_features
 from hf_immunize.vision.measurement import Measurement, load_measurements, save_measurements, spectral_metrics
 
@@ -282,3 +284,16 @@ def test_spectra_are_measured_outside_autocast_when_evaluated_before_training(ti
     assert metrics["eval_rir"] == 1.0
     expected = trainer(tiny()).evaluate()
     assert metrics["eval_benign_log10_kappa"] == pytest.approx(expected["eval_benign_log10_kappa"], abs=1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+@pytest.mark.parametrize("batch", [1, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 7, 11, 12, 13, 24])
+def test_processes_keep_each_image_once(count, batch, processes):
+    kept = []
+    for rank in range(processes):
+        whole = BatchSampler(SequentialSampler(range(count)), batch, drop_last=False)
+        dealt = list(BatchSamplerShard(whole, processes, rank))
+        last = own_rows(len(dealt[-1]), rank, remainder=count % (batch * processes))
+        kept += [row for rows in [*dealt[:-1], dealt[-1][:last]] for row in rows]
+    assert sorted(kept) == list(range(count))

@@ -137,7 +137,7 @@ def run(folder, dtype=torch.float32, **options):
 
 def summed(folder):
     """Batches of which the Hessian is smaller than the features, 8 numbers a row; and how often it was summed."""
-    options = {"batch": 32, "max_steps": 2}
+    options = {"batch": 40, "max_steps": 2}
     with mock.patch("hf_immunize.training.step.sum_hessian", wraps=sum_hessian) as used:
         runs = {f"summed {name}": run(folder, **options, **PAPER | {"objective": name}) for name in SPECTRAL}
         runs["summed defaults"] = run(folder, **options, budget_holdout=0.0)
