@@ -160,7 +160,7 @@ def _other_data(data: DataRecord | None, now: Measured) -> str | None:
     if not math.isclose(now.measurement.checksum, data.checksum, rel_tol=1e-6):
         if data.fingerprint is not None and data.fingerprint == now.fingerprint:
             return "the same data set, but with other pixel values, as another image processor makes them"
-        return "as many, but with other pixel values (other images, another order, or another image processor)"
+        return "as many, but with other pixel values (other images, or another image processor)"
     return None
 
 

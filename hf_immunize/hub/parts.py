@@ -68,7 +68,7 @@ class DataRecord:
         fingerprint: The `datasets` fingerprint of what was measured on.
         train_size: Images trained on.
         size: Images measured on, N.
-        checksum: Of the pixel values measured on, in their order, after the image processor (see `Measurement`).
+        checksum: Of the pixel values measured on, in whatever order, after the image processor (see `Measurement`).
     """
 
     name: str

@@ -37,8 +37,8 @@ def verify(
 ) -> Verification:
     """Measure an immunized checkpoint again and compare with what its record claims.
 
-    On the images the record was made of (the same number, in the same order, with the same pixel values), figures of
-    the protocol "exact" agree when their decimal logarithms lie within 1e-3, and those of "groups" when the new mean
+    On the images the record was made of (the same number, with the same pixel values), figures of the
+    protocol "exact" agree when their decimal logarithms lie within 1e-3, and those of "groups" when the new mean
     lies within the recorded spread. Where the smallest singular value of float32 features lies so near rounding noise
     that machines differ by more than 1e-3, a difference of that size is no statement. On other images nothing can be
     said. Weights other than the recorded ones differ, whatever their figures.

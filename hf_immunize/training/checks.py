@@ -11,6 +11,7 @@ from transformers.utils import logging
 from hf_immunize.errors import ArgumentError, HeadError
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.method import Method
+from hf_immunize.training.restoring import sharded_weights
 from hf_immunize.vision.adapters import without_wrapper
 from hf_immunize.vision.bare import with_linear_head
 
@@ -137,18 +138,79 @@ def check_checkpointing(model: Any, args: TrainingArguments | None = None) -> No
         )
 
 
-def check_sharding(args: ImmunizationArguments) -> None:
-    """Refuse to run the starting model beside one whose parameters are sharded.
+def check_sharding(args: ImmunizationArguments, accelerator: Any = None, harmful_eval: Any = None) -> None:
+    """Refuse what cannot be done where processes hold parts of the weights.
 
     Args:
         args: The Trainer's arguments.
+        accelerator: The Trainer's; None before there is one. Only it knows what `accelerate launch` asks for.
+        harmful_eval: Harmful data to measure on, or None.
 
     Raises:
-        ArgumentError: Under FSDP or DeepSpeed, if the method needs the starting model.
+        ArgumentError: Under FSDP or DeepSpeed, if the method needs the starting model, the trunk is cached, κ of
+            harmful data is wanted under mixed precision, or processes begin without their own starting weights.
     """
-    if (args.fsdp or args.deepspeed) and Method.of(args).needs_start:
+    asked = bool(args.fsdp or args.deepspeed)
+    sharded = asked if accelerator is None else sharded_weights()
+    if asked and not sharded:
+        raise ArgumentError(
+            f"Expected accelerators for fsdp or deepspeed, found the device {args.device}, where accelerate leaves "
+            "weights whole. Leave the option out there."
+        )
+    if not sharded:
+        return
+    if Method.of(args).needs_start:
         raise ArgumentError(
             "Expected benign_loss='task' and benign_budget=None under FSDP or DeepSpeed, found "
             f"benign_loss={args.benign_loss!r} and benign_budget={args.benign_budget}: these run the starting model "
             "through the trained one's modules, whose parameters are sharded there. Change them, or train with DDP."
+        )
+    if args.cache_trunk != "no":
+        raise ArgumentError(
+            f"Expected cache_trunk='no' under FSDP or DeepSpeed, found {args.cache_trunk!r}: the trunk's modules are "
+            "replaced while the rest runs, which these do not see. Change it, or train with DDP."
+        )
+    if accelerator is None:
+        return
+    if harmful_eval is not None and accelerator.mixed_precision != "no":
+        raise ArgumentError(
+            "Expected full precision under FSDP or DeepSpeed with harmful_eval_dataset=, found "
+            f"{accelerator.mixed_precision}, in which alone sharded weights run then: κ would be mostly rounding "
+            "noise. Leave harmful_eval_dataset out and measure the saved model, or train with DDP."
+        )
+    if getattr(getattr(accelerator.state, "fsdp_plugin", None), "cpu_ram_efficient_loading", False):
+        raise ArgumentError(
+            "Expected cpu_ram_efficient_loading=False for FSDP, found True: each process measures its part of the "
+            "data through the starting weights, before these are sharded. Set it to False."
+        )
+
+
+def check_batches(args: ImmunizationArguments, processes: int) -> None:
+    """Refuse ways of dealing out batches that take benign and harmful images apart, or leave processes waiting.
+
+    Args:
+        args: The Trainer's arguments.
+        processes: How many there are.
+
+    Raises:
+        ArgumentError: If accelerator_config or dataloader_drop_last ask for it.
+    """
+    config: Any = args.accelerator_config
+    wrong, why = None, ""
+    if config.dispatch_batches:
+        wrong, why = "dispatch_batches=True", "it would cut all sides where the benign images end"
+    elif processes > 1 and config.split_batches:
+        wrong, why = "split_batches=True", "processes would get unequal numbers of harmful images"
+    elif processes > 1 and not config.even_batches:
+        wrong, why = "even_batches=False", "processes with fewer batches would keep the others waiting for ever"
+    if wrong is not None:
+        raise ArgumentError(
+            f"Expected accelerator_config without {wrong}, found it: {why}. Leave it at its default; images that fill "
+            "up the last batch of an evaluation are not counted twice."
+        )
+    if processes > 1 and not args.dataloader_drop_last:
+        raise ArgumentError(
+            f"Expected dataloader_drop_last=True on {processes} processes, found False: the last batch of an epoch "
+            "would be filled up with images seen before, and processes would get unequal numbers of harmful ones. "
+            "Leave it at its default; where the images are too few for a batch, lower per_device_train_batch_size."
         )

@@ -36,7 +36,7 @@ def logit_divergence(logits: Tensor, start_logits: Tensor) -> Tensor:
         >>> logit_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])).item()
         0.0
     """
-    now, start = (F.log_softmax(rows.float(), dim=1) for rows in (logits, start_logits))
+    now, start = (F.log_softmax(_widened(rows), dim=1) for rows in (logits, start_logits))
     return F.kl_div(now, start, log_target=True, reduction="batchmean")
 
 
@@ -56,7 +56,7 @@ def feature_error(features: Tensor, start_features: Tensor) -> Tensor:
         >>> round(feature_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0]])).item(), 4)
         1.7778
     """
-    now, start = features.float(), start_features.float()
+    now, start = _widened(features), _widened(start_features)
     sizes = start.square().sum(1)
     # An image whose features the starting model leaves at zero is measured against the others' size.
     sizes = torch.maximum(sizes, 1e-6 * sizes.mean()).clamp_min(torch.finfo(sizes.dtype).tiny)
@@ -165,6 +165,11 @@ def released_logits(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """
     with _all_in_eval(model):
         return model(pixel_values=pixel_values)["logits"]
+
+
+def _widened(rows: Tensor) -> Tensor:
+    """In float32 at least."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 @contextmanager

@@ -3,13 +3,21 @@
 κ of a batch is not the mean of the κ's of its parts, so the regularizers need the features of all processes, and their
 gradient must flow back to the process that made them. ``Accelerator.gather`` and plain collectives cut it, or scale it
 by one over the world size without a word.
+
+There are two routes to the global batch: its features, gathered, and its Hessian ``ZᵀZ``, summed. Both give exactly
+the single-process gradient under data parallelism's mean; `sum_is_smaller` says which moves fewer bytes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_immunize.spectra.hessian import Hessian
 
 
 def world_size() -> int:
@@ -17,11 +25,30 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+class _Gathered(torch.autograd.Function):
+    """The rows of all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        rows = len(features)
+        ctx.own = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
+        whole = features.new_empty(world_size() * rows, *features.shape[1:])
+        dist.all_gather_into_tensor(whole, features.contiguous())
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        # The same on every process, as the loss is: nothing to communicate, but to make up for the mean.
+        return world_size() * grad_outputs[0][ctx.own]
+
+
 def gather_features(features: Tensor) -> Tensor:
     """Features of all processes, differentiably.
 
-    With the same loss on every process, the gradient that comes back to each is the world size times its part of the
-    global gradient; the mean that DistributedDataParallel takes restores exactly the single-process gradient.
+    The loss that they enter must be the same on every process. The gradient that comes back to each is then the world
+    size times its part of the global gradient; the mean that DistributedDataParallel takes restores exactly the
+    single-process gradient.
 
     Args:
         features: Shape ``(n, D)``, the same n on every process.
@@ -29,13 +56,90 @@ def gather_features(features: Tensor) -> Tensor:
     Returns:
         Shape ``(world_size · n, D)``, in the order of ranks; the argument itself on one process.
     """
-    if world_size() == 1:
-        return features
-    from torch.distributed._functional_collectives import all_gather_tensor_autograd
+    return features if world_size() == 1 else _Gathered.apply(features)
 
-    group = dist.group.WORLD
-    assert group is not None  # world_size() was above 1
-    return all_gather_tensor_autograd(features.contiguous(), gather_dim=0, group=group)
+
+def sum_is_smaller(rows: int, dim: int, dtype: torch.dtype) -> bool:
+    """Whether summing ``ZᵀZ`` over processes moves fewer bytes than gathering Z.
+
+    In units of ``(W − 1)/W`` bytes a process, W their number: gathering moves ``N·D·b``, b the bytes of a feature, and
+    a sum of float64 moves ``2·8·D²``. Neither moves anything backward, since every process holds the same gradient.
+    That of float64 features is never taken: they hold more than their float64 Gram matrix can.
+
+    Args:
+        rows: N, of all processes.
+        dim: D.
+        dtype: Of the features.
+
+    Returns:
+        Whether ``16·D < N·b``.
+
+    Example:
+        >>> sum_is_smaller(4096, 768, torch.float32), sum_is_smaller(4096, 768, torch.bfloat16)
+        (True, False)
+        >>> sum_is_smaller(4096, 768, torch.float64)
+        False
+    """
+    return dtype != torch.float64 and 16 * dim < rows * dtype.itemsize
+
+
+class _GlobalGram(torch.autograd.Function):
+    """``ZᵀZ`` summed over processes, in float64."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        ctx.save_for_backward(features)
+        with torch.autocast(features.device.type, enabled=False):
+            rows = features.to(torch.float64)
+            gram = rows.mT @ rows
+        if world_size() > 1:
+            dist.all_reduce(gram)
+        return gram
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (features,) = ctx.saved_tensors
+        weight = world_size() * (grad_outputs[0] + grad_outputs[0].mT)
+        work = torch.promote_types(features.dtype, torch.float32)
+        with torch.autocast(features.device.type, enabled=False):
+            return (features.to(work) @ weight.to(work)).to(features.dtype)
+
+
+def sum_hessian(features: Tensor) -> Hessian:
+    """The Hessian ``ZᵀZ`` of the features of all processes, differentiably.
+
+    The gradient that comes back to each process is the world size times its part, as of `gather_features`.
+
+    Args:
+        features: Shape ``(n, D)``, the same n on every process.
+
+    Returns:
+        What functions of the spectrum take in place of features; the same on every process.
+
+    Example:
+        >>> rows = torch.tensor([[3.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> hessian = sum_hessian(rows)
+        >>> hessian.matrix.diagonal().tolist(), hessian.rows
+        ([9.0, 1.0], 2)
+    """
+    return Hessian(_GlobalGram.apply(features), rows=len(features) * world_size(), dtype=features.dtype)
+
+
+def gather_labels(labels: Tensor | None) -> Tensor | None:
+    """Labels of all processes, beside the features that `gather_features` gives.
+
+    Args:
+        labels: Shape ``(n,)``, the same n on every process; or None on every process.
+
+    Returns:
+        Shape ``(world_size · n,)``, in the order of ranks; the argument itself on one process.
+    """
+    if world_size() == 1 or labels is None:
+        return labels
+    parts = [torch.empty_like(labels) for _ in range(world_size())]
+    dist.all_gather(parts, labels.contiguous())
+    return torch.cat(parts)
 
 
 def mean_gradient_norm(norm: Tensor) -> Tensor:

@@ -1,15 +1,31 @@
-"""What one evaluation of the Trainer keeps and computes beside the loss."""
+"""What one evaluation of the Trainer keeps and computes beside the loss.
+
+Over several processes, each folds the images that it was dealt into a QR factor of its own, and the factors are merged
+at the end: no features travel, and what is found does not depend on the number of processes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import EvalPrediction
+from transformers.utils import logging
 
-from hf_immunize.vision.measurement import Measurement
+from hf_immunize.training.distributed import world_size
+from hf_immunize.vision.features import HeadInput
+from hf_immunize.vision.measurement import Measurement, spectral_metrics
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -92,3 +108,137 @@ def _hits(predictions: Any, labels: np.ndarray) -> np.ndarray:
     logits = predictions[0] if isinstance(predictions, tuple) else predictions
     # With preprocess_logits_for_metrics they may be classes already.
     return (logits if np.ndim(logits) == 1 else np.argmax(logits, axis=-1)) == labels
+
+
+def add_metrics(
+    metrics: dict[str, float],
+    prefix: str,
+    benign: Measurement,
+    harmful: Measurement | None,
+    references: dict[str, Measurement],
+    name: str | None = None,
+) -> None:
+    """Add the metrics of the spectra, and other names of loss and accuracy, to those of the Trainer.
+
+    Args:
+        metrics: With the prefix; is added to.
+        prefix: Of all names.
+        benign: Features of the benign set.
+        harmful: Of the harmful set, if there is one.
+        references: Features through the starting weights, by name of the set and "harmful".
+        name: Of the benign set among the references; by default the prefix.
+    """
+    for metric in (f"{prefix}_loss", f"{prefix}_accuracy"):
+        if metric in metrics:
+            metrics[metric.replace(prefix, f"{prefix}_benign", 1)] = metrics[metric]
+    found = spectral_metrics(benign, references.get(name or prefix), harmful, references.get("harmful"))
+    metrics.update({f"{prefix}_{metric}": value for metric, value in found.items()})
+
+
+@torch.no_grad()
+def measure(
+    forward: Callable[..., Any],
+    head: nn.Module,
+    loader: Iterable[Any],
+    accelerator: Accelerator,
+    *,
+    prepare: Callable[[Any], Any],
+    description: str = "features",
+    quiet: bool = False,
+) -> Measurement:
+    """Features of a data set through one state of a model; of all processes' images, the same on every process.
+
+    Args:
+        forward: Runs the model in eval mode on ``pixel_values=``.
+        head: Its classifier.
+        loader: Of batches with ``pixel_values``; prepared by accelerate, where there are several processes.
+        accelerator: The Trainer's.
+        prepare: Brings a batch to the device.
+        description: What the progress bar calls it.
+        quiet: Whether to show none.
+
+    Returns:
+        The measurement.
+    """
+    measurement = Measurement()
+    for inputs in tqdm(loader, desc=description, disable=quiet, leave=False):
+        pixel_values = prepare(inputs)["pixel_values"]
+        with HeadInput(head) as captured:
+            forward(pixel_values=pixel_values)
+        fold(measurement, captured.features, pixel_values, accelerator)
+    return merged(measurement, accelerator.device)
+
+
+def fold(measurement: Measurement, features: Tensor, pixel_values: Tensor, accelerator: Accelerator) -> None:
+    """Fold in this process's batch, without the repeats with which accelerate fills up the last one.
+
+    Args:
+        measurement: Of this process.
+        features: Shape ``(n, D)``.
+        pixel_values: The images they came from, shape ``(n, C, H, W)``.
+        accelerator: Knows how far its loader is.
+    """
+    count = len(features)
+    if world_size() > 1 and accelerator.gradient_state.end_of_dataloader:
+        remainder = accelerator.gradient_state.remainder
+        if remainder < 0:
+            logger.warning_once(
+                "Expected an evaluation set of known length, found a stream: the images with which its last batch is "
+                "filled up count twice in κ. Store the set, or leave dispatch_batches in accelerator_config alone."
+            )
+        count = own_rows(count, dist.get_rank(), remainder)
+    if count:
+        measurement.update(features[:count].detach(), pixel_values[:count])
+
+
+def own_rows(count: int, rank: int, remainder: int) -> int:
+    """How many rows of a process's last batch are images of their own, the rest being repeats from the beginning.
+
+    Accelerate deals the last batches to processes in their order, all of one size, and fills up from the beginning.
+
+    Args:
+        count: Rows of this process's batch, the same on every process.
+        rank: Its number.
+        remainder: Images left for the last batch of all processes together; 0 where it was full, below 0 where that is
+            not known.
+
+    Returns:
+        Between 0 and `count`.
+
+    Example:
+        >>> [own_rows(4, rank, remainder=5) for rank in range(3)]  # the last 5 images of 17, over three processes
+        [4, 1, 0]
+        >>> own_rows(4, rank=2, remainder=0)
+        4
+    """
+    return count if remainder <= 0 else min(max(remainder - rank * count, 0), count)
+
+
+def merged(measurement: Measurement, device: torch.device) -> Measurement:
+    """The measurement of all processes' images, merged in the order of ranks on each of them.
+
+    Args:
+        measurement: Of this process's images; maybe of none.
+        device: Where the processes' communication happens.
+
+    Returns:
+        The same on every process; the argument itself on one.
+    """
+    if world_size() == 1:
+        return measurement
+    total = Measurement()
+    for rank in range(world_size()):
+        total.merge(_from_process(measurement, rank, device))
+    return total
+
+
+def _from_process(measurement: Measurement, rank: int, device: torch.device) -> Measurement:
+    mine = rank == dist.get_rank()
+    state = measurement.state_dict() if mine and measurement.factor.num_samples else {}
+    described = [{name: (tuple(value.shape), value.dtype) for name, value in state.items()}]
+    broadcast_object_list(described, from_process=rank)
+    received = {}
+    for name, (shape, dtype) in described[0].items():
+        received[name] = state[name].to(device) if mine else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(received[name], src=rank)
+    return Measurement.from_state_dict(received) if received else Measurement()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.method import Method
+from hf_immunize.training.restoring import sharded_weights
 from hf_immunize.training.resuming import load_step, save_step
 from hf_immunize.training.running import RunningMeans
 from hf_immunize.training.saving import load_weights, staged_directory
@@ -105,7 +106,7 @@ class ImmunizationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Find the head, keep the starting weights, make the data ready; on resuming, take up where it was left."""
-        if args.deepspeed or getattr(args, "fsdp", None):
+        if args.deepspeed or getattr(args, "fsdp", None) or sharded_weights():
             raise ArgumentError(
                 "Expected plain or distributed data parallel training with ImmunizationCallback, found DeepSpeed or "
                 "FSDP, which own the gradients. Use ImmunizationTrainer there."

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hf_immunize.errors import DataError
+from hf_immunize.spectra.hessian import Hessian
 from hf_immunize.spectra.log_kappa import hessian_log_kappa
 from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well, spectral_concentration
 from hf_immunize.training.inner import adapted_loss
@@ -23,11 +24,12 @@ class Side:
 
     Attributes:
         features: Classifier inputs, shape ``(N, D)``, in the autograd graph; of all processes where there are several.
+            Objectives of the spectrum take their `Hessian` instead as well.
         logits: Classifier outputs, shape ``(N, C)``.
         labels: Class indices, shape ``(N,)``; None where the data have none.
     """
 
-    features: Tensor
+    features: Tensor | Hessian
     logits: Tensor | None = None
     labels: Tensor | None = None
 
@@ -160,6 +162,7 @@ def imma(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
             "Expected labels of the harmful images, which objective='imma' fits a head to, found none. Give the "
             "harmful dataset a label column, or choose another objective."
         )
+    assert isinstance(harmful.features, Tensor)  # rows beside their labels are gathered for this objective
     return Terms(harmful={"negative_adapted_loss": -adapted_loss(harmful.features, harmful.labels)})
 
 

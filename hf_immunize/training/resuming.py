@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -15,27 +16,31 @@ from hf_immunize.training.saving import save_tensors
 from hf_immunize.training.step import ImmunizationStep
 
 
-_METHOD, _MOVING = _ABOUT = "method", "moving"
+_METHOD, _MOVING = "method", "moving"
 logger = logging.get_logger(__name__)
 
 
-def save_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> None:
+def save_step(step: ImmunizationStep, path: str | os.PathLike[str], about: dict[str, Any] | None = None) -> None:
     """Write what a resumed run needs of a step, and the settings it was made with.
 
     Args:
         step: The step.
         path: File to write.
+        about: What else shall be known of the run: name to plain value.
     """
-    metadata = {_METHOD: asdict(step.method), _MOVING: step.moving}
+    metadata = {**(about or {}), _METHOD: asdict(step.method), _MOVING: step.moving}
     save_tensors(step.state_dict(), path, {name: json.dumps(value) for name, value in metadata.items()})
 
 
-def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> None:
+def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Go on from what `save_step` wrote; settings that have changed since are taken as they are now, and named.
 
     Args:
         step: The step, at the starting weights of the run at hand.
         path: File to read.
+
+    Returns:
+        What else is known of the run (see `save_step`); empty where there is no file.
 
     Raises:
         CheckpointError: If it cannot be read, or is missing where it alone holds the starting weights.
@@ -52,11 +57,11 @@ def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> None:
         logger.warning(
             f"{folder} has no {os.path.basename(path)}: running means, multiplier and queue of the weights start anew."
         )
-        return
+        return {}
     try:
         state = load_file(path)
         with safe_open(path, "pt") as file:
-            about = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in _ABOUT}
+            about = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name != "format"}
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"Expected the state of the immunization in {path}, found: {error}. Resume from another checkpoint."
@@ -73,3 +78,4 @@ def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> None:
     changed = [f"{name}={now[name]} (was {saved[name]})" for name in now if name in saved and saved[name] != now[name]]
     if changed:
         logger.warning(f"Resuming {folder} with other settings than it was written with: {', '.join(changed)}.")
+    return about

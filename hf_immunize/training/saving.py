@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
@@ -70,19 +70,19 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
                 target.rmdir()
 
 
-def check_finite_weights(model: nn.Module) -> None:
+def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
     """Refuse to save weights that are lost, so that the last checkpoint is sound.
 
     A loss term that is not finite is seen in the step after the weights were lost, or on a GPU when it is logged.
 
     Args:
-        model: The model to be saved.
+        weights: Name to weight, of those that moved.
 
     Raises:
         NonFiniteError: If a weight is NaN or infinite; the first is named.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError(
                 f"Expected finite weights to save, found NaN or infinity in {name}. Lower the learning rate or the "
                 "weights, or train in full precision; the last checkpoint is sound."

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.errors import DataError, ImmunizationError, ScopeError
+from hf_immunize.spectra.hessian import Hessian
 from hf_immunize.training.cached_trunk import replayed
 from hf_immunize.training.checks import check_checkpointing, check_classifier
 from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence, released_logits
-from hf_immunize.training.distributed import gather_features, mean_gradient_norm
+from hf_immunize.training.distributed import (
+    gather_features,
+    gather_labels,
+    mean_gradient_norm,
+    sum_hessian,
+    sum_is_smaller,
+    world_size,
+)
+from hf_immunize.training.forward import forward_both
 from hf_immunize.training.method import Method
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.queue import FeatureQueue
 from hf_immunize.training.weighting import Weighting, gradient_norm
 from hf_immunize.vision.adapters import outermost_name
-from hf_immunize.vision.features import HeadInput, find_head
+from hf_immunize.vision.features import find_head
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
 from hf_immunize.vision.trunk import TrunkSplit
 
@@ -145,11 +152,11 @@ class ImmunizationStep:
         labels = batch["benign"].get("labels")
         if labels is None:
             self._check_unlabelled(add_task_loss)
-        benign = Side(gather_features(features[:benign_end]), logits[:benign_end], labels)
+        benign = Side(self._of_all_processes(features[:benign_end]), logits[:benign_end], labels)
         harmful = Side(
-            gather_features(features[benign_end:harmful_end]),
+            self._of_all_processes(features[benign_end:harmful_end]),
             logits[benign_end:harmful_end],
-            batch["harmful"].get("labels"),
+            gather_labels(batch["harmful"].get("labels")) if self.method.objective == "imma" else None,
         )
         task_loss = task_loss or nn.functional.cross_entropy
         task = None
@@ -172,8 +179,16 @@ class ImmunizationStep:
             step,
         )
         for side, queue in self._queues.items():
-            queue.push({"benign": benign, "harmful": harmful}[side].features)
+            queue.push(_rows({"benign": benign, "harmful": harmful}[side]))
         return StepResult(loss, {"benign_loss": benign_loss, **logged, **weighed}, logits[:benign_end])
+
+    def _of_all_processes(self, features: Tensor) -> Tensor | Hessian:
+        """The global batch: features where rows are needed, else whichever of features and Hessian moves less."""
+        rows = len(features) * world_size()
+        needs_rows = world_size() == 1 or self._queues or self.method.objective == "imma"
+        if needs_rows or not sum_is_smaller(rows, features.shape[1], features.dtype):
+            return gather_features(features)
+        return sum_hessian(features)
 
     def _distillation(
         self,
@@ -239,7 +254,7 @@ class ImmunizationStep:
     def _terms(self, benign: Side, harmful: Side, step: int) -> Terms:
         sides = {"benign": benign, "harmful": harmful}
         for name, queue in self._queues.items():
-            sides[name] = replace(sides[name], features=queue.join(sides[name].features))
+            sides[name] = replace(sides[name], features=queue.join(_rows(sides[name])))
         try:
             return OBJECTIVES[self.method.objective](sides["benign"], sides["harmful"], self.method.scale_free)
         except ImmunizationError as error:
@@ -252,7 +267,10 @@ class ImmunizationStep:
         at a displacement of ε is 2ε over the size of the features.
         """
         if self.method.benign_loss == "distillation":
-            return 1 / torch.linalg.vector_norm(benign.features.detach(), dtype=torch.float32)
+            dtype = torch.promote_types(benign.features.dtype, torch.float32)
+            if isinstance(benign.features, Hessian):
+                return benign.features.matrix.detach().trace().rsqrt().to(dtype)
+            return 1 / torch.linalg.vector_norm(benign.features.detach(), dtype=dtype)
         return self.weighting.benign_scale(mean_gradient_norm(gradient_norm(benign_loss, loss_features)))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -283,42 +301,6 @@ class ImmunizationStep:
             self.start.load_state_dict(parts.get("start", {}))
 
 
-def forward_both(
-    model: nn.Module, head: nn.Module, benign: dict[str, Any], others: dict[str, Any], *, together: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Features and logits of benign and other images, benign rows first.
-
-    Args:
-        model: The model, as wrapped for training.
-        head: Its classifier, inside the wrapping.
-        benign: ``pixel_values`` of shape ``(N_P, C, H, W)``.
-        others: ``pixel_values`` of shape ``(N_O, C, H, W)``: harmful images, and those of the distillation set.
-        together: Whether one pass over both is exact, which it is unless BatchNorm uses the statistics of its batch.
-
-    Returns:
-        Features ``(N_P + N_O, D)``, logits ``(N_P + N_O, C)``, and the features in the autograd graph of the benign
-        logits: all of them after one pass, those of the benign pass after two.
-    """
-    if together:
-        with HeadInput(head) as captured:
-            outputs = model(pixel_values=torch.cat([benign["pixel_values"], others["pixel_values"]]))
-        return captured.features, outputs["logits"], captured.features
-    with HeadInput(head) as first:
-        benign_logits = model(pixel_values=benign["pixel_values"])["logits"]
-    # A harmful batch in the running statistics alone costs benign accuracy.
-    with HeadInput(head) as second, _batchnorm_in_eval(model):
-        other_logits = model(pixel_values=others["pixel_values"])["logits"]
-    logits = torch.cat([benign_logits, other_logits])
-    return torch.cat([first.features, second.features]), logits, first.features
-
-
-@contextmanager
-def _batchnorm_in_eval(model: nn.Module) -> Iterator[None]:
-    modules = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.training = True
+def _rows(side: Side) -> Tensor:
+    assert isinstance(side.features, Tensor)  # where there is a queue, features are gathered
+    return side.features

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
@@ -19,13 +18,26 @@ from hf_immunize.hub.outcomes import named_outcomes
 from hf_immunize.training import publishing
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
-from hf_immunize.training.checks import as_classifier, check_checkpointing, check_classifier, check_sharding
-from hf_immunize.training.distributed import world_size
-from hf_immunize.training.evaluation import Evaluation, RunningAccuracy, accuracy
+from hf_immunize.training.checks import (
+    as_classifier,
+    check_batches,
+    check_checkpointing,
+    check_classifier,
+    check_sharding,
+)
+from hf_immunize.training.evaluation import (
+    Evaluation,
+    RunningAccuracy,
+    accuracy,
+    add_metrics,
+    fold,
+    measure,
+    merged,
+)
 from hf_immunize.training.evidence import Evidence, save_record
 from hf_immunize.training.method import Method
 from hf_immunize.training.preparation import check_best_metric, image_rows, paired_rows, side_rows
-from hf_immunize.training.resuming import load_step, save_step
+from hf_immunize.training.run_state import load_run_state, save_run_state
 from hf_immunize.training.running import RunningMeans
 from hf_immunize.training.saving import (
     check_finite_weights,
@@ -37,14 +49,12 @@ from hf_immunize.training.saving import (
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.features import HeadInput
 from hf_immunize.vision.images import ImageCollator
-from hf_immunize.vision.measurement import Measurement, load_measurements, save_measurements, spectral_metrics
+from hf_immunize.vision.measurement import Measurement
 from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.scope import select_trainable
 
 
 logger = logging.get_logger(__name__)
-_STATE_FILE = "immunization_state.safetensors"
-_STEP_FILE = "immunization_step.safetensors"
 
 
 class ImmunizationTrainer(Trainer):
@@ -54,7 +64,9 @@ class ImmunizationTrainer(Trainer):
     inputs: with ``objective="kappa"``, Eq. 9 of Zheng et al. 2025 (arXiv:2505.23760). All else is the Trainer's.
 
     κ is not additive over micro-batches: under gradient accumulation the mean of the micro-batches' regularizers is
-    minimized, not the regularizer of the whole batch. Over processes it is exact: features are gathered.
+    minimized, not the regularizer of the whole batch. Over processes it is exact, and so are evaluations, whose
+    results do not depend on their number. FSDP needs ``benign_loss="task"`` and ``benign_budget=None``, and measures
+    no κ in half precision; it is tested on the CPU (FSDP2). DeepSpeed, under the same conditions, is untested.
 
     Args:
         model: An image classifier with one linear head (`AutoModelForImageClassification`).
@@ -122,6 +134,7 @@ class ImmunizationTrainer(Trainer):
                 "apart. Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
         check_sharding(args)
+        check_batches(args, args.world_size)
         model = None if model is None else as_classifier(model, args)
         # A user's own collator gets the datasets' own items.
         self._reads_images = data_collator is None
@@ -136,6 +149,8 @@ class ImmunizationTrainer(Trainer):
             compute_metrics=compute_metrics or (RunningAccuracy() if args.batch_eval_metrics else accuracy),
             **kwargs,
         )
+        # Only now is it known what `accelerate launch` asks for.
+        check_sharding(args, self.accelerator, harmful_eval_dataset)
         # Nearly every image model's forward takes **kwargs, from which the Trainer concludes that the loss is a sum
         # over `num_items_in_batch`; it is a mean.
         self.model_accepts_loss_kwargs = False
@@ -335,7 +350,7 @@ class ImmunizationTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As the Trainer's; within `evaluate`, features are folded into a QR factor as they pass."""
-        if self._evaluation is None:
+        if self._evaluation is None or not self._can_measure:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         name = self._evaluation.name_of(prefix)
@@ -343,7 +358,8 @@ class ImmunizationTrainer(Trainer):
         plain = self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
         self._evaluation.benign = Measurement() if plain else None
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        benign = self._evaluation.benign or self._measure(dataloader, "benign")
+        here = self._evaluation.benign
+        benign = self._measure(dataloader, "benign") if here is None else merged(here, self.args.device)
         if self._evaluation.harmful is None and self._harmful_eval is not None:
             self._evaluation.harmful = self._measure(self.get_eval_dataloader(self._harmful_eval), "harmful")
         harmful = self._evaluation.harmful
@@ -355,11 +371,7 @@ class ImmunizationTrainer(Trainer):
         elif harmful is not None and not self._evaluation.other_data:
             self._check_reference(name, benign, dataloader)
             self._check_reference("harmful", harmful)
-        for metric, value in list(output.metrics.items()):
-            if metric in (f"{prefix}_loss", f"{prefix}_accuracy"):
-                output.metrics[metric.replace(prefix, f"{prefix}_benign", 1)] = value
-        metrics = spectral_metrics(benign, self._references.get(name), harmful, self._references.get("harmful"))
-        output.metrics.update({f"{prefix}_{metric}": value for metric, value in metrics.items()})
+        add_metrics(output.metrics, prefix, benign, harmful, self._references, name)
         if self.args.should_save and not self._is_sharded and not self._evaluation.other_data:
             step, references = self.state.global_step, self._references
             named = {metric.replace(prefix, name, 1): value for metric, value in output.metrics.items()}
@@ -373,7 +385,7 @@ class ImmunizationTrainer(Trainer):
             return super().prediction_step(model, inputs, *args, **kwargs)
         with HeadInput(self._step.head) as captured:
             result = super().prediction_step(model, inputs, *args, **kwargs)
-        self._fold(measurement, captured.features, inputs["pixel_values"])
+        fold(measurement, captured.features, inputs["pixel_values"], self.accelerator)
         return result
 
     def _check_reference(self, name: str, now: Measurement, dataloader: Any = None) -> None:
@@ -391,39 +403,35 @@ class ImmunizationTrainer(Trainer):
                 "at random, take it out of the evaluation."
             )
 
-    def _fold(self, measurement: Measurement, features: Tensor, pixel_values: Tensor) -> None:
-        features, pixel_values = features.detach(), pixel_values.to(features.device)
-        if world_size() > 1:  # drops the repeats with which accelerate fills up the last batch
-            features, pixel_values = self.accelerator.gather_for_metrics((features, pixel_values))
-        measurement.update(features, pixel_values)
-
-    @torch.no_grad()
     def _measure(self, dataloader: Any, name: str) -> Measurement:
         """Features of a data set through the model in full precision."""
-        measurement = Measurement()
         was_training = self.model.training
         self.model.eval()
         self._move_model_to_device(self.model, self.args.device)
-        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        for inputs in tqdm(dataloader, desc=f"κ of {name} features", disable=quiet, leave=False):
-            pixel_values = self._prepare_inputs(inputs)["pixel_values"]
-            with HeadInput(self._step.head) as captured:
-                # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
-                type(self.model).forward(self.model, pixel_values=pixel_values)
-            self._fold(measurement, captured.features, pixel_values)
+        # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
+        forward = self.model if self._is_sharded else partial(type(self.model).forward, self.model)
+        found = measure(
+            forward,
+            self._step.head,
+            dataloader,
+            self.accelerator,
+            prepare=self._prepare_inputs,
+            description=f"κ of {name} features",
+            quiet=self.args.disable_tqdm or not self.is_world_process_zero(),
+        )
         self.model.train(was_training)
-        return measurement
+        return found
 
     @property
     def last_spectra(self) -> dict[tuple[str, str], Tensor]:
         """Singular values of the features, for ("benign" or "harmful", "before" or "after"), as last evaluated."""
-        known = {
-            ("benign", "before"): self._references.get("eval"),
-            ("benign", "after"): self._latest.get("eval"),
-            ("harmful", "before"): self._references.get("harmful"),
-            ("harmful", "after"): self._latest.get("harmful"),
+        known = {"before": self._references, "after": self._latest}
+        return {
+            (side, when): of[name].factor.singular_values()
+            for side, name in (("benign", "eval"), ("harmful", "harmful"))
+            for when, of in known.items()
+            if name in of
         }
-        return {which: m.factor.singular_values() for which, m in known.items() if m is not None}
 
     # ---- training, saving, resuming ----
 
@@ -456,7 +464,7 @@ class ImmunizationTrainer(Trainer):
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
 
     def _measure_references(self) -> None:
-        if self._harmful_eval is None or self.eval_dataset is None:
+        if self._harmful_eval is None or self.eval_dataset is None or not self._can_measure:
             return
         benign = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         sets = {f"eval_{name}" if name else "eval": dataset for name, dataset in benign.items()}
@@ -467,7 +475,9 @@ class ImmunizationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
-        check_finite_weights(self.model)
+        # Of sharded weights, the first process alone was given the whole.
+        weights = dict(self.model.named_parameters()) if state_dict is None else state_dict
+        check_finite_weights({name: weights[name] for name in self._moving if name in weights})
         output_dir = output_dir or self.args.output_dir
         with staged_directory(output_dir) as staging:
             super()._save(str(staging), state_dict)
@@ -480,11 +490,8 @@ class ImmunizationTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if not self.args.should_save:
-            return
-        save_step(self._step, os.path.join(output_dir, _STEP_FILE))
-        if self._references:
-            save_measurements(os.path.join(output_dir, _STATE_FILE), self._references)
+        if self.args.should_save:
+            save_run_state(output_dir, self._step, self._references, self.args.train_batch_size)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is None and self._loads_whole:
@@ -492,10 +499,8 @@ class ImmunizationTrainer(Trainer):
             self.evidence.adopt(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = os.path.join(resume_from_checkpoint, _STATE_FILE)
-        if os.path.isfile(path):
-            self._references = load_measurements(path)
-        load_step(self._step, os.path.join(resume_from_checkpoint, _STEP_FILE))
+        references = load_run_state(resume_from_checkpoint, self._step, self.args.train_batch_size)
+        self._references = references or self._references
 
     def _load_best_model(self) -> None:
         if self._loads_whole:
@@ -512,6 +517,11 @@ class ImmunizationTrainer(Trainer):
     @property
     def _is_sharded(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    @property
+    def _can_measure(self) -> bool:
+        # Sharded weights cannot be run outside of mixed precision.
+        return not (self._is_sharded and self.accelerator.mixed_precision != "no")
 
     # ---- card and Hub ----
 

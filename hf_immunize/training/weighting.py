@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_immunize.spectra.hessian import Hessian
 from hf_immunize.training.distributed import process_mean
 from hf_immunize.training.objectives import Terms
 
@@ -52,18 +53,33 @@ class WeightRule:
     budget: float | None = None
 
 
-def gradient_norm(value: Tensor, features: Tensor) -> Tensor:
+def gradient_norm(value: Tensor, features: Tensor | Hessian) -> Tensor:
     """Norm of the gradient of a scalar with respect to the features, without a pass through the network.
+
+    Where the scalar depends on the features by their Hessian H alone, with gradient M with respect to it, that with
+    respect to the features Z is ``2ZM``, of norm ``2·sqrt(tr(M·H·M))``, which takes no features.
 
     Args:
         value: 0-D tensor that depends on the features.
-        features: Shape ``(N, D)``, in the autograd graph; the graph is kept.
+        features: Shape ``(N, D)``, in the autograd graph; or their Hessian. The graph is kept.
 
     Returns:
-        ``‖∂value/∂features‖_F``, 0-D, float32, detached, on the features' device.
+        ``‖∂value/∂features‖_F``, 0-D, float32 at least, detached, on the features' device.
+
+    Example:
+        >>> rows = torch.tensor([[3.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> hessian = Hessian.of(rows)
+        >>> trace = hessian.matrix.diagonal().sum()
+        >>> [round(gradient_norm(trace, given).item(), 4) for given in (rows, hessian)]
+        [6.3246, 6.3246]
     """
-    (gradient,) = torch.autograd.grad(value, features, retain_graph=True)
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    given = features.matrix if isinstance(features, Hessian) else features
+    (gradient,) = torch.autograd.grad(value, given, retain_graph=True)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    if not isinstance(features, Hessian):
+        return torch.linalg.vector_norm(gradient, dtype=dtype)
+    gradient = (gradient + gradient.mT) / 2
+    return 2 * (gradient @ given.detach() * gradient).sum().clamp_min(0).sqrt().to(dtype)
 
 
 def balanced_weight(scale: Tensor, term_norm: Tensor, factor: Tensor | float) -> Tensor:
@@ -133,7 +149,8 @@ class Weighting:
     def observe(self, divergence: Tensor, step: int) -> None:
         """Take note of how far the benign side has moved, and adapt the multiplier between steps.
 
-        The multiplier of a step depends on the steps before it alone, so it is one for all its micro-batches.
+        The multiplier of a step depends on the steps before it alone, so it is one for all its micro-batches. What is
+        kept is of all processes, so that a run resumed from the first one's state goes on as it was.
 
         Args:
             divergence: 0-D, of one micro-batch.
@@ -143,13 +160,14 @@ class Weighting:
         if step != self._step:
             self._adapt()
             self._step = step
-        self._pending = self._pending + torch.stack([divergence.detach().float(), torch.ones_like(self._divergence)])
+        if self.rule.budget is not None:
+            mean = process_mean(divergence.detach().to(torch.promote_types(divergence.dtype, torch.float32)))
+            self._pending = self._pending + torch.stack([mean, torch.ones_like(mean)])
 
     def _adapt(self) -> None:
         if self._step < 0 or self.rule.budget is None:
-            self._pending = torch.zeros_like(self._pending)
             return
-        mean = process_mean(self._pending[0] / self._pending[1])
+        mean = self._pending[0] / self._pending[1]
         keep = self.rule.averaging if self._step > 0 else 0.0
         self._divergence = keep * self._divergence + (1 - keep) * mean
         change = torch.where(self._divergence < self.rule.budget, _GROWTH, _DECAY)
@@ -167,7 +185,7 @@ class Weighting:
         """
         self._to(norm.device)
         keep = self.rule.averaging
-        self._norm = keep * self._norm + (1 - keep) * norm.detach().float()
+        self._norm = keep * self._norm + (1 - keep) * norm.detach()
         self._norm_weight = keep * self._norm_weight + (1 - keep)
         mean = self._norm / self._norm_weight
         self._smallest = torch.minimum(self._smallest, mean)
@@ -177,7 +195,7 @@ class Weighting:
         self,
         benign_loss: Tensor,
         terms: Terms,
-        features: dict[str, Tensor],
+        features: dict[str, Tensor | Hessian],
         benign_scale: Callable[[], Tensor],
         step: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -186,7 +204,8 @@ class Weighting:
         Args:
             benign_loss: 0-D.
             terms: The objective's terms.
-            features: For "benign" and "harmful" the batch's features, with respect to which gradients are measured.
+            features: For "benign" and "harmful" the batch's features, with respect to which gradients are measured, or
+                their Hessian.
             benign_scale: Computes the unit of these gradients; called where a weight is "auto".
             step: Steps done before this one.
 

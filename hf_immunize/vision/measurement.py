@@ -18,7 +18,8 @@ from hf_immunize.spectra.streaming import FeatureFactor
 class Measurement:
     """Features of one data set through one state of the model, as a QR factor, with a checksum of the images.
 
-    The checksum tells whether two measurements are of the same images in the same order, whatever the weights.
+    The checksum tells whether two measurements are of the same images, whatever the weights, the order of the images,
+    and the processes they were dealt out to.
     """
 
     factor: FeatureFactor = field(default_factory=FeatureFactor)
@@ -32,13 +33,20 @@ class Measurement:
             pixel_values: The images they came from, shape ``(n, C, H, W)``.
             produced_dtype: See `FeatureFactor.update`.
         """
-        sums = pixel_values.float().square().mean(dim=tuple(range(1, pixel_values.ndim))).cpu().double()
-        rows = torch.arange(1, len(sums) + 1, dtype=torch.float64)
-        self.checksum += float((sums * (self.factor.num_samples + rows)).sum())
+        self.checksum += images_checksum(pixel_values)
         self.factor.update(features, produced_dtype)
 
+    def merge(self, other: Measurement) -> None:
+        """Take in the measurement of other images through the same weights, as of another process.
+
+        Args:
+            other: It is left as it is.
+        """
+        self.checksum += other.checksum
+        self.factor.merge(other.factor)
+
     def same_data(self, other: Measurement) -> bool:
-        """Whether both measurements are of the same images in the same order."""
+        """Whether both measurements are of the same images, in whatever order."""
         return self.factor.num_samples == other.factor.num_samples and math.isclose(
             self.checksum, other.checksum, rel_tol=1e-6
         )
@@ -51,6 +59,31 @@ class Measurement:
     def from_state_dict(cls, state: dict[str, Tensor]) -> Measurement:
         """Restore a measurement from the tensors of `state_dict`."""
         return cls(FeatureFactor.from_state_dict(state), float(state["checksum"]))
+
+
+def images_checksum(pixel_values: Tensor) -> float:
+    """A number by which to know images again: a sum over them, so that it does not depend on their order.
+
+    Each adds ``e + e²``, with e its mean squared pixel, where the weight of pixels rises from 1 to 2 over the image so
+    that a flipped one is another one, and the square so that the sum says more than the mean of all images together.
+
+    Args:
+        pixel_values: Shape ``(n, C, H, W)``.
+
+    Returns:
+        The sum; that of two sets of images is the sum of their checksums.
+
+    Example:
+        >>> images = torch.arange(24.0).reshape(2, 3, 2, 2)
+        >>> images_checksum(images) == images_checksum(images[:1]) + images_checksum(images[1:])
+        True
+        >>> [images_checksum(images) == images_checksum(images.flip(dim)) for dim in (0, 3)]
+        [True, False]
+    """
+    rows = pixel_values.detach().float().flatten(1)
+    weights = 1 + torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device) / rows.shape[1]
+    energies = (rows.square() * weights).mean(dim=1).cpu().double()
+    return float((energies + energies.square()).sum())
 
 
 def spectral_metrics(

@@ -8,7 +8,8 @@ from families import BUILDERS, TEXT, TRANSFORMER
 from torch import nn
 
 from hf_immunize.errors import ArgumentError, HeadError, ScopeError
-from hf_immunize.training.checks import check_classifier, check_sharding
+from hf_immunize.training import checks
+from hf_immunize.training.checks import check_batches, check_classifier, check_sharding
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.bare import LinearHeadForImageClassification
 from hf_immunize.vision.scope import select_trainable
@@ -151,3 +152,74 @@ def test_a_bare_step_refuses_a_scope_in_which_no_feature_moves(moving):
         parameter.requires_grad_(name in moving)
     with pytest.raises(ScopeError, match=f"found {'classifier.weight' if moving else 'none'}: no feature could move"):
         ImmunizationStep(model)
+
+
+def test_a_cached_trunk_beside_sharded_weights_is_refused(arguments):
+    settings = vars(arguments(**PAPER, cache_trunk="float32")) | {"fsdp": True}
+    with pytest.raises(ArgumentError, match=r"cache_trunk='no' under FSDP or DeepSpeed, found 'float32'"):
+        check_sharding(SimpleNamespace(**settings))
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    """Make an accelerator under which weights are sharded."""
+
+    def make(mixed_precision="no", **plugin):
+        monkeypatch.setattr(checks, "sharded_weights", lambda: True)
+        state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**plugin))
+        return SimpleNamespace(mixed_precision=mixed_precision, state=state)
+
+    return make
+
+
+def test_sharding_by_the_launcher_alone_is_seen(sharded, arguments):
+    with pytest.raises(ArgumentError, match=r"benign_loss='task'"):
+        check_sharding(arguments(benign_loss="distillation"), sharded())
+
+
+def test_sharding_that_accelerate_leaves_out_is_refused(arguments):
+    settings = SimpleNamespace(**vars(arguments(**PAPER)) | {"fsdp": True, "device": "cpu"})
+    with pytest.raises(ArgumentError, match=r"accelerators for fsdp or deepspeed, found the device cpu"):
+        check_sharding(settings, SimpleNamespace())
+
+
+def test_kappa_of_half_precision_in_sharded_weights_is_refused(sharded, arguments):
+    with pytest.raises(ArgumentError, match=r"full precision .* found bf16"):
+        check_sharding(arguments(**PAPER), sharded("bf16"), harmful_eval=[1])
+
+
+def test_sharded_weights_in_half_precision_may_be_trained(sharded, arguments):
+    check_sharding(arguments(**PAPER), sharded("bf16"))
+
+
+def test_starting_weights_that_one_process_alone_has_are_refused(sharded, arguments):
+    with pytest.raises(ArgumentError, match=r"cpu_ram_efficient_loading=False"):
+        check_sharding(arguments(**PAPER), sharded(cpu_ram_efficient_loading=True))
+
+
+@pytest.mark.parametrize(
+    ("processes", "config", "message"),
+    [
+        (1, {"dispatch_batches": True}, "dispatch_batches=True"),
+        (2, {"split_batches": True}, "split_batches=True"),
+        (2, {"even_batches": False}, "even_batches=False"),
+    ],
+)
+def test_batches_that_take_the_sides_apart_are_refused(processes, config, message, arguments):
+    with pytest.raises(ArgumentError, match=rf"accelerator_config without {message}"):
+        check_batches(arguments(accelerator_config=config), processes)
+
+
+def test_a_filled_up_last_batch_of_several_processes_is_refused(arguments):
+    with pytest.raises(ArgumentError, match=r"dataloader_drop_last=True on 2 processes"):
+        check_batches(arguments(dataloader_drop_last=False), 2)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_defaults_deal_out_batches_as_they_should(processes, arguments):
+    check_batches(arguments(), processes)
+
+
+@pytest.mark.parametrize("option", [{"dataloader_drop_last": False}, {"accelerator_config": {"split_batches": True}}])
+def test_one_process_may_do_as_it_likes(option, arguments):
+    check_batches(arguments(**option), 1)

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import EvalPrediction
 
 from hf_immunize.errors import ImageDecodeError
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
-from hf_immunize.training.evaluation import accuracy
+from hf_immunize.training.evaluation import accuracy, own_rows
 from hf_immunize.vision.features import penultimate_features
 from hf_immunize.vision.measurement import Measurement, load_measurements, save_measurements, spectral_metrics
 
@@ -201,12 +203,33 @@ def test_a_reference_of_other_images_is_left_aside():
     assert "rir" not in spectral_metrics(measured(z), measured(z, others), measured(z), measured(z))
 
 
-def test_the_order_of_the_images_matters():
-    z, pixels = torch.randn(6, 4), torch.randn(6, 3, 2, 2)
-    assert not measured(z, pixels).same_data(measured(z, pixels.flip(0)))
+@pytest.mark.parametrize("change", ["one image", "one twice", "mirrored", "channels", "brightness"])
+def test_other_images_are_known(change):
+    pixels = torch.rand(1000, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    others = pixels.clone()
+    if change == "one image":
+        others[7] = pixels[7].flip(0) + 0.1
+    elif change == "one twice":
+        others[7] = pixels[8]
+    elif change == "brightness":  # shifted from one image to another
+        others[:2] *= torch.tensor([1.1, 0.9]).sqrt()[:, None, None, None]
+    else:
+        others = pixels.flip(3 if change == "mirrored" else 1)
+    z = torch.randn(1000, 4)
+    assert not measured(z, pixels).same_data(measured(z, others))
 
 
-def test_the_size_of_the_batches_does_not():
+def test_neither_order_nor_processes_of_the_images_matter():
+    z, pixels = torch.randn(60, 4), torch.randn(60, 3, 2, 2)
+    whole, dealt = measured(z, pixels), Measurement()
+    for part in (slice(1, None, 2), slice(0, None, 2)):
+        dealt.merge(measured(z[part], pixels[part]))
+    assert dealt.same_data(whole)
+    found, expected = dealt.factor.conditioning(), whole.factor.conditioning()
+    assert found.log_kappa == pytest.approx(expected.log_kappa, rel=1e-12) and found.rank == expected.rank
+
+
+def test_the_size_of_the_batches_does_not_matter():
     z, pixels = torch.randn(6, 4), torch.randn(6, 3, 2, 2)
     parts = Measurement()
     for rows in (slice(0, 4), slice(4, 6)):
@@ -326,3 +349,16 @@ def test_it_is_said_where_a_reference_of_other_images_cannot_be_measured_again(t
     _, resumed = other_images_on_resuming(trainer, images, tmp_path)
     assert "eval_rir" not in resumed.evaluate()
     assert "images of eval_dataset are not those on which" in " ".join(r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+@pytest.mark.parametrize("batch", [1, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 7, 11, 12, 13, 24])
+def test_processes_keep_each_image_once(count, batch, processes):
+    kept = []
+    for rank in range(processes):
+        whole = BatchSampler(SequentialSampler(range(count)), batch, drop_last=False)
+        dealt = list(BatchSamplerShard(whole, processes, rank))
+        last = own_rows(len(dealt[-1]), rank, remainder=count % (batch * processes))
+        kept += [row for rows in [*dealt[:-1], dealt[-1][:last]] for row in rows]
+    assert sorted(kept) == list(range(count))

@@ -11,8 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification
 
 from hf_immunize.errors import CheckpointError, NonFiniteError
-from hf_immunize.training import saving
-from hf_immunize.training import trainer as trainer_module
+from hf_immunize.training import run_state, saving
 from hf_immunize.training.saving import last_whole_checkpoint, load_weights, staged_directory
 
 
@@ -108,7 +107,7 @@ def test_failing_to_write_the_references_is_named(trainer, monkeypatch):
     def fail(*args):
         raise SafetensorError("I/O error")
 
-    monkeypatch.setattr(trainer_module, "save_measurements", fail)
+    monkeypatch.setattr(run_state, "save_measurements", fail)
     with pytest.raises(CheckpointError, match="checkpoint-1"):
         trainer(**CHECKPOINTS).train()
 
@@ -119,7 +118,7 @@ def test_half_of_a_new_checkpoint_over_an_old_one_is_not_taken_for_whole(trainer
     def fail(*args):
         raise FULL
 
-    monkeypatch.setattr(trainer_module, "save_measurements", fail)
+    monkeypatch.setattr(run_state, "save_measurements", fail)
     again = trainer(**CHECKPOINTS, learning_rate=0.5)
     with pytest.raises(CheckpointError):
         again.train()

@@ -1,8 +1,4 @@
-"""What two processes do whose metrics differ, written by each: ``torchrun ... callbacks_two_ranks.py FOLDER``."""
-
-import json
-import sys
-from pathlib import Path
+"""What two processes do whose metrics differ; run by ``two_ranks.py``."""
 
 import torch
 import transformers as hf
@@ -49,11 +45,9 @@ def run(folder, *callbacks, rir=None):
     return {"step": trainer.state.global_step, "sum": float(weights.double().sum()), "rank": args.process_index}
 
 
-if __name__ == "__main__":
-    target = Path(sys.argv[1])
+def callbacks(folder):
     figure = SpectrumFigureCallback(benign=rows(12, 3), harmful=rows(12, 4))
-    found = {
-        "restore": run(target / "restore", BenignUtilityCallback(action="restore"), figure),
-        "target": run(target / "target", TargetRIRCallback()),
+    return {
+        "restore": run(folder / "restore", BenignUtilityCallback(action="restore"), figure),
+        "target": run(folder / "target", TargetRIRCallback()),
     }
-    (target / f"found-{found['restore']['rank']}.json").write_text(json.dumps(found))

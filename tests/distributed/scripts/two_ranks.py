@@ -1,111 +1,239 @@
-"""What one process and two should agree on, written as JSON by rank 0: ``torchrun ... two_ranks.py FOLDER``."""
+"""What one process and two should agree on: ``torchrun ... two_ranks.py FOLDER FOLDER_OF_ONE FOLDER_OF_KILLED``."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import transformers as hf
 
-from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well
 from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.distributed import gather_features, mean_gradient_norm, world_size
+from hf_immunize.training.distributed import (
+    gather_features,
+    gather_labels,
+    mean_gradient_norm,
+    sum_hessian,
+    world_size,
+)
+from hf_immunize.training.objectives import OBJECTIVES, Side
+from hf_immunize.training.queue import FeatureQueue
 from hf_immunize.training.trainer import ImmunizationTrainer
+from hf_immunize.vision.measurement import Measurement
 
 
 PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}
+SPECTRAL = [name for name in OBJECTIVES if name != "imma"]
+# Its default would make steps of full size out of gradients that are rounding, as of the bias of attention's keys.
+ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-2}
 FIXED = PAPER | {"benign_weight": 0.5, "harmful_weight": 2.0}
 
 
-def rows(count, seed):
-    pixels = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+def rank():
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def rows(count, seed, dtype=torch.float32):
+    pixels = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
     return [{"pixel_values": image, "labels": i % 2} for i, image in enumerate(pixels)]
 
 
-def vit():
+def vit(dropout=0.0):
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
-    config = hf.ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=2, initializer_range=0.3)
-    model = hf.ViTForImageClassification(config)
+    sizes |= {"image_size": 8, "patch_size": 4, "num_labels": 2, "initializer_range": 0.3}
+    model = hf.ViTForImageClassification(hf.ViTConfig(**sizes, hidden_dropout_prob=dropout))
     model.vit.layernorm.bias.data.normal_()
     return model
 
 
+def gathered(gradient):
+    """The rows of all ranks, over the number of ranks: the mean that data parallelism takes."""
+    whole = [torch.empty_like(gradient) for _ in range(world_size())]
+    if world_size() > 1:
+        dist.all_gather(whole, gradient)
+    else:
+        whole = [gradient]
+    return (torch.cat(whole) / world_size()).tolist()
+
+
 def gradients():
-    """Gradients of the regularizers on this rank's features, as the mean over ranks that data parallelism takes."""
-    features = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    part = features.chunk(world_size())[dist.get_rank() if world_size() > 1 else 0]
+    """Gradients of every objective's terms on this rank's features."""
+    generator = torch.Generator().manual_seed(3)
+    features = [torch.randn(8, 4, dtype=torch.float64, generator=generator) for _ in range(3)]
+    labels = torch.arange(8) % 3
     found = {}
-    for term in (hessian_r_well, hessian_r_ill):
-        local = part.clone().requires_grad_()
-        term(gather_features(local)).backward()
-        # A parameter that shifts each rank's rows: its gradient is summed over rows, averaged over ranks.
-        whole = [torch.empty_like(local.grad) for _ in range(world_size())]
-        if world_size() > 1:
-            dist.all_gather(whole, local.grad)
-        else:
-            whole = [local.grad]
-        found[term.__name__] = (torch.cat(whole) / world_size()).tolist()
+    for name, objective in OBJECTIVES.items():
+        for dtype in (torch.float32, torch.float64):
+            for size in (0, 6) if name != "imma" else (0,):
+                benign, harmful, older = (each.to(dtype) for each in features)
+                parts = [each.chunk(world_size())[rank()].clone().requires_grad_() for each in (benign, harmful)]
+                queue = FeatureQueue(max(size, 1))
+                queue.push(older)
+                whole = [gather_features(part) for part in parts]
+                whole = [queue.join(each) for each in whole] if size else whole
+                own = gather_labels(labels.chunk(world_size())[rank()])
+                routes = {"queue" if size else "batch": whole}
+                if dtype == torch.float32 and not size and name != "imma":
+                    routes["sum"] = [sum_hessian(part) for part in parts]
+                for route, given in routes.items():
+                    terms = objective(Side(given[0]), Side(given[1], labels=own), False)
+                    torch.stack([*terms.benign.values(), *terms.harmful.values()]).sum().backward()
+                    case = f"{name} {str(dtype).removeprefix('torch.')} {route}"
+                    found[case] = [gathered(part.grad) for part in parts if part.grad is not None]
+                    for part in parts:
+                        part.grad = None
     return found
 
 
 def norm():
     """Norm of the gradient of a loss that is the mean over all rows."""
     gradient = torch.randn(8, 4, generator=torch.Generator().manual_seed(4))
-    part = gradient.chunk(world_size())[dist.get_rank() if world_size() > 1 else 0] * world_size()
+    part = gradient.chunk(world_size())[rank()] * world_size()
     return float(mean_gradient_norm(torch.linalg.vector_norm(part)))
 
 
-def run(folder, **options):
-    """One step over a global batch of 8 images a side, then an evaluation of 13, which no batch size divides."""
-    options = {"max_steps": 1} | options
+def trainer(folder, model, dtype=torch.float32, callbacks=None, batch=8, **options):
+    """For steps over a global batch of 8 images a side and evaluations of 13 and 11, which no batch size divides."""
+    defaults = {"max_steps": 1, "optim": "sgd", "save_strategy": "no", "max_grad_norm": 0.0}
+    options = defaults | options
     args = ImmunizationArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=8 // world_size() // options.get("gradient_accumulation_steps", 1),
+        per_device_train_batch_size=batch // world_size() // options.get("gradient_accumulation_steps", 1),
         per_device_eval_batch_size=4,
-        optim="sgd",
         learning_rate=1e-2,
-        max_grad_norm=0.0,
         logging_steps=1,
-        save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
         ddp_backend="gloo" if world_size() > 1 else None,
         **options,
     )
-    sets = {"train_dataset": rows(16, 1), "harmful_dataset": rows(16, 2), "eval_dataset": rows(13, 3)}
+    sets = {"train_dataset": rows(2 * batch, 1, dtype), "harmful_dataset": rows(2 * batch, 2, dtype)}
+    sets |= {"eval_dataset": rows(13, 3, dtype), "harmful_eval_dataset": rows(11, 4, dtype)}
     if args.benign_loss == "distillation":
-        sets["distillation_dataset"] = rows(10, 5)
-    trainer = ImmunizationTrainer(vit(), args, **sets, harmful_eval_dataset=rows(11, 4))
-    trainer.train()
+        sets["distillation_dataset"] = rows(10, 5, dtype)
+    return ImmunizationTrainer(model, args, **sets, callbacks=callbacks)
+
+
+def outcome(run):
+    """Weights, last log, and metrics of a Trainer."""
     names = ("kappa", "rank", "rir", "ratio", "accuracy")
-    metrics = {key: value for key, value in trainer.evaluate().items() if any(name in key for name in names)}
-    log = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    metrics = {key: value for key, value in run.evaluate().items() if any(name in key for name in names)}
+    log = [entry for entry in run.state.log_history if "loss" in entry][-1]
     names = ("loss", "benign_loss", "r_well", "r_ill", "benign_weight", "harmful_weight")
-    names = [*names, "kl", "spread", "concentration", "multiplier"]
-    moved = {name: p.flatten().tolist() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    names = [*names, "kl", "spread", "concentration", "multiplier", "negative_adapted_loss", "negative_log_kappa"]
+    moved = {name: p.flatten().tolist() for name, p in run.model.named_parameters() if p.requires_grad}
     return {"metrics": metrics, "log": {name: log[name] for name in names if name in log}, "weights": moved}
 
 
+def run(folder, dtype=torch.float32, **options):
+    done = trainer(folder, vit().to(dtype), dtype, **options)
+    done.train()
+    return outcome(done)
+
+
+def summed(folder):
+    """Batches of which the Hessian is smaller than the features, 8 numbers a row; and how often it was summed."""
+    options = {"batch": 40, "max_steps": 2}
+    with mock.patch("hf_immunize.training.step.sum_hessian", wraps=sum_hessian) as used:
+        runs = {f"summed {name}": run(folder, **options, **PAPER | {"objective": name}) for name in SPECTRAL}
+        runs["summed defaults"] = run(folder, **options, budget_holdout=0.0)
+    return runs, used.call_count
+
+
+def exactly(folder):
+    """In float64: every objective with weights by gradient norms, and what remembers."""
+    wide = {"dtype": torch.float64, "max_steps": 2}
+    runs = {name: run(folder, **wide, **PAPER | {"objective": name}) for name in OBJECTIVES}
+    return runs | {
+        "distilled": run(folder, torch.float64, max_steps=4, queue_size=16),
+        "both": run(folder, **wide, objective="imma", benign_loss="both", benign_budget=0.1, budget_measure="loss"),
+    }
+
+
+def resumable(folder, dropout=0.0, callbacks=None, **options):
+    """A run of five steps in epochs of two, which keeps a checkpoint of each."""
+    kept = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "queue_size": 16}
+    return trainer(folder, vit(dropout), callbacks=callbacks, **kept | ADAM | options)
+
+
+def resumed(source, folder, last=None, **options):
+    """Go on from a copy of another run's folder, as it was after a step."""
+    if rank() == 0:
+        shutil.copytree(source, folder)
+        for path in Path(folder).glob("checkpoint-*"):
+            if last is not None and int(path.name.split("-")[1]) > last:
+                shutil.rmtree(path)
+    if world_size() > 1:
+        dist.barrier()
+    done = resumable(folder, **options)
+    done.train(resume_from_checkpoint=True)
+    return outcome(done) | {"step": done.state.global_step}
+
+
+def uninterrupted(folder, **options):
+    done = resumable(folder, **options)
+    done.train()
+    return outcome(done)
+
+
+def fewer_images_than_processes(folder):
+    """An evaluation of one image: all processes but the first hold none of their own."""
+    done = trainer(folder, vit(), **FIXED)
+    found = done._measure(done.get_eval_dataloader(rows(1, 6)), "one image")
+    assert isinstance(found, Measurement)
+    return {"images": found.factor.num_samples, "checksum": found.checksum}
+
+
 def everything(folder):
+    folder = Path(folder)
+    of_sums, sums = summed(folder)
     return {
         "world_size": world_size(),
+        "sums": sums,
         "gradients": gradients(),
         "norm": norm(),
-        "auto": run(folder, **PAPER),
-        "fixed": run(folder, **FIXED),
-        # Running means, multiplier, queue, starting model and a third set, over steps enough to use them.
-        "defaults": run(folder, max_steps=4, queue_size=16),
-        "cached": run(f"{folder}/cached", cache_trunk="float32", **FIXED),
+        "runs": {
+            "auto": run(folder, **PAPER, max_steps=2),
+            "fixed": run(folder, **FIXED),
+            "adam": run(folder, **PAPER, max_steps=2, **ADAM),
+            # Running means, multiplier, queue, starting model and a third set, over steps enough to use them.
+            "defaults": run(folder, max_steps=4, queue_size=16),
+            "cached": run(folder / "cached", cache_trunk="float32", **FIXED),
+            "imma": run(folder, **PAPER | {"objective": "imma"}),
+            "opt_kappa": run(folder, **PAPER | {"objective": "opt_kappa"}),
+            "r_ill": run(folder, **PAPER | {"objective": "r_ill"}),
+            **of_sums,
+        },
+        "exactly": exactly(folder),
+        "few": fewer_images_than_processes(folder),
+        "whole": uninterrupted(folder / "whole"),
+    }
+
+
+def on_two(folder, of_one, of_killed):
+    from callbacks_two_ranks import callbacks
+    from sharded import sharded
+
+    return everything(folder) | {
+        "from_one": resumed(of_one / "whole", folder / "from_one", last=3),
+        "dropout": uninterrupted(folder / "dropout", dropout=0.2),
+        "after_kill": resumed(of_killed, folder / "after_kill", dropout=0.2),
+        "callbacks": callbacks(folder),
+        "sharded": sharded(folder, trainer, vit, PAPER | ADAM),
     }
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    found = everything(sys.argv[1])
-    if dist.get_rank() == 0:
-        (Path(sys.argv[1]) / "found.json").write_text(json.dumps(found))
+    target = Path(sys.argv[1])
+    found = on_two(target, *map(Path, sys.argv[2:]))
+    each = [None, None]
+    dist.all_gather_object(each, {name: found[name] for name in ("callbacks", "exactly")})
+    if rank() == 0:
+        (target / "found.json").write_text(json.dumps(found | {"each": each}))
     dist.barrier()
     dist.destroy_process_group()
