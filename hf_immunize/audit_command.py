@@ -57,6 +57,9 @@ def audit(
     max_images: Annotated[
         int | None, typer.Option(min=2, help="At most so many training and test images of each task.")
     ] = None,
+    accuracies: Annotated[
+        str | None, typer.Option(help="Count the steps to these accuracies too, such as 0.2,0.4.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of held-out splits; give the one that training used.")] = 42,
     image_column: Annotated[str | None, typer.Option(help="Column of images, where it cannot be found.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels, where it cannot be found.")] = None,
@@ -123,6 +126,7 @@ def audit(
         test_fraction=test_fraction,
         max_images=max_images,
         seed=seed,
+        accuracies=_numbers(accuracies),
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -132,6 +136,13 @@ def audit(
     if attach:
         attach_audit(model, _with_words(report.for_card()))
         typer.echo(f"Attached to {RECORD_NAME} and {CARD_NAME} in {model}.")
+
+
+def _numbers(words: str | None) -> list[float]:
+    try:
+        return [float(word) for word in (words or "").split(",") if word.strip()]
+    except ValueError as error:
+        raise ArgumentError(f"Expected numbers separated by commas as --accuracies, found {words!r}.") from error
 
 
 def _local(model: str) -> str:

@@ -47,6 +47,7 @@ def audit(
     test_fraction: float = 0.3,
     max_images: int | None = None,
     seed: int = 42,
+    accuracies: Sequence[float] = (),
     memory_limit: int | None = None,
     keep_features: int = 2 * 2**30,
     progress: bool = True,
@@ -73,6 +74,8 @@ def audit(
         test_fraction: Held out where data have no test split.
         max_images: At most so many training and test images of each task.
         seed: Seed of splits of data; the attackers' seeds are 0, 1, ….
+        accuracies: To which steps are counted on both models, between 0 and 1, beside shares of what the reference
+            gives.
         memory_limit: Bytes of memory to use; by default 60 % of what is free.
         keep_features: Bytes of features to keep in ``run_dir`` for resuming, small ones first; 0 keeps none.
         progress: Whether to show progress bars.
@@ -87,6 +90,8 @@ def audit(
         DataError: Data that cannot be used; the sentence says why and what to do.
     """
     start = time.time()
+    if wrong := [value for value in accuracies if not 0 < value < 1]:
+        raise ArgumentError(f"Expected accuracies to reach between 0 and 1, found {wrong[0]}.")
     chosen = preset if isinstance(preset, Preset) else find_preset(preset)
     chosen = chosen if attackers is None else chosen.only(list(attackers))
     warnings: list[str] = []
@@ -143,6 +148,7 @@ def audit(
             machine=_machine() | {"features kept": f"{kept.size / 2**20:,.1f} MiB"},
             # A resumed audit cost what its parts cost.
             seconds=max(time.time() - start, total),
+            accuracies=list(accuracies),
         )
     )
 
