@@ -63,9 +63,7 @@ def mlp(data: ProbeData, seed: int, dtype: torch.dtype, budget: ProbeBudget) -> 
 
     def tune() -> list[tuple[list[float], list[int]]]:
         part = standardize_part(data.tuning(seed, budget.validation_fraction, torch.float32))
-        return [
-            _train_mlp(part, data.num_classes, rate, clock(len(rates)), budget.batch_size, seed) for rate in rates
-        ]
+        return [_train_mlp(part, data.num_classes, rate, clock(len(rates)), budget.batch_size, seed) for rate in rates]
 
     tried = data.keep(seed, "mlp", tune)
     best = best_index([max(curve) for curve, _ in tried])

@@ -131,9 +131,7 @@ class Preset:
         """The budget as plain values, for the report and for the run's fingerprint."""
         return asdict(self)
 
-    def changed(
-        self, *, seconds: float | None = None, steps: int | None = None, seeds: int | None = None
-    ) -> Preset:
+    def changed(self, *, seconds: float | None = None, steps: int | None = None, seeds: int | None = None) -> Preset:
         """The same attackers with another budget; its name says so, since reports of it compare with their like only.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -98,8 +99,7 @@ class Work:
                 for subject in self.subjects:
                     self._probe(task, subject)
             for task in able:
-                for subject in self.subjects:
-                    self._fine_tune(task, subject)
+                self._fine_tune(task)
             for subject in ("reference", "immunized") if "reference" in self.models else ():
                 self._restore(able[0], subject)
         finally:
@@ -242,14 +242,11 @@ class Work:
 
     # ---- fine-tuning and restoring
 
-    def _fine_tune(self, task: AttackedTask, subject: str) -> None:
-        budget = self.preset.tuning_budget
-        names = self._tuners_of(task)
-        if not names:
-            return
-        model, pixels = self.models[subject], None
-        for attacker in names:
-            settings = None
+    def _fine_tune(self, task: AttackedTask) -> None:
+        budget, pixels = self.preset.tuning_budget, None
+        # One attacker on all models before the next: what an interruption leaves can be compared.
+        for attacker, subject in itertools.product(self._tuners_of(task), self.subjects):
+            model, settings = self.models[subject], None
             for seed in range(self.preset.tuning_seeds):
                 precision = str(torch.float32).removeprefix("torch.")
                 outcome = Outcome(
@@ -260,7 +257,11 @@ class Work:
                 held = pixels
 
                 def attack(
-                    held: Any = held, seed: int = seed, settings: Any = settings, attacker: str = attacker
+                    held: Any = held,
+                    seed: int = seed,
+                    settings: Any = settings,
+                    attacker: str = attacker,
+                    model: PreTrainedModel = model,
                 ) -> Finding:
                     if isinstance(held, str):
                         return Finding(None, status="skipped", note=held)
