@@ -32,6 +32,15 @@ def number(value: float, show=percent) -> str:
     return "–" if value is None or value != value else show(value)
 
 
+def name_of(attacker: str, access: str, task: str, layer: str, precision: str) -> str:
+    where = f", {layer}" if access == "any_layer" else ""
+    return label(attacker) + where + (f", {precision}" if access == "head_input" and precision != "float64" else "")
+
+
+def around(low: float, high: float) -> str:
+    return "–" if low != low else f"{low:.0f} to {high:.0f}"
+
+
 def sides(frame, subject: str):
     """Rows of a subject by what they are of."""
     own = frame[frame["subject"] == subject]
@@ -46,9 +55,7 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
     attacks = {
         access: [
             [
-                label(key[0])
-                + (f", {key[3]}" if access == "any_layer" else "")
-                + f", {key[4]}" * (key[4] != "float64"),
+                name_of(*key),
                 number(theirs.get(key, {}).get("accuracy")),
                 number(row["accuracy"]) if row["accuracy"] == row["accuracy"] else (row["note"] or "–"),
                 interval(row["low"], row["high"]),
@@ -69,8 +76,8 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
         f"{len(data.outcomes)} runs, {data.seconds / 60:.1f} minutes; "
         f"{', '.join(f'{name}: {value}' for name, value in machine.items())}.",
         "",
-        f"{harmful.num_classes} harmful classes, {harmful.train_size:,} images to learn from, {harmful.test_size:,} to "
-        f"measure on, chance {percent(harmful.chance)}. Budget: {budget}.",
+        f"{harmful.num_classes} harmful classes, {harmful.train_size:,} images to learn from, {harmful.test_size:,} "
+        f"to measure on, chance {percent(harmful.chance)}. Budget: {budget}.",
         "",
         *([note, ""] if note else []),
         "## Verdict",
@@ -101,16 +108,12 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
     lines += table(
         ["relative fine-tuning deviation, %", "signed", "interval", "absolute", "interval"],
         [
-            [label(row["operator"])]
-            + [
-                text
-                for form in ("signed", "absolute")
-                for text in (
-                    f"{row[form]:+.0f}" if form == "signed" else f"{row[form]:.0f}",
-                    "–"
-                    if row[f"{form}_low"] != row[f"{form}_low"]
-                    else f"{row[f'{form}_low']:.0f} to {row[f'{form}_high']:.0f}",
-                )
+            [
+                label(row["operator"]),
+                f"{row['signed']:+.0f}",
+                around(row["signed_low"], row["signed_high"]),
+                f"{row['absolute']:.0f}",
+                around(row["absolute_low"], row["absolute_high"]),
             ]
             for row in tables["deviation"].to_dict("records")
         ],

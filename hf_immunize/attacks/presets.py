@@ -136,7 +136,7 @@ class Preset:
 
         Args:
             seconds: Of each attack that trains step by step; see `ProbeBudget` and `TuningBudget`.
-            steps: Of fine-tuning and of probes on mini-batches; a setting is tried for no more steps than that.
+            steps: Of fine-tuning and of probes on mini-batches; the search for settings takes the same part as before.
             seeds: Of every attack.
 
         Returns:
@@ -159,7 +159,8 @@ class Preset:
             probes, tuning = replace(probes, seconds=seconds), replace(tuning, seconds=seconds)
         if steps is not None:
             probes = replace(probes, steps=steps)
-            tuning = replace(tuning, steps=steps, trial_steps=min(tuning.trial_steps, steps))
+            trial_steps = max(1, round(tuning.trial_steps * steps / tuning.steps))
+            tuning = replace(tuning, steps=steps, trial_steps=trial_steps)
         counts = {name: seeds or getattr(self, name) for name in ("probe_seeds", "layer_seeds", "tuning_seeds")}
         return replace(self, name=f"{self.name}, changed", probe_budget=probes, tuning_budget=tuning, **counts)
 

@@ -25,7 +25,7 @@ def test_a_changed_budget_is_in_the_name():
     changed = find_preset("quick").changed(seconds=5, steps=40, seeds=4)
     assert changed.name == "quick, changed"
     assert (changed.probe_budget.seconds, changed.tuning_budget.seconds) == (5, 5)
-    assert (changed.probe_budget.steps, changed.tuning_budget.steps, changed.tuning_budget.trial_steps) == (40, 40, 25)
+    assert (changed.probe_budget.steps, changed.tuning_budget.steps, changed.tuning_budget.trial_steps) == (40, 40, 10)
     assert (changed.probe_seeds, changed.layer_seeds, changed.tuning_seeds) == (4, 4, 4)
 
 
