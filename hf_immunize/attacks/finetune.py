@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.attacks.clock import Clock, half_cosine
 from hf_immunize.attacks.first_order import minibatches
+from hf_immunize.attacks.layers import pass_size
 from hf_immunize.attacks.presets import TuningBudget
 from hf_immunize.attacks.probe_data import Finding, accuracy, best_index, log_steps, stratified_split
 from hf_immunize.errors import ArgumentError
@@ -223,5 +224,6 @@ def measure_accuracy(model: PreTrainedModel, pixels: Tensor, labels: Tensor) -> 
         if isinstance(module, _BatchNorm):
             module.eval()
     device = next(model.parameters()).device
-    scores = [model(pixel_values=part.to(device)).logits.cpu() for part in pixels.split(128)]
+    parts = pixels.split(pass_size(model))
+    scores = [model(pixel_values=part.to(device)).logits.cpu() for part in parts]
     return accuracy(torch.cat(scores), labels)

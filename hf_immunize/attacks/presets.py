@@ -161,8 +161,15 @@ class Preset:
             probes = replace(probes, steps=steps)
             trial_steps = max(1, round(tuning.trial_steps * steps / tuning.steps))
             tuning = replace(tuning, steps=steps, trial_steps=trial_steps)
-        counts = {name: seeds or getattr(self, name) for name in ("probe_seeds", "layer_seeds", "tuning_seeds")}
-        return replace(self, name=f"{self.name}, changed", probe_budget=probes, tuning_budget=tuning, **counts)
+        return replace(
+            self,
+            name=f"{self.name}, changed",
+            probe_budget=probes,
+            tuning_budget=tuning,
+            probe_seeds=seeds or self.probe_seeds,
+            layer_seeds=seeds or self.layer_seeds,
+            tuning_seeds=seeds or self.tuning_seeds,
+        )
 
     def only(self, attackers: list[str] | tuple[str, ...]) -> Preset:
         """The same budgets for some of the attackers.

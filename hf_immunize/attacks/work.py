@@ -23,6 +23,7 @@ from hf_immunize.attacks.layers import (
     dual_coordinates,
     extract_views,
     find_layers,
+    pass_size,
 )
 from hf_immunize.attacks.outcomes import Outcome
 from hf_immunize.attacks.presets import Preset
@@ -189,7 +190,8 @@ class Work:
 
     def _extract(self, model: PreTrainedModel, images: Images, views: list[View], description: str) -> Extraction:
         def make(missing: list[View]) -> Extraction:
-            batches = images.batches(self.processor, description=description, progress=self.progress)
+            size = pass_size(model)
+            batches = images.batches(self.processor, size, description=description, progress=self.progress)
             return extract_views(model, batches, missing, self.head_module)
 
         return self.kept.through(model, images.hashes, views, make)
