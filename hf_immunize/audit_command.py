@@ -42,9 +42,23 @@ def audit(
     attackers: Annotated[
         str | None, typer.Option(help="Run these alone, separated by commas, such as ridge,adamw,lora_r8.")
     ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="At most so long for each attack that trains, half of it for the search of its settings."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of fine-tuning and of mini-batch probes, not the preset's.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds of every attack, not the preset's.")] = None,
+    keep_features: Annotated[
+        float, typer.Option(min=0, help="GiB of features kept in the output folder for resuming; 0 keeps none.")
+    ] = 2.0,
     test_fraction: Annotated[float, typer.Option(help="Held out where data have no test split.")] = 0.3,
     max_images: Annotated[
         int | None, typer.Option(min=2, help="At most so many training and test images of each task.")
+    ] = None,
+    accuracies: Annotated[
+        str | None, typer.Option(help="Count the steps to these accuracies too, such as 0.2,0.4.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of held-out splits; give the one that training used.")] = 42,
     image_column: Annotated[str | None, typer.Option(help="Column of images, where it cannot be found.")] = None,
@@ -68,11 +82,13 @@ def audit(
     starting weights back. Each tunes its own settings on a part of its training images. The same attacks with the
     same draws run on the reference. The strongest one counts.
 
-    Finished attacks are kept in the output folder. After an interruption the same command goes on where it was.
+    Finished attacks and extracted features are kept in the output folder. After an interruption the same command goes
+    on where it was. --seconds, --steps and --seeds change the preset's budget; the report says so.
     The exit code says whether the audit ran, not what it found: report.html and the lines printed say that.
     """
     import transformers
 
+    from hf_immunize.attacks.presets import find_preset
     from hf_immunize.attacks.runner import audit as run_audit
     from hf_immunize.hub.attach import attach_audit, attachable_record
     from hf_immunize.hub.card import CARD_NAME
@@ -82,6 +98,8 @@ def audit(
         raise ArgumentError("Expected --quick or --full, found both.")
     if not 0 < test_fraction < 1:
         raise ArgumentError(f"Expected --test-fraction between 0 and 1, found {test_fraction}.")
+    preset = find_preset("quick" if quick else "full" if full else "standard")
+    preset = preset.changed(seconds=seconds, steps=steps, seeds=seeds)
     if attach:
         # Before hours of attacks.
         attachable_record(_local(model))
@@ -97,16 +115,18 @@ def audit(
         benign=benign_data,
         reference=reference,
         attackers=None if attackers is None else [name.strip() for name in attackers.split(",")],
-        preset="quick" if quick else "full" if full else "standard",
+        preset=preset,
         unseen=unseen,
         unrelated=unrelated,
         run_dir=output_dir,
+        keep_features=int(keep_features * 2**30),
         head_module=head_module,
         image_column=image_column,
         label_column=label_column,
         test_fraction=test_fraction,
         max_images=max_images,
         seed=seed,
+        accuracies=_numbers(accuracies),
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -116,6 +136,13 @@ def audit(
     if attach:
         attach_audit(model, _with_words(report.for_card()))
         typer.echo(f"Attached to {RECORD_NAME} and {CARD_NAME} in {model}.")
+
+
+def _numbers(words: str | None) -> list[float]:
+    try:
+        return [float(word) for word in (words or "").split(",") if word.strip()]
+    except ValueError as error:
+        raise ArgumentError(f"Expected numbers separated by commas as --accuracies, found {words!r}.") from error
 
 
 def _local(model: str) -> str:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hf_immunize.attacks.clock import Clock, half_cosine
 from hf_immunize.attacks.first_order import minibatches
+from hf_immunize.attacks.layers import pass_size
 from hf_immunize.attacks.presets import TuningBudget
 from hf_immunize.attacks.probe_data import Finding, accuracy, best_index, log_steps, stratified_split
 from hf_immunize.errors import ArgumentError
@@ -41,7 +43,8 @@ def fine_tune(
     Every setting is tried for `TuningBudget.trial_steps` on four fifths of the training images and compared on the
     rest; the best one then runs for `TuningBudget.steps` on all of them. Dropout is off and BatchNorm keeps its
     statistics, save that the best setting is also tried with the statistics of the batch. Gradients are clipped at
-    norm 1, the learning rate follows a cosine.
+    norm 1, the learning rate follows a cosine. Where `TuningBudget.seconds` limits the time, every setting still gets
+    its share of the search, and each run ends earlier, its rate at zero.
 
     Args:
         model: The model; it is left as it is.
@@ -64,6 +67,12 @@ def fine_tune(
     fit, validation = stratified_split(labels, 0.2, seed)
     validation = validation[: budget.max_test_images]
     grid = [(name, rate) for name, rates in (budget.optimizers or _DEFAULT_OPTIMIZERS).items() for rate in rates]
+    has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
+
+    def clock(final: bool) -> Clock:
+        half = None if budget.seconds is None else budget.seconds / 2
+        among = 1 if final else len(grid) + has_statistics
+        return Clock(budget.steps if final else budget.trial_steps, None if half is None else half / among)
 
     def attempt(setting: tuple[str, float], batch_statistics: bool, final: bool) -> tuple[list[float], list[int], str]:
         attacked = prepare(model, attacker, num_classes, seed, head_module)
@@ -71,7 +80,7 @@ def fine_tune(
         measure = test if final else (pixels[validation], labels[validation])
         count = budget.steps if final else budget.trial_steps
         when = log_steps(count, max(1, round(budget.evaluations / math.log10(max(count, 10))))) if final else [count]
-        return _train(attacked, learn, measure, setting, batch_statistics, when, budget.batch_size, seed)
+        return _train(attacked, learn, measure, setting, batch_statistics, when, clock(final), budget.batch_size, seed)
 
     trials, batch_statistics = 1, False
     if chosen is not None:
@@ -86,7 +95,7 @@ def fine_tune(
             return Finding(None, trials=trials, status="diverged", note=note)
         best = sound[best_index([tried[index][0][-1] for index in sound])]
         setting = grid[best]
-        if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        if has_statistics:
             trials += 1
             curve, _, note = attempt(setting, True, False)
             batch_statistics = not note and curve[-1] > tried[best][0][-1]
@@ -95,7 +104,7 @@ def fine_tune(
         "optimizer": setting[0],
         "learning_rate": setting[1],
         "batch_statistics": batch_statistics,
-        "steps": budget.steps,
+        "steps": steps[-1] if steps else 0,
         "batch_size": min(budget.batch_size, len(labels)),
     }
     if note:
@@ -166,6 +175,7 @@ def _train(
     setting: tuple[str, float],
     batch_statistics: bool,
     when: list[int],
+    clock: Clock,
     batch_size: int,
     seed: int,
 ) -> tuple[list[float], list[int], str]:
@@ -180,12 +190,13 @@ def _train(
         if kind not in makers:
             raise ArgumentError(f"Expected an optimizer out of sgd, {', '.join(makers)}, found {kind!r}.")
         optimizer = makers[kind](moving, lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, when[-1])
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)] if batch_statistics else []
     device = next(model.parameters()).device
     pixels, labels = learn
     curve: list[float] = []
-    for step, rows in enumerate(minibatches(len(labels), batch_size, when[-1], seed), start=1):
+    steps: list[int] = []
+    for step, rows in enumerate(minibatches(len(labels), batch_size, clock.steps, seed), start=1):
+        optimizer.param_groups[0]["lr"] = rate * half_cosine(clock.progress(step - 1))
         for norm in norms:
             norm.train(len(rows) > 1)
         logits = model(pixel_values=pixels[rows].to(device)).logits
@@ -194,13 +205,16 @@ def _train(
         loss.backward()
         nn.utils.clip_grad_norm_(moving, 1.0)
         optimizer.step()
-        schedule.step()
         value = loss.item()
         if not math.isfinite(value):
-            return curve, when[: len(curve)], f"the loss was {value} at step {step}"
-        if step in when:
+            return curve, steps, f"the loss was {value} at step {step}"
+        ended = clock.over(step)
+        if step in when or ended:
+            steps.append(step)
             curve.append(measure_accuracy(model, *measure))
-    return curve, when, ""
+        if ended:
+            break
+    return curve, steps, ""
 
 
 @torch.no_grad()
@@ -210,5 +224,6 @@ def measure_accuracy(model: PreTrainedModel, pixels: Tensor, labels: Tensor) -> 
         if isinstance(module, _BatchNorm):
             module.eval()
     device = next(model.parameters()).device
-    scores = [model(pixel_values=part.to(device)).logits.cpu() for part in pixels.split(128)]
+    parts = pixels.split(pass_size(model))
+    scores = [model(pixel_values=part.to(device)).logits.cpu() for part in parts]
     return accuracy(torch.cat(scores), labels)

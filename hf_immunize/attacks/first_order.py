@@ -7,12 +7,14 @@ others minimize the cross-entropy on mini-batches, with rates that fall to zero 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_immunize.attacks.clock import Clock
 from hf_immunize.attacks.presets import ProbeBudget
 from hf_immunize.attacks.probe_data import (
     Finding,
@@ -179,25 +181,27 @@ def _minibatch_attack(
     natural_rate: Callable[[Part, int], float],
     standardized: bool = False,
 ) -> Finding:
-    steps, trial_steps = log_steps(budget.steps), log_steps(max(1, budget.steps // 2))
+    # Of the time, where it is limited, the search takes one half and the attack the other.
+    seconds = None if budget.seconds is None else budget.seconds / 2
 
-    def tune() -> tuple[list[float], list[list[float]], list[float], float, float]:
+    def tune() -> tuple[list[float], list[list[float]], list[int], list[float], float, float]:
         # In float32, whatever the attack's precision: a rate is no matter of digits, and this is most of the cost.
         part = prepare(data.tuning(seed, budget.validation_fraction, torch.float32))
         natural = natural_rate(part, data.num_classes)
         rates = [natural * multiple for multiple in budget.rates]
         blind = float(part.y_test.bincount().max() / len(part.y_test))
-        tried, losses = _descend(part, rates, data.num_classes, budget, seed, update, trial_steps)
-        return rates, tried, losses, blind, math.sqrt(blind * (1 - blind) / len(part.y_test))
+        clock = Clock(max(1, budget.steps // 2), seconds)
+        tried, taken, losses = _descend(part, rates, data.num_classes, budget, seed, update, clock)
+        return rates, tried, taken, losses, blind, math.sqrt(blind * (1 - blind) / len(part.y_test))
 
     prepare = standardize_part if standardized else _scale_part
-    rates, tried, losses, blind, spread = data.keep(seed, name, tune)
+    rates, tried, trial_steps, losses, blind, spread = data.keep(seed, name, tune)
     best = _best_rate(tried, losses, math.log(data.num_classes), spread)
+    whole, clock = prepare(data.whole(dtype)), Clock(budget.steps, seconds)
+    (curve,), steps, (loss,) = _descend(whole, rates[best : best + 1], data.num_classes, budget, seed, update, clock)
     # The same part of the way as in the trial, which was half as long.
     part_way = trial_steps[best_index(tried[best])] / trial_steps[-1]
     stop = min(range(len(steps)), key=lambda index: abs(steps[index] - part_way * steps[-1]))
-    whole = prepare(data.whole(dtype))
-    (curve,), (loss,) = _descend(whole, rates[best : best + 1], data.num_classes, budget, seed, update, steps)
     form = "standardized" if standardized else "scaled"
     settings = {"learning_rate": rates[best], "stop": steps[stop], "features": form}
     # Where even the best rate ends well above an untrained probe's loss and beats no blind guess, nothing was learned.
@@ -226,9 +230,9 @@ def _scale_part(part: Part) -> Part:
 
 
 def _descend(
-    part: Part, rates: list[float], num_classes: int, budget: ProbeBudget, seed: int, update: Update, steps: list[int]
-) -> tuple[list[list[float]], list[float]]:
-    """Accuracy along the way and the last batches' loss, for all learning rates at once (one product for all)."""
+    part: Part, rates: list[float], num_classes: int, budget: ProbeBudget, seed: int, update: Update, clock: Clock
+) -> tuple[list[list[float]], list[int], list[float]]:
+    """Accuracy along the way, after which steps, and the last batches' loss, for all rates at once (one product)."""
     count, width = len(rates), num_classes * len(rates)
     n, d = part.Z.shape
     weight, bias = part.Z.new_zeros(d, width), part.Z.new_zeros(1, width)
@@ -236,26 +240,31 @@ def _descend(
     wide = torch.tensor(rates, dtype=part.Z.dtype).repeat_interleave(num_classes)
     targets = one_hot(part.y, num_classes, part.Z.dtype)
     curves: list[list[float]] = [[] for _ in range(count)]
-    wanted = set(steps)
+    steps: list[int] = []
+    wanted = set(log_steps(clock.steps))
     # Products of numbers below this are subnormal, many times slower to compute with, and say nothing.
     smallest = 1e3 * torch.finfo(part.Z.dtype).tiny ** 0.5
-    recent: list[Tensor] = []
-    for step, rows in enumerate(minibatches(n, budget.batch_size, steps[-1], seed), start=1):
+    recent: deque[Tensor] = deque(maxlen=10)
+    for step, rows in enumerate(minibatches(n, budget.batch_size, clock.steps, seed), start=1):
         Z = part.Z[rows]
         logits = (Z @ weight + bias).view(len(rows), count, num_classes)
-        if step > steps[-1] - 10:
+        if clock.timed or step > clock.steps - 10:
             logs = logits.log_softmax(dim=2)
             recent.append(-(logs * targets[rows][:, None]).sum(dim=2).mean(dim=0))
         residual = ((logits.softmax(dim=2) - targets[rows][:, None]) / len(rows)).reshape(len(rows), width)
         residual = torch.nn.functional.hardshrink(residual, smallest)
-        now = wide * (1 - (step - 1) / steps[-1])
+        now = wide * (1 - clock.progress(step - 1))
         weight = update(weight, Z.mT @ residual, states[0], step, now)
         bias = update(bias, residual.sum(dim=0, keepdim=True), states[1], step, now)
-        if step in wanted:
+        ended = clock.over(step)
+        if step in wanted or ended:
+            steps.append(step)
             scores = (part.Z_test @ weight + bias).view(-1, count, num_classes)
             for index in range(count):
                 curves[index].append(accuracy(scores[:, index], part.y_test))
-    return curves, torch.stack(recent).mean(dim=0).tolist()
+        if ended:
+            break
+    return curves, steps, torch.stack(list(recent)).mean(dim=0).tolist()
 
 
 def _momentum_update(beta: float) -> Update:

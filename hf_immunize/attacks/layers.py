@@ -178,6 +178,25 @@ def extract_views(
     return Extraction(joined.pop("features"), joined.pop("logits"), joined)
 
 
+def pass_size(model: nn.Module) -> int:
+    """Images in a batch of a pass without gradients.
+
+    On a CPU few: activations of many take tens of megabytes each, which the C library gives back to the system and
+    has to be given anew at every layer. 64 images of 160 pixels through MobileNetV2 cost 40 ms each, 8 cost 22.
+
+    Args:
+        model: The model.
+
+    Returns:
+        64 on an accelerator, 8 on a CPU.
+
+    Example:
+        >>> pass_size(nn.Linear(2, 2))
+        8
+    """
+    return 8 if next(model.parameters()).device.type == "cpu" else 64
+
+
 def run(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     """Logits, without gradients and autocast, on the model's device and in its precision."""
     parameter = next(model.parameters())

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from hf_immunize.attacks.clock import Clock, half_cosine
 from hf_immunize.attacks.first_order import minibatches, standardize_part
 from hf_immunize.attacks.presets import ProbeBudget
 from hf_immunize.attacks.probe_data import Finding, Part, ProbeData, accuracy, best_index, log_steps, one_hot
@@ -54,17 +55,24 @@ def mlp(data: ProbeData, seed: int, dtype: torch.dtype, budget: ProbeBudget) -> 
         The finding with its curve.
     """
     rates = (1e-3, 5e-3)
-    steps = log_steps(budget.steps)
+    # Of the time, where it is limited, the search takes one half and the attack the other.
+    seconds = None if budget.seconds is None else budget.seconds / 2
 
-    def tune() -> list[list[float]]:
+    def clock(among: int) -> Clock:
+        return Clock(budget.steps, None if seconds is None else seconds / among)
+
+    def tune() -> list[tuple[list[float], list[int]]]:
         part = standardize_part(data.tuning(seed, budget.validation_fraction, torch.float32))
-        return [_train_mlp(part, data.num_classes, rate, steps, budget.batch_size, seed) for rate in rates]
+        return [_train_mlp(part, data.num_classes, rate, clock(len(rates)), budget.batch_size, seed) for rate in rates]
 
     tried = data.keep(seed, "mlp", tune)
-    best = best_index([max(curve) for curve in tried])
-    stop = best_index(tried[best])
+    best = best_index([max(curve) for curve, _ in tried])
     whole = standardize_part(data.whole(dtype))
-    curve = _train_mlp(whole, data.num_classes, rates[best], steps, budget.batch_size, seed)
+    curve, steps = _train_mlp(whole, data.num_classes, rates[best], clock(1), budget.batch_size, seed)
+    # The same part of the way as in the trial, which time may have ended earlier or later.
+    values, taken = tried[best]
+    part_way = taken[best_index(values)] / taken[-1]
+    stop = min(range(len(steps)), key=lambda index: abs(steps[index] - part_way * steps[-1]))
     settings = {"learning_rate": rates[best], "hidden": _HIDDEN, "stop": steps[stop]}
     return Finding(curve[stop], steps, curve, settings, trials=len(rates))
 
@@ -91,7 +99,10 @@ def _neighbours(part: Part, data: ProbeData, seed: int | None, view: str) -> Ten
     return torch.cat(found)
 
 
-def _train_mlp(part: Part, num_classes: int, rate: float, steps: list[int], batch_size: int, seed: int) -> list[float]:
+def _train_mlp(
+    part: Part, num_classes: int, rate: float, clock: Clock, batch_size: int, seed: int
+) -> tuple[list[float], list[int]]:
+    """Accuracy along the way, and after which steps."""
     generator = torch.Generator().manual_seed(seed)
     d, dtype = part.Z.shape[1], part.Z.dtype
     # Drawn in float64, so that the same seed means the same start in any precision.
@@ -100,15 +111,18 @@ def _train_mlp(part: Part, num_classes: int, rate: float, steps: list[int], batc
     W1, W2 = (weight.to(dtype).requires_grad_() for weight in drawn)
     b1, b2 = (part.Z.new_zeros(size, requires_grad=True) for size in (_HIDDEN, num_classes))
     optimizer = torch.optim.AdamW([W1, b1, W2, b2], lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps[-1])
-    curve, wanted = [], set(steps)
-    for step, rows in enumerate(minibatches(len(part.Z), batch_size, steps[-1], seed), start=1):
+    curve, steps, wanted = [], [], set(log_steps(clock.steps))
+    for step, rows in enumerate(minibatches(len(part.Z), batch_size, clock.steps, seed), start=1):
+        optimizer.param_groups[0]["lr"] = rate * half_cosine(clock.progress(step - 1))
         scores = (part.Z[rows] @ W1 + b1).relu() @ W2 + b2
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(scores, part.y[rows]).backward()
         optimizer.step()
-        schedule.step()
-        if step in wanted:
+        ended = clock.over(step)
+        if step in wanted or ended:
+            steps.append(step)
             with torch.no_grad():
                 curve.append(accuracy((part.Z_test @ W1 + b1).relu() @ W2 + b2, part.y_test))
-    return curve
+        if ended:
+            break
+    return curve, steps

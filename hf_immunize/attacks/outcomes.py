@@ -127,6 +127,7 @@ class AuditData:
         warnings: Sentences for the reader: overlap of data, classes with one sample, missing reference, …
         machine: Hardware and library versions.
         seconds: Wall-clock time of the audit.
+        accuracies: To which the steps are counted, beside shares of what the reference gives.
     """
 
     model: str
@@ -142,3 +143,4 @@ class AuditData:
     warnings: list[str] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    accuracies: list[float] = field(default_factory=list)

@@ -27,6 +27,9 @@ class ProbeBudget:
         ridge_decades: How many decades below ``σ_max²`` the ridge strengths reach.
         validation_fraction: Part of the training images on which settings are chosen; the attack is then run anew on
             all of them.
+        seconds: Wall-clock time of an attack on mini-batches (SGD to AdamW, the network), half of it for the search
+            of its settings, shared among these; its steps and rates then end early. None: as long as its steps take.
+            Closed forms, solvers and neighbours run whole.
     """
 
     descent_steps: int = 10_000
@@ -36,6 +39,7 @@ class ProbeBudget:
     rates: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
     ridge_decades: int = 18
     validation_fraction: float = 0.2
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class TuningBudget:
         max_images: Training images at most.
         max_test_images: Test images at most.
         evaluations: How often accuracy is measured along the way.
+        seconds: Wall-clock time of an attack, half of it for the search of its settings, shared among these; its steps
+            and rates then end early. None: as long as its steps take.
     """
 
     steps: int = 300
@@ -59,6 +65,7 @@ class TuningBudget:
     max_images: int = 5000
     max_test_images: int = 2000
     evaluations: int = 8
+    seconds: float | None = None
 
 
 _PROBES = (
@@ -124,6 +131,46 @@ class Preset:
         """The budget as plain values, for the report and for the run's fingerprint."""
         return asdict(self)
 
+    def changed(self, *, seconds: float | None = None, steps: int | None = None, seeds: int | None = None) -> Preset:
+        """The same attackers with another budget; its name says so, since reports of it compare with their like only.
+
+        Args:
+            seconds: Of each attack that trains step by step; see `ProbeBudget` and `TuningBudget`.
+            steps: Of fine-tuning and of probes on mini-batches; the search for settings takes the same part as before.
+            seeds: Of every attack.
+
+        Returns:
+            The changed preset; itself where nothing is given.
+
+        Raises:
+            ArgumentError: If a number is not positive.
+
+        Example:
+            >>> find_preset("quick").changed(steps=50).name
+            'quick, changed'
+        """
+        for name, value in (("seconds", seconds), ("steps", steps), ("seeds", seeds)):
+            if value is not None and not value > 0:
+                raise ArgumentError(f"Expected a budget of {name} above 0, found {value}.")
+        if seconds is steps is seeds is None:
+            return self
+        probes, tuning = self.probe_budget, self.tuning_budget
+        if seconds is not None:
+            probes, tuning = replace(probes, seconds=seconds), replace(tuning, seconds=seconds)
+        if steps is not None:
+            probes = replace(probes, steps=steps)
+            trial_steps = max(1, round(tuning.trial_steps * steps / tuning.steps))
+            tuning = replace(tuning, steps=steps, trial_steps=trial_steps)
+        return replace(
+            self,
+            name=f"{self.name}, changed",
+            probe_budget=probes,
+            tuning_budget=tuning,
+            probe_seeds=seeds or self.probe_seeds,
+            layer_seeds=seeds or self.layer_seeds,
+            tuning_seeds=seeds or self.tuning_seeds,
+        )
+
     def only(self, attackers: list[str] | tuple[str, ...]) -> Preset:
         """The same budgets for some of the attackers.
 
@@ -146,15 +193,15 @@ class Preset:
             probes=tuple(name for name in _PROBES if name in chosen),
             layer_probes=tuple(name for name in self.layer_probes if name in chosen),
             flattened_probes=tuple(name for name in self.flattened_probes if name in chosen),
-            fine_tuning=tuple(name for name in _FINE_TUNING if name in chosen),
-            restoring=tuple(name for name in _RESTORING if name in chosen),
+            fine_tuning=tuple(name for name in FINE_TUNING if name in chosen),
+            restoring=tuple(name for name in RESTORING if name in chosen),
             benign_attackers=tuple(name for name in self.benign_attackers if name in chosen),
         )
 
 
-_FINE_TUNING = ("last_stage", "whole_network", "bias_only", "lora_r2", "lora_r8", "lora_r32")
-_RESTORING = ("restore_swap", "restore_interpolation")
-ALL_ATTACKERS = (*_PROBES, *_FINE_TUNING, *_RESTORING)
+FINE_TUNING = ("last_stage", "whole_network", "bias_only", "lora_r2", "lora_r8", "lora_r32")
+RESTORING = ("restore_swap", "restore_interpolation")
+ALL_ATTACKERS = (*_PROBES, *FINE_TUNING, *RESTORING)
 
 PRESETS = {
     "quick": Preset(
@@ -162,7 +209,7 @@ PRESETS = {
         probes=("ridge", "whitening", "lda", "conjugate_gradient", "gd_line_search", "adamw", "lbfgs", "knn", "mlp"),
         layer_probes=("ridge",),
         fine_tuning=("last_stage", "whole_network", "lora_r8"),
-        restoring=_RESTORING,
+        restoring=RESTORING,
         benign_attackers=("gd_line_search", "adamw", "ridge", "lora_r8"),
         probe_seeds=3,
         layer_seeds=3,
@@ -187,7 +234,7 @@ PRESETS = {
         probes=_PROBES,
         layer_probes=("ridge", "lda"),
         fine_tuning=("last_stage", "whole_network", "bias_only", "lora_r8"),
-        restoring=_RESTORING,
+        restoring=RESTORING,
         benign_attackers=("gd_line_search", "adamw", "ridge", "lora_r8"),
         probe_seeds=5,
         layer_seeds=3,
@@ -210,8 +257,8 @@ PRESETS = {
         name="full",
         probes=_PROBES,
         layer_probes=("ridge", "whitening", "lda", "lbfgs", "adamw", "gd_line_search"),
-        fine_tuning=_FINE_TUNING,
-        restoring=_RESTORING,
+        fine_tuning=FINE_TUNING,
+        restoring=RESTORING,
         benign_attackers=("gd_line_search", "sgd", "adamw", "ridge", "lbfgs", "lora_r8"),
         probe_seeds=5,
         layer_seeds=3,

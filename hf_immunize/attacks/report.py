@@ -57,8 +57,14 @@ class AuditReport:
         return sentences(self.data)
 
     def to_json(self) -> str:
-        """Everything as JSON, without loss and with finite numbers only."""
-        return serialization.to_json(self.data)
+        """Everything as JSON, without loss and with finite numbers only.
+
+        Returns:
+            The JSON: under "data" what was found, under "measures" the tables that follow from it, rows of plain
+            values, so that another program need not compute them.
+        """
+        measures = {name: _records(table) for name, table in self.tables().items() if name != "outcomes"}
+        return serialization.to_json(self.data, measures)
 
     @classmethod
     def from_json(cls, text: str) -> AuditReport:
@@ -224,9 +230,10 @@ def _records(table: pandas.DataFrame) -> list[dict[str, Any]]:
 
 def _speed(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Ratios of steps, one row for each attack, with the ratio at the lower share beside it."""
+    given = [row for row in rows if row["share"] is None]
     early = {_key(row): row for row in rows if row["share"] == TARGET_SHARES[0]}
     late = [row | {"early": early.get(_key(row))} for row in rows if row["share"] == TARGET_SHARES[-1]]
-    return {"rows": late, "share": f"{TARGET_SHARES[-1]:.0%}", "early": f"{TARGET_SHARES[0]:.0%}"}
+    return {"rows": late, "given": given, "share": f"{TARGET_SHARES[-1]:.0%}", "early": f"{TARGET_SHARES[0]:.0%}"}
 
 
 def _attacks(rows: list[dict[str, Any]], access: str) -> list[dict[str, Any]]:
@@ -235,13 +242,18 @@ def _attacks(rows: list[dict[str, Any]], access: str) -> list[dict[str, Any]]:
     for row in rows:
         if row["access"] != access:
             continue
-        empty = {"said": "–", "interval": "–"}
+        empty = {"said": "–", "interval": "–", "gap": "–", "seconds": "–"}
         own = merged.setdefault(
             _key(row), row | dict.fromkeys(SUBJECTS, empty) | {"note": "", "seeds": 0, "last_step": 0}
         )
         lost = [f"{row[name]} {name}" for name in ("diverged", "skipped") if row[name]]
         said = ", ".join([percent(row["accuracy"])] * (row["accuracy"] is not None) + lost)
-        own[row["subject"]] = {"said": said, "interval": _range(row["low"], row["high"])}
+        own[row["subject"]] = {
+            "said": said,
+            "interval": _range(row["low"], row["high"]),
+            "gap": signed(row["gap"]),
+            "seconds": _seconds(row["seconds"], row["seconds_low"], row["seconds_high"]),
+        }
         own["note"] = "; ".join(note for note in (own["note"], row["note"]) if note)
         own |= {name: max(own[name], row[name]) for name in ("seeds", "last_step")}
     return list(merged.values())
@@ -253,6 +265,10 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _range(low: float | None, high: float | None) -> str:
     return "–" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}%"
+
+
+def _seconds(mean: float, low: float | None, high: float | None) -> str:
+    return f"{mean:,.1f}" if low is None or high is None else f"{mean:,.1f} ({low:,.1f} to {high:,.1f})"
 
 
 def _harmless(table: pandas.DataFrame) -> pandas.DataFrame:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from hf_immunize.attacks.feature_store import FeatureStore
 from hf_immunize.attacks.journal import Journal, fingerprint
 from hf_immunize.attacks.outcomes import AuditData
 from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_preset
@@ -46,7 +47,9 @@ def audit(
     test_fraction: float = 0.3,
     max_images: int | None = None,
     seed: int = 42,
+    accuracies: Sequence[float] = (),
     memory_limit: int | None = None,
+    keep_features: int = 2 * 2**30,
     progress: bool = True,
     revision: str = "main",
     trust_remote_code: bool = False,
@@ -64,14 +67,17 @@ def audit(
         unseen: Harmful images of classes that immunization did not see.
         unrelated: A third task, which immunization should leave alone.
         processing_class: Image processor, where the model is not given by its name and the data hold images.
-        run_dir: Where finished attacks are kept; the same call resumes an interrupted audit there.
+        run_dir: Where finished attacks and features are kept; the same call resumes an interrupted audit there.
         head_module: The classifier's name, where it cannot be found without help.
         image_column: Of all data sets, where it cannot be found.
         label_column: The same.
         test_fraction: Held out where data have no test split.
         max_images: At most so many training and test images of each task.
         seed: Seed of splits of data; the attackers' seeds are 0, 1, ….
+        accuracies: To which steps are counted on both models, between 0 and 1, beside shares of what the reference
+            gives.
         memory_limit: Bytes of memory to use; by default 60 % of what is free.
+        keep_features: Bytes of features to keep in ``run_dir`` for resuming, small ones first; 0 keeps none.
         progress: Whether to show progress bars.
         revision: Branch, tag or commit of the model on the Hub.
         trust_remote_code: Run code that comes with a model.
@@ -84,6 +90,8 @@ def audit(
         DataError: Data that cannot be used; the sentence says why and what to do.
     """
     start = time.time()
+    if wrong := [value for value in accuracies if not 0 < value < 1]:
+        raise ArgumentError(f"Expected accuracies to reach between 0 and 1, found {wrong[0]}.")
     chosen = preset if isinstance(preset, Preset) else find_preset(preset)
     chosen = chosen if attackers is None else chosen.only(list(attackers))
     warnings: list[str] = []
@@ -120,7 +128,8 @@ def audit(
     hashes = {f"{t.name} {s}": [*i.hashes, i.labels.numpy().tobytes()] for t in tasks for s, i in _sides(t)}
     mark = fingerprint(models, hashes, {"preset": _without_choice(chosen), "version": PRESET_VERSION})
     journal = Journal(run_dir, mark, warnings)
-    work = Work(chosen, models, tasks, processor, journal, warnings, head_module, memory, progress)
+    kept = FeatureStore(None if run_dir is None else os.path.join(run_dir, "features"), keep_features, warnings)
+    work = Work(chosen, models, tasks, processor, journal, warnings, head_module, memory, progress, kept)
     standing = work.run()
     total = sum(outcome.seconds for outcome in journal.outcomes.values())
     return AuditReport(
@@ -129,16 +138,17 @@ def audit(
             reference=names.get("reference"),
             preset=chosen.name,
             preset_version=PRESET_VERSION,
-            budget=_budget(chosen),
+            budget=_budget(chosen, max_images),
             tasks={task.name: task.describe() for task in tasks},
             outcomes=[journal.outcomes[key] for key in work.order],
             utility=standing.utility(),
             spectra=standing.spectra(),
             rir=standing.ratio(),
             warnings=warnings,
-            machine=_machine(),
+            machine=_machine() | {"features kept": f"{kept.size / 2**20:,.1f} MiB"},
             # A resumed audit cost what its parts cost.
             seconds=max(time.time() - start, total),
+            accuracies=list(accuracies),
         )
     )
 
@@ -201,17 +211,31 @@ def _without_choice(preset: Preset) -> dict[str, Any]:
     return {name: described[name] for name in ("name", "probe_budget", "tuning_budget")}
 
 
-def _budget(preset: Preset) -> dict[str, Any]:
+def _budget(preset: Preset, max_images: int | None) -> dict[str, Any]:
+    """Steps, samples, seconds and settings, as a report states them."""
+    probes, tuning = preset.probe_budget, preset.tuning_budget
+    attackers = {*preset.probes, *preset.layer_probes, *preset.flattened_probes, *preset.fine_tuning}
+    limited = {
+        "seconds_of_an_attack_that_trains": probes.seconds if probes.seconds is not None else tuning.seconds,
+        "images_of_a_task": max_images,
+    }
     return {
+        "attackers": len(attackers | set(preset.restoring)),
         "probe_steps": preset.probe_budget.steps,
         "descent_steps": preset.probe_budget.descent_steps,
         "solver_iterations": preset.probe_budget.iterations,
         "fine_tuning_steps": preset.tuning_budget.steps,
         "fine_tuning_trial_steps": preset.tuning_budget.trial_steps,
         "fine_tuning_images": preset.tuning_budget.max_images,
+        "fine_tuning_test_images": preset.tuning_budget.max_test_images,
+        "fine_tuning_settings": sum(map(len, (tuning.optimizers or {}).values())),
+        "mini_batch_rates": len(probes.rates),
+        "layers": preset.max_layers,
+        "values_of_a_flattened_layer": preset.layer_entries,
         "probe_seeds": preset.probe_seeds,
         "layer_seeds": preset.layer_seeds,
         "fine_tuning_seeds": preset.tuning_seeds,
+        **{name: value for name, value in limited.items() if value is not None},
     }
 
 

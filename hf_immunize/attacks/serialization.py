@@ -22,16 +22,19 @@ _STATUSES = ("done", "diverged", "skipped")
 _NON_FINITE = "non_finite"
 
 
-def to_json(data: AuditData) -> str:
+def to_json(data: AuditData, measures: Mapping[str, Any] | None = None) -> str:
     """Write what an audit found as JSON that every parser reads: numbers are finite.
 
     Args:
         data: What it found. Tuples and NumPy's numbers come back as lists and plain numbers, objects as their text.
+        measures: What follows from it, for other programs; `from_json` computes it anew.
 
     Returns:
         The JSON.
     """
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, "data": _encode(asdict(data))}
+    if measures is not None:
+        content["measures"] = _encode(measures)
     return json.dumps(content, indent=1, allow_nan=False)
 
 
@@ -145,6 +148,8 @@ def check(data: AuditData) -> None:
             _share(value, where, " Record an attack whose numbers are lost as diverged, without them.")
         if one.status != "done" and one.accuracy is not None:
             raise DataError(f"Expected no accuracy where status is {one.status!r}, found {one.accuracy} {where}.")
+    for value in data.accuracies:
+        _share(value, "to count the steps to")
     if data.utility is not None:
         for value in (data.utility.immunized, data.utility.reference):
             if value is not None:

@@ -18,7 +18,8 @@ class StepsRatio:
 
     Attributes:
         attacker, access, task, layer, precision: As in `Outcome`.
-        share: Of what the attacker reads on the reference above chance; defines the accuracy to reach.
+        share: Of what the attacker reads on the reference above chance; defines the accuracy to reach. None where
+            that accuracy was given, as `AuditData.accuracies`.
         target: That accuracy, mean over seeds.
         immunized, reference: Steps to it, mean over seeds; where `is_bound`, the immunized one is the budget.
         ratio: Geometric mean over seeds of immunized / reference.
@@ -33,7 +34,7 @@ class StepsRatio:
     task: str
     layer: str
     precision: str
-    share: float
+    share: float | None
     target: float
     immunized: float
     reference: float
@@ -79,21 +80,22 @@ def steps_ratios(data: AuditData, task: str = "harmful") -> list[StepsRatio]:
         task: As in `Outcome`.
 
     Returns:
-        One for each attack and each of `TARGET_SHARES`; none for an attack that hardly beats chance on the reference.
+        One for each attack and each of `TARGET_SHARES`, none for an attack that hardly beats chance on the reference;
+        and one for each accuracy that was given, where the attack reaches it on the reference.
     """
     runs: dict[tuple[str, ...], dict[tuple[str, int], Outcome]] = {}
     for one in data.outcomes:
         if one.task == task and one.status == "done" and one.curve:
             key = (one.attacker, one.access, one.task, one.layer, one.precision)
             runs.setdefault(key, {})[one.subject, one.seed] = one
-    ratios = [
-        _steps_ratio(key, by, data.tasks[task].chance, share) for key, by in runs.items() for share in TARGET_SHARES
-    ]
+    goals: list[tuple[float | None, float]] = [(share, 0.0) for share in TARGET_SHARES]
+    goals += [(None, accuracy) for accuracy in data.accuracies]
+    ratios = [_steps_ratio(key, by, data.tasks[task].chance, *goal) for key, by in runs.items() for goal in goals]
     return [one for one in ratios if one is not None]
 
 
 def _steps_ratio(
-    key: tuple[str, ...], runs: dict[tuple[str, int], Outcome], chance: float, share: float
+    key: tuple[str, ...], runs: dict[tuple[str, int], Outcome], chance: float, share: float | None, given: float
 ) -> StepsRatio | None:
     rows: list[tuple[float, int, int]] = []
     bound = False
@@ -101,10 +103,12 @@ def _steps_ratio(
         immunized = runs.get(("immunized", seed))
         if subject != "reference" or immunized is None or max(reference.curve) < chance + SIGNAL:
             continue
-        target = chance + share * (max(reference.curve) - chance)
+        target = given if share is None else chance + share * (max(reference.curve) - chance)
         theirs = first_reaching(reference.steps, reference.curve, target)
         ours = first_reaching(immunized.steps, immunized.curve, target)
-        assert theirs is not None, "the target lies below the reference's best"
+        if theirs is None:
+            assert share is None, "the target lies below the reference's best"
+            continue
         bound |= ours is None
         rows.append((target, ours or max(immunized.steps[-1], 1), theirs))
     if not rows:

@@ -34,6 +34,8 @@ class Summary:
         rise: Mean gain in accuracy over the last half of the steps; 0 for closed forms.
         budget: Most steps of a run; 0 for closed forms.
         before_divergence: Best accuracy of a diverged run before it diverged, or None.
+        seconds: Mean wall-clock time of a run, the search for its settings included where the run made one.
+        seconds_interval: Student's t interval of that; None with fewer than `MIN_SEEDS`.
     """
 
     attacker: str
@@ -53,6 +55,8 @@ class Summary:
     rise: float
     budget: int
     before_divergence: float | None
+    seconds: float
+    seconds_interval: tuple[float, float] | None
 
     @property
     def upper(self) -> float:
@@ -98,6 +102,7 @@ def _summarize(runs: list[Outcome], test_size: int) -> Summary:
     first, done = runs[0], [run for run in runs if run.status == "done"]
     accuracies = {run.seed: reached(run) for run in done}
     mean, interval = mean_interval(list(accuracies.values())) if accuracies else (None, None)
+    seconds, seconds_interval = mean_interval([run.seconds for run in runs])
     before = [max(run.curve) for run in runs if run.status == "diverged" and run.curve]
     return Summary(
         attacker=first.attacker,
@@ -117,6 +122,8 @@ def _summarize(runs: list[Outcome], test_size: int) -> Summary:
         rise=statistics.fmean([late_rise(run.steps, run.curve) for run in done]) if done else 0.0,
         budget=max((run.steps[-1] for run in done if run.steps), default=0),
         before_divergence=max(before, default=None),
+        seconds=seconds,
+        seconds_interval=seconds_interval and (max(0.0, seconds_interval[0]), seconds_interval[1]),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pandas
 
 from hf_immunize.attacks.findings import CLASS_KINDS
+from hf_immunize.attacks.intervals import mean_interval
 from hf_immunize.attacks.measures import Deviation, deviations
 from hf_immunize.attacks.outcomes import AuditData, Outcome
 from hf_immunize.attacks.speed import StepsRatio, steps_ratios
@@ -48,7 +49,9 @@ _DEVIATION += ["signed", "signed_low", "signed_high", "seeds"]
 _STEPS = ["attacker", "access", "task", "layer", "precision", "share", "target", "immunized_steps", "reference_steps"]
 _STEPS += ["ratio", "low", "high", "is_bound", "seeds"]
 _ATTACKS = ["attacker", "access", "subject", "task", "layer", "precision", "accuracy", "low", "high", "seeds"]
+_ATTACKS += ["gap", "gap_low", "gap_high", "seconds", "seconds_low", "seconds_high"]
 _ATTACKS += ["diverged", "skipped", "last_step", "note"]
+_CURVES = ["attacker", "access", "subject", "task", "layer", "precision", "step", "accuracy", "low", "high", "seeds"]
 
 
 def make_tables(data: AuditData) -> dict[str, pandas.DataFrame]:
@@ -60,7 +63,8 @@ def make_tables(data: AuditData) -> dict[str, pandas.DataFrame]:
     Returns:
         "headline" (worst case by class of attackers), "layers" (best probe at each layer), "fine_tuning" (operator by
         budget), "deviation" (relative fine-tuning deviation, in per cent), "steps" (how many times the steps), "tasks"
-        (worst case on the other tasks), "attacks" (every attack over its seeds) and "outcomes" (every run).
+        (worst case on the other tasks), "curves" (accuracy after each step over the seeds), "attacks" (every attack
+        over its seeds, with its gap to the reference and its time) and "outcomes" (every run).
     """
     summaries = summarize(data)
     tasks = [task for task in data.tasks if task != "harmful"]
@@ -79,7 +83,8 @@ def make_tables(data: AuditData) -> dict[str, pandas.DataFrame]:
         "deviation": _frame([_deviation(one) for one in deviations(data)], _DEVIATION),
         "steps": _frame([_steps(one) for task in data.tasks for one in steps_ratios(data, task)], _STEPS),
         "tasks": _frame(other, ["task", *_HEADLINE]),
-        "attacks": _frame([_attack(one) for one in summaries], _ATTACKS),
+        "curves": _frame(_curves(data), _CURVES),
+        "attacks": _frame(_attacks(summaries), _ATTACKS),
         "outcomes": _frame([_outcome(one) for one in data.outcomes], _OUTCOMES),
     }
 
@@ -208,10 +213,35 @@ def _steps(one: StepsRatio) -> dict[str, Any]:
     return row | {"immunized_steps": one.immunized, "reference_steps": one.reference, "low": low, "high": high}
 
 
-def _attack(one: Summary) -> dict[str, Any]:
-    low, high = _ends(one.interval)
-    row = asdict(one) | {"accuracy": one.mean, "low": low, "high": high, "seeds": len(one.accuracies)}
-    return row | {"last_step": one.budget, "note": "; ".join(one.notes)}
+def _attacks(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+    def key(one: Summary) -> tuple[str, ...]:
+        return one.attacker, one.access, one.task, one.layer, one.precision
+
+    references = {key(one): one for one in summaries if one.subject == "reference" and one.mean is not None}
+    rows = []
+    for one in summaries:
+        low, high = _ends(one.interval)
+        row = asdict(one) | {"accuracy": one.mean, "low": low, "high": high, "seeds": len(one.accuracies)}
+        row["seconds_low"], row["seconds_high"] = _ends(one.seconds_interval)
+        if one.subject != "reference" and one.mean is not None and key(one) in references:
+            row["gap"], interval = gap(references[key(one)], one)
+            row["gap_low"], row["gap_high"] = _ends(interval)
+        rows.append(row | {"last_step": one.budget, "note": "; ".join(one.notes)})
+    return rows
+
+
+def _curves(data: AuditData) -> list[dict[str, Any]]:
+    points: dict[tuple[Any, ...], list[float]] = {}
+    for one in data.outcomes:
+        for step, value in zip(one.steps, one.curve, strict=True):
+            key = (one.attacker, one.access, one.subject, one.task, one.layer, one.precision, step)
+            points.setdefault(key, []).append(value)
+    rows = []
+    for key, values in points.items():
+        mean, interval = mean_interval(values)
+        low, high = _ends(interval)
+        rows.append(dict(zip(_CURVES, (*key, mean, low, high, len(values)), strict=True)))
+    return rows
 
 
 def _outcome(one: Outcome) -> dict[str, Any]:

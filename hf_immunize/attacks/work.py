@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_immunize.attacks.feature_store import FeatureStore, View
 from hf_immunize.attacks.finetune import fine_tune
 from hf_immunize.attacks.journal import Journal, key_of
 from hf_immunize.attacks.layers import (
@@ -21,7 +23,7 @@ from hf_immunize.attacks.layers import (
     dual_coordinates,
     extract_views,
     find_layers,
-    run,
+    pass_size,
 )
 from hf_immunize.attacks.outcomes import Outcome
 from hf_immunize.attacks.presets import Preset
@@ -29,7 +31,7 @@ from hf_immunize.attacks.probe_data import Finding, ProbeData, guarded
 from hf_immunize.attacks.restore import SHARES, best_share, interpolate, moved_parameters
 from hf_immunize.attacks.standing import Standing
 from hf_immunize.attacks.suite import PROBES
-from hf_immunize.attacks.tasks import AttackedTask
+from hf_immunize.attacks.tasks import AttackedTask, Images
 from hf_immunize.vision.features import find_head
 
 
@@ -54,6 +56,7 @@ class Work:
         head_module: The classifier's name, where it cannot be found without help.
         memory: Bytes that features and images of attacks may take.
         progress: Whether to show progress bars.
+        kept: Features of an interrupted run.
     """
 
     def __init__(
@@ -67,10 +70,11 @@ class Work:
         head_module: str | None,
         memory: int,
         progress: bool,
+        kept: FeatureStore,
     ) -> None:
         self.preset, self.models, self.tasks, self.processor = preset, models, tasks, processor
         self.journal, self.warnings, self.head_module = journal, warnings, head_module
-        self.memory, self.progress = memory, progress
+        self.memory, self.progress, self.kept = memory, progress, kept
         self.order: list[str] = []
         self.standing = Standing(warnings)
         self.head_data: dict[tuple[str, str], ProbeData] = {}
@@ -96,10 +100,9 @@ class Work:
                 for subject in self.subjects:
                     self._probe(task, subject)
             for task in able:
-                for subject in self.subjects:
-                    self._fine_tune(task, subject)
-            if "reference" in self.models:
-                self._restore(able[0])
+                self._fine_tune(task)
+            for subject in ("reference", "immunized") if "reference" in self.models else ():
+                self._restore(able[0], subject)
         finally:
             torch.set_flush_denormal(False)
             self.bar.close()
@@ -153,14 +156,7 @@ class Work:
             )
         ]
         train, test = (
-            extract_views(
-                model,
-                images.batches(self.processor, description=f"{subject}: {task.name}", progress=self.progress),
-                ahead,
-                self.head_module,
-            )
-            if len(images)
-            else None
+            self._extract(model, images, ahead, f"{subject}: {task.name}") if len(images) else None
             for images in (task.train, task.test)
         )
         assert train is not None
@@ -190,8 +186,15 @@ class Work:
     def _utility_logits(self, task: AttackedTask, subject: str, test: Extraction | None) -> Tensor:
         if test is not None and task.utility.indices == task.test.indices:
             return test.logits
-        batches = task.utility.batches(self.processor, description=f"{subject}: utility", progress=self.progress)
-        return torch.cat([run(self.models[subject], batch).float().cpu() for batch in batches])
+        return self._extract(self.models[subject], task.utility, [], f"{subject}: utility").logits
+
+    def _extract(self, model: PreTrainedModel, images: Images, views: list[View], description: str) -> Extraction:
+        def make(missing: list[View]) -> Extraction:
+            size = pass_size(model)
+            batches = images.batches(self.processor, size, description=description, progress=self.progress)
+            return extract_views(model, batches, missing, self.head_module)
+
+        return self.kept.through(model, images.hashes, views, make)
 
     def _layer_outcomes(self, label: str, view: str, subject: str, task: AttackedTask) -> list[Outcome]:
         names = self.preset.flattened_probes if view == "flattened" else self.preset.layer_probes
@@ -241,14 +244,11 @@ class Work:
 
     # ---- fine-tuning and restoring
 
-    def _fine_tune(self, task: AttackedTask, subject: str) -> None:
-        budget = self.preset.tuning_budget
-        names = self._tuners_of(task)
-        if not names:
-            return
-        model, pixels = self.models[subject], None
-        for attacker in names:
-            settings = None
+    def _fine_tune(self, task: AttackedTask) -> None:
+        budget, pixels = self.preset.tuning_budget, None
+        # One attacker on all models before the next: what an interruption leaves can be compared.
+        for attacker, subject in itertools.product(self._tuners_of(task), self.subjects):
+            model, settings = self.models[subject], None
             for seed in range(self.preset.tuning_seeds):
                 precision = str(torch.float32).removeprefix("torch.")
                 outcome = Outcome(
@@ -259,7 +259,11 @@ class Work:
                 held = pixels
 
                 def attack(
-                    held: Any = held, seed: int = seed, settings: Any = settings, attacker: str = attacker
+                    held: Any = held,
+                    seed: int = seed,
+                    settings: Any = settings,
+                    attacker: str = attacker,
+                    model: PreTrainedModel = model,
                 ) -> Finding:
                     if isinstance(held, str):
                         return Finding(None, status="skipped", note=held)
@@ -289,14 +293,15 @@ class Work:
             parts.append((images.pixels(self.processor, rows), images.labels[rows]))
         return parts
 
-    def _restore(self, task: AttackedTask) -> None:
+    def _restore(self, task: AttackedTask, subject: str) -> None:
+        """The public weights put back; in the reference they are already, so that it is read as it is."""
         ours, theirs = self.models["immunized"], self.models["reference"]
         names = moved_parameters(ours, theirs)
         where = f"{len(names)} tensors that immunization moved"
         for attacker in self.preset.restoring:
-            shares = (1.0,) if attacker == "restore_swap" else SHARES
+            shares = (1.0,) if attacker == "restore_swap" or subject == "reference" else SHARES
             outcomes = [
-                Outcome(attacker, "fine_tuning", "immunized", task.name, where, seed, "float64")
+                Outcome(attacker, "fine_tuning", subject, task.name, where, seed, "float64")
                 for seed in range(self.preset.layer_seeds)
             ]
             if all(key_of(outcome) in self.journal.outcomes for outcome in outcomes):
@@ -314,12 +319,7 @@ class Work:
                     continue
                 mixed = interpolate(ours, theirs, share)
                 features = [
-                    extract_views(
-                        mixed,
-                        images.batches(self.processor, description=f"{share:.0%} restored", progress=self.progress),
-                        [],
-                        self.head_module,
-                    ).features
+                    self._extract(mixed, images, [], f"{share:.0%} restored").features
                     for images in (task.train, task.test)
                 ]
                 if all(bool(torch.isfinite(part).all()) for part in features):

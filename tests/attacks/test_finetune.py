@@ -7,6 +7,7 @@ import torch
 from attacked import CLASSES, pictures, tiny_resnet, tiny_vit
 
 from hf_immunize.attacks.finetune import fine_tune, prepare
+from hf_immunize.attacks.presets import FINE_TUNING
 from hf_immunize.errors import ArgumentError
 
 
@@ -16,16 +17,27 @@ pytest_plugins = ["attack_fixtures"]
 ATTACKERS = ["last_stage", "whole_network", "bias_only", "lora_r2"]
 
 
-@pytest.mark.parametrize("attacker", ATTACKERS)
+@pytest.mark.parametrize("attacker", FINE_TUNING)
 def test_beats_chance_by_thirty_points(attacker, tuning_budget):
     found = fine_tune(tiny_vit(), attacker, pictures(80, 0), pictures(40, 1), CLASSES, 0, tuning_budget)
     assert found.accuracy > 0.25 + 0.3
 
 
-def test_same_seed_gives_the_same_finding(tuning_budget):
+@pytest.mark.parametrize("attacker", FINE_TUNING)
+def test_same_seed_gives_the_same_finding(attacker, tuning_budget):
     short = replace(tuning_budget, steps=4, trial_steps=2)
-    found = [fine_tune(tiny_vit(), "lora_r2", pictures(16, 0), pictures(8, 1), CLASSES, 3, short) for _ in range(2)]
+    found = [fine_tune(tiny_vit(), attacker, pictures(16, 0), pictures(8, 1), CLASSES, 3, short) for _ in range(2)]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("attacker", FINE_TUNING)
+def test_no_setting_is_chosen_by_the_test_images(attacker, tuning_budget):
+    grid = replace(tuning_budget, steps=2, trial_steps=4, optimizers={"adamw": (1e-4, 3e-3), "sgd": (1e-1,)})
+    settings = [
+        fine_tune(tiny_vit(), attacker, pictures(40, 0), (pictures(8, 1)[0], labels), CLASSES, 0, grid).settings
+        for labels in (torch.zeros(8, dtype=torch.long), torch.arange(8) % CLASSES)
+    ]
+    assert settings[0] == settings[1]
 
 
 @pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])

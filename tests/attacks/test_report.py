@@ -121,6 +121,33 @@ def test_the_page_tells_the_verdict_and_what_its_words_mean(report, page):
     assert any("at least 10 times the steps" in one for one in page.text)
 
 
+# Table, columns of its numbers and their intervals, and what heads them on the page.
+MEASURES = [
+    ("curves", ["step", "accuracy", "low", "high"], "accuracy against steps, mean and interval over seeds."),
+    ("steps", ["immunized_steps", "reference_steps", "ratio", "low", "high"], "Ratio"),
+    ("headline", ["accuracy", "low", "high", "gap", "gap_low", "gap_high"], "Gap, points"),
+    ("deviation", ["signed", "signed_low", "signed_high"], "Signed"),
+    ("deviation", ["absolute", "absolute_low", "absolute_high"], "Absolute"),
+    ("attacks", ["seconds", "seconds_low", "seconds_high"], "Seconds"),
+    ("tasks", ["accuracy", "low", "high", "gap", "steps_ratio"], "Steps ratio"),
+]
+
+
+@pytest.mark.parametrize(("table", "columns", "heading"), MEASURES)
+def test_every_measure_is_in_the_tables_the_json_and_the_page(report, page, table, columns, heading):
+    rows = json.loads(report.to_json())["measures"][table]
+    frame = report.tables()[table]
+    assert any(all(row[name] is not None for name in columns) for row in rows)
+    assert len(rows) == len(frame) and set(columns) <= set(frame.columns)
+    assert any(heading in text for text in page.text)
+
+
+def test_steps_to_given_accuracies_have_a_table_of_their_own():
+    runs = [one for s in ("immunized", "reference") for one in attack("adamw", "head_input", s, 0.4, half=10)]
+    html = AuditReport(make(runs, accuracies=[0.2])).to_html()
+    assert "Steps to accuracies that were given" in html
+
+
 def test_a_page_can_be_made_of_next_to_nothing():
     report = AuditReport(make([], utility=None, reference=None, rir={}, machine={}, budget={}))
     assert Page(report.to_html()).named("img") == []

@@ -77,6 +77,36 @@ def test_a_finished_audit_attacks_nothing_again(models, harmful, tiny_preset, tm
     assert run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes == first.outcomes
 
 
+def test_a_resumed_audit_extracts_no_features_again(models, harmful, benign, tiny_preset, tmp_path, monkeypatch):
+    preset = tiny_preset.only(["ridge", "restore_interpolation"])
+    first = run(models, harmful, preset, benign=benign, run_dir=tmp_path)
+    path = tmp_path / "outcomes.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    monkeypatch.setattr("hf_immunize.attacks.work.extract_views", None)
+    again = run(models, harmful, preset, benign=benign, run_dir=tmp_path)
+    assert without_time(again) == without_time(first)
+    assert (again.spectra, again.utility, again.rir) == (first.spectra, first.utility, first.rir)
+
+
+def test_features_are_not_kept_where_they_are_not_wanted(models, harmful, tiny_preset, tmp_path):
+    run(models, harmful, tiny_preset.only(["ridge"]), run_dir=tmp_path, keep_features=0)
+    assert [file.name for file in tmp_path.iterdir()] == ["outcomes.jsonl"]
+
+
+def test_what_a_budget_allows_is_in_the_report(models, harmful, tiny_preset):
+    preset = tiny_preset.only(["ridge"]).changed(seconds=7, steps=9)
+    budget = run(models, harmful, preset, max_images=30).budget
+    stated = ("seconds_of_an_attack_that_trains", "probe_steps", "fine_tuning_steps", "images_of_a_task")
+    assert [budget[name] for name in stated] == [7, 9, 9, 30]
+    assert budget["values_of_a_flattened_layer"] == preset.layer_entries
+
+
+def test_a_layer_above_the_presets_limit_is_named_with_it(models, harmful, tiny_preset):
+    data = run(models, harmful, replace(tiny_preset.only(["ridge"]), layer_entries=10))
+    notes = {one.note for one in data.outcomes if one.status == "skipped"}
+    assert notes and all("more than the preset's 10" in note for note in notes)
+
+
 def test_a_run_directory_of_other_weights_is_refused(models, harmful, tiny_preset, tmp_path):
     run(models, harmful, tiny_preset.only(["ridge"]), run_dir=tmp_path)
     with pytest.raises(ArgumentError, match="another run directory"):
@@ -137,6 +167,17 @@ def test_both_precisions_are_attacked_where_the_preset_says_so(models, harmful, 
     preset = replace(tiny_preset.only(["ridge"]), both_precisions=True)
     outcomes = run(models, harmful, preset).outcomes
     assert {one.precision for one in outcomes if one.access == "head_input"} == {"float32", "float64"}
+
+
+def test_learning_the_benign_task_is_measured_on_both_models(models, harmful, benign, tiny_preset):
+    preset = replace(
+        tiny_preset.only(["gd_line_search", "lora_r2"]),
+        fine_tuning=("lora_r2",),
+        benign_attackers=("gd_line_search", "lora_r2"),
+    )
+    outcomes = run(models, harmful, preset, benign=benign).outcomes
+    seen = {(one.subject, one.attacker) for one in outcomes if one.task == "benign" and one.curve}
+    assert seen == {(s, a) for s in ("immunized", "reference") for a in ("gd_line_search", "lora_r2")}
 
 
 def test_third_and_unseen_tasks_are_attacked(models, harmful, benign, tiny_preset):

@@ -59,6 +59,24 @@ def test_an_attack_that_cannot_read_the_reference_has_no_ratio():
     assert steps_ratios(make(runs)) == []
 
 
+def given_ratios(accuracy):
+    runs = [
+        *attack("gd_line_search", "head_input", "immunized", 0.5, half=300),
+        *attack("gd_line_search", "head_input", "reference", 0.5, half=3),
+    ]
+    return [one for one in steps_ratios(make(runs, accuracies=[accuracy])) if one.share is None]
+
+
+def test_steps_to_a_given_accuracy_are_counted():
+    (one,) = given_ratios(0.4)
+    assert (one.target, one.immunized, one.reference) == (0.4, 1000, 10)
+    assert one.ratio == pytest.approx(100)
+
+
+def test_a_given_accuracy_that_the_reference_never_has_is_left_out():
+    assert given_ratios(0.99) == []
+
+
 def test_the_mean_ratio_is_geometric():
     slow = attack("gd_line_search", "head_input", "immunized", 0.5, half=300, seeds=2)[:1]
     fast = attack("gd_line_search", "head_input", "immunized", 0.5, half=3, seeds=2)[1:]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_immunize.attacks.presets import PRESETS
+from hf_immunize.attacks.presets import ALL_ATTACKERS, FINE_TUNING, PRESETS, RESTORING
 from hf_immunize.attacks.probe_data import ProbeData
 from hf_immunize.attacks.suite import PROBES
 
@@ -60,6 +60,19 @@ def test_divergence_is_recorded_and_has_no_accuracy(name, features, probe_budget
     assert (found.status, found.accuracy) == ("diverged", None)
 
 
+@pytest.mark.parametrize("name", PROBES)
+def test_no_setting_is_chosen_by_the_test_images(name, features, probe_budget):
+    other = ProbeData(features.Z, features.y, -features.Z_test, features.y_test.flip(0), features.num_classes)
+    found = [PROBES[name](data, 0, torch.float64, probe_budget) for data in (features, other)]
+    assert found[0].settings == found[1].settings
+
+
 def test_presets_name_known_probes():
     named = {name for p in PRESETS.values() for name in (*p.probes, *p.layer_probes, *p.flattened_probes)}
     assert named <= set(PROBES)
+
+
+def test_every_attacker_is_one_of_those_that_are_tested_to_attack_and_to_repeat_themselves():
+    # PROBES above, FINE_TUNING in test_finetune.py, RESTORING in test_restore.py.
+    used = {name for p in PRESETS.values() for name in (*p.probes, *p.fine_tuning, *p.restoring)}
+    assert used <= set(ALL_ATTACKERS) == {*PROBES, *FINE_TUNING, *RESTORING}

@@ -1,5 +1,7 @@
+from dataclasses import replace
+
 import pytest
-from audit_sample import LAYERS, attack, lost, make, sample_data
+from audit_sample import LAYERS, STEPS, attack, lost, make, sample_data
 
 from hf_immunize.attacks.tables import make_tables
 
@@ -10,7 +12,32 @@ def tables():
 
 
 def test_every_table_is_there(tables):
-    assert list(tables) == ["headline", "layers", "fine_tuning", "deviation", "steps", "tasks", "attacks", "outcomes"]
+    names = ["headline", "layers", "fine_tuning", "deviation", "steps", "tasks", "curves", "attacks", "outcomes"]
+    assert list(tables) == names
+
+
+def test_accuracy_against_steps_is_a_table_with_intervals(tables):
+    curves = tables["curves"]
+    rows = curves[(curves["attacker"] == "gd_line_search") & (curves["subject"] == "reference")]
+    rows = rows[rows["task"] == "harmful"]
+    assert list(rows["step"]) == STEPS
+    assert list(rows["accuracy"]) == sorted(rows["accuracy"])
+    assert (rows["low"] <= rows["accuracy"]).all() and (rows["seeds"] == 5).all()
+
+
+def test_every_attack_has_its_gap_to_the_reference(tables):
+    attacks = tables["attacks"].set_index(["attacker", "subject", "task", "layer"])
+    row = attacks.loc[("ridge", "immunized", "harmful", "classifier")]
+    other = attacks.loc[("ridge", "reference", "harmful", "classifier")]
+    assert row["gap"].item() == pytest.approx((other["accuracy"] - row["accuracy"]).item())
+    assert row["gap_low"].item() <= row["gap"].item() <= row["gap_high"].item()
+
+
+def test_the_cost_of_an_attack_is_its_seconds_over_seeds():
+    runs = attack("ridge", "head_input", "immunized", 0.5, seeds=3)
+    timed = [replace(one, seconds=second) for one, second in zip(runs, (1.0, 2.0, 3.0), strict=True)]
+    row = make_tables(make(timed))["attacks"].iloc[0]
+    assert row["seconds"] == 2 and row["seconds_low"] == 0 and row["seconds_high"] == pytest.approx(4.484, abs=1e-3)
 
 
 def test_the_headline_has_a_row_for_each_class_of_attackers(tables):
