@@ -68,15 +68,18 @@ def audit(
     starting weights back. Each tunes its own settings on a part of its training images. The same attacks with the
     same draws run on the reference. The strongest one counts.
 
-    Finished attacks are kept in the output folder. After an interruption the same command goes on where it was.
+    Finished attacks are kept in the output folder. After an interruption the same command goes on where it was. Under
+    `accelerate launch -m hf_immunize audit …` or `torchrun` all processes extract features; the attacks run on the
+    first, and the others end when the features are there.
     The exit code says whether the audit ran, not what it found: report.html and the lines printed say that.
     """
     import transformers
 
-    from hf_immunize.attacks.runner import audit as run_audit
+    from hf_immunize.attacks.runner import audit_over_processes
     from hf_immunize.hub.attach import attach_audit, attachable_record
     from hf_immunize.hub.card import CARD_NAME
     from hf_immunize.hub.validation import RECORD_NAME
+    from hf_immunize.vision.processes import launched
 
     if quick and full:
         raise ArgumentError("Expected --quick or --full, found both.")
@@ -85,13 +88,15 @@ def audit(
     if attach:
         # Before hours of attacks.
         attachable_record(_local(model))
-    if reference is None and (hint := _reference_hint(model)):
+    processes = launched()
+    if reference is None and processes.first and (hint := _reference_hint(model)):
         typer.echo(hint, err=True)
     transformers.utils.logging.set_verbosity_error()
     harmful_data, benign_data = _data(
         harmful, benign, dataset, harmful_classes, harmful_test, benign_test, label_column
     )
-    report = run_audit(
+    report = audit_over_processes(
+        processes,
         model,
         harmful=harmful_data,
         benign=benign_data,
@@ -110,6 +115,8 @@ def audit(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    if report is None:
+        return  # not the first of several processes: its part is done
     report.write(output_dir)
     typer.echo(report.summary())
     typer.echo(f"Report: {output_dir / 'report.html'}")
