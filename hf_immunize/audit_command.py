@@ -73,6 +73,7 @@ def audit(
     first, and the others end when the features are there.
     The exit code says whether the audit ran, not what it found: report.html and the lines printed say that.
     """
+    import datasets
     import transformers
 
     from hf_immunize.attacks.runner import audit_over_processes
@@ -89,6 +90,9 @@ def audit(
         # Before hours of attacks.
         attachable_record(_local(model))
     processes = launched()
+    if not processes.first:
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     if reference is None and processes.first and (hint := _reference_hint(model)):
         typer.echo(hint, err=True)
     transformers.utils.logging.set_verbosity_error()

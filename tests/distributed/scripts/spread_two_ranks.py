@@ -1,14 +1,17 @@
 """Cached trunks of one process and of two, what each saw written as JSON: ``torchrun ... spread_two_ranks.py FOLDER``.
 
-The folder gets the caches themselves as well, and finds where the second process fails.
+Another run holds the folder at first, and in the end the second process fails.
 """
 
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
 import transformers as hf
+from huggingface_hub.utils import WeakFileLock
 
 from hf_immunize.errors import NonFiniteError, ProcessError
 from hf_immunize.vision.processes import launched
@@ -38,8 +41,24 @@ def cache(folder, processes, rows, **options):
     )
 
 
+def hold(path, seconds=2.0):
+    """Hold the lock of caches for a while, as another run does that writes there; returns when it is taken."""
+    taken = threading.Event()
+
+    def run():
+        with WeakFileLock(path):
+            taken.set()
+            time.sleep(seconds)
+
+    threading.Thread(target=run).start()
+    taken.wait()
+
+
 def everything(folder, processes):
     made = [cache(folder / name, processes, images(count, 1)) for name, count in COUNTS.items()]
+    if processes.first:
+        hold(folder / ".lock")
+    processes.together(lambda: None)
     written = dict(zip(COUNTS, open_or_write(*made), strict=True))
     found = {
         "processes": processes.count,
