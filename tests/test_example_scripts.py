@@ -210,6 +210,11 @@ def test_each_configuration_says_how_it_is_used(config):
     assert any(f"accelerate launch --config_file examples/accelerate_configs/{config.name}" in c for c in comments)
 
 
+def test_the_readme_names_configurations_that_exist():
+    named = set(re.findall(r"accelerate_configs/(\w+)\.yaml", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert named and named <= {config.stem for config in CONFIGS}
+
+
 def test_what_a_configuration_of_shards_says_to_type_is_what_the_trainer_asks_for(tmp_path):
     for name in ("fsdp", "deepspeed"):
         text = (EXAMPLES / "accelerate_configs" / f"{name}.yaml").read_text(encoding="utf-8")
