@@ -18,6 +18,8 @@ PARTS = {
     "streaming": "benchmarks.streaming",
     "training_step": "benchmarks.training_step",
     "training_options": "benchmarks.training_options",
+    "overhead": "benchmarks.overhead",
+    "evaluation": "benchmarks.evaluation",
     "linear_step": "benchmarks.linear_step",
     "trunk": "benchmarks.trunk",
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_immunize import FeatureFactor, ImmunizationStep, Method, relative_immunization_ratio
@@ -44,12 +44,15 @@ def load_rows(source, split):
     return ImageRows(load_image_dataset(source, split), f"{source} ({split})", "image")
 
 
-def measure(model, rows, processor):
-    """The factor of a data set's features, from which κ and RIR are read; on several processes each takes all."""
-    factor = FeatureFactor()
-    for batch in extract(model, rows, processor, progress=False):
-        factor.update(batch.features)
-    return factor
+def measure(model, rows, processor, accelerator):
+    """The factor of a data set's features, from which κ and RIR are read; each process folds its share."""
+    own, whole = FeatureFactor(), FeatureFactor()
+    with accelerator.split_between_processes(list(range(len(rows)))) as share:
+        for batch in extract(model, torch.utils.data.Subset(rows, share), processor, progress=False):
+            own.update(batch.features.cpu())
+    for state in gather_object([own.state_dict()] if share else []):
+        whole.merge(FeatureFactor.from_state_dict(state))
+    return whole
 
 
 def main(words):
@@ -64,7 +67,7 @@ def main(words):
     step = ImmunizationStep(model, Method(objective="concentration", benign_budget=0.03), moving=moving)
 
     tests = {side: load_rows(getattr(options, side), "test") for side in ("benign", "harmful")}
-    before = {side: measure(model, rows, processor) for side, rows in tests.items()}
+    before = {side: measure(model, rows, processor, accelerator) for side, rows in tests.items()}
 
     sizes = BatchSizes(benign=options.batch_size, harmful=options.batch_size)
     pairs = PairedDataset(load_rows(options.benign, "train"), load_rows(options.harmful, "train"), batch_sizes=sizes)
@@ -100,7 +103,7 @@ def main(words):
                 accelerator.print(f"step {done}: {logged}")
 
     model = accelerator.unwrap_model(wrapped)
-    after = {side: measure(model, rows, processor) for side, rows in tests.items()}
+    after = {side: measure(model, rows, processor, accelerator) for side, rows in tests.items()}
     ratio = relative_immunization_ratio(
         harmful=after["harmful"],
         harmful_reference=before["harmful"],

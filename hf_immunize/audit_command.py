@@ -83,16 +83,21 @@ def audit(
     same draws run on the reference. The strongest one counts.
 
     Finished attacks and extracted features are kept in the output folder. After an interruption the same command goes
-    on where it was. --seconds, --steps and --seeds change the preset's budget; the report says so.
+    on where it was. --seconds, --steps and --seeds change the preset's budget; the report says so. Under
+    `accelerate launch -m hf_immunize audit …` or `torchrun` all processes extract features; the attacks run on the
+    first, and the others end when the features are there.
+
     The exit code says whether the audit ran, not what it found: report.html and the lines printed say that.
     """
+    import datasets
     import transformers
 
     from hf_immunize.attacks.presets import find_preset
-    from hf_immunize.attacks.runner import audit as run_audit
+    from hf_immunize.attacks.runner import audit_over_processes
     from hf_immunize.hub.attach import attach_audit, attachable_record
     from hf_immunize.hub.card import CARD_NAME
     from hf_immunize.hub.validation import RECORD_NAME
+    from hf_immunize.vision.processes import launched
 
     if quick and full:
         raise ArgumentError("Expected --quick or --full, found both.")
@@ -103,13 +108,18 @@ def audit(
     if attach:
         # Before hours of attacks.
         attachable_record(_local(model))
-    if reference is None and (hint := _reference_hint(model)):
+    processes = launched()
+    if not processes.first:
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    if reference is None and processes.first and (hint := _reference_hint(model)):
         typer.echo(hint, err=True)
     transformers.utils.logging.set_verbosity_error()
     harmful_data, benign_data = _data(
         harmful, benign, dataset, harmful_classes, harmful_test, benign_test, label_column
     )
-    report = run_audit(
+    report = audit_over_processes(
+        processes,
         model,
         harmful=harmful_data,
         benign=benign_data,
@@ -130,6 +140,8 @@ def audit(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    if report is None:
+        return  # not the first of several processes: its part is done
     report.write(output_dir)
     typer.echo(report.summary())
     typer.echo(f"Report: {output_dir / 'report.html'}")

@@ -57,6 +57,10 @@ class DiskSpaceError(ImmunizationError, OSError):
     """The disk does not hold what is to be written; the message says what is needed and what is free."""
 
 
+class ProcessError(ImmunizationError, RuntimeError):
+    """Another of several processes failed, so that this one cannot go on; the message says which and why."""
+
+
 class RecordError(ImmunizationError, ValueError):
     """An ``immunization.json`` is missing, damaged, or says what cannot be."""
 

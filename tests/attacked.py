@@ -2,6 +2,9 @@
 
 import torch
 import transformers as hf
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
+from PIL import Image
 
 
 CLASSES = 4
@@ -25,6 +28,18 @@ def pictures(rows, seed):
 
 def rows_of(pixels, labels):
     return [{"pixel_values": p, "labels": int(y)} for p, y in zip(pixels, labels, strict=True)]
+
+
+def saved_images(folder, splits):
+    """Pictures as a data set of images on disk, by split."""
+    parts = {}
+    for split, (pixels, labels) in splits.items():
+        shades = ((pixels.clamp(-1, 2) + 1) * 80).byte().permute(0, 2, 3, 1).numpy()
+        features = Features({"image": ImageFeature(), "label": ClassLabel(names=list("abcd"))})
+        images = [Image.fromarray(image) for image in shades]
+        parts[split] = Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
+    DatasetDict(parts).save_to_disk(folder)
+    return str(folder)
 
 
 def tiny_vit(seed=0):

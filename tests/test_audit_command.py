@@ -4,10 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from attacked import pictures, tiny_vit
-from datasets import ClassLabel, Dataset, DatasetDict, Features
-from datasets import Image as ImageFeature
-from PIL import Image
+from attacked import pictures, saved_images, tiny_vit
 from transformers import ViTImageProcessorPil
 from typer.testing import CliRunner
 
@@ -22,15 +19,8 @@ from hf_immunize.hub.text import plain
 
 
 def saved(folder, seed):
-    parts = {}
-    for split, rows in (("train", 24), ("test", 12)):
-        pixels, labels = pictures(rows, seed + len(split))
-        shades = ((pixels.clamp(-1, 2) + 1) * 80).byte().permute(0, 2, 3, 1).numpy()
-        features = Features({"image": ImageFeature(), "label": ClassLabel(names=list("abcd"))})
-        images = [Image.fromarray(image) for image in shades]
-        parts[split] = Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
-    DatasetDict(parts).save_to_disk(folder)
-    return str(folder)
+    splits = {"train": pictures(24, seed + len("train")), "test": pictures(12, seed + len("test"))}
+    return saved_images(folder, splits)
 
 
 @pytest.fixture

@@ -14,12 +14,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers import ViTImageProcessorPil as Processor
 
 import hf_immunize
-from hf_immunize import ImmunizationArguments, ImmunizationTrainer
+from hf_immunize import ImmunizationArguments, ImmunizationTrainer, Method
 
 
 ROOT = Path(__file__).parents[1]
@@ -178,11 +185,62 @@ def test_accelerate_launches_the_loop(folder):
     assert json.loads((folder / "launched" / "metrics.json").read_text())["processes"] == 1
 
 
+CONFIGS = sorted((EXAMPLES / "accelerate_configs").glob("*.yaml"))
+SCRIPT = [EXAMPLES / "immunize.py", "--model", "model", "--dataset", "./pets", "--max_steps", "2", *QUICK]
+
+
+def test_there_is_a_configuration_for_each_way_to_spread():
+    names = ["deepspeed", "fsdp", "multi_cpu", "multi_gpu", "multi_node", "one_cpu"]
+    assert [config.stem for config in CONFIGS] == names
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_accelerate_reads_each_configuration(config):
+    found = load_config_from_file(str(config))
+    kinds = {"one_cpu": "NO", "multi_node": "MULTI_GPU"}
+    assert found.distributed_type.value == kinds.get(config.stem, config.stem.upper())
+    assert found.num_processes == {"one_cpu": 1, "multi_cpu": 2, "multi_node": 16}.get(config.stem, 8)
+    # The Trainer's own flags say it.
+    assert found.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_each_configuration_says_how_it_is_used(config):
+    comments = [line for line in config.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any(f"accelerate launch --config_file examples/accelerate_configs/{config.name}" in c for c in comments)
+
+
+def test_the_readme_names_configurations_that_exist():
+    named = set(re.findall(r"accelerate_configs/(\w+)\.yaml", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert named and named <= {config.stem for config in CONFIGS}
+
+
+def test_what_a_configuration_of_shards_says_to_type_is_what_the_trainer_asks_for(tmp_path):
+    for name in ("fsdp", "deepspeed"):
+        text = (EXAMPLES / "accelerate_configs" / f"{name}.yaml").read_text(encoding="utf-8")
+        assert "--benign_loss task --benign_budget none" in text
+    words = ["--output_dir", str(tmp_path), "--benign_loss", "task", "--benign_budget", "none", "--fsdp", "full_shard"]
+    (args,) = HfArgumentParser(ImmunizationArguments).parse_args_into_dataclasses([*words, "--use_cpu"])
+    assert not Method.of(args).needs_start
+
+
 @pytest.mark.slow
 def test_accelerate_launches_the_immunizing_script(folder):
-    words = ["--model", "model", "--dataset", "./pets", "--output_dir", "launched_script", "--max_steps", "2", *QUICK]
-    start(folder, *LAUNCH, EXAMPLES / "immunize.py", *words)
-    assert "eval_rir" in json.loads((folder / "launched_script" / "eval_results.json").read_text())
+    launch = ["accelerate.commands.launch", "--config_file", EXAMPLES / "accelerate_configs" / "one_cpu.yaml"]
+    start(folder, *launch, *SCRIPT, "--output_dir", "launched_script")
+    results = json.loads((folder / "launched_script" / "eval_results.json").read_text())
+    # 16 images in batches of 4: of one process, two steps are half an epoch.
+    assert "eval_rir" in results and results["epoch"] == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_immunizing_script_runs_on_two_processes(folder):
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    start(folder, *launch, *SCRIPT, "--output_dir", "two_script")
+    results = json.loads((folder / "two_script" / "eval_results.json").read_text())
+    assert "eval_rir" in results and results["epoch"] == 1.0
+    assert moved(folder / "model", folder / "two_script")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -93,6 +93,23 @@ class FeatureStore:
             found |= fresh
         return Extraction(found.pop("features"), found.pop("logits"), found)
 
+    def holds(self, model: nn.Module | PreTrainedModel, hashes: list[bytes], views: list[View]) -> bool:
+        """Whether `through` would make no pass.
+
+        Args:
+            model: Whose features they are.
+            hashes: Of the images, in order.
+            views: What would be read.
+
+        Returns:
+            Whether all of it is there.
+        """
+        if self.folder is None:
+            return False
+        labels = ["features", "logits", *(layer.label(view) for layer, view in views)]
+        files = (self.folder / f"{self._name(model, hashes, label)}.safetensors" for label in labels)
+        return all(_rows(file) == len(hashes) for file in files)
+
     def _files(self) -> list[Path]:
         return [] if self.folder is None else list(self.folder.glob("*.safetensors"))
 
@@ -126,6 +143,16 @@ class FeatureStore:
             sentence = f"Features could not be kept ({error}); after an interruption they are extracted again."
             if sentence not in self.warnings:
                 self.warnings.append(sentence)
+
+
+def _rows(file: Path) -> int | None:
+    """Rows of the tensor in a file, from its header; None where there is none, or the file is cut off."""
+    try:
+        with safe_open(file, "pt") as opened:
+            shape: list[int] = opened.get_slice("values").get_shape()
+    except (OSError, SafetensorError):
+        return None
+    return shape[0]
 
 
 def _read(file: Path, rows: int) -> Tensor | None:

@@ -5,28 +5,39 @@ from __future__ import annotations
 import copy
 import os
 import platform
+import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 import transformers
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import logging
 
 from hf_immunize.attacks.feature_store import FeatureStore
 from hf_immunize.attacks.journal import Journal, fingerprint
 from hf_immunize.attacks.outcomes import AuditData
+from hf_immunize.attacks.passes import Pass, StoredPasses, make_folder
 from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_preset
 from hf_immunize.attacks.report import AuditReport
 from hf_immunize.attacks.restore import moved_parameters
-from hf_immunize.attacks.tasks import AttackedTask, Images, load_task, overlaps
-from hf_immunize.attacks.work import Work
+from hf_immunize.attacks.task_images import Images
+from hf_immunize.attacks.tasks import AttackedTask, load_task, overlaps
+from hf_immunize.attacks.work import Work, underflow_to_zero
 from hf_immunize.errors import ArgumentError
+from hf_immunize.vision.processes import ALONE, Processes
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+logger = logging.get_logger(__name__)
 
 
 def audit(
@@ -89,48 +100,148 @@ def audit(
         ArgumentError: An unknown preset or attacker, or a run directory of another audit.
         DataError: Data that cannot be used; the sentence says why and what to do.
     """
+    report = _audit(
+        ALONE,
+        model,
+        harmful=harmful,
+        benign=benign,
+        reference=reference,
+        attackers=attackers,
+        preset=preset,
+        unseen=unseen,
+        unrelated=unrelated,
+        processing_class=processing_class,
+        run_dir=run_dir,
+        head_module=head_module,
+        image_column=image_column,
+        label_column=label_column,
+        test_fraction=test_fraction,
+        max_images=max_images,
+        seed=seed,
+        accuracies=accuracies,
+        memory_limit=memory_limit,
+        keep_features=keep_features,
+        progress=progress,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    assert report is not None  # the one process is the first
+    return report
+
+
+def audit_over_processes(processes: Processes, model: Any, **options: Any) -> AuditReport | None:
+    """As `audit`, with images run through models by several processes, each its share.
+
+    To be called on all of them, with the same arguments. Attacks run on the first process alone, which may take hours:
+    the others are done when the features are. The report does not depend on the number of processes.
+
+    Args:
+        processes: Those that torchrun or ``accelerate launch`` started, as `launched` finds them.
+        model: As in `audit`.
+        **options: As in `audit`.
+
+    Returns:
+        The report on the first process, None on the others.
+
+    Raises:
+        ProcessError: If another process failed.
+        ArgumentError, DataError: See `audit`.
+    """
+    options = (audit.__kwdefaults__ or {}) | options
+    folder = options["run_dir"] or tempfile.gettempdir()
+    if not processes.share_folder(folder):
+        first = processes.first
+        processes.leave()
+        if not first:
+            return None
+        logger.warning(f"The processes share no folder {folder}, so the first one extracts all features by itself.")
+        return _audit(ALONE, model, **options)
+    return _audit(processes, model, **options)
+
+
+def _audit(
+    processes: Processes,
+    model: Any,
+    *,
+    harmful: Any,
+    benign: Any,
+    reference: Any,
+    attackers: Sequence[str] | None,
+    preset: str | Preset,
+    unseen: Any,
+    unrelated: Any,
+    processing_class: Any,
+    run_dir: str | os.PathLike[str] | None,
+    head_module: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    test_fraction: float,
+    max_images: int | None,
+    seed: int,
+    accuracies: Sequence[float],
+    memory_limit: int | None,
+    keep_features: int,
+    progress: bool,
+    revision: str,
+    trust_remote_code: bool,
+) -> AuditReport | None:
     start = time.time()
     if wrong := [value for value in accuracies if not 0 < value < 1]:
         raise ArgumentError(f"Expected accuracies to reach between 0 and 1, found {wrong[0]}.")
     chosen = preset if isinstance(preset, Preset) else find_preset(preset)
     chosen = chosen if attackers is None else chosen.only(list(attackers))
     warnings: list[str] = []
-    models, processor, names = _load_models(model, reference, processing_class, revision, trust_remote_code)
-    if "reference" not in models:
-        warnings.append(
-            "No reference was given: accuracies are absolute, and what immunization changed cannot be told. Give the "
-            "model before immunization."
-        )
-    else:
-        moved_parameters(models["immunized"], models["reference"])  # refuses another architecture
-    if chosen.random:
-        models["random"] = _random_like(models["immunized"])
-    sources = {"harmful": harmful, "unseen": unseen, "benign": benign, "unrelated": unrelated}
-    tasks = [
-        load_task(
-            name,
-            source,
-            warnings,
-            test_fraction=test_fraction,
-            image_column=image_column,
-            label_column=label_column,
-            max_images=max_images,
-            seed=seed,
-            required=name != "benign",
-        )
-        for name, source in sources.items()
-        if source is not None
-    ]
+    progress = progress and processes.first
+
+    def load() -> tuple[dict[str, PreTrainedModel], Any, dict[str, str], list[AttackedTask]]:
+        loaded = _load_models(model, reference, processing_class, revision, trust_remote_code, processes.device)
+        models = loaded[0]
+        if "reference" not in models:
+            warnings.append(
+                "No reference was given: accuracies are absolute, and what immunization changed cannot be told. Give "
+                "the model before immunization."
+            )
+        else:
+            moved_parameters(models["immunized"], models["reference"])  # refuses another architecture
+        if chosen.random:
+            models["random"] = _random_like(models["immunized"])
+        sources = {"harmful": harmful, "unseen": unseen, "benign": benign, "unrelated": unrelated}
+        tasks = [
+            load_task(
+                name,
+                source,
+                warnings,
+                test_fraction=test_fraction,
+                image_column=image_column,
+                label_column=label_column,
+                max_images=max_images,
+                seed=seed,
+                required=name != "benign",
+            )
+            for name, source in sources.items()
+            if source is not None
+        ]
+        return *loaded, tasks
+
+    models, processor, names, tasks = processes.everywhere(load)
     memory = memory_limit or int(0.6 * psutil.virtual_memory().available)
-    memory = _load_images(tasks, processor, memory, progress)
+    memory = _load_images(tasks, processor, memory, progress, processes)
     warnings += overlaps(tasks)
     warnings += [f"{task.problem}; it was not attacked." for task in tasks if task.problem]
     hashes = {f"{t.name} {s}": [*i.hashes, i.labels.numpy().tobytes()] for t in tasks for s, i in _sides(t)}
     mark = fingerprint(models, hashes, {"preset": _without_choice(chosen), "version": PRESET_VERSION})
-    journal = Journal(run_dir, mark, warnings)
-    kept = FeatureStore(None if run_dir is None else os.path.join(run_dir, "features"), keep_features, warnings)
+    journal = processes.everywhere(lambda: Journal(run_dir if processes.first else None, mark, warnings))
+    folder = None if run_dir is None or not processes.first else os.path.join(run_dir, "features")
+    kept = FeatureStore(folder, keep_features, warnings)
     work = Work(chosen, models, tasks, processor, journal, warnings, head_module, memory, progress, kept)
-    standing = work.run()
+    with ExitStack() as stack:
+        if processes.count > 1:
+            work.stored = stack.enter_context(_extracted_by_all(work, processes, run_dir))
+            # The others are done, and nobody waits in a collective for the attacks.
+            processes.leave()
+            if not processes.first:
+                return None
+        standing = work.run()
     total = sum(outcome.seconds for outcome in journal.outcomes.values())
     return AuditReport(
         AuditData(
@@ -153,8 +264,29 @@ def audit(
     )
 
 
+@contextmanager
+def _extracted_by_all(work: Work, processes: Processes, run_dir: Any) -> Iterator[StoredPasses]:
+    """What the attacks will need of the models, each process's share on disk; removed in the end."""
+    # The first one alone knows what the journal holds already.
+    passes, folder = processes.from_first(lambda: (work.ahead(), make_folder(run_dir)))
+    stored = StoredPasses(folder, passes)
+    try:
+        for one in passes:
+            processes.together(partial(_extract_own, stored, one, work, processes.index))
+        yield stored
+    finally:
+        if processes.first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _extract_own(stored: StoredPasses, wanted: Pass, work: Work, process: int) -> None:
+    with underflow_to_zero():  # as in `Work.run`
+        extraction = work.compute(wanted)
+    stored.write(wanted, extraction, process)
+
+
 def _load_models(
-    model: Any, reference: Any, processor: Any, revision: str, trust_remote_code: bool
+    model: Any, reference: Any, processor: Any, revision: str, trust_remote_code: bool, device: torch.device
 ) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str]]:
     models, names = {}, {}
     for subject, given in (("immunized", model), ("reference", reference)):
@@ -175,7 +307,7 @@ def _load_models(
                 f"Expected an image classifier with its processor as the {subject} model at {given}, found: "
                 f"{str(error).splitlines()[0]} Check the spelling, the connection and your rights."
             ) from error
-        models[subject] = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+        models[subject] = loaded.to(device)
         path = os.fspath(given)
         names[subject] = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else path
     return models, processor, names
@@ -191,17 +323,17 @@ def _sides(task: AttackedTask) -> list[tuple[str, Images]]:
     return [("train", task.train), ("test", task.test), ("utility", task.utility)]
 
 
-def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progress: bool) -> int:
-    """Decode every image once; returns the memory that is left."""
+def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progress: bool, processes: Processes) -> int:
+    """Decode every image once, each process its share; returns the memory that would be left if one held them all."""
     for task in tasks:
         for side, images in _sides(task):
             if not len(images):
                 continue
             if side == "utility" and images.indices == task.test.indices:
-                images.hashes, images._held = task.test.hashes, task.test._held
+                images.hashes, images.own, images._held = task.test.hashes, task.test.own, task.test._held
                 continue
             # Half of what is left: features and attacks need room too.
-            memory -= images.load(processor, memory // 2, progress)
+            memory -= images.load(processor, memory // 2, progress, processes)
     return memory
 
 

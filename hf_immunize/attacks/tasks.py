@@ -1,10 +1,8 @@
-"""Images of the tasks under attack, checked before anything runs, and held as pixels where memory allows."""
+"""The tasks under attack, found and checked before anything runs."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,87 +10,13 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_immunize.attacks.outcomes import Task
+from hf_immunize.attacks.task_images import Images
 from hf_immunize.errors import DataError
 from hf_immunize.vision.columns import find_columns, is_transformed, listed, read_labels
-from hf_immunize.vision.images import ImageCollator, ImageRows
+from hf_immunize.vision.images import ImageRows
 from hf_immunize.vision.sources import load_image_dataset
-
-
-@dataclass
-class Images:
-    """Some images of a task with their class numbers.
-
-    Attributes:
-        rows: The data set.
-        indices: Which of its rows.
-        labels: Their class numbers, ``(n,)``.
-        hashes: One a row, of the pixel values as the model sees them; empty before `load`.
-    """
-
-    rows: ImageRows
-    indices: list[int]
-    labels: Tensor
-    hashes: list[bytes] = field(default_factory=list)
-    _held: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def load(self, processor: Any, memory: int, progress: bool = True) -> int:
-        """Decode and process all images once, for their hashes, and hold them if they fit.
-
-        Args:
-            processor: Image processor.
-            memory: Bytes they may take.
-            progress: Whether to show a progress bar.
-
-        Returns:
-            Bytes held.
-        """
-        held: Tensor | None = None
-        fits, done = True, 0
-        for batch in self._decode(processor, 64, progress):
-            self.hashes += [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in batch]
-            if held is None:
-                fits = batch[0].numel() * batch.element_size() * len(self) <= memory
-                if fits:
-                    held = batch.new_empty(len(self), *batch.shape[1:])
-            if held is not None and fits:
-                if batch.shape[1:] != held.shape[1:]:
-                    raise DataError(
-                        f"Expected images of one size after processing in {self.rows.name}, found "
-                        f"{tuple(held.shape[1:])} and {tuple(batch.shape[1:])}; use a processor that crops."
-                    )
-                held[done : done + len(batch)] = batch
-            done += len(batch)
-        self._held = held
-        return 0 if held is None else held.numel() * held.element_size()
-
-    def batches(
-        self, processor: Any, size: int = 64, description: str = "", progress: bool = True
-    ) -> Iterator[Tensor]:
-        """Pixel values, batch by batch, in order."""
-        if self._held is None:
-            yield from self._decode(processor, size, progress, description)
-        else:
-            parts = self._held.split(size)
-            yield from tqdm(parts, desc=description, disable=not progress, leave=False)
-
-    def pixels(self, processor: Any, chosen: Tensor) -> Tensor:
-        """Pixel values of chosen rows, ``(k, C, H, W)``."""
-        if self._held is not None:
-            return self._held[chosen]
-        part = Images(self.rows, [self.indices[i] for i in chosen.tolist()], self.labels[chosen])
-        return torch.cat(list(part._decode(processor, 64, False)))
-
-    def _decode(self, processor: Any, size: int, progress: bool, description: str = "images") -> Iterator[Tensor]:
-        subset = torch.utils.data.Subset(self.rows, self.indices)
-        loader = torch.utils.data.DataLoader(subset, batch_size=size, collate_fn=ImageCollator(processor))
-        for batch in tqdm(loader, desc=description or "images", disable=not progress, leave=False):
-            yield batch["pixel_values"].contiguous()
 
 
 @dataclass

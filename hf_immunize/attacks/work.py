@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,31 +17,22 @@ from tqdm.auto import tqdm
 from hf_immunize.attacks.feature_store import FeatureStore, View
 from hf_immunize.attacks.finetune import fine_tune
 from hf_immunize.attacks.journal import Journal, key_of
-from hf_immunize.attacks.layers import (
-    Extraction,
-    Layer,
-    choose_views,
-    dual_coordinates,
-    extract_views,
-    find_layers,
-    pass_size,
-)
+from hf_immunize.attacks.layers import Extraction, dual_coordinates, extract_views, pass_size
 from hf_immunize.attacks.outcomes import Outcome
+from hf_immunize.attacks.passes import Pass, StoredPasses
+from hf_immunize.attacks.plan import TUNING_WEIGHT, Plan
 from hf_immunize.attacks.presets import Preset
 from hf_immunize.attacks.probe_data import Finding, ProbeData, guarded
-from hf_immunize.attacks.restore import SHARES, best_share, interpolate, moved_parameters
+from hf_immunize.attacks.restore import best_share, interpolate
 from hf_immunize.attacks.standing import Standing
 from hf_immunize.attacks.suite import PROBES
-from hf_immunize.attacks.tasks import AttackedTask, Images
+from hf_immunize.attacks.task_images import Images
+from hf_immunize.attacks.tasks import AttackedTask
 from hf_immunize.vision.features import find_head
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# A fine-tuning attack costs about as much as this many probes.
-_TUNING_WEIGHT = 20.0
 
 
 class Work:
@@ -75,91 +67,90 @@ class Work:
         self.preset, self.models, self.tasks, self.processor = preset, models, tasks, processor
         self.journal, self.warnings, self.head_module = journal, warnings, head_module
         self.memory, self.progress, self.kept = memory, progress, kept
+        self.plan = Plan(preset, models, tasks, processor, journal, head_module, memory)
         self.order: list[str] = []
         self.standing = Standing(warnings)
         self.head_data: dict[tuple[str, str], ProbeData] = {}
+        # What several processes have extracted before; None where this one does it as it goes.
+        self.stored: StoredPasses | None = None
         self.bar: Any = None
         # Label of a layer to the digest of the reference's features there.
         self.seen: dict[str, bytes] = {}
-        # The reference first: rank lost is rank lost against it.
-        self.subjects = [name for name in ("reference", "immunized", "random") if name in models]
+        self._mixture: tuple[float, PreTrainedModel] | None = None
 
     def run(self) -> Standing:
         """Run all attacks that are not in the journal; returns what was measured beside them."""
-        able = [task for task in self.tasks if not task.problem]
         self.bar = tqdm(
-            total=self._expected(able),
+            total=self.plan.expected(),
             disable=not self.progress,
             desc="audit",
             bar_format="{desc:<44.44} {percentage:3.0f}%|{bar}| {elapsed} so far, about {remaining} to go",
         )
-        # Probabilities that underflow make products many times slower and change no digit of a result.
-        torch.set_flush_denormal(True)
         try:
-            for task in self.tasks:
-                for subject in self.subjects:
-                    self._probe(task, subject)
-            for task in able:
-                self._fine_tune(task)
-            for subject in ("reference", "immunized") if "reference" in self.models else ():
-                self._restore(able[0], subject)
+            with underflow_to_zero():
+                for task in self.tasks:
+                    for subject in self.plan.subjects:
+                        self._probe(task, subject)
+                for task in self.plan.able:
+                    self._fine_tune(task)
+                for subject in ("reference", "immunized") if "reference" in self.models else ():
+                    self._restore(self.plan.able[0], subject)
         finally:
-            torch.set_flush_denormal(False)
             self.bar.close()
         return self.standing
 
-    # ---- what is planned
+    # ---- images through models
 
-    def _probes_of(self, task: AttackedTask) -> tuple[str, ...]:
-        if task.name in ("benign", "unrelated"):
-            return tuple(name for name in self.preset.probes if name in self.preset.benign_attackers)
-        return self.preset.probes
+    def compute(self, wanted: Pass) -> Extraction | None:
+        """Run this process's images through a model; None where it has none."""
+        model, images = self._model(wanted), self._images(wanted)
+        if not images.own:
+            return None
+        description = f"{wanted.restored:.0%} restored" if wanted.restored else f"{wanted.subject}: {wanted.task}"
+        size = pass_size(model)
+        batches = images.batches(self.processor, size, description=description, progress=self.progress)
+        return extract_views(model, batches, list(wanted.views), self.head_module)
 
-    def _tuners_of(self, task: AttackedTask) -> tuple[str, ...]:
-        if task.name == "harmful":
-            return self.preset.fine_tuning
-        return tuple(name for name in self.preset.fine_tuning if name in self.preset.benign_attackers)
+    def ahead(self) -> list[Pass]:
+        """The passes that the attacks ask for, less those whose features were kept."""
+        return [
+            one
+            for one in self.plan.passes()
+            if not self.kept.holds(self._model(one), self._images(one).hashes, list(one.views))
+        ]
 
-    def _precisions(self, task: AttackedTask) -> list[torch.dtype]:
-        both = self.preset.both_precisions and task.name == "harmful"
-        return [torch.float64, torch.float32] if both else [torch.float64]
+    def _model(self, wanted: Pass) -> PreTrainedModel:
+        model = self.models[wanted.subject]
+        if wanted.restored == 0:
+            return model
+        if self._mixture is None or self._mixture[0] != wanted.restored:
+            self._mixture = wanted.restored, interpolate(model, self.models["reference"], wanted.restored)
+        return self._mixture[1]
 
-    def _expected(self, tasks: list[AttackedTask]) -> float:
-        """Work ahead, in attacks at the classifier's input; the others are weighed by what they tend to cost."""
-        total = 0.0
-        for task in tasks:
-            each = 1.0 * len(self._probes_of(task)) * self.preset.probe_seeds * len(self._precisions(task))
-            each += _TUNING_WEIGHT * len(self._tuners_of(task)) * self.preset.tuning_seeds
-            total += each * len(self.subjects)
-        return total
+    def _images(self, wanted: Pass) -> Images:
+        task = next(task for task in self.tasks if task.name == wanted.task)
+        images: Images = getattr(task, wanted.side)
+        return images
+
+    def _extracted(self, wanted: Pass) -> Extraction:
+        def make(missing: list[View]) -> Extraction:
+            if self.stored is not None:
+                return self.stored.read(wanted)
+            extraction = self.compute(replace(wanted, views=tuple(missing)))
+            assert extraction is not None  # one process has all images
+            return extraction
+
+        return self.kept.through(self._model(wanted), self._images(wanted).hashes, list(wanted.views), make)
 
     # ---- probes
 
     def _probe(self, task: AttackedTask, subject: str) -> None:
+        views, left_out, ahead = self.plan.views(task, subject)
         model = self.models[subject]
-        views: list[tuple[Layer, str]] = []
-        left_out: dict[str, str] = {}
-        if task.name == "harmful" and (self.preset.layer_probes or self.preset.flattened_probes):
-            example = next(iter(task.train.batches(self.processor, 1, progress=False)))
-            layers = find_layers(model, example, self.preset.max_layers, self.head_module)
-            if not layers:
-                self._warn(f"{type(model).__name__} has no list of blocks: earlier layers were not probed.")
-            rows, flat = len(task.train) + len(task.test), bool(self.preset.flattened_probes)
-            views, left_out = choose_views(layers, rows, self.preset.layer_entries, self.memory, flat)
-            views = [(layer, view) for layer, view in views if view == "flattened" or self.preset.layer_probes]
-        ahead = [
-            (layer, view)
-            for layer, view in views
-            if any(
-                key_of(one) not in self.journal.outcomes
-                for one in self._layer_outcomes(layer.label(view), view, subject, task)
-            )
-        ]
-        train, test = (
-            self._extract(model, images, ahead, f"{subject}: {task.name}") if len(images) else None
-            for images in (task.train, task.test)
-        )
-        assert train is not None
+        if self.plan.probes_layers(task) and not (views or left_out):
+            self._warn(f"{type(model).__name__} has no list of blocks: earlier layers were not probed.")
+        train = self._extracted(Pass(subject, task.name, "train", ahead))
+        test = self._extracted(Pass(subject, task.name, "test", ahead)) if len(task.test) else None
         if task.name in ("harmful", "benign") and subject != "random":
             self.standing.note_features(subject, task.name, train.features, next(model.parameters()).dtype)
         if task.name == "benign" and subject != "random":
@@ -171,8 +162,8 @@ class Work:
             self.head_data[subject, task.name] = data
         place = f"input of {find_head(model, self.head_module)[0]}"
         for seed in range(self.preset.probe_seeds):
-            for attacker in self._probes_of(task):
-                for dtype in self._precisions(task):
+            for attacker in self.plan.probes_of(task):
+                for dtype in self.plan.precisions(task):
                     self._attack_features(data, attacker, "head_input", subject, task, place, seed, dtype)
         data.forget()
         for layer, view in views:
@@ -184,29 +175,14 @@ class Work:
             self._keep(outcome)
 
     def _utility_logits(self, task: AttackedTask, subject: str, test: Extraction | None) -> Tensor:
-        if test is not None and task.utility.indices == task.test.indices:
+        if test is not None and not self.plan.needs_utility(task, subject):
             return test.logits
-        return self._extract(self.models[subject], task.utility, [], f"{subject}: utility").logits
-
-    def _extract(self, model: PreTrainedModel, images: Images, views: list[View], description: str) -> Extraction:
-        def make(missing: list[View]) -> Extraction:
-            size = pass_size(model)
-            batches = images.batches(self.processor, size, description=description, progress=self.progress)
-            return extract_views(model, batches, missing, self.head_module)
-
-        return self.kept.through(model, images.hashes, views, make)
-
-    def _layer_outcomes(self, label: str, view: str, subject: str, task: AttackedTask) -> list[Outcome]:
-        names = self.preset.flattened_probes if view == "flattened" else self.preset.layer_probes
-        seeds = range(self.preset.layer_seeds)
-        return [
-            Outcome(name, "any_layer", subject, task.name, label, seed, "float64") for seed in seeds for name in names
-        ]
+        return self._extracted(Pass(subject, task.name, "utility")).logits
 
     def _probe_layer(
         self, parts: tuple[Tensor, Tensor] | None, label: str, view: str, subject: str, task: AttackedTask
     ) -> None:
-        outcomes = self._layer_outcomes(label, view, subject, task)
+        outcomes = self.plan.layer_outcomes(label, view, subject, task)
         data = None
         if parts is not None:
             self.bar.set_description(f"{subject}: {label}")
@@ -247,7 +223,7 @@ class Work:
     def _fine_tune(self, task: AttackedTask) -> None:
         budget, pixels = self.preset.tuning_budget, None
         # One attacker on all models before the next: what an interruption leaves can be compared.
-        for attacker, subject in itertools.product(self._tuners_of(task), self.subjects):
+        for attacker, subject in itertools.product(self.plan.tuners_of(task), self.plan.subjects):
             model, settings = self.models[subject], None
             for seed in range(self.preset.tuning_seeds):
                 precision = str(torch.float32).removeprefix("torch.")
@@ -272,7 +248,7 @@ class Work:
                         model, attacker, train, test, task.num_classes, seed, budget, self.head_module, settings
                     )
 
-                self._attack(outcome, attack, _TUNING_WEIGHT)
+                self._attack(outcome, attack, TUNING_WEIGHT)
                 # The first seed chooses the optimizer and the rate for the others.
                 settings = settings or self.journal.outcomes[key_of(outcome)].settings or None
 
@@ -295,32 +271,22 @@ class Work:
 
     def _restore(self, task: AttackedTask, subject: str) -> None:
         """The public weights put back; in the reference they are already, so that it is read as it is."""
-        ours, theirs = self.models["immunized"], self.models["reference"]
-        names = moved_parameters(ours, theirs)
-        where = f"{len(names)} tensors that immunization moved"
+        ahead = dict(self.plan.restoring(task, subject))
         for attacker in self.preset.restoring:
-            shares = (1.0,) if attacker == "restore_swap" or subject == "reference" else SHARES
-            outcomes = [
-                Outcome(attacker, "fine_tuning", subject, task.name, where, seed, "float64")
-                for seed in range(self.preset.layer_seeds)
-            ]
-            if all(key_of(outcome) in self.journal.outcomes for outcome in outcomes):
+            outcomes = self.plan.restore_outcomes(attacker, task, subject)
+            if attacker not in ahead:
                 for outcome in outcomes:
-                    self._keep(self.journal.outcomes[key_of(outcome)])
-                continue
-            if not names:
-                for outcome in outcomes:
-                    self._keep(replace(outcome, status="skipped", note="No tensor differs from the reference."))
+                    nothing = replace(outcome, status="skipped", note="No tensor differs from the reference.")
+                    self._keep(self.journal.outcomes.get(key_of(outcome), nothing))
                 continue
             candidates = {}
-            for share in shares:
+            for share in ahead[attacker]:
                 if share == 1.0:
                     candidates[share] = self.head_data["reference", task.name]
                     continue
-                mixed = interpolate(ours, theirs, share)
                 features = [
-                    self._extract(mixed, images, [], f"{share:.0%} restored").features
-                    for images in (task.train, task.test)
+                    self._extracted(Pass("immunized", task.name, side, (), share)).features
+                    for side in ("train", "test")
                 ]
                 if all(bool(torch.isfinite(part).all()) for part in features):
                     candidates[share] = ProbeData(
@@ -356,6 +322,16 @@ class Work:
     def _warn(self, sentence: str) -> None:
         if sentence not in self.warnings:
             self.warnings.append(sentence)
+
+
+@contextmanager
+def underflow_to_zero() -> Iterator[None]:
+    """Probabilities that underflow make products many times slower and change no digit of a result."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 _WHERE = {

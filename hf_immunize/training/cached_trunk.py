@@ -14,10 +14,12 @@ from hf_immunize.errors import ArgumentError
 from hf_immunize.training.distributed import world_size
 from hf_immunize.vision.images import ImageCollator
 from hf_immunize.vision.pairing import PairedDataset
+from hf_immunize.vision.processes import ALONE, launched
 from hf_immunize.vision.streams import StreamedRows
 from hf_immunize.vision.trunk import TrunkSplit, split_trunk
-from hf_immunize.vision.trunk_cache import DTYPES, TrunkCache, open_or_write
+from hf_immunize.vision.trunk_cache import DTYPES, TrunkCache
 from hf_immunize.vision.trunk_rows import CachedPairs
+from hf_immunize.vision.trunk_store import open_or_write
 from hf_immunize.vision.trunk_views import has_random_rows
 
 
@@ -69,6 +71,8 @@ def cached_pairs(
 ) -> tuple[TrunkSplit, CachedPairs]:
     """Replace the images of all sides by the activations at the entry of what moves.
 
+    To be called on all processes of a run: each computes a share, and all of them use all.
+
     Args:
         model: The model, with the weights that training starts or goes on from.
         pairs: Images of all sides.
@@ -84,7 +88,7 @@ def cached_pairs(
 
     Raises:
         TrunkError: If the model has no trunk that can be stored.
-        DataError, ArgumentError, DiskSpaceError, NonFiniteError: See `TrunkCache` and `open_or_write`.
+        DataError, ArgumentError, DiskSpaceError, NonFiniteError, ProcessError: See `TrunkCache` and `open_or_write`.
     """
     sides = {"benign": pairs.benign, "harmful": pairs.harmful}
     sides |= {side: rows for side in ("distillation", "held_out") if (rows := getattr(pairs, side)) is not None}
@@ -101,6 +105,9 @@ def cached_pairs(
     views = {side: args.trunk_cache_views if random[side] or not any(random.values()) else 1 for side in sides}
     split = split_trunk(model, trainable_names, tuple(sample.shape[1:]), still=still, head_module=args.head_module)
     folder = Path(args.trunk_cache_dir) if args.trunk_cache_dir else Path(args.output_dir) / "_trunk"
+    everyone = launched()
+    # Machines with disks of their own each need all of it: there, processes take turns, and the first of each writes.
+    processes = everyone if everyone.share_folder(folder) else ALONE
     caches = [
         TrunkCache(
             model,
@@ -115,7 +122,8 @@ def cached_pairs(
             seed=args.data_seed if args.data_seed is not None else args.seed,
             batch_size=2 * args.train_batch_size,  # as many as a step, of both sides, has room for
             num_workers=args.dataloader_num_workers,
-            progress=not args.disable_tqdm,
+            progress=not args.disable_tqdm and everyone.first,
+            processes=processes,
         )
         for side, rows in sides.items()
     ]

@@ -1,7 +1,8 @@
-"""The activations of a frozen trunk, computed once and kept in a memory-mapped Arrow file."""
+"""The activations of a frozen trunk, computed once and kept in memory-mapped Arrow files, one a process."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,17 +17,17 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from datasets.fingerprint import Hasher
-from huggingface_hub.utils import WeakFileLock
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, DataError, DiskSpaceError, NonFiniteError
 from hf_immunize.vision.images import ImageCollator
+from hf_immunize.vision.processes import ALONE, Processes
 from hf_immunize.vision.trunk_key import (
-    batches_checksum,
     model_fingerprint,
     processor_fingerprint,
+    row_checksums,
     stored_fingerprint,
     text_fingerprint,
     trunk_fingerprint,
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 # Of activations computed again in a batch of another size, on whatever device; those of another image differ by more.
 _SAME = 3e-2
-_ARROW_FILE, _KEY_FILE = "activations.arrow", "trunk.json"
-_UNFINISHED = "_unfinished-"
+_KEY_FILE = "trunk.json"
+UNFINISHED = "_unfinished-"
 logger = logging.get_logger(__name__)
 
 
@@ -71,6 +72,7 @@ class TrunkCache:
         batch_size: Images in one forward pass.
         num_workers: Processes that read images.
         progress: Whether to show progress bars.
+        processes: Those that do this together, each with the same arguments; each computes a share of the batches.
 
     Raises:
         ArgumentError: If `dtype` or `views` has an impossible value, or the views would all be alike.
@@ -95,6 +97,7 @@ class TrunkCache:
         batch_size: int = 64,
         num_workers: int = 0,
         progress: bool = True,
+        processes: Processes = ALONE,
     ) -> None:
         if dtype not in DTYPES:
             raise ArgumentError(f"Expected the type of a cached trunk out of {', '.join(DTYPES)}, found {dtype!r}.")
@@ -102,6 +105,7 @@ class TrunkCache:
             raise ArgumentError(f"Expected at least 1 view of each image, found {views}.")
         self.folder = Path(folder)
         self.name = name
+        self.processes = processes
         self._model, self._split, self._dtype = model, split, dtype
         self._batch_size, self._num_workers, self._progress = batch_size, num_workers, progress
         self._views = RowViews(rows, views, augment, seed)
@@ -113,7 +117,7 @@ class TrunkCache:
         self._key = {
             "weights": trunk_fingerprint(model, split),
             "model": model_fingerprint(model, split),
-            "data": data or batches_checksum(self._batches(f"checksum of {name}")),
+            "data": data or self._checksum(),
             "processor": processor_fingerprint(processor),
             "views": text_fingerprint([views, seed, dtype, None if augment is None else Hasher.hash(augment)]),
         }
@@ -132,56 +136,85 @@ class TrunkCache:
         """The stored activations, if there are any that fit; says in the log why those that are there do not."""
         if not self.folder.exists():
             return None
+        found = self._found()
+        if isinstance(found, CachedRows):
+            return found
+        if self.processes.first:
+            logger.warning(f"The cached trunk of {self.name} {found}: computed anew.")
+        return None
+
+    def _found(self) -> CachedRows | str:
+        """The stored activations, or why those that are there do not fit."""
         try:
             stored = json.loads((self.folder / _KEY_FILE).read_text(encoding="utf-8"))
             rows = self._open(self.folder)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            logger.warning(f"The cached trunk of {self.name} cannot be read ({type(error).__name__}): computed anew.")
-            return None
+            return f"cannot be read ({type(error).__name__})"
         if others := [part for part, value in self._key.items() if stored.get(part) != value]:
-            logger.warning(f"The cached trunk of {self.name} is of other {', '.join(others)}: computed anew.")
-            return None
+            return f"is of other {', '.join(others)}"
         if len(rows) * rows.views != len(self) or not self._agrees(rows):
-            logger.warning(f"The cached trunk of {self.name} does not fit these images: computed anew.")
-            return None
+            return "does not fit these images"
         return rows
 
     def write(self) -> CachedRows:
-        """Compute and store the activations; what was there before is removed.
+        """Compute and store the activations; what was there before is removed. Collective.
+
+        Each process computes whole batches, those that a single one would, and keeps them in a file of its own: the
+        rows and their order do not depend on the number of processes, and nothing is written twice.
 
         Returns:
-            The stored rows.
+            The stored rows, of all processes.
 
         Raises:
             DiskSpaceError: If the disk fills up.
             NonFiniteError: If an activation is NaN, infinite or too large for float16.
+            ProcessError: If another process failed.
         """
-        parent = self.folder.parent
-        shutil.rmtree(self.folder, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{self.folder.name}-", dir=parent))
+        staging = self.processes.from_first(self._start_anew)
         try:
-            self._write_arrow(staging / _ARROW_FILE)
+            self.processes.together(lambda: self._write_part(staging))
+            self.processes.from_first(lambda: self._finish(staging))
+        finally:
+            if self.processes.first:
+                shutil.rmtree(staging, ignore_errors=True)
+        return self._open(self.folder)
+
+    def _start_anew(self) -> Path:
+        with self._named_errors():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{self.folder.name}-", dir=self.folder.parent))
+
+    def _finish(self, staging: Path) -> None:
+        with self._named_errors():
             with open(staging / _KEY_FILE, "w", encoding="utf-8") as file:
                 file.write(json.dumps(self._key, indent=2) + "\n")
                 _to_disk(file)
             os.replace(staging, self.folder)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise DiskSpaceError(
-                f"Expected to write the cached trunk of {self.name} into {parent}, found: {error}. Make room, choose "
-                "another trunk_cache_dir, or train without (cache_trunk='no')."
+                f"Expected to write the cached trunk of {self.name} into {self.folder.parent}, found: {error}. Make "
+                "room, choose another trunk_cache_dir, or train without (cache_trunk='no')."
             ) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        return self._open(self.folder)
 
-    def _write_arrow(self, path: Path) -> None:
+    def _write_part(self, folder: Path) -> None:
+        own = self.processes.share(self._all_batches())
+        if not own:
+            return
         width = math.prod(self._split.activation_shape)
         columns: dict[str, Any] = {"activation": datasets.List(datasets.Value(self._dtype), length=width)}
         columns |= {"labels": datasets.Value("int64")} if self._labelled else {}
         schema = datasets.Features(columns).arrow_schema
-        with open(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for number, batch in enumerate(self._batches(f"trunk of {self.name}, {_readable(self.nbytes)}")):
-                values = self._activations(batch, first=number * self._batch_size)
+        index, count = self.processes.index, self.processes.count
+        path = folder / ("activations.arrow" if count == 1 else f"activations-{index:05d}-of-{count:05d}.arrow")
+        description = f"trunk of {self.name}, {readable_size(self.nbytes)}"
+        with self._named_errors(), open(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for positions, batch in zip(own, self._batches(own, description), strict=True):
+                values = self._activations(batch, first=positions.start)
                 flat = pa.array(values.reshape(-1).numpy())
                 arrays = [pa.FixedSizeListArray.from_arrays(flat, width)]
                 arrays += [pa.array(batch["labels"].numpy(), pa.int64())] if self._labelled else []
@@ -203,24 +236,43 @@ class TrunkCache:
             )
         return values
 
-    def _batches(self, description: str) -> Iterator[dict[str, Tensor]]:
+    def _all_batches(self) -> list[range]:
+        size = self._batch_size
+        return [range(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+
+    def _batches(self, own: list[range], description: str) -> Iterator[dict[str, Tensor]]:
         loader = torch.utils.data.DataLoader(
             self._views,
-            batch_size=self._batch_size,
+            batch_sampler=own,  # type: ignore[arg-type]
             collate_fn=self._collate,
             num_workers=self._num_workers,
             generator=torch.Generator(),  # else it would draw from the one that training draws from
         )
-        with tqdm(total=len(self), desc=description, unit="img", disable=not self._progress) as bar:
+        quiet = not (self._progress and self.processes.first)
+        with tqdm(total=sum(map(len, own)), desc=description, unit="img", disable=quiet) as bar:
             for batch in loader:
                 yield batch
                 bar.update(len(batch["pixel_values"]))
+
+    def _checksum(self) -> str:
+        """Of all rows, whatever the size of a batch and the number of processes. Collective."""
+        own = self.processes.share(self._all_batches())
+
+        def of_own() -> list[bytes]:
+            return [each for batch in self._batches(own, f"checksum of {self.name}") for each in row_checksums(batch)]
+
+        parts = self.processes.together(of_own)
+        return hashlib.sha256(b"".join(each for part in parts for each in part)).hexdigest()
 
     def _computed(self, positions: list[int]) -> dict[str, Tensor]:
         return self._collate([self._views[position] for position in positions])
 
     def _open(self, folder: Path) -> CachedRows:
-        dataset = datasets.Dataset.from_file(str(folder / _ARROW_FILE))
+        # In the order of processes, by name.
+        parts = [datasets.Dataset.from_file(str(file)) for file in sorted(folder.glob("activations*.arrow"))]
+        if not parts:
+            raise FileNotFoundError(f"no activations in {folder}")
+        dataset = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
         return CachedRows(dataset, self._split.activation_shape, self._views.views)
 
     def _agrees(self, rows: CachedRows) -> bool:
@@ -250,48 +302,8 @@ class TrunkCache:
             )
 
 
-def open_or_write(*caches: TrunkCache) -> list[CachedRows]:
-    """Find stored activations, and write those that are missing, once the disk is known to hold them all.
-
-    Processes that share the folder wait for one another, and the first writes for all.
-
-    Args:
-        *caches: Caches in sister folders.
-
-    Returns:
-        The rows of each.
-
-    Raises:
-        DiskSpaceError: If the disk does not hold them, before anything is written or removed.
-        NonFiniteError: See `TrunkCache.write`.
-    """
-    parent = caches[0].folder.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(parent / ".lock"):
-        for leftover in parent.glob(f"{_UNFINISHED}*"):  # of a process that was killed, or it would hold the lock
-            shutil.rmtree(leftover, ignore_errors=True)
-        found = [cache.find() for cache in caches]
-        missing = [cache for cache, rows in zip(caches, found, strict=True) if rows is None]
-        if missing:
-            _check_space(parent, missing)
-        return [cache.write() if rows is None else rows for cache, rows in zip(caches, found, strict=True)]
-
-
-def _check_space(parent: Path, missing: list[TrunkCache]) -> None:
-    needed = sum(cache.nbytes for cache in missing)
-    replaced = sum(file.stat().st_size for cache in missing for file in cache.folder.glob("*"))
-    free = shutil.disk_usage(parent).free + replaced
-    what = ", ".join(f"{len(cache):,} {cache.name}" for cache in missing)
-    logger.info(f"Caching the frozen trunk of {what}: about {_readable(needed)} of {_readable(free)} free.")
-    if needed > free:
-        raise DiskSpaceError(
-            f"Expected {_readable(needed)} for the cached trunk ({what}), found {_readable(free)} free in {parent}. "
-            "Make room, choose another trunk_cache_dir, use cache_trunk='float16' or fewer trunk_cache_views, or "
-            "train without (cache_trunk='no')."
-        )
-
-
-def _readable(nbytes: int) -> str:
+def readable_size(nbytes: int) -> str:
+    """A size for people, such as ``"1.5 GB"``."""
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
         if nbytes >= size:
             return f"{nbytes / size:.1f} {unit}"

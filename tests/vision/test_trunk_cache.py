@@ -14,7 +14,8 @@ from hf_immunize.errors import ArgumentError, DataError, DiskSpaceError, NonFini
 from hf_immunize.vision.images import ImageRows
 from hf_immunize.vision.scope import select_trainable
 from hf_immunize.vision.trunk import TrunkSplit, split_trunk
-from hf_immunize.vision.trunk_cache import TrunkCache, open_or_write
+from hf_immunize.vision.trunk_cache import TrunkCache
+from hf_immunize.vision.trunk_store import open_or_write
 
 
 SHAPE = (3, 32, 32)

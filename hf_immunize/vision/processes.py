@@ -1,0 +1,193 @@
+"""The processes that torchrun or ``accelerate launch`` started: who takes which share, and what all learn from all.
+
+What a process does for the others may fail. Waiting for it in a collective would then be a deadlock, so everything
+that is waited for here ends in an exchange of results or of what went wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from hf_immunize.errors import ProcessError
+
+
+T = TypeVar("T")
+# Shares are equal, machines need not be: this long a process may wait for the slowest.
+_PATIENCE = timedelta(hours=2)
+
+
+class Processes:
+    """Some processes that do one piece of work together; `ALONE` is this one by itself.
+
+    Args:
+        state: accelerate's; None for this process alone.
+        owned: Whether the process group was started for this work, so that `leave` ends it.
+
+    Example:
+        >>> ALONE.count, ALONE.first, ALONE.share([3, 4]), ALONE.together(lambda: "done")
+        (1, True, [3, 4], ['done'])
+    """
+
+    def __init__(self, state: PartialState | None = None, owned: bool = False) -> None:
+        self._state = state if state is not None and state.num_processes > 1 else None
+        self._owned = owned
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return 1 if self._state is None else int(self._state.num_processes)
+
+    @property
+    def index(self) -> int:
+        """Which of them this is."""
+        return 0 if self._state is None else int(self._state.process_index)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first, which writes and speaks for all."""
+        return self.index == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The one that this process computes on."""
+        if self._state is None:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return self._state.device
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's part of a list: parts are contiguous, in the order of processes, of sizes that differ by 1.
+
+        Args:
+            items: The same on all processes.
+
+        Returns:
+            The part; empty where there are fewer items than processes.
+        """
+        if self._state is None:
+            return list(items)
+        with self._state.split_between_processes(list(items)) as part:
+            return list(part)
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do something on all processes at once, and tell all what came of it; collective.
+
+        Args:
+            work: Does this process's part, without a collective of its own, and returns something small.
+
+        Returns:
+            What it returned on each process, in their order.
+
+        Raises:
+            ProcessError: If it failed on another process.
+            Exception: What it raised on this one.
+        """
+        if self._state is None:
+            return [work()]
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:  # raised below, when the others know
+            failure = error
+        sentence = None if failure is None else f"{type(failure).__name__}: {failure}"
+        found: list[tuple[str | None, T]] = gather_object([(sentence, result)])
+        if failure is not None:
+            raise failure
+        for number, (reason, _) in enumerate(found):
+            if reason is not None:
+                raise ProcessError(
+                    f"Expected every process to do its share, found that process {number} of {self.count} failed: "
+                    f"{reason}"
+                )
+        return [each for _, each in found]
+
+    def everywhere(self, work: Callable[[], T]) -> T:
+        """Do something on all processes, which has to succeed on all of them; collective.
+
+        Args:
+            work: As in `together`, but returns anything.
+
+        Returns:
+            What it returned on this process.
+
+        Raises:
+            ProcessError, Exception: As `together`.
+        """
+        own: list[T] = []
+        self.together(lambda: own.append(work()))
+        return own[0]
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """Do something on the first process alone, and tell all what came of it; collective.
+
+        Args:
+            work: Returns something small.
+
+        Returns:
+            What it returned there.
+
+        Raises:
+            ProcessError: If it failed there and this is another process.
+            Exception: What it raised, on the first process.
+        """
+        return self.together(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
+
+    def share_folder(self, folder: str | os.PathLike[str]) -> bool:
+        """Whether what the first process writes into a folder is there for all of them; collective.
+
+        Args:
+            folder: Created where it is missing.
+
+        Returns:
+            False where machines have disks of their own.
+        """
+        if self._state is None:
+            return True
+        folder = Path(folder)
+
+        def leave_a_mark() -> str:
+            folder.mkdir(parents=True, exist_ok=True)
+            # A name that no machine has asked for before, so that none remembers that it was missing.
+            mark = folder / f"_unfinished-{uuid.uuid4().hex}"
+            mark.touch()
+            return mark.name
+
+        mark = folder / self.from_first(leave_a_mark)
+        seen = self.together(mark.exists)
+        if self.first:
+            mark.unlink(missing_ok=True)
+        return all(seen)
+
+    def leave(self) -> None:
+        """End the process group, if it was started for this work: this process goes on, or ends, by itself."""
+        if self._state is not None and self._owned:
+            self._state.destroy_process_group()
+            self._owned = False
+
+
+ALONE = Processes()
+
+
+def launched() -> Processes:
+    """All processes that torchrun or ``accelerate launch`` started, if they did; this one alone otherwise.
+
+    To be called on all of them: it joins their process group where there is none yet.
+
+    Returns:
+        The processes.
+    """
+    joined = dist.is_available() and dist.is_initialized()
+    if not joined and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return ALONE
+    # Without being told, accelerate takes several processes on CPUs for several runs of one.
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available()
+    return Processes(PartialState(cpu=cpu, timeout=_PATIENCE), owned=not joined)

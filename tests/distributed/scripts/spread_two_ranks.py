@@ -1,0 +1,87 @@
+"""Cached trunks of one process and of two, what each saw written as JSON: ``torchrun ... spread_two_ranks.py FOLDER``.
+
+Another run holds the folder at first, and in the end the second process fails.
+"""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import transformers as hf
+from huggingface_hub.utils import WeakFileLock
+
+from hf_immunize.errors import NonFiniteError, ProcessError
+from hf_immunize.vision.processes import launched
+from hf_immunize.vision.scope import select_trainable
+from hf_immunize.vision.trunk import split_trunk
+from hf_immunize.vision.trunk_cache import TrunkCache
+from hf_immunize.vision.trunk_store import open_or_write
+
+
+# Batches of 3: on two processes, 2 and 2 with a short one, and one that leaves the second process nothing to do.
+COUNTS = {"many": 11, "few": 2}
+
+
+def images(count, seed, scale=1.0):
+    pixels = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    pixels[-1] *= scale
+    return [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(pixels)]
+
+
+def cache(folder, processes, rows, **options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 8}
+    model = hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)).eval()
+    split = split_trunk(model, select_trainable(model, "last_stage"), (3, 8, 8))
+    return TrunkCache(
+        model, split, rows, folder, name=folder.name, batch_size=3, progress=False, processes=processes, **options
+    )
+
+
+def hold(path, seconds=2.0):
+    """Hold the lock of caches for a while, as another run does that writes there; returns when it is taken."""
+    taken = threading.Event()
+
+    def run():
+        with WeakFileLock(path):
+            taken.set()
+            time.sleep(seconds)
+
+    threading.Thread(target=run).start()
+    taken.wait()
+
+
+def everything(folder, processes):
+    made = [cache(folder / name, processes, images(count, 1)) for name, count in COUNTS.items()]
+    if processes.first:
+        hold(folder / ".lock")
+    processes.together(lambda: None)
+    written = dict(zip(COUNTS, open_or_write(*made), strict=True))
+    found = {
+        "processes": processes.count,
+        "shares": processes.together(lambda: processes.share(range(5))),
+        "rows": {name: [row["pixel_values"].tolist() for row in rows] for name, rows in written.items()},
+        "labels": {name: [row["labels"] for row in rows] for name, rows in written.items()},
+        "shared_folder": processes.share_folder(folder / "shared"),
+        # A disk of each process's own.
+        "own_folder": processes.share_folder(folder / f"own-{processes.index}"),
+    }
+    before = (folder / "many" / "trunk.json").stat().st_mtime_ns
+    open_or_write(*[cache(folder / name, processes, images(count, 1)) for name, count in COUNTS.items()])
+    found["found_again"] = before == (folder / "many" / "trunk.json").stat().st_mtime_ns
+    try:
+        # The last image, which is the last process's, is too large for float16.
+        open_or_write(cache(folder / "failing", processes, images(11, 2, scale=1e30), dtype="float16"))
+    except (NonFiniteError, ProcessError) as error:
+        found["failure"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+if __name__ == "__main__":
+    target, everyone = Path(sys.argv[1]), launched()
+    result = everything(target, everyone)
+    (target / f"found-{everyone.index}.json").write_text(json.dumps(result))
+    everyone.leave()
