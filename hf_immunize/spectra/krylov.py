@@ -54,9 +54,11 @@ def largest_pair(gram: Tensor, accuracy: float) -> Pair | None:
         accuracy: Sine of the largest angle allowed between the vector found and the true one.
     """
     for ritz in _ritz(lambda rows: rows @ gram, _start(gram), _TOP_DEPTHS):
-        value, vector = ritz.values[-1], ritz.vectors(1)
+        value, gap = ritz.values[-1], ritz.values[-1] - ritz.values[-2]
+        if ritz.unlikely(accuracy):
+            continue
+        vector = ritz.vectors(1)
         residual = float(torch.linalg.vector_norm(vector @ gram - value * vector))
-        gap = value - ritz.values[-2]
         if residual <= accuracy * gap and gap > 4 * tie_tolerance(gram.shape[0], value):
             return Pair(value, vector.mT, residual)
     found = _smallest(-gram, ritz.vectors(_BLOCK), _SHIFTED_DEPTHS, -value, _lack(residual, gap), lambda _: accuracy)
@@ -114,6 +116,8 @@ def _smallest(
         for ritz in _ritz(_solve_by(factor), start, depths):
             if ritz.values[-2] <= 0:
                 return None
+            if ritz.unlikely(allowed(shift + 1 / ritz.values[-1])):
+                continue
             vector = ritz.vectors(1)
             image = vector @ matrix
             value = float(image @ vector.mT)
@@ -155,6 +159,12 @@ class _Ritz(NamedTuple):
     values: list[float]
     coordinates: Tensor
     basis: Tensor
+    residual: float  # of the largest, as the recurrence has it: good enough to see that there is no need to look
+    last: bool
+
+    def unlikely(self, accuracy: float) -> bool:
+        """Whether the largest value's vector is not worth a proof yet."""
+        return not self.last and self.residual > 2 * accuracy * (self.values[-1] - self.values[-2])
 
     def vectors(self, count: int) -> Tensor:
         """Of the largest values, as rows of unit length, shape ``(count, n)``."""
@@ -178,7 +188,8 @@ def _ritz(times: Callable[[Tensor], Tensor], start: Tensor, depths: tuple[int, .
             step = step - part @ known
         if depth in depths:
             values, coordinates = torch.linalg.eigh(projected[:end, :end])
-            yield _Ritz(values.tolist(), coordinates, known)
+            residual = float(torch.linalg.vector_norm(coordinates[-block:, -1] @ step))
+            yield _Ritz(values.tolist(), coordinates, known, residual, depth == depths[-1])
         basis[end : end + block] = torch.linalg.qr(step.mT).Q.mT
 
 
