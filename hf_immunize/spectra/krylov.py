@@ -17,11 +17,11 @@ from torch import Tensor
 
 # Two vectors at least, or a repeated value would pass for a simple one.
 _BLOCK = 3
-# Depths at which convergence is looked at. Seen at N = 1,024, D = 768: 5 for the largest value of features around a
-# mean; from the vectors of depth 8, where no gap was seen, 6; 23 for the smallest value.
-_TOP_DEPTHS = (4, 5, 6, 8)
-_SHIFTED_DEPTHS = (4, 6, 7, 8, 9, 11)
+# Depths at which convergence is looked at: on the matrix, on its inverse, and on the inverse with a shift.
+_TOP_DEPTHS = (4, 5, 6, 8, 10)
 _BOTTOM_DEPTHS = (8, 14, 18, 21, 24, 28)
+_SHIFTED_DEPTHS = (4, 6, 7, 8, 9, 10, 12)
+_SHIFTS = 3
 
 
 class Pair(NamedTuple):
@@ -54,23 +54,15 @@ def largest_pair(gram: Tensor, accuracy: float) -> Pair | None:
         accuracy: Sine of the largest angle allowed between the vector found and the true one.
     """
     for ritz in _ritz(lambda rows: rows @ gram, _start(gram), _TOP_DEPTHS):
-        value, vector = ritz.values[-1], ritz.vectors(1)
+        value, gap = ritz.values[-1], ritz.values[-1] - ritz.values[-2]
+        if ritz.unlikely(accuracy):
+            continue
+        vector = ritz.vectors(1)
         residual = float(torch.linalg.vector_norm(vector @ gram - value * vector))
-        gap = value - ritz.values[-2]
         if residual <= accuracy * gap and gap > 4 * tie_tolerance(gram.shape[0], value):
             return Pair(value, vector.mT, residual)
-    # The Ritz value lacks about residual²/gap. A shift that lies below the eigenvalue has no Cholesky factor.
-    lack = max(
-        residual * min(1.0, residual / gap) if gap > 0 else residual, 64 * torch.finfo(torch.float64).eps * value
-    )
-    for shift in (value + lack, value + 4 * lack):
-        shifted = -gram
-        shifted.diagonal().add_(shift)
-        factor = _factor(shifted)
-        if factor is not None:
-            found = _smallest(shifted, factor, ritz.vectors(_BLOCK), _SHIFTED_DEPTHS, lambda _: accuracy)
-            return None if found is None else found._replace(value=shift - found.value)
-    return None
+    found = _smallest(-gram, ritz.vectors(_BLOCK), _SHIFTED_DEPTHS, -value, _lack(residual, gap), lambda _: accuracy)
+    return None if found is None else found._replace(value=-found.value)
 
 
 def smallest_pair(matrix: Tensor, accuracy: float, slack: float = 0.0) -> Pair | None:
@@ -89,36 +81,76 @@ def smallest_pair(matrix: Tensor, accuracy: float, slack: float = 0.0) -> Pair |
     def allowed(value: float) -> float:
         return max(accuracy, min(1e-5, accuracy * slack / value)) if value > 0 else accuracy
 
-    factor = _factor(matrix)
-    return None if factor is None else _smallest(matrix, factor, _start(matrix), _BOTTOM_DEPTHS, allowed)
+    return _smallest(matrix, _start(matrix), _BOTTOM_DEPTHS, 0.0, 0.0, allowed)
 
 
-def _factor(matrix: Tensor) -> Tensor | None:
-    """U of ``A = UᵀU``; None where A is not positive definite."""
+def _smallest(
+    matrix: Tensor,
+    start: Tensor,
+    depths: tuple[int, ...],
+    value: float,
+    lack: float,
+    allowed: Callable[[float], float],
+) -> Pair | None:
+    """The smallest pair, by the inverse of ``A − shift·I`` with shifts that come ever nearer from below.
+
+    Args:
+        matrix: A, symmetric.
+        start: Rows to begin with.
+        depths: Of the first space; those after a shift are shorter.
+        value: First estimate of the eigenvalue.
+        lack: How far below it the eigenvalue may lie.
+        allowed: Sine of the largest angle allowed, by the eigenvalue.
+    """
+    rounding = tie_tolerance(matrix.shape[0], float(torch.linalg.vector_norm(matrix)))  # or more
+    factor: Tensor | None = None
+    for _ in range(1 + _SHIFTS):
+        # Only where the shift lies below every eigenvalue there is a Cholesky factor: that proves that it does.
+        for candidate in (value - lack, value - 4 * lack) if lack else (value,):
+            better = _factor(matrix, candidate)
+            if better is not None:
+                shift, factor = candidate, better
+                break
+        if factor is None:
+            return None
+        for ritz in _ritz(_solve_by(factor), start, depths):
+            if ritz.values[-2] <= 0:
+                return None
+            if ritz.unlikely(allowed(shift + 1 / ritz.values[-1])):
+                continue
+            vector = ritz.vectors(1)
+            image = vector @ matrix
+            value = float(image @ vector.mT)
+            residual = float(torch.linalg.vector_norm(image - value * vector))
+            gap = shift + 1 / ritz.values[-2] - value
+            if residual <= allowed(value) * gap and gap > 4 * rounding:
+                return Pair(value, vector.mT, residual)
+        if gap <= 4 * rounding:
+            return None
+        start, depths, lack = ritz.vectors(_BLOCK), _SHIFTED_DEPTHS, max(_lack(residual, gap), rounding)
+    return None
+
+
+def _lack(residual: float, gap: float) -> float:
+    """What a Rayleigh quotient is off by, about, where the gap to the next value is known about."""
+    return residual * min(1.0, residual / gap) if gap > 0 else residual
+
+
+def _factor(matrix: Tensor, shift: float) -> Tensor | None:
+    """U of ``A − shift·I = UᵀU``; None where that is not positive definite."""
+    if shift:
+        matrix = matrix.clone()
+        matrix.diagonal().sub_(shift)
     factor, info = torch.linalg.cholesky_ex(matrix, upper=True)
     return None if int(info) else factor
 
 
-def _smallest(
-    matrix: Tensor, factor: Tensor, start: Tensor, depths: tuple[int, ...], allowed: Callable[[float], float]
-) -> Pair | None:
-    largest = float(torch.linalg.vector_norm(matrix))  # or more
-
+def _solve_by(factor: Tensor) -> Callable[[Tensor], Tensor]:
     def solve(rows: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(factor.mT, rows.mT, upper=False)
         return torch.linalg.solve_triangular(factor, half, upper=True).mT
 
-    for ritz in _ritz(solve, start, depths):
-        if ritz.values[-2] <= 0:
-            return None
-        vector = ritz.vectors(1)
-        image = vector @ matrix
-        value = float(image @ vector.mT)
-        residual = float(torch.linalg.vector_norm(image - value * vector))
-        gap = 1 / ritz.values[-2] - value
-        if residual <= allowed(value) * gap and gap > 4 * tie_tolerance(matrix.shape[0], largest):
-            return Pair(value, vector.mT, residual)
-    return None
+    return solve
 
 
 class _Ritz(NamedTuple):
@@ -127,6 +159,12 @@ class _Ritz(NamedTuple):
     values: list[float]
     coordinates: Tensor
     basis: Tensor
+    residual: float  # of the largest, as the recurrence has it: good enough to see that there is no need to look
+    last: bool
+
+    def unlikely(self, accuracy: float) -> bool:
+        """Whether the largest value's vector is not worth a proof yet."""
+        return not self.last and self.residual > 2 * accuracy * (self.values[-1] - self.values[-2])
 
     def vectors(self, count: int) -> Tensor:
         """Of the largest values, as rows of unit length, shape ``(count, n)``."""
@@ -150,7 +188,8 @@ def _ritz(times: Callable[[Tensor], Tensor], start: Tensor, depths: tuple[int, .
             step = step - part @ known
         if depth in depths:
             values, coordinates = torch.linalg.eigh(projected[:end, :end])
-            yield _Ritz(values.tolist(), coordinates, known)
+            residual = float(torch.linalg.vector_norm(coordinates[-block:, -1] @ step))
+            yield _Ritz(values.tolist(), coordinates, known, residual, depth == depths[-1])
         basis[end : end + block] = torch.linalg.qr(step.mT).Q.mT
 
 

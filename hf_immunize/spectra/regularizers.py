@@ -7,6 +7,10 @@ Lowering ``R_well`` lowers κ: ``κ(S) ≤ exp(p·R_well(S)/σ_k²)``. Lowering 
 ``1/log κ(S) ≤ σ_1²·R_ill(S)``. The bounds need these factors; without them they fail
 (S = diag(0.1, 0.01) and diag(100, 1)). No backward pass runs through a decomposition: the gradients need only the
 extreme singular pair and the matrix, and average over the eigenspace where the extreme value is repeated.
+
+The functions of features take their `Hessian` in the features' place. Away from the CPU they read no value back:
+where they would raise NonFiniteError, RankError or PerfectConditioningError, their value is NaN instead (see
+`device_forms`).
 """
 
 import math

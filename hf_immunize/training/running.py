@@ -14,6 +14,10 @@ class RunningMeans:
 
     Fetching every term in every step would stall a GPU.
 
+    Args:
+        deferred: Whether values are looked at when they are taken, not when they are added; by default on every device
+            but the CPU.
+
     Example:
         >>> means = RunningMeans()
         >>> for value in (1.0, 3.0):
@@ -22,7 +26,8 @@ class RunningMeans:
         {'r_well': 2.0}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deferred: bool | None = None) -> None:
+        self._deferred = deferred
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
@@ -34,11 +39,12 @@ class RunningMeans:
             step: The step they belong to.
 
         Raises:
-            NonFiniteError: If one is NaN or infinite; on a GPU, `take` raises it.
+            NonFiniteError: If one is NaN or infinite; where that is deferred, `take` raises it.
         """
         for name, value in values.items():
             value = value.detach()
-            if value.device.type == "cpu":
+            deferred = value.device.type != "cpu" if self._deferred is None else self._deferred
+            if not deferred:
                 _check_finite(name, float(value), step)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
@@ -69,5 +75,6 @@ def _check_finite(name: str, value: float, step: int) -> None:
     if value != value or value in (float("inf"), float("-inf")):
         raise NonFiniteError(
             f"Expected a finite {name} at step {step}, found {value}. Lower the learning rate or the weights, or "
-            "train in full precision; the last checkpoint is sound."
+            "train in full precision; the last checkpoint is sound. On a GPU a term that is undefined is NaN too: "
+            "features that are all zero, and for R_ill samples that are all alike."
         )
