@@ -19,7 +19,7 @@ from hf_immunize.training.distributed import gather_features, mean_gradient_norm
 from hf_immunize.training.method import Method
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.queue import FeatureQueue
-from hf_immunize.training.weighting import Weighting, gradient_norm
+from hf_immunize.training.weighting import Weighting, float32_norm, gradient_norm
 from hf_immunize.vision.adapters import outermost_name
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
@@ -252,7 +252,7 @@ class ImmunizationStep:
         at a displacement of ε is 2ε over the size of the features.
         """
         if self.method.benign_loss == "distillation":
-            return 1 / torch.linalg.vector_norm(benign.features.detach(), dtype=torch.float32)
+            return 1 / float32_norm(benign.features.detach())
         return self.weighting.benign_scale(mean_gradient_norm(gradient_norm(benign_loss, loss_features)))
 
     def state_dict(self) -> dict[str, Tensor]:

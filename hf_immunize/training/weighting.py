@@ -63,7 +63,19 @@ def gradient_norm(value: Tensor, features: Tensor) -> Tensor:
         ``‖∂value/∂features‖_F``, 0-D, float32, detached, on the features' device.
     """
     (gradient,) = torch.autograd.grad(value, features, retain_graph=True)
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return float32_norm(gradient)
+
+
+def float32_norm(values: Tensor) -> Tensor:
+    """Norm of a tensor of any precision, as float32; taken in at least that.
+
+    Args:
+        values: Any shape.
+
+    Returns:
+        0-D, float32.
+    """
+    return torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32)).float()
 
 
 def balanced_weight(scale: Tensor, term_norm: Tensor, factor: Tensor | float) -> Tensor:
