@@ -270,6 +270,19 @@ class Poke(hf.TrainerCallback):
                 model.vit.layers[1].layernorm_after.weight[0] = self.value
 
 
+@pytest.mark.parametrize("benign_loss", ["task", "distillation"])
+def test_a_model_in_float64_trains_as_one_in_float32(benign_loss, tiny, trainer, images):
+    def run(model, dtype):
+        rows = [{**row, "pixel_values": row["pixel_values"].to(dtype)} for row in images(8)]
+        data = {"train_dataset": rows, "harmful_dataset": rows, "eval_dataset": None, "harmful_eval_dataset": None}
+        made = trainer(model, benign_loss=benign_loss, **data)
+        made.train()
+        return made.state.log_history[0]
+
+    double, single = run(tiny().double(), torch.float64), run(tiny(), torch.float32)
+    assert double["loss"] == pytest.approx(single["loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize("objective", ["kappa", "r_ill"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_features_that_are_not_finite_stop_the_run(objective, value, trainer):
