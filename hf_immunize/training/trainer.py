@@ -22,6 +22,7 @@ from hf_immunize.training.checks import (
     check_batches,
     check_checkpointing,
     check_classifier,
+    check_prepared,
     check_sharding,
 )
 from hf_immunize.training.evaluation import Evaluation, accuracy, add_metrics, fold, measure, merged
@@ -305,6 +306,7 @@ class ImmunizationTrainer(Trainer):
         Returns:
             Name to number.
         """
+        check_prepared(self.accelerator)
         outermost = self._evaluation is None
         if outermost:
             self._evaluation = Evaluation(other_data=eval_dataset is not None)

@@ -124,7 +124,16 @@ def outcome(run):
     metrics = {key: value for key, value in run.evaluate().items() if any(name in key for name in names)}
     log = [entry for entry in run.state.log_history if "loss" in entry][-1]
     names = ("loss", "benign_loss", "r_well", "r_ill", "benign_weight", "harmful_weight")
-    names = [*names, "kl", "spread", "concentration", "multiplier", "negative_adapted_loss", "negative_log_kappa"]
+    names = [
+        *names,
+        "kl",
+        "held_out_kl",
+        "spread",
+        "concentration",
+        "multiplier",
+        "negative_adapted_loss",
+        "negative_log_kappa",
+    ]
     moved = {name: p.flatten().tolist() for name, p in run.model.named_parameters() if p.requires_grad}
     return {"metrics": metrics, "log": {name: log[name] for name in names if name in log}, "weights": moved}
 
@@ -202,6 +211,8 @@ def everything(folder):
             "adam": run(folder, **PAPER, max_steps=2, **ADAM),
             # Running means, multiplier, queue, starting model and a third set, over steps enough to use them.
             "defaults": run(folder, max_steps=4, queue_size=16),
+            # Nine of 32 benign images, of which two a step are measured.
+            "held_out": run(folder, batch=16, max_steps=3, budget_holdout=0.3),
             "cached": run(folder / "cached", cache_trunk="float32", **FIXED),
             "imma": run(folder, **PAPER | {"objective": "imma"}),
             "opt_kappa": run(folder, **PAPER | {"objective": "opt_kappa"}),
