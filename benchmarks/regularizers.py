@@ -11,7 +11,7 @@ from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well
 
 
 DIM = 768
-WANTED = {64: 50.0, 256: 8.0, 1024: 1.0}
+WANTED = {64: 50.0, 256: 8.0, 1024: 4.0}
 KINDS: dict[str, Callable[[int, int, int], Tensor]] = {
     "network-like": network_like_features,
     "iid Gaussian": gaussian_features,
@@ -25,7 +25,7 @@ def straightforward(benign: Tensor, harmful: Tensor) -> Tensor:
     ill = torch.linalg.eigvalsh(h_harmful)
     # float32 features have no more directions than samples, and what lies below their rounding is none
     ill = ill[-min(harmful.shape) :]
-    r_well = 0.5 * well[-1] ** 2 - well.square().sum() / (2 * DIM)
+    r_well = 0.5 * well[-1] ** 2 - well.square().sum() / (2 * benign.shape[1])
     return r_well + 1 / (ill.square().mean() / 2 - 0.5 * ill[0] ** 2)
 
 

@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_immunize.spectra.conditioning import as_matrix
+from hf_immunize.spectra.gram import CHUNK, without_autocast
 from hf_immunize.spectra.hessian import Hessian
-from hf_immunize.spectra.small_forms import SmallGradient
-from hf_immunize.spectra.small_side import SmallSide, side_of_features, side_of_hessian
+from hf_immunize.spectra.small_side import SmallSide, small_side
 
 
 # value and gradient of a spectral function at a detached matrix
-ValueAndGradient = Callable[[Tensor], tuple[float, Tensor]]
-# value and gradient of a function of H = ZᵀZ on the small side
-SmallForm = Callable[[SmallSide], tuple[float, SmallGradient]]
+ValueAndGradient = Callable[[Tensor], tuple[float | Tensor, Tensor]]
+
+
+class SmallGradient(Protocol):
+    """A symmetric matrix M of the small side's size, with ``∂f/∂Z = M·Z`` (N×N) or ``Z·M`` (D×D)."""
+
+    def matrix(self, gram: Tensor) -> Tensor:
+        """M in float64."""
+
+    def times(self, z: Tensor, gram: Tensor) -> Tensor:
+        """Its product with the features."""
+
+
+class SpectralForm(NamedTuple):
+    """Value and gradient of a function of ``H = ZᵀZ`` on the small side.
+
+    Attributes:
+        host: With the value on the host, errors raised, and the quickest route chosen by what is found.
+        device: Without a look at any value, for devices that compute behind the host's back.
+    """
+
+    host: Callable[[SmallSide], tuple[float, SmallGradient]]
+    device: Callable[[SmallSide], tuple[Tensor, SmallGradient]]
 
 
 class ClosedForm(torch.autograd.Function):
@@ -27,11 +48,14 @@ class ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, function: ValueAndGradient, dtype: torch.dtype) -> Tensor:
         """The value, with autocast off, in float32 or better; the gradient is kept for the backward pass."""
-        with torch.autocast(matrix.device.type, enabled=False):
+        with without_autocast(matrix.device):
             value, gradient = function(matrix.detach())
         ctx.save_for_backward(gradient)
         ctx.matrix_dtype = matrix.dtype
-        return torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32), device=matrix.device)
+        dtype = torch.promote_types(dtype, torch.float32)
+        if isinstance(value, Tensor):
+            return value.to(dtype)
+        return torch.tensor(value, dtype=dtype, device=matrix.device)
 
     @staticmethod
     @once_differentiable
@@ -39,38 +63,43 @@ class ClosedForm(torch.autograd.Function):
         """The gradient that was kept, times what comes from above."""
         (gradient,) = ctx.saved_tensors
         # Scaled before it is cast: a weight of 1e8 on a gradient of 1e-9 would vanish in half precision otherwise.
-        return (grad_outputs[0] * gradient).to(ctx.matrix_dtype), None, None
+        if gradient.dtype == ctx.matrix_dtype:
+            return grad_outputs[0] * gradient, None, None
+        scaled = torch.empty_like(gradient, dtype=ctx.matrix_dtype)
+        for rows, out in zip(gradient.split(CHUNK), scaled.split(CHUNK), strict=True):
+            out.copy_(grad_outputs[0] * rows)
+        return scaled, None, None
 
 
-def hessian_function(features: Tensor | Hessian, form: SmallForm) -> Tensor:
+def hessian_function(features: Tensor | Hessian, form: SpectralForm, *, on_device: bool | None = None) -> Tensor:
     """A function of ``H = ZᵀZ``, differentiable with respect to the features or to the Hessian, whichever is given.
 
     Args:
         features: Z of shape ``(N, D)``, or their `Hessian`.
         form: Value and gradient on the small side.
+        on_device: Whether to go without a look at any value; by default wherever the features are not on the CPU.
 
     Returns:
-        0-D tensor, in the dtype of the features, float32 at least.
+        0-D tensor, in the dtype of the features, float32 at least. On a device NaN in the place of NonFiniteError,
+        RankError and PerfectConditioningError.
 
     Raises:
         ShapeError: If the features are not ``(N, D)``.
         NonFiniteError: If they hold NaN or infinity.
         RankError: If they are zero.
     """
-    if isinstance(features, Hessian):
-
-        def of_hessian(_: Tensor) -> tuple[float, Tensor]:
-            side = side_of_hessian(features)
-            value, gradient = form(side)
-            return value, gradient.matrix(side.gram) / 2
-
-        return ClosedForm.apply(features.matrix, of_hessian, features.dtype)
-
-    def of_features(z: Tensor) -> tuple[float, Tensor]:
-        side = side_of_features(z)
-        value, gradient = form(side)
-        return value, gradient.times(z, side.gram)
-
     # Shape and dtype only: that the features are finite and not zero is seen in the Gram matrix.
-    features = as_matrix(features, "features", check_finite=False)
-    return ClosedForm.apply(features, of_features, features.dtype)
+    matrix = features.matrix if isinstance(features, Hessian) else as_matrix(features, "features", check_finite=False)
+    if on_device is None:
+        on_device = matrix.device.type != "cpu"
+
+    def function(detached: Tensor) -> tuple[float | Tensor, Tensor]:
+        given = replace(features, matrix=detached) if isinstance(features, Hessian) else detached
+        side = small_side(given, check=not on_device)
+        value: float | Tensor
+        value, gradient = form.device(side) if on_device else form.host(side)
+        if isinstance(features, Hessian):
+            return value, gradient.matrix(side.gram) / 2
+        return value, gradient.times(detached, side.gram)
+
+    return ClosedForm.apply(matrix, function, features.dtype)

@@ -1,4 +1,4 @@
-"""Extreme eigenpairs of Gram matrices, the one thing that the regularizers' gradients need."""
+"""Spectrum and extreme eigenspaces of the small side, the one thing that the regularizers' gradients need."""
 
 import math
 from typing import NamedTuple
@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from hf_immunize.spectra.conditioning import rank_cutoff
+from hf_immunize.spectra.krylov import Pair, largest_pair, smallest_pair, tie_tolerance
 from hf_immunize.spectra.small_side import SmallSide, wide
 
 
-# Up to this size a full decomposition is as fast as an iteration and finds repeated values for certain.
-_DENSE_LIMIT = 320
-_KRYLOV_BLOCK = 3
-_KRYLOV_CHECKS = (4, 8, 16, 28)  # depths at which convergence is looked at; after the last the full decomposition
+# Up to these sizes a full decomposition is as fast as the iteration for the largest and for the smallest value, and
+# finds repeated values for certain. The benchmark `growth` shows the crossover.
+TOP_DENSE_LIMIT = 192
+BOTTOM_DENSE_LIMIT = 352
+COMPUTED_NOISE = torch.finfo(torch.float64).eps ** 0.5  # what a Gram matrix in float64 loses, in singular values
 
 
 class Spectrum(NamedTuple):
@@ -27,11 +29,6 @@ class Spectrum(NamedTuple):
 
     values: list[float]
     vectors: Tensor
-
-
-def tie_tolerance(size: int, largest: float) -> float:
-    """Distance below which two eigenvalues computed in float64 count as one repeated value."""
-    return 16 * size * torch.finfo(torch.float64).eps * largest
 
 
 def hessian_spectrum(side: SmallSide) -> Spectrum:
@@ -50,7 +47,7 @@ def hessian_spectrum(side: SmallSide) -> Spectrum:
         singular = sigma.tolist()
     else:
         values, vectors = torch.linalg.eigh(side.gram)
-        vectors, computed_noise = vectors.flip(1), torch.finfo(torch.float64).eps ** 0.5
+        vectors, computed_noise = vectors.flip(1), COMPUTED_NOISE
         # of a Hessian of few rows the eigenvalues beyond them are rounding
         singular = [math.sqrt(max(value, 0.0)) for value in reversed(values.tolist())][: side.rows]
     frobenius = math.sqrt(math.fsum(s * s for s in singular))
@@ -62,9 +59,7 @@ def hessian_spectrum(side: SmallSide) -> Spectrum:
 def top_eigenspace(gram: Tensor, accuracy: float = 1e-8) -> tuple[float, Tensor]:
     """Largest eigenvalue of a positive semi-definite matrix and an orthonormal basis of its eigenspace.
 
-    Block Krylov iteration (Musco and Musco 2015) from a fixed start, so that no global random state is touched. It is
-    believed only where residual and gap prove the vector (Davis and Kahan 1970); elsewhere, with repeated and nearly
-    repeated values above all, the full decomposition takes over.
+    By `largest_pair`, and by the full decomposition of small matrices and of those where it proves nothing.
 
     Args:
         gram: Shape ``(n, n)``, float64.
@@ -74,30 +69,37 @@ def top_eigenspace(gram: Tensor, accuracy: float = 1e-8) -> tuple[float, Tensor]
         The eigenvalue and the basis, shape ``(n, m)``, m its multiplicity.
     """
     n = gram.shape[0]
-    found = _krylov_top(gram, accuracy) if n > _DENSE_LIMIT else None
+    found = largest_pair(gram, accuracy) if n > TOP_DENSE_LIMIT else None
     if found is not None:
-        return found
+        return found.value, found.vector
     eigenvalues, vectors = torch.linalg.eigh(gram)
     values = eigenvalues.tolist()
     threshold = values[-1] - tie_tolerance(n, values[-1])
     return values[-1], vectors[:, sum(value < threshold for value in values) :]
 
 
-def _krylov_top(gram: Tensor, accuracy: float) -> tuple[float, Tensor] | None:
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(gram.shape[0], _KRYLOV_BLOCK, dtype=torch.float64, generator=generator).to(gram.device)
-    basis = torch.linalg.qr(start).Q
-    image = gram @ basis
-    for depth in range(2, _KRYLOV_CHECKS[-1] + 1):
-        step = image[:, -_KRYLOV_BLOCK:]
-        for _ in range(2):  # twice is enough to stay orthogonal in floating point
-            step = step - basis @ (basis.mT @ step)
-        basis = torch.cat([basis, torch.linalg.qr(step).Q], dim=1)
-        image = torch.cat([image, gram @ basis[:, -_KRYLOV_BLOCK:]], dim=1)
-        if depth in _KRYLOV_CHECKS:
-            values, coordinates = torch.linalg.eigh(basis.mT @ image)
-            vector = basis @ coordinates[:, -1:]
-            residual = torch.linalg.vector_norm(image @ coordinates[:, -1:] - values[-1] * vector)
-            if bool(residual <= accuracy * (values[-1] - values[-2])):
-                return float(values[-1]), vector / torch.linalg.vector_norm(vector)
-    return None
+def bottom_of_full_rank(side: SmallSide, accuracy: float, slack: float = 0.0) -> Pair | None:
+    """The smallest eigenvalue of the small side and its vector, where the rank is full for certain.
+
+    By `smallest_pair`, with an eigenvalue that lies above the rank rule's cut-off whatever the largest one is.
+
+    Args:
+        side: Finite and not zero.
+        accuracy: Sine of the largest angle allowed between the vector found and the true one.
+        slack: See `smallest_pair`.
+
+    Returns:
+        The pair; None where the rank is not full, where the pair could not be proved, where a full decomposition is
+        as fast, and for float64 features, which their Gram matrix does not resolve. `hessian_spectrum` then tells.
+    """
+    n = side.gram.shape[0]
+    if n <= BOTTOM_DENSE_LIMIT or n > side.rows or side.dtype == torch.float64:
+        return None
+    found = smallest_pair(side.gram, accuracy, slack=slack)
+    if found is None:
+        return None
+    frobenius = math.sqrt(float(side.gram.diagonal().sum()))
+    largest = min(frobenius, math.sqrt(float(torch.linalg.vector_norm(side.gram))))  # σ_1 of Z at most
+    cutoff = rank_cutoff(largest, frobenius, side.rows, side.dim, side.dtype)
+    cutoff = max(cutoff, COMPUTED_NOISE * largest)
+    return found if found.value - found.residual > cutoff**2 else None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_immunize.errors import ArgumentError, ShapeError
 from hf_immunize.spectra.conditioning import as_matrix
+from hf_immunize.spectra.gram import Gram
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,4 @@ class Hessian:
             ShapeError: If the features are not ``(N, D)``.
         """
         features = as_matrix(features, "features", check_finite=False)
-        with torch.autocast(features.device.type, enabled=False):
-            z = features.to(torch.float64)
-            return cls(z.mT @ z, features.shape[0], features.dtype)
+        return cls(Gram.apply(features), features.shape[0], features.dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_immunize.spectra.closed_form import hessian_function
+from hf_immunize.spectra.forms import LOG_KAPPA
 from hf_immunize.spectra.hessian import Hessian
-from hf_immunize.spectra.small_forms import small_log_kappa
 
 
 def hessian_log_kappa(features: Tensor | Hessian) -> Tensor:
@@ -33,4 +33,4 @@ def hessian_log_kappa(features: Tensor | Hessian) -> Tensor:
         >>> round(hessian_log_kappa(torch.diag(torch.tensor([10.0, 1.0]))).item(), 4)  # log 100
         4.6052
     """
-    return hessian_function(features, small_log_kappa)
+    return hessian_function(features, LOG_KAPPA)

@@ -17,9 +17,9 @@ from torch import Tensor
 from hf_immunize.errors import RankError
 from hf_immunize.spectra.closed_form import ClosedForm, ValueAndGradient, hessian_function
 from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
+from hf_immunize.spectra.forms import CONCENTRATION, R_ILL, R_WELL, SCALE_FREE_R_ILL, SCALE_FREE_R_WELL
 from hf_immunize.spectra.hessian import Hessian
-from hf_immunize.spectra.small_forms import ill_denominator, rounding, small_concentration, small_r_ill, small_r_well
-from hf_immunize.spectra.small_forms import scale_free as scale_free_form
+from hf_immunize.spectra.small_forms import ill_denominator, rounding
 
 
 def r_well(matrix: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def hessian_r_well(features: Tensor | Hessian, *, scale_free: bool = False) -> T
         >>> hessian_r_well(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item()
         3.75
     """
-    return hessian_function(features, scale_free_form(small_r_well, 2) if scale_free else small_r_well)
+    return hessian_function(features, SCALE_FREE_R_WELL if scale_free else R_WELL)
 
 
 def hessian_r_ill(features: Tensor | Hessian, *, scale_free: bool = False) -> Tensor:
@@ -120,7 +120,7 @@ def hessian_r_ill(features: Tensor | Hessian, *, scale_free: bool = False) -> Te
         >>> round(hessian_r_ill(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item(), 6)  # 1/(17/4 − 1/2)
         0.266667
     """
-    return hessian_function(features, scale_free_form(small_r_ill, -2) if scale_free else small_r_ill)
+    return hessian_function(features, SCALE_FREE_R_ILL if scale_free else R_ILL)
 
 
 def spectral_concentration(features: Tensor | Hessian) -> Tensor:
@@ -146,7 +146,7 @@ def spectral_concentration(features: Tensor | Hessian) -> Tensor:
         >>> round(spectral_concentration(torch.diag(torch.tensor([10.0, 1.0]))).item(), 4)  # log(1/100)
         -4.6052
     """
-    return hessian_function(features, small_concentration)
+    return hessian_function(features, CONCENTRATION)
 
 
 def _matrix_function(matrix: Tensor, function: ValueAndGradient) -> Tensor:

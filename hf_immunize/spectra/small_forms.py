@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import PerfectConditioningError
-from hf_immunize.spectra.extremes import hessian_spectrum, tie_tolerance, top_eigenspace
+from hf_immunize.spectra.extremes import bottom_of_full_rank, hessian_spectrum, top_eigenspace
+from hf_immunize.spectra.gram import product_by_rows
+from hf_immunize.spectra.krylov import tie_tolerance
 from hf_immunize.spectra.small_side import SmallSide, wide
 
 
-class SmallGradient(NamedTuple):
+class SpaceGradient(NamedTuple):
     """``M = gram·G + identity·I + Σ_j weight_j·P_j``, P_j the average of uuᵀ over the columns u of a basis.
 
     Attributes:
@@ -42,64 +44,90 @@ class SmallGradient(NamedTuple):
 
     def times(self, z: Tensor, gram: Tensor) -> Tensor:
         """``M·Z`` or ``Z·M``, whichever side is the small one, in the features' dtype, float32 at least."""
-        work = torch.promote_types(z.dtype, torch.float32)
         if self.gram:
-            m, z = self.matrix(gram).to(work), z.to(work)
-            return m @ z if wide(z) else z @ m
+            return times_small(z, self.matrix(gram))
+
+        def times(rows: Tensor) -> Tensor:
+            product = self.identity * rows
+            for basis, weight in self.spaces:
+                product.addmm_(rows @ basis, basis.mT, alpha=weight / basis.shape[1])
+            return product
+
         # Without G it is a product with a few vectors. What is left of Z beside them, and what a vector of a small
         # singular value finds in it, are differences of larger numbers: in float64.
-        tall = (z.mT if wide(z) else z).to(torch.float64)
-        product = self.identity * tall
-        for basis, weight in self.spaces:
-            product.addmm_(tall @ basis, basis.mT, alpha=weight / basis.shape[1])
-        return (product.mT if wide(z) else product).to(work)
+        return product_by_rows(z, times, torch.float64, transposed=wide(z))
+
+
+def times_small(z: Tensor, small: Tensor) -> Tensor:
+    """``M·Z`` or ``Z·M``, M symmetric, in the features' dtype, float32 at least."""
+    work = torch.promote_types(z.dtype, torch.float32)
+    small = small.to(work)
+    if z.dtype == work:
+        return small @ z if wide(z) else z @ small
+    return product_by_rows(z, lambda rows: rows @ small, work, transposed=wide(z))
 
 
 # The factor enters before anything is rounded to the features' dtype: without it the gradient of R_ill, of degree −5
 # in the features, leaves the range of float32 while the scale-free one is of ordinary size.
-def small_r_well(side: SmallSide, factor: float = 1.0) -> tuple[float, SmallGradient]:
+def small_r_well(side: SmallSide, factor: float = 1.0) -> tuple[float, SpaceGradient]:
     """``½σ_1² − tr(G²)/2D`` and ``2(σ_1 uuᵀ − G/D)``."""
     top, basis = top_eigenspace(side.gram, vector_accuracy(side.dtype))
-    value = max(0.0, top**2 / 2 - float(side.gram.square().sum()) / (2 * side.dim))
-    return factor * value, SmallGradient(-2 * factor / side.dim, 0.0, ((basis, 2 * factor * top),))
+    value = max(0.0, top**2 / 2 - float(torch.linalg.vector_norm(side.gram)) ** 2 / (2 * side.dim))
+    return factor * value, SpaceGradient(-2 * factor / side.dim, 0.0, ((basis, 2 * factor * top),))
 
 
-def small_r_ill(side: SmallSide, factor: float = 1.0) -> tuple[float, SmallGradient]:
+def small_r_ill(side: SmallSide, factor: float = 1.0) -> tuple[float, SpaceGradient]:
     """``1/d``, ``d = Σ(σ_i² − σ_k²)/2k``, and ``2(σ_k uuᵀ − G/k)/d²``."""
-    values, vectors = hessian_spectrum(side)
-    k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
-    denominator = ill_denominator(values, max(width, rounding(side.dtype) * values[0]))
-    first = sum(value > values[-1] + width for value in values)
+    n = side.gram.shape[0]
+    squares = float(torch.linalg.vector_norm(side.gram)) ** 2
+    # The vector's part of the gradient is σ_k to the whole's σ_1/n at least, and σ_1 ≥ tr(G²)/tr(G).
+    slack = squares / float(side.gram.diagonal().sum()) / n
+    found = bottom_of_full_rank(side, vector_accuracy(side.dtype), slack)
+    # Near κ = 1 the sum of squares less the smallest is all cancellation, and κ = 1 itself is to be told from it.
+    if found is not None and squares > 2 * n * found.value**2:
+        k, smallest, basis = n, found.value, found.vector
+        denominator = (squares - n * smallest**2) / (2 * n)
+    else:
+        values, vectors = hessian_spectrum(side)
+        k, smallest, width = len(values), values[-1], tie_tolerance(n, values[0])
+        denominator = ill_denominator(values, max(width, rounding(side.dtype) * values[0]))
+        basis = vectors[:, sum(value > smallest + width for value in values) : k]
     scale = 2 * factor / denominator**2
-    return factor / denominator, SmallGradient(-scale / k, 0.0, ((vectors[:, first:k], scale * values[-1]),))
+    return factor / denominator, SpaceGradient(-scale / k, 0.0, ((basis, scale * smallest),))
 
 
-def small_concentration(side: SmallSide) -> tuple[float, SmallGradient]:
+def small_concentration(side: SmallSide) -> tuple[float, SpaceGradient]:
     """``log((tr G − σ_1)/σ_1)`` and ``2(I − uuᵀ)/(tr G − σ_1) − 2uuᵀ/σ_1``."""
     top, basis = top_eigenspace(side.gram, vector_accuracy(side.dtype))
     trace = float(side.gram.diagonal().sum())
     rest, floor = trace - top, 64 * torch.finfo(torch.float64).eps * trace
     if rest <= floor:
-        return math.log(floor / top), SmallGradient(0.0, 0.0, ())
-    return math.log(rest / top), SmallGradient(0.0, 2 / rest, ((basis, -2 * (1 / rest + 1 / top)),))
+        return math.log(floor / top), SpaceGradient(0.0, 0.0, ())
+    return math.log(rest / top), SpaceGradient(0.0, 2 / rest, ((basis, -2 * (1 / rest + 1 / top)),))
 
 
-def small_log_kappa(side: SmallSide) -> tuple[float, SmallGradient]:
+def small_log_kappa(side: SmallSide) -> tuple[float, SpaceGradient]:
     """``log σ_1 − log σ_k`` and ``2(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k)``."""
-    values, vectors = hessian_spectrum(side)
-    k, width = len(values), tie_tolerance(vectors.shape[0], values[0])
-    top = vectors[:, : sum(value >= values[0] - width for value in values)]
-    bottom = vectors[:, sum(value > values[-1] + width for value in values) : k]
-    spaces = ((top, 2 / values[0]), (bottom, -2 / values[-1]))
-    return math.log(values[0]) - math.log(values[-1]), SmallGradient(0.0, 0.0, spaces)
+    accuracy = vector_accuracy(side.dtype)
+    found = bottom_of_full_rank(side, accuracy)
+    if found is not None:
+        smallest, bottom = found.value, found.vector
+        largest, top = top_eigenspace(side.gram, accuracy)
+    else:
+        values, vectors = hessian_spectrum(side)
+        largest, smallest, width = values[0], values[-1], tie_tolerance(vectors.shape[0], values[0])
+        top = vectors[:, : sum(value >= largest - width for value in values)]
+        bottom = vectors[:, sum(value > smallest + width for value in values) : len(values)]
+    spaces = ((top, 2 / largest), (bottom, -2 / smallest))
+    return math.log(largest) - math.log(smallest), SpaceGradient(0.0, 0.0, spaces)
 
 
 def scale_free(
-    function: Callable[[SmallSide, float], tuple[float, SmallGradient]], degree: int
-) -> Callable[[SmallSide], tuple[float, SmallGradient]]:
+    function: Callable[[SmallSide, float], tuple[float, SpaceGradient]], degree: int
+) -> Callable[[SmallSide], tuple[float, SpaceGradient]]:
     """The function of ``cH``, ``c = D/tr H``, where it is homogeneous in H of the given degree."""
 
-    def scaled(side: SmallSide) -> tuple[float, SmallGradient]:
+    def scaled(side: SmallSide) -> tuple[float, SpaceGradient]:
         trace = float(side.gram.diagonal().sum())
         value, gradient = function(side, (side.dim / trace) ** degree)
         return value, gradient._replace(identity=gradient.identity - 2 * degree * value / trace)

@@ -1,8 +1,8 @@
 """The matrix on which the spectrum of a probing Hessian is computed.
 
-For features ``Z`` of shape ``(N, D)`` the matrices ``ZᵀZ`` (D×D) and ``ZZᵀ`` (N×N) share their non-zero spectrum. Where
-the features are given, everything is computed on the smaller of the two, the *small side*; where the Hessian alone is
-given, on the Hessian.
+For features ``Z`` of shape ``(N, D)`` the matrices ``ZᵀZ`` (D×D) and ``ZZᵀ`` (N×N) share their non-zero spectrum.
+Where the features are given, everything is computed on the smaller of the two, the *small side*; where the Hessian
+alone is given, on the Hessian.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_immunize.errors import NonFiniteError, RankError
 from hf_immunize.spectra.conditioning import as_matrix
+from hf_immunize.spectra.gram import gram_matrix
 from hf_immunize.spectra.hessian import Hessian
 
 
@@ -42,59 +43,48 @@ def wide(features: Tensor) -> bool:
 
 
 def small_gram(features: Tensor) -> Tensor:
-    """``ZZᵀ`` or ``ZᵀZ``, whichever is smaller, in float64, shape ``(n, n)``.
+    """``ZZᵀ`` or ``ZᵀZ``, whichever is smaller, in float64, shape ``(n, n)``, without a gradient."""
+    return gram_matrix(features.mT if wide(features) else features)
+
+
+def small_side(features: Tensor | Hessian, *, check: bool = True) -> SmallSide:
+    """The smaller Gram matrix of features, or a Hessian as it is, of size D even where N is smaller.
+
+    Args:
+        features: Z, shape ``(N, D)``, or their Hessian.
+        check: Whether to look at the values; without it nothing is raised and nothing read back from a device.
 
     Raises:
         NonFiniteError: If the features hold NaN or infinity, or their squares overflow.
         RankError: If they are zero.
     """
-    z = features.detach().to(torch.float64)
-    gram = z @ z.mT if wide(features) else z.mT @ z
-    # Every entry of Z stands in the trace, squared: one look at n numbers tells what a look at N·D would.
-    trace = float(gram.diagonal().sum())
-    if not math.isfinite(trace):
-        as_matrix(features, "features")  # names the entry
-        raise NonFiniteError(
-            f"Expected features whose squares are finite in float64, found values up to "
-            f"{float(features.detach().abs().max()):.3g}. Divide them by their scale first."
-        )
-    if trace == 0:
-        raise _rank_zero(features.shape[0], features.shape[1])
-    return gram
-
-
-def side_of_features(features: Tensor) -> SmallSide:
-    """The small side of features of shape ``(N, D)``.
-
-    Raises:
-        NonFiniteError, RankError: See `small_gram`.
-    """
-    return SmallSide(small_gram(features), *features.shape, features.dtype, features.detach())
-
-
-def side_of_hessian(hessian: Hessian) -> SmallSide:
-    """The Hessian as it is, of size D even where N is smaller.
-
-    Raises:
-        NonFiniteError: If it holds NaN or infinity.
-        RankError: If it is zero.
-    """
-    gram = hessian.matrix.detach()
-    # Beyond its diagonal a positive semi-definite matrix has nothing larger, but a matrix with NaN is none.
-    total = float(gram.sum())
-    if not math.isfinite(total):
-        as_matrix(gram, "the Hessian")
-        raise NonFiniteError(
-            f"Expected a Hessian whose sum is finite, found entries up to {float(gram.abs().max()):.3g}. Divide the "
-            "features by their scale first."
-        )
+    if isinstance(features, Hessian):
+        gram = features.matrix.detach()
+        side = SmallSide(gram, features.rows, gram.shape[0], features.dtype)
+        # of a matrix that is no Gram matrix the diagonal does not tell all
+        seen = gram.sum() if check else None
+    else:
+        rows, dim = features.shape
+        gram = small_gram(features)
+        side = SmallSide(gram, rows, dim, features.dtype, features.detach())
+        # Every entry of Z stands in the trace, squared: one look at n numbers tells what a look at N·D would.
+        seen = gram.diagonal().sum() if check else None
+    if seen is None:
+        return side
+    if not math.isfinite(float(seen)):
+        raise _not_finite(features)
     if float(gram.diagonal().sum()) == 0:
-        raise _rank_zero(hessian.rows, gram.shape[0])
-    return SmallSide(gram, hessian.rows, gram.shape[0], hessian.dtype)
+        raise RankError(
+            f"Expected features of rank at least 1, found rank 0: all of {(side.rows, side.dim)} values are zero. "
+            "Check that the network is not dead and the right layer is read."
+        )
+    return side
 
 
-def _rank_zero(rows: int, dim: int) -> RankError:
-    return RankError(
-        f"Expected features of rank at least 1, found rank 0: all of {(rows, dim)} values are zero. "
-        "Check that the network is not dead and the right layer is read."
+def _not_finite(features: Tensor | Hessian) -> NonFiniteError:
+    name, values = ("the Hessian", features.matrix) if isinstance(features, Hessian) else ("features", features)
+    as_matrix(values, name)  # names the entry
+    return NonFiniteError(
+        f"Expected {name} whose squares are finite in float64, found values up to "
+        f"{float(values.detach().abs().max()):.3g}. Divide them by their scale first."
     )

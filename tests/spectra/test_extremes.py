@@ -4,8 +4,9 @@ from matrices import gaussian, geometric, orthonormal, with_singular_values
 
 from hf_immunize.errors import NonFiniteError, RankError
 from hf_immunize.spectra import extremes
-from hf_immunize.spectra.extremes import hessian_spectrum, tie_tolerance, top_eigenspace
-from hf_immunize.spectra.small_side import side_of_features, small_gram
+from hf_immunize.spectra.extremes import hessian_spectrum, top_eigenspace
+from hf_immunize.spectra.krylov import tie_tolerance
+from hf_immunize.spectra.small_side import small_gram, small_side
 
 
 def psd(values, seed=0):
@@ -87,7 +88,7 @@ def test_a_matrix_of_lower_rank_than_the_krylov_space(rank):
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30)])
 def test_the_hessian_spectrum_has_the_rank_and_the_eigenvectors(shape, dtype):
     features = with_singular_values([5.0, 3.0, 2.0, 0.5], *shape).to(dtype)
-    values, vectors = hessian_spectrum(side_of_features(features))
+    values, vectors = hessian_spectrum(small_side(features))
     assert values == pytest.approx([25.0, 9.0, 4.0, 0.25], rel=1e-5)
     gram = small_gram(features)
     kept = vectors[:, :4]
@@ -96,7 +97,7 @@ def test_the_hessian_spectrum_has_the_rank_and_the_eigenvectors(shape, dtype):
 
 def test_float64_features_keep_directions_that_the_gram_matrix_loses():
     features = with_singular_values(geometric(1e10, 8), 30, 8)
-    values, _ = hessian_spectrum(side_of_features(features))
+    values, _ = hessian_spectrum(small_side(features))
     assert len(values) == 8
     assert values[-1] == pytest.approx(1e-20, rel=1e-4)
 
@@ -108,12 +109,12 @@ def test_the_tolerance_for_ties_is_that_of_the_decomposition():
 
 def test_zero_features_are_refused():
     with pytest.raises(RankError, match="Check that the network is not dead"):
-        small_gram(torch.zeros(3, 4))
+        small_side(torch.zeros(3, 4))
 
 
 def test_features_that_overflow_when_squared_are_refused():
     with pytest.raises(NonFiniteError, match="Divide them by their scale"):
-        small_gram(torch.full((3, 4), 1e160, dtype=torch.float64))
+        small_side(torch.full((3, 4), 1e160, dtype=torch.float64))
 
 
 def test_the_result_does_not_depend_on_the_global_generator():

@@ -47,7 +47,7 @@ def test_the_hessian_gives_the_value_and_gradient_of_the_features(function, rows
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize(("rows", "columns"), [(40, 60), (60, 40), (400, 330), (330, 400)])
+@pytest.mark.parametrize(("rows", "columns"), [(40, 60), (60, 40), (400, 500), (500, 400)])
 def test_float32_features_agree_to_their_own_precision(function, rows, columns):
     features = gaussian(rows, columns, dtype=torch.float32)
     value, gradient = value_and_gradient(function, features)
