@@ -185,6 +185,22 @@ def check_sharding(args: ImmunizationArguments, accelerator: Any = None, harmful
         )
 
 
+def check_prepared(accelerator: Any) -> None:
+    """Refuse to evaluate weights that cannot be sharded yet.
+
+    Args:
+        accelerator: The Trainer's.
+
+    Raises:
+        ArgumentError: Under FSDP2, before training.
+    """
+    if accelerator.is_fsdp2 and not accelerator._models:
+        raise ArgumentError(
+            "Expected train() before evaluate() under FSDP, found none: accelerate shards a model along with its "
+            "optimizer alone. For the starting weights, set eval_on_start=True."
+        )
+
+
 def check_batches(args: ImmunizationArguments, processes: int) -> None:
     """Refuse ways of dealing out batches that take benign and harmful images apart, or leave processes waiting.
 

@@ -10,6 +10,7 @@ the single-process gradient under data parallelism's mean; `sum_is_smaller` says
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,27 +84,19 @@ def sum_is_smaller(rows: int, dim: int, dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and 16 * dim < rows * dtype.itemsize
 
 
-class _GlobalGram(torch.autograd.Function):
-    """``ZᵀZ`` summed over processes, in float64."""
+class _Summed(torch.autograd.Function):
+    """The sum of all processes' matrices."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor) -> Tensor:
-        ctx.save_for_backward(features)
-        with torch.autocast(features.device.type, enabled=False):
-            rows = features.to(torch.float64)
-            gram = rows.mT @ rows
-        if world_size() > 1:
-            dist.all_reduce(gram)
-        return gram
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        total = matrix.clone()
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        (features,) = ctx.saved_tensors
-        weight = world_size() * (grad_outputs[0] + grad_outputs[0].mT)
-        work = torch.promote_types(features.dtype, torch.float32)
-        with torch.autocast(features.device.type, enabled=False):
-            return (features.to(work) @ weight.to(work)).to(features.dtype)
+        return world_size() * grad_outputs[0]
 
 
 def sum_hessian(features: Tensor) -> Hessian:
@@ -123,7 +116,10 @@ def sum_hessian(features: Tensor) -> Hessian:
         >>> hessian.matrix.diagonal().tolist(), hessian.rows
         ([9.0, 1.0], 2)
     """
-    return Hessian(_GlobalGram.apply(features), rows=len(features) * world_size(), dtype=features.dtype)
+    own = Hessian.of(features)
+    if world_size() == 1:
+        return own
+    return replace(own, matrix=_Summed.apply(own.matrix), rows=own.rows * world_size())
 
 
 def gather_labels(labels: Tensor | None) -> Tensor | None:

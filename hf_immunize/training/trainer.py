@@ -23,6 +23,7 @@ from hf_immunize.training.checks import (
     check_batches,
     check_checkpointing,
     check_classifier,
+    check_prepared,
     check_sharding,
 )
 from hf_immunize.training.evaluation import (
@@ -337,6 +338,7 @@ class ImmunizationTrainer(Trainer):
         Returns:
             Name to number.
         """
+        check_prepared(self.accelerator)
         outermost = self._evaluation is None
         if outermost:
             one = eval_dataset if isinstance(eval_dataset, str) else None

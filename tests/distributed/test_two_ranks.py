@@ -13,10 +13,10 @@ from hf_immunize.training.saving import last_whole_checkpoint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SPECTRAL = [name for name in OBJECTIVES if name != "imma"]
-RUNS = ["auto", "fixed", "adam", "defaults", "cached", "imma", "opt_kappa", "r_ill"]
-RUNS += [f"summed {name}" for name in (*SPECTRAL, "defaults")]
-EXACTLY = [*OBJECTIVES, "distilled", "both"]
 PLACES = [f"{name} {rows}" for name in OBJECTIVES for rows in ("batch", "queue") if (name, rows) != ("imma", "queue")]
+RUNS = [*PLACES, "fixed", "adam", "defaults", "held_out", "cached"]
+RUNS += [f"summed {name}" for name in (*SPECTRAL, "defaults")]
+EXACTLY = [*PLACES, "distilled", "both"]
 
 
 def same_weights(found, expected, tolerance):
@@ -110,6 +110,11 @@ def test_all_processes_keep_the_same_weights(two):
     }
 
 
+@pytest.mark.parametrize("objective", ["concentration", "imma"])
+def test_beside_someone_elses_trainer_steps_end_at_the_same_weights(objective, one, two):
+    same_weights(two["beside"][objective], one["beside"][objective], 1e-4)
+
+
 # ---- sharded weights ----
 
 
@@ -136,7 +141,11 @@ def test_sharded_weights_are_measured_as_whole_ones(one, two):
 
 
 def test_a_starting_model_beside_a_sharded_one_is_refused(two):
-    assert "benign_loss='task' and benign_budget=None under FSDP" in two["sharded"]["refused"]
+    assert "benign_loss='task' and benign_budget=None under FSDP" in two["sharded"]["refused"][1]
+
+
+def test_an_evaluation_of_weights_that_are_not_sharded_yet_is_refused(two):
+    assert "set eval_on_start=True" in two["sharded"]["refused"][0]
 
 
 # ---- runs that were interrupted ----

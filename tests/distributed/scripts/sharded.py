@@ -10,6 +10,8 @@ import transformers as hf
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
+from hf_immunize.errors import ArgumentError
+
 
 @contextmanager
 def fsdp_on_cpu():
@@ -45,6 +47,14 @@ def full(model):
     }
 
 
+def refusal(action):
+    """The message of what an action raises."""
+    try:
+        action()
+    except ArgumentError as error:
+        return str(error)
+
+
 def sharded(folder, trainer, vit, options):
     """Steps, an evaluation, a checkpoint, and going on from it."""
     # Of the modules that ViT names itself, accelerate 1.15 cannot shard one within the other.
@@ -53,16 +63,13 @@ def sharded(folder, trainer, vit, options):
     options |= {"save_strategy": "steps", "save_steps": 1}
     with fsdp_on_cpu():
         done = trainer(folder / "sharded", vit(), **options)
+        refused = [refusal(done.evaluate)]
         done.train()
         metrics = done.evaluate()
         done.save_model(str(folder / "sharded_model"))
         weights = full(done.model)
         is_sharded = any(hasattr(value, "full_tensor") for value in done.model.parameters())
-        refused = None
-        try:
-            trainer(folder / "refused", vit(), fsdp=True)
-        except ValueError as error:
-            refused = f"{type(error).__name__}: {error}"
+        refused.append(refusal(lambda: trainer(folder / "refused", vit(), fsdp=True)))
         forget()
         again = trainer(folder / "sharded", vit(), **options)
         again.train(resume_from_checkpoint=str(folder / "sharded" / "checkpoint-1"))

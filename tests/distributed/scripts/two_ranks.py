@@ -18,6 +18,7 @@ from hf_immunize.training.distributed import (
     sum_hessian,
     world_size,
 )
+from hf_immunize.training.immunization_callback import ImmunizationCallback
 from hf_immunize.training.objectives import OBJECTIVES, Side
 from hf_immunize.training.queue import FeatureQueue
 from hf_immunize.training.trainer import ImmunizationTrainer
@@ -124,7 +125,16 @@ def outcome(run):
     metrics = {key: value for key, value in run.evaluate().items() if any(name in key for name in names)}
     log = [entry for entry in run.state.log_history if "loss" in entry][-1]
     names = ("loss", "benign_loss", "r_well", "r_ill", "benign_weight", "harmful_weight")
-    names = [*names, "kl", "spread", "concentration", "multiplier", "negative_adapted_loss", "negative_log_kappa"]
+    names = [
+        *names,
+        "kl",
+        "held_out_kl",
+        "spread",
+        "concentration",
+        "multiplier",
+        "negative_adapted_loss",
+        "negative_log_kappa",
+    ]
     moved = {name: p.flatten().tolist() for name, p in run.model.named_parameters() if p.requires_grad}
     return {"metrics": metrics, "log": {name: log[name] for name in names if name in log}, "weights": moved}
 
@@ -144,14 +154,44 @@ def summed(folder):
     return runs, used.call_count
 
 
+def every_objective(folder, dtype):
+    """Two steps with weights by gradient norms, the second with a queue where there is one."""
+    found = {}
+    for name in OBJECTIVES:
+        for size in (0, 6) if name != "imma" else (0,):
+            options = PAPER | {"objective": name, "queue_size": size, "max_steps": 2}
+            found[f"{name} {'queue' if size else 'batch'}"] = run(folder, dtype, **options)
+    return found
+
+
 def exactly(folder):
-    """In float64: every objective with weights by gradient norms, and what remembers."""
-    wide = {"dtype": torch.float64, "max_steps": 2}
-    runs = {name: run(folder, **wide, **PAPER | {"objective": name}) for name in OBJECTIVES}
-    return runs | {
+    """In float64: every objective, and what remembers."""
+    loss = {"objective": "imma", "benign_loss": "both", "benign_budget": 0.1, "budget_measure": "loss"}
+    return every_objective(folder, torch.float64) | {
         "distilled": run(folder, torch.float64, max_steps=4, queue_size=16),
-        "both": run(folder, **wide, objective="imma", benign_loss="both", benign_budget=0.1, budget_measure="loss"),
+        "both": run(folder, torch.float64, max_steps=2, **loss),
     }
+
+
+def beside_a_trainer(folder, objective):
+    """Steps of someone else's Trainer, with a callback."""
+    method = {"objective": objective, "benign_loss": "task", "benign_budget": None}
+    callback = ImmunizationCallback(rows(16, 2), rows(16, 1), **method)
+    args = hf.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=8 // world_size(),
+        max_steps=2,
+        learning_rate=1e-2,
+        optim="sgd",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        ddp_backend="gloo" if world_size() > 1 else None,
+    )
+    done = hf.Trainer(vit(), args, train_dataset=rows(16, 1), callbacks=[callback])
+    done.train()
+    return {name: parameter.flatten().tolist() for name, parameter in done.model.named_parameters()}
 
 
 def resumable(folder, dropout=0.0, callbacks=None, **options):
@@ -197,18 +237,18 @@ def everything(folder):
         "gradients": gradients(),
         "norm": norm(),
         "runs": {
-            "auto": run(folder, **PAPER, max_steps=2),
+            **every_objective(folder, torch.float32),
             "fixed": run(folder, **FIXED),
             "adam": run(folder, **PAPER, max_steps=2, **ADAM),
             # Running means, multiplier, queue, starting model and a third set, over steps enough to use them.
             "defaults": run(folder, max_steps=4, queue_size=16),
+            # Nine of 32 benign images, of which two a step are measured.
+            "held_out": run(folder, batch=16, max_steps=3, budget_holdout=0.3),
             "cached": run(folder / "cached", cache_trunk="float32", **FIXED),
-            "imma": run(folder, **PAPER | {"objective": "imma"}),
-            "opt_kappa": run(folder, **PAPER | {"objective": "opt_kappa"}),
-            "r_ill": run(folder, **PAPER | {"objective": "r_ill"}),
             **of_sums,
         },
         "exactly": exactly(folder),
+        "beside": {name: beside_a_trainer(folder, name) for name in ("concentration", "imma")},
         "few": fewer_images_than_processes(folder),
         "whole": uninterrupted(folder / "whole"),
     }
