@@ -38,6 +38,28 @@ def test_writes_what_it_found(model, tmp_path):
     assert (tmp_path / "out" / "outcomes.jsonl").exists()
 
 
+def test_a_changed_budget_and_further_tasks_are_in_the_report(model, tmp_path):
+    tasks = ("harmful", "benign", "unseen", "unrelated")
+    given = [word for index, task in enumerate(tasks) for word in (f"--{task}", saved(tmp_path / task, index))]
+    budget = ["--steps", "8", "--seconds", "60", "--seeds", "1", "--max-images", "20", "--accuracies", "0.3,0.4"]
+    out = ["--output-dir", str(tmp_path / "out"), "--keep-features", "0", "--attackers", "ridge,adamw", "--quick"]
+    result = CliRunner().invoke(app, ["audit", model, "--reference", model, *given, *budget, *out])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "audit.json").read_text())["data"]
+    assert set(found["tasks"]) == set(tasks)
+    assert found["preset"] == "quick, changed"
+    assert (found["budget"]["probe_steps"], found["budget"]["images_of_a_task"]) == (8, 20)
+    assert found["budget"]["seconds_of_an_attack_that_trains"] == 60
+    assert found["accuracies"] == [0.3, 0.4]
+    assert not (tmp_path / "out" / "features").exists()
+
+
+@pytest.mark.parametrize("given", ["0.2,x", "20"])
+def test_accuracies_that_are_none_are_one_sentence(model, given):
+    result = CliRunner().invoke(app, ["audit", model, "--harmful", "x", "--accuracies", given])
+    assert isinstance(result.exception, ArgumentError)
+
+
 def test_one_data_set_is_split_by_harmful_classes(tmp_path):
     harmful, benign = _data(None, None, saved(tmp_path / "both", 0), "c, d", None, None, None)
     assert harmful["train"].features["label"].names == ["c", "d"]

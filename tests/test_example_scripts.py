@@ -261,3 +261,32 @@ def test_accelerate_launches_the_train_command_from_a_file(folder):
     start(folder, *LAUNCH, "-m", "hf_immunize", "train", "--config", "command.yaml")
     results = json.loads((folder / "command" / "results.json").read_text())
     assert results["steps"] == 2 and "eval_rir" in results["after"]
+
+
+def test_the_page_of_an_audit_is_written_from_its_json(tmp_path, monkeypatch):
+    from hf_immunize.attacks.outcomes import AuditData, Outcome, Task
+    from hf_immunize.attacks.report import AuditReport
+
+    task = Task("harmful", "cars", train_size=300, test_size=1000, num_classes=10, chance=0.1)
+    runs = [
+        Outcome("ridge", "head_input", subject, "harmful", "classifier", seed, "float64", accuracy=accuracy)
+        for subject, accuracy in (("reference", 0.812), ("immunized", 0.537))
+        for seed in range(3)
+    ]
+    data = AuditData("my/model", "my/base", "quick", 1, {"steps": 100}, {"harmful": task}, runs)
+    report = AuditReport(data)
+    report.write(tmp_path / "run")
+    words = [
+        "audit_page",
+        str(tmp_path / "run"),
+        "--output",
+        str(tmp_path / "page.md"),
+        "--command",
+        "hf-immunize audit",
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    script("audit_page").main()
+    page = (tmp_path / "page.md").read_text()
+    assert all(f"- {one}" in page for one in report.verdict())
+    assert "| closed-form least squares (ridge) | 81.2% | 53.7% |" in page
+    assert (tmp_path / "figures" / "page.svg").stat().st_size > 1000

@@ -28,6 +28,7 @@ class Kind(str, Enum):
     WITHHELD = "no claim"
     ONE_LAYER_AWAY = "one layer away"
     SLOWED = "slowed"
+    MAYBE_SLOWED = "perhaps slowed"
     NOT_SLOWED = "not slowed"
     NO_STEPS_NEEDED = "slowed but not prevented"
     AT_RANDOM = "no more than random weights give"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.attacks.clock import Clock, half_cosine
 from hf_immunize.attacks.first_order import minibatches
+from hf_immunize.attacks.frozen_part import FrozenPart, frozen_part
 from hf_immunize.attacks.layers import pass_size
 from hf_immunize.attacks.presets import TuningBudget
 from hf_immunize.attacks.probe_data import Finding, accuracy, best_index, log_steps, stratified_split
@@ -74,13 +77,24 @@ def fine_tune(
         among = 1 if final else len(grid) + has_statistics
         return Clock(budget.steps if final else budget.trial_steps, None if half is None else half / among)
 
+    @cache
+    def frozen() -> FrozenPart | None:
+        attacked = prepare(model, attacker, num_classes, seed, head_module)
+        return frozen_part(attacked, pixels, test[0], find_head(model, head_module)[0])
+
     def attempt(setting: tuple[str, float], batch_statistics: bool, final: bool) -> tuple[list[float], list[int], str]:
         attacked = prepare(model, attacker, num_classes, seed, head_module)
-        learn = (pixels, labels) if final else (pixels[fit], labels[fit])
-        measure = test if final else (pixels[validation], labels[validation])
+        # With the statistics of the batch the frozen part is no fixed function of an image.
+        part = frozen() if attacker == "last_stage" and not batch_statistics else None
+        images, others = (pixels, test[0]) if part is None else (part.train, part.test)
+        learn = (images, labels) if final else (images[fit], labels[fit])
+        measure = (others, test[1]) if final else (images[validation], labels[validation])
         count = budget.steps if final else budget.trial_steps
         when = log_steps(count, max(1, round(budget.evaluations / math.log10(max(count, 10))))) if final else [count]
-        return _train(attacked, learn, measure, setting, batch_statistics, when, clock(final), budget.batch_size, seed)
+        with nullcontext() if part is None else part.replayed(attacked):
+            return _train(
+                attacked, learn, measure, setting, batch_statistics, when, clock(final), budget.batch_size, seed
+            )
 
     trials, batch_statistics = 1, False
     if chosen is not None:

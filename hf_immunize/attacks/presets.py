@@ -103,8 +103,9 @@ class Preset:
         flattened_probes: Attackers at earlier layers without pooling, in the dual form; none: not probed so.
         max_layers: At most so many layers, evenly spaced; the last is among them.
         layer_entries: Layers with more values an image are skipped, with a note.
-        both_precisions: Whether probes at the classifier's input run in float64 and in the checkpoint's precision, or
-            in float64 alone.
+        both_precisions: Whether probes at the classifier's input run in float64 and in float32, or in float64 alone.
+            Features of a checkpoint in half precision are read in float32, which holds them to the last bit: there
+            are no decompositions in half precision, and an attacker would gain nothing by them.
         random: Whether a random initialisation is attacked too.
         probe_budget: Budget of each probe.
         tuning_budget: Budget of each fine-tuning attack; the first seed chooses the settings of the others.

@@ -194,6 +194,9 @@ def _speed(finding: Finding) -> str:
     if finding.kind is Kind.SLOWED:
         goal = f"{limit.TARGET_SHARES[-1]:.0%} of what the attacker reads on the reference above chance"
         return f"Slowed {where}, in steps to {goal}: {listed}."
+    if finding.kind is Kind.MAYBE_SLOWED:
+        reach = f"the interval over seeds reaches below {limit.SLOWED_RATIO:.0f} times"
+        return f"Perhaps slowed {where}, but {reach}: {listed}."
     if finding.kind is Kind.NOT_SLOWED:
         return f"Not slowed {limit.SLOWED_RATIO:.0f} times or more {where}: {listed}."
     if finding.kind is Kind.FEW_SEEDS:

@@ -49,6 +49,28 @@ def test_the_attacked_model_stays_as_it_was(attacker, build, tuning_budget):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
+def test_what_is_frozen_is_computed_once_and_changes_no_curve(build, tuning_budget, monkeypatch):
+    passes = []
+    model = build()
+    first = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    hook = torch.nn.Conv2d.forward
+
+    def counted(module, pixels):
+        # Copies of the model hold copies of the module.
+        if module.weight.shape == first.weight.shape and torch.equal(module.weight, first.weight):
+            passes.append(len(pixels))
+        return hook(module, pixels)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", counted)
+    settings = {"optimizer": "adamw", "learning_rate": 3e-3, "batch_statistics": False}
+    data = (model, "last_stage", pictures(80, 0), pictures(40, 1), CLASSES, 0, tuning_budget)
+    fast = fine_tune(*data, chosen=settings)
+    assert sum(passes) < 200  # 120 images, and a few to find where the frozen part ends
+    monkeypatch.setattr("hf_immunize.attacks.finetune.frozen_part", lambda *_: None)
+    assert fast.curve == pytest.approx(fine_tune(*data, chosen=settings).curve, abs=0.026)
+
+
 def test_adapters_leave_the_weights_alone():
     attacked = prepare(tiny_vit(), "lora_r2", CLASSES, 0)
     moving = [name for name, p in attacked.named_parameters() if p.requires_grad and "lora_" not in name]

@@ -381,6 +381,18 @@ def test_an_accuracy_never_reached_is_a_bound_on_the_ratio():
     assert "at least 300 times the steps" in said(data)
 
 
+def test_a_ratio_whose_interval_reaches_below_ten_is_neither_slowed_nor_not_slowed():
+    runs = [
+        dataclasses.replace(one, seed=seed)
+        for seed, half in enumerate((12, 300, 3000))
+        for one in attack("adamw", "head_input", "immunized", 0.5, half=half, seeds=1)
+    ]
+    data = make([*runs, *attack("adamw", "head_input", "reference", 0.5, half=3, seeds=3)])
+    found = {one.kind for one in judge(data)}
+    assert Kind.MAYBE_SLOWED in found and not found & {Kind.SLOWED, Kind.NOT_SLOWED, Kind.NOTHING_STOPPED}
+    assert any("reaches below 10 times: AdamW" in one for one in sentences(data))
+
+
 def test_an_attacker_as_fast_as_before_is_not_slowed():
     assert Kind.NOT_SLOWED in kinds(sample_data(), "fine_tuning")
 
