@@ -84,11 +84,6 @@ def models() -> dict[str, torch.nn.Module]:
     }
 
 
-def wide_vit() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return ViTForImageClassification(ViTConfig(image_size=64, patch_size=8, num_labels=10))
-
-
 def rows(count: int, seed: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     return [{"pixel_values": torch.randn(3, 64, 64, generator=generator), "labels": i % 10} for i in range(count)]
@@ -108,7 +103,6 @@ TASK: dict[str, Any] = {"benign_loss": "task", "benign_budget": None}
 ASKED = {name: TASK | {"objective": name} for name in ("kappa", "concentration", "r_ill", "opt_kappa")}
 STATED = {"imma": TASK | {"objective": "imma"}, "the defaults (distillation, budget)": {}}
 CALLBACK = "ImmunizationCallback, concentration, fixed weights"
-QUEUE = 2048
 
 
 def immunizing_steps(
@@ -122,9 +116,6 @@ def immunizing_steps(
         harmful_dataset=images[1::2],
         callbacks=[clock],
     )
-    if trainer.args.queue_size:  # as it is once the run is under way
-        for queue in trainer._step._queues.values():
-            queue.push(1 + torch.randn(QUEUE, trainer._step.head.in_features))
     trainer.train()
     return clock.seconds
 

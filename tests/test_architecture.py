@@ -17,9 +17,11 @@ LEVEL |= {
     "ceiling_command": 10,
     "hub_commands": 10,
     "audit_command": 10,
-    "demo": 11,
-    "cli": 12,
-    "__main__": 13,
+    "demo_digits": 10,
+    "demo_probing": 11,
+    "demo": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 
 

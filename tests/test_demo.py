@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_immunize import verify
-from hf_immunize.demo import Probing, audit_record, demo_sentence
+from hf_immunize.demo_probing import Probing, audit_record, demo_sentence
 from hf_immunize.hub.card import render_card
 from hf_immunize.hub.push import push
 from hf_immunize.hub.record import read_record
