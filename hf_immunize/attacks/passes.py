@@ -54,7 +54,7 @@ class StoredPasses:
         ...     stored = StoredPasses(folder, [Pass("immunized", "harmful", "test")])
         ...     for process in (1, 0):
         ...         rows = torch.full((2, 3), float(process))
-        ...         stored.write(stored.passes[0], Extraction(rows, rows), process)
+        ...         stored.write(stored.passes[0], Extraction(rows, rows + 1), process)
         ...     stored.read(Pass("immunized", "harmful", "test")).features[:, 0]
         tensor([0., 0., 1., 1.])
     """
