@@ -22,6 +22,7 @@ _TOP_DEPTHS = (4, 5, 6, 8, 10)
 _BOTTOM_DEPTHS = (8, 14, 18, 21, 24, 28)
 _SHIFTED_DEPTHS = (4, 6, 7, 8, 9, 10, 12)
 _SHIFTS = 3
+_PANEL = 128  # columns to a block of a Cholesky factor
 
 
 class Pair(NamedTuple):
@@ -61,7 +62,8 @@ def largest_pair(gram: Tensor, accuracy: float) -> Pair | None:
         residual = float(torch.linalg.vector_norm(vector @ gram - value * vector))
         if residual <= accuracy * gap and gap > 4 * tie_tolerance(gram.shape[0], value):
             return Pair(value, vector.mT, residual)
-    found = _smallest(-gram, ritz.vectors(_BLOCK), _SHIFTED_DEPTHS, -value, _lack(residual, gap), lambda _: accuracy)
+    lack = _lack(residual, gap)
+    found = _smallest(gram, -1.0, ritz.vectors(_BLOCK), _SHIFTED_DEPTHS, -value, lack, lambda _: accuracy)
     return None if found is None else found._replace(value=-found.value)
 
 
@@ -81,11 +83,12 @@ def smallest_pair(matrix: Tensor, accuracy: float, slack: float = 0.0) -> Pair |
     def allowed(value: float) -> float:
         return max(accuracy, min(1e-5, accuracy * slack / value)) if value > 0 else accuracy
 
-    return _smallest(matrix, _start(matrix), _BOTTOM_DEPTHS, 0.0, 0.0, allowed)
+    return _smallest(matrix, 1.0, _start(matrix), _BOTTOM_DEPTHS, 0.0, 0.0, allowed)
 
 
 def _smallest(
     matrix: Tensor,
+    sign: float,
     start: Tensor,
     depths: tuple[int, ...],
     value: float,
@@ -95,7 +98,8 @@ def _smallest(
     """The smallest pair, by the inverse of ``A − shift·I`` with shifts that come ever nearer from below.
 
     Args:
-        matrix: A, symmetric.
+        matrix: A or −A, symmetric.
+        sign: 1 for A, −1 for −A.
         start: Rows to begin with.
         depths: Of the first space; those after a shift are shorter.
         value: First estimate of the eigenvalue.
@@ -107,7 +111,7 @@ def _smallest(
     for _ in range(1 + _SHIFTS):
         # Only where the shift lies below every eigenvalue there is a Cholesky factor: that proves that it does.
         for candidate in (value - lack, value - 4 * lack) if lack else (value,):
-            better = _factor(matrix, candidate)
+            better = _cholesky(_shifted(matrix, sign, candidate))
             if better is not None:
                 shift, factor = candidate, better
                 break
@@ -119,7 +123,7 @@ def _smallest(
             if ritz.unlikely(allowed(shift + 1 / ritz.values[-1])):
                 continue
             vector = ritz.vectors(1)
-            image = vector @ matrix
+            image = sign * (vector @ matrix)
             value = float(image @ vector.mT)
             residual = float(torch.linalg.vector_norm(image - value * vector))
             gap = shift + 1 / ritz.values[-2] - value
@@ -136,19 +140,38 @@ def _lack(residual: float, gap: float) -> float:
     return residual * min(1.0, residual / gap) if gap > 0 else residual
 
 
-def _factor(matrix: Tensor, shift: float) -> Tensor | None:
-    """U of ``A − shift·I = UᵀU``; None where that is not positive definite."""
-    if shift:
-        matrix = matrix.clone()
-        matrix.diagonal().sub_(shift)
-    factor, info = torch.linalg.cholesky_ex(matrix, upper=True)
-    return None if int(info) else factor
+def _shifted(matrix: Tensor, sign: float, shift: float) -> Tensor:
+    """``sign·A − shift·I``."""
+    shifted = sign * matrix
+    shifted.diagonal().sub_(shift)
+    return shifted
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """L of ``A = LLᵀ`` in the place of A's lower triangle, the upper one left as it is; None where there is none.
+
+    By blocks: `torch.linalg.cholesky_ex` writes zeros into the other triangle against the order of its memory, which
+    takes longer than the factor.
+    """
+    n = matrix.shape[0]
+    for left in range(0, n, _PANEL):
+        right = min(left + _PANEL, n)
+        corner, info = torch.linalg.cholesky_ex(matrix[left:right, left:right])
+        if int(info):
+            return None
+        matrix[left:right, left:right] = corner
+        panel = matrix[right:, left:right]
+        panel.copy_(torch.linalg.solve_triangular(corner.mT, panel, upper=True, left=False))
+        for top in range(right, n, _PANEL):
+            rows, columns = panel[top - right :], panel[top - right : top - right + _PANEL]
+            matrix[top:, top : top + _PANEL].addmm_(rows, columns.mT, alpha=-1)
+    return matrix
 
 
 def _solve_by(factor: Tensor) -> Callable[[Tensor], Tensor]:
     def solve(rows: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(factor.mT, rows.mT, upper=False)
-        return torch.linalg.solve_triangular(factor, half, upper=True).mT
+        half = torch.linalg.solve_triangular(factor, rows.mT, upper=False)
+        return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
 
     return solve
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from matrices import gaussian, geometric, orthonormal, relative_error, value_and_gradient, with_singular_values
 
-from hf_immunize.spectra import extremes
+from hf_immunize.spectra import extremes, krylov
 from hf_immunize.spectra.extremes import bottom_of_full_rank, hessian_spectrum
-from hf_immunize.spectra.krylov import largest_pair, smallest_pair
+from hf_immunize.spectra.krylov import _cholesky, largest_pair, smallest_pair
 from hf_immunize.spectra.log_kappa import hessian_log_kappa
 from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well, spectral_concentration
 from hf_immunize.spectra.small_side import small_gram, small_side
@@ -88,6 +88,33 @@ def test_matrices_with_one_eigenvalue_give_no_pair(matrix):
 
 def test_an_indefinite_matrix_has_no_smallest_pair():
     assert smallest_pair(psd(torch.linspace(3.0, -0.1, SIZE))[0], 1e-8) is None
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 300])
+def test_the_cholesky_factor_by_blocks_is_the_factor(size):
+    matrix = psd(torch.linspace(3.0, 0.5, size))[0]
+    assert relative_error(_cholesky(matrix.clone()).tril(), torch.linalg.cholesky(matrix)) < 1e-13
+
+
+@pytest.mark.parametrize("place", [0, 127, 128, 299])
+def test_a_matrix_that_is_indefinite_in_any_block_has_no_cholesky_factor(place):
+    matrix = torch.eye(300, dtype=torch.float64)
+    matrix[place, place] = -1e-3
+    assert _cholesky(matrix) is None
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_bottom_too_close_for_one_space_is_found_by_shifts(seed, monkeypatch):
+    # A thousandth of the spread lies between the smallest values: 28 steps on the inverse do not tell them apart.
+    values = torch.cat([torch.linspace(3.0, 0.503, SIZE - 1).double(), torch.tensor([0.5]).double()])
+    matrix, vectors = psd(values, seed)
+    factors, factorize = [], krylov._cholesky
+    monkeypatch.setattr(krylov, "_cholesky", lambda a: factors.append(a) or factorize(a))
+    found = smallest_pair(matrix, 1e-8)
+    assert len(factors) > 1
+    assert found is not None
+    assert found.value == pytest.approx(0.5, rel=1e-12)
+    assert sine(found.vector, vectors[:, -1]) < 2e-8
 
 
 # ---- the rank decides whether the smallest value is σ_k -------------------------------------------------------------
