@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
@@ -182,6 +183,51 @@ def check_sharding(args: ImmunizationArguments, accelerator: Any = None, harmful
         raise ArgumentError(
             "Expected cpu_ram_efficient_loading=False for FSDP, found True: each process measures its part of the "
             "data through the starting weights, before these are sharded. Set it to False."
+        )
+
+
+def check_shardable(model: Any, accelerator: Any) -> None:
+    """Refuse a model that accelerate 1.15 cannot shard by FSDP2, which it would say in other words.
+
+    It shards the input embeddings by themselves, and fails where a model does not name them, as convolutional ones,
+    or where they lie within a module that is sharded too, as those of ViT by default.
+
+    Args:
+        model: The model.
+        accelerator: The Trainer's.
+
+    Raises:
+        ArgumentError: Under FSDP2, for such a model.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    kind = type(without_wrapper(model)).__name__
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise ArgumentError(
+            f"Expected a model for FSDP whose input embeddings accelerate can find, found {kind}, which does not name "
+            "any. Train it with DDP."
+        ) from error
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.auto_wrap_policy
+    if getattr(policy, "func", policy) is not transformer_auto_wrap_policy:
+        return
+    names = sorted(plugin.transformer_cls_names_to_wrap or model._no_split_modules or ())
+    holding = {
+        type(module).__name__
+        for module in model.modules()
+        if type(module).__name__ in names
+        and module is not embeddings
+        and any(part is embeddings for part in module.modules())
+    }
+    if holding:
+        present = {type(module).__name__ for module in model.modules()} - holding
+        rest = [name for name in names if name in present]
+        raise ArgumentError(
+            f"Expected modules for FSDP outside of which the input embeddings lie, found {', '.join(sorted(holding))} "
+            f"of {kind}: accelerate shards the embeddings by themselves, and cannot shard them twice. Set "
+            f"fsdp_config={{'transformer_layer_cls_to_wrap': {rest}}}."
         )
 
 

@@ -24,6 +24,7 @@ from hf_immunize.training.checks import (
     check_checkpointing,
     check_classifier,
     check_prepared,
+    check_shardable,
     check_sharding,
 )
 from hf_immunize.training.evaluation import (
@@ -152,6 +153,7 @@ class ImmunizationTrainer(Trainer):
         )
         # Only now is it known what `accelerate launch` asks for.
         check_sharding(args, self.accelerator, harmful_eval_dataset)
+        check_shardable(self.model, self.accelerator)
         # Nearly every image model's forward takes **kwargs, from which the Trainer concludes that the loss is a sum
         # over `num_items_in_batch`; it is a mean.
         self.model_accepts_loss_kwargs = False

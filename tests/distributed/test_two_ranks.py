@@ -98,9 +98,10 @@ def test_all_processes_report_the_same_metrics(two):
     }
 
 
-def test_a_process_without_an_image_of_its_own_has_the_others(one, two):
-    assert two["few"]["images"] == one["few"]["images"] == 1
-    assert two["few"]["checksum"] == pytest.approx(one["few"]["checksum"], rel=1e-12)
+@pytest.mark.parametrize(("name", "count"), [("one image", 1), *((f"stream of {n}", n) for n in (8, 11, 13))])
+def test_awkward_sets_are_measured_of_each_image_once(name, count, one, two):
+    assert two["measured"][name][0] == one["measured"][name][0] == count
+    assert two["measured"][name][1] == pytest.approx(one["measured"][name][1], rel=1e-12)
 
 
 def test_all_processes_keep_the_same_weights(two):
@@ -140,12 +141,16 @@ def test_sharded_weights_are_measured_as_whole_ones(one, two):
     assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-3) and "eval_rir" in found
 
 
-def test_a_starting_model_beside_a_sharded_one_is_refused(two):
-    assert "benign_loss='task' and benign_budget=None under FSDP" in two["sharded"]["refused"][1]
-
-
-def test_an_evaluation_of_weights_that_are_not_sharded_yet_is_refused(two):
-    assert "set eval_on_start=True" in two["sharded"]["refused"][0]
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (0, "set eval_on_start=True"),
+        (1, "benign_loss='task' and benign_budget=None under FSDP"),
+        (2, "Set fsdp_config={'transformer_layer_cls_to_wrap': ['ViTLayer']}"),
+    ],
+)
+def test_what_cannot_be_done_with_sharded_weights_is_refused(index, message, two):
+    assert message in two["sharded"]["refused"][index]
 
 
 # ---- runs that were interrupted ----

@@ -6,10 +6,17 @@ import pytest
 import transformers as hf
 from families import BUILDERS, TEXT, TRANSFORMER
 from torch import nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from hf_immunize.errors import ArgumentError, HeadError, ScopeError
 from hf_immunize.training import checks
-from hf_immunize.training.checks import check_batches, check_classifier, check_sharding
+from hf_immunize.training.checks import (
+    check_batches,
+    check_classifier,
+    check_prepared,
+    check_shardable,
+    check_sharding,
+)
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.bare import LinearHeadForImageClassification
 from hf_immunize.vision.scope import select_trainable
@@ -223,3 +230,43 @@ def test_the_defaults_deal_out_batches_as_they_should(processes, arguments):
 @pytest.mark.parametrize("option", [{"dataloader_drop_last": False}, {"accelerator_config": {"split_batches": True}}])
 def test_one_process_may_do_as_it_likes(option, arguments):
     check_batches(arguments(**option), 1)
+
+
+def fsdp2(*names, models=()):
+    """An accelerator that shards modules of these classes; by default those that a model names itself."""
+    plugin = SimpleNamespace(auto_wrap_policy=transformer_auto_wrap_policy, transformer_cls_names_to_wrap=list(names))
+    return SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin), _models=list(models))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("vit", "'ViTLayer'"),
+        ("dinov2", "'Dinov2Layer'"),
+        ("siglip", "'SiglipEncoderLayer', 'SiglipMultiheadAttentionPoolingHead'"),
+    ],
+)
+def test_embeddings_that_would_be_sharded_twice_are_refused_with_what_to_set(name, layers):
+    with pytest.raises(ArgumentError, match=rf"'transformer_layer_cls_to_wrap': \[{layers}\]"):
+        check_shardable(BUILDERS[name](), fsdp2())
+
+
+@pytest.mark.parametrize(("name", "layers"), [("vit", ["ViTLayer"]), ("beit", []), ("swin", [])])
+def test_models_that_fsdp_can_shard_are_accepted(name, layers):
+    check_shardable(BUILDERS[name](), fsdp2(*layers))
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "convnext", "clip"])
+def test_models_that_do_not_name_their_embeddings_are_refused_under_fsdp(name):
+    with pytest.raises(ArgumentError, match=r"input embeddings accelerate can find, found .* Train it with DDP"):
+        check_shardable(BUILDERS[name](), fsdp2())
+
+
+def test_without_fsdp_any_model_will_do():
+    check_shardable(BUILDERS["resnet"](), SimpleNamespace(is_fsdp2=False))
+
+
+def test_an_evaluation_before_the_weights_are_sharded_is_refused():
+    with pytest.raises(ArgumentError, match=r"train\(\) before evaluate\(\) under FSDP.*eval_on_start=True"):
+        check_prepared(fsdp2())
+    check_prepared(fsdp2(models=["prepared"]))

@@ -57,7 +57,6 @@ def refusal(action):
 
 def sharded(folder, trainer, vit, options):
     """Steps, an evaluation, a checkpoint, and going on from it."""
-    # Of the modules that ViT names itself, accelerate 1.15 cannot shard one within the other.
     layers = {"transformer_layer_cls_to_wrap": ["ViTLayer"]}
     options = options | {"fsdp": True, "fsdp_config": layers, "max_steps": 2}
     options |= {"save_strategy": "steps", "save_steps": 1}
@@ -70,6 +69,7 @@ def sharded(folder, trainer, vit, options):
         weights = full(done.model)
         is_sharded = any(hasattr(value, "full_tensor") for value in done.model.parameters())
         refused.append(refusal(lambda: trainer(folder / "refused", vit(), fsdp=True)))
+        refused.append(refusal(lambda: trainer(folder / "refused", vit(), **options | {"fsdp_config": {}})))
         forget()
         again = trainer(folder / "sharded", vit(), **options)
         again.train(resume_from_checkpoint=str(folder / "sharded" / "checkpoint-1"))

@@ -22,7 +22,7 @@ from hf_immunize.training.immunization_callback import ImmunizationCallback
 from hf_immunize.training.objectives import OBJECTIVES, Side
 from hf_immunize.training.queue import FeatureQueue
 from hf_immunize.training.trainer import ImmunizationTrainer
-from hf_immunize.vision.measurement import Measurement
+from hf_immunize.vision.images import ImageCollator
 
 
 PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}
@@ -220,12 +220,25 @@ def uninterrupted(folder, **options):
     return outcome(done)
 
 
-def fewer_images_than_processes(folder):
-    """An evaluation of one image: all processes but the first hold none of their own."""
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without a length."""
+
+    def __init__(self, stored):
+        self.stored = stored
+
+    def __iter__(self):
+        return iter(self.stored)
+
+
+def measured(folder):
+    """Sets that are awkward to deal out: of one image, so that one process holds none; a stream, of each length."""
     done = trainer(folder, vit(), **FIXED)
-    found = done._measure(done.get_eval_dataloader(rows(1, 6)), "one image")
-    assert isinstance(found, Measurement)
-    return {"images": found.factor.num_samples, "checksum": found.checksum}
+    loaders = {"one image": done.get_eval_dataloader(rows(1, 6))}
+    for count in (8, 11, 13):
+        stream = torch.utils.data.DataLoader(Stream(rows(count, 6)), 4, collate_fn=ImageCollator())
+        loaders[f"stream of {count}"] = done.accelerator.prepare(stream)
+    found = {name: done._measure(loader, name) for name, loader in loaders.items()}
+    return {name: (each.factor.num_samples, each.checksum) for name, each in found.items()}
 
 
 def everything(folder):
@@ -249,7 +262,7 @@ def everything(folder):
         },
         "exactly": exactly(folder),
         "beside": {name: beside_a_trainer(folder, name) for name in ("concentration", "imma")},
-        "few": fewer_images_than_processes(folder),
+        "measured": measured(folder),
         "whole": uninterrupted(folder / "whole"),
     }
 
