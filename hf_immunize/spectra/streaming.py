@@ -57,6 +57,8 @@ class FeatureFactor:
         self._filled = 0
         self._folded = True
         self._folds = 0
+        # Of the rows seen so far, once asked for: references are asked at every evaluation.
+        self._sigma: Tensor | None = None
 
     def update(self, features: Any, produced_dtype: torch.dtype | None = None) -> "FeatureFactor":
         """Fold in a batch.
@@ -111,7 +113,9 @@ class FeatureFactor:
 
     def singular_values(self) -> Tensor:
         """Singular values of all rows seen so far, descending, float64, shape ``(min(N, D),)``."""
-        return singular_values(self.matrix())
+        if self._sigma is None:
+            self._sigma = singular_values(self.matrix())
+        return self._sigma.clone()
 
     def conditioning(self, reference: "Conditioning | FeatureFactor | None" = None) -> Conditioning:
         """Conditioning of ``ZᵀZ`` over all rows seen so far (see `feature_conditioning`).
@@ -168,6 +172,7 @@ class FeatureFactor:
             self.produced_dtype = dtype
 
     def _append(self, rows: Tensor) -> None:
+        self._sigma = None
         if self._buffer is None:
             block = self._block_rows or _default_block(rows.shape[1])
             # Features from a device without float64 (MPS) are folded on the CPU.

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, get_int_from_env
 
 from hf_immunize.errors import ProcessError
 
@@ -24,6 +24,7 @@ from hf_immunize.errors import ProcessError
 T = TypeVar("T")
 # Shares are equal, machines need not be: this long a process may wait for the slowest.
 _PATIENCE = timedelta(hours=2)
+_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class Processes:
@@ -178,7 +179,7 @@ ALONE = Processes()
 
 
 def launched() -> Processes:
-    """All processes that torchrun or ``accelerate launch`` started, if they did; this one alone otherwise.
+    """All processes that torchrun, ``accelerate launch`` or mpirun started, if they did; this one alone otherwise.
 
     To be called on all of them: it joins their process group where there is none yet.
 
@@ -186,7 +187,9 @@ def launched() -> Processes:
         The processes.
     """
     joined = dist.is_available() and dist.is_initialized()
-    if not joined and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    # A scheduler may set WORLD_SIZE for what it does not start in several processes; LOCAL_RANK is a launcher's.
+    sizes = [*_MPI_SIZES, *(["WORLD_SIZE"] if "LOCAL_RANK" in os.environ else [])]
+    if not joined and get_int_from_env(sizes, 1) < 2:
         return ALONE
     # Without being told, accelerate takes several processes on CPUs for several runs of one.
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available()

@@ -275,3 +275,12 @@ def test_a_reference_of_other_data_is_refused():
 def test_an_impossible_block_is_refused(block):
     with pytest.raises(ArgumentError, match="block_rows of at least 1"):
         FeatureFactor(block_rows=block)
+
+
+def test_what_was_read_before_does_not_stay_when_rows_follow():
+    features = gaussian(60, 6, seed=3)
+    factor = streamed(features[:40])
+    factor.singular_values().zero_()
+    assert largest_difference(factor, features[:40]) < 1e-12
+    assert largest_difference(factor.update(features[40:]), features) < 1e-12
+    assert largest_difference(factor.merge(streamed(features[:40])), torch.cat([features, features[:40]])) < 1e-12

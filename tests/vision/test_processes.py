@@ -5,8 +5,12 @@ import pytest
 from hf_immunize.vision.processes import ALONE, launched
 
 
-def test_without_a_launcher_a_process_is_alone(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+@pytest.mark.parametrize("size", [None, "8"], ids=["nothing set", "a scheduler's size alone"])
+def test_without_a_launcher_a_process_is_alone(size, monkeypatch):
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if size:
+        monkeypatch.setenv("WORLD_SIZE", size)
     assert launched() is ALONE and ALONE.first and ALONE.count == 1
 
 
