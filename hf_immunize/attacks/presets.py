@@ -55,7 +55,8 @@ class TuningBudget:
         max_test_images: Test images at most.
         evaluations: How often accuracy is measured along the way.
         seconds: Wall-clock time of an attack, half of it for the search of its settings, shared among these; its steps
-            and rates then end early. None: as long as its steps take.
+            and rates then end early. Copying the model, and the one pass through a frozen part, come on top. None: as
+            long as its steps take.
     """
 
     steps: int = 300

@@ -211,7 +211,7 @@ def judge_slowing(data: AuditData, summaries: Sequence[Summary], access: str) ->
         for before in [strongest(matched(of_class(summaries, "reference", "harmful", access), [one]))]
         if before is not None and _as_before(one, before, data.tasks["harmful"].chance)
     ]
-    if read and (slowed or wide or unsure):
+    if read and (slowed or unsure):
         best, before = max(read, key=lambda pair: pair[0].mean or 0.0)
         findings.append(Finding(Kind.NO_STEPS_NEEDED, access, worst=best, reference=before))
     return findings
