@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, HeadError
 from hf_immunize.training.arguments import ImmunizationArguments
@@ -14,6 +15,9 @@ from hf_immunize.training.method import Method
 from hf_immunize.training.restoring import sharded_weights
 from hf_immunize.vision.adapters import without_wrapper
 from hf_immunize.vision.bare import with_linear_head
+
+
+logger = logging.get_logger(__name__)
 
 
 def as_classifier(model: PreTrainedModel, pooling: str | None) -> PreTrainedModel:
@@ -151,11 +155,16 @@ def check_sharding(args: ImmunizationArguments, accelerator: Any = None, harmful
         )
     if accelerator is None:
         return
-    if harmful_eval is not None and accelerator.mixed_precision != "no":
-        raise ArgumentError(
-            "Expected full precision under FSDP or DeepSpeed with harmful_eval_dataset=, found "
-            f"{accelerator.mixed_precision}, in which alone sharded weights run then: κ would be mostly rounding "
-            "noise. Leave harmful_eval_dataset out and measure the saved model, or train with DDP."
+    if accelerator.mixed_precision != "no":
+        if harmful_eval is not None:
+            raise ArgumentError(
+                "Expected full precision under FSDP or DeepSpeed with harmful_eval_dataset=, found "
+                f"{accelerator.mixed_precision}, in which alone sharded weights run then: κ would be mostly rounding "
+                "noise. Leave harmful_eval_dataset out and measure the saved model, or train with DDP."
+            )
+        logger.warning(
+            f"Evaluations will report no κ: weights that are sharded run in {accelerator.mixed_precision} alone, in "
+            "which it would be mostly rounding noise. Measure the saved model."
         )
     if getattr(getattr(accelerator.state, "fsdp_plugin", None), "cpu_ram_efficient_loading", False):
         raise ArgumentError(
