@@ -173,11 +173,16 @@ def check_sharding(args: ImmunizationArguments, accelerator: Any = None, harmful
         )
     if accelerator is None:
         return
-    if harmful_eval is not None and accelerator.mixed_precision != "no":
-        raise ArgumentError(
-            "Expected full precision under FSDP or DeepSpeed with harmful_eval_dataset=, found "
-            f"{accelerator.mixed_precision}, in which alone sharded weights run then: κ would be mostly rounding "
-            "noise. Leave harmful_eval_dataset out and measure the saved model, or train with DDP."
+    if accelerator.mixed_precision != "no":
+        if harmful_eval is not None:
+            raise ArgumentError(
+                "Expected full precision under FSDP or DeepSpeed with harmful_eval_dataset=, found "
+                f"{accelerator.mixed_precision}, in which alone sharded weights run then: κ would be mostly rounding "
+                "noise. Leave harmful_eval_dataset out and measure the saved model, or train with DDP."
+            )
+        logger.warning(
+            f"Evaluations will report no κ: weights that are sharded run in {accelerator.mixed_precision} alone, in "
+            "which it would be mostly rounding noise. Measure the saved model."
         )
     if getattr(getattr(accelerator.state, "fsdp_plugin", None), "cpu_ram_efficient_loading", False):
         raise ArgumentError(

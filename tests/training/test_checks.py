@@ -195,8 +195,11 @@ def test_kappa_of_half_precision_in_sharded_weights_is_refused(sharded, argument
         check_sharding(arguments(**PAPER), sharded("bf16"), harmful_eval=[1])
 
 
-def test_sharded_weights_in_half_precision_may_be_trained(sharded, arguments):
+def test_sharded_weights_in_half_precision_may_be_trained_without_kappa(sharded, arguments, monkeypatch):
+    said = []
+    monkeypatch.setattr(checks.logger, "warning", said.append)
     check_sharding(arguments(**PAPER), sharded("bf16"))
+    assert len(said) == 1 and "will report no κ" in said[0]
 
 
 def test_starting_weights_that_one_process_alone_has_are_refused(sharded, arguments):
