@@ -27,12 +27,14 @@ from benchmarks.common import format_seconds
 from benchmarks.training_step import models
 from hf_immunize import FeatureFactor, ImmunizationArguments, ImmunizationTrainer
 from hf_immunize.training.evaluation import accuracy
+from hf_immunize.training.evidence import Evidence
 from hf_immunize.vision.images import ImageCollator
 from hf_immunize.vision.measurement import Measurement
 
 
 BATCH = 64
 WANTED = 1.05
+PARTS = ("folding", "conditioning", "evidence")
 FOLD_DIMS = (192, 512, 768, 1280)
 MEMORY_IMAGES = (2_000, 20_000)
 # A process of its own for each length, so that no peak hides another; images are made when asked for and not kept.
@@ -133,7 +135,11 @@ def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple
 @contextmanager
 def clocked(spent: dict[str, float]) -> Iterator[None]:
     """Add up the seconds that evaluations spend on folding features and on what is read from the factors."""
-    kept = [(Measurement, "update", "folding"), (FeatureFactor, "conditioning", "conditioning")]
+    kept = [
+        (Measurement, "update", "folding"),
+        (FeatureFactor, "conditioning", "conditioning"),
+        (Evidence, "note", "evidence"),
+    ]
     originals = [getattr(kind, method) for kind, method, _ in kept]
 
     def timed(original: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -172,7 +178,7 @@ def evaluations() -> tuple[list[list[str]], list[list[str]], list[dict[str, Any]
                 cells += [f"{wall / seconds[base][0]:.3f}", f"{cpu / seconds[base][1]:.3f}"] if known else ["", ""]
             table.append([name, run, *cells, f"≤ {WANTED}" if run == "ours" else ""])
         whole = seconds["ours"][0]
-        share = [f"{format_seconds(spent[part])}, {spent[part] / whole:.1%}" for part in ("folding", "conditioning")]
+        share = [f"{format_seconds(spent[part])}, {spent[part] / whole:.1%}" for part in PARTS]
         parts.append([name, f"{side} + {side}", format_seconds(whole), *share])
         measured.append({"model": name, "images": 2 * side, "seconds": seconds, "spent": spent})
     return table, parts, measured
@@ -234,7 +240,14 @@ def run() -> dict[str, Any]:
             },
             {
                 "title": "What of it is not the forward pass (timed in a run of its own)",
-                "columns": ["model", "images", "evaluate", "folding features", "κ from the factors, once"],
+                "columns": [
+                    "model",
+                    "images",
+                    "evaluate",
+                    "folding features",
+                    "κ from the factors, once",
+                    "fingerprint of the weights, once",
+                ],
                 "rows": parts,
             },
             {
