@@ -224,9 +224,11 @@ class Weighting:
                 if isinstance(given, str):
                     scale = benign_scale() if scale is None else scale
                     norm = gradient_norm(term, features[side])
-                    weight = balanced_weight(scale, norm, self.factor.to(norm.device))
+                    # A number as it is: a tensor made of it would be copied to the device in every step.
+                    factor = self.factor.to(norm.device) if self.rule.budget is not None else self.rule.ratio
+                    weight = balanced_weight(scale, norm, factor)
                 else:
-                    weight = torch.tensor(given, device=term.device)
+                    weight = term.detach().new_full((), given)
                     if self.rule.budget is not None:
                         weight = weight * self.factor.to(term.device)
                 weight = warmup * weight
