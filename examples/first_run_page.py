@@ -45,7 +45,8 @@ def page(results: dict, title: str, figure: str, settings: str, note: str) -> st
         f"both accuracies as independent). {results['summary'].split('; ')[0]}.",
         "",
         f"With fewer images than feature dimensions ({count} benign) κ describes this sample of images, not the task. "
-        "No attack was run for this page: what least squares, earlier layers and fine-tuning recover is not known from it.",
+        "No attack was run for this page: what least squares, earlier layers and fine-tuning recover is not known "
+        "from it.",
         "",
         *([note, ""] if note else []),
         f"![Spectra of the features before and after]({figure})",

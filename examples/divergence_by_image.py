@@ -1,0 +1,49 @@
+"""How far a model's predictions moved, image by image: whether a few images make the mean that a budget is held by.
+
+python examples/divergence_by_image.py runs/mobilenet_v2_cars --reference runs/mobilenet_v2 --images imagenet.parquet
+"""
+
+import argparse
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_immunize.vision.columns import find_columns
+from hf_immunize.vision.images import ImageCollator, ImageRows
+from hf_immunize.vision.sources import load_image_dataset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Immunized model.")
+    parser.add_argument("--reference", required=True, help="The model before.")
+    parser.add_argument("--images", required=True, help="Benign images, of which the part that was held out is taken.")
+    parser.add_argument("--eval-fraction", type=float, default=0.3, help="That part, as in `hf-immunize train`.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the split, as in `hf-immunize train`.")
+    parser.add_argument("--sample", type=int, default=70, help="Images on which a budget is measured.")
+    arguments = parser.parse_args()
+    after, before = (
+        AutoModelForImageClassification.from_pretrained(name).eval() for name in (arguments.model, arguments.reference)
+    )
+    data = load_image_dataset(arguments.images).train_test_split(arguments.eval_fraction, seed=arguments.seed)["test"]
+    rows = ImageRows(data, "images", find_columns(data)[0], None)
+    collate = ImageCollator(AutoImageProcessor.from_pretrained(arguments.reference))
+    found = []
+    with torch.no_grad():
+        for batch in DataLoader(rows, batch_size=8, collate_fn=collate):
+            old, new = (model(batch["pixel_values"]).logits.double().log_softmax(-1) for model in (before, after))
+            found.append((old.exp() * (old - new)).sum(-1))
+    kl = torch.cat(found)
+    draw = torch.Generator().manual_seed(0)
+    means = torch.stack([kl[torch.randperm(len(kl), generator=draw)[: arguments.sample]].mean() for _ in range(5000)])
+    largest = ", ".join(f"{value:.2g}" for value in kl.sort(descending=True).values[:3].tolist())
+    print(
+        f"KL to the model before, {len(kl)} images: mean {kl.mean():.4f}, median {kl.median():.4f}, largest {largest}"
+    )
+    low, high = means.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+    print(f"Mean over {arguments.sample} of them, 90 % of draws: {low:.4f} to {high:.4f}")
+
+
+if __name__ == "__main__":
+    main()
