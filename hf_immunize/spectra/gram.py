@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 CHUNK = 512
 # Columns to a block of the lower triangle; the blocks above the diagonal are mirrored, not computed.
 _BLOCK = 128
+# Entries up to which one product is faster than its parts.
+_SMALL = 2**17
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -27,9 +29,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def gram_matrix(tall: Tensor) -> Tensor:
     """``AᵀA`` in float64 of A, shape ``(m, n)``: shape ``(n, n)``, symmetric, without a gradient.
 
-    Beside the result there is never more than `CHUNK` rows of A in float64.
+    Beside the result there is never more than `CHUNK` rows of A in float64, or a megabyte of them.
     """
     n = tall.shape[1]
+    if n <= _BLOCK and tall.numel() <= _SMALL:
+        whole = tall.detach().to(torch.float64)
+        return whole.mT @ whole
     gram = torch.zeros(n, n, dtype=torch.float64, device=tall.device)
     edges = [(left, min(left + _BLOCK, n)) for left in range(0, n, _BLOCK)]
     for rows in tall.detach().split(CHUNK):

@@ -36,10 +36,13 @@ class SpaceGradient(NamedTuple):
 
     def matrix(self, gram: Tensor) -> Tensor:
         """M, shape ``(n, n)``, in float64."""
-        m = self.gram * gram
-        m.diagonal().add_(self.identity)
+        m, scale = gram, self.gram
         for basis, weight in self.spaces:
-            m.addmm_(basis, basis.mT, alpha=weight / basis.shape[1])
+            m, scale = torch.addmm(m, basis, basis.mT, beta=scale, alpha=weight / basis.shape[1]), 1.0
+        if not self.spaces:
+            m = scale * gram
+        if self.identity:
+            m.diagonal().add_(self.identity)
         return m
 
     def times(self, z: Tensor, gram: Tensor) -> Tensor:
