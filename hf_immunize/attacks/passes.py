@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hf_immunize.attacks.layers import Extraction, Layer
@@ -82,7 +82,7 @@ class StoredPasses:
         try:
             place.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in tensors.items()}, place / f"{process:05d}")
-        except Exception as error:  # safetensors has an error of its own for a full disk
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
             raise DiskSpaceError(
                 f"Expected to keep the features of {wanted.task} images in {self.folder}, found: {error}. Make room, "
                 "choose another --output-dir, or run the audit in one process, which keeps them in memory."

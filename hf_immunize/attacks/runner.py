@@ -23,6 +23,7 @@ from hf_immunize.attacks.feature_store import FeatureStore
 from hf_immunize.attacks.journal import Journal, fingerprint
 from hf_immunize.attacks.outcomes import AuditData
 from hf_immunize.attacks.passes import Pass, StoredPasses, make_folder
+from hf_immunize.attacks.plan import Plan
 from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_preset
 from hf_immunize.attacks.report import AuditReport
 from hf_immunize.attacks.restore import moved_parameters
@@ -233,7 +234,8 @@ def _audit(
     journal = processes.everywhere(lambda: Journal(run_dir if processes.first else None, mark, warnings))
     folder = None if run_dir is None or not processes.first else os.path.join(run_dir, "features")
     kept = FeatureStore(folder, keep_features, warnings)
-    work = Work(chosen, models, tasks, processor, journal, warnings, head_module, memory, progress, kept)
+    plan = Plan(chosen, models, tasks, processor, journal, head_module, memory)
+    work = Work(plan, warnings, progress, kept)
     with ExitStack() as stack:
         if processes.count > 1:
             work.stored = stack.enter_context(_extracted_by_all(work, processes, run_dir))

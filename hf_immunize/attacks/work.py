@@ -16,12 +16,11 @@ from tqdm.auto import tqdm
 
 from hf_immunize.attacks.feature_store import FeatureStore, View
 from hf_immunize.attacks.finetune import fine_tune
-from hf_immunize.attacks.journal import Journal, key_of
+from hf_immunize.attacks.journal import key_of
 from hf_immunize.attacks.layers import Extraction, dual_coordinates, extract_views, pass_size
 from hf_immunize.attacks.outcomes import Outcome
 from hf_immunize.attacks.passes import Pass, StoredPasses
 from hf_immunize.attacks.plan import TUNING_WEIGHT, Plan
-from hf_immunize.attacks.presets import Preset
 from hf_immunize.attacks.probe_data import Finding, ProbeData, guarded
 from hf_immunize.attacks.restore import best_share, interpolate
 from hf_immunize.attacks.standing import Standing
@@ -39,35 +38,22 @@ class Work:
     """One audit under way: what is attacked, by what, and what was found.
 
     Args:
-        preset: Attackers and budgets.
-        models: "immunized", and where there are such "reference" and "random".
-        tasks: "harmful" first; their images are loaded.
-        processor: Image processor.
-        journal: Where outcomes are kept.
+        plan: What is attacked by what, and where outcomes are kept.
         warnings: Sentences for the report are appended here.
-        head_module: The classifier's name, where it cannot be found without help.
-        memory: Bytes that features and images of attacks may take.
         progress: Whether to show progress bars.
         kept: Features of an interrupted run.
     """
 
     def __init__(
         self,
-        preset: Preset,
-        models: dict[str, PreTrainedModel],
-        tasks: list[AttackedTask],
-        processor: Any,
-        journal: Journal,
+        plan: Plan,
         warnings: list[str],
-        head_module: str | None,
-        memory: int,
         progress: bool,
         kept: FeatureStore,
     ) -> None:
-        self.preset, self.models, self.tasks, self.processor = preset, models, tasks, processor
-        self.journal, self.warnings, self.head_module = journal, warnings, head_module
-        self.memory, self.progress, self.kept = memory, progress, kept
-        self.plan = Plan(preset, models, tasks, processor, journal, head_module, memory)
+        self.plan, self.warnings, self.progress, self.kept = plan, warnings, progress, kept
+        self.preset, self.models, self.tasks, self.processor = plan.preset, plan.models, plan.tasks, plan.processor
+        self.journal, self.head_module, self.memory = plan.journal, plan.head_module, plan.memory
         self.order: list[str] = []
         self.standing = Standing(warnings)
         self.head_data: dict[tuple[str, str], ProbeData] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
@@ -206,6 +205,9 @@ def check_shardable(model: Any, accelerator: Any) -> None:
     """
     if not accelerator.is_fsdp2:
         return
+    # Here, since it takes longer to import than all else in this module, and hardly anyone needs it.
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
     kind = type(without_wrapper(model)).__name__
     try:
         embeddings = model.get_input_embeddings()
