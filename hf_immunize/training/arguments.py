@@ -42,7 +42,9 @@ class ImmunizationArguments(TrainingArguments):
             is below it and falls while it is above. None: the weights follow `auto_weight_ratio`. With
             ``objective="kappa", benign_loss="task", benign_budget=None`` and two numbers as weights, the paper's
             training.
-        budget_measure: What the budget is in: "kl" (divergence from the starting model's predictions, in nats) or
+        budget_measure: What the budget is in: "total_variation" (half the sum of absolute differences between the
+            starting model's probabilities and the present ones, mean over images, between 0 and 1), "kl" (divergence
+            from the starting model's predictions, in nats; in a mean of it single images can outweigh hundreds) or
             "loss" (rise of the benign task's loss over the starting model's).
         budget_holdout: Part of the benign training images on which the budget is measured and which are not trained
             on, since a few hundred images are soon known by heart. With fewer than 8 of them, or 0, it is measured on
@@ -118,7 +120,7 @@ class ImmunizationArguments(TrainingArguments):
     )
     budget_measure: str = field(
         default=Method.budget_measure,
-        metadata={"help": "What the budget is in: 'kl' to the starting model, or rise of the benign task's 'loss'."},
+        metadata={"help": "What it is in: 'total_variation' or 'kl' to the starting model, or rise of the 'loss'."},
     )
     budget_holdout: float = field(
         default=Method.budget_holdout,

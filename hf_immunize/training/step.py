@@ -13,7 +13,13 @@ from hf_immunize.errors import DataError, ImmunizationError, ScopeError
 from hf_immunize.spectra.hessian import Hessian
 from hf_immunize.training.cached_trunk import replayed
 from hf_immunize.training.checks import check_checkpointing, check_classifier
-from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence, released_logits
+from hf_immunize.training.distillation import (
+    StartingModel,
+    feature_error,
+    logit_divergence,
+    released_logits,
+    total_variation,
+)
 from hf_immunize.training.distributed import (
     gather_features,
     gather_labels,
@@ -74,7 +80,7 @@ class ImmunizationStep:
         >>> result = step(model, batch, step=0)
         >>> result.loss.backward()
         >>> list(result.logged)[:4]
-        ['benign_loss', 'kl', 'feature_error', 'r_well']
+        ['benign_loss', 'kl', 'feature_error', 'total_variation']
     """
 
     def __init__(
@@ -235,6 +241,8 @@ class ImmunizationStep:
         prefix = "" if held_out is None else "held_out_"
         if self.method.budget_measure == "kl":
             return (kl if held_out is None else logit_divergence(logits, start_logits)), f"{prefix}kl"
+        if self.method.budget_measure == "total_variation":
+            return total_variation(logits, start_logits), f"{prefix}total_variation"
         assert labels is not None  # checked before training began
         with torch.no_grad():
             return task_loss(logits, labels) - task_loss(start_logits, labels), f"{prefix}task_loss_rise"

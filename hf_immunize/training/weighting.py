@@ -24,8 +24,10 @@ from hf_immunize.training.distributed import process_mean
 from hf_immunize.training.objectives import Terms
 
 
-# A multiplier that falls faster than it grows keeps the excursions above the budget short.
-_GROWTH, _DECAY = 1.03, 0.95
+# In a step the multiplier changes by this power of budget over measure, within these bounds: slower the nearer the
+# budget is, so that it settles there, and faster down than up, which keeps excursions above the budget short.
+_POWER = 0.1
+_LARGEST, _SMALLEST = 1.03, 0.9
 _START = 0.02
 
 
@@ -126,9 +128,9 @@ class Weighting:
     Example:
         >>> weighting = Weighting(WeightRule(budget=0.1))
         >>> for step in range(2):
-        ...     weighting.observe(torch.tensor(0.5), step)  # above the budget: the multiplier falls at the next step
+        ...     weighting.observe(torch.tensor(0.5), step)  # far above the budget: the multiplier falls
         >>> round(float(weighting.factor / _START), 4)
-        0.95
+        0.9
     """
 
     def __init__(self, rule: WeightRule) -> None:
@@ -170,7 +172,9 @@ class Weighting:
         mean = self._pending[0] / self._pending[1]
         keep = self.rule.averaging if self._step > 0 else 0.0
         self._divergence = keep * self._divergence + (1 - keep) * mean
-        change = torch.where(self._divergence < self.rule.budget, _GROWTH, _DECAY)
+        # A loss may have fallen, which has no logarithm.
+        part = (self._divergence / self.rule.budget).clamp_min(torch.finfo(self._divergence.dtype).eps)
+        change = part.pow(-_POWER).clamp(_SMALLEST, _LARGEST)
         self._multiplier = self._multiplier * change
         self._pending = torch.zeros_like(self._pending)
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hf_immunize.errors import ArgumentError, ShapeError
-from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence
+from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence, total_variation
 from hf_immunize.training.queue import FeatureQueue
 from hf_immunize.vision.features import find_head
 from hf_immunize.vision.scope import select_trainable
@@ -15,6 +17,22 @@ def test_divergence_is_that_of_the_definition():
     now, start = (torch.randn(5, 4, generator=draw) for _ in range(2))
     p, q = start.softmax(1), now.softmax(1)
     assert logit_divergence(now, start).item() == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-5)
+
+
+@given(st.integers(0, 2**31))
+def test_one_image_of_many_adds_at_most_its_share_to_the_total_variation(seed):
+    generator = torch.Generator().manual_seed(seed)
+    start, now = 30 * torch.randn(2, 50, 4, generator=generator)
+    others = total_variation(now[1:], start[1:])
+    assert abs(total_variation(now, start) - 49 / 50 * others) <= 1 / 50 + 1e-6
+
+
+@given(st.integers(0, 2**31))
+def test_total_variation_bounds_the_change_of_any_probability(seed):
+    generator = torch.Generator().manual_seed(seed)
+    start, now = 3 * torch.randn(2, 20, 5, generator=generator)
+    change = (now.softmax(1) - start.softmax(1)).mean(0).abs().max()
+    assert change <= total_variation(now, start) + 1e-6
 
 
 def test_feature_error_does_not_depend_on_scale():

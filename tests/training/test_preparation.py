@@ -301,7 +301,7 @@ class TestHeldOut:
     def test_the_budget_is_measured_on_them(self, trainer, images):
         run = trainer(train_dataset=images(100), benign_budget=0.1, benign_loss="distillation")
         run.train()
-        assert {"held_out_kl", "kl"} <= set(run.state.log_history[0])
+        assert {"held_out_total_variation", "kl"} <= set(run.state.log_history[0])
 
     def test_an_error_names_the_row_by_its_own_number(self, trainer, processor):
         kept = trainer(train_dataset=photos(100), benign_budget=0.1, processing_class=processor)

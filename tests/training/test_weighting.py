@@ -113,3 +113,12 @@ def test_a_restored_weighting_goes_on_alike():
         weighting.observe(torch.tensor(3.0), 3)
     assert restored.factor.item() == straight.factor.item()
     assert restored.benign_scale(torch.tensor(9.0)).item() == straight.benign_scale(torch.tensor(9.0)).item()
+
+
+def test_a_benign_loss_that_fell_leaves_a_finite_multiplier():
+    assert run(Weighting(WeightRule(budget=1.0)), [-0.5] * 3) == run(Weighting(WeightRule(budget=1.0)), [0.0] * 3)
+
+
+def test_the_multiplier_changes_the_less_the_nearer_the_budget_is():
+    near, far = (abs(run(Weighting(WeightRule(budget=1.0)), [part] * 3) - 0.02) for part in (1.05, 2.0))
+    assert near < far

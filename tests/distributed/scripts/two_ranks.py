@@ -128,7 +128,7 @@ def outcome(run):
     names = [
         *names,
         "kl",
-        "held_out_kl",
+        "held_out_total_variation",
         "spread",
         "concentration",
         "multiplier",
