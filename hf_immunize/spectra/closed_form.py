@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 from hf_immunize.spectra.conditioning import as_matrix
 from hf_immunize.spectra.gram import CHUNK, without_autocast
 from hf_immunize.spectra.hessian import Hessian
-from hf_immunize.spectra.small_side import SmallSide, small_side
+from hf_immunize.spectra.mixed import estimable
+from hf_immunize.spectra.small_side import SmallSide, single_side, small_side
 
 
 # value and gradient of a spectral function at a detached matrix
@@ -27,7 +28,7 @@ class SmallGradient(Protocol):
         """M in float64."""
 
     def times(self, z: Tensor, gram: Tensor) -> Tensor:
-        """Its product with the features."""
+        """Its product with the features; what G holds is lost."""
 
 
 class SpectralForm(NamedTuple):
@@ -36,10 +37,15 @@ class SpectralForm(NamedTuple):
     Attributes:
         host: With the value on the host, errors raised, and the quickest route chosen by what is found.
         device: Without a look at any value, for devices that compute behind the host's back.
+        single: As `host`, from the Gram matrix in float32 of float32 features with a large side (see `estimable`);
+            None where it does not tell.
+        inverse: Whether `single` needs the inverse of that matrix, which only well-conditioned features allow.
     """
 
     host: Callable[[SmallSide], tuple[float, SmallGradient]]
     device: Callable[[SmallSide], tuple[Tensor, SmallGradient]]
+    single: Callable[[SmallSide], tuple[float, SmallGradient] | None] | None = None
+    inverse: bool = False
 
 
 class ClosedForm(torch.autograd.Function):
@@ -95,9 +101,15 @@ def hessian_function(features: Tensor | Hessian, form: SpectralForm, *, on_devic
 
     def function(detached: Tensor) -> tuple[float | Tensor, Tensor]:
         given = replace(features, matrix=detached) if isinstance(features, Hessian) else detached
-        side = small_side(given, check=not on_device)
-        value: float | Tensor
-        value, gradient = form.device(side) if on_device else form.host(side)
+        found: tuple[float | Tensor, SmallGradient] | None = None
+        single = form.single if not on_device else None
+        if single is not None and isinstance(given, Tensor) and estimable(given, inverse=form.inverse):
+            side = single_side(given)
+            found = single(side)
+        if found is None:
+            side = small_side(given, check=not on_device)
+            found = form.device(side) if on_device else form.host(side)
+        value, gradient = found
         if isinstance(features, Hessian):
             return value, gradient.matrix(side.gram) / 2
         return value, gradient.times(detached, side.gram)

@@ -1,4 +1,4 @@
-"""Gram matrices in float64 of features in any dtype, which are never cast as a whole."""
+"""Gram matrices in float64, or in float32 for an estimate, of features in any dtype, never cast as a whole."""
 
 from __future__ import annotations
 
@@ -26,19 +26,23 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def gram_matrix(tall: Tensor) -> Tensor:
-    """``AᵀA`` in float64 of A, shape ``(m, n)``: shape ``(n, n)``, symmetric, without a gradient.
+def gram_matrix(tall: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``AᵀA`` of A, shape ``(m, n)``: shape ``(n, n)``, symmetric, without a gradient.
 
-    Beside the result there is never more than `CHUNK` rows of A in float64, or a megabyte of them.
+    Beside the result there is never more than `CHUNK` rows of A in a dtype not their own, or a megabyte of them.
+
+    Args:
+        tall: A.
+        dtype: What it is computed in.
     """
     n = tall.shape[1]
     if n <= _BLOCK and tall.numel() <= _SMALL:
-        whole = tall.detach().to(torch.float64)
+        whole = tall.detach().to(dtype)
         return whole.mT @ whole
-    gram = torch.zeros(n, n, dtype=torch.float64, device=tall.device)
+    gram = torch.zeros(n, n, dtype=dtype, device=tall.device)
     edges = [(left, min(left + _BLOCK, n)) for left in range(0, n, _BLOCK)]
-    for rows in tall.detach().split(CHUNK):
-        rows = rows.to(torch.float64)
+    for rows in tall.detach().split(len(tall) if tall.dtype == dtype else CHUNK):
+        rows = rows.to(dtype)
         for left, right in edges:
             gram[left:right, :right].addmm_(rows[:, left:right].mT, rows[:, :right])
     for left, right in edges:

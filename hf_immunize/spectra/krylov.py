@@ -8,6 +8,7 @@ values above all, nothing is returned, and the full decomposition takes over.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,14 +16,15 @@ import torch
 from torch import Tensor
 
 
-# Two vectors at least, or a repeated value would pass for a simple one.
+# Two vectors at least, or a repeated value would pass for a simple one. Four solve by a triangle as fast as two.
 _BLOCK = 3
+BOTTOM_BLOCK = 4
 # Depths at which convergence is looked at: on the matrix, on its inverse, and on the inverse with a shift.
 _TOP_DEPTHS = (4, 5, 6, 8, 10)
-_BOTTOM_DEPTHS = (8, 14, 18, 21, 24, 28)
+_BOTTOM_DEPTHS = (8, 11, 13, 15, 16, 17, 19, 22, 25)
 _SHIFTED_DEPTHS = (4, 6, 7, 8, 9, 10, 12)
 _SHIFTS = 3
-_PANEL = 128  # columns to a block of a Cholesky factor
+_PANEL = 192  # columns to a block of a Cholesky factor
 
 
 class Pair(NamedTuple):
@@ -54,7 +56,7 @@ def largest_pair(gram: Tensor, accuracy: float) -> Pair | None:
         gram: G, shape ``(n, n)``, float64, positive semi-definite.
         accuracy: Sine of the largest angle allowed between the vector found and the true one.
     """
-    for ritz in _ritz(lambda rows: rows @ gram, _start(gram), _TOP_DEPTHS):
+    for ritz in ritz_values(lambda rows: rows @ gram, start_rows(gram), _TOP_DEPTHS):
         value, gap = ritz.values[-1], ritz.values[-1] - ritz.values[-2]
         if ritz.unlikely(accuracy):
             continue
@@ -62,8 +64,8 @@ def largest_pair(gram: Tensor, accuracy: float) -> Pair | None:
         residual = float(torch.linalg.vector_norm(vector @ gram - value * vector))
         if residual <= accuracy * gap and gap > 4 * tie_tolerance(gram.shape[0], value):
             return Pair(value, vector.mT, residual)
-    lack = _lack(residual, gap)
-    found = _smallest(gram, -1.0, ritz.vectors(_BLOCK), _SHIFTED_DEPTHS, -value, lack, lambda _: accuracy)
+    lack = lack_of(residual, gap)
+    found = _smallest(gram, -1.0, ritz.vectors(_BLOCK), _SHIFTED_DEPTHS, -value, lack, lambda *_: accuracy)
     return None if found is None else found._replace(value=-found.value)
 
 
@@ -73,17 +75,29 @@ def smallest_pair(matrix: Tensor, accuracy: float, slack: float = 0.0) -> Pair |
     Args:
         matrix: A, shape ``(n, n)``, float64.
         accuracy: Sine of the largest angle allowed between the vector found and the true one.
-        slack: A larger angle is allowed where the eigenvalue is small: ``accuracy·slack/value``, at most 1e-5, for
-            callers that weight the vector by its eigenvalue.
+        slack: For callers that need the vector u in ``value·uuᵀZ`` alone, ``A = ZᵀZ``, beside a matrix of the norm
+            ``slack·√tr(A)`` or more: where the eigenvalue is small, a larger angle is allowed, at most 1e-3, that
+            changes their sum by `accuracy`.
 
     Returns:
         The pair; None where it could not be proved, and where the matrix is not positive definite.
     """
+    allowed = bottom_angle(matrix, accuracy, slack)
+    return _smallest(matrix, 1.0, start_rows(matrix, BOTTOM_BLOCK), _BOTTOM_DEPTHS, 0.0, 0.0, allowed)
 
-    def allowed(value: float) -> float:
-        return max(accuracy, min(1e-5, accuracy * slack / value)) if value > 0 else accuracy
 
-    return _smallest(matrix, 1.0, _start(matrix), _BOTTOM_DEPTHS, 0.0, 0.0, allowed)
+def bottom_angle(matrix: Tensor, accuracy: float, slack: float) -> Callable[[float, float], float]:
+    """Sine of the largest angle allowed at the smallest pair, by its value and gap; see `smallest_pair`."""
+    beside = slack * math.sqrt(max(0.0, float(matrix.diagonal().sum())))
+
+    def allowed(value: float, gap: float) -> float:
+        if value <= 0 or gap <= 0:
+            return accuracy
+        # An error e of the norm δ changes value·uuᵀZ by value·(‖Ze‖ + δ√value), and ‖Ze‖ ≤ δ√gap + δ√value where
+        # the residual is δ·gap at most.
+        return max(accuracy, min(1e-3, accuracy * beside / (value * (math.sqrt(gap) + 2 * math.sqrt(value)))))
+
+    return allowed
 
 
 def _smallest(
@@ -93,7 +107,7 @@ def _smallest(
     depths: tuple[int, ...],
     value: float,
     lack: float,
-    allowed: Callable[[float], float],
+    allowed: Callable[[float, float], float],
 ) -> Pair | None:
     """The smallest pair, by the inverse of ``A − shift·I`` with shifts that come ever nearer from below.
 
@@ -104,38 +118,42 @@ def _smallest(
         depths: Of the first space; those after a shift are shorter.
         value: First estimate of the eigenvalue.
         lack: How far below it the eigenvalue may lie.
-        allowed: Sine of the largest angle allowed, by the eigenvalue.
+        allowed: Sine of the largest angle allowed, by the eigenvalue and its gap.
     """
     rounding = tie_tolerance(matrix.shape[0], float(torch.linalg.vector_norm(matrix)))  # or more
     factor: Tensor | None = None
     for _ in range(1 + _SHIFTS):
         # Only where the shift lies below every eigenvalue there is a Cholesky factor: that proves that it does.
         for candidate in (value - lack, value - 4 * lack) if lack else (value,):
-            better = _cholesky(_shifted(matrix, sign, candidate))
+            better = cholesky(_shifted(matrix, sign, candidate))
             if better is not None:
                 shift, factor = candidate, better
                 break
         if factor is None:
             return None
-        for ritz in _ritz(_solve_by(factor), start, depths):
+        solve = solve_by(factor)
+        for ritz in ritz_values(solve, start, depths):
             if ritz.values[-2] <= 0:
                 return None
-            if ritz.unlikely(allowed(shift + 1 / ritz.values[-1])):
+            first, second = (shift + 1 / ritz.values[-i] for i in (1, 2))
+            if ritz.unlikely(allowed(first, second - first)):
                 continue
-            vector = ritz.vectors(1)
+            # Once more through the inverse: that damps what of large eigenvalues the space has left in the vector.
+            vector = solve(ritz.vectors(1))
+            vector = vector / torch.linalg.vector_norm(vector)
             image = sign * (vector @ matrix)
             value = float(image @ vector.mT)
             residual = float(torch.linalg.vector_norm(image - value * vector))
             gap = shift + 1 / ritz.values[-2] - value
-            if residual <= allowed(value) * gap and gap > 4 * rounding:
+            if gap > 4 * rounding and residual <= allowed(value, gap) * gap:
                 return Pair(value, vector.mT, residual)
         if gap <= 4 * rounding:
             return None
-        start, depths, lack = ritz.vectors(_BLOCK), _SHIFTED_DEPTHS, max(_lack(residual, gap), rounding)
+        start, depths, lack = ritz.vectors(_BLOCK), _SHIFTED_DEPTHS, max(lack_of(residual, gap), rounding)
     return None
 
 
-def _lack(residual: float, gap: float) -> float:
+def lack_of(residual: float, gap: float) -> float:
     """What a Rayleigh quotient is off by, about, where the gap to the next value is known about."""
     return residual * min(1.0, residual / gap) if gap > 0 else residual
 
@@ -147,7 +165,7 @@ def _shifted(matrix: Tensor, sign: float, shift: float) -> Tensor:
     return shifted
 
 
-def _cholesky(matrix: Tensor) -> Tensor | None:
+def cholesky(matrix: Tensor) -> Tensor | None:
     """L of ``A = LLᵀ`` in the place of A's lower triangle, the upper one left as it is; None where there is none.
 
     By blocks: `torch.linalg.cholesky_ex` writes zeros into the other triangle against the order of its memory, which
@@ -168,7 +186,9 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
     return matrix
 
 
-def _solve_by(factor: Tensor) -> Callable[[Tensor], Tensor]:
+def solve_by(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    """Rows times the inverse of ``LLᵀ``, L the lower triangle."""
+
     def solve(rows: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(factor, rows.mT, upper=False)
         return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
@@ -176,7 +196,7 @@ def _solve_by(factor: Tensor) -> Callable[[Tensor], Tensor]:
     return solve
 
 
-class _Ritz(NamedTuple):
+class Ritz(NamedTuple):
     """Eigenvalues of an operator on a subspace, ascending, and the orthonormal rows that span it."""
 
     values: list[float]
@@ -195,8 +215,8 @@ class _Ritz(NamedTuple):
         return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
-def _ritz(times: Callable[[Tensor], Tensor], start: Tensor, depths: tuple[int, ...]) -> Iterator[_Ritz]:
-    """Rayleigh–Ritz on the Krylov spaces of a symmetric operator, which takes and gives rows."""
+def ritz_values(times: Callable[[Tensor], Tensor], start: Tensor, depths: tuple[int, ...]) -> Iterator[Ritz]:
+    """Rayleigh–Ritz on the Krylov spaces of a symmetric operator, which takes rows and gives new ones."""
     block, n = start.shape
     size = block * (depths[-1] + 1)
     basis = start.new_empty(size, n)
@@ -208,14 +228,15 @@ def _ritz(times: Callable[[Tensor], Tensor], start: Tensor, depths: tuple[int, .
         for _ in range(2):  # twice is enough to stay orthogonal in floating point
             part = step @ known.mT
             projected[end - block : end, :end] += part
-            step = step - part @ known
+            step.addmm_(part, known, alpha=-1)
         if depth in depths:
             values, coordinates = torch.linalg.eigh(projected[:end, :end])
             residual = float(torch.linalg.vector_norm(coordinates[-block:, -1] @ step))
-            yield _Ritz(values.tolist(), coordinates, known, residual, depth == depths[-1])
+            yield Ritz(values.tolist(), coordinates, known, residual, depth == depths[-1])
         basis[end : end + block] = torch.linalg.qr(step.mT).Q.mT
 
 
-def _start(matrix: Tensor) -> Tensor:
+def start_rows(matrix: Tensor, block: int = _BLOCK) -> Tensor:
+    """Random rows for a matrix, of its dtype, the same every time."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(_BLOCK, matrix.shape[0], dtype=torch.float64, generator=generator).to(matrix.device)
+    return torch.randn(block, matrix.shape[0], dtype=torch.float64, generator=generator).to(matrix)

@@ -16,9 +16,16 @@ from torch import Tensor
 
 from hf_immunize.errors import PerfectConditioningError
 from hf_immunize.spectra.extremes import bottom_of_full_rank, hessian_spectrum, top_eigenspace
-from hf_immunize.spectra.gram import product_by_rows
+from hf_immunize.spectra.gram import CHUNK, product_by_rows
 from hf_immunize.spectra.krylov import tie_tolerance
+from hf_immunize.spectra.mixed import largest_pair_by_features, smallest_pair_by_features
 from hf_immunize.spectra.small_side import SmallSide, wide
+
+
+# The largest diagonal entry of a Gram matrix in float32 of which squares neither overflow nor vanish.
+_ORDINARY = (1e-12, 1e12)
+# How far its trace may be off: a third of what a value in float32 is rounded by.
+_BIAS = 4e-8
 
 
 class SpaceGradient(NamedTuple):
@@ -35,20 +42,26 @@ class SpaceGradient(NamedTuple):
     spaces: tuple[tuple[Tensor, float], ...]
 
     def matrix(self, gram: Tensor) -> Tensor:
-        """M, shape ``(n, n)``, in float64."""
-        m, scale = gram, self.gram
+        """M, shape ``(n, n)``, in the dtype of G."""
+        return self._over(gram.clone())
+
+    def _over(self, gram: Tensor) -> Tensor:
+        """M in the place of G."""
+        scale = self.gram
         for basis, weight in self.spaces:
-            m, scale = torch.addmm(m, basis, basis.mT, beta=scale, alpha=weight / basis.shape[1]), 1.0
+            basis = basis.to(gram.dtype)
+            gram.addmm_(basis, basis.mT, beta=scale, alpha=weight / basis.shape[1])
+            scale = 1.0
         if not self.spaces:
-            m = scale * gram
+            gram.mul_(scale)
         if self.identity:
-            m.diagonal().add_(self.identity)
-        return m
+            gram.diagonal().add_(self.identity)
+        return gram
 
     def times(self, z: Tensor, gram: Tensor) -> Tensor:
-        """``M·Z`` or ``Z·M``, whichever side is the small one, in the features' dtype, float32 at least."""
+        """``M·Z`` or ``Z·M``, whichever side is the small one, in the features' dtype, float32 at least; G is lost."""
         if self.gram:
-            return times_small(z, self.matrix(gram))
+            return times_small(z, self._over(gram))
 
         def times(rows: Tensor) -> Tensor:
             product = self.identity * rows
@@ -77,6 +90,59 @@ def small_r_well(side: SmallSide, factor: float = 1.0) -> tuple[float, SpaceGrad
     top, basis = top_eigenspace(side.gram, vector_accuracy(side.dtype))
     value = max(0.0, top**2 / 2 - float(torch.linalg.vector_norm(side.gram)) ** 2 / (2 * side.dim))
     return factor * value, SpaceGradient(-2 * factor / side.dim, 0.0, ((basis, 2 * factor * top),))
+
+
+def single_r_well(side: SmallSide, factor: float = 1.0) -> tuple[float, SpaceGradient] | None:
+    """`small_r_well` from G in float32; None where its rounding would be seen.
+
+    Of the value and of the gradient G gives the smaller part, unless the eigenvalues are all but equal. The top pair
+    is found to the accuracy that float64 gives.
+    """
+    squares = _single_squares(side)
+    if squares is None:
+        return None
+    found = largest_pair_by_features(side.gram, _tall(side), vector_accuracy(side.dtype))
+    if found is None or squares / side.dim > found.value**2 / 2:
+        return None
+    gradient = SpaceGradient(-2 * factor / side.dim, 0.0, ((found.vector, 2 * factor * found.value),))
+    return factor * (found.value**2 - squares / side.dim) / 2, gradient
+
+
+def single_r_ill(side: SmallSide, factor: float = 1.0) -> tuple[float, SpaceGradient] | None:
+    """`small_r_ill` from G in float32, where the rank is full by far; None where its rounding would be seen."""
+    n, squares = side.gram.shape[0], _single_squares(side)
+    if squares is None:
+        return None
+    slack = squares / float(side.gram.diagonal().sum()) / n
+    found = smallest_pair_by_features(side.gram, _tall(side), vector_accuracy(side.dtype), slack)
+    if found is None or squares <= 2 * n * found.value**2:
+        return None
+    denominator = (squares - n * found.value**2) / (2 * n)
+    scale = 2 * factor / denominator**2
+    return factor / denominator, SpaceGradient(-scale / n, 0.0, ((found.vector, scale * found.value),))
+
+
+def _tall(side: SmallSide) -> Tensor:
+    assert side.features is not None, "an estimate in float32 is made of features"
+    return side.features.mT if wide(side.features) else side.features
+
+
+def _single_squares(side: SmallSide) -> float | None:
+    """``tr(G²)`` of G in float32; None where G is not to be trusted: out of range, not finite, or biased.
+
+    Rounding errors of long sums add up where the features lie on a coarse grid, as those do that came from bfloat16,
+    and cancel elsewhere. The trace, which the features tell exactly, shows which.
+    """
+    features, largest = side.features, float(side.gram.diagonal().max())
+    assert features is not None, "an estimate in float32 is made of features"
+    if not _ORDINARY[0] < largest < _ORDINARY[1]:
+        return None
+    entries = (rows.to(torch.float64).flatten() for rows in features.split(CHUNK // 8))  # in the cache
+    trace = math.fsum(float(part @ part) for part in entries)
+    if abs(float(side.gram.diagonal().sum(dtype=torch.float64)) - trace) > _BIAS * trace:
+        return None
+    # norms of rows in float32, the sum of their squares in float64: a long sum in float32 would be off
+    return float(torch.linalg.vector_norm(side.gram, dim=1).to(torch.float64).square().sum())
 
 
 def small_r_ill(side: SmallSide, factor: float = 1.0) -> tuple[float, SpaceGradient]:
@@ -133,6 +199,22 @@ def scale_free(
     def scaled(side: SmallSide) -> tuple[float, SpaceGradient]:
         trace = float(side.gram.diagonal().sum())
         value, gradient = function(side, (side.dim / trace) ** degree)
+        return value, gradient._replace(identity=gradient.identity - 2 * degree * value / trace)
+
+    return scaled
+
+
+def single_scale_free(
+    function: Callable[[SmallSide, float], tuple[float, SpaceGradient] | None], degree: int
+) -> Callable[[SmallSide], tuple[float, SpaceGradient] | None]:
+    """`scale_free` of a function that may give None."""
+
+    def scaled(side: SmallSide) -> tuple[float, SpaceGradient] | None:
+        trace = float(side.gram.diagonal().sum(dtype=torch.float64))
+        found = function(side, (side.dim / trace) ** degree) if trace > _ORDINARY[0] else None
+        if found is None:
+            return None
+        value, gradient = found
         return value, gradient._replace(identity=gradient.identity - 2 * degree * value / trace)
 
     return scaled

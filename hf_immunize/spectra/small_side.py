@@ -23,7 +23,7 @@ class SmallSide(NamedTuple):
     """A Gram matrix of features ``Z`` and what the rank rule must know of them.
 
     Attributes:
-        gram: ``ZZᵀ`` or ``ZᵀZ``, shape ``(n, n)``, float64, detached.
+        gram: ``ZZᵀ`` or ``ZᵀZ``, shape ``(n, n)``, float64, detached; float32 where `single_side` says so.
         rows: N, of Z; at most ``min(N, D)`` eigenvalues are not zero, whatever n is.
         dim: D, of Z.
         dtype: The dtype in which Z was computed.
@@ -42,9 +42,15 @@ def wide(features: Tensor) -> bool:
     return features.shape[0] <= features.shape[1]
 
 
-def small_gram(features: Tensor) -> Tensor:
-    """``ZZᵀ`` or ``ZᵀZ``, whichever is smaller, in float64, shape ``(n, n)``, without a gradient."""
-    return gram_matrix(features.mT if wide(features) else features)
+def small_gram(features: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``ZZᵀ`` or ``ZᵀZ``, whichever is smaller, computed in float64, shape ``(n, n)``, without a gradient."""
+    return gram_matrix(features.mT if wide(features) else features, dtype)
+
+
+def single_side(features: Tensor) -> SmallSide:
+    """The small side with its Gram matrix in float32, where no value has been looked at: for an estimate."""
+    rows, dim = features.shape
+    return SmallSide(small_gram(features, torch.float32), rows, dim, features.dtype, features.detach())
 
 
 def small_side(features: Tensor | Hessian, *, check: bool = True) -> SmallSide:

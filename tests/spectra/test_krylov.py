@@ -4,9 +4,9 @@ import pytest
 import torch
 from matrices import gaussian, geometric, orthonormal, relative_error, value_and_gradient, with_singular_values
 
-from hf_immunize.spectra import extremes, krylov
+from hf_immunize.spectra import extremes, krylov, mixed
 from hf_immunize.spectra.extremes import bottom_of_full_rank, hessian_spectrum
-from hf_immunize.spectra.krylov import _cholesky, largest_pair, smallest_pair
+from hf_immunize.spectra.krylov import cholesky, largest_pair, smallest_pair
 from hf_immunize.spectra.log_kappa import hessian_log_kappa
 from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well, spectral_concentration
 from hf_immunize.spectra.small_side import small_gram, small_side
@@ -93,14 +93,14 @@ def test_an_indefinite_matrix_has_no_smallest_pair():
 @pytest.mark.parametrize("size", [1, 127, 128, 129, 300])
 def test_the_cholesky_factor_by_blocks_is_the_factor(size):
     matrix = psd(torch.linspace(3.0, 0.5, size))[0]
-    assert relative_error(_cholesky(matrix.clone()).tril(), torch.linalg.cholesky(matrix)) < 1e-13
+    assert relative_error(cholesky(matrix.clone()).tril(), torch.linalg.cholesky(matrix)) < 1e-13
 
 
 @pytest.mark.parametrize("place", [0, 127, 128, 299])
 def test_a_matrix_that_is_indefinite_in_any_block_has_no_cholesky_factor(place):
     matrix = torch.eye(300, dtype=torch.float64)
     matrix[place, place] = -1e-3
-    assert _cholesky(matrix) is None
+    assert cholesky(matrix) is None
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -108,8 +108,8 @@ def test_a_bottom_too_close_for_one_space_is_found_by_shifts(seed, monkeypatch):
     # A thousandth of the spread lies between the smallest values: 28 steps on the inverse do not tell them apart.
     values = torch.cat([torch.linspace(3.0, 0.503, SIZE - 1).double(), torch.tensor([0.5]).double()])
     matrix, vectors = psd(values, seed)
-    factors, factorize = [], krylov._cholesky
-    monkeypatch.setattr(krylov, "_cholesky", lambda a: factors.append(a) or factorize(a))
+    factors, factorize = [], krylov.cholesky
+    monkeypatch.setattr(krylov, "cholesky", lambda a: factors.append(a) or factorize(a))
     found = smallest_pair(matrix, 1e-8)
     assert len(factors) > 1
     assert found is not None
@@ -153,6 +153,7 @@ def test_float32_features_give_what_the_full_decomposition_gives(function, name,
     value, gradient = value_and_gradient(function, features)
     monkeypatch.setattr(extremes, "TOP_DENSE_LIMIT", SIZE)
     monkeypatch.setattr(extremes, "BOTTOM_DENSE_LIMIT", SIZE)
+    monkeypatch.setattr(mixed, "SINGLE_LIMIT", SIZE)
     expected, expected_gradient = value_and_gradient(function, features)
     assert float(value) == pytest.approx(float(expected), rel=1.2e-7)
     assert relative_error(gradient, expected_gradient.double()) < 1e-6
