@@ -40,26 +40,27 @@ def logit_divergence(logits: Tensor, start_logits: Tensor) -> Tensor:
     return F.kl_div(now, start, log_target=True, reduction="batchmean")
 
 
-def total_variation(logits: Tensor, start_logits: Tensor) -> Tensor:
+def total_variation(logits: Tensor, start_logits: Tensor, most: float = 1.0) -> Tensor:
     """``½ Σ_c |p_c − p⁰_c|``, mean over rows: how far predictions moved from the starting model's.
 
     It is the largest change in the probability that the model gives to any event, such as the right class. Unlike the
-    Kullback-Leibler divergence it is at most 1 for each image, so that a mean over a few dozen images is not ruled by
+    Kullback-Leibler divergence it is bounded for each image, so that a mean over a few dozen images is not ruled by
     one or two of them.
 
     Args:
         logits: Shape ``(N, C)``.
         start_logits: Shape ``(N, C)``, of the same images through the starting model.
+        most: What a single image counts at most.
 
     Returns:
-        0-D tensor between 0 and 1.
+        0-D tensor between 0 and ``most``.
 
     Example:
         >>> total_variation(torch.tensor([[0.0, 100.0]]), torch.tensor([[0.0, 0.0]])).item()
         0.5
     """
     now, start = (F.softmax(_widened(rows), dim=1) for rows in (logits, start_logits))
-    return (now - start).abs().sum(1).mean() / 2
+    return ((now - start).abs().sum(1) / 2).clamp(max=most).mean()
 
 
 def feature_error(features: Tensor, start_features: Tensor) -> Tensor:

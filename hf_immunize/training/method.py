@@ -32,7 +32,7 @@ class Method:
     objective: str = "concentration"
     benign_loss: str = "distillation"
     feature_distillation_weight: float = 5.0
-    benign_budget: float | None = 0.04
+    benign_budget: float | None = 0.03
     budget_measure: str = "total_variation"
     budget_holdout: float = 0.1
     benign_weight: str | float = "auto"
@@ -93,7 +93,7 @@ def _normalized(method: Method) -> dict[str, Any]:
         budget = _number(budget)
         if not budget > 0:
             raise ArgumentError(
-                f"Expected benign_budget= above 0 or None, found {method.benign_budget!r}. 0.04 is a good "
+                f"Expected benign_budget= above 0 or None, found {method.benign_budget!r}. 0.03 is a good "
                 "start; None lets auto_weight_ratio decide."
             )
     holdout = _number(method.budget_holdout)
