@@ -43,10 +43,10 @@ class ImmunizationArguments(TrainingArguments):
             ``objective="kappa", benign_loss="task", benign_budget=None`` and two numbers as weights, the paper's
             training.
         budget_measure: What the budget is in: "total_variation" (half the sum of absolute differences between the
-            starting model's probabilities and the present ones, mean over images, each of which counts 0.2 at most: the
-            few benign images that show what is harmful shall not use up the budget of all), "kl" (divergence
-            from the starting model's predictions, in nats; in a mean of it single images can outweigh hundreds) or
-            "loss" (rise of the benign task's loss over the starting model's).
+            starting model's probabilities and the present ones, mean over images, each of which counts 0.2 at most:
+            the few benign images that show what is harmful shall not use up the budget of all), "kl" (divergence from
+            the starting model's predictions, in nats; single images can outweigh hundreds in its mean) or "loss" (rise
+            of the benign task's loss over the starting model's).
         budget_holdout: Part of the benign training images on which the budget is measured and which are not trained
             on, since a few hundred images are soon known by heart. With fewer than 8 of them, or 0, it is measured on
             the images that are trained on.

@@ -39,8 +39,8 @@ from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
 from hf_immunize.vision.trunk import TrunkSplit
 
 
-# Benign images that show what is harmful (a fire engine, where that is cars) are lost first and wholly. Two of them among
-# 70 held-out images would use up the budget of all others.
+# Benign images that show what is harmful (a fire engine, where that is cars) are lost first and wholly. Two of them
+# among 70 held-out images would use up the budget of all others.
 _MOST_OF_AN_IMAGE = 0.2
 
 
