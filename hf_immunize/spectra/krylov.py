@@ -125,7 +125,7 @@ def _smallest(
     for _ in range(1 + _SHIFTS):
         # Only where the shift lies below every eigenvalue there is a Cholesky factor: that proves that it does.
         for candidate in (value - lack, value - 4 * lack) if lack else (value,):
-            better = cholesky(_shifted(matrix, sign, candidate))
+            better = cholesky(shifted(matrix, sign, candidate))
             if better is not None:
                 shift, factor = candidate, better
                 break
@@ -158,11 +158,11 @@ def lack_of(residual: float, gap: float) -> float:
     return residual * min(1.0, residual / gap) if gap > 0 else residual
 
 
-def _shifted(matrix: Tensor, sign: float, shift: float) -> Tensor:
+def shifted(matrix: Tensor, sign: float, shift: float) -> Tensor:
     """``sign·A − shift·I``."""
-    shifted = sign * matrix
-    shifted.diagonal().sub_(shift)
-    return shifted
+    result = sign * matrix
+    result.diagonal().sub_(shift)
+    return result
 
 
 def cholesky(matrix: Tensor) -> Tensor | None:

@@ -24,6 +24,7 @@ from hf_immunize.spectra.krylov import (
     cholesky,
     lack_of,
     ritz_values,
+    shifted,
     solve_by,
     start_rows,
 )
@@ -32,11 +33,12 @@ from hf_immunize.spectra.small_side import wide
 
 # Up to this size of the Gram matrix float64 throughout is as fast.
 SINGLE_LIMIT = 320
-# Depths of the Krylov spaces in float32: at the top the first where the gap is large, the last where it is not.
-_TOP_DEPTHS = (5, 7, 22)
+# Depths of the Krylov spaces in float32.
+_TOP_DEPTHS = (5, 7)
 _BOTTOM_DEPTHS = (5, 7)
 _NEAR = 1e-5  # residual to gap of an estimate that float32 hardly betters
-_WIDE_GAP = 0.1  # of the largest eigenvalue; below it a Cholesky factor of θI − G pays
+_WIDE_GAP = 0.1  # of the largest eigenvalue; below it polynomials of a higher degree and a factor of θI − G pay
+_DEGREE = 15  # of those polynomials
 _STEPS = 10
 _MOST_ROWS = 2**14  # whose products are added in float32
 _KEPT_CAST = 2**20  # entries of features up to which they are kept in float64 between products
@@ -75,12 +77,16 @@ def largest_pair_by_features(single: Tensor, tall: Tensor, accuracy: float) -> P
     """
     for ritz in ritz_values(lambda rows: rows @ single, start_rows(single), _TOP_DEPTHS):
         top, gap = ritz.values[-1], ritz.values[-1] - ritz.values[-2]
-        if ritz.residual <= _NEAR * gap:
+        if ritz.residual <= _NEAR * gap or gap <= _WIDE_GAP * top:
             break
+    if ritz.residual > _NEAR * gap and top > 0:
+        ritz = _chebyshev(single, ritz.vectors(3), top)
+        top, gap = ritz.values[-1], ritz.values[-1] - ritz.values[-2]
     if gap > _WIDE_GAP * top:
-        divide: Callable[[Tensor], Tensor] | None = _by_ritz(ritz)
+        near: Callable[[Tensor], Tensor] | None = _by_ritz(ritz)
     else:
-        divide = _by_cholesky(-single, -top, max(lack_of(ritz.residual, gap), 1e-4 * top))
+        near = _by_cholesky(single, -1.0, -top, max(lack_of(ritz.residual, gap), 1e-4 * top))
+    divide = near and _twice(near, single, -1.0, -top)
     found = divide and _refined(_gram_product(tall, -1.0), divide, ritz.vectors(2), lambda *_: accuracy)
     return found._replace(value=-found.value) if found else None
 
@@ -104,9 +110,31 @@ def smallest_pair_by_features(single: Tensor, tall: Tensor, accuracy: float, sla
     if not 0 < largest < _MOST_KAPPA / float(single.diagonal().sum()):
         return None
     lack = max(lack_of(ritz.residual, gap) / largest**2, 1e-3 / largest)
-    divide = _by_cholesky(single, 1 / largest, lack)
+    near = _by_cholesky(single, 1.0, 1 / largest, lack)
     allowed = bottom_angle(single, accuracy, slack)
+    divide = near and _twice(near, single, 1.0, 1 / largest)
     return divide and _refined(_gram_product(tall, 1.0), divide, ritz.vectors(2), allowed)
+
+
+def _chebyshev(single: Tensor, start: Tensor, top: float) -> Ritz:
+    """Rayleigh–Ritz on a Krylov space spanned by Chebyshev polynomials of G, for its largest eigenvalues.
+
+    On ``[0, top]`` they stay bounded and independent, so that float32 needs to make them orthogonal but once.
+    """
+    (block, n), size = start.shape, _DEGREE + 1
+    doubled = single * (4 / top)
+    doubled.diagonal().sub_(2)
+    spanning = single.new_empty(size, block, n)
+    spanning[0] = start
+    torch.mm(start, doubled, out=spanning[1]).div_(2)
+    for i in range(2, size):
+        torch.addmm(spanning[i - 2], spanning[i - 1], doubled, beta=-1, out=spanning[i])
+    basis = torch.linalg.qr(spanning.view(-1, n).mT).Q.mT
+    images = basis @ single
+    values, coordinates = torch.linalg.eigh(images @ basis.mT)
+    first = coordinates[:, -1]
+    residual = float(torch.linalg.vector_norm(first @ images - values[-1] * (first @ basis)))
+    return Ritz(values.tolist(), coordinates, basis, residual, True)
 
 
 def _refined(
@@ -140,34 +168,40 @@ def _refined(
 
 def _by_ritz(ritz: Ritz) -> Callable[[Tensor], Tensor]:
     """Rows divided by ``θI − G`` where G is known by its Ritz pairs, and as zero beside them; θ is the largest."""
-    values = torch.tensor(ritz.values, dtype=torch.float64)
-    top = ritz.values[-1]
-    known = (ritz.coordinates.mT @ ritz.basis).to(torch.float64)
-    weights = 1 / (top - values[:-1]).clamp(min=1e-3 * top) - 1 / top
-    return lambda rows: rows / top + ((rows @ known[:-1].mT) * weights) @ known[:-1]
+    values, top = torch.tensor(ritz.values[:-1]), ritz.values[-1]
+    known = ritz.coordinates[:, :-1].mT @ ritz.basis
+    weights = 1 / (top - values).clamp(min=1e-3 * top) - 1 / top
+    return lambda rows: (rows / top).addmm_((rows @ known.mT) * weights, known)
 
 
-def _by_cholesky(matrix: Tensor, value: float, lack: float) -> Callable[[Tensor], Tensor] | None:
-    """Rows divided by ``A − θI`` by a Cholesky factor in float32, θ a little below the smallest eigenvalue.
+def _by_cholesky(single: Tensor, sign: float, value: float, lack: float) -> Callable[[Tensor], Tensor] | None:
+    """Rows divided by ``A − θI``, ``A = ±G``, by a Cholesky factor in float32, θ a little below A's smallest value.
 
     Args:
-        matrix: A.
+        single: G.
+        sign: Of A.
         value: An estimate of that eigenvalue.
         lack: How far below it the eigenvalue may lie.
     """
     for below in (lack, 4 * lack, 16 * lack):
-        shifted = matrix.clone()
-        shifted.diagonal().sub_(value - below)
-        factor = cholesky(shifted)
+        factor = cholesky(shifted(single, sign, value - below))
         if factor is not None:
-            break
-    else:
-        return None
-    solve = solve_by(factor)
+            return solve_by(factor)
+    return None
+
+
+def _twice(near: Callable[[Tensor], Tensor], single: Tensor, sign: float, value: float) -> Callable[[Tensor], Tensor]:
+    """Rows in float64 divided by ``A − θI``, ``A = ±G``, by a near division in float32 and again what it leaves.
+
+    The second division costs less than the product with the features in float64 that it saves.
+    """
 
     def divide(rows: Tensor) -> Tensor:
         scale = float(rows.abs().max()) or 1.0  # a small residual would leave the range of float32
-        return solve((rows / scale).to(torch.float32)).to(torch.float64)
+        rows = (rows / scale).to(torch.float32)
+        more = near(rows)
+        left = torch.addmm(rows, more, single, alpha=-sign).add_(more, alpha=value)
+        return more.add_(near(left)).to(torch.float64)
 
     return divide
 
