@@ -238,5 +238,7 @@ def ritz_values(times: Callable[[Tensor], Tensor], start: Tensor, depths: tuple[
 
 def start_rows(matrix: Tensor, block: int = _BLOCK) -> Tensor:
     """Random rows for a matrix, of its dtype, the same every time."""
+    # A start from the vectors of the batch before, another draw of one population, was between 7 % faster and 7 %
+    # slower in the whole of R_well (D = 768, N = 256 and 1,024), and would have to be kept in checkpoints.
     generator = torch.Generator().manual_seed(0)
     return torch.randn(block, matrix.shape[0], dtype=torch.float64, generator=generator).to(matrix)
