@@ -113,10 +113,8 @@ def test_the_page_names_commands_settings_and_hours(text, rows):
 
 
 def test_rows_that_are_not_there_are_named(text):
-    assert (
-        "- `python -m examples.networks run --experiment mobilenet_cars --method imma --seed 0 --data_path DATA`"
-        in text
-    )
+    words = "--experiment mobilenet_cars --method imma --seed N --set max_steps=700 --data_path DATA"
+    assert f"- seed 0: `python -m examples.networks run {words}`" in text
     assert "No row of this experiment was run. It is meant for 1 GPU." in text
     assert "| paper (κ) | 3.467 | 62.36 |  |  |" in text
 
