@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,21 @@ CHOSEN = (
 )
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, sums are added in one order however many cores there are, of which training makes much.
+
+    So small a net is no slower.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
     """Train a small ViT on benign digits, immunize it against the harmful ones, measure, and report.
 
@@ -50,10 +67,6 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
     Returns:
         What ``results.json`` holds.
     """
-    # So small a net is no slower on one thread, and the order of sums, which training makes much of, is then the same
-    # however many cores there are.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     # The table at the end is the log.
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -139,7 +152,6 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
         highlight=False,
         soft_wrap=True,
     )
-    torch.set_num_threads(threads)
     return results
 
 

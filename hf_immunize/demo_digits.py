@@ -29,8 +29,18 @@ QUIET: dict[str, Any] = {
 }
 
 
+def all_digits() -> datasets.Dataset:
+    """scikit-learn's 1,797 handwritten digits (8x8), grey, with labels of the names 0 to 9."""
+    digits = load_digits()
+    images = [Image.fromarray((image * 255 / 16).round().astype(np.uint8)) for image in digits.images]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(d) for d in range(10)])}
+    )
+    return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+
+
 def digit_splits(seed: int) -> tuple[datasets.DatasetDict, datasets.DatasetDict]:
-    """scikit-learn's 1,797 handwritten digits (8x8) as image datasets, benign and harmful, 30 % held out.
+    """The digits as image datasets, benign and harmful, 30 % held out.
 
     Args:
         seed: Seed of the split.
@@ -38,13 +48,8 @@ def digit_splits(seed: int) -> tuple[datasets.DatasetDict, datasets.DatasetDict]
     Returns:
         Benign and harmful, each with "train" and "test".
     """
-    digits = load_digits()
-    images = [Image.fromarray((image * 255 / 16).round().astype(np.uint8)) for image in digits.images]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(d) for d in range(10)])}
-    )
-    whole = datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
-    return split_benign_harmful(whole.train_test_split(0.3, seed=seed, stratify_by_column="label"), HARMFUL_DIGITS)
+    parts = all_digits().train_test_split(0.3, seed=seed, stratify_by_column="label")
+    return split_benign_harmful(parts, HARMFUL_DIGITS)
 
 
 def train_benign(folder: Path, benign: dict[str, list[dict[str, Any]]], seed: int) -> ViTForImageClassification:

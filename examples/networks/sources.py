@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from PIL import Image
 
+from hf_immunize.demo_digits import all_digits
 from hf_immunize.errors import DataError
 from hf_immunize.vision.columns import find_columns
 from hf_immunize.vision.sources import load_image_dataset
@@ -47,15 +47,10 @@ def local_place(name: str, data_path: str) -> Path | None:
 
 
 def digits() -> datasets.Dataset:
-    """scikit-learn's 1,797 handwritten digits, of 8 by 8 pixels, as RGB images of 64 by 64."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    pixels = (found.images * 255 / 16).round().astype(np.uint8)
-    images = [Image.fromarray(one).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC) for one in pixels]
-    label = datasets.ClassLabel(names=[f"digit {name}" for name in range(10)])
-    features = datasets.Features({"image": datasets.Image(), "label": label})
-    return datasets.Dataset.from_dict({"image": images, "label": found.target.tolist()}, features=features)
+    """scikit-learn's handwritten digits, of 8 by 8 pixels, as RGB images of 64 by 64, like photos."""
+    small = all_digits()
+    images = [image.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC) for image in small["image"]]
+    return datasets.Dataset.from_dict({"image": images, "label": list(small["label"])}, features=small.features)
 
 
 def _splits(source: str, columns: dict[str, str]) -> datasets.DatasetDict:

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Benign images that show what is harmful (a fire engine, where that is cars) are lost first and wholly. Two of them
+# among 70 held-out images would use up the budget of all others.
+MOST_OF_AN_IMAGE = 0.2
+
+
 def logit_divergence(logits: Tensor, start_logits: Tensor) -> Tensor:
     """``KL(start ‖ now)``: mean over rows of the Kullback-Leibler divergence from the starting model's predictions.
 

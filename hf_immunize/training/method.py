@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hf_immunize.errors import ArgumentError
+from hf_immunize.training.distillation import MOST_OF_AN_IMAGE
 from hf_immunize.training.objectives import OBJECTIVES
 from hf_immunize.training.weighting import WeightRule
 
@@ -95,6 +96,12 @@ def _normalized(method: Method) -> dict[str, Any]:
             raise ArgumentError(
                 f"Expected benign_budget= above 0 or None, found {method.benign_budget!r}. 0.03 is a good "
                 "start; None lets auto_weight_ratio decide."
+            )
+        if method.budget_measure == "total_variation" and budget >= MOST_OF_AN_IMAGE:
+            raise ArgumentError(
+                f"Expected benign_budget= below {MOST_OF_AN_IMAGE} with budget_measure='total_variation', found "
+                f"{method.benign_budget!r}: an image counts {MOST_OF_AN_IMAGE} at most, so that nothing would hold "
+                "the weights. Lower it (0.03 is a good start), or take budget_measure='kl'."
             )
     holdout = _number(method.budget_holdout)
     if not 0 <= holdout <= 0.5:

@@ -14,6 +14,7 @@ from hf_immunize.spectra.hessian import Hessian
 from hf_immunize.training.cached_trunk import replayed
 from hf_immunize.training.checks import check_checkpointing, check_classifier
 from hf_immunize.training.distillation import (
+    MOST_OF_AN_IMAGE,
     StartingModel,
     feature_error,
     logit_divergence,
@@ -37,11 +38,6 @@ from hf_immunize.vision.adapters import outermost_name
 from hf_immunize.vision.features import find_head
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
 from hf_immunize.vision.trunk import TrunkSplit
-
-
-# Benign images that show what is harmful (a fire engine, where that is cars) are lost first and wholly. Two of them
-# among 70 held-out images would use up the budget of all others.
-_MOST_OF_AN_IMAGE = 0.2
 
 
 @dataclass(frozen=True)
@@ -247,7 +243,7 @@ class ImmunizationStep:
         if self.method.budget_measure == "kl":
             return (kl if held_out is None else logit_divergence(logits, start_logits)), f"{prefix}kl"
         if self.method.budget_measure == "total_variation":
-            return total_variation(logits, start_logits, _MOST_OF_AN_IMAGE), f"{prefix}total_variation"
+            return total_variation(logits, start_logits, MOST_OF_AN_IMAGE), f"{prefix}total_variation"
         assert labels is not None  # checked before training began
         with torch.no_grad():
             return task_loss(logits, labels) - task_loss(start_logits, labels), f"{prefix}task_loss_rise"

@@ -113,10 +113,11 @@ def test_a_budget_in_benign_loss_is_measured_against_the_starting_model(trainer)
 
 
 @pytest.mark.slow
-def test_a_small_budget_holds_predictions_closer_than_a_large_one(trainer):
-    found = []
-    for budget in (1e-3, 1.0):
-        run = trainer(objective="concentration", benign_loss="distillation", benign_budget=budget, max_steps=300)
+@pytest.mark.parametrize("measure, large", [("kl", 1.0), ("total_variation", 0.19)])
+def test_a_small_budget_holds_predictions_closer_than_a_large_one(trainer, measure, large):
+    found, options = [], {"objective": "concentration", "benign_loss": "distillation", "max_steps": 300}
+    for budget in (1e-3, large):
+        run = trainer(**options, benign_budget=budget, budget_measure=measure)
         run.train()
         found.append(sum(entry["kl"] for entry in run.state.log_history[200:300]) / 100)
     assert found[0] < 0.2 * found[1]

@@ -90,6 +90,7 @@ def test_the_inner_attacker_sees_no_scale():
         ({"benign_loss": "none"}, "benign_loss= out of distillation, task, both, found 'none'"),
         ({"budget_measure": "accuracy"}, "budget_measure= out of total_variation, kl, loss"),
         ({"benign_budget": 0}, "benign_budget= above 0 or None, found 0"),
+        ({"benign_budget": 0.2}, r"benign_budget= below 0\.2 with budget_measure='total_variation', found 0\.2"),
         ({"auto_weight_averaging": 1.0}, "auto_weight_averaging= between 0 and 1"),
         ({"auto_weight_bound": 0.5}, "auto_weight_bound= of at least 1"),
         ({"feature_distillation_weight": -1}, "feature_distillation_weight= of at least 0"),
