@@ -93,7 +93,7 @@ def _train(recipe: dict[str, Any], data: Data, seed: int, folder: Path) -> dict[
     processor = ViTImageProcessorPil(
         size={"height": size, "width": size}, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25]
     )
-    (pixels, labels), test = (_pixels(part, processor) for part in parts)
+    (pixels, labels), test = (pixels_of(part, processor) for part in parts)
     set_seed(seed)
     sizes = {"num_labels": len(names), "id2label": dict(enumerate(names))}
     sizes["label2id"] = {name: index for index, name in enumerate(names)}
@@ -127,7 +127,8 @@ def _train(recipe: dict[str, Any], data: Data, seed: int, folder: Path) -> dict[
     return {"accuracy": found, "seconds": round(seconds, 1), "resumed": checkpoint is not None}
 
 
-def _pixels(dataset: Any, processor: Any) -> tuple[Tensor, Tensor]:
+def pixels_of(dataset: Any, processor: Any) -> tuple[Tensor, Tensor]:
+    """All images of a dataset as the model takes them, ``(N, C, H, W)``, with their labels ``(N,)``."""
     rows, collate = ImageRows(dataset, "benign images", "image", "label"), ImageCollator(processor)
     batches = [
         collate([rows[i] for i in range(start, min(start + 256, len(rows)))]) for start in range(0, len(rows), 256)

@@ -43,10 +43,10 @@ def run_one(run: Run) -> dict[str, Any]:
     attacks = probes.settings(spec.get("audit"), run.attackers)
     shared = Path(run.output_dir) / "shared"
     experiment = Path(run.experiment).stem
-    with _alone(shared):
+    with alone(shared):
         images = data.prepare(spec, experiment, run.seed, run.data_path, shared)
     start, about = models.start_model(spec["model"], images, run.seed, shared)
-    with _alone(run.folder):
+    with alone(run.folder):
         unclaimed, arguments = training.write_arguments(run, spec, images, start)
         settings = {
             "version": VERSION,
@@ -109,7 +109,7 @@ def _before(start: str, images: data.Data, attacks: dict[str, Any], shared: Path
     """What is measured and attacked of the starting model, once for all methods."""
     mark = digest({"data": images.settings(), "start": weights_of(start), "audit": attacks})
     folder = shared / "before" / f"{name}-{mark}"
-    with _alone(folder):
+    with alone(folder):
         parts = Parts(folder)
 
         def features() -> None:
@@ -197,7 +197,7 @@ def hardware() -> str:
 
 
 @contextmanager
-def _alone(folder: Path) -> Any:
+def alone(folder: Path) -> Any:
     """Hold a folder that another run may be writing."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")

@@ -177,7 +177,7 @@ class ImmunizationStep:
         parts = [part for part in (task, distillation) if part is not None]
         benign_loss = torch.stack(parts).sum() if parts else logits.new_zeros(())
         added = benign_loss if add_task_loss else (distillation if distillation is not None else logits.new_zeros(()))
-        terms = self._terms(benign, harmful, step)
+        terms = self.terms(benign, harmful, step)
         loss, weighed = self.weighting.weigh(
             added,
             terms,
@@ -260,7 +260,20 @@ class ImmunizationStep:
                 "'pixel_values' alone. Let the collator put them under 'labels', or use benign_loss='distillation'."
             )
 
-    def _terms(self, benign: Side, harmful: Side, step: int) -> Terms:
+    def terms(self, benign: Side, harmful: Side, step: int) -> Terms:
+        """The objective's terms; override it to minimize something else.
+
+        Args:
+            benign: The benign side of the batch.
+            harmful: The harmful side.
+            step: Optimizer steps done before this one.
+
+        Returns:
+            The terms, which the weighting weighs.
+
+        Raises:
+            ImmunizationError: One of its kinds, with objective and step, where a term is undefined.
+        """
         sides = {"benign": benign, "harmful": harmful}
         for name, queue in self._queues.items():
             sides[name] = replace(sides[name], features=queue.join(_rows(sides[name])))

@@ -188,7 +188,18 @@ class ImmunizationTrainer(Trainer):
         check_classifier(model)
         self._moving = select_trainable(model, self.args.trainable, self.args.head_module)
         check_checkpointing(model, self.args)
-        self._step = ImmunizationStep(
+        self._step = self.create_step(model)
+
+    def create_step(self, model: PreTrainedModel) -> ImmunizationStep:
+        """What computes the loss of a pair of batches; override it to add terms of your own.
+
+        Args:
+            model: The model, its scope set.
+
+        Returns:
+            The step; one with more to remember than `ImmunizationStep` adds it to ``state_dict``.
+        """
+        return ImmunizationStep(
             model,
             Method.of(self.args),
             moving=self._moving,

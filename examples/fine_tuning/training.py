@@ -1,0 +1,209 @@
+"""The library's Trainer with a candidate's terms, under the library's benign loss, budget and multiplier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from examples.fine_tuning import terms
+from examples.fine_tuning.candidates import Candidate
+from hf_immunize import ImmunizationTrainer
+from hf_immunize.training.method import Method
+from hf_immunize.training.objectives import Side, Terms
+from hf_immunize.training.step import ImmunizationStep, StepResult
+from hf_immunize.training.weighting import balanced_weight, gradient_norm
+
+
+# The inner fine-tuning attacker: the middle of what the audit's attackers try.
+INNER_STEPS, INNER_RATE = 4, 1e-3
+
+
+class Passing:
+    """What passes some modules in the first pass that takes gradients; hooks are removed on exit.
+
+    Args:
+        model: Whose modules.
+        outputs: Modules whose outputs are kept.
+        inputs: Modules whose inputs are.
+    """
+
+    def __init__(self, model: nn.Module, outputs: list[str], inputs: list[str]) -> None:
+        self.model, self.outputs, self.inputs = model, outputs, inputs
+        self.values: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Passing:
+        for name in self.outputs:
+            self._handles.append(self.model.get_submodule(name).register_forward_hook(self._after(name)))
+        for name in self.inputs:
+            self._handles.append(self.model.get_submodule(name).register_forward_pre_hook(self._before(name)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _after(self, name: str) -> Any:
+        return lambda module, inputs, output: self._keep(name, output)
+
+    def _before(self, name: str) -> Any:
+        return lambda module, inputs: self._keep(name, inputs)
+
+    def _keep(self, name: str, value: Any) -> None:
+        # The starting model and held-out images pass without gradients.
+        if torch.is_grad_enabled():
+            self.values.setdefault(name, value[0] if isinstance(value, (tuple, list)) else value)
+
+
+class CandidateStep(ImmunizationStep):
+    """`ImmunizationStep` with the terms of a candidate beside, or in the place of, the default objective.
+
+    A term's gradient at the layer it looks at, or on the parameters, has the norm that the multiplier says, in the
+    unit of the default's: one over the size of the layer's benign values; on the parameters, what concentration at the
+    classifier's input would have there.
+
+    Args:
+        model: As in `ImmunizationStep`.
+        candidate: Which terms.
+        layers: Modules whose outputs they look at.
+        rectifiers: Modules whose inputs they look at.
+        seed: Of new heads.
+        **options: As in `ImmunizationStep`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        candidate: Candidate,
+        layers: list[str],
+        rectifiers: list[str],
+        seed: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        self.candidate, self.seed = candidate, seed
+        self.layers = layers if candidate.layers or candidate.ridge else []
+        self.rectifiers = rectifiers if candidate.silence else []
+
+    def terms(self, benign: Side, harmful: Side, step: int) -> Terms:
+        """At the classifier's input: the default's, if the candidate has them and not all features are zero."""
+        assert isinstance(harmful.features, Tensor)  # one process
+        if not self.candidate.head or not harmful.features.any():
+            return Terms()
+        return super().terms(benign, harmful, step)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: dict[str, Any],
+        step: int,
+        task_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        add_task_loss: bool = True,
+    ) -> StepResult:
+        """As `ImmunizationStep`, with the candidate's terms."""
+        plain = self._plain_model
+        with Passing(plain, self.layers, self.rectifiers) as passing:
+            result = super().__call__(model, batch, step, task_loss, add_task_loss=add_task_loss)
+        labels = batch["harmful"].get("labels")
+        benign = slice(0, len(batch["benign"]["pixel_values"]))
+        harmful = slice(benign.stop, benign.stop + len(batch["harmful"]["pixel_values"]))
+        loss, logged = result.loss, dict(result.logged)
+        factor = self.weighting.factor
+        for name, values in passing.values.items():
+            unit = 1 / torch.linalg.vector_norm(values[benign].detach())
+            found = {}
+            if self.candidate.layers and name in self.layers and values[harmful].any():
+                found["concentration"] = terms.layer_concentration(values[harmful])
+            if self.candidate.ridge:
+                found["ridge"] = terms.ridge_resistance(pooled(values[harmful]), labels)
+            if name in self.rectifiers:
+                found["silence"] = terms.silence(values[harmful], values[benign])
+            for kind, term in found.items():
+                loss = loss + balanced_weight(unit, gradient_norm(term, values), factor) * term
+                logged[f"{kind} {name}"] = term.detach()
+        if self.candidate.tuner:
+            parameters = {name: value for name, value in plain.named_parameters() if value.requires_grad}
+            gradients, value = self._of_tuner(plain, batch["harmful"]["pixel_values"], labels, parameters, step)
+            logged[self.candidate.tuner] = value
+            norm = _norm(gradients.values())
+            if norm > 0:
+                unit = self._unit_on_parameters(plain, batch, parameters)
+                weight = balanced_weight(unit, norm, factor)
+                pulls = [(parameters[name] * (weight * one)).sum() for name, one in gradients.items()]
+                loss = loss + torch.stack(pulls).sum()
+        return replace(result, loss=loss, logged=logged)
+
+    def _of_tuner(
+        self, model: Any, pixels: Tensor, labels: Tensor, parameters: dict[str, Tensor], step: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients on the parameters by name, and what is logged."""
+        seed = self.seed * 100_003 + step
+        if self.candidate.tuner == "unrolled":
+            options = {"steps": INNER_STEPS, "learning_rate": INNER_RATE, "seed": seed}
+            found = terms.after_tuning(model, list(parameters), pixels, labels, **options)
+            return found, _norm(found.values())
+        features = terms.captured_features(model, pixels)
+        draw = torch.Generator().manual_seed(seed)
+        head = terms.HEAD_STD * torch.randn(int(labels.max()) + 1, features.shape[1], generator=draw)
+        body = [value for name, value in parameters.items() if not any(value is one for one in self.head.parameters())]
+        value = terms.flatness(features, labels, body, head)
+        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        named = zip(parameters, found, strict=True)
+        return {name: one for name, one in named if one is not None}, value.detach()
+
+    def _unit_on_parameters(self, model: Any, batch: dict[str, Any], parameters: dict[str, Tensor]) -> Tensor:
+        """Norm on the parameters of concentration at the classifier's input, at a multiplier of 1."""
+        features = terms.captured_features(model, batch["harmful"]["pixel_values"])
+        if not features.any():
+            return torch.zeros(())
+        term = terms.layer_concentration(features)
+        weight = balanced_weight(1 / torch.linalg.vector_norm(features.detach()), gradient_norm(term, features), 1.0)
+        found = torch.autograd.grad(weight * term, list(parameters.values()), allow_unused=True)
+        return _norm(one for one in found if one is not None)
+
+
+def pooled(values: Tensor) -> Tensor:
+    """A layer's values averaged over positions, ``(N, C)``."""
+    return values.mean((2, 3)) if values.dim() == 4 else values.mean(1) if values.dim() == 3 else values
+
+
+def _norm(gradients: Any) -> Tensor:
+    squares = [one.detach().square().sum() for one in gradients]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+class CandidateTrainer(ImmunizationTrainer):
+    """An `ImmunizationTrainer` whose steps are of a candidate.
+
+    Args:
+        candidate: Which.
+        layers: Modules whose outputs its terms look at.
+        rectifiers: Modules whose inputs they look at.
+        *args: As in `ImmunizationTrainer`.
+        **kwargs: As in `ImmunizationTrainer`.
+    """
+
+    def __init__(
+        self, candidate: Candidate, layers: list[str], rectifiers: list[str], *args: Any, **kwargs: Any
+    ) -> None:
+        self.candidate, self.layers, self.rectifiers = candidate, layers, rectifiers
+        super().__init__(*args, **kwargs)
+
+    def create_step(self, model: Any) -> ImmunizationStep:
+        """The candidate's."""
+        return CandidateStep(
+            model,
+            self.candidate,
+            self.layers,
+            self.rectifiers,
+            self.args.seed,
+            method=Method.of(self.args),
+            moving=self._moving,
+            freeze_batchnorm=self.args.freeze_batchnorm,
+            head_module=self.args.head_module,
+        )
