@@ -40,31 +40,6 @@ def layer_concentration(values: Tensor) -> Tensor:
     return spectral_concentration(values.flatten(1))
 
 
-def silence(harmful: Tensor, benign: Tensor, margin: float = 0.5) -> Tensor:
-    """How far harmful images are from switching every rectifier of a layer off.
-
-    Where all are off, the layer's output is the same for all of them, exactly: nothing is left for any later layer to
-    read, and no gradient passes back. The margin is for images that were not trained on.
-
-    Args:
-        harmful: What enters the rectifiers, of harmful images, ``(N, ...)``.
-        benign: The same of benign images; its root mean square is the unit.
-        margin: How far below zero all shall be, in that unit.
-
-    Returns:
-        0-D, the logarithm of the mean square by which they are not there; to be minimized.
-
-    Example:
-        >>> benign = torch.tensor([[1.0, -1.0]])
-        >>> silence(torch.tensor([[-2.0, -0.5]]), benign).item() < -20
-        True
-        >>> round(silence(torch.tensor([[-2.0, 0.5]]), benign).exp().item(), 3)
-        0.5
-    """
-    unit = benign.detach().square().mean().sqrt()
-    return torch.log(F.relu(harmful / unit + margin).square().mean() + 1e-12)
-
-
 def ridge_resistance(features: Tensor, labels: Tensor, strengths: Sequence[float] = (1e-4, 1e-2)) -> Tensor:
     """How well ridge regression, fitted to half of the rows, predicts the other half; differentiable.
 

@@ -13,8 +13,10 @@ from examples.fine_tuning import terms
 from examples.fine_tuning.candidates import Candidate
 from hf_immunize import ImmunizationTrainer
 from hf_immunize.training.method import Method
-from hf_immunize.training.objectives import Side, Terms
+from hf_immunize.training.objectives import Side
+from hf_immunize.training.rectifying import rectifier_activity
 from hf_immunize.training.step import ImmunizationStep, StepResult
+from hf_immunize.training.terms import Terms
 from hf_immunize.training.weighting import balanced_weight, gradient_norm
 
 
@@ -122,7 +124,9 @@ class CandidateStep(ImmunizationStep):
             if self.candidate.ridge:
                 found["ridge"] = terms.ridge_resistance(pooled(values[harmful]), labels)
             if name in self.rectifiers:
-                found["silence"] = terms.silence(values[harmful], values[benign])
+                inner = rectifier_activity(values[harmful], values[benign])
+                loss = loss + balanced_weight(inner.scale, inner.gradient_norm, factor) * inner.value
+                logged[f"activity {name}"] = inner.value.detach()
             for kind, term in found.items():
                 loss = loss + balanced_weight(unit, gradient_norm(term, values), factor) * term
                 logged[f"{kind} {name}"] = term.detach()

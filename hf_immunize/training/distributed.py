@@ -85,7 +85,7 @@ def sum_is_smaller(rows: int, dim: int, dtype: torch.dtype) -> bool:
 
 
 class _Summed(torch.autograd.Function):
-    """The sum of all processes' matrices."""
+    """The sum of all processes' tensors."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor) -> Tensor:
@@ -120,6 +120,18 @@ def sum_hessian(features: Tensor) -> Hessian:
     if world_size() == 1:
         return own
     return replace(own, matrix=_Summed.apply(own.matrix), rows=own.rows * world_size())
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of all processes' values, differentiably; the gradient comes back as of `gather_features`.
+
+    Args:
+        value: Any shape, the same on every process.
+
+    Returns:
+        Of that shape; the argument itself on one process.
+    """
+    return value if world_size() == 1 else _Summed.apply(value)
 
 
 def gather_labels(labels: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_immunize.errors import ArgumentError
 from hf_immunize.training.distillation import MOST_OF_AN_IMAGE
-from hf_immunize.training.objectives import OBJECTIVES
+from hf_immunize.training.objectives import INSIDE, OBJECTIVES
 from hf_immunize.training.weighting import WeightRule
 
 
@@ -87,6 +87,12 @@ def _normalized(method: Method) -> dict[str, Any]:
     ):
         if getattr(method, name) not in known:
             raise ArgumentError(f"Expected {name}= out of {', '.join(known)}, found {getattr(method, name)!r}.")
+    if method.objective in INSIDE and method.benign_loss == "task" and method.harmful_weight == "auto":
+        raise ArgumentError(
+            f"Expected benign_loss='distillation' or 'both' with objective={method.objective!r}, found 'task': its "
+            "terms inside the network are weighed against staying near the starting model. Change it, or give "
+            "harmful_weight= as a number."
+        )
     budget: Any = method.benign_budget
     if isinstance(budget, str) and budget.lower() == "none":
         budget = None

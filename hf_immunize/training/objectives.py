@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hf_immunize.errors import DataError
+from hf_immunize.errors import DataError, ScopeError
 from hf_immunize.spectra.hessian import Hessian
 from hf_immunize.spectra.log_kappa import hessian_log_kappa
 from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well, spectral_concentration
 from hf_immunize.training.inner import adapted_loss
+from hf_immunize.training.rectifying import rectifier_activity
+from hf_immunize.training.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -27,24 +29,14 @@ class Side:
             Objectives of the spectrum take their `Hessian` instead as well.
         logits: Classifier outputs, shape ``(N, C)``.
         labels: Class indices, shape ``(N,)``; None where the data have none.
+        rectified: Name to what enters a rectifier that no shortcut bypasses, ``(N, ...)``, of this process alone; of
+            objectives that look there.
     """
 
     features: Tensor | Hessian
     logits: Tensor | None = None
     labels: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Regularization terms to be minimized, by the side whose features they look at.
-
-    Attributes:
-        benign: Name to 0-D tensor; weighted by ``benign_weight``.
-        harmful: Name to 0-D tensor; weighted by ``harmful_weight``.
-    """
-
-    benign: dict[str, Tensor] = field(default_factory=dict)
-    harmful: dict[str, Tensor] = field(default_factory=dict)
+    rectified: dict[str, Tensor] = field(default_factory=dict)
 
 
 def kappa(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
@@ -120,6 +112,39 @@ def concentration(benign: Side, harmful: Side, scale_free: bool = False) -> Term
     )
 
 
+def silence(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
+    """Rectifiers off on harmful images, benign features away from one direction.
+
+    Where all rectifiers of a layer are off, every image has the same features behind it, exactly (see
+    `rectifier_activity`): the harmful rank falls to one or to zero, and nothing is left at any scale.
+
+    Args:
+        benign: The benign side; its features and what enters its rectifiers are used.
+        harmful: The harmful side; what enters its rectifiers is used.
+        scale_free: Changes nothing: it is scale-free by itself.
+
+    Returns:
+        Terms ``spread`` (benign, −C) and, one a rectifier, ``activity`` (inner).
+
+    Raises:
+        ScopeError: If there is no rectifier to switch off.
+        NonFiniteError, RankError: See `spectral_concentration`.
+    """
+    if not harmful.rectified:
+        raise ScopeError(
+            "Expected rectifiers (ReLU, ReLU6) in the part that moves, around which no shortcut leads to the "
+            "classifier, found none: objective='silence' has nothing to switch off. Take objective='concentration', "
+            "or with trainable= a part that holds some (of ResNet and MobileNet the last stage does)."
+        )
+    return Terms(
+        benign={"spread": -spectral_concentration(benign.features)},
+        inner={
+            f"activity_{index}": rectifier_activity(values, benign.rectified[name])
+            for index, (name, values) in enumerate(harmful.rectified.items())
+        },
+    )
+
+
 def opt_kappa(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
     """The paper's baseline "Opt κ": ``log κ`` itself, down for benign and up for harmful features.
 
@@ -169,8 +194,11 @@ def imma(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
 # In the order in which `--help` names them.
 OBJECTIVES: dict[str, Callable[[Side, Side, bool], Terms]] = {
     "concentration": concentration,
+    "silence": silence,
     "kappa": kappa,
     "r_ill": r_ill,
     "opt_kappa": opt_kappa,
     "imma": imma,
 }
+# Those that look at what enters rectifiers.
+INSIDE = ("silence",)

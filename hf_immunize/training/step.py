@@ -31,11 +31,13 @@ from hf_immunize.training.distributed import (
 )
 from hf_immunize.training.forward import forward_both
 from hf_immunize.training.method import Method
-from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
+from hf_immunize.training.objectives import INSIDE, OBJECTIVES, Side
 from hf_immunize.training.queue import FeatureQueue
+from hf_immunize.training.terms import Terms
 from hf_immunize.training.weighting import Weighting, gradient_norm
 from hf_immunize.vision.adapters import outermost_name
-from hf_immunize.vision.features import find_head
+from hf_immunize.vision.features import HeadInput, find_head
+from hf_immunize.vision.rectifiers import RectifierInputs, choke_points, find_rectifiers
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
 from hf_immunize.vision.trunk import TrunkSplit
 
@@ -113,6 +115,8 @@ class ImmunizationStep:
         self.trunk: TrunkSplit | None = None
         self._plain_model = model
         size = self.method.queue_size
+        # Found in the first step, which has images to try them on.
+        self._rectifiers: list[str] | None = None if self.method.objective in INSIDE else []
         self._queues = {side: FeatureQueue(size) for side in ("benign", "harmful")} if size else {}
 
     def __call__(
@@ -152,18 +156,26 @@ class ImmunizationStep:
         benign_end, harmful_end = counts[0], sum(counts)
         rest = [batch[side]["pixel_values"] for side in ("harmful", "distillation") if side in batch]
         others = {"pixel_values": torch.cat(rest)}
-        with replayed(self.trunk, self._plain_model):
+        rectifiers = self._rectifiers_of(batch)
+        with replayed(self.trunk, self._plain_model), RectifierInputs(self._plain_model, rectifiers) as inside:
             features, logits, loss_features = forward_both(
                 model, self.head, batch["benign"], others, together=self.together
             )
+        rectified = inside.values
         labels = batch["benign"].get("labels")
         if labels is None:
             self._check_unlabelled(add_task_loss)
-        benign = Side(self._of_all_processes(features[:benign_end]), logits[:benign_end], labels)
+        benign = Side(
+            self._of_all_processes(features[:benign_end]),
+            logits[:benign_end],
+            labels,
+            {name: values[:benign_end] for name, values in rectified.items()},
+        )
         harmful = Side(
             self._of_all_processes(features[benign_end:harmful_end]),
             logits[benign_end:harmful_end],
             gather_labels(batch["harmful"].get("labels")) if self.method.objective == "imma" else None,
+            {name: values[benign_end:harmful_end] for name, values in rectified.items()},
         )
         task_loss = task_loss or nn.functional.cross_entropy
         task = None
@@ -188,6 +200,20 @@ class ImmunizationStep:
         for side, queue in self._queues.items():
             queue.push(_rows({"benign": benign, "harmful": harmful}[side]))
         return StepResult(loss, {"benign_loss": benign_loss, **logged, **weighed}, logits[:benign_end])
+
+    def _rectifiers_of(self, batch: dict[str, Any]) -> list[str]:
+        """Rectifiers that the objective looks at."""
+        if self._rectifiers is None:
+            images = torch.cat([batch[side]["pixel_values"][:2] for side in ("benign", "harmful")])
+
+            def features() -> Tensor:
+                with replayed(self.trunk, self._plain_model), HeadInput(self.head) as captured:
+                    released_logits(self._plain_model, images)
+                return captured.features
+
+            names = find_rectifiers(self._plain_model, self.moving)
+            self._rectifiers = choke_points(self._plain_model, names, features)
+        return self._rectifiers
 
     def _of_all_processes(self, features: Tensor) -> Tensor | Hessian:
         """The global batch: features where rows are needed, else whichever of features and Hessian moves less."""

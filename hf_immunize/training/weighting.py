@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_immunize.spectra.hessian import Hessian
 from hf_immunize.training.distributed import process_mean
-from hf_immunize.training.objectives import Terms
+from hf_immunize.training.terms import Terms
 
 
 # In a step the multiplier changes by this power of budget over measure, within these bounds: slower the nearer the
@@ -227,20 +227,31 @@ class Weighting:
             for name, term in named.items():
                 if isinstance(given, str):
                     scale = benign_scale() if scale is None else scale
-                    norm = gradient_norm(term, features[side])
-                    # A number as it is: a tensor made of it would be copied to the device in every step.
-                    factor = self.factor.to(norm.device) if self.rule.budget is not None else self.rule.ratio
-                    weight = balanced_weight(scale, norm, factor)
+                    weight = balanced_weight(scale, gradient_norm(term, features[side]), self._factor_on(term))
                 else:
-                    weight = term.detach().new_full((), given)
-                    if self.rule.budget is not None:
-                        weight = weight * self.factor.to(term.device)
+                    weight = self._given(given, term)
                 weight = warmup * weight
                 total = total + weight * term
                 logged |= {name: term, f"{side}_weight": weight}
+        for name, inner in terms.inner.items():
+            given, term = self.rule.harmful, inner.value
+            if isinstance(given, str):
+                weight = balanced_weight(inner.scale, inner.gradient_norm, self._factor_on(term))
+            else:
+                weight = self._given(given, term)
+            total = total + warmup * weight * term
+            logged[name] = term
         if self.rule.budget is not None:
             logged["multiplier"] = self.factor
         return total, logged
+
+    def _factor_on(self, term: Tensor) -> Tensor | float:
+        # A number as it is: a tensor made of it would be copied to the device in every step.
+        return self.factor.to(term.device) if self.rule.budget is not None else self.rule.ratio
+
+    def _given(self, weight: float, term: Tensor) -> Tensor:
+        number = term.detach().new_full((), weight)
+        return number if self.rule.budget is None else number * self.factor.to(term.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on exactly."""

@@ -9,8 +9,8 @@ import transformers as hf
 from families import BUILDERS, LABELS, TRANSFORMER
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_immunize.errors import ArgumentError
-from hf_immunize.training.objectives import OBJECTIVES
+from hf_immunize.errors import ArgumentError, ScopeError
+from hf_immunize.training.objectives import INSIDE, OBJECTIVES
 from hf_immunize.vision.adapters import adapter_parameters
 from hf_immunize.vision.bare import load_with_linear_head
 from hf_immunize.vision.features import find_head, penultimate_features
@@ -48,14 +48,36 @@ def calibrate(model):
         norm.momentum = momentum
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
-@pytest.mark.parametrize("name", list(BUILDERS))
+EVERYWHERE = [name for name in OBJECTIVES if name not in INSIDE]
+# Their last stage has rectifiers that no shortcut bypasses.
+RECTIFIED = ("resnet", "mobilenet_v1", "mobilenet_v2", "regnet")
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name not in RECTIFIED])
+def test_silence_is_refused_where_nothing_can_be_switched_off(built, trainer, images, name):
+    sides = {"train_dataset": images(8, 1, 32), "harmful_dataset": images(8, 2, 32)}
+    options = {"objective": "silence", "benign_loss": "both"}
+    run = trainer(built(name), **options, eval_dataset=None, harmful_eval_dataset=None, **sides)
+    with pytest.raises(ScopeError, match="objective='concentration'"):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        (name, objective)
+        for name in BUILDERS
+        for objective in OBJECTIVES
+        if objective in EVERYWHERE or name in RECTIFIED
+    ],
+)
 def test_two_steps_move_what_is_in_scope(built, trainer, images, name, objective):
     model = built(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     run = trainer(
         model,
         objective=objective,
+        benign_loss="both" if objective in INSIDE else "task",
         train_dataset=images(8, 1, 32),
         harmful_dataset=images(8, 2, 32),
         eval_dataset=None,
@@ -142,7 +164,7 @@ class TestAdapters:
 
         return wrap
 
-    @pytest.mark.parametrize("objective", list(OBJECTIVES))
+    @pytest.mark.parametrize("objective", EVERYWHERE)
     @pytest.mark.parametrize("name, targets", [("vit", ["q_proj", "v_proj"]), ("resnet", ["convolution"])])
     def test_two_steps_move_the_adapter_in_the_last_stage(self, short, wrapped, name, targets, objective):
         model = wrapped(name, target_modules=targets)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from hf_immunize.training.distributed import sum_hessian
-from hf_immunize.training.objectives import OBJECTIVES, Side
+from hf_immunize.training.objectives import INSIDE, OBJECTIVES, Side
 from hf_immunize.training.weighting import gradient_norm
 
 
-SPECTRAL = [name for name in OBJECTIVES if name != "imma"]
+SPECTRAL = [name for name in OBJECTIVES if name not in ("imma", *INSIDE)]
 
 
 def both(name, dtype, scale_free=False):

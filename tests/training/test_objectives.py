@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.errors import ArgumentError, DataError, ScopeError
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.training.inner import adapted_loss
 from hf_immunize.training.method import Method
@@ -15,14 +15,14 @@ from hf_immunize.training.objectives import OBJECTIVES, Side
 def side(seed, labels=True, rows=12, dim=6):
     draw = torch.Generator().manual_seed(seed)
     features = torch.randn(rows, dim, dtype=torch.float64, generator=draw).requires_grad_()
-    return Side(features, features[:, :3], torch.arange(rows) % 4 if labels else None)
+    return Side(features, features[:, :3], torch.arange(rows) % 4 if labels else None, {"rectifier": features})
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_a_step_down_the_harmful_term_moves_harmful_features_alone(name):
     benign, harmful = side(0), side(1)
     terms = OBJECTIVES[name](benign, harmful, False)
-    sum(terms.harmful.values()).backward()
+    sum([*terms.harmful.values(), *(term.value for term in terms.inner.values())]).backward()
     assert benign.features.grad is None and harmful.features.grad.norm() > 0
 
 
@@ -46,6 +46,21 @@ def test_descent_on_the_benign_term_lowers_kappa(name):
         (gradient,) = torch.autograd.grad(term, features)
         features = (features - 0.02 * gradient / gradient.norm() * features.norm()).detach().requires_grad_()
     assert feature_conditioning(features.detach()).log_kappa < before - 0.2
+
+
+def test_descent_on_silence_switches_every_rectifier_off():
+    harmful, benign = side(1), side(0)
+    for _ in range(200):
+        (term,) = OBJECTIVES["silence"](benign, harmful, False).inner.values()
+        (gradient,) = torch.autograd.grad(term.value, harmful.features)
+        features = (harmful.features - 0.1 * gradient / gradient.norm().clamp_min(1e-12)).detach().requires_grad_()
+        harmful = Side(features, rectified={"rectifier": features})
+    assert not torch.relu(harmful.features).any()
+
+
+def test_silence_without_rectifiers_names_the_remedy():
+    with pytest.raises(ScopeError, match="objective='concentration'"):
+        OBJECTIVES["silence"](Side(side(0).features), Side(side(1).features), False)
 
 
 def test_descent_on_imma_makes_a_fitted_head_worse():

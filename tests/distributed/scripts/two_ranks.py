@@ -19,14 +19,16 @@ from hf_immunize.training.distributed import (
     world_size,
 )
 from hf_immunize.training.immunization_callback import ImmunizationCallback
-from hf_immunize.training.objectives import OBJECTIVES, Side
+from hf_immunize.training.objectives import INSIDE, OBJECTIVES, Side
 from hf_immunize.training.queue import FeatureQueue
 from hf_immunize.training.trainer import ImmunizationTrainer
 from hf_immunize.vision.images import ImageCollator
 
 
 PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}
-SPECTRAL = [name for name in OBJECTIVES if name != "imma"]
+# A ViT has no rectifiers.
+TRAINED = [name for name in OBJECTIVES if name not in INSIDE]
+SPECTRAL = [name for name in TRAINED if name != "imma"]
 # Its default would make steps of full size out of gradients that are rounding, as of the bias of attention's keys.
 ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-2}
 FIXED = PAPER | {"benign_weight": 0.5, "harmful_weight": 2.0}
@@ -48,6 +50,12 @@ def vit(dropout=0.0):
     model = hf.ViTForImageClassification(hf.ViTConfig(**sizes, hidden_dropout_prob=dropout))
     model.vit.layernorm.bias.data.normal_()
     return model
+
+
+def resnet():
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic", "num_labels": 2}
+    return hf.ResNetForImageClassification(hf.ResNetConfig(**sizes))
 
 
 def gathered(gradient):
@@ -77,11 +85,16 @@ def gradients():
                 whole = [queue.join(each) for each in whole] if size else whole
                 own = gather_labels(labels.chunk(world_size())[rank()])
                 routes = {"queue" if size else "batch": whole}
-                if dtype == torch.float32 and not size and name != "imma":
+                if dtype == torch.float32 and not size and name in SPECTRAL:
                     routes["sum"] = [sum_hessian(part) for part in parts]
                 for route, given in routes.items():
-                    terms = objective(Side(given[0]), Side(given[1], labels=own), False)
-                    torch.stack([*terms.benign.values(), *terms.harmful.values()]).sum().backward()
+                    inside = [{"rectifier": part} for part in parts]
+                    sides = Side(given[0], rectified=inside[0]), Side(given[1], labels=own, rectified=inside[1])
+                    terms = objective(*sides, False)
+                    inner = [term.value for term in terms.inner.values()]
+                    torch.stack([*terms.benign.values(), *terms.harmful.values(), *inner]).sum().backward()
+                    for term in terms.inner.values():
+                        found[f"{name} {dtype} {route} weighing"] = [[float(term.gradient_norm), float(term.scale)]]
                     case = f"{name} {str(dtype).removeprefix('torch.')} {route}"
                     found[case] = [gathered(part.grad) for part in parts if part.grad is not None]
                     for part in parts:
@@ -139,8 +152,8 @@ def outcome(run):
     return {"metrics": metrics, "log": {name: log[name] for name in names if name in log}, "weights": moved}
 
 
-def run(folder, dtype=torch.float32, **options):
-    done = trainer(folder, vit().to(dtype), dtype, **options)
+def run(folder, dtype=torch.float32, model=None, **options):
+    done = trainer(folder, (model or vit()).to(dtype), dtype, **options)
     done.train()
     return outcome(done)
 
@@ -157,7 +170,7 @@ def summed(folder):
 def every_objective(folder, dtype):
     """Two steps with weights by gradient norms, the second with a queue where there is one."""
     found = {}
-    for name in OBJECTIVES:
+    for name in TRAINED:
         for size in (0, 6) if name != "imma" else (0,):
             options = PAPER | {"objective": name, "queue_size": size, "max_steps": 2}
             found[f"{name} {'queue' if size else 'batch'}"] = run(folder, dtype, **options)
@@ -170,6 +183,7 @@ def exactly(folder):
     return every_objective(folder, torch.float64) | {
         "distilled": run(folder, torch.float64, max_steps=4, queue_size=16),
         "both": run(folder, torch.float64, max_steps=2, **loss),
+        "silence": run(folder, torch.float64, resnet(), objective="silence", max_steps=2),
     }
 
 

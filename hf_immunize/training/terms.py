@@ -1,0 +1,37 @@
+"""What an objective gives: terms to be minimized, by what they look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InnerTerm:
+    """A term that looks at something inside the network instead of at the classifier's input.
+
+    Attributes:
+        value: 0-D, the same on every process.
+        gradient_norm: Norm of its gradient on what it looks at, 0-D, detached.
+        scale: The unit in which that norm is weighed, 0-D, detached.
+    """
+
+    value: Tensor
+    gradient_norm: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Regularization terms to be minimized, by the side whose features they look at.
+
+    Attributes:
+        benign: Name to 0-D tensor; weighted by ``benign_weight``.
+        harmful: Name to 0-D tensor; weighted by ``harmful_weight``.
+        inner: Name to a term of what harmful images are inside the network; weighted by ``harmful_weight`` too.
+    """
+
+    benign: dict[str, Tensor] = field(default_factory=dict)
+    harmful: dict[str, Tensor] = field(default_factory=dict)
+    inner: dict[str, InnerTerm] = field(default_factory=dict)
