@@ -27,10 +27,11 @@ class Conditioning:
     Attributes:
         kappa: κ(H) = (σ_max(Z)/σ_min⁺(Z))², dimensionless; a lower bound of it where `is_bound`.
         log_kappa: natural logarithm of `kappa`.
-        rank: Number of singular values of ``Z`` above `cutoff`.
+        rank: Number of singular values of ``Z`` above `cutoff`; 0 where all features are zero and the reference's are
+            not, which `is_bound` says too.
         num_samples: N, the rows of ``Z``. With N < D the number describes the sample, not the task.
         dim: D, the columns of ``Z``.
-        effective_rank: ``exp`` of the entropy of ``σ_i / Σ_j σ_j``, between 1 and min(N, D).
+        effective_rank: ``exp`` of the entropy of ``σ_i / Σ_j σ_j``, between 1 and min(N, D); 0 of rank 0.
         sigma_max: Largest singular value of ``Z``, in the units of the features.
         sigma_min: Smallest singular value of ``Z`` above `cutoff`.
         cutoff: The rank rule's threshold on singular values of ``Z`` (see `rank_cutoff`).
@@ -169,7 +170,7 @@ def summarize_spectrum(
         The conditioning; a lower bound where the rank fell below the reference's.
 
     Raises:
-        RankError: If the rank is zero.
+        RankError: If the rank is zero, without a reference that it fell from.
         ShapeError: If the reference describes another number of samples or features.
     """
     values = sigma.tolist()
@@ -177,13 +178,14 @@ def summarize_spectrum(
     frobenius = math.sqrt(math.fsum(v * v for v in values))
     cutoff = rank_cutoff(sigma_max, frobenius, num_samples, dim, produced_dtype, folds=folds)
     kept = [v for v in values if v > cutoff]
-    if not kept:
+    if not kept and reference is None:
         raise RankError(
             f"Expected {name} of rank at least 1, found rank 0 (N = {num_samples}, D = {dim}): "
             "every value is zero, so κ is undefined. Check that the network is not dead and the right layer is read."
         )
     total = math.fsum(values)
-    effective_rank = math.exp(-math.fsum(v / total * math.log(v / total) for v in values if v / total > 0))
+    shares = [v / total for v in values if v / total > 0] if kept else []
+    effective_rank = math.exp(-math.fsum(v * math.log(v) for v in shares)) if kept else 0.0
     is_bound = False
     if reference is not None:
         if (reference.num_samples, reference.dim) != (num_samples, dim):
@@ -194,7 +196,11 @@ def summarize_spectrum(
         is_bound = len(kept) < reference.rank
     # Directions lost against the reference lie somewhere below the cut-off: by the pseudo-inverse they would vanish
     # from κ, and a collapse to one direction would read κ = 1. At the cut-off they bound κ from below.
-    log_kappa = 2.0 * math.log(sigma_max / (cutoff if is_bound else kept[-1]))
+    if kept:
+        log_kappa = 2.0 * math.log(sigma_max / (cutoff if is_bound else kept[-1]))
+    else:
+        # All are lost: one direction that shrinks to nothing has this bound all the way.
+        log_kappa = -2.0 * math.log(rank_cutoff(1.0, 1.0, num_samples, dim, produced_dtype, folds=folds))
     return Conditioning(
         kappa=math.exp(min(log_kappa, 709.0)),
         log_kappa=log_kappa,
@@ -203,7 +209,7 @@ def summarize_spectrum(
         dim=dim,
         effective_rank=effective_rank,
         sigma_max=sigma_max,
-        sigma_min=kept[-1],
+        sigma_min=kept[-1] if kept else 0.0,
         cutoff=cutoff,
         is_bound=is_bound,
         reference_rank=None if reference is None else reference.rank,
@@ -258,7 +264,7 @@ def feature_conditioning(
     Raises:
         ShapeError: If the features are not ``(N, D)``, or the reference describes other data.
         NonFiniteError: If they hold NaN or infinity.
-        RankError: If they are zero.
+        RankError: If they are zero, without a reference, or the reference is.
 
     Example:
         >>> import torch

@@ -127,7 +127,7 @@ class FeatureFactor:
             `Conditioning`; a bound where the rank is below the reference's.
 
         Raises:
-            RankError: If no batch was folded in, or all features are zero.
+            RankError: If no batch was folded in, or all features are zero, without a reference.
             ShapeError: If the reference describes another number of samples or features.
         """
         if isinstance(reference, FeatureFactor):
