@@ -61,33 +61,68 @@ def attack(model: str, data: Data, spec: dict[str, Any], folder: Path) -> AuditR
     return report
 
 
-def found(before: AuditReport, after: AuditReport, utility: dict[str, Any], first_third: list[str]) -> dict[str, Any]:
+def look_before_rectifiers(model: str, data: Data, spec: dict[str, Any], folder: Path) -> AuditReport:
+    """Ridge at every layer and at what enters the rectifiers, of the harmful task alone.
+
+    Args:
+        model: Folder.
+        data: As in `attack`.
+        spec: As in `attack`.
+        folder: Where outcomes are kept.
+
+    Returns:
+        The report, which is in `folder` too.
+    """
+    if (folder / "audit.json").is_file():
+        return AuditReport.load(folder)
+    preset = replace(preset_of(spec), probes=("ridge",), fine_tuning=())
+    images = (data.load("harmful", "train"), data.load("harmful", "test"))
+    report = audit(model, harmful=images, preset=preset, run_dir=folder, keep_features=0, seed=0)
+    report.write(folder)
+    return report
+
+
+def found(
+    sides: tuple[AuditReport, AuditReport],
+    rectifiers: tuple[AuditReport, AuditReport],
+    utility: dict[str, Any],
+    first_third: list[str],
+) -> dict[str, Any]:
     """What the attacks read before and after.
 
     Args:
-        before: Of the starting model.
-        after: Of the immunized one.
+        sides: Of the starting model and of the immunized one.
+        rectifiers: Likewise, with what enters rectifiers.
         utility: Benign accuracy of both.
         first_third: Names of layers in the first third of the network.
 
     Returns:
-        ``chance``, ``head``, ``later`` (any layer from the second third on), ``any_layer``, ``unrelated``, each with
-        the strongest probe before and after; ``tuning``: attacker to accuracies, curves, steps to half of what the
-        starting model gives above chance, and signed deviation.
+        ``chance``, ``head``, ``later`` (outputs of layers from the second third on), ``entering`` (what enters
+        rectifiers there), ``any_layer``, ``unrelated``, each with the strongest probe before and after; ``tuning``:
+        attacker to accuracies, curves, steps to half of what the starting model gives above chance, and signed
+        deviation.
     """
-    data = joined(before, after, ("start", "immunized"), utility).data
-    summaries = [one for one in summarize(data) if one.access != "fine_tuning"]
+    data = joined(*sides, ("start", "immunized"), utility).data
+    summaries = [one for one in summarize(data) if one.access != "fine_tuning" and not _enters(one)]
     early = tuple(f"{name}{end}" for name in first_third for end in (" ", "."))
     later = [one for one in summaries if not one.layer.removeprefix("input of ").startswith(early)]
+    looked = summarize(joined(*rectifiers, ("start", "immunized"), utility).data)
+    entering = [one for one in looked if _enters(one) and not one.layer.removeprefix("input of ").startswith(early)]
     return {
         "chance": data.tasks["harmful"].chance,
         "images": [data.tasks["harmful"].train_size, data.tasks["harmful"].test_size],
         "head": _both(summaries, "harmful", "head_input"),
         "later": _both(later, "harmful", "any_layer"),
-        "any_layer": _both(summaries, "harmful", "any_layer"),
+        "entering": _both(entering, "harmful", "any_layer") if entering else None,
+        "any_layer": _both([*summaries, *entering], "harmful", "any_layer"),
         "unrelated": _both(summaries, "unrelated", "head_input"),
         "tuning": _tuning(data),
     }
+
+
+def _enters(one: Summary) -> bool:
+    """Whether it reads what enters a rectifier."""
+    return one.layer.startswith("input of ") and "activation" in one.layer
 
 
 def _both(summaries: list[Summary], task: str, access: str) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from hf_immunize.attacks.text import label, percent, signed
 from hf_immunize.errors import DataError
 
 
+READ = {"head": "classifier's input", "later": "later layers", "entering": "entering rectifiers"}
+READ |= {"any_layer": "any layer"}
 FINDINGS = Path(__file__).parent / "findings.md"
 INTRODUCTION = """# Fine-tuning attackers and earlier layers: results
 
@@ -32,7 +34,8 @@ held-out benign images) and its multiplier; they differ in what is minimized and
 - *Benign change*: accuracy after less before on the same images, over all seeds, with a 95 % interval paired by image.
 - *Classifier's input*: the strongest of ridge, LDA, gradient descent with exact line search, L-BFGS. *Later layers*:
   the strongest of these and of ridge at the output of every stage, pooled and flattened, from the second third of the
-  network on. *Any layer*: the first third too.
+  network on. *Entering rectifiers*: ridge on what enters the last ReLU of each stage there, which an attacker has only
+  to look at. *Any layer*: all of these, and the first third too.
 - *Last stage, LoRA, whole*: best accuracy of that attacker with a new head, after it tried each optimizer and rate.
 - *Times the steps*: steps to half of what the starting model gives above chance, after over before, geometric mean;
   ≥ where the immunized model never came to it. *Deviation*: relative fine-tuning deviation, signed, in per cent
@@ -74,8 +77,10 @@ def points(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _both(group: list[dict[str, Any]], part: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
-    sides = [[part(row)[moment]["accuracy"] for row in group] for moment in ("before", "after")]
+def _both(group: list[dict[str, Any]], part: Callable[[dict[str, Any]], dict[str, Any] | None]) -> str:
+    if any(part(row) is None for row in group):
+        return "–"
+    sides = [[(part(row) or {})[moment]["accuracy"] for row in group] for moment in ("before", "after")]
     shown = [spread([one for one in side if one is not None], points) for side in sides]
     return " → ".join(shown)
 
@@ -83,7 +88,7 @@ def _both(group: list[dict[str, Any]], part: Callable[[dict[str, Any]], dict[str
 def probes(groups: list[list[dict[str, Any]]]) -> list[str]:
     """Benign accuracy and the strongest probes."""
     heads = ["candidate", "seeds", "benign change, points (95 %)", "log10 RIR", "(ii)", "classifier's input"]
-    heads += ["later layers", "any layer", "unrelated task", "minutes"]
+    heads += ["later layers", "entering rectifiers", "any layer", "unrelated task", "minutes"]
     lines = []
     for group in groups:
         mean, (low, high), _ = pooled_difference(group)
@@ -100,7 +105,7 @@ def probes(groups: list[list[dict[str, Any]]]) -> list[str]:
                 spread([one["benign_ratio"] for one in exact if one["benign_ratio"]], lambda value: f"{value:.2g}"),
                 *(
                     _both(group, lambda row, name=name: row["attacks"][name])
-                    for name in ("head", "later", "any_layer", "unrelated")
+                    for name in ("head", "later", "entering", "any_layer", "unrelated")
                 ),
                 f"{minutes:.0f}",
             ]
@@ -192,7 +197,8 @@ def one_line(row: dict[str, Any]) -> str:
     )
     sides = ", ".join(
         f"{called} {percent(found[name]['before']['accuracy'])} → {percent(found[name]['after']['accuracy'])}"
-        for name, called in (("head", "classifier's input"), ("later", "later layers"), ("any_layer", "any layer"))
+        for name, called in READ.items()
+        if found[name]
     )
     return f"{row['name']}: benign {percent(utility['reference'])} → {percent(utility['immunized'])}, {sides}, {tuned}"
 

@@ -124,7 +124,14 @@ def _make(run: Run, spec: dict[str, Any], images: data.Data, start: str, setting
         lambda: bool(attacks.attack(str(model), images, spec["attacks"], run.folder / "audit")),
         resumed=begun,
     )
-    reports = [attacks.AuditReport.load(folder / "audit") for folder in (before, run.folder)]
+    parts.run(
+        "what enters rectifiers",
+        lambda: bool(attacks.look_before_rectifiers(str(model), images, spec["attacks"], run.folder / "rectifiers")),
+    )
+    reports = [
+        tuple(attacks.AuditReport.load(folder / name) for folder in (before, run.folder))
+        for name in ("audit", "rectifiers")
+    ]
     return {
         "name": run.name,
         "experiment": Path(run.experiment).stem,
@@ -160,6 +167,10 @@ def _before(run: Run, spec: dict[str, Any], images: data.Data, start: str) -> Pa
             "attacks on the starting model",
             lambda: bool(attacks.attack(start, images, spec["attacks"], folder / "audit")),
             resumed=begun,
+        )
+        parts.run(
+            "what enters rectifiers",
+            lambda: bool(attacks.look_before_rectifiers(start, images, spec["attacks"], folder / "rectifiers")),
         )
     return folder
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_immunize.errors import ScopeError
 from hf_immunize.vision.features import HeadInput, find_head
+from hf_immunize.vision.rectifiers import RECTIFIERS
 from hf_immunize.vision.scope import block_modules
 
 
@@ -61,14 +62,15 @@ class Extraction:
 def find_layers(
     model: PreTrainedModel, pixel_values: Tensor, max_layers: int, head_module: str | None = None
 ) -> list[Layer]:
-    """The layers to probe: what enters the blocks, and the output of every stage.
+    """The layers to probe: what enters the blocks, the output of every stage, and what enters its last rectifier.
 
-    A stage ends where the resolution changes; where it never does (ViT), every block is one.
+    A stage ends where the resolution changes; where it never does (ViT), every block is one. A rectifier that is off
+    hides what enters it from all that follows, and an attacker has only to look there.
 
     Args:
         model: An image classifier of transformers.
         pixel_values: One image or more, ``(n, C, H, W)``.
-        max_layers: At most so many, evenly spaced, the last among them.
+        max_layers: At most so many, evenly spaced, the last among them; what enters rectifiers comes on top.
         head_module: The classifier's name, where it cannot be found without help.
 
     Returns:
@@ -88,20 +90,35 @@ def find_layers(
         return []
     first = next(iter(blocks))
     wanted = [Layer(first, True, ()), *(Layer(name, False, ()) for name in blocks)]
-    with Readings(model, wanted) as readings:
+    rectifiers = [Layer(name, True, ()) for name, module in model.named_modules() if isinstance(module, RECTIFIERS)]
+    with Readings(model, list(dict.fromkeys([*wanted, *rectifiers]))) as readings:
         run(model, pixel_values[:1])
-    shapes = [tuple(readings.values[layer].shape[1:]) if layer in readings.values else () for layer in wanted]
-    found = [Layer(layer.name, layer.before, shape) for layer, shape in zip(wanted, shapes, strict=True)]
-    found = [layer for layer in found if len(layer.shape) in (2, 3)]
+    passed = {layer: tuple(value.shape[1:]) for layer, value in readings.values.items()}  # in the order of the pass
+    found = [layer for layer in wanted if len(passed.get(layer, ())) in (2, 3)]
     # (C, h, w) or (T, C): what changes between stages is the grid.
-    grids = [layer.shape[1:] if len(layer.shape) == 3 else layer.shape[:1] for layer in found]
+    grids = [passed[layer][1:] if len(passed[layer]) == 3 else passed[layer][:1] for layer in found]
     ends = [i for i in range(len(found)) if i + 1 == len(found) or grids[i] != grids[i + 1]]
     if len(ends) > 1:
         found = [found[i] for i in ends]
     if len(found) > max_layers:
         chosen = np.unique(np.linspace(0, len(found) - 1, max_layers).round().astype(int))
         found = [found[i] for i in chosen]
-    return found
+    places = _with_rectifiers(found, [layer for layer in passed if len(passed[layer]) in (2, 3)], set(rectifiers))
+    return [Layer(layer.name, layer.before, passed[layer]) for layer in places]
+
+
+def _with_rectifiers(found: list[Layer], passed: list[Layer], rectifiers: set[Layer]) -> list[Layer]:
+    """Layers found, each with the last rectifier passed before it, and the last of all; in the order of the pass."""
+    if not found:
+        return found
+    chosen, last, begun = [], None, False
+    for layer in passed:
+        if layer in rectifiers and begun:
+            last = layer
+        if layer in found:
+            chosen += [last, layer] if last is not None else [layer]
+            last, begun = None, True
+    return list(dict.fromkeys([*chosen, last] if last is not None else chosen))
 
 
 def choose_views(
@@ -271,7 +288,10 @@ class Readings:
 
     def _before(self, layer: Layer) -> Any:
         def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self._note(layer, (*inputs, *named.values()))
+            values = (*inputs, *named.values())
+            # In place it writes over what entered.
+            in_place = getattr(module, "inplace", False)
+            self._note(layer, (value.clone() if in_place else value for value in values))
 
         return record
 

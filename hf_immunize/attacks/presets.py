@@ -9,7 +9,7 @@ from hf_immunize.errors import ArgumentError
 
 
 # Raised whenever an attacker, a grid or a budget below changes.
-PRESET_VERSION = 1
+PRESET_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Preset:
         layer_seeds: Seeds of probes at earlier layers.
         tuning_seeds: Seeds of fine-tuning.
         flattened_probes: Attackers at earlier layers without pooling, in the dual form; none: not probed so.
-        max_layers: At most so many layers, evenly spaced; the last is among them.
+        max_layers: At most so many layers, evenly spaced; the last is among them. What enters rectifiers is on top.
         layer_entries: Layers with more values an image are skipped, with a note.
         both_precisions: Whether probes at the classifier's input run in float64 and in float32, or in float64 alone.
             Features of a checkpoint in half precision are read in float32, which holds them to the last bit: there

@@ -10,7 +10,28 @@ from hf_immunize.vision.features import penultimate_features
 
 def test_a_network_of_stages_is_read_where_the_resolution_changes():
     layers = find_layers(tiny_resnet(), torch.zeros(1, 3, 32, 32), 8)
-    assert [layer.shape for layer in layers] == [(8, 8, 8), (16, 4, 4)]
+    assert [layer.shape for layer in layers if not layer.before] == [(8, 8, 8), (16, 4, 4)]
+
+
+def test_what_enters_the_last_rectifier_of_a_stage_is_read_before_it_is_rectified():
+    model, (pixels, _) = tiny_resnet(), pictures(4, 0)
+    views, _ = choose_views(find_layers(model, pixels, 8), 4, 10_000, 2**30, True)
+    found = extract_views(model, [pixels], views).views
+    before = next(
+        value for name, value in found.items() if name.startswith("input of") and name.endswith("(flattened)")
+    )
+    after = list(found.values())[-1]
+    assert (before < 0).any() and torch.equal(before.relu(), after)
+
+
+def test_a_rectifier_in_place_does_not_write_over_what_is_read():
+    model, (pixels, _) = tiny_resnet(), pictures(4, 0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = True
+    views, _ = choose_views(find_layers(model, pixels, 8), 4, 10_000, 2**30, True)
+    found = extract_views(model, [pixels], views).views
+    assert any((value < 0).any() for name, value in found.items() if "activation" in name)
 
 
 def test_what_enters_the_blocks_is_read_too():
