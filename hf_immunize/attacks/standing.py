@@ -41,6 +41,11 @@ class Standing:
             produced_dtype: Precision of the model that computed them.
         """
         before = self._conditioning.get(("reference", task)) if subject == "immunized" else None
+        if before is None and not features.any():
+            self.warnings.append(
+                f"All features of the {task} images through the {subject} model are zero: its κ is undefined."
+            )
+            return
         self._conditioning[subject, task] = feature_conditioning(
             features, reference=before, produced_dtype=produced_dtype
         )

@@ -35,3 +35,10 @@ def test_without_benign_data_there_is_no_ratio():
 
 def test_without_benign_data_there_is_no_utility():
     assert noted("harmful").utility() is None
+
+
+def test_features_that_are_all_zero_are_said_and_not_an_error():
+    warnings = []
+    standing = Standing(warnings)
+    standing.note_features("immunized", "harmful", torch.zeros(6, 3), torch.float32)
+    assert standing.spectra() == [] and "all zero" in " ".join(warnings).replace("are zero", "all zero")
