@@ -1,6 +1,6 @@
 """The methods that the experiments compare, as arguments that differ from the library's defaults.
 
-`default` is what a user gets who sets nothing; `silence` differs from it by its objective, and needs rectifiers. `kappa`,
+`default` is what a user gets who sets nothing; `silence` differs from it by its objective, and needs ReLUs. `kappa`,
 `r_ill`, `opt_kappa` and `imma` are the paper's objective and its three baselines with the paper's own recipe;
 `kappa_ours`, … are the same objectives under ours, so that only the objective differs from `default`.
 """
