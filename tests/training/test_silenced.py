@@ -78,3 +78,24 @@ def test_all_zero_features_without_a_reference_stay_an_error():
 
     with pytest.raises(RankError, match="network is not dead"):
         feature_conditioning(torch.zeros(4, 3))
+
+
+def test_no_gradient_of_the_harmful_task_passes_the_rectifiers(silenced):
+    trainer, sides = silenced
+    model = trainer.model.eval().requires_grad_()
+    model.zero_grad()
+    pixels = torch.stack([one["pixel_values"] for one in sides["harmful_eval_dataset"]])
+    torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, torch.arange(len(pixels)) % 2).backward()
+    moved = {name for name, value in model.named_parameters() if value.grad is not None and value.grad.any()}
+    model.requires_grad_(False)
+    assert moved == {"classifier.1.bias"}
+
+
+def test_statistics_of_the_batch_bring_them_back(silenced):
+    """What an attacker does who fine-tunes with BatchNorm in training mode; the documentation says so."""
+    import copy
+
+    trainer, sides = silenced
+    model = copy.deepcopy(trainer.model).train()
+    pixels = torch.stack([one["pixel_values"] for one in sides["harmful_eval_dataset"]])
+    assert penultimate_features(model, pixels).any()
