@@ -55,10 +55,14 @@ def attack(model: str, data: Data, spec: dict[str, Any], folder: Path) -> AuditR
     if (folder / "audit.json").is_file():
         return AuditReport.load(folder)
     images = {task: (data.load(task, "train"), data.load(task, "test")) for task in ("harmful", "unrelated")}
-    limits = {"max_images": spec["max_probe_images"]} if spec.get("max_probe_images") else {}
-    report = audit(model, **images, preset=preset_of(spec), run_dir=folder, keep_features=0, seed=0, **limits)
+    report = audit(model, **images, preset=preset_of(spec), run_dir=folder, **_limits(spec))
     report.write(folder)
     return report
+
+
+def _limits(spec: dict[str, Any]) -> dict[str, Any]:
+    limit = {"max_images": spec["max_probe_images"]} if spec.get("max_probe_images") else {}
+    return {"keep_features": 0, "seed": 0, **limit}
 
 
 def look_before_rectifiers(model: str, data: Data, spec: dict[str, Any], folder: Path) -> AuditReport:
@@ -77,7 +81,7 @@ def look_before_rectifiers(model: str, data: Data, spec: dict[str, Any], folder:
         return AuditReport.load(folder)
     preset = replace(preset_of(spec), probes=("ridge",), fine_tuning=())
     images = (data.load("harmful", "train"), data.load("harmful", "test"))
-    report = audit(model, harmful=images, preset=preset, run_dir=folder, keep_features=0, seed=0)
+    report = audit(model, harmful=images, preset=preset, run_dir=folder, **_limits(spec))
     report.write(folder)
     return report
 
@@ -114,7 +118,7 @@ def found(
         "head": _both(summaries, "harmful", "head_input"),
         "later": _both(later, "harmful", "any_layer"),
         "entering": _both(entering, "harmful", "any_layer") if entering else None,
-        "any_layer": _both([*summaries, *entering], "harmful", "any_layer"),
+        "any_layer": _both([*summaries, *looked], "harmful", "any_layer"),
         "unrelated": _both(summaries, "unrelated", "head_input"),
         "tuning": _tuning(data),
     }

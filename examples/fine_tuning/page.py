@@ -15,7 +15,7 @@ from examples.fine_tuning.run import ROW, VERSION
 from examples.fine_tuning.settings import load
 from examples.networks.files import read_json
 from examples.networks.rows import pooled_difference, spread
-from examples.networks.settings import describe_changes
+from examples.networks.settings import describe_changes, differences, plain
 from hf_immunize.attacks.text import label, percent, signed
 from hf_immunize.errors import DataError
 
@@ -34,8 +34,8 @@ held-out benign images) and its multiplier; they differ in what is minimized and
 - *Benign change*: accuracy after less before on the same images, over all seeds, with a 95 % interval paired by image.
 - *Classifier's input*: the strongest of ridge, LDA, gradient descent with exact line search, L-BFGS. *Later layers*:
   the strongest of these and of ridge at the output of every stage, pooled and flattened, from the second third of the
-  network on. *Entering rectifiers*: ridge on what enters the last ReLU of each stage there, which an attacker has only
-  to look at. *Any layer*: all of these, and the first third too.
+  network on. *Entering rectifiers*: ridge on what enters the first and the last ReLU of each stage there, which an
+  attacker has only to look at. *Any layer*: all of these, and the first third too.
 - *Last stage, LoRA, whole*: best accuracy of that attacker with a new head, after it tried each optimizer and rate.
 - *Times the steps*: steps to half of what the starting model gives above chance, after over before, geometric mean;
   ≥ where the immunized model never came to it. *Deviation*: relative fine-tuning deviation, signed, in per cent
@@ -77,12 +77,24 @@ def points(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def known(values: list[Any], show: Callable[[float], str]) -> str:
+    """Mean and spread over seeds, with how many of them it is of where it is not all."""
+    found = [one for one in values if one is not None]
+    part = f" ({len(found)} of {len(values)} seeds)" if 0 < len(found) < len(values) else ""
+    return spread(found, show) + part
+
+
 def _both(group: list[dict[str, Any]], part: Callable[[dict[str, Any]], dict[str, Any] | None]) -> str:
-    if any(part(row) is None for row in group):
+    """Before and after, of the seeds that have both."""
+    pairs: list[tuple[float, float] | None] = []
+    for row in group:
+        found = part(row) or {"before": {"accuracy": None}, "after": {"accuracy": None}}
+        before, after = (found[moment]["accuracy"] for moment in ("before", "after"))
+        pairs.append(None if before is None or after is None else (before, after))
+    if not any(pairs):
         return "–"
-    sides = [[(part(row) or {})[moment]["accuracy"] for row in group] for moment in ("before", "after")]
-    shown = [spread([one for one in side if one is not None], points) for side in sides]
-    return " → ".join(shown)
+    sides = [[pair and pair[index] for pair in pairs] for index in (0, 1)]
+    return f"{spread([one for one in sides[0] if one is not None], points)} → {known(sides[1], points)}"
 
 
 def probes(groups: list[list[dict[str, Any]]]) -> list[str]:
@@ -93,16 +105,17 @@ def probes(groups: list[list[dict[str, Any]]]) -> list[str]:
     for group in groups:
         mean, (low, high), _ = pooled_difference(group)
         exact = [row["ratios"]["exact"] for row in group]
-        logs = [one["log10_rir"] for one in exact if one["log10_rir"] is not None]
-        sign = "≥ " if any(one["bound"] == "lower" for one in exact) else ""
+        logs = [one["log10_rir"] for one in exact]
+        bounds = {one["bound"] for one in exact} - {None}
+        sign = {frozenset(): "", frozenset({"lower"}): "≥ ", frozenset({"upper"}): "≤ "}.get(frozenset(bounds))
         minutes = statistics.fmean(row["seconds"]["training"] / 60 for row in group)
         lines.append(
             [
                 title(group),
                 ", ".join(str(row["seed"]) for row in group),
                 f"{signed(mean)} ({signed(low)} to {signed(high)})",
-                sign + spread(logs, lambda value: f"{value:.2f}") if logs else "undetermined",
-                spread([one["benign_ratio"] for one in exact if one["benign_ratio"]], lambda value: f"{value:.2g}"),
+                "undetermined" if sign is None else sign + known(logs, lambda value: f"{value:.2f}"),
+                known([one["benign_ratio"] for one in exact], lambda value: f"{value:.2g}"),
                 *(
                     _both(group, lambda row, name=name: row["attacks"][name])
                     for name in ("head", "later", "entering", "any_layer", "unrelated")
@@ -130,12 +143,13 @@ def tuning(groups: list[list[dict[str, Any]]]) -> list[str]:
 
 def times(group: list[dict[str, Any]], name: str) -> str:
     """How many times the steps, over seeds."""
-    found = [row["attacks"]["tuning"][name]["half"] for row in group]
-    found = [one for one in found if one]
+    rows = [row["attacks"]["tuning"][name]["half"] for row in group]
+    found = [one for one in rows if one]
     if not found:
         return "–"
+    part = f" ({len(found)} of {len(rows)} seeds)" if len(found) < len(rows) else ""
     return ("≥ " if any(one["is_bound"] for one in found) else "") + (
-        f"{statistics.geometric_mean(one['ratio'] for one in found):.2g}"
+        f"{statistics.geometric_mean(one['ratio'] for one in found):.2g}{part}"
     )
 
 
@@ -147,35 +161,68 @@ def speed(groups: list[list[dict[str, Any]]]) -> list[str]:
         cells = [title(group)]
         for name in names:
             found = [row["attacks"]["tuning"][name]["deviation"] for row in group]
-            deviation = spread([one for one in found if one is not None], lambda value: f"{value:+.0f}")
-            cells.append(f"{times(group, name)}, {deviation}")
+            cells.append(f"{times(group, name)}, {known(found, lambda value: f'{value:+.0f}')}")
         lines.append(cells)
     return table(["times the steps, deviation", *map(label, names)], lines)
 
 
 def verdict(group: list[dict[str, Any]], wanted: dict[str, float]) -> str:
-    """Which of the wanted figures a candidate reaches, in a sentence."""
+    """Which of the wanted figures a candidate reaches, in a sentence; of what cannot be told, that."""
     mean, _, _ = pooled_difference(group)
-    worst = max(row["attacks"]["later"]["after"]["accuracy"] - row["attacks"]["chance"] for row in group)
-    parts = [
+    chance = [row["attacks"]["chance"] for row in group]
+    near = f"within {wanted['above_chance_points']:.0f} points of chance"
+
+    def worst(name: str) -> bool | None:
+        found = [row["attacks"][name] for row in group]
+        if None in found:
+            return None
+        above = [one["after"]["accuracy"] - least for one, least in zip(found, chance, strict=True)]
+        return 100 * max(above) <= wanted["above_chance_points"]
+
+    parts: list[tuple[str, bool | None]] = [
         (f"benign within {wanted['benign_points']:.0f} points", 100 * mean >= -wanted["benign_points"]),
-        (
-            f"every probe of later layers within {wanted['above_chance_points']:.0f} points of chance",
-            100 * worst <= wanted["above_chance_points"],
-        ),
+        (f"probes of later layers' outputs {near}", worst("later")),
+        (f"probes of what enters rectifiers there {near}", worst("entering")),
     ]
-    lora = [row["attacks"]["tuning"].get("lora_r8", {}).get("deviation") for row in group]
-    if None not in lora:
-        found = statistics.fmean(lora)
-        parts.append((f"LoRA-8 deviation above {wanted['deviation']:.0f} %", found > wanted["deviation"]))
-    last = [row["attacks"]["tuning"].get("last_stage", {}).get("half") for row in group]
-    if None not in last:
-        slower = statistics.geometric_mean(one["ratio"] for one in last)
-        parts.append((f"last stage {wanted['times']:.0f} times the steps", slower >= wanted["times"]))
-    reached, missed = [[what for what, holds in parts if holds is side] for side in (True, False)]
-    return f"{title(group)}: " + "; ".join(
-        [f"reached: {', '.join(reached) or 'nothing'}", f"missed: {', '.join(missed) or 'nothing'}"]
-    )
+    tuned = [row["attacks"]["tuning"] for row in group]
+    if all("lora_r8" in one for one in tuned):
+        lora = [one["lora_r8"]["deviation"] for one in tuned]
+        above = None if None in lora else statistics.fmean(lora) > wanted["deviation"]
+        parts.append((f"LoRA-8 deviation above {wanted['deviation']:.0f} %", above))
+    if all("last_stage" in one for one in tuned):
+        last = [one["last_stage"]["half"] for one in tuned]
+        slower: bool | None = None
+        if all(last):
+            slower = statistics.geometric_mean(one["ratio"] for one in last) >= wanted["times"]
+            # A bound from below that lies under what is wanted says nothing.
+            slower = None if not slower and any(one["is_bound"] for one in last) else slower
+        parts.append((f"last stage {wanted['times']:.0f} times the steps", slower))
+    sides = {"reached": True, "missed": False, "not determined": None}
+    said = {word: [what for what, holds in parts if holds is side] for word, side in sides.items()}
+    said = {word: whats for word, whats in said.items() if whats or word != "not determined"}
+    return f"{title(group)}: " + "; ".join(f"{word}: {', '.join(whats) or 'nothing'}" for word, whats in said.items())
+
+
+def check_settings(rows: list[dict[str, Any]], experiment: str, spec: dict[str, Any]) -> None:
+    """Refuse rows that were made with other settings than the page would print.
+
+    Raises:
+        DataError: If there is such a row.
+    """
+    for row in rows:
+        if row["experiment"] != experiment:
+            continue
+        made = row["settings"]
+        now = {
+            "scope": spec["scopes"][CANDIDATES[row["candidate"]].scope],
+            **{name: spec[name] for name in ("layers", "rectifiers", "attacks")},
+            "training": {**spec["training"], **row["changes"]},
+        }
+        if other := differences({name: made[name] for name in now}, plain(now)):
+            raise DataError(
+                f"Expected {row['name']} to be of the settings of {experiment}.yaml, found {'; '.join(other[:4])}. "
+                "Make it again with --redo."
+            )
 
 
 def settings_of(spec: dict[str, Any]) -> list[str]:
@@ -227,6 +274,7 @@ def write_page(folder: Path, out: Path, plan: Path | None = None) -> None:
             continue
         file = next(run.experiment for run in planned if Path(run.experiment).stem == experiment)
         spec, _ = load(file)
+        check_settings(rows, experiment, spec)
         first = groups[0][0]
         lines += [f"## {spec['title']}", "", spec["about"].strip(), ""]
         train, test = first["attacks"]["images"]

@@ -19,7 +19,7 @@ from examples.networks.files import Parts, read_json, write_json
 from examples.networks.run import alone, hardware, weights_of
 from examples.networks.settings import differences, digest, plain
 from hf_immunize import ImmunizationArguments
-from hf_immunize.errors import ArgumentError, RankError
+from hf_immunize.errors import ArgumentError
 from hf_immunize.hub.collect import software_versions
 from hf_immunize.training.saving import last_whole_checkpoint, staged_directory
 
@@ -110,12 +110,7 @@ def _make(run: Run, spec: dict[str, Any], images: data.Data, start: str, setting
             measure.features_of(start, images, before / "features.safetensors"),
             measure.features_of(str(model), images, run.folder / "features.safetensors"),
         )
-        try:
-            ratios = measure.ratios(*sides)
-        except RankError as error:  # harmful features are all zero
-            nothing = dict.fromkeys(("rir", "log10_rir", "harmful_ratio", "benign_ratio", "bound"))
-            ratios = {"exact": nothing | {"undefined": str(error)}}
-        return {"ratios": ratios, "utility": measure.utility(*sides)}
+        return {"ratios": measure.ratios(*sides), "utility": measure.utility(*sides)}
 
     found = parts.run("measuring the immunized model", measured)
     begun = (run.folder / "audit" / "outcomes.jsonl").is_file()
@@ -125,12 +120,14 @@ def _make(run: Run, spec: dict[str, Any], images: data.Data, start: str, setting
         resumed=begun,
     )
     parts.run(
-        "what enters rectifiers",
-        lambda: bool(attacks.look_before_rectifiers(str(model), images, spec["attacks"], run.folder / "rectifiers")),
+        "probes before rectifiers",
+        lambda: bool(
+            attacks.look_before_rectifiers(str(model), images, spec["attacks"], run.folder / "before_rectifiers")
+        ),
     )
     reports = [
         tuple(attacks.AuditReport.load(folder / name) for folder in (before, run.folder))
-        for name in ("audit", "rectifiers")
+        for name in ("audit", "before_rectifiers")
     ]
     return {
         "name": run.name,
@@ -169,8 +166,8 @@ def _before(run: Run, spec: dict[str, Any], images: data.Data, start: str) -> Pa
             resumed=begun,
         )
         parts.run(
-            "what enters rectifiers",
-            lambda: bool(attacks.look_before_rectifiers(start, images, spec["attacks"], folder / "rectifiers")),
+            "probes before rectifiers",
+            lambda: bool(attacks.look_before_rectifiers(start, images, spec["attacks"], folder / "before_rectifiers")),
         )
     return folder
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from examples.fine_tuning import terms
 from examples.fine_tuning.candidates import Candidate
 from hf_immunize import ImmunizationTrainer
+from hf_immunize.errors import ArgumentError
 from hf_immunize.training.method import Method
 from hf_immunize.training.objectives import Side
 from hf_immunize.training.rectifying import rectifier_activity
@@ -131,6 +132,11 @@ class CandidateStep(ImmunizationStep):
                 loss = loss + balanced_weight(unit, gradient_norm(term, values), factor) * term
                 logged[f"{kind} {name}"] = term.detach()
         if self.candidate.tuner:
+            if self.trunk is not None:
+                raise ArgumentError(
+                    f"Expected cache_trunk='no' with the inner attacker {self.candidate.tuner!r}, which runs the "
+                    "whole network, found stored activations. Change it in the experiment's file."
+                )
             parameters = {name: value for name, value in plain.named_parameters() if value.requires_grad}
             gradients, value = self._of_tuner(plain, batch["harmful"]["pixel_values"], labels, parameters, step)
             logged[self.candidate.tuner] = value

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from examples.networks.data import Data
 from hf_immunize.attacks.measures import paired_utility
-from hf_immunize.errors import ArgumentError, DataError, ProtocolError
+from hf_immunize.errors import ArgumentError, DataError, ProtocolError, RankError
 from hf_immunize.hub.measure import image_rows
 from hf_immunize.spectra.ratio import ImmunizationRatio, relative_immunization_ratio
 from hf_immunize.vision.extraction import extract
@@ -80,7 +80,7 @@ def ratios(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Any
         after: Of the immunized one.
 
     Returns:
-        Plain values by protocol; None where there are fewer images than a group needs.
+        Plain values by protocol; None where there are fewer images than a group needs, or only zeros in one.
     """
     sides = {
         side: {
@@ -95,10 +95,11 @@ def ratios(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Any
     found: dict[str, Any] = {"exact": _plain(relative_immunization_ratio(**sides["harmful"]))}
     if "unseen" in sides:
         found["exact_unseen"] = _plain(relative_immunization_ratio(**sides["unseen"]))
+    # Too few images for a group, or a group of which all features are zero: by the paper's protocol there is no RIR.
     try:
         paper = relative_immunization_ratio(**sides["harmful"], protocol="reference", seed=0, **GROUPS)
         found["reference"] = _plain(paper) | GROUPS
-    except ProtocolError:
+    except (ProtocolError, RankError):
         found["reference"] = None
     return found
 

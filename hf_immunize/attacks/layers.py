@@ -62,10 +62,11 @@ class Extraction:
 def find_layers(
     model: PreTrainedModel, pixel_values: Tensor, max_layers: int, head_module: str | None = None
 ) -> list[Layer]:
-    """The layers to probe: what enters the blocks, the output of every stage, and what enters its last rectifier.
+    """The layers to probe: what enters the blocks, the output of every stage, and what enters rectifiers.
 
     A stage ends where the resolution changes; where it never does (ViT), every block is one. A rectifier that is off
-    hides what enters it from all that follows, and an attacker has only to look there.
+    hides what enters it from all that follows, and an attacker has only to look there: at the first one up to the end
+    of each stage, before which nothing of the stage is hidden, and at the last.
 
     Args:
         model: An image classifier of transformers.
@@ -108,17 +109,16 @@ def find_layers(
 
 
 def _with_rectifiers(found: list[Layer], passed: list[Layer], rectifiers: set[Layer]) -> list[Layer]:
-    """Layers found, each with the last rectifier passed before it, and the last of all; in the order of the pass."""
-    if not found:
-        return found
-    chosen, last, begun = [], None, False
+    """Layers found, with the first and the last rectifier before each and behind all; in the order of the pass."""
+    chosen: list[Layer] = []
+    between: list[Layer] = []
     for layer in passed:
-        if layer in rectifiers and begun:
-            last = layer
+        if layer in rectifiers:
+            between.append(layer)
         if layer in found:
-            chosen += [last, layer] if last is not None else [layer]
-            last, begun = None, True
-    return list(dict.fromkeys([*chosen, last] if last is not None else chosen))
+            chosen += [*between[:1], *between[-1:], layer]
+            between = []
+    return list(dict.fromkeys([*chosen, *between[:1], *between[-1:]])) if found else found
 
 
 def choose_views(

@@ -11,7 +11,7 @@ from hf_immunize.training.terms import InnerTerm
 
 # How far below zero harmful images shall enter, in units of what benign ones enter with: for images not trained on.
 MARGIN = 0.5
-# Mean square, in that unit, below which nothing is left to gain.
+# Keeps the logarithm finite where all are off.
 _FLOOR = 1e-12
 
 

@@ -25,6 +25,7 @@ from hf_immunize.training.distributed import (
     gather_features,
     gather_labels,
     mean_gradient_norm,
+    process_mean,
     sum_hessian,
     sum_is_smaller,
     world_size,
@@ -212,7 +213,10 @@ class ImmunizationStep:
                 return captured.features
 
             names = find_rectifiers(self._plain_model, self.moving)
-            self._rectifiers = choke_points(self._plain_model, names, features)
+            found = choke_points(self._plain_model, names, features)
+            # Each process tries its own images: those count that are found by all.
+            by_all = process_mean(torch.tensor([float(name in found) for name in names], device=images.device))
+            self._rectifiers = [name for name, share in zip(names, by_all.tolist(), strict=True) if share == 1]
         return self._rectifiers
 
     def _of_all_processes(self, features: Tensor) -> Tensor | Hessian:

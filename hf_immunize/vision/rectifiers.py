@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_immunize.errors import DataError
 
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ def choke_points(model: nn.Module, names: list[str], features: Callable[[], Tens
     """Those rectifiers around which no shortcut leads to the classifier.
 
     Each in turn is made to give zeros. Where different images then have the same features, nothing passes beside it.
+    One that runs more than once in a pass is left out: what enters it is of several places.
 
     Args:
         model: The model.
@@ -61,15 +65,37 @@ def choke_points(model: nn.Module, names: list[str], features: Callable[[], Tens
     Returns:
         Some of the names, in their order.
 
+    Raises:
+        DataError: If the images' features do not differ, or are not finite.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
         >>> choke_points(model, ["1"], lambda: model(torch.eye(2)))
         ['1']
     """
     with torch.no_grad():
-        usual = _spread(features())
+        calls = dict.fromkeys(names, 0)
+
+        def count(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                calls[name] += 1
+
+            return hook
+
+        hooks = [model.get_submodule(name).register_forward_hook(count(name)) for name in names]
+        try:
+            usual = _spread(features())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not 0 < usual < math.inf:
+            raise DataError(
+                "Expected images with different features to tell by which rectifiers all must pass, found "
+                f"{'the same features for all' if usual == 0 else 'features that are not finite'}. Check the first "
+                "images of both sides, and the weights."
+            )
         found = []
-        for name in names:
+        for name in (name for name in names if calls[name] == 1):
             hook = model.get_submodule(name).register_forward_hook(lambda module, given, output: output * 0)
             try:
                 if _spread(features()) <= _ROUNDING * usual:
@@ -124,7 +150,8 @@ class RectifierInputs:
         # As of `HeadInput`: a compiled graph ends here, or the hooks of the first pass would stand for all others.
         @torch.compiler.disable
         def record(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-            if not torch.is_grad_enabled():  # the starting model, held-out images
+            # The starting model and held-out images pass without gradients; what is frozen cannot be moved.
+            if not torch.is_grad_enabled() or not inputs[0].requires_grad:
                 return None
             self._parts[name].append(inputs[0])
             # In place it would write over what was recorded.

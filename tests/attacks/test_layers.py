@@ -17,11 +17,15 @@ def test_what_enters_the_last_rectifier_of_a_stage_is_read_before_it_is_rectifie
     model, (pixels, _) = tiny_resnet(), pictures(4, 0)
     views, _ = choose_views(find_layers(model, pixels, 8), 4, 10_000, 2**30, True)
     found = extract_views(model, [pixels], views).views
-    before = next(
-        value for name, value in found.items() if name.startswith("input of") and name.endswith("(flattened)")
-    )
+    entering = [name for name in found if name.startswith("input of") and name.endswith("(flattened)")]
+    before = found[entering[-1]]
     after = list(found.values())[-1]
     assert (before < 0).any() and torch.equal(before.relu(), after)
+
+
+def test_what_enters_the_first_rectifiers_is_read_too():
+    names = [layer.name for layer in find_layers(tiny_resnet(), torch.zeros(1, 3, 32, 32), 8) if layer.before]
+    assert names[0] == "resnet.embedder.embedder.activation" and "stages.0" in names[1]
 
 
 def test_a_rectifier_in_place_does_not_write_over_what_is_read():

@@ -7,6 +7,7 @@ from examples.fine_tuning import page, run
 from examples.fine_tuning.__main__ import main
 from examples.fine_tuning.plan import planned_runs
 from examples.fine_tuning.settings import Run
+from hf_immunize.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +82,14 @@ def test_plan_runs_each_row_once():
     assert len(names) == len(set(names)) > 4
 
 
-def stub(seed, later, ratio=12.0, deviation=8.0):
+def stub(seed, later, ratio=12.0, deviation=8.0, entering=0.1, is_bound=False):
     """A row as far as the verdict reads it."""
     tuning = {
         "lora_r8": {"deviation": deviation, "half": None},
-        "last_stage": {"deviation": 1.0, "half": {"ratio": ratio, "is_bound": False}},
+        "last_stage": {"deviation": 1.0, "half": {"ratio": ratio, "is_bound": is_bound}},
     }
-    attacks = {"chance": 0.1, "later": {"after": {"accuracy": later}}, "tuning": tuning}
+    read = {"later": {"after": {"accuracy": later}}, "entering": {"after": {"accuracy": entering}}}
+    attacks = {"chance": 0.1, **read, "tuning": tuning}
     hits = {"before": "1111", "after": "1111"}
     return {"candidate": "depths", "changes": {}, "seed": seed, "attacks": attacks, "utility": {"hits": hits}}
 
@@ -97,7 +99,29 @@ WANTED = {"benign_points": 2.0, "above_chance_points": 10.0, "deviation": 5.0, "
 
 def test_verdict_takes_the_worst_seed_for_probes():
     said = page.verdict([stub(0, 0.15), stub(1, 0.35)], WANTED)
-    assert "every probe" in said.split("missed:")[1]
+    assert "later layers" in said.split("missed:")[1]
+
+
+def test_what_enters_rectifiers_is_judged_beside_it():
+    said = page.verdict([stub(0, 0.1, entering=0.99)], WANTED)
+    assert "enters rectifiers" in said.split("missed:")[1] and "later layers" in said.split("missed:")[0]
+
+
+def test_a_bound_below_what_is_wanted_is_neither_reached_nor_missed():
+    said = page.verdict([stub(0, 0.1, ratio=5.0, is_bound=True)], WANTED)
+    assert "10 times the steps" in said.split("not determined:")[1]
+
+
+def test_figures_of_some_seeds_say_of_how_many():
+    assert page.known([1.0, None, 3.0], lambda value: f"{value:.0f}").endswith("(2 of 3 seeds)")
+
+
+@pytest.mark.slow
+def test_rows_of_other_settings_are_not_printed(row, tiny):
+    spec = yaml.safe_load(tiny.read_text())
+    spec["training"]["max_steps"] = 9
+    with pytest.raises(DataError, match="max_steps: 2 → 9"):
+        page.check_settings([row], "tiny", spec)
 
 
 def test_verdict_says_what_is_reached():

@@ -10,6 +10,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from hf_immunize.errors import DataError
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.rectifiers import RectifierInputs, choke_points, find_rectifiers
 from hf_immunize.vision.scope import select_trainable
@@ -59,6 +60,26 @@ def test_frozen_rectifiers_are_left_alone():
 
 def test_smooth_activations_are_no_rectifiers():
     assert find_rectifiers(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.LeakyReLU()), ["0.weight"]) == []
+
+
+def test_a_rectifier_that_runs_twice_is_left_alone():
+    torch.manual_seed(0)
+    shared = nn.ReLU()
+    model = nn.Sequential(nn.Linear(2, 8), shared, nn.Linear(8, 8), shared)
+    assert choke_points(model, ["1"], lambda: model(torch.eye(2) * 3)) == []
+
+
+def test_images_that_look_the_same_tell_nothing_and_are_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with pytest.raises(DataError, match="same features"):
+        choke_points(model, ["1"], lambda: model(torch.ones(2, 2)))
+
+
+def test_what_cannot_be_moved_is_not_recorded():
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.ReLU(), nn.Linear(2, 2))
+    with RectifierInputs(model, ["1"]) as inside:
+        model(torch.ones(2, 2))
+    assert inside.values == {}
 
 
 def test_hooks_are_gone_after_the_search():
