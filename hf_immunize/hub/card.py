@@ -255,7 +255,7 @@ def _body(record: ImmunizationRecord, options: CardOptions, title: str) -> str:
         short=any(part is not None and part.num_samples < part.dim for part in parts),
         figures=[{"name": name, "words": _FIGURES.get(name, plain(name))} for name in record.figures],
         remarks=[plain(remark) for remark in record.remarks],
-        not_stopped=not_stopped(record.audit),
+        not_stopped=not_stopped(record.audit, record.method.objective),
         attacks=attack_rows(record.audit),
         base_model=plain(record.base_model.name) + _at(record.base_model.revision),
         benign=_data_words(record.benign),

@@ -29,6 +29,12 @@ _NO_AUDIT = (
     "least squares, conjugate gradient or whitening before the probe are not slowed. Probes of earlier layers and "
     "fine-tuning of the network were not measured, and are not expected to be stopped."
 )
+# Objectives that switch rectifiers off.
+_HIDING = ("silence",)
+_HIDDEN = (
+    "Rectifiers that are off hide what enters them and do not erase it: whoever has the weights reads it there, and "
+    "BatchNorm that takes the statistics of its batch, as in fine-tuning, switches them on again."
+)
 
 
 def metric_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -150,17 +156,19 @@ def summary_sentence(before: dict[str, Any], after: dict[str, Any]) -> str:
     )
 
 
-def not_stopped(audit: AuditRecord | None) -> str:
-    """What the immunization does not stop, by the audit, or that none was made.
+def not_stopped(audit: AuditRecord | None, objective: str = "") -> str:
+    """What the immunization does not stop, by the audit, or that none was made; and what its objective never stops.
 
     Args:
         audit: What it found.
+        objective: What was minimized.
 
     Returns:
         Plain sentences, harmless in Markdown.
     """
+    beside = [_HIDDEN] if objective in _HIDING else []
     if audit is None:
-        return _NO_AUDIT
+        return " ".join([_NO_AUDIT, *beside])
     sentences = []
     for access in ACCESS:
         attack = audit.strongest.get(access)
@@ -181,7 +189,7 @@ def not_stopped(audit: AuditRecord | None) -> str:
             f"of the harmful task{' (' + '; '.join(compared) + ')' if compared else ''}."
         )
     made = f"By an audit with the preset {plain(audit.preset)} (version {audit.preset_version})."
-    return " ".join([made, *sentences, "Attackers with other methods or more data may reach more."])
+    return " ".join([made, *sentences, *beside, "Attackers with other methods or more data may reach more."])
 
 
 def attack_rows(audit: AuditRecord | None) -> list[dict[str, str]]:

@@ -271,3 +271,10 @@ def test_names_change_nothing_but_words(name, harmful, base, attacker, licence, 
         assert shape(card.text) == PLAIN_SHAPE
     assert not re.search(r"<(?!!-- hf-immunize: (begin\. Written|end -->))[a-zA-Z!/]", card.text)
     assert "://" not in card.text.replace(one_line("arXiv:"), "")
+
+
+def test_an_objective_that_hides_says_what_brings_it_back():
+    from hf_immunize.hub.rows import not_stopped
+
+    assert "statistics of its batch" in not_stopped(None, "silence")
+    assert "statistics of its batch" not in not_stopped(None, "concentration")
