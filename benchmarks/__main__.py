@@ -22,6 +22,7 @@ PARTS = {
     "evaluation": "benchmarks.evaluation",
     "linear_step": "benchmarks.linear_step",
     "trunk": "benchmarks.trunk",
+    "gpu": "benchmarks.gpu",
 }
 HERE = Path(__file__).parent
 
