@@ -70,7 +70,9 @@ def validate(record: ImmunizationRecord) -> None:
             if part is not None:
                 most = min(part.num_samples, part.dim)
                 least = 0 if part.is_bound else 1  # 0: all of it is lost
-                _check(least <= part.rank <= most, f"{where}.rank", f"between {least} and {most}", part.rank)
+                _check(
+                    least <= part.rank <= most, f"{where}.rank", f"between {least} and min(N, D) = {most}", part.rank
+                )
                 _check(part.log10_kappa >= 0, f"{where}.log10_kappa", "at least 0, since κ ≥ 1", part.log10_kappa)
         data: DataRecord | None = getattr(record, side)
         if data is not None and data.size is not None:
