@@ -11,10 +11,9 @@ from examples.audit_page import table
 from examples.fine_tuning.attacks import TUNERS
 from examples.fine_tuning.candidates import CANDIDATES
 from examples.fine_tuning.plan import planned_runs
-from examples.fine_tuning.run import ROW, VERSION
+from examples.fine_tuning.run import VERSION
 from examples.fine_tuning.settings import load
-from examples.networks.files import read_json
-from examples.networks.rows import pooled_difference, spread
+from examples.networks.rows import pooled_difference, read_rows, spread
 from examples.networks.settings import describe_changes, differences, plain
 from hf_immunize.attacks.text import label, percent, signed
 from hf_immunize.errors import DataError
@@ -41,19 +40,6 @@ held-out benign images) and its multiplier; they differ in what is minimized and
   ≥ where the immunized model never came to it. *Deviation*: relative fine-tuning deviation, signed, in per cent
   (Sarker et al. 2025): positive where the immunized model learns worse.
 """
-
-
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """All rows in a folder of runs.
-
-    Raises:
-        DataError: If one is of another version of this program.
-    """
-    rows = [read_json(path) for path in sorted(folder.glob(f"*/{ROW}"))]
-    for row in rows:
-        if row["settings"]["version"] != VERSION:
-            raise DataError(f"Expected rows of version {VERSION}, found {row['name']} of another. Run it with --redo.")
-    return rows
 
 
 def grouped(rows: list[dict[str, Any]], experiment: str) -> list[list[dict[str, Any]]]:
@@ -261,7 +247,7 @@ def write_page(folder: Path, out: Path, plan: Path | None = None) -> None:
     Raises:
         DataError: If there is no row.
     """
-    rows = read_rows(folder)
+    rows = read_rows(folder, VERSION)
     if not rows:
         raise DataError(f"Expected rows in {folder}, found none. Make them with `python -m examples.fine_tuning all`.")
     lines = [INTRODUCTION]

@@ -16,10 +16,9 @@ from examples.fine_tuning.settings import Run, load
 from examples.fine_tuning.training import INNER_RATE, INNER_STEPS, CandidateTrainer
 from examples.networks import data, measure, models
 from examples.networks.files import Parts, read_json, write_json
-from examples.networks.run import alone, hardware, weights_of
-from examples.networks.settings import differences, digest, plain
+from examples.networks.run import alone, claim, hardware, weights_of
+from examples.networks.settings import digest, plain
 from hf_immunize import ImmunizationArguments
-from hf_immunize.errors import ArgumentError
 from hf_immunize.hub.collect import software_versions
 from hf_immunize.training.saving import last_whole_checkpoint, staged_directory
 
@@ -47,7 +46,7 @@ def run_one(run: Run) -> dict[str, Any]:
     start, about = models.start_model(networks["model"], images, run.seed, shared)
     with alone(run.folder):
         settings = _settings(run, spec, images, start)
-        _claim(run, settings)
+        claim(run, settings)
         row = read_json(run.folder / ROW)
         if row is None:
             row = _make(run, spec, images, start, settings) | {"start": about}
@@ -80,22 +79,6 @@ def _method() -> dict[str, Any]:
     defaults = ImmunizationArguments.__dataclass_fields__
     names = ("objective", "benign_loss", "feature_distillation_weight", "benign_budget", "budget_measure")
     return {name: str(defaults[name].default) for name in (*names, "budget_holdout", "freeze_batchnorm")}
-
-
-def _claim(run: Run, settings: dict[str, Any]) -> None:
-    """Make sure that what is in the run's folder is of these settings."""
-    known = read_json(run.folder / "settings.json")
-    if known is not None and known != settings:
-        if not run.redo:
-            raise ArgumentError(
-                f"Expected {run.folder} to hold a run of these settings, found others: "
-                f"{'; '.join(differences(known, settings)[:8])}. --redo throws it away and runs anew; another "
-                "--output_dir keeps both."
-            )
-        for path in run.folder.iterdir():
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(run.folder / "settings.json", settings)
 
 
 def _make(run: Run, spec: dict[str, Any], images: data.Data, start: str, settings: dict[str, Any]) -> dict[str, Any]:

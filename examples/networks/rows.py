@@ -47,7 +47,7 @@ class Group:
         return [one for one in found if one is not None]
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
+def read_rows(folder: Path, version: int = VERSION) -> list[dict[str, Any]]:
     """All rows in a folder of runs.
 
     Raises:
@@ -55,9 +55,9 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     """
     rows = [read_json(path) for path in sorted(folder.glob(f"*/{ROW}"))]
     for row in rows:
-        if row["settings"]["version"] != VERSION:
+        if row["settings"]["version"] != version:
             raise DataError(
-                f"Expected rows of version {VERSION}, found {row['name']} of version {row['settings']['version']}. "
+                f"Expected rows of version {version}, found {row['name']} of version {row['settings']['version']}. "
                 "Run it again with --redo, or move it away."
             )
     return rows

@@ -77,7 +77,7 @@ def run_one(run: Run) -> dict[str, Any]:
     return row
 
 
-def claim(run: Run, settings: dict[str, Any]) -> None:
+def claim(run: Any, settings: dict[str, Any]) -> None:
     """Make sure that what is in the run's folder is of these settings.
 
     Raises:
@@ -86,7 +86,7 @@ def claim(run: Run, settings: dict[str, Any]) -> None:
     known = read_json(run.folder / "settings.json")
     if known is not None and known != settings:
         if not run.redo:
-            (run.folder / training.UNCLAIMED).unlink()
+            (run.folder / training.UNCLAIMED).unlink(missing_ok=True)
             raise ArgumentError(
                 f"Expected {run.folder} to hold a run of these settings, found others: "
                 f"{'; '.join(differences(known, settings)[:8])}. --redo throws it away and runs anew; another "

@@ -184,8 +184,8 @@ def summarize_spectrum(
             "every value is zero, so κ is undefined. Check that the network is not dead and the right layer is read."
         )
     total = math.fsum(values)
-    shares = [v / total for v in values if v / total > 0] if kept else []
-    effective_rank = math.exp(-math.fsum(v * math.log(v) for v in shares)) if kept else 0.0
+    shares = [share for v in values if v and (share := v / total) > 0]
+    effective_rank = math.exp(-math.fsum(share * math.log(share) for share in shares)) if shares else 0.0
     is_bound = False
     if reference is not None:
         if (reference.num_samples, reference.dim) != (num_samples, dim):

@@ -22,6 +22,7 @@ from hf_immunize.training.distillation import (
     total_variation,
 )
 from hf_immunize.training.distributed import (
+    any_process,
     gather_features,
     gather_labels,
     mean_gradient_norm,
@@ -213,8 +214,15 @@ class ImmunizationStep:
                 return captured.features
 
             names = find_rectifiers(self._plain_model, self.moving)
-            found = choke_points(self._plain_model, names, features)
-            # Each process tries its own images: those count that are found by all.
+            found, problem = [], None
+            try:
+                found = choke_points(self._plain_model, names, features)
+            except DataError as error:
+                problem = error
+            # Each process tries its own images: one that stopped alone would leave the others waiting, and those
+            # rectifiers count that are found by all.
+            if any_process(problem is not None, images.device):
+                raise problem or DataError("Another process found no rectifiers; its own message says why.")
             by_all = process_mean(torch.tensor([float(name in found) for name in names], device=images.device))
             self._rectifiers = [name for name, share in zip(names, by_all.tolist(), strict=True) if share == 1]
         return self._rectifiers
