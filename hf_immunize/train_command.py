@@ -83,7 +83,7 @@ def run_train(words: list[str]) -> dict[str, Any]:
             "benign_eval": len(benign_eval),
             "harmful_eval": len(harmful_eval),
         },
-        "objective": args.objective,
+        "objective": trainer.objective,
         "trainable": args.trainable,
         "steps": trainer.state.global_step,
         "seed": args.seed,

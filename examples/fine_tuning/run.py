@@ -25,6 +25,8 @@ from hf_immunize.training.saving import last_whole_checkpoint, staged_directory
 
 ROW = "row.json"
 VERSION = 1
+# The same for all candidates, which say themselves what they add to it, or put in its place.
+METHOD = {"objective": "concentration", "benign_budget": 0.03}
 
 
 def run_one(run: Run) -> dict[str, Any]:
@@ -75,10 +77,10 @@ def _settings(run: Run, spec: dict[str, Any], images: data.Data, start: str) -> 
 
 
 def _method() -> dict[str, Any]:
-    """The library's defaults that decide, as they are now."""
-    defaults = ImmunizationArguments.__dataclass_fields__
+    """The settings that decide: those given, and the library's defaults as they are now."""
+    defaults = {name: field.default for name, field in ImmunizationArguments.__dataclass_fields__.items()} | METHOD
     names = ("objective", "benign_loss", "feature_distillation_weight", "benign_budget", "budget_measure")
-    return {name: str(defaults[name].default) for name in (*names, "budget_holdout", "freeze_batchnorm")}
+    return {name: str(defaults[name]) for name in (*names, "budget_holdout", "freeze_batchnorm")}
 
 
 def _make(run: Run, spec: dict[str, Any], images: data.Data, start: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -203,6 +205,7 @@ def train(run: Run, spec: dict[str, Any], images: data.Data, start: str, folder:
         trainable=spec["scopes"][candidate.scope],
         seed=run.seed,
         report_to="none",
+        **METHOD,
         **{**spec["training"], **run.training},
     )
     trainer = CandidateTrainer(

@@ -63,10 +63,10 @@ class Passing:
 
 
 class CandidateStep(ImmunizationStep):
-    """`ImmunizationStep` with the terms of a candidate beside, or in the place of, the default objective.
+    """`ImmunizationStep` with the terms of a candidate beside, or in the place of, concentration.
 
     A term's gradient at the layer it looks at, or on the parameters, has the norm that the multiplier says, in the
-    unit of the default's: one over the size of the layer's benign values; on the parameters, what concentration at the
+    unit of the library's: one over the size of the layer's benign values; on the parameters, what concentration at the
     classifier's input would have there.
 
     Args:

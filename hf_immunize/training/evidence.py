@@ -211,7 +211,7 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
     base = evidence.base_model or describe_base_model(config._name_or_path, getattr(config, "_commit_hash", None))
     return ImmunizationRecord(
         method=MethodRecord(
-            objective=args.objective,
+            objective=trainer.objective,
             trainable=one_line(args.trainable),
             steps=trainer.state.global_step if step is None else step,
             seed=args.seed,

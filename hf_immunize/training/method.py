@@ -30,7 +30,7 @@ class Method:
         False
     """
 
-    objective: str = "concentration"
+    objective: str = "auto"
     benign_loss: str = "distillation"
     feature_distillation_weight: float = 5.0
     benign_budget: float | None = 0.03
@@ -60,6 +60,12 @@ class Method:
         return self.benign_loss != "distillation" or (self.benign_budget is not None and self.budget_measure == "loss")
 
     @property
+    def looks_inside(self) -> bool:
+        """Whether the objective looks at what enters rectifiers, where the part that moves has some."""
+        # Beside the task's loss alone nothing tells how much those terms may weigh; see `_normalized`.
+        return self.objective in INSIDE and not (self.benign_loss == "task" and self.harmful_weight == "auto")
+
+    @property
     def rule(self) -> WeightRule:
         """The part that decides the weights."""
         return WeightRule(
@@ -87,7 +93,7 @@ def _normalized(method: Method) -> dict[str, Any]:
     ):
         if getattr(method, name) not in known:
             raise ArgumentError(f"Expected {name}= out of {', '.join(known)}, found {getattr(method, name)!r}.")
-    if method.objective in INSIDE and method.benign_loss == "task" and method.harmful_weight == "auto":
+    if method.objective == "silence" and method.benign_loss == "task" and method.harmful_weight == "auto":
         raise ArgumentError(
             f"Expected benign_loss='distillation' or 'both' with objective={method.objective!r}, found 'task': its "
             "terms inside the network are weighed against staying near the starting model. Change it, or give "

@@ -145,6 +145,28 @@ def silence(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
     )
 
 
+def auto(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
+    """What stops linear probes best: `silence` where there are rectifiers to switch off, else `concentration`.
+
+    Args:
+        benign: The benign side.
+        harmful: The harmful side; whether it has ``rectified`` decides.
+        scale_free: Changes nothing: both are scale-free by themselves.
+
+    Returns:
+        The terms of the one that is taken.
+
+    Raises:
+        NonFiniteError, RankError: See `spectral_concentration`.
+
+    Example:
+        >>> import torch
+        >>> list(auto(Side(torch.eye(2)), Side(torch.eye(2))).harmful)
+        ['concentration']
+    """
+    return (silence if harmful.rectified else concentration)(benign, harmful, scale_free)
+
+
 def opt_kappa(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
     """The paper's baseline "Opt κ": ``log κ`` itself, down for benign and up for harmful features.
 
@@ -193,12 +215,13 @@ def imma(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
 
 # In the order in which `--help` names them.
 OBJECTIVES: dict[str, Callable[[Side, Side, bool], Terms]] = {
-    "concentration": concentration,
+    "auto": auto,
     "silence": silence,
+    "concentration": concentration,
     "kappa": kappa,
     "r_ill": r_ill,
     "opt_kappa": opt_kappa,
     "imma": imma,
 }
-# Those that look at what enters rectifiers.
-INSIDE = ("silence",)
+# Those that look at what enters rectifiers, if there are any.
+INSIDE = ("auto", "silence")

@@ -33,7 +33,7 @@ from hf_immunize.training.distributed import (
 )
 from hf_immunize.training.forward import forward_both
 from hf_immunize.training.method import Method
-from hf_immunize.training.objectives import INSIDE, OBJECTIVES, Side
+from hf_immunize.training.objectives import OBJECTIVES, Side
 from hf_immunize.training.queue import FeatureQueue
 from hf_immunize.training.terms import Terms
 from hf_immunize.training.weighting import Weighting, gradient_norm
@@ -118,7 +118,7 @@ class ImmunizationStep:
         self._plain_model = model
         size = self.method.queue_size
         # Found in the first step, which has images to try them on.
-        self._rectifiers: list[str] | None = None if self.method.objective in INSIDE else []
+        self._rectifiers: list[str] | None = None if self.method.looks_inside else []
         self._queues = {side: FeatureQueue(size) for side in ("benign", "harmful")} if size else {}
 
     def __call__(
@@ -203,6 +203,13 @@ class ImmunizationStep:
             queue.push(_rows({"benign": benign, "harmful": harmful}[side]))
         return StepResult(loss, {"benign_loss": benign_loss, **logged, **weighed}, logits[:benign_end])
 
+    @property
+    def objective(self) -> str:
+        """The objective by name; what "auto" stands for is known from the first step on."""
+        if self.method.objective != "auto" or self._rectifiers is None:
+            return self.method.objective
+        return "silence" if self._rectifiers else "concentration"
+
     def _rectifiers_of(self, batch: dict[str, Any]) -> list[str]:
         """Rectifiers that the objective looks at."""
         if self._rectifiers is None:
@@ -214,6 +221,9 @@ class ImmunizationStep:
                 return captured.features
 
             names = find_rectifiers(self._plain_model, self.moving)
+            if not names:
+                self._rectifiers = []
+                return self._rectifiers
             found, problem = [], None
             try:
                 found = choke_points(self._plain_model, names, features)
@@ -334,11 +344,14 @@ class ImmunizationStep:
         return self.weighting.benign_scale(mean_gradient_norm(gradient_norm(benign_loss, loss_features)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights, queues and starting tensors, with which a resumed run goes on exactly."""
+        """Weights, queues, chosen rectifiers and starting tensors, with which a resumed run goes on exactly."""
         parts: dict[str, dict[str, Tensor]] = {"weighting": self.weighting.state_dict()}
         parts |= {f"queue_{side}": queue.state_dict() for side, queue in self._queues.items()}
         if self.start is not None:
             parts["start"] = self.start.state_dict()
+        if self.method.looks_inside and self._rectifiers is not None:
+            names = find_rectifiers(self._plain_model, self.moving)
+            parts["rectifiers"] = {"chosen": torch.tensor([name in self._rectifiers for name in names])}
         return {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -357,6 +370,10 @@ class ImmunizationStep:
         self.weighting.load_state_dict(parts["weighting"])
         for side, queue in self._queues.items():
             queue.load_state_dict(parts.get(f"queue_{side}", {}))
+        if self.method.looks_inside and "rectifiers" in parts:
+            # Once harmful images are silenced, another search would have less to tell images apart by.
+            names, chosen = find_rectifiers(self._plain_model, self.moving), parts["rectifiers"]["chosen"].tolist()
+            self._rectifiers = [name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen]
         if self.start is not None:
             self.start.load_state_dict(parts.get("start", {}))
 

@@ -190,6 +190,11 @@ class ImmunizationTrainer(Trainer):
         check_checkpointing(model, self.args)
         self._step = self.create_step(model)
 
+    @property
+    def objective(self) -> str:
+        """What is minimized beside the benign loss, by name; what "auto" stands for is known after the first step."""
+        return self._step.objective
+
     def create_step(self, model: PreTrainedModel) -> ImmunizationStep:
         """What computes the loss of a pair of batches; override it to add terms of your own.
 

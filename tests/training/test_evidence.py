@@ -30,6 +30,13 @@ def test_record_holds_what_evaluate_reported(trainer, tmp_path):
     assert record.benign_features.after.rank == metrics["eval_benign_rank"]
 
 
+def test_record_names_the_objective_that_auto_stands_for(trainer, tmp_path):
+    run = trainer("resnet", objective="auto", benign_loss="distillation", benign_budget=0.05)
+    finished(run)
+    run.save_model(str(tmp_path / "model"))
+    assert read_record(tmp_path / "model").method.objective == "silence"
+
+
 def test_record_holds_what_was_before(trainer, tmp_path):
     run = trainer()
     before = run.evaluate()

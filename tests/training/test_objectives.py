@@ -63,6 +63,19 @@ def test_silence_without_rectifiers_names_the_remedy():
         OBJECTIVES["silence"](Side(side(0).features), Side(side(1).features), False)
 
 
+def test_auto_is_silence_where_there_are_rectifiers():
+    harmful, benign = side(1), side(0)
+    found, wanted = (OBJECTIVES[name](benign, harmful, False) for name in ("auto", "silence"))
+    assert {name: term.value for name, term in found.inner.items()} == {
+        name: term.value for name, term in wanted.inner.items()
+    }
+
+
+def test_auto_is_concentration_where_there_are_none():
+    sides = Side(side(0).features), Side(side(1).features)
+    assert OBJECTIVES["auto"](*sides, False) == OBJECTIVES["concentration"](*sides, False)
+
+
 def test_descent_on_imma_makes_a_fitted_head_worse():
     features, labels = side(1).features, side(1).labels
     before = adapted_loss(features, labels).item()

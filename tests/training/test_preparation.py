@@ -209,7 +209,7 @@ def test_a_model_may_come_from_a_function(tiny, trainer):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"objective": "nope"}, "silence, kappa, r_ill, opt_kappa, imma, found 'nope'"),
+        ({"objective": "nope"}, "auto, silence, concentration, kappa, r_ill, opt_kappa, imma, found 'nope'"),
         ({"benign_weight": -1.0}, "benign_weight= 'auto' or a number of at least 0, found -1.0"),
         ({"harmful_weight": "much"}, "harmful_weight= 'auto' or a number of at least 0, found 'much'"),
         ({"harmful_weight": "nan"}, "harmful_weight="),

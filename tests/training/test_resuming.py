@@ -48,6 +48,19 @@ def test_where_no_starting_model_is_needed_the_loss_is_said(stopped, trainer, ca
     assert run.state.global_step == 2 and "start anew" in said(caplog)
 
 
+def test_the_chosen_rectifiers_are_not_sought_anew(trainer, tmp_path, monkeypatch):
+    chosen = {**DISTILLED, "objective": "auto", **EVERY_STEP}
+    trainer("resnet", max_steps=1, **chosen).train()
+
+    def sought(*args):
+        raise AssertionError("a resumed run knows its rectifiers")
+
+    monkeypatch.setattr("hf_immunize.training.step.choke_points", sought)
+    run = trainer("resnet", max_steps=2, **chosen)
+    run.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert run.objective == "silence"
+
+
 def test_a_damaged_state_is_named(stopped, trainer):
     folder = stopped()
     with open(os.path.join(folder, STATE), "wb") as file:

@@ -171,6 +171,12 @@ def test_a_batch_without_harmful_images_is_named(tiny):
         ImmunizationStep(model)(model, {"benign": {"pixel_values": torch.zeros(2, 3, 8, 8)}}, step=0)
 
 
+def test_beside_the_task_loss_alone_auto_is_concentration(trainer):
+    run = trainer("resnet", objective="auto", benign_loss="task", benign_budget=None)
+    run.train()
+    assert run.objective == "concentration"
+
+
 def test_labels_are_smoothed_as_the_trainer_does(tiny, trainer, images):
     benign = images(4)
     run = trainer(tiny(), **zero_weights(label_smoothing_factor=0.2), train_dataset=benign)
