@@ -19,6 +19,8 @@ from hf_immunize.vision.extraction import extract
 
 # As in the paper's network tables.
 GROUPS = {"num_groups": 20, "group_size": 100}
+# A benign image counts as lost where so little is left of its features' length, relative to the median image's.
+LOST = 0.1
 
 
 def features_of(model: str, data: Data, path: Path) -> dict[str, Tensor]:
@@ -95,6 +97,7 @@ def ratios(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Any
     found: dict[str, Any] = {"exact": _plain(relative_immunization_ratio(**sides["harmful"]))}
     if "unseen" in sides:
         found["exact_unseen"] = _plain(relative_immunization_ratio(**sides["unseen"]))
+    found["without_lost"] = _without_lost(sides["harmful"])
     # Too few images for a group, or a group of which all features are zero: by the paper's protocol there is no RIR.
     try:
         paper = relative_immunization_ratio(**sides["harmful"], protocol="reference", seed=0, **GROUPS)
@@ -102,6 +105,20 @@ def ratios(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Any
     except (ProtocolError, RankError):
         found["reference"] = None
     return found
+
+
+def _without_lost(sides: dict[str, Tensor]) -> dict[str, Any]:
+    """How many benign images lose their features, as if they were harmful, and the exact RIR of the others.
+
+    κ is ruled by the worst direction: a single such image decides (ii).
+    """
+    lengths = [sides[name].double().norm(dim=1) for name in ("benign", "benign_reference")]
+    kept = lengths[0] / lengths[1].clamp_min(torch.finfo(torch.float64).tiny)
+    lost = kept < LOST * kept.median()
+    if not lost.any() or lost.all():
+        return {"lost": int(lost.sum())}
+    others = {name: features[~lost] if name.startswith("benign") else features for name, features in sides.items()}
+    return {"lost": int(lost.sum()), **_plain(relative_immunization_ratio(**others))}
 
 
 def _plain(ratio: ImmunizationRatio) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from examples.networks.data import Data
 from hf_immunize.attacks.outcomes import AuditData, Utility
-from hf_immunize.attacks.presets import FINE_TUNING, RESTORING, Preset, find_preset
+from hf_immunize.attacks.presets import FINE_TUNING, PRESET_VERSION, RESTORING, Preset, find_preset
 from hf_immunize.attacks.report import AuditReport
 from hf_immunize.attacks.runner import audit
 from hf_immunize.attacks.summaries import Summary, of_class, strongest, summarize
@@ -40,7 +40,8 @@ def settings(spec: dict[str, Any] | None, attackers: list[str] | None) -> dict[s
             "has the starting model, whose figures stand beside in every row."
         )
     find_preset(found["preset"]).only(found["attackers"])
-    return found
+    # What a preset looks at differs between versions.
+    return found | {"preset_version": PRESET_VERSION}
 
 
 def preset_of(spec: dict[str, Any]) -> Preset:

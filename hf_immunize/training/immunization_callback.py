@@ -51,7 +51,7 @@ class ImmunizationCallback(TrainerCallback):
         image_column_name: Column of images (or of pixel values) in these data sets, likewise.
         label_column_name: Column of labels, likewise.
         seed: Seed of the callback's draws; by default the Trainer's.
-        **method: The settings of `Method`, such as ``objective="concentration"`` or ``benign_budget=0.03``; less
+        **method: The settings of `Method`, such as ``objective="kappa"`` or ``benign_budget=0.05``; less
             ``budget_holdout``, since the budget is measured on the images of each step.
 
     Raises:

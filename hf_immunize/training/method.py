@@ -33,7 +33,7 @@ class Method:
     objective: str = "auto"
     benign_loss: str = "distillation"
     feature_distillation_weight: float = 5.0
-    benign_budget: float | None = 0.03
+    benign_budget: float | None = 0.05
     budget_measure: str = "total_variation"
     budget_holdout: float = 0.1
     benign_weight: str | float = "auto"
@@ -106,14 +106,14 @@ def _normalized(method: Method) -> dict[str, Any]:
         budget = _number(budget)
         if not budget > 0:
             raise ArgumentError(
-                f"Expected benign_budget= above 0 or None, found {method.benign_budget!r}. 0.03 is a good "
+                f"Expected benign_budget= above 0 or None, found {method.benign_budget!r}. 0.05 is a good "
                 "start; None lets auto_weight_ratio decide."
             )
         if method.budget_measure == "total_variation" and budget >= MOST_OF_AN_IMAGE:
             raise ArgumentError(
                 f"Expected benign_budget= below {MOST_OF_AN_IMAGE} with budget_measure='total_variation', found "
                 f"{method.benign_budget!r}: an image counts {MOST_OF_AN_IMAGE} at most, so that nothing would hold "
-                "the weights. Lower it (0.03 is a good start), or take budget_measure='kl'."
+                "the weights. Lower it (0.05 is a good start), or take budget_measure='kl'."
             )
     holdout = _number(method.budget_holdout)
     if not 0 <= holdout <= 0.5:
