@@ -56,6 +56,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     show.add_argument("--rows", type=Path, default=Path("runs/networks"), help="folder of all runs")
     show.add_argument("--out", type=Path, default=Path("docs/results/networks.md"), help="the page")
     show.add_argument("--plan", type=Path, help="rows that should be there; by default examples/networks/plan.yaml")
+    show.add_argument("--readme", type=Path, help="a file whose overview is renewed too, such as README.md")
     commands.add_parser("list", help="experiments and methods")
     found = parser.parse_args(words)
     if getattr(found, "config", None):
@@ -126,7 +127,8 @@ def everything(arguments: argparse.Namespace) -> None:
     failed = []
     for one in planned_runs(arguments.plan, arguments.only):
         places = {"data_path": arguments.data_path, "output_dir": arguments.output_dir}
-        one = replace(one, **places, attackers=words_of(arguments.attackers))
+        shown = one.method == "default" and not one.changes and one.seed == 0
+        one = replace(one, **places, attackers=words_of(arguments.attackers), keep_card=shown)
         if arguments.dry_run:
             print(f"{'done' if (one.folder / ROW).is_file() else 'to do'}: {one.command()}")
             continue
@@ -143,7 +145,7 @@ def page(arguments: argparse.Namespace) -> None:
     """The page and its figures."""
     from examples.networks.page import write_page
 
-    write_page(arguments.rows, arguments.out, arguments.plan)
+    write_page(arguments.rows, arguments.out, arguments.plan, arguments.readme)
     print(f"Wrote {arguments.out}")
 
 

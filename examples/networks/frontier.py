@@ -9,7 +9,7 @@ from hf_immunize.training.figures import new_figure, save_figure
 
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; a method and its form under our recipe share one.
-COLOURS = {"default": "#000000", "silence": "#E69F00", "kappa": "#D55E00", "r_ill": "#0072B2"}
+COLOURS = {"default": "#000000", "concentration": "#E69F00", "kappa": "#D55E00", "r_ill": "#0072B2"}
 COLOURS |= {"opt_kappa": "#009E73", "imma": "#CC79A7"}
 
 
@@ -25,7 +25,7 @@ def draw_frontier(groups: list[Group], path: Path) -> None:
         own = [group for group in groups if group.method == method]
         colour, ours = (
             COLOURS[method.removesuffix("_ours")],
-            method in ("default", "silence") or method.endswith("_ours"),
+            method in ("default", "concentration") or method.endswith("_ours"),
         )
         for index, group in enumerate(own):
             for row in group.rows:

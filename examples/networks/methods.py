@@ -1,8 +1,9 @@
 """The methods that the experiments compare, as arguments that differ from the library's defaults.
 
-`default` is what a user gets who sets nothing; `silence` differs from it by its objective, and needs ReLUs. `kappa`,
-`r_ill`, `opt_kappa` and `imma` are the paper's objective and its three baselines with the paper's own recipe;
-`kappa_ours`, … are the same objectives under ours, so that only the objective differs from `default`.
+`default` is what a user gets who sets nothing: rectifiers off where there are such, else concentration.
+`concentration` is that everywhere. `kappa`, `r_ill`, `opt_kappa` and `imma` are the paper's objective and its three
+baselines with the paper's own recipe; `kappa_ours`, … are the same objectives under ours, so that only the objective
+differs from `default`.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ BASELINES = ("kappa", "r_ill", "opt_kappa", "imma")
 
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
-    "silence": {"objective": "silence"},
+    "concentration": {"objective": "concentration"},
     **{name: {"objective": name, **PAPER} for name in BASELINES},
     **{f"{name}_ours": {"objective": name} for name in BASELINES},
 }
@@ -40,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # How the page calls them.
 TITLES = {
     "default": "default",
-    "silence": "rectifiers off",
+    "concentration": "concentration",
     "kappa": "paper (κ)",
     "r_ill": "R_ill only",
     "opt_kappa": "Opt κ",

@@ -11,6 +11,7 @@ import yaml
 from examples.audit_page import table
 from examples.networks import tables
 from examples.networks.frontier import draw_frontier
+from examples.networks.overview import overview, write_overview
 from examples.networks.plan import planned_runs
 from examples.networks.rows import (
     Group,
@@ -31,8 +32,8 @@ from hf_immunize.attacks.text import clean, percent, signed
 INTRODUCTION = """# Networks: results
 
 Written by `python -m examples.networks page` from the rows that `python -m examples.networks run` left behind, one a
-run; no figure is typed by hand. All figures are of held-out images. ± is the standard deviation over seeds, of which
-each has its own split, classes and draws.
+run; all but the section of findings is made from the rows. All figures are of held-out images. ± is the standard
+deviation over seeds, of which each has its own split, classes and draws.
 
 - *Change of benign accuracy*: after less before on the same images, over all splits, with a 95 % interval paired by
   image and clustered by image, since splits share images. What another training would change is not in it; ± is.
@@ -45,6 +46,10 @@ each has its own split, classes and draws.
 - *Minutes* are of one run: training with measuring before and after, measuring and attacking the immunized model. The
   starting model, and measuring and attacking it, are shared by the runs of a seed and not in them.
 """
+
+
+# Written by hand: what the figures teach.
+FINDINGS = Path(__file__).parent / "findings.md"
 
 
 def one_line(row: dict[str, Any]) -> str:
@@ -63,13 +68,14 @@ def one_line(row: dict[str, Any]) -> str:
     )
 
 
-def write_page(folder: Path, out: Path, plan: Path | None = None) -> str:
+def write_page(folder: Path, out: Path, plan: Path | None = None, readme: Path | None = None) -> str:
     """Write the page, and its figures beside it.
 
     Args:
         folder: Of all runs.
         out: The page.
         plan: Rows that should be there.
+        readme: A file that shows the overview too, between its marks.
 
     Returns:
         The text.
@@ -77,7 +83,9 @@ def write_page(folder: Path, out: Path, plan: Path | None = None) -> str:
     rows = read_rows(folder)
     groups = group_rows(rows)
     missing = [run for run in planned_runs(plan, gpu=True) if run.name not in {row["name"] for row in rows}]
-    lines = [INTRODUCTION, *_making(rows, missing)]
+    shown = overview(groups)
+    lines = [INTRODUCTION, "## The default in every experiment", "", shown, "", FINDINGS.read_text(encoding="utf-8")]
+    lines += _making(rows, missing)
     places = [one.experiment for one in missing] + [row["experiment"] for row in rows]
     names = [name for name in (*experiment_names(), *places) if name in places]
     for name in dict.fromkeys(sorted(names, key=lambda name: "GPU" in _spec(name).get("machine", ""))):
@@ -90,6 +98,8 @@ def write_page(folder: Path, out: Path, plan: Path | None = None) -> str:
     text = "\n".join(lines).rstrip() + "\n"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
+    if readme is not None:
+        write_overview(readme, shown)
     return text
 
 
@@ -104,7 +114,7 @@ def _making(rows: list[dict[str, Any]], missing: list[Any]) -> list[str]:
     ]
     lines = ["## How to make it", "", "```bash"]
     lines += ["python -m examples.networks all --data_path DATA    # all rows that one machine without a GPU can make"]
-    lines += ["python -m examples.networks page", "```", ""]
+    lines += ["python -m examples.networks page --readme README.md", "```", ""]
     lines += [
         f"Each command goes on where it was interrupted. {len(rows)} rows are here, which took "
         f"{seconds_of(rows) / 3600:.1f} hours one after the other; {len(missing)} more of the plan were not run."
@@ -129,7 +139,7 @@ def _experiment(name: str, groups: list[Group], missing: list[Any], out: Path) -
         plain = [group for group in groups if set(group.changes) <= {"max_steps"}] or groups
         lines += tables.summary(plain, wanted)
         for group in plain:
-            if group.method in ("default", "kappa") and not group.changes:
+            if group.method in ("default", "kappa") and (group.method == "kappa" or not group.changes):
                 lines += [f"{group.title[:1].upper()}{group.title[1:]} ({_seeds(group.seeds.split(', '))}):", ""]
                 lines += [*(f"- {one}" for one in sentences(group, wanted)), ""]
         lines += ["By what an attacker has, the strongest of all attackers tried:", "", *tables.classes(plain)]

@@ -92,11 +92,26 @@ def _rir(group: Group, wanted: dict[str, Any]) -> str:
     if (limit := wanted.get("benign_ratio")) is not None:
         ends.append(f"(ii) {_verdict(max(ratios) <= limit)} (at most {limit:g})")
     end = f"; {'; '.join(ends)}" if ends else ""
+    end += _lost(group)
     several = "" if len(logs) == 1 else " in the mean"
     return (
         f"log10 of the exact RIR is {bound_sign(group)}{statistics.fmean(logs):.2f}{several}, (ii) "
         f"{statistics.fmean(ratios):.3g}{end}. It says how gradient descent at the classifier's input is conditioned, "
         "and nothing of what can be read there."
+    )
+
+
+def _lost(group: Group) -> str:
+    """What (ii) would be without the benign images that share the fate of harmful ones."""
+    found = [row["ratios"]["without_lost"] for row in group.rows]
+    ratios = [one["benign_ratio"] for one in found if one.get("benign_ratio") is not None]
+    if not ratios:
+        return ""
+    images = [row["ratios"]["exact"]["benign"]["images"] for row in group.rows]
+    lost = " / ".join(f"{one['lost']} of {count:,}" for one, count in zip(found, images, strict=True))
+    return (
+        f". {lost} held-out benign images keep less than a tenth of their features' length, since they show what is "
+        f"harmful or come near it; without them (ii) is {statistics.fmean(ratios):.3g}"
     )
 
 

@@ -7,6 +7,7 @@ import yaml
 
 from examples.networks.__main__ import main
 from examples.networks.files import read_json, write_json
+from examples.networks.overview import BEGIN, END, overview, write_overview
 from examples.networks.page import one_line, write_page
 from examples.networks.rows import Group, group_rows, pooled_difference, read_rows, seconds_of
 from examples.networks.run import VERSION
@@ -75,7 +76,7 @@ def a_row(method="default", seed=0, wrong=(0,), probe=0.12, log=9.0, bound="lowe
         "images": {"benign": {"train": 70, "test": 20}, "harmful": {"train": 100, "test": 20}},
         "sources": {"benign": "samples", "harmful": "cars", "unrelated": "digits"},
         "test_rows": " ".join(str(10 * seed + index) for index in range(20)),
-        "ratios": {"exact": exact, "reference": {"rir": 3.5, "std": 1.0}},
+        "ratios": {"exact": exact, "without_lost": {"lost": 0}, "reference": {"rir": 3.5, "std": 1.0}},
         "utility": utility,
         "probes": {"harmful": reading(0.5, probe), "unseen": reading(0.4, 0.3), "unrelated": reading(0.98, 0.975)},
         "warnings": [],
@@ -113,7 +114,7 @@ def test_the_page_names_commands_settings_and_hours(text, rows):
 
 
 def test_rows_that_are_not_there_are_named(text):
-    words = "--experiment mobilenet_cars --method imma --seed N --set max_steps=700 --data_path DATA"
+    words = "--experiment mobilenet_cars --method imma --seed N --set max_steps=300 --data_path DATA"
     assert f"- seed 0: `python -m examples.networks run {words}`" in text
     assert "No row of this experiment was run. It is meant for 1 GPU." in text
     assert "| paper (κ) | 3.467 | 62.36 |  |  |" in text
@@ -224,3 +225,27 @@ def test_names_of_the_plan_are_yaml(tmp_path):
         "- seed 7: `python -m examples.networks run --experiment vit_cifar10 --method default" in text
         and "mobilenet" not in text
     )
+
+
+class TestOverview:
+    def test_it_is_on_the_page_and_between_the_marks_of_the_readme(self, rows, tmp_path):
+        readme = tmp_path / "README.md"
+        readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+        text = write_page(tmp_path / "runs", tmp_path / "networks.md", readme=readme)
+        shown = readme.read_text().removeprefix(f"before\n{BEGIN}\n").removesuffix(f"\n{END}\nafter\n")
+        assert "| 0, 1, 2 | −5.0 (" in shown and "old" not in shown and shown in text
+
+    def test_a_file_without_marks_is_named(self, tmp_path):
+        (tmp_path / "README.md").write_text("nothing")
+        with pytest.raises(DataError, match=r"README\.md, between which the table belongs"):
+            write_overview(tmp_path / "README.md", "table")
+
+    def test_without_rows_of_the_default_it_says_so(self):
+        assert "not run" in overview(group_rows([a_row("kappa")]))
+
+
+def test_images_that_share_the_fate_of_harmful_ones_are_counted(rows):
+    row = a_row()
+    row["ratios"]["without_lost"] = {"lost": 2, "benign_ratio": 0.9}
+    found = " ".join(sentences(Group("mobilenet_cars", "default", {}, [row]), WANTED))
+    assert "2 of 20 held-out benign images keep less than a tenth" in found and "without them (ii) is 0.9" in found
