@@ -234,7 +234,10 @@ class ImmunizationStep:
             if any_process(problem is not None, images.device):
                 raise problem or DataError("Another process found no rectifiers; its own message says why.")
             by_all = process_mean(torch.tensor([float(name in found) for name in names], device=images.device))
-            self._rectifiers = [name for name, share in zip(names, by_all.tolist(), strict=True) if share == 1]
+            agreed = {name for name, share in zip(names, by_all.tolist(), strict=True) if share == 1}
+            # The last alone: the classifier sees nothing else, and earlier ones tell harmful images less well from
+            # benign ones, so that switching them off costs the benign task more.
+            self._rectifiers = [name for name in found if name in agreed][-1:]
         return self._rectifiers
 
     def _of_all_processes(self, features: Tensor) -> Tensor | Hessian:

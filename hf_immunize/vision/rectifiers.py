@@ -63,7 +63,7 @@ def choke_points(model: nn.Module, names: list[str], features: Callable[[], Tens
         features: Runs the model on two different images or more and gives the classifier's inputs, ``(N, D)``.
 
     Returns:
-        Some of the names, in their order.
+        Some of the names, in the order in which they run.
 
     Raises:
         DataError: If the images' features do not differ, or are not finite.
@@ -74,11 +74,11 @@ def choke_points(model: nn.Module, names: list[str], features: Callable[[], Tens
         ['1']
     """
     with torch.no_grad():
-        calls = dict.fromkeys(names, 0)
+        calls: dict[str, int] = {}
 
         def count(name: str) -> Callable[..., None]:
             def hook(*_: Any) -> None:
-                calls[name] += 1
+                calls[name] = calls.get(name, 0) + 1
 
             return hook
 
@@ -95,7 +95,7 @@ def choke_points(model: nn.Module, names: list[str], features: Callable[[], Tens
                 "images of both sides, and the weights."
             )
         found = []
-        for name in (name for name in names if calls[name] == 1):
+        for name in (name for name, times in calls.items() if times == 1):
             hook = model.get_submodule(name).register_forward_hook(lambda module, given, output: output * 0)
             try:
                 if _spread(features()) <= _ROUNDING * usual:
