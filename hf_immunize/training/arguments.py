@@ -31,11 +31,11 @@ class ImmunizationArguments(TrainingArguments):
     > Parameters that control what is minimized
 
     Args:
-        objective: "auto" ("silence" where the part that moves has such rectifiers, else "concentration"; the record
+        objective: "auto" ("silence" where the part that moves has such a rectifier, else "concentration"; the record
             names the one that was taken),
-            "silence" (rectifiers that no shortcut bypasses are switched off on harmful images: where that succeeds,
-            nothing is left to read behind them; what enters them is still there, and BatchNorm with the statistics of
-            the batch brings it back; for networks with ReLU or ReLU6 in the part that moves),
+            "silence" (the last rectifier, ReLU or ReLU6, that no shortcut bypasses is switched off on harmful images:
+            where that succeeds, nothing is left to read behind it; what enters it is still there, and BatchNorm with
+            the statistics of the batch brings it back),
             "concentration" (harmful features towards one direction, a bound on κ from the top pair alone),
             "kappa" (the paper's: R_well of benign + R_ill of harmful features), or one of the paper's baselines:
             "r_ill" (without R_well), "opt_kappa" (log κ itself), "imma" (bi-level on the head; needs harmful labels).

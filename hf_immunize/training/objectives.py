@@ -115,8 +115,9 @@ def concentration(benign: Side, harmful: Side, scale_free: bool = False) -> Term
 def silence(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
     """Rectifiers off on harmful images, benign features away from one direction.
 
-    Where all rectifiers of a layer are off, every image has the same features behind it, exactly (see
+    Where a rectifier is off everywhere, every image has the same features behind it, exactly (see
     `rectifier_activity`): the harmful rank falls to one or to zero, and nothing is left at any scale.
+    `ImmunizationStep` takes the last one that no shortcut bypasses.
 
     Args:
         benign: The benign side; its features and what enters its rectifiers are used.

@@ -13,6 +13,8 @@ from hf_immunize.training.terms import InnerTerm
 MARGIN = 0.5
 # Keeps the logarithm finite where all are off.
 _FLOOR = 1e-12
+# From this mean square on, in units of u², the term counts as nearly done, and weighs less the smaller it is.
+_NEARLY_DONE = 1e-4
 
 
 def rectifier_activity(harmful: Tensor, benign: Tensor, margin: float = MARGIN) -> InnerTerm:
@@ -29,8 +31,8 @@ def rectifier_activity(harmful: Tensor, benign: Tensor, margin: float = MARGIN) 
         margin: How far below zero all shall be, in units of u.
 
     Returns:
-        The term, of the images of all processes, with the norm of its gradient on what enters and the unit in which
-        this is weighed: one over the size of what enters of benign images.
+        The term, of the images of all processes, with the norm of its gradient on what enters, the unit in which
+        this is weighed (one over the size of what enters of benign images), and how much is left to do.
 
     Example:
         >>> term = rectifier_activity(torch.tensor([[-2.0, 0.5]], requires_grad=True), torch.tensor([[1.0, -1.0]]))
@@ -44,4 +46,5 @@ def rectifier_activity(harmful: Tensor, benign: Tensor, margin: float = MARGIN) 
     squares = sum_over_processes(torch.relu(harmful.to(dtype) / unit + margin).square().sum())
     mean = squares / count + _FLOOR
     norm = 2 * squares.detach().sqrt() / (unit * count * mean.detach())
-    return InnerTerm(torch.log(mean), norm, 1 / (unit * entries**0.5))
+    left = (squares.detach() / count / _NEARLY_DONE).clamp(max=1)
+    return InnerTerm(torch.log(mean), norm, 1 / (unit * entries**0.5), left)

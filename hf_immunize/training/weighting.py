@@ -138,6 +138,7 @@ class Weighting:
         self._multiplier = torch.tensor(_START)
         self._divergence = torch.tensor(0.0)  # running mean over steps
         self._pending = torch.zeros(2)  # sum and count over the micro-batches of the step at hand
+        self._left = torch.tensor(1.0)  # share of the harmful terms' work that was left in the last micro-batch
         self._step = -1
         self._norm = torch.tensor(0.0)  # running mean over micro-batches, not yet corrected for its start at zero
         self._norm_weight = 0.0
@@ -175,6 +176,8 @@ class Weighting:
         # A loss may have fallen, which has no logarithm.
         part = (self._divergence / self.rule.budget).clamp_min(torch.finfo(self._divergence.dtype).eps)
         change = part.pow(-_POWER).clamp(_SMALLEST, _LARGEST)
+        # Nothing is spent where there is nothing left to gain.
+        change = torch.where(change > 1, change.pow(self._left), change)
         self._multiplier = self._multiplier * change
         self._pending = torch.zeros_like(self._pending)
 
@@ -220,6 +223,10 @@ class Weighting:
         logged: dict[str, Tensor] = {}
         scale: Tensor | None = None
         warmup = warmup_factor(step, self.rule.warmup_steps)
+        left = None
+        if terms.inner:
+            left = torch.stack([inner.left for inner in terms.inner.values()]).max()
+            self._left = left.to(self._left)
         for side, given, named in (
             ("benign", self.rule.benign, terms.benign),
             ("harmful", self.rule.harmful, terms.harmful),
@@ -228,6 +235,7 @@ class Weighting:
                 if isinstance(given, str):
                     scale = benign_scale() if scale is None else scale
                     weight = balanced_weight(scale, gradient_norm(term, features[side]), self._factor_on(term))
+                    weight = weight if left is None else left * weight
                 else:
                     weight = self._given(given, term)
                 weight = warmup * weight
@@ -236,7 +244,7 @@ class Weighting:
         for name, inner in terms.inner.items():
             given, term = self.rule.harmful, inner.value
             if isinstance(given, str):
-                weight = balanced_weight(inner.scale, inner.gradient_norm, self._factor_on(term))
+                weight = inner.left * balanced_weight(inner.scale, inner.gradient_norm, self._factor_on(term))
             else:
                 weight = self._given(given, term)
             total = total + warmup * weight * term
@@ -259,6 +267,7 @@ class Weighting:
             "multiplier": self._multiplier,
             "divergence": self._divergence,
             "pending": self._pending,
+            "left": self._left,
             "norm": self._norm,
             "smallest": self._smallest,
             "counters": torch.tensor([self._step, self._norm_weight], dtype=torch.float64),
@@ -268,10 +277,11 @@ class Weighting:
         """Go on from what `state_dict` gave."""
         self._multiplier, self._divergence = state["multiplier"], state["divergence"]
         self._pending, self._norm, self._smallest = state["pending"], state["norm"], state["smallest"]
+        self._left = state["left"]
         step, self._norm_weight = state["counters"].tolist()
         self._step = int(step)
 
     def _to(self, device: torch.device) -> None:
         if self._multiplier.device != device:
-            for name in ("_multiplier", "_divergence", "_pending", "_norm", "_smallest"):
+            for name in ("_multiplier", "_divergence", "_pending", "_left", "_norm", "_smallest"):
                 setattr(self, name, getattr(self, name).to(device))

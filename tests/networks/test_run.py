@@ -35,7 +35,10 @@ def test_a_run_writes_its_row_card_and_figure(words, tmp_path, capsys, monkeypat
     assert row["images"]["benign"] == {"train": 42, "test": 18} and len(row["test_rows"].split()) == 18
     assert row["sources"]["harmful"] == "arms-3-of-5-classes" and row["sources"]["unseen"] == "arms-2-other-classes"
     # 18 images make no group of 100.
-    assert set(row["ratios"]) == {"exact", "exact_unseen", "without_lost", "reference"} and row["ratios"]["reference"] is None
+    assert (
+        set(row["ratios"]) == {"exact", "exact_unseen", "without_lost", "reference"}
+        and row["ratios"]["reference"] is None
+    )
     assert row["utility"]["interval"][0] <= row["utility"]["difference"] <= row["utility"]["interval"][1]
     harmful = row["probes"]["harmful"]
     assert set(row["probes"]) == {"harmful", "unseen", "unrelated"}

@@ -1,5 +1,6 @@
 """The term that switches rectifiers off."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,3 +38,10 @@ def test_a_layer_that_is_off_by_the_margin_has_neither_value_nor_gradient_left()
     term = rectifier_activity(harmful, torch.ones(2, 4))
     (gradient,) = torch.autograd.grad(term.value, harmful)
     assert term.gradient_norm == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize(("entering", "left"), [(1.0, 1.0), (-0.495, 0.25), (-0.6, 0.0)])
+def test_it_tells_how_much_is_left(entering, left):
+    # Ones of benign images are the unit; a margin of 0.5 leaves 0.005² = 0.25e-4 at -0.495.
+    term = rectifier_activity(torch.full((4, 3), entering, dtype=torch.float64), torch.ones(4, 3))
+    assert term.left.item() == pytest.approx(left, rel=1e-6)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_immunize.training.terms import Terms
+from hf_immunize.training.terms import InnerTerm, Terms
 from hf_immunize.training.weighting import Weighting, WeightRule, warmup_factor
 
 
@@ -122,3 +122,44 @@ def test_a_benign_loss_that_fell_leaves_a_finite_multiplier():
 def test_the_multiplier_changes_the_less_the_nearer_the_budget_is():
     near, far = (abs(run(Weighting(WeightRule(budget=1.0)), [part] * 3) - 0.02) for part in (1.05, 2.0))
     assert near < far
+
+
+class TestWorkThatIsNearlyDone:
+    """An inner term tells how much of its work is left; nothing is spent where there is nothing to gain."""
+
+    @staticmethod
+    def weigh(weighting, left, step=0):
+        features = torch.ones(4, requires_grad=True)
+        inner = torch.ones(4, requires_grad=True)
+        one = torch.tensor(1.0)
+        terms = Terms({"spread": features[0]}, inner={"activity": InnerTerm(inner[0], one, one, torch.tensor(left))})
+        loss, logged = weighting.weigh(torch.zeros(()), terms, {"benign": features}, lambda: one, step)
+        return torch.autograd.grad(loss, inner)[0].norm().item(), logged["benign_weight"].item()
+
+    def test_both_weights_fall_with_what_is_left(self):
+        weighting = Weighting(WeightRule(ratio=0.3))
+        assert self.weigh(weighting, 1.0) == pytest.approx((0.3, 0.3))
+        assert self.weigh(weighting, 0.5) == pytest.approx((0.15, 0.15))
+
+    def test_a_number_is_used_as_given(self):
+        weighting = Weighting(WeightRule(benign=2.0, harmful=3.0))
+        assert self.weigh(weighting, 0.0) == pytest.approx((3.0, 2.0))
+
+    @pytest.mark.parametrize(("divergence", "sign"), [(0.1, 0), (2.0, -1)])
+    def test_the_multiplier_no_longer_rises_and_falls_as_ever(self, divergence, sign):
+        weighting = Weighting(WeightRule(budget=1.0))
+        before = weighting.factor.item()
+        for step in range(5):
+            weighting.observe(torch.tensor(divergence), step)
+            self.weigh(weighting, 0.0, step)
+        weighting.observe(torch.tensor(divergence), 5)
+        assert (weighting.factor.item() > before) - (weighting.factor.item() < before) == sign
+
+    def test_a_restored_weighting_knows_what_is_left(self):
+        weighting, other = (Weighting(WeightRule(budget=1.0)) for _ in range(2))
+        weighting.observe(torch.tensor(0.1), 0)
+        self.weigh(weighting, 0.25)
+        other.load_state_dict(weighting.state_dict())
+        for one in (weighting, other):
+            one.observe(torch.tensor(0.1), 1)
+        assert other.factor.item() == weighting.factor.item()
