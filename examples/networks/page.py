@@ -119,6 +119,8 @@ def _making(rows: list[dict[str, Any]], missing: list[Any]) -> list[str]:
         f"Each command goes on where it was interrupted. {len(rows)} rows are here, which took "
         f"{seconds_of(rows) / 3600:.1f} hours one after the other; {len(missing)} more of the plan were not run."
     ]
+    if hours := _hours(rows, missing):
+        lines += [f"Those that need no GPU would take about {hours:.0f} hours more, by the pace of the rows here."]
     if resumed:
         lines += [
             f"Of {len(resumed)} of them, which were interrupted and resumed, the last attempt alone is counted, so "
@@ -127,6 +129,20 @@ def _making(rows: list[dict[str, Any]], missing: list[Any]) -> list[str]:
     lines += ["", "Hardware:", "", *(f"- {name} ({count} rows)" for name, count in machines.most_common()), ""]
     dates = sorted({row["date"] for row in rows})
     return [*lines, f"Rows of {dates[0]} to {dates[-1]}.", ""] if dates else lines
+
+
+def _hours(rows: list[dict[str, Any]], missing: list[Any]) -> float:
+    """Of the rows that are not there, by the training time a step and the other parts of those that are."""
+    found = 0.0
+    for run in missing:
+        own = [row for row in rows if row["experiment"] == run.experiment]
+        if not own:
+            continue
+        training = statistics.fmean(_seconds(row, "training") / row["steps"] for row in own)
+        rest = statistics.fmean(sum(row["seconds"].values()) - _seconds(row, "training") for row in own)
+        length = run.changes.get("max_steps", _spec(run.experiment)["training"]["max_steps"])
+        found += training * length + rest
+    return found / 3600
 
 
 def _experiment(name: str, groups: list[Group], missing: list[Any], out: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """The page says what the rows say: tables, pooled differences, bounds, and what is not stopped."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from examples.networks.tables import at_equal_accuracy
 from hf_immunize.errors import DataError
 
 
+ROOT = Path(__file__).parents[2]
 WANTED = {"benign_points": 1.0, "above_chance_points": 3.0, "unrelated_points": 1.0, "log10_rir": 8, "benign_ratio": 1}
 
 
@@ -109,7 +111,7 @@ def test_the_page_has_a_line_for_each_method(text, tmp_path):
 def test_the_page_names_commands_settings_and_hours(text, rows):
     assert all(f"`{row['command']}`" in text for row in rows)
     # 5 rows of an hour, 3 starting models of ten minutes each.
-    assert "5 rows are here, which took 5.5 hours" in text
+    assert "5 rows are here, which took 5.5 hours" in text and "hours more, by the pace of the rows here" in text
     assert "- a machine (5 rows)" in text and "max_steps: 9" in text and "objective=kappa" in text
 
 
@@ -234,6 +236,10 @@ class TestOverview:
         text = write_page(tmp_path / "runs", tmp_path / "networks.md", readme=readme)
         shown = readme.read_text().removeprefix(f"before\n{BEGIN}\n").removesuffix(f"\n{END}\nafter\n")
         assert "| 0, 1, 2 | −5.0 (" in shown and "old" not in shown and shown in text
+
+    def test_the_readme_shows_that_of_the_page(self):
+        readme = (ROOT / "README.md").read_text().partition(BEGIN)[2].partition(END)[0].strip()
+        assert readme.startswith("| experiment |") and readme in (ROOT / "docs/results/networks.md").read_text()
 
     def test_a_file_without_marks_is_named(self, tmp_path):
         (tmp_path / "README.md").write_text("nothing")
