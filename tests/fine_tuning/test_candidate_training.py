@@ -23,7 +23,7 @@ def batch(seed=0):
 
 def step_of(name, model):
     moving = select_trainable(model, r"stages\.1|classifier")
-    method = Method(benign_budget=0.03)
+    method = Method(objective="concentration", benign_budget=0.03)
     return CandidateStep(model, CANDIDATES[name], LAYERS, RECTIFIERS, 0, method=method, moving=moving)
 
 
