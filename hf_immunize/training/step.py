@@ -22,11 +22,9 @@ from hf_immunize.training.distillation import (
     total_variation,
 )
 from hf_immunize.training.distributed import (
-    any_process,
     gather_features,
     gather_labels,
     mean_gradient_norm,
-    process_mean,
     sum_hessian,
     sum_is_smaller,
     world_size,
@@ -35,11 +33,12 @@ from hf_immunize.training.forward import forward_both
 from hf_immunize.training.method import Method
 from hf_immunize.training.objectives import OBJECTIVES, Side
 from hf_immunize.training.queue import FeatureQueue
+from hf_immunize.training.rectifier_choice import RectifierChoice
 from hf_immunize.training.terms import Terms
 from hf_immunize.training.weighting import Weighting, gradient_norm
 from hf_immunize.vision.adapters import outermost_name
 from hf_immunize.vision.features import HeadInput, find_head
-from hf_immunize.vision.rectifiers import RectifierInputs, choke_points, find_rectifiers
+from hf_immunize.vision.rectifiers import RectifierInputs
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
 from hf_immunize.vision.trunk import TrunkSplit
 
@@ -117,8 +116,7 @@ class ImmunizationStep:
         self.trunk: TrunkSplit | None = None
         self._plain_model = model
         size = self.method.queue_size
-        # Found in the first step, which has images to try them on.
-        self._rectifiers: list[str] | None = None if self.method.looks_inside else []
+        self._choice = RectifierChoice(model, self.moving) if self.method.looks_inside else None
         self._queues = {side: FeatureQueue(size) for side in ("benign", "harmful")} if size else {}
 
     def __call__(
@@ -206,39 +204,25 @@ class ImmunizationStep:
     @property
     def objective(self) -> str:
         """The objective by name; what "auto" stands for is known from the first step on."""
-        if self.method.objective != "auto" or self._rectifiers is None:
+        if self.method.objective != "auto":
             return self.method.objective
-        return "silence" if self._rectifiers else "concentration"
+        names = self._choice.names if self._choice is not None else []
+        return "auto" if names is None else "silence" if names else "concentration"
 
     def _rectifiers_of(self, batch: dict[str, Any]) -> list[str]:
-        """Rectifiers that the objective looks at."""
-        if self._rectifiers is None:
-            images = torch.cat([batch[side]["pixel_values"][:2] for side in ("benign", "harmful")])
+        """Rectifiers that the objective looks at; the first batch has the images to try them on."""
+        if self._choice is None:
+            return []
+        if self._choice.names is not None:
+            return self._choice.names
+        images = torch.cat([batch[side]["pixel_values"][:2] for side in ("benign", "harmful")])
 
-            def features() -> Tensor:
-                with replayed(self.trunk, self._plain_model), HeadInput(self.head) as captured:
-                    released_logits(self._plain_model, images)
-                return captured.features
+        def features() -> Tensor:
+            with replayed(self.trunk, self._plain_model), HeadInput(self.head) as captured:
+                released_logits(self._plain_model, images)
+            return captured.features
 
-            names = find_rectifiers(self._plain_model, self.moving)
-            if not names:
-                self._rectifiers = []
-                return self._rectifiers
-            found, problem = [], None
-            try:
-                found = choke_points(self._plain_model, names, features)
-            except DataError as error:
-                problem = error
-            # Each process tries its own images: one that stopped alone would leave the others waiting, and those
-            # rectifiers count that are found by all.
-            if any_process(problem is not None, images.device):
-                raise problem or DataError("Another process found no rectifiers; its own message says why.")
-            by_all = process_mean(torch.tensor([float(name in found) for name in names], device=images.device))
-            agreed = {name for name, share in zip(names, by_all.tolist(), strict=True) if share == 1}
-            # The last alone: the classifier sees nothing else, and earlier ones tell harmful images less well from
-            # benign ones, so that switching them off costs the benign task more.
-            self._rectifiers = [name for name in found if name in agreed][-1:]
-        return self._rectifiers
+        return self._choice.seek(features, images.device)
 
     def _of_all_processes(self, features: Tensor) -> Tensor | Hessian:
         """The global batch: features where rows are needed, else whichever of features and Hessian moves less."""
@@ -352,9 +336,8 @@ class ImmunizationStep:
         parts |= {f"queue_{side}": queue.state_dict() for side, queue in self._queues.items()}
         if self.start is not None:
             parts["start"] = self.start.state_dict()
-        if self.method.looks_inside and self._rectifiers is not None:
-            names = find_rectifiers(self._plain_model, self.moving)
-            parts["rectifiers"] = {"chosen": torch.tensor([name in self._rectifiers for name in names])}
+        if self._choice is not None:
+            parts["rectifiers"] = self._choice.state_dict()
         return {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -373,10 +356,8 @@ class ImmunizationStep:
         self.weighting.load_state_dict(parts["weighting"])
         for side, queue in self._queues.items():
             queue.load_state_dict(parts.get(f"queue_{side}", {}))
-        if self.method.looks_inside and "rectifiers" in parts:
-            # Once harmful images are silenced, another search would have less to tell images apart by.
-            names, chosen = find_rectifiers(self._plain_model, self.moving), parts["rectifiers"]["chosen"].tolist()
-            self._rectifiers = [name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen]
+        if self._choice is not None:
+            self._choice.load_state_dict(parts.get("rectifiers", {}))
         if self.start is not None:
             self.start.load_state_dict(parts.get("start", {}))
 

@@ -1,0 +1,82 @@
+"""Which rectifier is switched off on harmful images: sought once, the same on all processes, kept in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hf_immunize.errors import DataError
+from hf_immunize.training.distributed import any_process, process_mean
+from hf_immunize.vision.rectifiers import choke_points, find_rectifiers
+
+
+class RectifierChoice:
+    """The last rectifier in the part that moves that no shortcut bypasses.
+
+    The last alone: the classifier sees nothing else, and earlier ones tell harmful images less well from benign ones,
+    so that switching them off costs the benign task more.
+
+    Args:
+        model: The model, without a wrapper of data parallelism.
+        moving: Names of the parameters that move.
+
+    Attributes:
+        names: The rectifier's name, or none where there is no such rectifier; None before it was sought.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> choice = RectifierChoice(model, ["0.weight", "2.weight"])
+        >>> choice.seek(lambda: model(torch.eye(2)), torch.device("cpu"))
+        ['3']
+    """
+
+    def __init__(self, model: nn.Module, moving: list[str]) -> None:
+        self.names: list[str] | None = None
+        self._model = model
+        self._candidates = find_rectifiers(model, moving)
+
+    def seek(self, features: Callable[[], Tensor], device: torch.device) -> list[str]:
+        """Find it, on all processes at once, or tell what was found before.
+
+        Args:
+            features: Runs the model on a few images of both sides and gives the classifier's inputs, ``(N, D)``.
+            device: Where processes exchange what they found.
+
+        Returns:
+            One name, or none.
+
+        Raises:
+            DataError: If the images' features do not differ, here or on another process.
+        """
+        if self.names is None:
+            self.names = self._sought(features, device) if self._candidates else []
+        return self.names
+
+    def _sought(self, features: Callable[[], Tensor], device: torch.device) -> list[str]:
+        found: list[str] = []
+        problem = None
+        try:
+            found = choke_points(self._model, self._candidates, features)
+        except DataError as error:
+            problem = error
+        # Each process tries its own images: one that stopped alone would leave the others waiting, and those
+        # rectifiers count that are found by all.
+        if any_process(problem is not None, device):
+            raise problem or DataError("Another process found no rectifiers; its own message says why.")
+        shares = process_mean(torch.tensor([float(name in found) for name in self._candidates], device=device))
+        by_all = {name for name, share in zip(self._candidates, shares.tolist(), strict=True) if share == 1}
+        return [name for name in found if name in by_all][-1:]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """For a resumed run: once harmful images are silenced, another search has less to tell them apart by."""
+        if self.names is None:
+            return {}
+        return {"chosen": torch.tensor([name in self.names for name in self._candidates])}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the choice of an earlier run of the same model and scope."""
+        if "chosen" in state:
+            chosen = state["chosen"].tolist()
+            self.names = [name for name, is_chosen in zip(self._candidates, chosen, strict=True) if is_chosen]
