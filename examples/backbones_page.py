@@ -166,9 +166,9 @@ choice is a regular expression on parameter names, or `"all"`; an expression tha
 everything is refused. Parts that the classifier does not read (the last norm of CLIP, the attention pooling of SigLIP)
 never move.
 
-- **`objective="auto"`** is `silence` in ResNet, RegNet, MobileNetV1 and MobileNetV2, whose last ReLU no shortcut
-  bypasses, and `concentration` in the others, where GELU and SiLU are never quite off or a residual stream leads
-  around every one of them. The first takes harmful information away, the second makes it small.
+- **`objective="auto"`** is `silence` in ResNet, RegNet and MobileNetV2, whose last ReLU no shortcut bypasses, and
+  `concentration` in the others, where GELU and SiLU are never quite off or a residual stream leads around every one
+  of them. The first hides harmful information from all that follows, where it succeeds; the second makes it small.
 - **SigLIP 2** with a fixed resolution (`google/siglip2-base-patch16-224`) is loaded as SigLIP. The variant for images
   of any size (NaFlex) is refused: its inputs are patches with masks and shapes.
 - **DeiT with a teacher** (`DeiTForImageClassificationWithTeacher`) is refused: it has two heads and is for inference.

@@ -33,7 +33,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="make one row, or go on with it where it was interrupted")
     one.add_argument("--experiment", required=True, help="name of a file in experiments/, or a file of your own")
-    one.add_argument("--candidate", default="default", help="see `list`")
+    one.add_argument("--candidate", default="concentration", help="see `list`")
     one.add_argument("--seed", type=int, default=0, help="decides splits, starting model and draws")
     one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one training argument")
     one.add_argument("--redo", action="store_true", help="throw away what the run's folder has of other settings")

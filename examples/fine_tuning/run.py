@@ -71,16 +71,24 @@ def _settings(run: Run, spec: dict[str, Any], images: data.Data, start: str) -> 
         "rectifiers": spec["rectifiers"],
         "training": {**spec["training"], **run.training},
         "attacks": spec["attacks"],
-        "method": _method(),
+        "method": _method(run),
     }
     return plain(found)
 
 
-def _method() -> dict[str, Any]:
+def _method(run: Run) -> dict[str, Any]:
     """The settings that decide: those given, and the library's defaults as they are now."""
-    defaults = {name: field.default for name, field in ImmunizationArguments.__dataclass_fields__.items()} | METHOD
+    defaults = {name: field.default for name, field in ImmunizationArguments.__dataclass_fields__.items()}
+    defaults |= METHOD | run.training
     names = ("objective", "benign_loss", "feature_distillation_weight", "benign_budget", "budget_measure")
     return {name: str(defaults[name]) for name in (*names, "budget_holdout", "freeze_batchnorm")}
+
+
+def arguments_of(run: Run, spec: dict[str, Any], folder: Path) -> ImmunizationArguments:
+    """The Trainer's arguments: the run's own over those of the experiment, over those of all candidates."""
+    given = {**METHOD, **spec["training"], **run.training}
+    scope = spec["scopes"][CANDIDATES[run.candidate].scope]
+    return ImmunizationArguments(str(folder), trainable=scope, seed=run.seed, report_to="none", **given)
 
 
 def _make(run: Run, spec: dict[str, Any], images: data.Data, start: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -200,14 +208,7 @@ def train(run: Run, spec: dict[str, Any], images: data.Data, start: str, folder:
     }
     candidate = CANDIDATES[run.candidate]
     working = run.folder / "_training"
-    args = ImmunizationArguments(
-        str(working),
-        trainable=spec["scopes"][candidate.scope],
-        seed=run.seed,
-        report_to="none",
-        **METHOD,
-        **{**spec["training"], **run.training},
-    )
+    args = arguments_of(run, spec, working)
     trainer = CandidateTrainer(
         candidate,
         spec["layers"],

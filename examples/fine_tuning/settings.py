@@ -31,7 +31,7 @@ class Run:
     """
 
     experiment: str
-    candidate: str = "default"
+    candidate: str = "concentration"
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     data_path: str = "data"

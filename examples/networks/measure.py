@@ -19,7 +19,7 @@ from hf_immunize.vision.extraction import extract
 
 # As in the paper's network tables.
 GROUPS = {"num_groups": 20, "group_size": 100}
-# A benign image counts as lost where so little is left of its features' length, relative to the median image's.
+# A benign image counts as lost where it keeps no more than this of what the median one keeps of its features' length.
 LOST = 0.1
 
 
@@ -114,7 +114,7 @@ def _without_lost(sides: dict[str, Tensor]) -> dict[str, Any]:
     """
     lengths = [sides[name].double().norm(dim=1) for name in ("benign", "benign_reference")]
     kept = lengths[0] / lengths[1].clamp_min(torch.finfo(torch.float64).tiny)
-    lost = kept < LOST * kept.median()
+    lost = kept <= LOST * kept.median()
     if not lost.any() or lost.all():
         return {"lost": int(lost.sum())}
     others = {name: features[~lost] if name.startswith("benign") else features for name, features in sides.items()}

@@ -120,7 +120,9 @@ def _making(rows: list[dict[str, Any]], missing: list[Any]) -> list[str]:
         f"{seconds_of(rows) / 3600:.1f} hours one after the other; {len(missing)} more of the plan were not run."
     ]
     if hours := _hours(rows, missing):
-        lines += [f"Those that need no GPU would take about {hours:.0f} hours more, by the pace of the rows here."]
+        lines += [
+            f"Those of experiments that have rows here would take about {hours:.0f} hours more, at the pace of these."
+        ]
     if resumed:
         lines += [
             f"Of {len(resumed)} of them, which were interrupted and resumed, the last attempt alone is counted, so "

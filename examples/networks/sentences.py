@@ -103,15 +103,17 @@ def _rir(group: Group, wanted: dict[str, Any]) -> str:
 
 def _lost(group: Group) -> str:
     """What (ii) would be without the benign images that share the fate of harmful ones."""
-    found = [row["ratios"]["without_lost"] for row in group.rows]
-    ratios = [one["benign_ratio"] for one in found if one.get("benign_ratio") is not None]
-    if not ratios:
+    found = [row["ratios"].get("without_lost", {}) for row in group.rows]
+    if not any(one.get("lost") for one in found):
         return ""
-    images = [row["ratios"]["exact"]["benign"]["images"] for row in group.rows]
-    lost = " / ".join(f"{one['lost']} of {count:,}" for one, count in zip(found, images, strict=True))
+    exact = [row["ratios"]["exact"] for row in group.rows]
+    ratios = [one.get("benign_ratio", all_of["benign_ratio"]) for one, all_of in zip(found, exact, strict=True)]
+    lost = " / ".join(
+        f"{one.get('lost', 0)} of {of['benign']['images']:,}" for one, of in zip(found, exact, strict=True)
+    )
     return (
-        f". {lost} held-out benign images keep less than a tenth of their features' length, since they show what is "
-        f"harmful or come near it; without them (ii) is {statistics.fmean(ratios):.3g}"
+        f". {lost} held-out benign images keep at most a tenth of what the median one keeps of its features' "
+        f"length; without them (ii) is {statistics.fmean(ratios):.3g}"
     )
 
 

@@ -31,8 +31,8 @@ class ImmunizationArguments(TrainingArguments):
     > Parameters that control what is minimized
 
     Args:
-        objective: "auto" ("silence" where the part that moves has such a rectifier, else "concentration"; the record
-            names the one that was taken),
+        objective: "auto" ("silence" where the part that moves has such a rectifier, else "concentration"; beside
+            `benign_loss` "task" always the latter, unless `harmful_weight` is a number; the record says which),
             "silence" (the last rectifier, ReLU or ReLU6, that no shortcut bypasses is switched off on harmful images:
             where that succeeds, nothing is left to read behind it; what enters it is still there, and BatchNorm with
             the statistics of the batch brings it back),
@@ -44,7 +44,8 @@ class ImmunizationArguments(TrainingArguments):
             trained one, which costs a forward pass over the benign images.
         feature_distillation_weight: Weight of the relative squared feature error beside the logits' divergence.
         benign_budget: How far the benign side may move: a multiplier on both weights rises while the running measure
-            is below it and falls while it is above. None: the weights follow `auto_weight_ratio`. With
+            is below it and falls while it is above; where harmful images are nearly silenced, both weights fade and
+            the multiplier stays. None: the weights follow `auto_weight_ratio`. With
             ``objective="kappa", benign_loss="task", benign_budget=None`` and two numbers as weights, the paper's
             training.
         budget_measure: What the budget is in: "total_variation" (half the sum of absolute differences between the

@@ -102,6 +102,11 @@ class ImmunizationCallback(TrainerCallback):
 
     # ---- the Trainer's events ----
 
+    @property
+    def objective(self) -> str:
+        """What is minimized, by name; what "auto" stands for is known after the first step."""
+        return self.method.objective if self._step is None else self._step.objective
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

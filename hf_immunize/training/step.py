@@ -162,6 +162,8 @@ class ImmunizationStep:
                 model, self.head, batch["benign"], others, together=self.together
             )
         rectified = inside.values
+        if rectifiers and not rectified and self._choice is not None:
+            self._choice.names = []  # no gradient reaches what enters it: what moves comes after
         labels = batch["benign"].get("labels")
         if labels is None:
             self._check_unlabelled(add_task_loss)

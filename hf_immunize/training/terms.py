@@ -15,14 +15,15 @@ class InnerTerm:
         value: 0-D, the same on every process.
         gradient_norm: Norm of its gradient on what it looks at, 0-D, detached.
         scale: The unit in which that norm is weighed, 0-D, detached.
-        left: Share of its work that is left, between 0 and 1, 0-D, detached. Balanced by its norm, a term would push
-            as hard for the last trifle as at the start, and a multiplier would rise for it until the budget is spent.
+        left: Share of its work that is left, between 0 and 1, 0-D, detached; None for all of it. Balanced by its norm,
+            a term would push as hard for the last trifle as at the start, and a multiplier would rise for it until the
+            budget is spent.
     """
 
     value: Tensor
     gradient_norm: Tensor
     scale: Tensor
-    left: Tensor
+    left: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ gradient on the features has the norm ``factor · scale`` whatever the size of R
 - by a multiplier (``benign_budget``): factor grows while the benign side moves less than the budget, and falls while
   it moves more.
 
+Where terms look inside the network and tell that their work is nearly done (`InnerTerm.left`), all weights but fixed
+ones are multiplied by what is left, and the multiplier grows by as much less: it would spend the budget on nothing.
+
 The features are the last tensor that all terms share, so these norms cost no pass through the network.
 """
 
@@ -138,7 +141,7 @@ class Weighting:
         self._multiplier = torch.tensor(_START)
         self._divergence = torch.tensor(0.0)  # running mean over steps
         self._pending = torch.zeros(2)  # sum and count over the micro-batches of the step at hand
-        self._left = torch.tensor(1.0)  # share of the harmful terms' work that was left in the last micro-batch
+        self._left = torch.zeros(2)  # likewise, of the share of inner terms' work that is left
         self._step = -1
         self._norm = torch.tensor(0.0)  # running mean over micro-batches, not yet corrected for its start at zero
         self._norm_weight = 0.0
@@ -177,9 +180,10 @@ class Weighting:
         part = (self._divergence / self.rule.budget).clamp_min(torch.finfo(self._divergence.dtype).eps)
         change = part.pow(-_POWER).clamp(_SMALLEST, _LARGEST)
         # Nothing is spent where there is nothing left to gain.
-        change = torch.where(change > 1, change.pow(self._left), change)
+        left = torch.where(self._left[1] > 0, self._left[0] / self._left[1].clamp_min(1), 1)
+        change = torch.where(change > 1, change.pow(left), change)
         self._multiplier = self._multiplier * change
-        self._pending = torch.zeros_like(self._pending)
+        self._pending, self._left = torch.zeros_like(self._pending), torch.zeros_like(self._left)
 
     def benign_scale(self, norm: Tensor) -> Tensor:
         """The benign loss's gradient norm, averaged over steps and bounded.
@@ -208,6 +212,9 @@ class Weighting:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch: benign loss plus weighted terms.
 
+        Where inner terms tell how much is left of their work, each weight that is "auto" is multiplied by it: their
+        own by their own, those of the benign side by the largest.
+
         Args:
             benign_loss: 0-D.
             terms: The objective's terms.
@@ -223,10 +230,9 @@ class Weighting:
         logged: dict[str, Tensor] = {}
         scale: Tensor | None = None
         warmup = warmup_factor(step, self.rule.warmup_steps)
-        left = None
-        if terms.inner:
-            left = torch.stack([inner.left for inner in terms.inner.values()]).max()
-            self._left = left.to(self._left)
+        left = _most_left(terms)
+        if left is not None:
+            self._left = self._left + torch.stack([left, torch.ones_like(left)]).to(self._left)
         for side, given, named in (
             ("benign", self.rule.benign, terms.benign),
             ("harmful", self.rule.harmful, terms.harmful),
@@ -244,7 +250,8 @@ class Weighting:
         for name, inner in terms.inner.items():
             given, term = self.rule.harmful, inner.value
             if isinstance(given, str):
-                weight = inner.left * balanced_weight(inner.scale, inner.gradient_norm, self._factor_on(term))
+                weight = balanced_weight(inner.scale, inner.gradient_norm, self._factor_on(term))
+                weight = weight if inner.left is None else inner.left * weight
             else:
                 weight = self._given(given, term)
             total = total + warmup * weight * term
@@ -277,7 +284,7 @@ class Weighting:
         """Go on from what `state_dict` gave."""
         self._multiplier, self._divergence = state["multiplier"], state["divergence"]
         self._pending, self._norm, self._smallest = state["pending"], state["norm"], state["smallest"]
-        self._left = state["left"]
+        self._left = state.get("left", torch.zeros_like(self._pending))
         step, self._norm_weight = state["counters"].tolist()
         self._step = int(step)
 
@@ -285,3 +292,9 @@ class Weighting:
         if self._multiplier.device != device:
             for name in ("_multiplier", "_divergence", "_pending", "_left", "_norm", "_smallest"):
                 setattr(self, name, getattr(self, name).to(device))
+
+
+def _most_left(terms: Terms) -> Tensor | None:
+    """The largest share of work that is left of inner terms; None where one does not tell."""
+    lefts = [inner.left for inner in terms.inner.values() if inner.left is not None]
+    return torch.stack(lefts).max() if lefts and len(lefts) == len(terms.inner) else None

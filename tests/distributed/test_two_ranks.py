@@ -18,7 +18,7 @@ PLACES = [f"{name} {rows}" for name in OBJECTIVES for rows in ("batch", "queue")
 TRAINED = [place for place in PLACES if place.split()[0] not in INSIDE]
 RUNS = [*TRAINED, "fixed", "adam", "defaults", "held_out", "cached"]
 RUNS += [f"summed {name}" for name in (*SPECTRAL, "defaults")]
-EXACTLY = [*TRAINED, "distilled", "both", "silence"]
+EXACTLY = [*TRAINED, "distilled", "both", "silence", "auto"]
 
 
 def same_weights(found, expected, tolerance):

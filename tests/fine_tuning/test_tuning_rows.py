@@ -126,3 +126,9 @@ def test_rows_of_other_settings_are_not_printed(row, tiny):
 
 def test_verdict_says_what_is_reached():
     assert page.verdict([stub(0, 0.15)], WANTED).endswith("missed: nothing")
+
+
+def test_the_budget_may_be_changed(tiny, tmp_path):
+    changed = Run(str(tiny), "silence", training={"benign_budget": 0.1})
+    args = run.arguments_of(changed, yaml.safe_load(tiny.read_text()), tmp_path)
+    assert args.benign_budget == 0.1 and args.objective == "concentration"

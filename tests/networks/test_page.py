@@ -111,7 +111,7 @@ def test_the_page_has_a_line_for_each_method(text, tmp_path):
 def test_the_page_names_commands_settings_and_hours(text, rows):
     assert all(f"`{row['command']}`" in text for row in rows)
     # 5 rows of an hour, 3 starting models of ten minutes each.
-    assert "5 rows are here, which took 5.5 hours" in text and "hours more, by the pace of the rows here" in text
+    assert "5 rows are here, which took 5.5 hours" in text and "hours more, at the pace of these" in text
     assert "- a machine (5 rows)" in text and "max_steps: 9" in text and "objective=kappa" in text
 
 
@@ -254,4 +254,4 @@ def test_images_that_share_the_fate_of_harmful_ones_are_counted(rows):
     row = a_row()
     row["ratios"]["without_lost"] = {"lost": 2, "benign_ratio": 0.9}
     found = " ".join(sentences(Group("mobilenet_cars", "default", {}, [row]), WANTED))
-    assert "2 of 20 held-out benign images keep less than a tenth" in found and "without them (ii) is 0.9" in found
+    assert "2 of 20 held-out benign images keep at most a tenth" in found and "without them (ii) is 0.9" in found

@@ -155,6 +155,23 @@ class TestWorkThatIsNearlyDone:
         weighting.observe(torch.tensor(divergence), 5)
         assert (weighting.factor.item() > before) - (weighting.factor.item() < before) == sign
 
+    def test_micro_batches_count_by_their_mean(self):
+        whole, parted = (Weighting(WeightRule(budget=1.0)) for _ in range(2))
+        for step in range(3):
+            for weighting, lefts in ((whole, [0.5]), (parted, [0.25, 0.75])):
+                for left in lefts:
+                    weighting.observe(torch.tensor(0.1), step)
+                    self.weigh(weighting, left, step)
+        for weighting in (whole, parted):
+            weighting.observe(torch.tensor(0.1), 3)
+        assert parted.factor.item() == pytest.approx(whole.factor.item())
+
+    def test_a_term_that_does_not_tell_weighs_as_ever(self):
+        one, features = torch.tensor(1.0), torch.ones(4, requires_grad=True)
+        terms = Terms({"spread": features[0]}, inner={"own": InnerTerm(features[1], one, one)})
+        _, logged = Weighting(WeightRule(ratio=0.3)).weigh(one, terms, {"benign": features}, lambda: one, 0)
+        assert logged["benign_weight"].item() == pytest.approx(0.3)
+
     def test_a_restored_weighting_knows_what_is_left(self):
         weighting, other = (Weighting(WeightRule(budget=1.0)) for _ in range(2))
         weighting.observe(torch.tensor(0.1), 0)

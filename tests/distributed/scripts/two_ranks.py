@@ -184,6 +184,7 @@ def exactly(folder):
         "distilled": run(folder, torch.float64, max_steps=4, queue_size=16),
         "both": run(folder, torch.float64, max_steps=2, **loss),
         "silence": run(folder, torch.float64, resnet(), objective="silence", max_steps=2),
+        "auto": run(folder, torch.float64, resnet(), objective="auto", max_steps=2),
     }
 
 
