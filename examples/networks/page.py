@@ -1,5 +1,6 @@
 """The page of all rows: tables, frontier, sentences, settings. Every figure on it comes from a row."""
 
+import math
 import statistics
 from collections import Counter
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.torch import load_file
 
 from examples.audit_page import table
 from examples.networks import tables
@@ -26,6 +28,7 @@ from examples.networks.rows import (
 )
 from examples.networks.sentences import sentences
 from examples.networks.settings import experiment_names, load_experiment
+from hf_immunize import rir_ceiling
 from hf_immunize.attacks.text import clean, percent, signed
 
 
@@ -90,7 +93,7 @@ def write_page(folder: Path, out: Path, plan: Path | None = None, readme: Path |
     names = [name for name in (*experiment_names(), *places) if name in places]
     for name in dict.fromkeys(sorted(names, key=lambda name: "GPU" in _spec(name).get("machine", ""))):
         own = [group for group in groups if group.experiment == name]
-        lines += _experiment(name, own, [run for run in missing if run.experiment == name], out)
+        lines += _experiment(name, own, [run for run in missing if run.experiment == name], out, folder)
         failures = [one for one in read_failures(folder) if one["experiment"] == name]
         if failures:
             lines += ["Ended with an error:", ""]
@@ -147,12 +150,12 @@ def _hours(rows: list[dict[str, Any]], missing: list[Any]) -> float:
     return found / 3600
 
 
-def _experiment(name: str, groups: list[Group], missing: list[Any], out: Path) -> list[str]:
+def _experiment(name: str, groups: list[Group], missing: list[Any], out: Path, folder: Path) -> list[str]:
     spec = _spec(name)
     lines = [f"## {spec['title']}", "", " ".join(spec.get("about", "").split()), ""]
     wanted = spec.get("wanted") or {}
     if groups:
-        lines += _facts(groups)
+        lines += [*_facts(groups), *_ceilings(groups, folder)]
         # Another number of steps is no other method.
         plain = [group for group in groups if set(group.changes) <= {"max_steps"}] or groups
         lines += tables.summary(plain, wanted)
@@ -210,6 +213,20 @@ def _facts(groups: list[Group]) -> list[str]:
                 "this sample, not the task."
             )
     return [" ".join(found), ""]
+
+
+def _ceilings(groups: list[Group], folder: Path) -> list[str]:
+    """What RIR a linear map behind the starting models' features could reach, where these are still there."""
+    names = dict.fromkeys(row["shared"]["name"] for group in groups for row in group.rows)
+    files = [
+        path for name in names if (path := folder / "shared" / "before" / name / "features.safetensors").is_file()
+    ]
+    if not files:
+        return []
+    values = [rir_ceiling(features["benign"], features["harmful"]).value for features in map(load_file, files)]
+    shown = " / ".join("unbounded" if math.isinf(value) else f"{value:,.0f}" for value in values)
+    several = f" on the images of {len(files)} seeds" if len(files) > 1 else ""
+    return [f"A linear map behind the starting model's features could reach an RIR of at most {shown}{several}.", ""]
 
 
 def _frontier(name: str, groups: list[Group], wanted: dict[str, Any], out: Path) -> list[str]:

@@ -4,7 +4,9 @@ import copy
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from examples.networks.__main__ import main
 from examples.networks.files import read_json, write_json
@@ -227,6 +229,15 @@ def test_names_of_the_plan_are_yaml(tmp_path):
         "- seed 7: `python -m examples.networks run --experiment vit_cifar10 --method default" in text
         and "mobilenet" not in text
     )
+
+
+def test_the_ceiling_of_a_linear_map_is_told_where_the_features_are_there(rows, tmp_path):
+    place = tmp_path / "runs" / "shared" / "before" / "before-seed0"
+    place.mkdir(parents=True)
+    diagonal = torch.diag(torch.tensor([1.0, 3.0]))
+    save_file({"benign": diagonal, "harmful": torch.eye(2)}, place / "features.safetensors")
+    text = write_page(tmp_path / "runs", tmp_path / "networks.md")
+    assert "could reach an RIR of at most 81." in text
 
 
 class TestOverview:
