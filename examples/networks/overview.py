@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.audit_page import table
-from examples.networks.rows import Group, bound_sign, log10_rir, pooled_difference, probe, spread
+from examples.networks.rows import Group, bound_sign, decimal, log10_rir, pooled_difference, probe, spread
 from examples.networks.settings import experiment_names, load_experiment
 from hf_immunize.attacks.text import signed
 from hf_immunize.errors import DataError
@@ -42,7 +42,7 @@ def _line(group: Group) -> list[Any]:
         title,
         group.seeds,
         f"{signed(mean)} ({signed(low)} to {signed(high)})",
-        bound_sign(group) + spread(logs, lambda value: f"{value:.2f}") if logs else "undetermined",
+        bound_sign(group) + spread(logs, decimal) if logs else "undetermined",
         f"{percent('linear', 'before')} → {percent('linear', 'after')}",
         f"{100 * statistics.fmean([row['probes']['harmful']['chance'] for row in group.rows]):.1f}",
         f"{percent('any_layer', 'before')} → {percent('any_layer', 'after')}",

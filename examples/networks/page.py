@@ -224,9 +224,12 @@ def _ceilings(groups: list[Group], folder: Path) -> list[str]:
     if not files:
         return []
     values = [rir_ceiling(features["benign"], features["harmful"]).value for features in map(load_file, files)]
-    shown = " / ".join("unbounded" if math.isinf(value) else f"{value:,.0f}" for value in values)
     several = f" on the images of {len(files)} seeds" if len(files) > 1 else ""
-    return [f"A linear map behind the starting model's features could reach an RIR of at most {shown}{several}.", ""]
+    could = "A linear map behind the starting model's features could reach"
+    if all(map(math.isinf, values)):
+        return [f"{could} any RIR{several}: some harmful directions are in no benign feature.", ""]
+    shown = " / ".join("any" if math.isinf(value) else f"{value:,.0f}" for value in values)
+    return [f"{could} an RIR of at most {shown}{several}.", ""]
 
 
 def _frontier(name: str, groups: list[Group], wanted: dict[str, Any], out: Path) -> list[str]:

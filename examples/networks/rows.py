@@ -143,6 +143,11 @@ def spread(values: list[float], show: Callable[[float], str]) -> str:
     return mean if len(values) < 2 else f"{mean} ± {show(statistics.stdev(values)).lstrip('+')}"
 
 
+def decimal(value: float) -> str:
+    """A number with two decimals, and a minus sign where it is negative."""
+    return f"{value:.2f}".replace("-", "−")
+
+
 def seconds_of(rows: list[dict[str, Any]]) -> float:
     """Seconds of all parts of all rows, what several share counted once."""
     shared = {row["shared"]["name"]: sum(row["shared"]["seconds"].values()) for row in rows}

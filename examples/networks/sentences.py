@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from examples.networks.rows import Group, above_chance, bound_sign, log10_rir, pooled_difference, probe
+from examples.networks.rows import Group, above_chance, bound_sign, decimal, log10_rir, pooled_difference, probe
 from hf_immunize.attacks.text import label, percent, signed
 
 
@@ -95,7 +95,7 @@ def _rir(group: Group, wanted: dict[str, Any]) -> str:
     end += _lost(group)
     several = "" if len(logs) == 1 else " in the mean"
     return (
-        f"log10 of the exact RIR is {bound_sign(group)}{statistics.fmean(logs):.2f}{several}, (ii) "
+        f"log10 of the exact RIR is {bound_sign(group)}{decimal(statistics.fmean(logs))}{several}, (ii) "
         f"{statistics.fmean(ratios):.3g}{end}. It says how gradient descent at the classifier's input is conditioned, "
         "and nothing of what can be read there."
     )

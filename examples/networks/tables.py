@@ -6,7 +6,16 @@ from typing import Any
 
 from examples.audit_page import table
 from examples.networks.methods import TITLES
-from examples.networks.rows import Group, benign_change, bound_sign, log10_rir, pooled_difference, probe, spread
+from examples.networks.rows import (
+    Group,
+    benign_change,
+    bound_sign,
+    decimal,
+    log10_rir,
+    pooled_difference,
+    probe,
+    spread,
+)
 from examples.networks.sentences import stopped
 from hf_immunize.attacks.text import percent, signed
 
@@ -27,7 +36,7 @@ def _change(group: Group, task: str, kind: str = "linear") -> str:
 
 def _rir(group: Group) -> str:
     logs = group.values(log10_rir)
-    return bound_sign(group) + spread(logs, lambda value: f"{value:.2f}") if logs else "undetermined"
+    return bound_sign(group) + spread(logs, decimal) if logs else "undetermined"
 
 
 def _reference(group: Group) -> str:
