@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.audit_page import table
-from examples.networks.rows import Group, bound_sign, decimal, log10_rir, pooled_difference, probe, spread
+from examples.networks.rows import Group, pooled_difference
 from examples.networks.settings import experiment_names, load_experiment
+from examples.networks.tables import probe_change, rir_text
 from hf_immunize.attacks.text import signed
 from hf_immunize.errors import DataError
 
@@ -31,21 +32,16 @@ def overview(groups: list[Group]) -> str:
 
 
 def _line(group: Group) -> list[Any]:
-    def percent(kind: str, moment: str) -> str:
-        found = group.values(lambda row: probe(row, kind=kind, moment=moment))
-        return spread(found, lambda value: f"{100 * value:.1f}")
-
     mean, (low, high), _ = pooled_difference(group.rows)
-    logs = group.values(log10_rir)
     title = load_experiment(group.experiment)["title"] if group.experiment in experiment_names() else group.experiment
     return [
         title,
         group.seeds,
         f"{signed(mean)} ({signed(low)} to {signed(high)})",
-        bound_sign(group) + spread(logs, decimal) if logs else "undetermined",
-        f"{percent('linear', 'before')} → {percent('linear', 'after')}",
+        rir_text(group),
+        probe_change(group, "harmful"),
         f"{100 * statistics.fmean([row['probes']['harmful']['chance'] for row in group.rows]):.1f}",
-        f"{percent('any_layer', 'before')} → {percent('any_layer', 'after')}",
+        probe_change(group, "harmful", "any_layer"),
     ]
 
 

@@ -122,14 +122,15 @@ def _making(rows: list[dict[str, Any]], missing: list[Any]) -> list[str]:
         f"Each command goes on where it was interrupted. {len(rows)} rows are here, which took "
         f"{seconds_of(rows) / 3600:.1f} hours one after the other; {len(missing)} more of the plan were not run."
     ]
-    if hours := _hours(rows, missing):
-        lines += [
-            f"Those of experiments that have rows here would take about {hours:.0f} hours more, at the pace of these."
-        ]
     if resumed:
         lines += [
             f"Of {len(resumed)} of them, which were interrupted and resumed, the last attempt alone is counted, so "
             "that they took longer."
+        ]
+    if hours := _hours(rows, missing):
+        lines += [
+            f"Those that are missing of experiments with rows here would take about {hours:.0f} "
+            "hours more, at the pace of these."
         ]
     lines += ["", "Hardware:", "", *(f"- {name} ({count} rows)" for name, count in machines.most_common()), ""]
     dates = sorted({row["date"] for row in rows})

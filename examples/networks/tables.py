@@ -29,12 +29,14 @@ def points(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _change(group: Group, task: str, kind: str = "linear") -> str:
+def probe_change(group: Group, task: str, kind: str = "linear") -> str:
+    """What the strongest probe reads before and after, in per cent."""
     before = group.values(lambda row: probe(row, task, kind, "before"))
     return f"{spread(before, points)} → {spread(group.values(lambda row: probe(row, task, kind)), points)}"
 
 
-def _rir(group: Group) -> str:
+def rir_text(group: Group) -> str:
+    """The exact RIR's logarithm, with the sign of a bound."""
     logs = group.values(log10_rir)
     return bound_sign(group) + spread(logs, decimal) if logs else "undetermined"
 
@@ -65,15 +67,15 @@ def summary(groups: list[Group], wanted: dict[str, Any]) -> list[str]:
                 group.seeds,
                 f"{before} → {after}",
                 f"{signed(mean)} ({signed(low)} to {signed(high)})",
-                _rir(group),
+                rir_text(group),
                 spread(group.values(_part("harmful_ratio")), lambda value: f"{value:.3g}"),
                 spread(group.values(_part("benign_ratio")), lambda value: f"{value:.3g}"),
                 _reference(group),
-                _change(group, "harmful"),
+                probe_change(group, "harmful"),
                 stopped(group, wanted),
-                _change(group, "harmful", "any_layer"),
-                _change(group, "unseen"),
-                _change(group, "unrelated"),
+                probe_change(group, "harmful", "any_layer"),
+                probe_change(group, "unseen"),
+                probe_change(group, "unrelated"),
                 f"{statistics.fmean(minutes):.0f}",
             ]
         )
@@ -119,7 +121,7 @@ def frontier(groups: list[Group], wanted: dict[str, Any]) -> list[str]:
             spread(group.values(benign_change), signed),
             spread(group.values(probe), points),
             stopped(group, wanted),
-            _rir(group),
+            rir_text(group),
         ]
         for group in ordered
     ]
@@ -132,14 +134,14 @@ def at_equal_accuracy(groups: list[Group]) -> list[str]:
     if own is None:
         return ["The default was not run, so nothing is compared with it.", ""]
     kept = statistics.fmean(own.values(benign_change)) - EQUAL_POINTS / 100
-    lines = [[f"**{own.title}**", own.seeds, spread(own.values(benign_change), signed), _probe(own), _rir(own)]]
+    lines = [[f"**{own.title}**", own.seeds, spread(own.values(benign_change), signed), _probe(own), rir_text(own)]]
     for method in dict.fromkeys(group.method for group in groups):
         others = [group for group in groups if group.method == method and group is not own]
         able = [group for group in others if statistics.fmean(group.values(benign_change)) >= kept]
         if able:
             best = min(able, key=lambda group: statistics.fmean(group.values(probe) or [1.0]))
             lines.append(
-                [best.title, best.seeds, spread(best.values(benign_change), signed), _probe(best), _rir(best)]
+                [best.title, best.seeds, spread(best.values(benign_change), signed), _probe(best), rir_text(best)]
             )
         elif others:
             lines.append([f"{TITLES[method]}: none of its {len(others)} settings keeps as much", "", "", "", ""])

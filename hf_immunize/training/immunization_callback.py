@@ -100,12 +100,12 @@ class ImmunizationCallback(TrainerCallback):
         self._step: ImmunizationStep | None = None
         self._means = RunningMeans()
 
-    # ---- the Trainer's events ----
-
     @property
     def objective(self) -> str:
         """What is minimized, by name; what "auto" stands for is known after the first step."""
         return self.method.objective if self._step is None else self._step.objective
+
+    # ---- the Trainer's events ----
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

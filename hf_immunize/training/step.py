@@ -162,7 +162,7 @@ class ImmunizationStep:
                 model, self.head, batch["benign"], others, together=self.together
             )
         rectified = inside.values
-        if rectifiers and not rectified and self._choice is not None:
+        if rectifiers and not rectified and self._choice is not None and torch.is_grad_enabled():
             self._choice.names = []  # no gradient reaches what enters it: what moves comes after
         labels = batch["benign"].get("labels")
         if labels is None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_immunize.errors import DataError, NonFiniteError
 from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well
+from hf_immunize.training.method import Method
 from hf_immunize.training.running import RunningMeans
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.training.terms import Terms
@@ -175,6 +176,17 @@ def test_beside_the_task_loss_alone_auto_is_concentration(trainer):
     run = trainer("resnet", objective="auto", benign_loss="task", benign_budget=None)
     run.train()
     assert run.objective == "concentration"
+
+
+def test_a_loss_without_gradients_does_not_change_the_objective(tiny):
+    model = tiny("resnet")
+    moving = select_trainable(model, "last_stage")
+    step = ImmunizationStep(model, Method(benign_weight=0.1, harmful_weight=0.1), moving=moving)
+    draw = torch.Generator().manual_seed(0)
+    batch = {side: {"pixel_values": torch.randn(4, 3, 32, 32, generator=draw)} for side in ("benign", "harmful")}
+    with torch.no_grad():
+        step(model, batch, step=0)
+    assert step.objective == "silence"
 
 
 def test_labels_are_smoothed_as_the_trainer_does(tiny, trainer, images):
