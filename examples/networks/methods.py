@@ -3,10 +3,13 @@
 `default` is what a user gets who sets nothing: rectifiers off where there are such, else concentration.
 `concentration` is that everywhere. `kappa`, `r_ill`, `opt_kappa` and `imma` are the paper's objective and its three
 baselines with the paper's own recipe; `kappa_ours`, … are the same objectives under ours, so that only the objective
-differs from `default`.
+differs from `default`. `inner_ridge` and `class_collapse` are under our recipe too; they were tried and are not in the
+library (see `trials.py`).
 """
 
 from typing import Any
+
+from examples.networks.trials import TRIALS
 
 
 # Zheng et al. 2025 (arXiv:2505.23760): the task's own loss beside the regularizers, no budget, weights by gradient
@@ -36,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "concentration": {"objective": "concentration"},
     **{name: {"objective": name, **PAPER} for name in BASELINES},
     **{f"{name}_ours": {"objective": name} for name in BASELINES},
+    **{name: {"objective": name} for name in TRIALS},
 }
 
 # How the page calls them.
@@ -50,4 +54,6 @@ TITLES = {
         f"{name}_ours": f"{title}, our recipe"
         for name, title in (("kappa", "κ"), ("r_ill", "R_ill only"), ("opt_kappa", "Opt κ"), ("imma", "IMMA"))
     },
+    "inner_ridge": "inner ridge probe",
+    "class_collapse": "between-class collapse",
 }

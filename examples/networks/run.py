@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from benchmarks.common import describe_machine
-from examples.networks import data, measure, models, probes, training
+from examples.networks import data, measure, models, probes, training, trials
 from examples.networks.cards import finish_card, keep_card
 from examples.networks.files import Parts, read_json, write_json
 from examples.networks.settings import Run, differences, digest, load_experiment, plain
@@ -25,6 +25,7 @@ ROW, FAILED = "row.json", "failed.json"
 VERSION = 1
 
 
+@trials.known()
 def run_one(run: Run) -> dict[str, Any]:
     """Make one row, or go on with it, or return it if it is there.
 

@@ -211,7 +211,7 @@ class ImmunizationCallback(TrainerCallback):
 
     def _rows(self, dataset: Any, name: str) -> Any:
         image, label = self._columns
-        needs_label = name == "harmful_dataset" and self.method.objective == "imma"
+        needs_label = name == "harmful_dataset" and self.method.needs_harmful_labels
         needs_label = needs_label or (name == "benign_dataset" and self.method.needs_labels)
         label = label if needs_label else None
         if is_stream(dataset):

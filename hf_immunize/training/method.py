@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_immunize.errors import ArgumentError
 from hf_immunize.training.distillation import MOST_OF_AN_IMAGE
-from hf_immunize.training.objectives import INSIDE, OBJECTIVES
+from hf_immunize.training.objectives import INSIDE, LABELLED, OBJECTIVES
 from hf_immunize.training.weighting import WeightRule
 
 
@@ -58,6 +58,11 @@ class Method:
     def needs_labels(self) -> bool:
         """Whether benign images need labels."""
         return self.benign_loss != "distillation" or (self.benign_budget is not None and self.budget_measure == "loss")
+
+    @property
+    def needs_harmful_labels(self) -> bool:
+        """Whether harmful images need labels."""
+        return self.objective in LABELLED
 
     @property
     def looks_inside(self) -> bool:
@@ -146,9 +151,9 @@ def _normalized(method: Method) -> dict[str, Any]:
             "Expected weight_warmup_steps= and queue_size= as whole numbers of at least 0, found "
             f"{method.weight_warmup_steps} and {method.queue_size}."
         )
-    if queue and method.objective == "imma":
+    if queue and method.needs_harmful_labels:
         raise ArgumentError(
-            "Expected queue_size=0 with objective='imma', whose inner attacker needs labels beside all features, "
+            f"Expected queue_size=0 with objective={method.objective!r}, which needs labels beside all features, "
             f"found {method.queue_size}."
         )
     return {

@@ -1,7 +1,7 @@
 """The named regularization terms of each method, as functions of features, logits and labels.
 
 A term knows nothing of models, trainers or weights, so a bare PyTorch loop uses the same functions. Adding an
-objective is one function here and one line in `OBJECTIVES`.
+objective is one function here and one line in `OBJECTIVES`; one that reads harmful labels is named in `LABELLED` too.
 """
 
 from __future__ import annotations
@@ -226,3 +226,5 @@ OBJECTIVES: dict[str, Callable[[Side, Side, bool], Terms]] = {
 }
 # Those that look at what enters rectifiers, if there are any.
 INSIDE = ("auto", "silence")
+# Those that read the harmful images' labels.
+LABELLED = {"imma"}

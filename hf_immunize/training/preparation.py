@@ -10,6 +10,7 @@ import torch
 from hf_immunize.errors import DataError
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.distributed import world_size
+from hf_immunize.training.method import Method
 from hf_immunize.vision.columns import find_columns, validate_labels
 from hf_immunize.vision.images import ImageRows
 from hf_immunize.vision.pairing import PairedDataset
@@ -92,7 +93,7 @@ def side_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: 
     Raises:
         DataError: As `image_rows`; for a stream also where workers would have to share it.
     """
-    needs_labels = name == "harmful_dataset" and args.objective == "imma"
+    needs_labels = name == "harmful_dataset" and Method.of(args).needs_harmful_labels
     if is_stream(dataset):
         if args.dataloader_num_workers:
             raise DataError(
@@ -111,7 +112,9 @@ def side_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: 
     try:
         image, label = find_columns(dataset, args.image_column_name, args.label_column_name, True)
     except DataError as error:
-        raise DataError(f"In {name}: {error} Labels of the harmful images are needed by objective='imma'.") from error
+        raise DataError(
+            f"In {name}: {error} Labels of the harmful images are needed by objective={args.objective!r}."
+        ) from error
     return ImageRows(dataset, name, image, label)
 
 

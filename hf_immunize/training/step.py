@@ -176,7 +176,7 @@ class ImmunizationStep:
         harmful = Side(
             self._of_all_processes(features[benign_end:harmful_end]),
             logits[benign_end:harmful_end],
-            gather_labels(batch["harmful"].get("labels")) if self.method.objective == "imma" else None,
+            gather_labels(batch["harmful"].get("labels")) if self.method.needs_harmful_labels else None,
             {name: values[benign_end:harmful_end] for name, values in rectified.items()},
         )
         task_loss = task_loss or nn.functional.cross_entropy
@@ -229,7 +229,7 @@ class ImmunizationStep:
     def _of_all_processes(self, features: Tensor) -> Tensor | Hessian:
         """The global batch: features where rows are needed, else whichever of features and Hessian moves less."""
         rows = len(features) * world_size()
-        needs_rows = world_size() == 1 or self._queues or self.method.objective == "imma"
+        needs_rows = world_size() == 1 or self._queues or self.method.needs_harmful_labels
         if needs_rows or not sum_is_smaller(rows, features.shape[1], features.dtype):
             return gather_features(features)
         return sum_hessian(features)
