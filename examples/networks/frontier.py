@@ -3,14 +3,14 @@
 import statistics
 from pathlib import Path
 
-from examples.networks.methods import METHODS, TITLES
+from examples.networks.methods import BASELINES, METHODS, TITLES
 from examples.networks.rows import Group, benign_change, bound_sign, log10_rir, probe
 from hf_immunize.training.figures import new_figure, save_figure
 
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; a method and its form under our recipe share one.
 COLOURS = {"default": "#000000", "concentration": "#E69F00", "kappa": "#D55E00", "r_ill": "#0072B2"}
-COLOURS |= {"opt_kappa": "#009E73", "imma": "#CC79A7"}
+COLOURS |= {"opt_kappa": "#009E73", "imma": "#CC79A7", "inner_ridge": "#56B4E9", "class_collapse": "#8C564B"}
 
 
 def draw_frontier(groups: list[Group], path: Path) -> None:
@@ -23,10 +23,7 @@ def draw_frontier(groups: list[Group], path: Path) -> None:
     figure, (left, right) = new_figure(2)
     for method in METHODS:
         own = [group for group in groups if group.method == method]
-        colour, ours = (
-            COLOURS[method.removesuffix("_ours")],
-            method in ("default", "concentration") or method.endswith("_ours"),
-        )
+        colour, ours = COLOURS[method.removesuffix("_ours")], method not in BASELINES
         for index, group in enumerate(own):
             for row in group.rows:
                 style = {
