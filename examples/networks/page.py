@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from examples.audit_page import table
-from examples.networks import tables
+from examples.networks import comparison, tables
 from examples.networks.frontier import draw_frontier
 from examples.networks.overview import overview, write_overview
 from examples.networks.plan import planned_runs
@@ -240,10 +240,14 @@ def _frontier(name: str, groups: list[Group], wanted: dict[str, Any], out: Path)
         f"![Benign accuracy against the strongest linear probe, and against exact RIR](figures/{figure.name})",
         "",
         *tables.frontier(groups, wanted),
-        f"At no less benign accuracy than the default's, within {tables.EQUAL_POINTS:g} points, each method's setting "
-        "with the weakest probe (chosen on these same images, in its favour; seeds differ where stated):",
+        "### Objective and recipe",
         "",
-        *tables.at_equal_accuracy(groups),
+        *comparison.contributions(groups),
+        f"At no less benign accuracy than the default's, within {comparison.EQUAL_POINTS:g} points on the seeds that "
+        "both have, each method's setting with the weakest probe (chosen on these same images, in its favour):",
+        "",
+        *comparison.at_equal_accuracy(groups),
+        *comparison.standing(groups),
     ]
 
 

@@ -41,6 +41,11 @@ class Group:
         """Of its rows."""
         return ", ".join(str(row["seed"]) for row in self.rows)
 
+    def of_seeds(self, seeds: Iterable[int]) -> "Group":
+        """Its rows of some seeds."""
+        wanted = set(seeds)
+        return Group(self.experiment, self.method, self.changes, [row for row in self.rows if row["seed"] in wanted])
+
     def values(self, value: Callable[[dict[str, Any]], Any]) -> list[float]:
         """One number a row, where the row has it."""
         found = [value(row) for row in self.rows]

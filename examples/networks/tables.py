@@ -20,10 +20,6 @@ from examples.networks.sentences import stopped
 from hf_immunize.attacks.text import percent, signed
 
 
-# Rows that lose this much more than the default do not count as keeping as much.
-EQUAL_POINTS = 0.5
-
-
 def points(value: float) -> str:
     """An accuracy in per cent, one decimal."""
     return f"{100 * value:.1f}"
@@ -126,30 +122,6 @@ def frontier(groups: list[Group], wanted: dict[str, Any]) -> list[str]:
         for group in ordered
     ]
     return table(heads, lines)
-
-
-def at_equal_accuracy(groups: list[Group]) -> list[str]:
-    """Of each other method, its best setting among those that keep as much benign accuracy as the default."""
-    own = next((group for group in groups if group.method == "default" and not group.changes), None)
-    if own is None:
-        return ["The default was not run, so nothing is compared with it.", ""]
-    kept = statistics.fmean(own.values(benign_change)) - EQUAL_POINTS / 100
-    lines = [[f"**{own.title}**", own.seeds, spread(own.values(benign_change), signed), _probe(own), rir_text(own)]]
-    for method in dict.fromkeys(group.method for group in groups):
-        others = [group for group in groups if group.method == method and group is not own]
-        able = [group for group in others if statistics.fmean(group.values(benign_change)) >= kept]
-        if able:
-            best = min(able, key=lambda group: statistics.fmean(group.values(probe) or [1.0]))
-            lines.append(
-                [best.title, best.seeds, spread(best.values(benign_change), signed), _probe(best), rir_text(best)]
-            )
-        elif others:
-            lines.append([f"{TITLES[method]}: none of its {len(others)} settings keeps as much", "", "", "", ""])
-    return table(["setting", "seeds", "change of benign accuracy, points", "harmful probe, %", "log10 RIR"], lines)
-
-
-def _probe(group: Group) -> str:
-    return spread(group.values(probe), points)
 
 
 def published(groups: list[Group], figures: dict[str, dict[str, float]]) -> list[str]:

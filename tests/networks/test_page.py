@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import save_file
 
 from examples.networks.__main__ import main
+from examples.networks.comparison import at_equal_accuracy, contributions, standing
 from examples.networks.files import read_json, write_json
 from examples.networks.overview import BEGIN, END, overview, write_overview
 from examples.networks.page import one_line, write_page
@@ -16,7 +17,6 @@ from examples.networks.rows import Group, group_rows, pooled_difference, read_ro
 from examples.networks.run import VERSION
 from examples.networks.sentences import sentences, stopped
 from examples.networks.settings import Run
-from examples.networks.tables import at_equal_accuracy
 from hf_immunize.errors import DataError
 
 
@@ -215,6 +215,45 @@ def test_at_equal_accuracy_a_method_stands_by_its_best_setting():
     assert "paper (κ): none of its 1 settings keeps as much" in "\n".join(at_equal_accuracy(group_rows(rows)))
     rows.append(a_row("kappa", wrong=(0,), probe=0.4, changes={"auto_weight_ratio": 0.1}))
     assert "| paper (κ), auto_weight_ratio=0.1 | 0 | −5.0 | 40.0 |" in "\n".join(at_equal_accuracy(group_rows(rows)))
+
+
+def test_who_keeps_as_much_is_told_on_shared_seeds():
+    rows = [a_row(wrong=()), a_row(seed=1, wrong=range(9)), a_row("kappa", wrong=range(4), probe=0.1)]
+    # Of all seeds the default loses 22.5 points, of the one that both have none.
+    assert "none of its 1 settings" in "\n".join(at_equal_accuracy(group_rows(rows)))
+
+
+def test_settings_ahead_of_the_default_are_named():
+    rows = [
+        a_row(probe=0.2, log=1.0, bound=None),
+        a_row("kappa", probe=0.1, log=0.5, bound=None),
+        a_row("r_ill", probe=0.3, log=2.0, bound=None),
+        a_row("imma", probe=0.2, log=0.5, bound="lower"),
+        a_row("opt_kappa", probe=0.0, log=9.0, wrong=range(9)),
+    ]
+    said = "\n".join(standing(group_rows(rows)))
+    assert "3 of 4 settings of other methods keep as much" in said
+    assert "by a weaker strongest probe: paper (κ)." in said
+    assert "by exact RIR: R_ill only; bounds do not tell of IMMA." in said
+
+
+def test_no_setting_ahead_is_told_too():
+    rows = [a_row(), a_row("kappa", probe=0.3, log=1.0, bound=None)]
+    said = "\n".join(standing(group_rows(rows)))
+    assert "by a weaker strongest probe: none." in said and "by exact RIR: none." in said
+    assert standing(group_rows([a_row()])) == []
+
+
+def test_objective_and_recipe_stand_side_by_side_on_one_seed():
+    short = {"max_steps": 300}
+    rows = [a_row(seed=seed) for seed in (0, 1)]
+    rows += [a_row("default", seed=1, probe=0.2, changes=short), a_row("kappa", seed=1, probe=0.3, changes=short)]
+    rows += [a_row("kappa_ours", seed=1, probe=0.25, log=2.0, bound=None, changes=short)]
+    said = "\n".join(contributions(group_rows(rows)))
+    assert "All of seed 1, max_steps=300" in said
+    assert "| default |  |  |  | −5.0 | 20.0 | ≥ 9.00 |" in said
+    assert "| κ | −5.0 | 30.0 | ≥ 9.00 | −5.0 | 25.0 | 2.00 |" in said
+    assert contributions(group_rows(rows[:2])) == []
 
 
 def test_one_line_for_the_terminal():
