@@ -149,6 +149,9 @@ def silence(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
 def auto(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
     """What stops linear probes best: `silence` where there are rectifiers to switch off, else `concentration`.
 
+    `ImmunizationStep` gives none to switch off where features hardly tell harmful from benign images (see
+    `hf_immunize.training.telling_apart`).
+
     Args:
         benign: The benign side.
         harmful: The harmful side; whether it has ``rectified`` decides.

@@ -6,10 +6,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_immunize.errors import DataError
 from hf_immunize.training.distributed import any_process, process_mean
+from hf_immunize.training.telling_apart import OFTEN, share_told_apart
 from hf_immunize.vision.rectifiers import choke_points, find_rectifiers
+
+
+logger = logging.get_logger(__name__)
 
 
 class RectifierChoice:
@@ -37,12 +42,19 @@ class RectifierChoice:
         self._model = model
         self._candidates = find_rectifiers(model, moving)
 
-    def seek(self, features: Callable[[], Tensor], device: torch.device) -> list[str]:
+    def seek(
+        self,
+        features: Callable[[], Tensor],
+        device: torch.device,
+        sides: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    ) -> list[str]:
         """Find it, on all processes at once, or tell what was found before.
 
         Args:
             features: Runs the model on a few images of both sides and gives the classifier's inputs, ``(N, D)``.
             device: Where processes exchange what they found.
+            sides: Gives the classifier's inputs of benign and of harmful images, ``(N_P, D)`` and ``(N_H, D)``, where
+                none shall be chosen if these are hardly told apart: it would be off on benign images too, or on none.
 
         Returns:
             One name, or none.
@@ -51,7 +63,8 @@ class RectifierChoice:
             DataError: If the images' features do not differ, here or on another process.
         """
         if self.names is None:
-            self.names = self._sought(features, device) if self._candidates else []
+            found = self._sought(features, device) if self._candidates else []
+            self.names = found if sides is None or not found or _are_told_apart(sides, device) else []
         return self.names
 
     def _sought(self, features: Callable[[], Tensor], device: torch.device) -> list[str]:
@@ -80,3 +93,17 @@ class RectifierChoice:
         if "chosen" in state:
             chosen = state["chosen"].tolist()
             self.names = [name for name, is_chosen in zip(self._candidates, chosen, strict=True) if is_chosen]
+
+
+def _are_told_apart(sides: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> bool:
+    """Whether a rectifier could be off on harmful images alone; yes where there are too few images to tell."""
+    share = share_told_apart(*sides(), device)
+    if share is None or share >= OFTEN:
+        return True
+    logger.warning_once(
+        f"The model hardly tells harmful from benign images: at the classifier's input a ridge classifier puts "
+        f"{100 * share:.0f}% of the first batch on their own side (50% is chance). Its rectifiers cannot be switched "
+        "off on harmful images alone, so objective='auto' takes 'concentration'. Expect linear probes to read nearly "
+        "as much as before; objective='silence' tries nonetheless."
+    )
+    return False

@@ -217,14 +217,17 @@ class ImmunizationStep:
             return []
         if self._choice.names is not None:
             return self._choice.names
-        images = torch.cat([batch[side]["pixel_values"][:2] for side in ("benign", "harmful")])
+        pairs = [batch[side]["pixel_values"] for side in ("benign", "harmful")]
 
-        def features() -> Tensor:
-            with replayed(self.trunk, self._plain_model), HeadInput(self.head) as captured:
+        def features(images: Tensor) -> Tensor:
+            with torch.no_grad(), replayed(self.trunk, self._plain_model), HeadInput(self.head) as captured:
                 released_logits(self._plain_model, images)
             return captured.features
 
-        return self._choice.seek(features, images.device)
+        few = torch.cat([images[:2] for images in pairs])
+        # A user who asks for rectifiers off by name gets it.
+        sides = (lambda: (features(pairs[0]), features(pairs[1]))) if self.method.objective == "auto" else None
+        return self._choice.seek(lambda: features(few), few.device, sides)
 
     def _of_all_processes(self, features: Tensor) -> Tensor | Hessian:
         """The global batch: features where rows are needed, else whichever of features and Hessian moves less."""
