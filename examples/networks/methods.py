@@ -1,10 +1,10 @@
 """The methods that the experiments compare, as arguments that differ from the library's defaults.
 
-`default` is what a user gets who sets nothing: rectifiers off where there are such, else concentration.
-`concentration` is that everywhere. `kappa`, `r_ill`, `opt_kappa` and `imma` are the paper's objective and its three
-baselines with the paper's own recipe; `kappa_ours`, … are the same objectives under ours, so that only the objective
-differs from `default`. `inner_ridge` and `class_collapse` are under our recipe too; they were tried and are not in the
-library (see `trials.py`).
+`default` is what a user gets who sets nothing: rectifiers off where there are such and the two sides are told apart,
+else concentration. `concentration` and `silence` (rectifiers off) are one of them everywhere. `kappa`, `r_ill`,
+`opt_kappa` and `imma` are the paper's objective and its three baselines with the paper's own recipe; `kappa_ours`, …
+are the same objectives under ours, so that only the objective differs from `default`. `inner_ridge` and
+`class_collapse` are under our recipe too; they were tried and are not in the library (see `trials.py`).
 """
 
 from typing import Any
@@ -37,6 +37,7 @@ BASELINES = ("kappa", "r_ill", "opt_kappa", "imma")
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "concentration": {"objective": "concentration"},
+    "silence": {"objective": "silence"},
     **{name: {"objective": name, **PAPER} for name in BASELINES},
     **{f"{name}_ours": {"objective": name} for name in BASELINES},
     **{name: {"objective": name} for name in TRIALS},
@@ -46,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
 TITLES = {
     "default": "default",
     "concentration": "concentration",
+    "silence": "rectifiers off",
     "kappa": "paper (κ)",
     "r_ill": "R_ill only",
     "opt_kappa": "Opt κ",
