@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from examples.audit_page import table
@@ -13,8 +14,9 @@ from examples.networks.tables import points, rir_text
 from hf_immunize.attacks.text import signed
 
 
-# Rows that lose this much more than the default do not count as keeping as much.
+# Rows that lose more than this beyond the default do not count as keeping as much.
 EQUAL_POINTS = 0.5
+_OTHER_LENGTH = "† The default was not run for as many steps, and stands with its own."
 
 
 def contributions(groups: list[Group]) -> list[str]:
@@ -40,7 +42,8 @@ def contributions(groups: list[Group]) -> list[str]:
     lines = []
     for name in objectives:
         papers, ours = (own.get(name), own.get(f"{name}_ours")) if name in BASELINES else (None, own.get(name))
-        lines.append([_objective(name), *_cells(papers), *_cells(ours)])
+        called = f"default ({ours.objectives})" if name == "default" and ours else _objective(name)
+        lines.append([called, *_cells(papers), *_cells(ours)])
     heads = [
         f"{recipe} {what}"
         for recipe in ("paper's recipe:", "ours:")
@@ -59,20 +62,21 @@ def at_equal_accuracy(groups: list[Group]) -> list[str]:
     Returns:
         Lines of a table.
     """
-    own = _default(groups)
-    if own is None:
-        return ["The default was not run, so nothing is compared with it.", ""]
-    lines = [[f"**{own.title}**", own.seeds, *_cells(own)]]
-    for method in dict.fromkeys(group.method for group in groups):
-        others = [group for group in groups if group.method == method and group is not own]
-        able = [group for group in others if _keeps_as_much(group, own)]
+    pairs = _pairs(groups)
+    if not pairs:
+        return ["There is no seed of which both the default and another method were run.", ""]
+    lines = []
+    for method in dict.fromkeys(pair.setting.method for pair in pairs):
+        own = [pair for pair in pairs if pair.setting.method == method]
+        able = [pair for pair in own if pair.keeps_as_much]
         if able:
-            best = min(able, key=lambda group: statistics.fmean(group.values(probe) or [1.0]))
-            lines.append([best.title, best.seeds, *_cells(best)])
-        elif others:
-            lines.append([f"{TITLES[method]}: none of its {len(others)} settings keeps as much", "", "", "", ""])
-    heads = ["setting", "seeds", "change of benign accuracy, points", "harmful probe, %", "log10 RIR"]
-    return table(heads, lines)
+            best = min(able, key=lambda pair: _mean(pair.setting, probe, 1.0))
+            lines.append([best.title, best.setting.seeds, *_cells(best.setting), *_cells(best.default)])
+        else:
+            lines.append([f"{TITLES[method]}: none of its {len(own)} settings keeps as much", *[""] * 7])
+    what = ("benign change, points", "probe, %", "log10 RIR")
+    heads = ["setting", "seeds", *what, *(f"default's {one}" for one in what)]
+    return table(heads, lines) + ([_OTHER_LENGTH, ""] if any(pair.other_length for pair in pairs) else [])
 
 
 def standing(groups: list[Group]) -> list[str]:
@@ -84,30 +88,81 @@ def standing(groups: list[Group]) -> list[str]:
     Returns:
         Lines; none where there is nothing to compare.
     """
-    own = _default(groups)
-    others = [group for group in groups if group.method != "default"]
-    if own is None or not others:
+    pairs = _pairs(groups)
+    if not pairs:
         return []
-    able = [group for group in others if _keeps_as_much(group, own)]
-    lines = [
-        f"- {len(able)} of {len(others)} settings of other methods keep as much benign accuracy as the default on the "
-        "seeds they share with it."
-    ]
+    able = [pair for pair in pairs if pair.keeps_as_much]
+    lines = [f"- {len(able)} of {len(pairs)} settings of other methods keep as much benign accuracy as the default."]
     if able:
-        pairs = [(group, *_paired(group, own)) for group in able]
-        weaker = [group for group, one, other in pairs if _mean(one, probe) < _mean(other, probe)]
-        rirs = [(group, _higher_rir(one, other)) for group, one, other in pairs]
-        higher, unknown = ([group for group, found in rirs if found is wanted] for wanted in (True, None))
+        weaker = [pair for pair in able if pair.probe_ahead > 0]
+        higher, unknown = ([pair for pair in able if pair.higher_rir is wanted] for wanted in (True, None))
+        bounds = f" Bounds do not tell of {_named(unknown)}." if unknown else ""
         lines += [
-            f"- Ahead of the default by a weaker strongest probe: {_named(weaker)}.",
-            f"- Ahead of the default by exact RIR: {_named(higher)}"
-            + (f"; bounds do not tell of {_named(unknown)}." if unknown else "."),
+            f"- Ahead of the default by a weaker strongest probe: "
+            f"{_named(weaker, lambda pair: f'{100 * pair.probe_ahead:.1f} points')}.",
+            f"- Ahead of the default by exact RIR: "
+            f"{_named(higher, lambda pair: f'by a factor of 10^{pair.rir_ahead:.2f}')}.{bounds}",
         ]
     return [*lines, ""]
 
 
-def _default(groups: list[Group]) -> Group | None:
-    return next((group for group in groups if group.method == "default" and not group.changes), None)
+@dataclass(frozen=True)
+class Pair:
+    """A setting of another method and the default of the same length, both of the seeds that they share.
+
+    Attributes:
+        setting: Rows of the one.
+        default: Of the other.
+    """
+
+    setting: Group
+    default: Group
+
+    @property
+    def title(self) -> str:
+        """Of the setting; marked where the default was not run for as many steps."""
+        return self.setting.title + (" †" if self.other_length else "")
+
+    @property
+    def other_length(self) -> bool:
+        """Whether the two were not trained for as many steps."""
+        return self.setting.changes.get("max_steps") != self.default.changes.get("max_steps")
+
+    @property
+    def keeps_as_much(self) -> bool:
+        """Whether the setting's mean benign accuracy is at most `EQUAL_POINTS` behind the default's."""
+        behind = _mean(self.default, benign_change) - _mean(self.setting, benign_change)
+        return behind <= EQUAL_POINTS / 100 + 1e-9
+
+    @property
+    def probe_ahead(self) -> float:
+        """By how much less the strongest probe reads than of the default, a fraction."""
+        return _mean(self.default, probe) - _mean(self.setting, probe)
+
+    @property
+    def rir_ahead(self) -> float:
+        """Difference of the mean logarithms of the exact RIR."""
+        return _mean(self.setting, log10_rir) - _mean(self.default, log10_rir)
+
+    @property
+    def higher_rir(self) -> bool | None:
+        """Whether the setting's exact RIR is the higher one; None where bounds leave it open."""
+        (low, high), (own_low, own_high) = _between(self.setting), _between(self.default)
+        return True if low > own_high else False if high <= own_low else None
+
+
+def _pairs(groups: list[Group]) -> list[Pair]:
+    """Every setting of another method that shares a seed with the default; the default of its own length if any."""
+    defaults = [group for group in groups if group.method == "default" and set(group.changes) <= {"max_steps"}]
+    found = []
+    for group in (one for one in groups if one.method != "default"):
+        length = group.changes.get("max_steps")
+        for own in sorted(defaults, key=lambda one: (one.changes.get("max_steps") != length, bool(one.changes))):
+            shared = [seed for seed in _seeds(group) if seed in _seeds(own)]
+            if shared:
+                found.append(Pair(group.of_seeds(shared), own.of_seeds(shared)))
+                break
+    return found
 
 
 def _is(group: Group, length: str, seed: int) -> bool:
@@ -118,26 +173,9 @@ def _seeds(group: Group) -> list[int]:
     return [row["seed"] for row in group.rows]
 
 
-def _keeps_as_much(group: Group, own: Group) -> bool:
-    group, own = _paired(group, own)
-    return _mean(group, benign_change) >= _mean(own, benign_change) - EQUAL_POINTS / 100
-
-
-def _paired(group: Group, own: Group) -> tuple[Group, Group]:
-    """Both on the seeds that they share, so on the same images; as they are where they share none."""
-    shared = [seed for seed in _seeds(group) if seed in _seeds(own)]
-    return (group.of_seeds(shared), own.of_seeds(shared)) if shared else (group, own)
-
-
-def _mean(group: Group, value: Callable[[dict[str, Any]], float | None]) -> float:
+def _mean(group: Group, value: Callable[[dict[str, Any]], float | None], missing: float = math.nan) -> float:
     values = group.values(value)
-    return statistics.fmean(values) if values else math.nan
-
-
-def _higher_rir(group: Group, own: Group) -> bool | None:
-    """Whether the exact RIR of the first is the higher one; None where bounds leave it open."""
-    (low, high), (own_low, own_high) = _between(group), _between(own)
-    return True if low > own_high else False if high <= own_low else None
+    return statistics.fmean(values) if values else missing
 
 
 def _between(group: Group) -> tuple[float, float]:
@@ -150,8 +188,12 @@ def _between(group: Group) -> tuple[float, float]:
     return statistics.fmean(low), statistics.fmean(high)
 
 
-def _named(groups: list[Group]) -> str:
-    return "; ".join(group.title for group in groups) or "none"
+def _named(pairs: list[Pair], by: Callable[[Pair], str] | None = None) -> str:
+    def one(pair: Pair) -> str:
+        seeds = f"seed{'s' if len(pair.setting.rows) > 1 else ''} {pair.setting.seeds}"
+        return f"{pair.title} ({f'{by(pair)}, ' if by else ''}{seeds})"
+
+    return "; ".join(map(one, pairs)) or "none"
 
 
 def _objective(name: str) -> str:

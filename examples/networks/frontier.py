@@ -8,10 +8,10 @@ from examples.networks.rows import Group, benign_change, bound_sign, log10_rir, 
 from hf_immunize.training.figures import new_figure, save_figure
 
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; a method and its form under our recipe share one.
+# Okabe and Ito's palette and a brown, told apart by colour-blind readers too; a method's two recipes share one.
 COLOURS = {"default": "#000000", "concentration": "#E69F00", "kappa": "#D55E00", "r_ill": "#0072B2"}
 COLOURS |= {"opt_kappa": "#009E73", "imma": "#CC79A7", "inner_ridge": "#56B4E9", "class_collapse": "#8C564B"}
-COLOURS |= {"silence": "#7F7F7F"}
+COLOURS |= {"silence": "#F0E442"}
 
 
 def draw_frontier(groups: list[Group], path: Path) -> None:

@@ -1,7 +1,7 @@
 """The methods that the experiments compare, as arguments that differ from the library's defaults.
 
 `default` is what a user gets who sets nothing: rectifiers off where there are such and the two sides are told apart,
-else concentration. `concentration` and `silence` (rectifiers off) are one of them everywhere. `kappa`, `r_ill`,
+else concentration. `concentration` and `silence` (rectifiers off) are each of the two by name. `kappa`, `r_ill`,
 `opt_kappa` and `imma` are the paper's objective and its three baselines with the paper's own recipe; `kappa_ours`, …
 are the same objectives under ours, so that only the objective differs from `default`. `inner_ridge` and
 `class_collapse` are under our recipe too; they were tried and are not in the library (see `trials.py`).

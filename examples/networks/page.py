@@ -163,7 +163,8 @@ def _experiment(name: str, groups: list[Group], missing: list[Any], out: Path, f
         for group in plain:
             if group.method in ("default", "kappa") and (group.method == "kappa" or not group.changes):
                 lines += [f"{group.title[:1].upper()}{group.title[1:]} ({_seeds(group.seeds.split(', '))}):", ""]
-                lines += [*(f"- {one}" for one in sentences(group, wanted)), ""]
+                taken = [f"`objective=auto` took {group.objectives}."] if group.method == "default" else []
+                lines += [*(f"- {one}" for one in [*taken, *sentences(group, wanted)]), ""]
         lines += ["By what an attacker has, the strongest of all attackers tried:", "", *tables.classes(plain)]
         lines += ["### Frontier", "", *_frontier(name, groups, wanted, out)]
     else:

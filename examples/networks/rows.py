@@ -41,6 +41,15 @@ class Group:
         """Of its rows."""
         return ", ".join(str(row["seed"]) for row in self.rows)
 
+    @property
+    def objectives(self) -> str:
+        """What was minimized, by name: of the default, what "auto" took; of more than one, with their seeds."""
+        taken: dict[str, list[str]] = {}
+        for row in self.rows:
+            taken.setdefault(row["objective"], []).append(str(row["seed"]))
+        several = len(taken) > 1
+        return ", ".join(f"{name} ({', '.join(of)})" if several else name for name, of in taken.items())
+
     def of_seeds(self, seeds: Iterable[int]) -> "Group":
         """Its rows of some seeds."""
         wanted = set(seeds)

@@ -181,6 +181,8 @@ def _make(
         "resumed": parts.resumed(),
         "shared": {"name": before["folder"].name, "seconds": before["seconds"], "resumed": before["resumed"]},
         "steps": results["steps"],
+        # What "auto" came to.
+        "objective": results["objective"],
         "images": {side: one["images"] for side, one in images.about.items()},
         "sources": {side: one["source"] for side, one in images.about.items()},
         # Of one data set split by image: which of its images were held out, so that splits can be pooled.

@@ -31,8 +31,8 @@ class ImmunizationArguments(TrainingArguments):
     > Parameters that control what is minimized
 
     Args:
-        objective: "auto" ("silence" where the part that moves has such a rectifier and the first batch's features tell
-            harmful from benign images, which a batch of fewer than 32 a side is trusted to do; else "concentration";
+        objective: "auto" ("silence" where the part that moves has such a rectifier, unless the first batch, of 32
+            images a side or more, shows that the model hardly tells harmful from benign images; else "concentration";
             beside `benign_loss` "task" always the latter, unless `harmful_weight` is a number; the record says which),
             "silence" (the last rectifier, ReLU or ReLU6, that no shortcut bypasses is switched off on harmful images:
             where that succeeds, nothing is left to read behind it; what enters it is still there, and BatchNorm with

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from hf_immunize.errors import DataError
 from hf_immunize.training.distributed import any_process, process_mean
-from hf_immunize.training.telling_apart import OFTEN, share_told_apart
+from hf_immunize.training.telling_apart import LEAST_IMAGES, OFTEN, share_told_apart
 from hf_immunize.vision.rectifiers import choke_points, find_rectifiers
 
 
@@ -64,7 +64,7 @@ class RectifierChoice:
         """
         if self.names is None:
             found = self._sought(features, device) if self._candidates else []
-            self.names = found if sides is None or not found or _are_told_apart(sides, device) else []
+            self.names = found if sides is None or not found or _are_told_apart(sides) else []
         return self.names
 
     def _sought(self, features: Callable[[], Tensor], device: torch.device) -> list[str]:
@@ -95,10 +95,17 @@ class RectifierChoice:
             self.names = [name for name, is_chosen in zip(self._candidates, chosen, strict=True) if is_chosen]
 
 
-def _are_told_apart(sides: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> bool:
+def _are_told_apart(sides: Callable[[], tuple[Tensor, Tensor]]) -> bool:
     """Whether a rectifier could be off on harmful images alone; yes where there are too few images to tell."""
-    share = share_told_apart(*sides(), device)
-    if share is None or share >= OFTEN:
+    share = share_told_apart(*sides())
+    if share is None:
+        logger.warning_once(
+            f"objective='auto' takes 'silence' unchecked: from {LEAST_IMAGES} images a side in the first batch on "
+            "(per_device_train_batch_size, harmful_batch_size) it would first see whether the model tells harmful "
+            "from benign ones."
+        )
+        return True
+    if share >= OFTEN:
         return True
     logger.warning_once(
         f"The model hardly tells harmful from benign images: at the classifier's input a ridge classifier puts "

@@ -217,16 +217,16 @@ class ImmunizationStep:
             return []
         if self._choice.names is not None:
             return self._choice.names
-        pairs = [batch[side]["pixel_values"] for side in ("benign", "harmful")]
+        both = [batch[side]["pixel_values"] for side in ("benign", "harmful")]
 
         def features(images: Tensor) -> Tensor:
             with torch.no_grad(), replayed(self.trunk, self._plain_model), HeadInput(self.head) as captured:
                 released_logits(self._plain_model, images)
             return captured.features
 
-        few = torch.cat([images[:2] for images in pairs])
-        # A user who asks for rectifiers off by name gets it.
-        sides = (lambda: (features(pairs[0]), features(pairs[1]))) if self.method.objective == "auto" else None
+        few = torch.cat([images[:2] for images in both])
+        # A user who asks for rectifiers off by name gets them.
+        sides = (lambda: (features(both[0]), features(both[1]))) if self.method.objective == "auto" else None
         return self._choice.seek(lambda: features(few), few.device, sides)
 
     def _of_all_processes(self, features: Tensor) -> Tensor | Hessian:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_immunize.training.distributed import process_mean
+from hf_immunize.training.distributed import gather_features, process_mean
 
 
 # Fewer images of a side than this tell too little.
@@ -19,9 +19,9 @@ _RIDGE = 1e-2
 def told_apart(benign: Tensor, harmful: Tensor) -> Tensor:
     """Which images a ridge classifier puts on their own side that was fitted to all others.
 
-    Kernel ridge regression on ±1, of as many rows of each side, each row's prediction in closed form as if it had been
-    left out: with ``G = (K + λI)⁻¹`` it is ``y_i − (Gy)_i/G_ii`` (Cook & Weisberg 1982, "Residuals and Influence in
-    Regression").
+    Kernel ridge regression on ±1, of as many rows of each side, centred and scaled by all of them, each row's
+    prediction in closed form as if it had been left out of the fit: with ``G = (K + λI)⁻¹`` it is
+    ``y_i − (Gy)_i/G_ii`` (Cook & Weisberg 1982, "Residuals and Influence in Regression").
 
     Args:
         benign: Features, shape ``(N_P, D)``.
@@ -50,18 +50,19 @@ def told_apart(benign: Tensor, harmful: Tensor) -> Tensor:
     return predicted * sides > 0
 
 
-def share_told_apart(benign: Tensor, harmful: Tensor, device: torch.device) -> float | None:
+def share_told_apart(benign: Tensor, harmful: Tensor) -> float | None:
     """The share of all processes' images that are told apart.
 
     Args:
-        benign: Features of this process's benign images, ``(N_P, D)``.
-        harmful: Of its harmful ones, ``(N_H, D)``.
-        device: Where processes exchange it.
+        benign: Features of this process's benign images, ``(N_P, D)``, as many on every process.
+        harmful: Of its harmful ones, ``(N_H, D)``, likewise.
 
     Returns:
-        Between 0 and 1, the same on every process; None where a process has fewer than `LEAST_IMAGES` of a side.
+        Between 0 and 1, the same on every process; None of fewer than `LEAST_IMAGES` of a side in all.
     """
-    enough = min(len(benign), len(harmful)) >= LEAST_IMAGES
-    right = told_apart(benign, harmful).float().mean() if enough else torch.zeros(())
-    share, able = process_mean(torch.stack([right, torch.tensor(float(enough))]).to(device)).tolist()
-    return share if able == 1 else None
+    benign, harmful = gather_features(benign.detach()), gather_features(harmful.detach())
+    if min(len(benign), len(harmful)) < LEAST_IMAGES:
+        return None
+    share = told_apart(benign, harmful).float().mean().to(benign.device)
+    # All fit the same rows, but may round differently.
+    return round(float(process_mean(share)), 6)

@@ -65,6 +65,10 @@ def test_hessians_are_summed_where_they_are_smaller_and_never_by_one_process(one
     assert (one["sums"], two["sums"]) == (0, 2 * 2 * (len(SPECTRAL) + 1))
 
 
+def test_images_of_all_processes_are_told_apart_together(one, two):
+    assert 0.5 < one["told_apart"] < 1 and two["told_apart"] == pytest.approx(one["told_apart"], abs=1e-6)
+
+
 def test_the_norm_of_the_mean_losss_gradient_is_that_of_one_process(one, two):
     assert two["norm"] == pytest.approx(one["norm"], rel=1e-6)
 

@@ -77,6 +77,7 @@ def a_row(method="default", seed=0, wrong=(0,), probe=0.12, log=9.0, bound="lowe
         "shared": {"name": f"before-seed{seed}", "seconds": {"attacks on the starting model": 600.0}, "resumed": []},
         "start": {"name": "mobilenet"},
         "steps": 9,
+        "objective": "silence" if method == "default" else method.removesuffix("_ours"),
         "images": {"benign": {"train": 70, "test": 20}, "harmful": {"train": 100, "test": 20}},
         "sources": {"benign": "samples", "harmful": "cars", "unrelated": "digits"},
         "test_rows": " ".join(str(10 * seed + index) for index in range(20)),
@@ -210,17 +211,42 @@ def test_sentences_say_what_is_not_reached():
     )
 
 
+def compared(*rows, by=at_equal_accuracy):
+    return "\n".join(by(group_rows(rows)))
+
+
 def test_at_equal_accuracy_a_method_stands_by_its_best_setting():
     rows = [a_row(wrong=(0,)), a_row("kappa", wrong=range(9), probe=0.1)]
-    assert "paper (κ): none of its 1 settings keeps as much" in "\n".join(at_equal_accuracy(group_rows(rows)))
+    assert "paper (κ): none of its 1 settings keeps as much" in compared(*rows)
     rows.append(a_row("kappa", wrong=(0,), probe=0.4, changes={"auto_weight_ratio": 0.1}))
-    assert "| paper (κ), auto_weight_ratio=0.1 | 0 | −5.0 | 40.0 |" in "\n".join(at_equal_accuracy(group_rows(rows)))
+    found = compared(*rows)
+    assert "| paper (κ), auto_weight_ratio=0.1 | 0 | −5.0 | 40.0 | ≥ 9.00 | −5.0 | 12.0 | ≥ 9.00 |" in found
 
 
 def test_who_keeps_as_much_is_told_on_shared_seeds():
-    rows = [a_row(wrong=()), a_row(seed=1, wrong=range(9)), a_row("kappa", wrong=range(4), probe=0.1)]
     # Of all seeds the default loses 22.5 points, of the one that both have none.
-    assert "none of its 1 settings" in "\n".join(at_equal_accuracy(group_rows(rows)))
+    rows = [a_row(wrong=()), a_row(seed=1, wrong=range(9)), a_row("kappa", wrong=range(4), probe=0.1)]
+    assert "none of its 1 settings" in compared(*rows)
+
+
+def test_without_a_shared_seed_nothing_is_compared():
+    rows = [a_row(seed=1), a_row("kappa")]
+    assert "There is no seed" in compared(*rows) and compared(*rows, by=standing) == ""
+
+
+def test_a_shorter_run_is_compared_with_a_default_as_short():
+    short = {"max_steps": 300}
+    rows = [a_row(probe=0.1), a_row(probe=0.5, changes=short), a_row("kappa", probe=0.3, bound=None, changes=short)]
+    assert "weaker strongest probe: paper (κ), max_steps=300 (20.0 points, seed 0)." in compared(*rows, by=standing)
+    assert "†" not in compared(*rows)
+    assert "| paper (κ), max_steps=300 † | 0 | −5.0 | 30.0 |" in compared(rows[0], rows[2])
+
+
+def test_as_far_behind_as_counts_as_equal_is_equal():
+    # 1 of 200 images is half a point.
+    rows = [a_row(), a_row("kappa")]
+    rows[1]["utility"]["difference"] = rows[0]["utility"]["difference"] - 1 / 200
+    assert "1 of 1 settings of other methods keep as much" in compared(*rows, by=standing)
 
 
 def test_settings_ahead_of_the_default_are_named():
@@ -231,15 +257,15 @@ def test_settings_ahead_of_the_default_are_named():
         a_row("imma", probe=0.2, log=0.5, bound="lower"),
         a_row("opt_kappa", probe=0.0, log=9.0, wrong=range(9)),
     ]
-    said = "\n".join(standing(group_rows(rows)))
+    said = compared(*rows, by=standing)
     assert "3 of 4 settings of other methods keep as much" in said
-    assert "by a weaker strongest probe: paper (κ)." in said
-    assert "by exact RIR: R_ill only; bounds do not tell of IMMA." in said
+    assert "by a weaker strongest probe: paper (κ) (10.0 points, seed 0)." in said
+    assert "by exact RIR: R_ill only (by a factor of 10^1.00, seed 0). Bounds do not tell of IMMA (seed 0)." in said
 
 
 def test_no_setting_ahead_is_told_too():
     rows = [a_row(), a_row("kappa", probe=0.3, log=1.0, bound=None)]
-    said = "\n".join(standing(group_rows(rows)))
+    said = compared(*rows, by=standing)
     assert "by a weaker strongest probe: none." in said and "by exact RIR: none." in said
     assert standing(group_rows([a_row()])) == []
 
@@ -249,11 +275,18 @@ def test_objective_and_recipe_stand_side_by_side_on_one_seed():
     rows = [a_row(seed=seed) for seed in (0, 1)]
     rows += [a_row("default", seed=1, probe=0.2, changes=short), a_row("kappa", seed=1, probe=0.3, changes=short)]
     rows += [a_row("kappa_ours", seed=1, probe=0.25, log=2.0, bound=None, changes=short)]
-    said = "\n".join(contributions(group_rows(rows)))
+    said = compared(*rows, by=contributions)
     assert "All of seed 1, max_steps=300" in said
-    assert "| default |  |  |  | −5.0 | 20.0 | ≥ 9.00 |" in said
+    assert "| default (silence) |  |  |  | −5.0 | 20.0 | ≥ 9.00 |" in said
     assert "| κ | −5.0 | 30.0 | ≥ 9.00 | −5.0 | 25.0 | 2.00 |" in said
     assert contributions(group_rows(rows[:2])) == []
+
+
+def test_what_auto_took_is_told_by_seed_where_it_differs():
+    rows = [a_row(seed=seed) for seed in range(3)]
+    assert group_rows(rows)[0].objectives == "silence"
+    rows[1]["objective"] = "concentration"
+    assert group_rows(rows)[0].objectives == "silence (0, 2), concentration (1)"
 
 
 def test_one_line_for_the_terminal():

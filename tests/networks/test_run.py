@@ -31,6 +31,7 @@ def test_a_run_writes_its_row_card_and_figure(words, tmp_path, capsys, monkeypat
     monkeypatch.setattr(cards, "CARDS", tmp_path / "cards")
     assert main([*words, "--keep_card"]) == 0
     row, folder = row_of(tmp_path), tmp_path / "runs" / "tiny-default-seed0"
+    assert row["objective"] == "concentration"
     assert row["steps"] == 4 and row["settings"]["training"]["max_steps"] == 4
     assert row["images"]["benign"] == {"train": 42, "test": 18} and len(row["test_rows"].split()) == 18
     assert row["sources"]["harmful"] == "arms-3-of-5-classes" and row["sources"]["unseen"] == "arms-2-other-classes"
@@ -116,14 +117,14 @@ def test_all_goes_on_after_a_run_that_fails(words, tiny, tmp_path, monkeypatch, 
     monkeypatch.setattr(training, "train", fail)
     monkeypatch.setattr("examples.networks.run._before", lambda *args: {})
     plan = tmp_path / "plan.yaml"
-    entry = {"experiments": [str(tiny)], "methods": ["default", "r_ill_ours"], "seeds": [0]}
+    entry = {"experiments": [str(tiny)], "methods": ["default", "inner_ridge"], "seeds": [0]}
     plan.write_text(yaml.safe_dump([entry]))
     spec = yaml.safe_load(tiny.read_text())
     tiny.write_text(yaml.safe_dump({**spec, "model": {"name": words[words.index("--model") + 1]}}))
     places = ["--data_path", words[words.index("--data_path") + 1], "--output_dir", str(tmp_path / "runs")]
     assert main(["all", "--plan", str(plan), *places]) == 1
     said = capsys.readouterr().err
-    assert "tiny-default-seed0, tiny-r_ill_ours-seed0 failed" in said and said.count("found NaN") == 2
+    assert "tiny-default-seed0, tiny-inner_ridge-seed0 failed" in said and said.count("found NaN") == 2
     assert "found NaN" in (tmp_path / "runs" / "tiny-default-seed0" / "failed.json").read_text()
 
 

@@ -38,32 +38,27 @@ def test_each_row_is_predicted_by_all_others():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_features_of_one_distribution_are_not_told_apart(seed):
-    share = share_told_apart(draws(64, 300, seed=seed), draws(64, 300, seed=100 + seed), CPU)
+    share = share_told_apart(draws(64, 300, seed=seed), draws(64, 300, seed=100 + seed))
     assert share < 0.75
 
 
 def test_features_of_two_are():
-    assert share_told_apart(draws(64, 300), draws(64, 300, seed=1) + 0.5, CPU) > OFTEN
+    assert share_told_apart(draws(64, 300), draws(64, 300, seed=1) + 0.5) > OFTEN
 
 
 @pytest.mark.parametrize("benign, harmful", [(draws(40, 3), draws(40, 3) * torch.nan), (torch.ones(40, 3),) * 2])
 def test_what_cannot_be_read_is_not_told_apart(benign, harmful):
-    assert share_told_apart(benign, harmful, CPU) == 0
+    assert share_told_apart(benign, harmful) == 0
 
 
 def test_few_images_tell_nothing():
-    assert share_told_apart(draws(LEAST_IMAGES - 1, 3), draws(99, 3), CPU) is None
+    assert share_told_apart(draws(LEAST_IMAGES - 1, 3), draws(99, 3)) is None
 
 
-def test_the_share_is_that_of_all_processes(monkeypatch):
-    other = torch.tensor([0.5, 1.0])
-    monkeypatch.setattr(telling_apart, "process_mean", lambda mine: (mine + other) / 2)
-    assert share_told_apart(draws(40, 3), draws(40, 3, seed=1) + 9, CPU) == 0.75
-
-
-def test_where_a_process_has_too_few_images_nothing_is_told(monkeypatch):
-    monkeypatch.setattr(telling_apart, "process_mean", lambda mine: (mine + torch.zeros(2)) / 2)
-    assert share_told_apart(draws(40, 3), draws(40, 3, seed=1), CPU) is None
+def test_all_processes_images_count_together(monkeypatch):
+    few, others = LEAST_IMAGES // 2, iter([draws(20, 3, seed=2), draws(20, 3, seed=3) + 9])
+    monkeypatch.setattr(telling_apart, "gather_features", lambda rows: torch.cat([rows, next(others)]))
+    assert share_told_apart(draws(few, 3), draws(few, 3, seed=1) + 9) == 1.0
 
 
 def objective_of(model, shift, count=LEAST_IMAGES, **method):
@@ -73,6 +68,21 @@ def objective_of(model, shift, count=LEAST_IMAGES, **method):
     batch = {"benign": {"pixel_values": pixels[:count]}, "harmful": {"pixel_values": pixels[count:] + shift}}
     step(model, batch, step=0)
     return step.objective
+
+
+def test_that_it_was_not_checked_is_said(tiny, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_immunize.training.rectifier_choice.logger.warning_once", said.append)
+    objective_of(tiny("resnet"), 0.0, count=4)
+    assert "takes 'silence' unchecked" in said[0]
+
+
+def test_a_choice_of_none_is_kept_by_a_checkpoint():
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+    choice, other = (RectifierChoice(model, ["0.weight"]) for _ in range(2))
+    choice.seek(lambda: model(torch.eye(2)), CPU, lambda: (draws(40, 300), draws(40, 300, seed=1)))
+    other.load_state_dict(choice.state_dict())
+    assert other.names == []
 
 
 @pytest.mark.parametrize("shift, objective", [(0.0, "concentration"), (2.0, "silence")])

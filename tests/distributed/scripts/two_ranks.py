@@ -21,6 +21,7 @@ from hf_immunize.training.distributed import (
 from hf_immunize.training.immunization_callback import ImmunizationCallback
 from hf_immunize.training.objectives import INSIDE, OBJECTIVES, Side
 from hf_immunize.training.queue import FeatureQueue
+from hf_immunize.training.telling_apart import share_told_apart
 from hf_immunize.training.trainer import ImmunizationTrainer
 from hf_immunize.vision.images import ImageCollator
 
@@ -107,6 +108,13 @@ def norm():
     gradient = torch.randn(8, 4, generator=torch.Generator().manual_seed(4))
     part = gradient.chunk(world_size())[rank()] * world_size()
     return float(mean_gradient_norm(torch.linalg.vector_norm(part)))
+
+
+def told_apart():
+    """The share of 32 images a side that are told apart, fewer a process than it takes."""
+    draw = torch.Generator().manual_seed(5)
+    benign, harmful = torch.randn(32, 20, generator=draw), torch.randn(32, 20, generator=draw) + 0.4
+    return share_told_apart(*(side.chunk(world_size())[rank()] for side in (benign, harmful)))
 
 
 def trainer(folder, model, dtype=torch.float32, callbacks=None, batch=8, **options):
@@ -264,6 +272,7 @@ def everything(folder):
         "sums": sums,
         "gradients": gradients(),
         "norm": norm(),
+        "told_apart": told_apart(),
         "runs": {
             **every_objective(folder, torch.float32),
             "fixed": run(folder, **FIXED),
