@@ -1,6 +1,5 @@
 """The page of all rows: tables, frontier, sentences, settings. Every figure on it comes from a row."""
 
-import math
 import statistics
 from collections import Counter
 from dataclasses import replace
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import load_file
 
 from examples.audit_page import table
 from examples.networks import comparison, tables
@@ -28,7 +26,7 @@ from examples.networks.rows import (
 )
 from examples.networks.sentences import sentences
 from examples.networks.settings import experiment_names, load_experiment
-from hf_immunize import rir_ceiling
+from examples.networks.starting import starting_features
 from hf_immunize.attacks.text import clean, percent, signed
 
 
@@ -156,7 +154,7 @@ def _experiment(name: str, groups: list[Group], missing: list[Any], out: Path, f
     lines = [f"## {spec['title']}", "", " ".join(spec.get("about", "").split()), ""]
     wanted = spec.get("wanted") or {}
     if groups:
-        lines += [*_facts(groups), *_ceilings(groups, folder)]
+        lines += [*_facts(groups), *starting_features(groups, folder)]
         # Another number of steps is no other method.
         plain = [group for group in groups if set(group.changes) <= {"max_steps"}] or groups
         lines += tables.summary(plain, wanted)
@@ -215,23 +213,6 @@ def _facts(groups: list[Group]) -> list[str]:
                 "this sample, not the task."
             )
     return [" ".join(found), ""]
-
-
-def _ceilings(groups: list[Group], folder: Path) -> list[str]:
-    """What RIR a linear map behind the starting models' features could reach, where these are still there."""
-    names = dict.fromkeys(row["shared"]["name"] for group in groups for row in group.rows)
-    files = [
-        path for name in names if (path := folder / "shared" / "before" / name / "features.safetensors").is_file()
-    ]
-    if not files:
-        return []
-    values = [rir_ceiling(features["benign"], features["harmful"]).value for features in map(load_file, files)]
-    several = f" on the images of {len(files)} seeds" if len(files) > 1 else ""
-    could = "A linear map behind the starting model's features could reach"
-    if all(map(math.isinf, values)):
-        return [f"{could} any RIR{several}: some harmful directions are in no benign feature.", ""]
-    shown = " / ".join("any" if math.isinf(value) else f"{value:,.0f}" for value in values)
-    return [f"{could} an RIR of at most {shown}{several}.", ""]
 
 
 def _frontier(name: str, groups: list[Group], wanted: dict[str, Any], out: Path) -> list[str]:

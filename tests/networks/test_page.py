@@ -309,7 +309,16 @@ def test_the_ceiling_of_a_linear_map_is_told_where_the_features_are_there(rows, 
     diagonal = torch.diag(torch.tensor([1.0, 3.0]))
     save_file({"benign": diagonal, "harmful": torch.eye(2)}, place / "features.safetensors")
     text = write_page(tmp_path / "runs", tmp_path / "networks.md")
-    assert "could reach an RIR of at most 81." in text
+    assert "could reach an RIR of at most 81." in text and "A ridge classifier" not in text
+
+
+def test_how_well_images_are_told_apart_is_told(rows, tmp_path):
+    place = tmp_path / "runs" / "shared" / "before" / "before-seed0"
+    place.mkdir(parents=True)
+    benign = torch.randn(70, 5, generator=torch.Generator().manual_seed(0))
+    save_file({"benign": benign, "harmful": benign + 20}, place / "features.safetensors")
+    text = write_page(tmp_path / "runs", tmp_path / "networks.md")
+    assert "puts 100.0% of harmful and benign images on their own side (100.0% to 100.0% in 40 draws of 64" in text
 
 
 class TestOverview:
