@@ -10,7 +10,7 @@ from hf_immunize.training.distributed import gather_features, process_mean
 
 # Fewer images of a side than this tell too little.
 LEAST_IMAGES = 32
-# A half is chance. Of 32 images a side, pairs of tasks that were tried gave 0.86 at most, or 0.92 at least.
+# A half is chance. Between the pairs of tasks that were tried; docs/results/networks.md has their shares.
 OFTEN = 0.9
 # Relative to the mean square of a row.
 _RIDGE = 1e-2
