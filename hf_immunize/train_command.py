@@ -13,10 +13,11 @@ from transformers import AutoImageProcessor, set_seed
 
 from hf_immunize.errors import ArgumentError
 from hf_immunize.hub import rows
-from hf_immunize.hub.collect import describe_base_model, is_hub_id, one_line, public_name
+from hf_immunize.hub.collect import describe_base_model, is_hub_id, public_name
 from hf_immunize.hub.measure import Measured, groups_ratio, measure
 from hf_immunize.hub.parts import DataRecord
 from hf_immunize.hub.rows import metric_rows
+from hf_immunize.text import printable
 from hf_immunize.train_arguments import DataArguments, parse_arguments
 from hf_immunize.train_data import load_distillation, load_model, load_splits, match_labels
 from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
@@ -118,7 +119,7 @@ def describe(trainer: ImmunizationTrainer, data: DataArguments, before: dict[str
         record = DataRecord(public_name(source), on_hub=is_hub_id(source))
         record.split = None if evaluated is None else f"of {public_name(evaluated)}"
         if side == "harmful" and data.harmful_classes:
-            record.classes = [one_line(name) for name in data.harmful_classes]
+            record.classes = [printable(name) for name in data.harmful_classes]
         setattr(evidence, side, record)
 
 

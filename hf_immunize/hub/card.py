@@ -15,11 +15,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from hf_immunize.errors import CardError
-from hf_immunize.hub.collect import HUB_ID, one_line
+from hf_immunize.hub.collect import HUB_ID
 from hf_immunize.hub.parts import DataRecord, RatioRecord
 from hf_immunize.hub.record import ImmunizationRecord
 from hf_immunize.hub.rows import attack_rows, not_stopped, record_metrics, record_rows, summary_sentence
 from hf_immunize.hub.text import code_place, plain, slug
+from hf_immunize.text import printable
 
 
 CARD_NAME = "README.md"
@@ -77,8 +78,8 @@ def render_card(
     """
     options = options or CardOptions()
     old = _read_card(existing) if existing and existing.strip() else None
-    name = one_line(options.model_name or "") or (old and old.data.get("model_name"))
-    name = name or f"Immunized {one_line(record.base_model.name)}"
+    name = printable(options.model_name or "") or (old and old.data.get("model_name"))
+    name = name or f"Immunized {printable(record.base_model.name)}"
     data = _metadata(record, options, name, old)
     body = f"{_BEGIN}\n\n{_body(record, options, name)}\n{_END}"
     text = "\n" + body + "\n"
@@ -127,7 +128,7 @@ def eval_results(record: ImmunizationRecord) -> list[EvalResult]:
     results = []
     if record.metric is not None:
         kind = slug(record.metric.name)
-        results.append(benign.result(kind, f"Benign {one_line(record.metric.name)}", record.metric.after))
+        results.append(benign.result(kind, f"Benign {printable(record.metric.name)}", record.metric.after))
     for task, features in ((benign, record.benign_features), (harmful, record.harmful_features)):
         if features.after is not None:
             bound = "lower" if features.after.is_bound else None
@@ -136,11 +137,11 @@ def eval_results(record: ImmunizationRecord) -> list[EvalResult]:
     for protocol, ratio in record.ratios.items():
         after = record.harmful_features.after
         lower = protocol == "exact" and after is not None and after.is_bound
-        results += _ratio_results(harmful, one_line(protocol), ratio, "lower" if lower else None)
+        results += _ratio_results(harmful, printable(protocol), ratio, "lower" if lower else None)
     for access, attack in (record.audit.strongest if record.audit else {}).items():
         if attack is not None:
-            words = f"Strongest attacker with {one_line(access).replace('_', ' ')}: {one_line(attack.attacker)}"
-            results.append(harmful.result("accuracy", words, attack.accuracy, {"access": one_line(access)}))
+            words = f"Strongest attacker with {printable(access).replace('_', ' ')}: {printable(attack.attacker)}"
+            results.append(harmful.result("accuracy", words, attack.accuracy, {"access": printable(access)}))
     return results
 
 
@@ -151,7 +152,7 @@ class _Task:
 
     def result(self, kind: str, name: str, value: float, arguments: dict[str, Any] | None = None) -> EvalResult:
         data = self.data
-        title = one_line(data.name) if data is not None else ""
+        title = printable(data.name) if data is not None else ""
         return EvalResult(
             task_type="image-classification",
             task_name="Image classification",
@@ -159,8 +160,8 @@ class _Task:
             dataset_type=slug(title),
             dataset_name=title or f"{self.side} images",
             dataset_config=self.side,
-            dataset_split=one_line(data.split) if data is not None and data.split else None,
-            dataset_revision=one_line(data.revision) if data is not None and data.revision else None,
+            dataset_split=printable(data.split) if data is not None and data.split else None,
+            dataset_revision=printable(data.revision) if data is not None and data.revision else None,
             metric_type=kind,
             metric_name=name,
             metric_value=float(f"{value:.8g}"),
@@ -200,10 +201,10 @@ def _metadata(record: ImmunizationRecord, options: CardOptions, name: str, old: 
     data: Any = old.data if old is not None else ModelCardData()
     data.library_name = data.library_name or "transformers"
     data.pipeline_tag = data.pipeline_tag or "image-classification"
-    data.tags = _union(data.tags, [*TAGS, *(one_line(tag) for tag in options.tags)])
+    data.tags = _union(data.tags, [*TAGS, *(printable(tag) for tag in options.tags)])
     if options.language:
         languages = [options.language] if isinstance(options.language, str) else options.language
-        data.language = [one_line(language) for language in languages]
+        data.language = [printable(language) for language in languages]
     licence = options.license or (None if data.license else record.license)
     if licence:
         data.license, data.license_name = licence_fields(licence)

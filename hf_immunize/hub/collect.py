@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 import re
-import unicodedata
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,13 @@ from hf_immunize import __version__
 from hf_immunize.hub.parts import BaseModelRecord, ConditioningRecord, DataRecord, RatioRecord, SideRecord
 from hf_immunize.spectra.conditioning import Conditioning
 from hf_immunize.spectra.ratio import ImmunizationRatio, relative_immunization_ratio
+from hf_immunize.text import printable
 from hf_immunize.vision.measurement import Measurement
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]{40})/")
 _LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "safetensors")
-
-
-def one_line(text: Any) -> str:
-    r"""Text as one line of visible characters.
-
-    Control characters, marks of writing direction and halves of surrogate pairs are dropped: they can hide or reverse
-    what a reader sees, or cannot be written at all.
-
-    Example:
-        >>> one_line("pets\n---\nlicense: mit"), one_line("abc\u202edef")
-        ('pets --- license: mit', 'abcdef')
-    """
-    spaced = " ".join(str(text).split())
-    visible = "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
-    return " ".join(visible.split())
 
 
 def public_name(source: Any) -> str:
@@ -48,14 +33,14 @@ def public_name(source: Any) -> str:
     """
     text = str(source)
     if "://" in text:
-        return one_line(re.split(r"[?#]", text)[0].rstrip("/").rsplit("/", 1)[-1])
+        return printable(re.split(r"[?#]", text)[0].rstrip("/").rsplit("/", 1)[-1])
     path = Path(text).expanduser()
     if path.exists():
-        return one_line(path.resolve().name or "root")
+        return printable(path.resolve().name or "root")
     local = text.startswith(("/", "~", ".", "\\")) or bool(re.match(r"[A-Za-z]:[\\/]", text))
     if local or text.count("/") > 1 or "\\" in text:
-        return one_line(re.split(r"[\\/]", text.rstrip("\\/"))[-1].strip(".") or "unnamed")
-    return one_line(text)
+        return printable(re.split(r"[\\/]", text.rstrip("\\/"))[-1].strip(".") or "unnamed")
+    return printable(text)
 
 
 def is_hub_id(source: Any) -> bool:
@@ -104,10 +89,10 @@ def describe_dataset(dataset: Any, name: str | None = None, *, train: Any = None
     own = source[1] if source else getattr(info, "dataset_name", None) or "unnamed images"
     split = getattr(inner, "split", None)
     return DataRecord(
-        name=one_line(name) if name else public_name(own),
+        name=printable(name) if name else public_name(own),
         on_hub=source is not None and (name is None or name == source[1]),
         revision=source[2] if source else None,
-        split=one_line(split) if split is not None else None,
+        split=printable(split) if split is not None else None,
         fingerprint=getattr(innermost(dataset), "_fingerprint", None),
         train_size=_size(train),
         size=_size(dataset),

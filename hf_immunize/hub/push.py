@@ -14,11 +14,11 @@ from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, HubError, RecordError
 from hf_immunize.hub.card import CARD_NAME, CardOptions, write_card
-from hf_immunize.hub.collect import one_line
 from hf_immunize.hub.hashes import INDEX, changed_weights, weight_files
 from hf_immunize.hub.outcomes import named_outcomes, retried
 from hf_immunize.hub.record import ImmunizationRecord, read_record
 from hf_immunize.hub.validation import RECORD_NAME
+from hf_immunize.text import printable
 
 
 logger = logging.get_logger(__name__)
@@ -145,7 +145,7 @@ def push(
     def attempt() -> PushResult:
         # Operations can be committed only once; a new attempt needs new ones.
         operations: list[Any] = [CommitOperationAdd(name, str(root / name)) for name in names]
-        return _commit(api, repo_id, operations, sizes, private, revision, one_line(commit_message))
+        return _commit(api, repo_id, operations, sizes, private, revision, printable(commit_message))
 
     return retried(attempt, f"push to {repo_id}")
 

@@ -6,7 +6,8 @@ import html
 import re
 import unicodedata
 
-from hf_immunize.hub.collect import HUB_ID, one_line
+from hf_immunize.hub.collect import HUB_ID
+from hf_immunize.text import printable
 
 
 def plain(text: str) -> str:
@@ -24,7 +25,7 @@ def plain(text: str) -> str:
         >>> print(plain("- 1. item"), plain("3. item"))
         \- 1. item 3\. item
     """
-    escaped = re.sub(r"([\\`*_{}\[\]()#!|~$])", r"\\\1", html.escape(one_line(text), quote=False))
+    escaped = re.sub(r"([\\`*_{}\[\]()#!|~$])", r"\\\1", html.escape(printable(text), quote=False))
     # What opens a list, a heading's underline or a rule does so at the beginning of a line only.
     escaped = re.sub(r"^([-+=:])", r"\\\1", escaped)
     escaped = re.sub(r"^(\d+)([.)])", r"\1\\\2", escaped).replace("\\\\)", "\\)")

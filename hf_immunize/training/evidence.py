@@ -24,13 +24,13 @@ from hf_immunize.hub.collect import (
     describe_dataset,
     describe_side,
     exact_ratio,
-    one_line,
     software_versions,
 )
 from hf_immunize.hub.hashes import hash_weights
 from hf_immunize.hub.parts import AuditRecord, BaseModelRecord, DataRecord, MethodRecord, MetricRecord, RatioRecord
 from hf_immunize.hub.record import ImmunizationRecord, read_record, write_record
 from hf_immunize.hub.validation import RECORD_NAME
+from hf_immunize.text import printable
 from hf_immunize.training.method import Method
 from hf_immunize.vision.measurement import Measurement
 
@@ -212,7 +212,7 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
     return ImmunizationRecord(
         method=MethodRecord(
             objective=trainer.objective,
-            trainable=one_line(args.trainable),
+            trainable=printable(args.trainable),
             steps=trainer.state.global_step if step is None else step,
             seed=args.seed,
             benign_weight=settings["benign_weight"],
@@ -229,7 +229,7 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
         software=software_versions(),
         license=evidence.license,
         figures=list(evidence.figures),
-        remarks=[one_line(remark) for remark in evidence.remarks],
+        remarks=[printable(remark) for remark in evidence.remarks],
     )
 
 
@@ -255,7 +255,7 @@ def save_record(trainer: Any, staging: str | os.PathLike[str], target: str | os.
 def _completed(record: ImmunizationRecord, trainer: Any, weights: str) -> ImmunizationRecord:
     """With what was given from outside for these very weights."""
     evidence: Evidence = trainer.evidence
-    record.figures, record.remarks = list(evidence.figures), [one_line(remark) for remark in evidence.remarks]
+    record.figures, record.remarks = list(evidence.figures), [printable(remark) for remark in evidence.remarks]
     record.license = evidence.license or record.license
     if evidence._attached is not None and evidence._attached[0] == weights:
         _, groups, audit = evidence._attached

@@ -12,7 +12,6 @@ from markdown_it import MarkdownIt
 
 from hf_immunize.errors import CardError
 from hf_immunize.hub.card import CardOptions, eval_results, licence_fields, render_card, write_card
-from hf_immunize.hub.collect import one_line
 from hf_immunize.hub.parts import (
     AttackRecord,
     AuditRecord,
@@ -25,6 +24,7 @@ from hf_immunize.hub.parts import (
     SideRecord,
 )
 from hf_immunize.hub.record import ImmunizationRecord
+from hf_immunize.text import printable
 
 
 def features(log10_kappa, **more):
@@ -263,14 +263,14 @@ def test_names_change_nothing_but_words(name, harmful, base, attacker, licence, 
     assert set(metadata) <= allowed
     assert [problem for problem in card_problems(text) if "license" not in problem and "tags" not in problem] == []
     names = {result.dataset_config: result.dataset_name for result in card.data.eval_results}
-    assert names["benign"] == (one_line(name) or "benign images")
-    assert names["harmful"] == (one_line(harmful) or "harmful images")
+    assert names["benign"] == (printable(name) or "benign images")
+    assert names["harmful"] == (printable(harmful) or "harmful images")
     assert card.data.eval_results == eval_results(record)
     # An empty name leaves no text; apart from that every block and span is where a harmless name has it.
-    if all(one_line(value) for value in (name, harmful, base, attacker, remark)):
+    if all(printable(value) for value in (name, harmful, base, attacker, remark)):
         assert shape(card.text) == PLAIN_SHAPE
     assert not re.search(r"<(?!!-- hf-immunize: (begin\. Written|end -->))[a-zA-Z!/]", card.text)
-    assert "://" not in card.text.replace(one_line("arXiv:"), "")
+    assert "://" not in card.text.replace(printable("arXiv:"), "")
 
 
 def test_an_objective_that_hides_says_what_brings_it_back():

@@ -1,0 +1,30 @@
+"""Text from outside, made fit to be shown."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+
+# Control characters, marks of writing direction, halves of surrogate pairs, private and unassigned code points.
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")
+
+
+def printable(text: Any) -> str:
+    r"""Text as one line of visible characters, for cards, records and the terminal.
+
+    What is dropped can hide or reverse what a reader sees, command a terminal, or cannot be written at all.
+
+    Args:
+        text: Anything that somebody else chose, such as the name of a class, a file or a repository.
+
+    Returns:
+        The same to the eye.
+
+    Example:
+        >>> printable("pets\n---\nlicense: mit"), printable("abc\u202edef"), printable("\x1b[2Jpets")
+        ('pets --- license: mit', 'abcdef', '[2Jpets')
+    """
+    spaced = " ".join(str(text).split())
+    visible = "".join(c for c in spaced if unicodedata.category(c) not in _INVISIBLE)
+    return " ".join(visible.split())
