@@ -59,7 +59,7 @@ with tempfile.TemporaryDirectory() as folder:
                                  use_cpu=True)
     trainer = ImmunizationTrainer(model, args, eval_dataset=Drawn(count), harmful_eval_dataset=Drawn(count))
     assert "eval_rir" in trainer.evaluate()
-peak = next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM'))
+peak = next(l for l in Path('/proc/self/status').read_text(encoding='utf-8').splitlines() if l.startswith('VmHWM'))
 print(int(peak.split()[1]) * 1024)
 """
 

@@ -30,7 +30,7 @@ for start in range(0, rows, batch):
     factor.update(made.normal_(generator=generator)[: min(batch, rows - start)])
 factor.conditioning()
 buffer = factor._buffer
-peak = next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM'))
+peak = next(l for l in Path('/proc/self/status').read_text(encoding='utf-8').splitlines() if l.startswith('VmHWM'))
 print(buffer.numel() * buffer.element_size(), int(peak.split()[1]) * 1024)
 """
 

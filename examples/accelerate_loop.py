@@ -119,7 +119,7 @@ def main(words):
     if accelerator.is_main_process:
         model.save_pretrained(options.output_dir)
         processor.save_pretrained(options.output_dir)
-        Path(options.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2))
+        Path(options.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics

@@ -71,13 +71,19 @@ def main() -> None:
     parser.add_argument("--note", default="", help="A paragraph of what the figures need to be understood.")
     parser.add_argument("--settings", type=Path, default=Path("examples/first_run.yaml"))
     arguments = parser.parse_args()
-    results = json.loads((arguments.run / "results.json").read_text())
+    results = json.loads((arguments.run / "results.json").read_text(encoding="utf-8"))
     results["benign"] = arguments.benign_name or results["benign"]
     results["harmful"] = arguments.harmful_name or results["harmful"]
     figure = arguments.output.parent / "figures" / f"{arguments.output.stem}.png"
     figure.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(arguments.run / "spectra.png", figure)
-    text = page(results, arguments.title, f"figures/{figure.name}", arguments.settings.read_text(), arguments.note)
+    text = page(
+        results,
+        arguments.title,
+        f"figures/{figure.name}",
+        arguments.settings.read_text(encoding="utf-8"),
+        arguments.note,
+    )
     arguments.output.write_text(text, encoding="utf-8")
     print(text)
 

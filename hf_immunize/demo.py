@@ -119,7 +119,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
         "probing": {"before": figures(probing_before), "after": figures(probing_after)},
     }
     results["summary"] = demo_sentence(before, after, probing_before, probing_after)
-    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     figure, axes = new_figure(3)
     draw_spectra(axes[0], trainer.last_spectra)
     distances = {

@@ -59,3 +59,26 @@ def test_importing_the_package_alone_loads_nothing_heavy():
     code = "import sys, hf_immunize; print([m for m in ('transformers', 'datasets', 'torch') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_text_files_are_read_and_written_as_utf8():
+    root = PACKAGE.parent
+    for file in (
+        file for folder in (PACKAGE, root / "examples", root / "benchmarks") for file in folder.rglob("*.py")
+    ):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and _opens_text(call):
+                named = {keyword.arg for keyword in call.keywords}
+                assert "encoding" in named, f"{file}:{call.lineno} leaves the encoding to the machine"
+
+
+def _opens_text(call):
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in ("read_text", "write_text"):
+        return True
+    # The method of a path has its mode first, the function behind the path; methods of other things take no mode.
+    values = [*call.args[:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    texts = [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+    modes = [text for text in texts if set(text) <= set("rwxab+t")]
+    is_open = name == "open" and (isinstance(call.func, ast.Name) or bool(modes))
+    return is_open and not any("b" in mode for mode in modes)

@@ -42,7 +42,7 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with staged_directory(f"{folder}/model") as staging:
-        ...         _ = (staging / "config.json").write_text("{}")
+        ...         _ = (staging / "config.json").write_text("{}", encoding="utf-8")
         ...     os.listdir(f"{folder}/model")
         ['config.json']
     """
