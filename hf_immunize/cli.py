@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import Annotated
 
 import typer
 
+from hf_immunize import __version__
 from hf_immunize.audit_command import audit
 from hf_immunize.ceiling_command import ceiling
-from hf_immunize.errors import ImmunizationError
+from hf_immunize.errors import ArgumentError, ImmunizationError
 from hf_immunize.hub_commands import card, push, verify
 
 
@@ -29,12 +32,29 @@ app = typer.Typer(
 )
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-immunize {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command; the help of all is the app's."""
+
+
 @app.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the checkpoint, the card and the figure go.")] = Path(
         "runs/demo"
     ),
-    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the training.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split, the weights and the training.")
+    ] = 0,
 ) -> None:
     """The main job on real data in under two minutes, without a network.
 
@@ -67,11 +87,55 @@ app.command(short_help="Write the model card from the record.")(card)
 
 
 def main() -> None:
-    """Run the command line; errors of this library end in one sentence and exit code 2, not in a traceback."""
+    """Run the command line; what a person, a file or a machine can cause ends in one sentence, not in a traceback.
+
+    Exit code 2, or 130 after an interruption. With HF_IMMUNIZE_TRACEBACK set, errors keep their traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # Redirected on Windows they know a few hundred characters, and κ is not among them.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        _refuse_empty(sys.argv[1:])
         app()
-    except ImmunizationError as error:
-        if os.environ.get("HF_IMMUNIZE_TRACEBACK"):
+    except SystemExit as stop:
+        if stop.code == 130:
+            typer.secho("Interrupted. What was finished and saved is whole.", err=True, fg="red")
+        raise
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None or os.environ.get("HF_IMMUNIZE_TRACEBACK"):
             raise
-        typer.secho(f"{type(error).__name__}: {error}", err=True, fg="red")
+        typer.secho(f"{type(error).__name__}: {sentence}", err=True, fg="red")
         sys.exit(2)
+
+
+def _refuse_empty(words: list[str]) -> None:
+    """An empty name is most often a variable that was not set, and as a path it would be the current folder."""
+    for before, word in zip(["hf-immunize", *words], words, strict=False):
+        name, is_assigned, value = word.partition("=")
+        if not word.strip() or (name.startswith("--") and is_assigned and not value.strip()):
+            raise ArgumentError(
+                f"Expected a value after {before if not word.strip() else name}, found an empty one. Give it, or "
+                "leave the option out."
+            )
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell of an error that is no fault of this library's; None of one that may be."""
+    import yaml
+
+    said = " ".join(str(error).split())
+    if isinstance(error, ImmunizationError):
+        return str(error)
+    if isinstance(error, UnicodeError):
+        return f"Expected text in UTF-8, found other bytes ({said}). Save the file as UTF-8."
+    if isinstance(error, json.JSONDecodeError | yaml.YAMLError):
+        return f"Expected a file of JSON or YAML that can be read, found: {said}. Mend it, or write it anew."
+    if isinstance(error, ImportError):
+        return f"Expected an installed package, found: {said}. Install it, or leave out the option that needs it."
+    if isinstance(error, OSError):
+        return f"Expected files and a network that can be used, found: {said}. Check path, rights, space, connection."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"Expected enough memory, found too little ({said[:200]}). Use smaller batches or fewer images."
+    return None

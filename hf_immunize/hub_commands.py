@@ -60,7 +60,7 @@ def verify(
         float | None,
         typer.Option(help="Measure on this part of the training split, held out as `hf-immunize train` does."),
     ] = None,
-    max_images: Annotated[int | None, typer.Option(help="As at `hf-immunize train`.")] = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="As at `hf-immunize train`.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="The model before immunization, to measure its κ's too.")
     ] = None,
@@ -80,6 +80,11 @@ def verify(
     from hf_immunize.hub.record import read_record
     from hf_immunize.hub.verify import verify as verify_model
 
+    _check_sources(benign, harmful, dataset, harmful_classes or [])
+    if held_out is not None and not 0 < held_out < 1:
+        raise ArgumentError(f"Expected --held-out between 0 and 1, found {held_out}.")
+    if revision is not None and Path(model).is_dir():
+        raise ArgumentError(f"Expected --revision with a model on the Hub, found the folder {model}. Leave it out.")
     folder = fetch(model, revision=revision, with_code=trust_remote_code)
     seed = read_record(folder).method.seed
     images = _images(benign, harmful, dataset, harmful_classes or [], split, held_out, max_images, seed)
@@ -126,6 +131,16 @@ def card(
     typer.echo(f"{path} is up to date.")
 
 
+def _check_sources(benign: str | None, harmful: str | None, dataset: str | None, harmful_classes: list[str]) -> None:
+    """Either two sources or one with its harmful classes; what stands beside them would have no effect."""
+    of_one, of_two = [dataset is not None, bool(harmful_classes)], [benign is not None, harmful is not None]
+    if not (all(of_one) and not any(of_two)) and not (all(of_two) and not any(of_one)):
+        raise ArgumentError(
+            "Expected either --benign and --harmful, or --dataset with --harmful-class, found "
+            f"benign={benign}, harmful={harmful}, dataset={dataset}, harmful classes {harmful_classes}."
+        )
+
+
 def _images(
     benign: str | None,
     harmful: str | None,
@@ -145,11 +160,6 @@ def _images(
             return load_measured_split(source, split)
         return load_measured_split(source, split or "train").train_test_split(held_out, seed=seed)["test"]
 
-    if (dataset is None) == (benign is None or harmful is None) or (dataset is not None and not harmful_classes):
-        raise ArgumentError(
-            "Expected either --benign and --harmful, or --dataset with --harmful-class, found "
-            f"benign={benign}, harmful={harmful}, dataset={dataset}, harmful classes {harmful_classes}."
-        )
     if dataset is not None:
         parts = split_benign_harmful(load(dataset), harmful_classes)
     else:

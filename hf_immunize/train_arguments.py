@@ -6,12 +6,13 @@ from argparse import ArgumentParser, RawTextHelpFormatter
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
 
-from hf_immunize.errors import ArgumentError
+from hf_immunize.errors import ArgumentError, ImmunizationError
 from hf_immunize.training.arguments import ImmunizationArguments
 
 
@@ -75,15 +76,36 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not self.model:
             raise ArgumentError("Expected --model, found none. Give a Hub id or a folder; --help shows examples.")
-        one, two = self.dataset is not None, self.benign is not None and self.harmful is not None
-        if one == two or (one and not self.harmful_classes):
+        one = self.dataset is not None
+        of_one = [bool(self.harmful_classes)]
+        of_two = [name is not None for name in (self.benign, self.harmful)]
+        if not all(of_one if one else of_two) or any(of_two if one else of_one):
             raise ArgumentError(
                 "Expected either --benign and --harmful, or --dataset with --harmful_classes, found "
                 f"benign={self.benign}, harmful={self.harmful}, dataset={self.dataset}, "
                 f"harmful_classes={self.harmful_classes}."
             )
+        for name in ("benign_eval", "harmful_eval"):
+            if one and getattr(self, name) is not None:
+                raise ArgumentError(
+                    f"Expected --{name} with --benign and --harmful alone, found it with --dataset, whose own splits "
+                    "are measured on. Leave it out, or give benign and harmful images as two sources."
+                )
+        if self.max_images is not None and self.max_images < 1:
+            raise ArgumentError(f"Expected --max_images of at least 1, found {self.max_images}.")
+        if self.model_revision != "main" and Path(self.model).is_dir():
+            raise ArgumentError(
+                f"Expected --model_revision with a model on the Hub, found the folder {self.model}. Leave it out."
+            )
         if not 0 < self.eval_fraction < 1:
             raise ArgumentError(f"Expected --eval_fraction between 0 and 1, found {self.eval_fraction}.")
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one sentence, without the page of flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(f"Expected flags with fitting values, found: {message}. --help explains them.")
 
 
 def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArguments]:
@@ -98,7 +120,7 @@ def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArgume
     Raises:
         ArgumentError: If the file cannot be read or holds an unknown name.
     """
-    parser = HfArgumentParser(
+    parser = _Parser(
         (DataArguments, ImmunizationArguments),
         prog="hf-immunize train",
         description=_DESCRIPTION,
@@ -109,31 +131,76 @@ def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArgume
         words = ["--config", words[0]]
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
+    first.error = parser.error  # type: ignore[method-assign]
     config, words = first.parse_known_args(words)
     if config.config is not None:
-        values = _read_config(config.config)
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ArgumentError(f"Expected names of flags in the config file, found {unknown}; --help lists them all.")
-        parser.set_defaults(**values)
+        words = _as_words(_read_config(config.config), parser) + words
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
-    data, training, _, unknown = parser.parse_args_into_dataclasses(
-        args=words, look_for_args_file=False, return_remaining_strings=True
-    )
+    # Unlike a script, the command trains unless told otherwise.
+    parser.set_defaults(do_train=True)
+    try:
+        data, training, _, unknown = parser.parse_args_into_dataclasses(
+            args=words, look_for_args_file=False, return_remaining_strings=True
+        )
+    except ImmunizationError:
+        raise
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:  # of TrainingArguments
+        said = " ".join(str(error).split())
+        raise ArgumentError(f"Expected flags that fit each other and this machine, found: {said}") from error
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         near = get_close_matches(unknown[0].split("=")[0], flags, n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists all flags."
         raise ArgumentError(f"Expected known flags, found {' '.join(unknown)}. {hint}")
+    for name, value in vars(training).items():
+        if name.endswith("_kwargs") and isinstance(value, str):
+            raise ArgumentError(f"Expected --{name} as a mapping in JSON, found {value!r}. Leave it out, or mend it.")
+    missing = sorted(set(training.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise ArgumentError(
+            f"Expected --report_to with installed trackers, found {missing}. Install it, or give none."
+        )
+    if not training.do_train or training.do_predict:
+        raise ArgumentError(
+            "Expected --do_train and no --do_predict, since this command trains, and measures before and after; found "
+            f"do_train={training.do_train}, do_predict={training.do_predict}. hf-immunize verify measures alone."
+        )
     return data, training
+
+
+def _as_words(values: dict[Any, Any], parser: ArgumentParser) -> list[str]:
+    """The file's arguments as they would be typed, so that flags after them override and types are checked alike."""
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    unknown = sorted(str(name) for name in values if name not in actions)
+    if unknown:
+        raise ArgumentError(f"Expected names of flags in the config file, found {unknown}; --help lists them all.")
+    hints = get_type_hints(DataArguments) | get_type_hints(ImmunizationArguments)
+    words: list[str] = []
+    for name, value in values.items():
+        action = actions[name]
+        if action.default is None and (value is None or (value is False and action.type is str)):
+            continue  # left as it is
+        if action.nargs == "+" and not isinstance(value, dict) and value not in (None, "", []):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        elif isinstance(value, list | dict) and type(value) in [
+            get_origin(kind) or kind for kind in get_args(hints[name])
+        ]:
+            parser.set_defaults(**{name: value})  # what no words can say
+        elif isinstance(value, list | dict) or action.nargs == "+" or value == "":
+            raise ArgumentError(f"Expected {hints[name]} for {name} in the config file, found {value!r}.")
+        else:
+            # YAML takes "no" and "none" for False and None.
+            word = "none" if value is None else "no" if value is False else value
+            words.append(f"--{name}={word}")
+    return words
 
 
 def _read_config(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ArgumentError(f"Expected a YAML or JSON file at {path}, found: {error}.") from error
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise ArgumentError(f"Expected a YAML or JSON file in UTF-8 at {path}, found: {said}.") from error
     if not isinstance(values, dict):
         raise ArgumentError(f"Expected names and values in {path}, found {type(values).__name__}.")
     return values

@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, set_seed
 
-from hf_immunize.errors import ArgumentError
+from hf_immunize.errors import ArgumentError, ImmunizationError
 from hf_immunize.hub import rows
 from hf_immunize.hub.collect import describe_base_model, is_hub_id, public_name
 from hf_immunize.hub.measure import Measured, groups_ratio, measure
@@ -43,10 +44,13 @@ def run_train(words: list[str]) -> dict[str, Any]:
         processor = AutoImageProcessor.from_pretrained(
             data.model, revision=data.model_revision, trust_remote_code=data.trust_remote_code
         )
-    except OSError as error:
+    except ImmunizationError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:  # of from_pretrained
+        said = " ".join((str(error) or type(error).__name__).split())
         raise ArgumentError(
-            f"Expected an image classifier with its processor at --model {data.model}, found: "
-            f"{str(error).splitlines()[0]} Check the spelling, the connection and your rights."
+            f"Expected an image classifier with its processor at --model {data.model}, found: {said[:500]} "
+            "Check the spelling, the connection, your rights and whether its files are whole."
         ) from error
     if not data.new_head:
         parts = (benign, benign_eval)
@@ -63,12 +67,12 @@ def run_train(words: list[str]) -> dict[str, Any]:
     )
     before_path = Path(args.output_dir) / "before.json"
     if args.resume_from_checkpoint and before_path.is_file():
-        before = json.loads(before_path.read_text())
+        before = json.loads(before_path.read_text(encoding="utf-8"))
     else:
         before = trainer.evaluate()
         if trainer.is_world_process_zero():
             before_path.parent.mkdir(parents=True, exist_ok=True)
-            before_path.write_text(json.dumps(before, indent=2))
+            before_path.write_text(json.dumps(before, indent=2), encoding="utf-8")
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"True": True, "true": True}.get(resume, resume) if resume else None)
     after = trainer.evaluate()
@@ -181,7 +185,7 @@ def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str,
         results: What to write.
     """
     sentence = summary_sentence(results)
-    (folder / "results.json").write_text(json.dumps({**results, "summary": sentence}, indent=2))
+    (folder / "results.json").write_text(json.dumps({**results, "summary": sentence}, indent=2), encoding="utf-8")
     trainer.create_model_card()
     print_table(results)
     Console(soft_wrap=True).print(

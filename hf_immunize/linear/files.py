@@ -70,11 +70,25 @@ def read_pair(
         NonFiniteError: A cell is infinite, or missing and no fill value is given.
         ArgumentError: The fill value is not finite.
     """
+    if image_size < 1:
+        raise ArgumentError(f"Expected images of at least one pixel a side, found {image_size}; use --image-size 28.")
     if fill is not None and not math.isfinite(fill):
         raise ArgumentError(f"Expected a finite number to fill missing cells with, found {fill}; use --fill 0.")
     for path in (benign, harmful):
         if not path.exists():
             raise DataError(f"There is no file or folder {path}; give two paths, benign first.")
+    # What would have no effect is most often meant for another file.
+    kinds = {path.suffix for path in (benign, harmful)}
+    for option, given, of in (
+        ("--key", key is not None, ARRAYS[1:]),
+        ("--columns", columns is not None, TABLES),
+        ("--drop", bool(drop), TABLES),
+        ("--fill", fill is not None, TABLES),
+    ):
+        if given and kinds.isdisjoint(of):
+            raise ArgumentError(
+                f"Expected {option} with {' and '.join(of)} files alone, found {benign} and {harmful}. Leave it out."
+            )
     tables = [_table(path, columns, drop) if path.suffix in TABLES else None for path in (benign, harmful)]
     if tables[0] is not None and tables[1] is not None and not any(_packed(table) for table in tables):
         first, second, coded = _encode(tables, (benign, harmful), fill)

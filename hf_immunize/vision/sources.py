@@ -47,12 +47,21 @@ def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
         Hub, such as 'user/name'; check the spelling.
     """
     path = Path(source).expanduser()
-    if path.is_file():
-        splits = _load_file(path)
-    elif path.is_dir():
-        splits = _load_folder(path)
-    else:
-        splits = _load_from_hub(source)
+    try:
+        if path.is_file():
+            splits = _load_file(path)
+        elif path.is_dir():
+            splits = _load_folder(path)
+        else:
+            splits = _load_from_hub(source)
+    except DataError:
+        raise
+    # Of datasets and pyarrow, on what is damaged, unfinished or of another kind.
+    except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{source!r} holds no image dataset that can be read ({_first_line(error)}); expected images in one "
+            "subfolder a class, parquet files, or what save_to_disk writes."
+        ) from error
     if split not in splits:
         found = ", ".join(repr(str(name)) for name in splits)
         raise DataError(f"{source!r} has no split {split!r}; choose one of {found}.")
@@ -79,13 +88,7 @@ def _load_folder(path: Path) -> dict[str, datasets.Dataset]:
     splits = {SPLIT_FOLDERS[name]: folder for name, folder in folders.items() if name in SPLIT_FOLDERS}
     # Given as they are, folders would be split by any "train" or "test" in a class's or an image's name.
     data_files = {split: f"{folder}/**" for split, folder in (splits or {"train": path}).items()}
-    try:
-        return datasets.load_dataset("imagefolder", data_files=data_files)
-    except (FileNotFoundError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(
-            f"The folder {str(path)!r} holds no image dataset that can be read ({_first_line(error)}); expected "
-            f"images in one subfolder a class, parquet files, or what save_to_disk writes."
-        ) from error
+    return datasets.load_dataset("imagefolder", data_files=data_files)
 
 
 def _load_from_hub(source: str) -> dict[str, datasets.Dataset]:
