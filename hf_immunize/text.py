@@ -28,3 +28,22 @@ def printable(text: Any) -> str:
     spaced = " ".join(str(text).split())
     visible = "".join(c for c in spaced if unicodedata.category(c) not in _INVISIBLE)
     return " ".join(visible.split())
+
+
+def library_words(error: BaseException) -> str:
+    r"""What another library said when it could not load something, as one line that says what to do.
+
+    Args:
+        error: As raised.
+
+    Returns:
+        At most 500 characters; of code that was not allowed to run, how to allow it.
+
+    Example:
+        >>> library_words(OSError("no file\nnamed x."))
+        'no file named x'
+    """
+    words = printable(str(error) or type(error).__name__).rstrip(".")
+    if "trust_remote_code" in words:
+        return "code of its own, which runs only with trust_remote_code (--trust-remote-code): read it first"
+    return words if len(words) <= 500 else words[:497] + "..."

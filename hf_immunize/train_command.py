@@ -18,7 +18,7 @@ from hf_immunize.hub.collect import describe_base_model, is_hub_id, public_name
 from hf_immunize.hub.measure import Measured, groups_ratio, measure
 from hf_immunize.hub.parts import DataRecord
 from hf_immunize.hub.rows import metric_rows
-from hf_immunize.text import printable
+from hf_immunize.text import library_words, printable
 from hf_immunize.train_arguments import DataArguments, parse_arguments
 from hf_immunize.train_data import load_distillation, load_model, load_splits, match_labels
 from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
@@ -47,9 +47,8 @@ def run_train(words: list[str]) -> dict[str, Any]:
     except ImmunizationError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:  # of from_pretrained
-        said = " ".join((str(error) or type(error).__name__).split())
         raise ArgumentError(
-            f"Expected an image classifier with its processor at --model {data.model}, found: {said[:500]} "
+            f"Expected an image classifier with its processor at --model {data.model}, found: {library_words(error)}. "
             "Check the spelling, the connection, your rights and whether its files are whole."
         ) from error
     if not data.new_head:

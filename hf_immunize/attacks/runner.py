@@ -31,6 +31,7 @@ from hf_immunize.attacks.task_images import Images
 from hf_immunize.attacks.tasks import AttackedTask, load_task, overlaps
 from hf_immunize.attacks.work import Work, underflow_to_zero
 from hf_immunize.errors import ArgumentError
+from hf_immunize.text import library_words
 from hf_immunize.vision.processes import ALONE, Processes
 
 
@@ -307,7 +308,7 @@ def _load_models(
         except (OSError, ValueError) as error:
             raise ArgumentError(
                 f"Expected an image classifier with its processor as the {subject} model at {given}, found: "
-                f"{str(error).splitlines()[0]} Check the spelling, the connection and your rights."
+                f"{library_words(error)}. Check the spelling, the connection and your rights."
             ) from error
         models[subject] = loaded.to(device)
         path = os.fspath(given)

@@ -16,6 +16,7 @@ from hf_immunize.hub.hashes import changed_weights, pickled_weights, weight_file
 from hf_immunize.hub.outcomes import retried
 from hf_immunize.hub.push import ALLOWED
 from hf_immunize.hub.record import ImmunizationRecord, read_record
+from hf_immunize.text import library_words
 
 
 if TYPE_CHECKING:
@@ -86,10 +87,9 @@ def load_model(folder: str | os.PathLike[str], trust_remote_code: bool = False) 
             folder, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True
         ).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        words = " ".join(str(error).split())
         raise WeightsError(
-            f"Expected an image classifier's config.json and weights, found: {words[:300]}. Fetch or save them again; "
-            "a model with code of its own needs trust_remote_code=True."
+            f"Expected an image classifier's config.json and weights, found: {library_words(error)}. Fetch or save "
+            "them again."
         ) from error
 
 

@@ -15,6 +15,7 @@ from hf_immunize.hub.hashes import changed_weights
 from hf_immunize.hub.load import fetch, load_model
 from hf_immunize.hub.measure import Measured, image_rows, measure
 from hf_immunize.hub.record import read_record
+from hf_immunize.text import library_words
 
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def verify(
     record = read_record(folder)
     changed = changed_weights(folder, record.weights)
     model = load_model(folder, trust_remote_code)
-    processor = image_processor or _processor(folder)
+    processor = image_processor or _processor(folder, trust_remote_code)
     before: PreTrainedModel | None = None
     if reference is not None:
         before = reference if isinstance(reference, torch.nn.Module) else load_model(fetch(reference, token=token))
@@ -91,7 +92,14 @@ def verify(
     return compare(record, found["benign"], found["harmful"], changed)
 
 
-def _processor(folder: Path) -> Any:
+def _processor(folder: Path, trust_remote_code: bool) -> Any:
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         return None
-    return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    try:
+        # Said in so many words: where transformers is told nothing, it asks at the keyboard.
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"Expected an image processor beside the weights, found: {library_words(error)}. Pass image_processor=, "
+            "the one the model was trained with."
+        ) from error

@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.utils import cached_file
 
 from hf_immunize.errors import ArgumentError, CheckpointError, HeadError
+from hf_immunize.text import library_words
 
 
 POOLINGS = ("head_input", "pooler", "cls", "mean")
@@ -215,7 +216,15 @@ def load_with_linear_head(folder: str | os.PathLike[str], *, output_loading_info
     Raises:
         CheckpointError: If the head's files are missing, damaged, or contradict each other.
     """
-    backbone, info = AutoModel.from_pretrained(folder, output_loading_info=True, **kwargs)
+    # Said in so many words: where transformers is told nothing, it asks at the keyboard.
+    kwargs.setdefault("trust_remote_code", False)
+    try:
+        backbone, info = AutoModel.from_pretrained(folder, output_loading_info=True, **kwargs)
+    except ValueError as error:
+        raise CheckpointError(
+            f"Expected a backbone that transformers loads in {folder}, found: {library_words(error)}. Load it in "
+            "another way and give it a new head."
+        ) from error
     hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     try:
         about = json.loads(Path(cached_file(folder, HEAD_CONFIG_FILE, **hub)).read_text(encoding="utf-8"))
