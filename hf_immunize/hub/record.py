@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_immunize.errors import RecordError
+from hf_immunize.files import write_whole
 from hf_immunize.hub.parts import (
     AuditRecord,
     BaseModelRecord,
@@ -154,14 +154,9 @@ def write_record(folder: str | os.PathLike[str], record: ImmunizationRecord) -> 
 
     Raises:
         RecordError: If it holds what is not finite, or what cannot be.
+        CheckpointError: If it cannot be written.
     """
-    path = Path(folder) / RECORD_NAME
-    text = record.to_json()
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix="_", delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-    return path
+    return write_whole(Path(folder) / RECORD_NAME, record.to_json())
 
 
 def _refuse_constant(name: str) -> Any:
