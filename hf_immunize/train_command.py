@@ -16,15 +16,15 @@ from hf_immunize.errors import ArgumentError, ImmunizationError
 from hf_immunize.hub import rows
 from hf_immunize.hub.collect import describe_base_model, is_hub_id, public_name
 from hf_immunize.hub.measure import Measured, groups_ratio, measure
-from hf_immunize.hub.parts import DataRecord
+from hf_immunize.hub.parts import BudgetRecord, DataRecord
 from hf_immunize.hub.rows import metric_rows
+from hf_immunize.hub.schema import from_plain, to_plain
 from hf_immunize.text import library_words, printable
 from hf_immunize.train_arguments import DataArguments, parse_arguments
 from hf_immunize.train_data import load_distillation, load_model, load_splits, match_labels
 from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
 from hf_immunize.training.preparation import image_rows
 from hf_immunize.training.trainer import ImmunizationTrainer
-from hf_immunize.vision.splits import HeldOut, Parts
 
 
 def run_train(words: list[str]) -> dict[str, Any]:
@@ -38,10 +38,10 @@ def run_train(words: list[str]) -> dict[str, Any]:
     """
     data, args = parse_arguments(words)
     set_seed(args.seed)
-    benign, harmful = load_splits(data, args)
+    (benign, benign_eval), (harmful, harmful_eval) = load_splits(data, args)
     distillation = load_distillation(data, args)
     try:
-        model = load_model(data, benign.train, args)
+        model = load_model(data, benign, args)
         processor = AutoImageProcessor.from_pretrained(
             data.model, revision=data.model_revision, trust_remote_code=data.trust_remote_code
         )
@@ -53,24 +53,20 @@ def run_train(words: list[str]) -> dict[str, Any]:
             "Check the spelling, the connection, your rights and whether its files are whole."
         ) from error
     if not data.new_head:
-        train, test = (
-            match_labels(part, model.config, args.label_column_name) for part in (benign.train, benign.test)
-        )
-        benign = Parts(train, test, benign.held_out)
+        parts = (benign, benign_eval)
+        benign, benign_eval = (match_labels(part, model.config, args.label_column_name) for part in parts)
     trainer = ImmunizationTrainer(
         model,
         args,
-        train_dataset=benign.train,
-        harmful_dataset=harmful.train,
+        train_dataset=benign,
+        harmful_dataset=harmful,
         distillation_dataset=distillation,
-        eval_dataset=benign.test,
-        harmful_eval_dataset=harmful.test,
+        eval_dataset=benign_eval,
+        harmful_eval_dataset=harmful_eval,
         processing_class=processor,
     )
     before_path = Path(args.output_dir) / "before.json"
-    if args.resume_from_checkpoint and before_path.is_file():
-        before = json.loads(before_path.read_text(encoding="utf-8"))
-    else:
+    if not args.resume_from_checkpoint:
         before = trainer.evaluate()
         if trainer.is_world_process_zero():
             before_path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,28 +74,31 @@ def run_train(words: list[str]) -> dict[str, Any]:
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"True": True, "true": True}.get(resume, resume) if resume else None)
     after = trainer.evaluate()
+    if args.resume_from_checkpoint:
+        before = before_resuming(trainer, before_path)
     results = {
         "model": public_name(data.model),
         "benign": public_name(str(data.benign or data.dataset)),
         "harmful": public_name(str(data.harmful or data.dataset))
         + (f": {', '.join(map(str, data.harmful_classes))}" if data.harmful_classes else ""),
         "images": {
-            "benign_train": len(benign.train),
-            "harmful_train": len(harmful.train),
+            "benign_train": len(benign),
+            "harmful_train": len(harmful),
             **({} if distillation is None else {"distillation": len(distillation)}),
-            "benign_eval": len(benign.test),
-            "harmful_eval": len(harmful.test),
+            "benign_eval": len(benign_eval),
+            "harmful_eval": len(harmful_eval),
         },
         "objective": trainer.objective,
         "trainable": args.trainable,
-        "steps": trainer.state.global_step,
+        "steps": trainer.state.global_step if trainer.evidence.step is None else trainer.evidence.step,
         "seed": args.seed,
         "before": finite(before),
         "after": finite(after),
+        "budget": to_plain(trainer.evidence.budget),
     }
-    describe(trainer, data, finite(before), {"benign": benign.held_out, "harmful": harmful.held_out})
+    describe(trainer, data, finite(before))
     if data.groups:
-        measure_groups(trainer, data, benign.test, harmful.test)
+        measure_groups(trainer, data, benign_eval, harmful_eval)
     if trainer.is_world_process_zero():
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_figure(Path(args.output_dir), trainer)
@@ -109,19 +108,32 @@ def run_train(words: list[str]) -> dict[str, Any]:
     return results
 
 
-def describe(
-    trainer: ImmunizationTrainer,
-    data: DataArguments,
-    before: dict[str, float | None],
-    held_out: dict[str, HeldOut | None],
-) -> None:
+def before_resuming(trainer: ImmunizationTrainer, path: Path) -> dict[str, Any]:
+    """Metrics of the starting weights of a resumed run, on the images that it is measured on now.
+
+    Args:
+        trainer: After an evaluation.
+        path: Where the interrupted run wrote its metrics, which may be of other images.
+
+    Returns:
+        What was written, or where that is of other images, what the Trainer knows of the present ones.
+    """
+    known = trainer.starting_metrics
+    if not path.is_file():
+        return known
+    written = json.loads(path.read_text(encoding="utf-8"))
+    shared = [(written[name], new) for name, new in known.items() if new is not None and written.get(name) is not None]
+    same = all(old == new or math.isclose(old, new, rel_tol=1e-6) for old, new in shared)
+    return written if same and shared else known
+
+
+def describe(trainer: ImmunizationTrainer, data: DataArguments, before: dict[str, float | None]) -> None:
     """Tell the Trainer, for its record, what the typed names stand for.
 
     Args:
         trainer: The Trainer.
         data: What was typed.
         before: Metrics of the starting weights, which a resumed Trainer has not measured.
-        held_out: By side, how the images measured on were drawn.
     """
     evidence = trainer.evidence
     evidence.before = before
@@ -130,8 +142,6 @@ def describe(
         evaluated = getattr(data, f"{side}_eval")
         record = DataRecord(public_name(source), on_hub=is_hub_id(source))
         record.split = None if evaluated is None else f"of {public_name(evaluated)}"
-        if (draw := held_out[side]) is not None:
-            record.held_out_fraction, record.held_out_seed = draw.fraction, draw.seed
         if side == "harmful" and data.harmful_classes:
             record.classes = [printable(name) for name in data.harmful_classes]
         setattr(evidence, side, record)
@@ -162,15 +172,18 @@ def measure_groups(trainer: ImmunizationTrainer, data: DataArguments, benign: An
 
 
 def summary_sentence(results: dict[str, Any]) -> str:
-    """One plain sentence of what was achieved, from the figures alone.
+    """What was achieved, and in the last sentence what was not, from the figures alone.
 
     Args:
-        results: With metrics "before" and "after".
+        results: With metrics "before" and "after", and maybe the state of the "budget".
 
     Returns:
-        The sentence.
+        The sentences.
     """
-    return rows.summary_sentence(results["before"], results["after"])
+    budget = results.get("budget")
+    return rows.summary_sentence(
+        results["before"], results["after"], None if budget is None else from_plain(BudgetRecord, budget, "budget")
+    )
 
 
 def write_figure(folder: Path, trainer: ImmunizationTrainer) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from hf_immunize import cli
-from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.errors import ArgumentError, DataError, HeadError
 from hf_immunize.hub.record import read_record
 from hf_immunize.train_arguments import parse_arguments
 from hf_immunize.train_command import run_train, summary_sentence
@@ -179,6 +179,54 @@ def test_new_head_takes_the_benign_classes(images, model, tmp_path, monkeypatch)
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == dict(enumerate(CLASSES))
 
 
+def test_a_backbone_without_a_classifier_gets_no_head_in_silence(images, model, tmp_path):
+    backbone = tmp_path / "backbone"
+    ViTForImageClassification.from_pretrained(model).vit.save_pretrained(backbone)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(backbone)
+    with pytest.raises(HeadError, match="classifier"):
+        run_train(flags(backbone, tmp_path / "run", "--dataset", images, "--harmful_classes", "gun", "knife"))
+
+
+def test_a_run_resumed_with_other_images_tells_what_was_before_on_those(images, model, tmp_path):
+    words = ["--harmful_classes", "gun", "knife", "--seed", "3", "--save_steps", "1"]
+    first = run_train(flags(model, tmp_path, "--dataset", images, *words))
+    args = flags(model, tmp_path, "--dataset", images, *words, "--max_images", "5", "--resume_from_checkpoint", "True")
+    args[args.index("--max_steps") + 1] = "3"
+    resumed = run_train(args)["before"]
+    other = run_train(flags(model, tmp_path / "other", "--dataset", images, *words, "--max_images", "5"))["before"]
+    names = ("eval_accuracy", "eval_benign_rank", "eval_harmful_log10_kappa")
+    assert [resumed[name] for name in names] == pytest.approx([other[name] for name in names])
+    assert [resumed[name] for name in names] != pytest.approx([first["before"][name] for name in names])
+
+
+BUDGET = {"limit": 0.05, "measure": "total_variation", "unknown": {}}
+
+
+@pytest.mark.parametrize(
+    ("after", "budget", "found"),
+    [
+        (
+            {"eval_rir": 1.005},
+            {"spent": 0.15, "weight": 1e-4},
+            ["nothing", "3.0 times", "0.0001", "lower the learning"],
+        ),
+        ({"eval_rir": 0.313, "eval_accuracy": 0.238}, {"spent": 0.15, "weight": 0.5}, ["nothing", "24.0 points"]),
+        ({"eval_rir": 1.2}, {"spent": 0.001, "weight": 30.0}, ["nothing", "train longer"]),
+        ({"eval_rir": 50.0, "eval_accuracy": 0.3}, {"spent": 0.05, "weight": 1.0}, ["cost 17.8 points"]),
+        ({"eval_rir": 50.0, "eval_accuracy": 0.3}, None, ["cost 17.8 points"]),
+        ({"eval_rir": 50.0}, {"spent": 0.04, "weight": 1.0}, ["0.04 of its budget of 0.05"]),
+    ],
+)
+def test_the_last_sentence_says_what_failed_and_why(after, budget, found):
+    before = {"eval_accuracy": 0.478, "eval_rir": 1.0}
+    state = None if budget is None else BUDGET | budget
+    last = summary_sentence({"before": before, "after": {"eval_accuracy": 0.478} | after, "budget": state})
+    last = last[last.rindex("fine-tuning.") :]
+    assert all(words in last for words in found)
+    failed = after["eval_rir"] < 2 or after.get("eval_accuracy", 1) < 0.4
+    assert ("This run" in last) == failed
+
+
 def test_sentence_does_not_flatter_a_failure():
     before = {"eval_accuracy": 0.9, "eval_rir": 1.0}
     sentence = summary_sentence({"before": before, "after": {"eval_accuracy": 0.5, "eval_rir": 0.2}})
@@ -226,8 +274,8 @@ def numbered(tmp_path, names):
 def test_harmful_class_typed_as_a_name_of_digits_is_a_name(tmp_path):
     source = numbered(tmp_path, ["1", "3", "5"])
     data, training = parse_arguments(["--model", "m", "--dataset", str(source), "--harmful_classes", "1", "--use_cpu"])
-    benign, _ = load_splits(data, training)
-    assert benign.train.features["label"].names == ["3", "5"]
+    (benign, _), _ = load_splits(data, training)
+    assert benign.features["label"].names == ["3", "5"]
 
 
 def dataset_of(names, labels):

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_immunize.attacks.outcomes import Outcome
 from hf_immunize.errors import ArgumentError, CheckpointError
+from hf_immunize.vision.tensor_hash import tensors_hash
 
 
 class Journal:
@@ -131,9 +131,7 @@ def fingerprint(models: dict[str, nn.Module], hashes: dict[str, list[bytes]], se
     total = hashlib.blake2b(digest_size=16)
     for name, model in sorted(models.items()):
         total.update(name.encode())
-        for key, tensor in model.state_dict().items():
-            total.update(key.encode())
-            total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        total.update(tensors_hash(model.state_dict().items()).encode())
     for name, parts in sorted(hashes.items()):
         total.update(name.encode())
         for part in parts:

@@ -15,7 +15,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from hf_immunize.errors import CardError
-from hf_immunize.files import write_whole
 from hf_immunize.hub.collect import HUB_ID
 from hf_immunize.hub.parts import DataRecord, RatioRecord
 from hf_immunize.hub.record import ImmunizationRecord
@@ -106,12 +105,14 @@ def write_card(folder: str | os.PathLike[str], record: ImmunizationRecord, optio
 
     Raises:
         CardError: If the metadata of the card that is there cannot be read; it is left as it is.
-        CheckpointError: If it cannot be written.
     """
     path = Path(folder) / CARD_NAME
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
     text = str(render_card(record, options, existing))
-    return write_whole(path, text)
+    staged = path.with_name(f"_{CARD_NAME}")
+    staged.write_text(text, encoding="utf-8")
+    os.replace(staged, path)
+    return path
 
 
 def eval_results(record: ImmunizationRecord) -> list[EvalResult]:
@@ -249,7 +250,7 @@ def _body(record: ImmunizationRecord, options: CardOptions, title: str) -> str:
         title=plain(title),
         processor=record.image_processor is not None,
         place=code_place(options.repo_id),
-        summary=summary_sentence(*record_metrics(record)),
+        summary=summary_sentence(*record_metrics(record), record.method.budget),
         rows=[dict(zip(("name", "before", "after"), row, strict=True)) for row in rows],
         has_bounds=any("≥" in row[2] or "≤" in row[2] for row in rows),
         short=any(part is not None and part.num_samples < part.dim for part in parts),

@@ -15,6 +15,29 @@ Unknown = dict[str, Any]
 
 
 @dataclass
+class BudgetRecord:
+    """What became of the benign budget (``benign_budget``).
+
+    Attributes:
+        limit: The budget.
+        measure: What it is in: "total_variation", "kl" or "loss".
+        spent: How far the benign side had moved, as a running mean over the last steps.
+        weight: The multiplier on the regularizers' weights over its value at the start.
+    """
+
+    limit: float
+    measure: str
+    spent: float
+    weight: float
+    unknown: Unknown = field(default_factory=dict, repr=False)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more was spent than the swing of the multiplier around the budget explains."""
+        return self.spent > 1.25 * self.limit
+
+
+@dataclass
 class MethodRecord:
     """How the checkpoint was made.
 
@@ -26,6 +49,7 @@ class MethodRecord:
         benign_weight, harmful_weight: Weights of the regularizers: numbers, or "auto" (by gradient norm).
         freeze_batchnorm: Whether BatchNorm statistics stayed as they were.
         settings: All further settings of the objective and its weights, by the names of `ImmunizationArguments`.
+        budget: What became of the benign budget, where there was one.
     """
 
     objective: str
@@ -36,6 +60,7 @@ class MethodRecord:
     harmful_weight: float | str | None = None
     freeze_batchnorm: bool | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    budget: BudgetRecord | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 
@@ -69,10 +94,6 @@ class DataRecord:
         train_size: Images trained on.
         size: Images measured on, N.
         checksum: Of the pixel values measured on, in whatever order, after the image processor (see `Measurement`).
-        held_out_fraction, held_out_seed: How the images measured on were held out of the training split (see
-            `hf_immunize.vision.splits`); None where they are a split or a source of their own.
-        train_sketch, sketch: By which to know images trained on and measured on again, whatever they are called (see
-            `hf_immunize.vision.identity`).
     """
 
     name: str
@@ -84,10 +105,6 @@ class DataRecord:
     train_size: int | None = None
     size: int | None = None
     checksum: float | None = None
-    held_out_fraction: float | None = None
-    held_out_seed: int | None = None
-    train_sketch: str | None = None
-    sketch: str | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 

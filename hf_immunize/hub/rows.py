@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hf_immunize.hub.parts import ACCESS, AttackRecord, AuditRecord, RatioRecord
+from hf_immunize.hub.parts import ACCESS, AttackRecord, AuditRecord, BudgetRecord, RatioRecord
 from hf_immunize.hub.record import ImmunizationRecord
 from hf_immunize.hub.text import plain
 
@@ -29,6 +29,11 @@ _NO_AUDIT = (
     "least squares, conjugate gradient or whitening before the probe are not slowed. Probes of earlier layers and "
     "fine-tuning of the network were not measured, and are not expected to be stopped."
 )
+# Below this ratio nothing worth the name was achieved; a larger loss of accuracy is said to be one. The default budget
+# bounds a change in the probability of the right class by as much.
+_ACHIEVED, _LOST = 2.0, 0.05
+# Regularizers of so small a part of their first weight move nothing.
+_FADED = 0.1
 # Objectives that switch rectifiers off.
 _HIDING = ("silence",)
 _HIDDEN = (
@@ -121,15 +126,16 @@ def record_rows(record: ImmunizationRecord) -> list[tuple[str, str, str]]:
     return rows
 
 
-def summary_sentence(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """One plain sentence of what was achieved, from the figures alone.
+def summary_sentence(before: dict[str, Any], after: dict[str, Any], budget: BudgetRecord | None = None) -> str:
+    """What was achieved in one plain sentence, from the figures alone, and in the last one what went wrong, and why.
 
     Args:
         before: Metrics of `ImmunizationTrainer.evaluate` before immunization.
         after: Metrics after.
+        budget: What became of the benign budget, if that is known.
 
     Returns:
-        The sentence.
+        The sentences.
     """
     rir = after.get("eval_rir")
     if rir is None and after.get("eval_rir_is_lower_bound") and after.get("eval_rir_is_upper_bound"):
@@ -152,8 +158,81 @@ def summary_sentence(before: dict[str, Any], after: dict[str, Any]) -> str:
         accuracy = f"benign accuracy changed by {100 * (new - old):+.1f} points"
     return (
         f"On held-out images {ratio}, and {accuracy}; a large ratio slows gradient descent on these features, and by "
-        "itself stops neither least squares, nor probes of earlier layers, nor fine-tuning."
+        f"itself stops neither least squares, nor probes of earlier layers, nor fine-tuning. "
+        f"{outcome_sentence(before, after, budget)}"
+    ).rstrip()
+
+
+def outcome_sentence(before: dict[str, Any], after: dict[str, Any], budget: BudgetRecord | None) -> str:
+    """What a run failed at, with the reason, and the state of its budget.
+
+    Args:
+        before: Metrics before immunization.
+        after: Metrics after.
+        budget: What became of the benign budget, if that is known.
+
+    Returns:
+        One sentence; empty where nothing failed and no budget is known.
+
+    Example:
+        >>> outcome_sentence({"eval_accuracy": 0.5}, {"eval_accuracy": 0.4, "eval_rir": 9.0}, None)
+        'This run cost 10.0 points of benign accuracy.'
+    """
+    rir, old, new = after.get("eval_rir"), before.get("eval_accuracy"), after.get("eval_accuracy")
+    failed = []
+    if rir is not None and rir < _ACHIEVED and not after.get("eval_rir_is_lower_bound"):
+        failed.append(f"achieved nothing (an RIR of {rir:,.3g})")
+    drop = 0.0 if old is None or new is None else old - new
+    if drop > _LOST:
+        failed.append(f"cost {100 * drop:.1f} points of benign accuracy")
+    said = f"This run {' and '.join(failed)}" if failed else ""
+    if budget is None:
+        return f"{said}." if said else ""
+    state = budget_words(budget)
+    if not said:
+        return state
+    if budget.exceeded:
+        return f"{said}: {_lowered(state)}"
+    left = budget.spent < 0.5 * budget.limit
+    remedy = (
+        "lower the budget, or give more images to distil on"
+        if drop > _LOST
+        else "train longer or at a higher learning rate"
+        if left
+        else "raise the budget, train longer, or give images to distil on"
     )
+    return f"{said}: {_lowered(state.rstrip('.'))}; {remedy}."
+
+
+def budget_words(budget: BudgetRecord) -> str:
+    """The state of a benign budget and what it means, as one sentence.
+
+    Args:
+        budget: What became of it.
+
+    Returns:
+        The sentence.
+
+    Example:
+        >>> budget_words(BudgetRecord(limit=0.05, measure="total_variation", spent=0.04, weight=1.0))
+        'The benign side moved 0.04 of its budget of 0.05 (total_variation).'
+    """
+    measure = plain(budget.measure)
+    if not budget.exceeded:
+        return f"The benign side moved {budget.spent:.2g} of its budget of {budget.limit:g} ({measure})."
+    faded = (
+        f", so that the weights of the regularizers faded to {budget.weight:.1g} of those at the start"
+        if budget.weight < _FADED
+        else ", so that the weights of the regularizers fade"
+    )
+    return (
+        f"The benign side moved {budget.spent:.2g}, {budget.spent / budget.limit:.1f} times its budget of "
+        f"{budget.limit:g} ({measure}){faded}: lower the learning rate, at which a few steps go past it."
+    )
+
+
+def _lowered(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 def not_stopped(audit: AuditRecord | None, objective: str = "") -> str:

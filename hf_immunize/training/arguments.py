@@ -25,8 +25,8 @@ class ImmunizationArguments(TrainingArguments):
     > These defaults differ from `TrainingArguments`: `remove_unused_columns=False` (pairs of images have no columns to
     > compare with the model's signature), `logging_nan_inf_filter=False` (it would log a loss of NaN as 0.0 while the
     > weights are lost), and `dataloader_drop_last=True` (κ of a short last batch is another quantity, and undefined
-    > for one image). Without `greater_is_better`, a `metric_for_best_model` such as "benign_log10_kappa", of which
-    > less is better, is taken so.
+    > for one image). `load_best_model_at_end` needs a `metric_for_best_model`. Without `greater_is_better`, a metric
+    > such as "benign_log10_kappa", of which less is better, is taken so.
 
     > Parameters that control what is minimized
 
@@ -200,6 +200,13 @@ class ImmunizationArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            raise ArgumentError(
+                "Expected metric_for_best_model= with load_best_model_at_end=True, found none: the Trainer would take "
+                "eval_loss, which is of the benign task and least before anything is immunized. Set "
+                "metric_for_best_model='log10_rir', say, and bound what benign accuracy may lose by "
+                "BenignUtilityCallback."
+            )
         best = self.metric_for_best_model or ""
         if vars(self).get("greater_is_better") is None and best.endswith(_LOWER_IS_BETTER):
             self.greater_is_better = False

@@ -6,21 +6,26 @@ import inspect
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, HeadError
+from hf_immunize.text import library_words
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.method import Method
 from hf_immunize.training.restoring import sharded_weights
 from hf_immunize.vision.adapters import without_wrapper
 from hf_immunize.vision.bare import with_linear_head
+from hf_immunize.vision.precision import to_full_precision
 
 
 logger = logging.get_logger(__name__)
 
 
 def as_classifier(model: PreTrainedModel, args: ImmunizationArguments) -> PreTrainedModel:
-    """The model to train: a bare backbone gets the head that ``pooling`` asks for, which the log says.
+    """The model to train, in float32 at least: a bare backbone gets the head that ``pooling`` asks for.
+
+    What is done to the model is said in the log.
 
     Args:
         model: As the user gave it.
@@ -31,8 +36,9 @@ def as_classifier(model: PreTrainedModel, args: ImmunizationArguments) -> PreTra
 
     Raises:
         HeadError: If a classifier is given with ``pooling``.
-        ArgumentError: If ``pooling`` is unknown.
+        ArgumentError: If ``pooling`` is unknown, or the weights are quantized.
     """
+    model = to_full_precision(model)
     if args.pooling is None:
         return model
     kind = type(model).__name__
@@ -252,6 +258,26 @@ def check_prepared(accelerator: Any) -> None:
             "Expected train() before evaluate() under FSDP, found none: accelerate shards a model along with its "
             "optimizer alone. For the starting weights, set eval_on_start=True."
         )
+
+
+def check_reporting(args: ImmunizationArguments) -> None:
+    """Refuse to report to what is not installed.
+
+    Args:
+        args: The Trainer's arguments.
+
+    Raises:
+        ArgumentError: If ``report_to`` names it, or nothing that is known.
+    """
+    for name in args.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ArgumentError(
+                f"Expected report_to={name!r} to be installed, found: {library_words(error)}. Install it, or set "
+                "report_to='none'."
+            ) from error
 
 
 def check_batches(args: ImmunizationArguments, processes: int) -> None:

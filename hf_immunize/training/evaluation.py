@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction
 from transformers.utils import logging
 
-from hf_immunize.training.distributed import world_size
+from hf_immunize.training.distributed import process_mean, world_size
 from hf_immunize.vision.features import HeadInput
 from hf_immunize.vision.measurement import Measurement, spectral_metrics
 
@@ -49,6 +49,52 @@ class Evaluation:
     def name_of(self, prefix: str) -> str:
         """What the set with this prefix is called among the references, whatever prefix was asked for."""
         return f"{'eval' if self.one is None else f'eval_{self.one}'}{prefix.removeprefix(self.prefix)}"
+
+
+class MeanLoss:
+    """The mean of a loss over the images of all processes.
+
+    The Trainer's own gives each image of a process's batch the mean of that batch, in which the repeats count that
+    fill up the last one: what it finds depends on the number of processes and on the size of batches.
+
+    Example:
+        >>> mean = MeanLoss()
+        >>> mean.add(torch.tensor(1.0), 3)
+        >>> mean.add(torch.tensor(2.0), 1)
+        >>> mean.value(torch.device("cpu"))
+        1.25
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []  # on their device until they are needed
+        self._counts: list[int] = []
+
+    def add(self, loss: Tensor, images: int) -> None:
+        """Take in a batch.
+
+        Args:
+            loss: 0-D, the mean over its images.
+            images: How many there are.
+        """
+        self._losses.append(loss.detach())
+        self._counts.append(images)
+
+    def value(self, device: torch.device) -> float | None:
+        """The mean; a collective where there are several processes.
+
+        Args:
+            device: Where the processes' communication happens.
+
+        Returns:
+            The same on every process; None where there was no loss.
+        """
+        if not self._losses:
+            return None
+        counts = torch.tensor(self._counts, dtype=torch.float64)
+        parts = torch.stack([counts @ torch.stack(self._losses).cpu().double(), counts.sum()])
+        # One process needs no device; not all of them have float64.
+        total, images = (parts if world_size() == 1 else process_mean(parts.to(device))).tolist()
+        return total / images
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -178,17 +224,45 @@ def fold(measurement: Measurement, features: Tensor, pixel_values: Tensor, accel
         pixel_values: The images they came from, shape ``(n, C, H, W)``.
         accelerator: Knows how far its loader is.
     """
-    count = len(features)
-    if world_size() > 1 and accelerator.gradient_state.end_of_dataloader:
-        remainder = accelerator.gradient_state.remainder
-        if remainder < 0:
-            logger.warning_once(
-                "Expected an evaluation set of known length, found a stream: the images with which its last batch is "
-                "filled up count twice in κ. Store the set, or leave dispatch_batches in accelerator_config alone."
-            )
-        count = own_rows(count, dist.get_rank(), remainder)
+    count = own_images(len(features), accelerator)
     if count:
         measurement.update(features[:count].detach(), pixel_values[:count])
+
+
+def is_filled_up(count: int, accelerator: Accelerator) -> bool:
+    """Whether accelerate has filled up the batch at hand, of this or another process; the same on every process.
+
+    Args:
+        count: Rows of this process's batch.
+        accelerator: Knows how far its loader is.
+
+    Returns:
+        Whether some of all processes' images are repeats.
+    """
+    if world_size() == 1 or not accelerator.gradient_state.end_of_dataloader:
+        return False
+    return 0 < accelerator.gradient_state.remainder < world_size() * count
+
+
+def own_images(count: int, accelerator: Accelerator) -> int:
+    """How many images of a process's batch at hand are its own, without the repeats that fill up the last one.
+
+    Args:
+        count: Rows of this process's batch.
+        accelerator: Knows how far its loader is.
+
+    Returns:
+        Between 0 and `count`.
+    """
+    if world_size() == 1 or not accelerator.gradient_state.end_of_dataloader:
+        return count
+    remainder = accelerator.gradient_state.remainder
+    if remainder < 0:
+        logger.warning_once(
+            "Expected an evaluation set of known length, found a stream: the images with which its last batch is "
+            "filled up count twice. Store the set, or leave dispatch_batches in accelerator_config alone."
+        )
+    return own_rows(count, dist.get_rank(), remainder)
 
 
 def own_rows(count: int, rank: int, remainder: int) -> int:

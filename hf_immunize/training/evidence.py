@@ -7,15 +7,13 @@ best checkpoint that is loaded at the end gets its own figures, not the last ste
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_immunize.errors import RecordError
@@ -27,12 +25,21 @@ from hf_immunize.hub.collect import (
     software_versions,
 )
 from hf_immunize.hub.hashes import hash_weights
-from hf_immunize.hub.parts import AuditRecord, BaseModelRecord, DataRecord, MethodRecord, MetricRecord, RatioRecord
+from hf_immunize.hub.parts import (
+    AuditRecord,
+    BaseModelRecord,
+    BudgetRecord,
+    DataRecord,
+    MethodRecord,
+    MetricRecord,
+    RatioRecord,
+)
 from hf_immunize.hub.record import ImmunizationRecord, read_record, write_record
 from hf_immunize.hub.validation import RECORD_NAME
 from hf_immunize.text import printable
 from hf_immunize.training.method import Method
 from hf_immunize.vision.measurement import Measurement
+from hf_immunize.vision.tensor_hash import tensors_hash
 
 
 logger = logging.get_logger(__name__)
@@ -48,6 +55,7 @@ class _Evaluated:
     metrics: dict[str, float]
     benign: tuple[Measurement, Measurement | None]
     harmful: tuple[Measurement | None, Measurement | None]
+    budget: BudgetRecord | None
 
 
 @dataclass
@@ -74,6 +82,10 @@ class Evidence:
     _latest: _Evaluated | None = None
     _adopted: tuple[str, ImmunizationRecord] | None = None
     _attached: tuple[str, RatioRecord | None, AuditRecord | None] | None = None
+    # Size and checksum of the benign images that `before` is of.
+    _before_of: tuple[int | None, float | None] = (None, None)
+    # Fingerprint of weights to step and budget when they were first seen: some are gone back to.
+    _seen: dict[str, tuple[int, BudgetRecord | None]] = field(default_factory=dict)
 
     def note(
         self,
@@ -84,6 +96,7 @@ class Evidence:
         benign: Measurement,
         harmful: Measurement | None,
         references: dict[str, Measurement],
+        budget: BudgetRecord | None = None,
     ) -> None:
         """Keep what an evaluation of the constructor's data found.
 
@@ -95,15 +108,45 @@ class Evidence:
             benign: Features of the benign set.
             harmful: Of the harmful set.
             references: Features through the starting weights, by prefix and "harmful".
+            budget: What became of the benign budget so far.
         """
         weights = weights_fingerprint(model)
+        step, budget = self._seen.setdefault(weights, (step, budget))
         last = self._latest
         if last is not None and (last.weights, last.step) == (weights, step) and last.prefix != prefix:
             return
         if step == 0:
-            self.before = {name.replace(prefix, "eval", 1): value for name, value in metrics.items()}
+            self.know_before({name.replace(prefix, "eval", 1): value for name, value in metrics.items()}, benign)
+        elif not self._is_of(benign):
+            self.before = None
         sides = (benign, references.get(prefix)), (harmful, references.get("harmful"))
-        self._latest = _Evaluated(weights, step, prefix, dict(metrics), *sides)
+        self._latest = _Evaluated(weights, step, prefix, dict(metrics), *sides, budget)
+
+    def know_before(self, metrics: dict[str, float], benign: Measurement) -> None:
+        """Keep what the starting weights were found to do.
+
+        Args:
+            metrics: With the prefix "eval".
+            benign: Features of the benign set through them.
+        """
+        self.before, self._before_of = dict(metrics), (benign.factor.num_samples, benign.checksum)
+
+    @property
+    def step(self) -> int | None:
+        """The step of the weights that were evaluated last, which may be earlier ones gone back to."""
+        return None if self._latest is None else self._latest.step
+
+    @property
+    def budget(self) -> BudgetRecord | None:
+        """What had become of the benign budget at that step."""
+        return None if self._latest is None else self._latest.budget
+
+    def _is_of(self, benign: Measurement) -> bool:
+        """Whether what was before is of these images, as far as that is known."""
+        size, checksum = self._before_of
+        return None in (size, checksum) or (
+            size == benign.factor.num_samples and math.isclose(float(checksum or 0), benign.checksum, rel_tol=1e-6)
+        )
 
     def attach(self, model: nn.Module, *, groups: RatioRecord | None = None, audit: AuditRecord | None = None) -> None:
         """Keep what was measured outside the Trainer, for these weights only.
@@ -130,8 +173,11 @@ class Evidence:
             logger.warning(f"Passing over the record in {folder}: {error}")
             return
         self._adopted = weights_fingerprint(model), record
+        self._seen[self._adopted[0]] = record.method.steps, record.method.budget
         if self.before is None and record.metric is not None and record.metric.before is not None:
             self.before = {f"eval_{record.metric.name}": record.metric.before}
+            if record.benign is not None:
+                self._before_of = record.benign.size, record.benign.checksum
 
     def of(self, weights: str) -> _Evaluated | ImmunizationRecord | None:
         """What is known of these weights, by their fingerprint."""
@@ -141,22 +187,15 @@ class Evidence:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A fingerprint of all weights and statistics: the sums and norms of all tensors, in float64.
+    """A fingerprint of all weights and statistics, by their bytes.
 
     Args:
         model: The model.
 
     Returns:
-        A hash; another one as soon as a weight has changed by more than rounding of its tensor's sum.
+        A hash; another one as soon as a bit of them has changed.
     """
-    sums = []
-    for tensor in model.state_dict().values():
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() > 0:
-            wide = torch.float32 if tensor.device.type == "mps" else torch.float64
-            # Nothing is read back until all are computed: one wait, not one a tensor.
-            sums += [tensor.sum(dtype=wide), torch.linalg.vector_norm(tensor, dtype=wide)]
-    values = torch.stack([value.double().cpu() if value.device.type == "mps" else value for value in sums]).tolist()
-    return hashlib.sha256(repr(values).encode()).hexdigest()
+    return tensors_hash((name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor))
 
 
 def make_record(trainer: Any) -> ImmunizationRecord | None:
@@ -178,6 +217,7 @@ def make_record(trainer: Any) -> ImmunizationRecord | None:
     if isinstance(known, ImmunizationRecord):
         return _completed(dataclasses.replace(known), trainer, weights)
     record = bare_record(trainer, known.prefix, known.step)
+    record.method.budget = known.budget
     record.metric = _metric(evidence.before or {}, known.metrics, known.prefix)
     if record.metric is not None:
         record.metric.precision = trainer.accelerator.mixed_precision

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
-from hf_immunize.files import staged_directory
+from hf_immunize.training.budget import BudgetWatch
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.method import Method
 from hf_immunize.training.restoring import sharded_weights
 from hf_immunize.training.resuming import load_step, save_step
 from hf_immunize.training.running import RunningMeans
-from hf_immunize.training.saving import load_weights
+from hf_immunize.training.saving import load_weights, staged_directory
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.columns import find_columns
 from hf_immunize.vision.images import ImageCollator, ImageRows
@@ -100,6 +100,7 @@ class ImmunizationCallback(TrainerCallback):
         self._collator = ImageCollator(processing_class)
         self._step: ImmunizationStep | None = None
         self._means = RunningMeans()
+        self._budget_watch = BudgetWatch()
 
     @property
     def objective(self) -> str:
@@ -149,7 +150,7 @@ class ImmunizationCallback(TrainerCallback):
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         loss = result.loss if scaler is None else scaler.scale(result.loss)
         loss.backward()
-        self._means.update(result.logged, state.global_step + 1)
+        self._means.update(result.logged, state.global_step + 1, result.finite)
 
     def on_log(
         self,
@@ -162,6 +163,8 @@ class ImmunizationCallback(TrainerCallback):
         """Put the means of all terms beside the Trainer's loss."""
         if logs is not None and "loss" in logs:
             means = self._means.take(state.global_step)
+            if self._step is not None:
+                means |= self._budget_watch.look(self._step, state.global_step)
             logs.update(means)
             # The Trainer has put its own copy there before it calls the callbacks.
             state.log_history[-1].update(means)

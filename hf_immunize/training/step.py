@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.errors import DataError, ImmunizationError, ScopeError
-from hf_immunize.spectra.hessian_functions import Hessian
+from hf_immunize.errors import DataError, ImmunizationError, NonFiniteError, ScopeError
+from hf_immunize.spectra.hessian import Hessian
 from hf_immunize.training.cached_trunk import replayed
 from hf_immunize.training.checks import check_checkpointing, check_classifier
 from hf_immunize.training.distillation import (
@@ -38,6 +38,7 @@ from hf_immunize.training.terms import Terms
 from hf_immunize.training.weighting import Weighting, gradient_norm
 from hf_immunize.vision.adapters import outermost_name
 from hf_immunize.vision.features import HeadInput, find_head
+from hf_immunize.vision.precision import check_full_precision
 from hf_immunize.vision.rectifiers import RectifierInputs
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
 from hf_immunize.vision.trunk import TrunkSplit
@@ -51,11 +52,13 @@ class StepResult:
         loss: 0-D, to call ``backward`` on.
         logged: Name to 0-D tensor: ``benign_loss``, the terms, their weights, the divergence and the multiplier.
         logits: Of the benign images, shape ``(N_P, C)``.
+        finite: Side to a 0-D boolean: whether all features of its images are finite.
     """
 
     loss: Tensor
     logged: dict[str, Tensor]
     logits: Tensor
+    finite: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ImmunizationStep:
@@ -98,6 +101,7 @@ class ImmunizationStep:
     ) -> None:
         check_classifier(model)
         check_checkpointing(model)
+        check_full_precision(model)
         self.method = method if method is not None else Method()
         if moving is None:
             moving = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -112,6 +116,8 @@ class ImmunizationStep:
         self.together = not has_batch_statistics(model, self.still)
         self.weighting = Weighting(self.method.rule)
         self.start = StartingModel(model) if self.method.needs_start else None
+        # Micro-batches so far: the Trainer sees by it that none goes past the method.
+        self.calls = 0
         # Where a cached trunk ends: batches then hold the activations at the entry of what moves.
         self.trunk: TrunkSplit | None = None
         self._plain_model = model
@@ -150,6 +156,7 @@ class ImmunizationStep:
                 f"Expected a batch of benign and harmful images, found none that are {missing[0]}. Collate pairs with "
                 "hf_immunize.vision.pairing.PairedCollator, or give a dictionary of both sides."
             )
+        self.calls += 1
         for module in self.still:
             module.training = False
         counts = [len(batch[side]["pixel_values"]) for side in ("benign", "harmful")]
@@ -161,6 +168,11 @@ class ImmunizationStep:
             features, logits, loss_features = forward_both(
                 model, self.head, batch["benign"], others, together=self.together
             )
+        ends = {"benign": features[:benign_end], "harmful": features[benign_end:harmful_end]}
+        ends |= {"distillation": features[harmful_end:]} if "distillation" in batch else {}
+        finite = {side: torch.isfinite(rows.detach()).all() for side, rows in ends.items()}
+        if features.device.type == "cpu":  # elsewhere a look would stall the device; see `RunningMeans`
+            self._check_sides(finite, batch, step)
         rectified = inside.values
         if rectifiers and not rectified and self._choice is not None and torch.is_grad_enabled():
             self._choice.names = []  # no gradient reaches what enters it: what moves comes after
@@ -201,7 +213,7 @@ class ImmunizationStep:
         )
         for side, queue in self._queues.items():
             queue.push(_rows({"benign": benign, "harmful": harmful}[side]))
-        return StepResult(loss, {"benign_loss": benign_loss, **logged, **weighed}, logits[:benign_end])
+        return StepResult(loss, {"benign_loss": benign_loss, **logged, **weighed}, logits[:benign_end], finite)
 
     @property
     def objective(self) -> str:
@@ -298,6 +310,21 @@ class ImmunizationStep:
                 f"Expected labels of the benign images, which benign_loss={method.benign_loss!r} with "
                 f"budget_measure={method.budget_measure!r} needs, found none in the batch, which has "
                 "'pixel_values' alone. Let the collator put them under 'labels', or use benign_loss='distillation'."
+            )
+
+    def _check_sides(self, finite: dict[str, Tensor], batch: dict[str, Any], step: int) -> None:
+        """Name the side that brings NaN or infinity in."""
+        lost = [side for side, whole in finite.items() if not bool(whole)]
+        if lost:
+            given = [side for side in lost if not bool(torch.isfinite(batch[side]["pixel_values"]).all())]
+            found = (
+                f"NaN or infinity in the pixel values of the {' and '.join(given)} images. Look at these images"
+                if given
+                else "NaN or infinity. Lower the learning rate or the weights, or train in full precision"
+            )
+            raise NonFiniteError(
+                f"Objective {self.method.objective!r} at step {step + 1}: Expected finite features of the "
+                f"{' and '.join(lost)} images, found {found}; the last checkpoint is sound."
             )
 
     def terms(self, benign: Side, harmful: Side, step: int) -> Terms:

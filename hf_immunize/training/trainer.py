@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,11 +13,11 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, DataError
-from hf_immunize.files import remove_leftovers, staged_directory
+from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.hub.outcomes import named_outcomes
 from hf_immunize.training import publishing
 from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.budget import BudgetWatch, describe_budget
 from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
 from hf_immunize.training.checks import (
     as_classifier,
@@ -26,17 +25,21 @@ from hf_immunize.training.checks import (
     check_checkpointing,
     check_classifier,
     check_prepared,
+    check_reporting,
     check_shardable,
     check_sharding,
 )
 from hf_immunize.training.evaluation import (
     Evaluation,
+    MeanLoss,
     RunningAccuracy,
     accuracy,
     add_metrics,
     fold,
+    is_filled_up,
     measure,
     merged,
+    own_images,
 )
 from hf_immunize.training.evidence import Evidence, save_record
 from hf_immunize.training.method import Method
@@ -45,15 +48,15 @@ from hf_immunize.training.run_state import load_run_state, save_run_state
 from hf_immunize.training.running import RunningMeans
 from hf_immunize.training.saving import (
     check_finite_weights,
-    check_whole,
     checkpoint_to_resume,
     load_weights,
+    staged_directory,
     whole_or_passed_over,
 )
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.features import HeadInput
 from hf_immunize.vision.images import ImageCollator
-from hf_immunize.vision.measurement import Measurement
+from hf_immunize.vision.measurement import Measurement, of_side, spectral_metrics
 from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.scope import select_trainable
 
@@ -66,6 +69,8 @@ class ImmunizationTrainer(Trainer):
 
     Minimizes ``benign loss + Σ benign_weight·R_benign(Z_P) + Σ harmful_weight·R_harmful(Z_H)`` with Z the classifier's
     inputs: with ``objective="kappa"``, Eq. 9 of Zheng et al. 2025 (arXiv:2505.23760). All else is the Trainer's.
+
+    Weights of half precision are turned into float32, in which they are trained, measured and saved.
 
     κ is not additive over micro-batches: under gradient accumulation the mean of the micro-batches' regularizers is
     minimized, not the regularizer of the whole batch. Over processes it is exact, and so are evaluations, whose
@@ -144,6 +149,7 @@ class ImmunizationTrainer(Trainer):
         self._reads_images = data_collator is None
         # What goes into immunization.json; names of data that the data sets do not know can be set on it.
         self.evidence = Evidence()
+        check_reporting(args)
         super().__init__(
             model,
             args,
@@ -161,6 +167,7 @@ class ImmunizationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._choose_what_moves(self.model)
         self._means = RunningMeans()
+        self._budget_watch = BudgetWatch()
         self._sides: tuple[Any, Any, Any] | None = None
         if train_dataset is not None:
             if harmful_dataset is None:
@@ -183,7 +190,9 @@ class ImmunizationTrainer(Trainer):
         # Through the starting weights, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
         self._measured_again: set[str] = set()
+        self._resumed = False
         self._latest: dict[str, Measurement] = {}
+        self._mean_loss = MeanLoss()
         self._evaluation: Evaluation | None = None
 
     def _choose_what_moves(self, model: PreTrainedModel) -> None:
@@ -312,10 +321,38 @@ class ImmunizationTrainer(Trainer):
             The 0-D loss, or it and a dictionary with the benign ``logits``.
         """
         if "benign" not in inputs:
+            if self.is_in_train and model.training:
+                raise DataError(
+                    "Expected batches of benign and harmful images to train on, found one of "
+                    f"{', '.join(map(str, inputs))}, on which nothing is immunized. Leave get_train_dataloader() as "
+                    "it is, or let yours give dictionaries of both sides (see PairedCollator)."
+                )
             return super().compute_loss(model, inputs, return_outputs)
         result = self._step(model, inputs, self.state.global_step, self._task_loss)
-        self._means.update(result.logged, self.state.global_step + 1)
+        self._means.update(result.logged, self.state.global_step + 1, result.finite)
         return (result.loss, {"logits": result.logits}) if return_outputs else result.loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As the Trainer's; a `compute_loss` of a subclass that goes past the method is refused."""
+        before, name = self._step.calls, f"{type(self).__name__}.compute_loss"
+        remedy = (
+            "In it, call super().compute_loss(model, inputs, return_outputs=True) and add to the loss; the benign "
+            "images are inputs['benign']."
+        )
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except (AttributeError, KeyError, TypeError) as error:
+            if type(self).compute_loss is ImmunizationTrainer.compute_loss or self._step.calls > before:
+                raise
+            raise ArgumentError(
+                f"Expected {name} to take batches of benign and harmful images, found {type(error).__name__}: "
+                f"{error}. {remedy}"
+            ) from error
+        if self._step.calls == before:
+            raise ArgumentError(f"Expected {name} to use this Trainer's loss, found that it does not. {remedy}")
+        return loss
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:
@@ -327,9 +364,10 @@ class ImmunizationTrainer(Trainer):
     # ---- the log ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's, with the mean of every term and weight since the last training log."""
+        """As the Trainer's, with the mean of every term and weight since the last log, and the part of the budget."""
         if "loss" in logs:
             logs.update(self._means.take(self.state.global_step))
+            logs.update(self._budget_watch.look(self._step, self.state.global_step))
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -373,13 +411,13 @@ class ImmunizationTrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As the Trainer's; within `evaluate`, features are folded into a QR factor as they pass."""
         if self._evaluation is None or not self._can_measure:
-            return super().evaluation_loop(dataloader, *args, **kwargs)
+            return self._loop_with_exact_loss(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         name = self._evaluation.name_of(prefix)
         # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
         plain = self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
         self._evaluation.benign = Measurement() if plain else None
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        output = self._loop_with_exact_loss(dataloader, *args, **kwargs)
         here = self._evaluation.benign
         benign = self._measure(dataloader, "benign") if here is None else merged(here, self.args.device)
         if self._evaluation.harmful is None and self._harmful_eval is not None:
@@ -397,27 +435,61 @@ class ImmunizationTrainer(Trainer):
         if self.args.should_save and not self._is_sharded and not self._evaluation.other_data:
             step, references = self.state.global_step, self._references
             named = {metric.replace(prefix, name, 1): value for metric, value in output.metrics.items()}
-            self.evidence.note(self.model, name, step, named, benign, harmful, references)
+            budget = describe_budget(self._step)
+            self.evidence.note(self.model, name, step, named, benign, harmful, references, budget)
         return output
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; within `evaluate`, the features are kept."""
+    def _loop_with_exact_loss(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As the Trainer's, with the loss as the mean over images, whatever the batches and processes."""
+        self._mean_loss = MeanLoss()
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        mean = self._mean_loss.value(self.args.device)
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if mean is not None and output.metrics is not None and name in output.metrics:
+            output.metrics[name] = mean
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As the Trainer's; the loss counts by its images, and within `evaluate`, the features are kept."""
         measurement = None if self._evaluation is None else self._evaluation.benign
         if measurement is None:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        with HeadInput(self._step.head) as captured:
-            result = super().prediction_step(model, inputs, *args, **kwargs)
-        fold(measurement, captured.features, inputs["pixel_values"], self.accelerator)
+            result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        else:
+            with HeadInput(self._step.head) as captured:
+                result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            with of_side("benign evaluation"):
+                fold(measurement, captured.features, inputs["pixel_values"], self.accelerator)
+        count = len(inputs["pixel_values"])
+        loss, own = result[0], own_images(count, self.accelerator)
+        if loss is not None and is_filled_up(count, self.accelerator):
+            # On every process, since sharded weights run on all of them or on none.
+            rows = {name: value[: max(own, 1)] for name, value in inputs.items() if isinstance(value, Tensor)}
+            loss, _, _ = super().prediction_step(model, inputs | rows, True, ignore_keys)
+        if loss is not None:
+            self._mean_loss.add(loss, own)
         return result
 
     def _check_reference(self, name: str, now: Measurement, dataloader: Any = None) -> None:
         """Measure the starting weights on these images too, where what is known of them is of others, or nothing."""
         known = self._references.get(name)
-        if (known is None or not now.same_data(known)) and self._step.start and name not in self._measured_again:
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else None
+        first = name == (f"eval_{next(iter(several))}" if several else "eval")
+        missing = known is None or not now.same_data(known) or (first and self._resumed and not self.evidence.before)
+        if missing and self._step.start and name not in self._measured_again:
             self._measured_again.add(name)
             dataloader = dataloader or self.get_eval_dataloader(self._harmful_eval)
             with self._step.start.in_place(self.model):
                 known = self._references[name] = self._measure(dataloader, f"starting {name}")
+                if first and self._evaluation is not None:
+                    self._evaluation.benign = None  # what follows is of other weights
+                    metrics = self._loop_with_exact_loss(dataloader, f"starting {name}").metrics or {}
+                    self.evidence.know_before(metrics, known)
         if known is None or not now.same_data(known):
             logger.warning_once(
                 f"No RIR is told: the images of {'harmful_eval_dataset' if name == 'harmful' else 'eval_dataset'} are "
@@ -432,15 +504,16 @@ class ImmunizationTrainer(Trainer):
         self._move_model_to_device(self.model, self.args.device)
         # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
         forward = self.model if self._is_sharded else partial(type(self.model).forward, self.model)
-        found = measure(
-            forward,
-            self._step.head,
-            dataloader,
-            self.accelerator,
-            prepare=self._prepare_inputs,
-            description=f"κ of {name} features",
-            quiet=self.args.disable_tqdm or not self.is_world_process_zero(),
-        )
+        with of_side(f"{name.replace('eval', 'benign')} evaluation"):
+            found = measure(
+                forward,
+                self._step.head,
+                dataloader,
+                self.accelerator,
+                prepare=self._prepare_inputs,
+                description=f"κ of {name} features",
+                quiet=self.args.disable_tqdm or not self.is_world_process_zero(),
+            )
         self.model.train(was_training)
         return found
 
@@ -454,6 +527,18 @@ class ImmunizationTrainer(Trainer):
             for when, of in known.items()
             if name in of
         }
+
+    @property
+    def starting_metrics(self) -> dict[str, float | None]:
+        """Metrics of the starting weights on the images evaluated last, as far as they are known."""
+        metrics: dict[str, float | None] = dict(self.evidence.before or {})
+        start = {name: of for name, of in self._references.items() if name in self._latest}
+        start = {name: of for name, of in start.items() if of.same_data(self._latest[name])}
+        if "eval" in start:
+            benign, harmful = start["eval"], start.get("harmful")
+            found = spectral_metrics(benign, benign, harmful, harmful)
+            metrics |= {f"eval_{name}": value for name, value in found.items()}
+        return metrics
 
     # ---- training, saving, resuming ----
 
@@ -469,11 +554,11 @@ class ImmunizationTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir)
-        elif resume_from_checkpoint:
-            check_whole(resume_from_checkpoint)
-        if self.args.should_save:
-            for folder in (Path(self.args.output_dir), *Path(self.args.output_dir).glob("checkpoint-*")):
-                remove_leftovers(folder)
+        elif resume_from_checkpoint and not os.path.isdir(resume_from_checkpoint):
+            raise CheckpointError(
+                f"Expected the folder of a checkpoint to resume from, found none at {resume_from_checkpoint}. Give "
+                "True for the last one in output_dir, or check the spelling."
+            )
         self._means = RunningMeans()  # without what a run that was stopped had not logged yet
         return super().train(resume_from_checkpoint, **kwargs)
 
@@ -507,13 +592,8 @@ class ImmunizationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        with whole_or_passed_over(folder, self.state, self.args.should_save):
+        with whole_or_passed_over(folder, self.args.should_save):
             super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # Each process has written one: only now can the first list and flush them all.
-        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -526,6 +606,7 @@ class ImmunizationTrainer(Trainer):
             self.evidence.adopt(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumed = True
         references = load_run_state(resume_from_checkpoint, self._step, self.args.train_batch_size)
         self._references = references or self._references
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_immunize.spectra.hessian_functions import Hessian
+from hf_immunize.spectra.hessian import Hessian
 from hf_immunize.training.distributed import process_mean
 from hf_immunize.training.terms import Terms
 
@@ -151,6 +151,15 @@ class Weighting:
     def factor(self) -> Tensor:
         """The multiplier under a budget, else the fixed ratio; 0-D."""
         return self._multiplier if self.rule.budget is not None else torch.tensor(self.rule.ratio)
+
+    def spent(self) -> tuple[float, float] | None:
+        """How far the benign side has moved of late, and the multiplier over its start; None without a budget.
+
+        It waits for the device: not for every step.
+        """
+        if self.rule.budget is None:
+            return None
+        return float(self._divergence), float(self._multiplier) / _START
 
     def observe(self, divergence: Tensor, step: int) -> None:
         """Take note of how far the benign side has moved, and adapt the multiplier between steps.

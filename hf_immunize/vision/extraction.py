@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 
 from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.images import ImageCollator
+from hf_immunize.vision.precision import full_precision_forward
 
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def extract(
     description: str = "features",
     progress: bool = True,
 ) -> Iterator[ExtractedBatch]:
-    """Run a model over a data set in eval mode, without gradients and without autocast, in the set's order.
+    """Run a model over a data set in eval mode, in float32 at least and without gradients, in the set's order.
 
     Args:
         model: An image classifier; its train or eval mode is restored at the end.
@@ -75,8 +75,7 @@ def extract(
     """
     _, head = find_head(model, head_module)
     device = next(model.parameters()).device
-    # accelerate prepares a model for mixed precision by putting a forward under autocast in place of the class's own.
-    forward = partial(type(model).forward, model) if "_original_forward" in vars(model) else model
+    forward = full_precision_forward(model)
     loader = torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=ImageCollator(image_processor))
     was_training = model.training
     model.eval()

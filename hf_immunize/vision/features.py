@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_immunize.errors import HeadError
 from hf_immunize.vision.adapters import outermost_name, running_modules, without_wrapper
+from hf_immunize.vision.precision import full_precision_forward
 
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 def find_head(model: PreTrainedModel, head_module: str | None = None) -> tuple[str, nn.Linear]:
     """Find the final classifier, the ``nn.Linear`` with one output a label.
+
+    A head of several linear layers is refused, unless ``head_module`` names the one that classifies: what it receives
+    is then what is measured. Layers without weights before it (dropout, activations) and norms are of no account.
 
     Only modules outside ``model.base_model`` are candidates, so a block as wide as the number of labels is not taken
     for the head. Models that are their own base model (CLIP, SigLIP) are searched whole; models of timm are asked.
@@ -40,8 +44,8 @@ def find_head(model: PreTrainedModel, head_module: str | None = None) -> tuple[s
         The head's name and the head.
 
     Raises:
-        HeadError: If there is no head, more than one candidate, ``head_module`` names no ``nn.Linear``, or the head
-            or its weight is also another part of the model.
+        HeadError: If there is no head, more than one candidate, a head of several layers, or ``head_module`` names no
+            ``nn.Linear``; or if the head or its weight is also another part of the model.
 
     Examples:
         >>> from transformers import ResNetConfig, ResNetForImageClassification
@@ -102,7 +106,25 @@ def _only_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
             f"{_kind(model)} has {len(candidates)} linear modules with {num_labels} outputs: "
             f"{_shown(list(candidates))}; name the classifier with head_module=..."
         )
-    return next(iter(candidates.items()))
+    name, head = next(iter(candidates.items()))
+    if base is not plain:
+        _check_single(plain, head, inside)
+    return name, head
+
+
+def _check_single(model: PreTrainedModel, head: nn.Linear, inside: set[nn.Module]) -> None:
+    """Features in the midst of a head are not those that a probe of the backbone is trained on."""
+    for top, part in model.named_children():
+        running = [(name, module) for name, module in running_modules(part, top) if module not in inside]
+        if all(module is not head for _, module in running):
+            continue
+        weighted = [(name, module) for name, module in running if isinstance(module, (nn.Linear, nn.Conv2d))]
+        if len(weighted) > 1:
+            raise HeadError(
+                f"Expected a head of one linear layer, found the {len(weighted)} of {top!r} in {_kind(model)}: "
+                f"{_shown([name for name, _ in weighted])}. Put all but the last into the backbone, or measure what "
+                f"that one receives with head_module={next(name for name, m in weighted if m is head)!r}."
+            )
 
 
 def _check_unshared(model: PreTrainedModel, name: str, head: nn.Linear) -> None:
@@ -198,7 +220,8 @@ class HeadInput:
 def penultimate_features(model: PreTrainedModel, pixel_values: Tensor, head_module: str | None = None) -> Tensor:
     """Compute the features a linear probe sees: the input of the model's classifier.
 
-    The model's train or eval mode and the grad mode stay as they are.
+    The model's train or eval mode and the grad mode stay as they are. Weights of half precision are widened to float32
+    for the pass.
 
     Args:
         model: An image classifier of transformers.
@@ -206,7 +229,7 @@ def penultimate_features(model: PreTrainedModel, pixel_values: Tensor, head_modu
         head_module: The classifier's name, where it cannot be found without help; see `find_head`.
 
     Returns:
-        Features ``(N, D)``, in the autograd graph.
+        Features ``(N, D)``, in the autograd graph; of float32 at least, unless autocast is on.
 
     Raises:
         HeadError: If the classifier cannot be found or does not see one row an image.
@@ -221,7 +244,7 @@ def penultimate_features(model: PreTrainedModel, pixel_values: Tensor, head_modu
     """
     _, head = find_head(model, head_module)
     with HeadInput(head) as captured:
-        model(pixel_values=pixel_values)
+        full_precision_forward(model)(pixel_values)
     return captured.features
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_immunize.errors import NonFiniteError
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.spectra.streaming import FeatureFactor
 
@@ -59,6 +62,22 @@ class Measurement:
     def from_state_dict(cls, state: dict[str, Tensor]) -> Measurement:
         """Restore a measurement from the tensors of `state_dict`."""
         return cls(FeatureFactor.from_state_dict(state), float(state["checksum"]))
+
+
+@contextmanager
+def of_side(name: str) -> Iterator[None]:
+    """Within, an error about features that are not finite says whose images they are of.
+
+    Args:
+        name: What to call the images, such as "harmful".
+
+    Raises:
+        NonFiniteError: As raised within.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"Of the {name} images: {error}") from error
 
 
 def images_checksum(pixel_values: Tensor) -> float:

@@ -225,6 +225,12 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.benign)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        if not isinstance(draw, tuple):
+            raise DataError(
+                f"Expected rows of all sides as PairedSampler draws them, found {draw!r}, as of a sampler of your "
+                "own, which does not say what harmful images go with it. Leave the Trainer's as it is; for your own "
+                "order, sort train_dataset and set train_sampling_strategy='sequential'."
+            )
         benign, harmful, distillation, held_out = draw
         harmful_rows = [self.harmful[row] for row in harmful]
         return {

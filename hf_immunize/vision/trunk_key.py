@@ -7,11 +7,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import torch
 import transformers
 from torch import Tensor, nn
 
 from hf_immunize.vision.images import ImageRows
+from hf_immunize.vision.tensor_hash import tensor_bytes, tensors_hash
 
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def trunk_fingerprint(model: nn.Module, split: TrunkSplit) -> str:
         split: Where its trunk ends.
 
     Returns:
-        The SHA-256 of all tensors of the trunk's modules and of those that the modules around own themselves.
+        The hash of all tensors of the trunk's modules and of those that the modules around own themselves.
 
     Examples:
         >>> from transformers import ResNetConfig, ResNetForImageClassification
@@ -48,14 +48,12 @@ def trunk_fingerprint(model: nn.Module, split: TrunkSplit) -> str:
         >>> trunk_fingerprint(model, split) == before
         False
     """
-    digest = hashlib.sha256()
+    named: list[tuple[str, Tensor]] = []
     for name in (*split.trunk, *split.around):
         module, inner = model.get_submodule(name), name in split.trunk
         tensors = [*module.named_parameters(recurse=inner), *module.named_buffers(recurse=inner)]
-        for key, tensor in sorted(tensors, key=lambda pair: pair[0]):
-            digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(_bytes(tensor))
-    return digest.hexdigest()
+        named += [(f"{name}.{key}", tensor) for key, tensor in sorted(tensors, key=lambda pair: pair[0])]
+    return tensors_hash(named)
 
 
 def model_fingerprint(model: PreTrainedModel, split: TrunkSplit) -> str:
@@ -120,7 +118,7 @@ def row_checksums(batch: dict[str, Tensor]) -> list[bytes]:
     for row in range(len(batch[names[0]])):
         digest = hashlib.blake2b(head, digest_size=16)
         for name in names:
-            digest.update(_bytes(batch[name][row]))
+            digest.update(tensor_bytes(batch[name][row]))
         checksums.append(digest.digest())
     return checksums
 
@@ -135,8 +133,3 @@ def text_fingerprint(value: Any) -> str:
         The SHA-256.
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _bytes(tensor: Tensor) -> Any:
-    # A view as bytes, since numpy knows no bfloat16.
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -1,5 +1,6 @@
 """The audit as a whole, on tiny models."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -52,6 +53,14 @@ def test_utility_spectra_and_rir_are_measured(models, harmful, benign, tiny_pres
     assert data.utility.size == 24
     assert len(data.spectra) == 4
     assert data.rir["harmful_ratio"] > 100
+
+
+def test_models_of_half_precision_are_attacked_in_float32(models, harmful, tiny_preset):
+    halves = [copy.deepcopy(model).bfloat16() for model in models]
+    wide = [copy.deepcopy(model).float() for model in halves]
+    preset = tiny_preset.only(["ridge", "last_stage"])
+    assert without_time(run(halves, harmful, preset)) == without_time(run(wide, harmful, preset))
+    assert {model.dtype for model in halves} == {torch.bfloat16}
 
 
 def test_same_seeds_give_the_same_outcomes(models, harmful, tiny_preset):

@@ -1,5 +1,6 @@
 """Evaluations report κ of both tasks and RIR, of all images, and of nothing else."""
 
+import copy
 import math
 
 import datasets
@@ -43,6 +44,26 @@ def test_the_names_stand_in_the_metrics_and_in_the_log(trainer):
     run.train()
     logged = [entry for entry in run.state.log_history if "eval_loss" in entry]
     assert len(logged) == 2 and all(set(entry) >= NAMES for entry in logged) and set(run.evaluate()) >= NAMES
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_are_measured_trained_and_saved_in_float32(dtype, tiny, trainer, images, tmp_path):
+    half = tiny().to(dtype)
+    wide = copy.deepcopy(half).float()
+    run, other = trainer(half), trainer(wide)
+    for training in (False, True):
+        if training:
+            run.train()
+            other.train()
+        # Of features with the rounding of half precision, log10 κ would be smaller by orders of magnitude.
+        names = [f"eval_{name}" for name in (*SIDES, "loss")]
+        found, expected = ({name: metrics[name] for name in names} for metrics in (run.evaluate(), other.evaluate()))
+        assert found == pytest.approx(expected, rel=1e-6)
+    run.save_model(str(tmp_path / "model"))
+    saved = hf.AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    assert saved.dtype == torch.float32
+    reloaded = feature_conditioning(features(saved, images(24, 4)))
+    assert reloaded.log10_kappa == pytest.approx(found["eval_harmful_log10_kappa"], abs=1e-5)
 
 
 def test_benign_names_are_other_names_of_the_trainers_own(trainer):

@@ -127,9 +127,47 @@ def test_best_model_gets_the_best_steps_figures(trainer, tmp_path):
 def test_best_model_evaluated_again_gets_these_figures(trainer, tmp_path):
     run = best_run(trainer)
     run.train()
+    assert run.state.best_global_step != run.state.global_step
     metrics = run.evaluate()
     run.save_model(str(tmp_path / "model"))
-    assert read_record(tmp_path / "model").ratios["exact"].log10_rir == pytest.approx(metrics["eval_log10_rir"])
+    record = read_record(tmp_path / "model")
+    assert record.ratios["exact"].log10_rir == pytest.approx(metrics["eval_log10_rir"])
+    assert record.method.steps == run.state.best_global_step
+
+
+@pytest.mark.parametrize("options", [{"benign_loss": "distillation"}, {}], ids=["with start", "without"])
+def test_a_run_resumed_with_other_images_claims_nothing_of_those_before(options, trainer, images, tiny, tmp_path):
+    first = trainer(**CHECKPOINTS, **options)
+    first.evaluate()
+    first.train()
+    other = images(20, 7)
+    expected = trainer(eval_dataset=other).evaluate()
+    assert expected["eval_accuracy"] != first.evidence.before["eval_accuracy"]
+    resumed = trainer(**(CHECKPOINTS | {"max_steps": 4}), **options, eval_dataset=other)
+    resumed.train(resume_from_checkpoint=True)
+    resumed.evaluate()
+    resumed.save_model(str(tmp_path / "model"))
+    record = read_record(tmp_path / "model")
+    if not options:  # the starting weights were not kept
+        assert record.metric.before is None and record.benign_features.before is None
+        return
+    assert record.metric.before == expected["eval_accuracy"]
+    assert record.benign_features.before.log10_kappa == pytest.approx(expected["eval_benign_log10_kappa"])
+    known = resumed.starting_metrics
+    assert known["eval_accuracy"] == expected["eval_accuracy"] and known["eval_rir"] == 1.0
+    assert known["eval_benign_log10_kappa"] == pytest.approx(expected["eval_benign_log10_kappa"])
+
+
+def test_the_record_holds_the_state_of_the_budget(trainer, tmp_path):
+    budget = {"benign_loss": "distillation", "benign_budget": 0.01, "budget_measure": "kl"}
+    run = trainer(**budget, learning_rate=0.3, max_steps=12)
+    finished(run)
+    run.save_model(str(tmp_path / "model"))
+    state = read_record(tmp_path / "model").method.budget
+    assert (state.limit, state.measure) == (0.01, "kl")
+    logged = [entry["budget_spent"] for entry in run.state.log_history if "budget_spent" in entry]
+    # The multiplier falls by a tenth in each step beyond the budget.
+    assert logged[-1] == pytest.approx(state.spent / 0.01) and state.exceeded and state.weight < 1
 
 
 def test_resumed_run_still_knows_what_was_before(trainer, tmp_path):
@@ -193,6 +231,14 @@ def test_fingerprint_sees_one_weight(tiny):
     before = weights_fingerprint(model)
     assert weights_fingerprint(model) == before
     model.classifier[1].weight.data[0, 0] += 1e-3
+    assert weights_fingerprint(model) != before
+
+
+def test_fingerprint_sees_two_weights_change_places(tiny):
+    model = tiny("resnet")
+    before = weights_fingerprint(model)
+    # Sum and norm of the tensor stay as they are.
+    model.classifier[1].weight.data = model.classifier[1].weight.data.flip(1)
     assert weights_fingerprint(model) != before
 
 

@@ -190,7 +190,8 @@ def test_pushes_during_training_carry_the_record(pushing, online):
 
 @pytest.mark.hub
 def test_pushed_checkpoints_have_no_token_and_no_path(pushing, online, tmp_path):
-    run = pushing(**CHECKPOINTS, hub_strategy="checkpoint", hub_always_push=True, load_best_model_at_end=True)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_log10_rir"}
+    run = pushing(**CHECKPOINTS, hub_strategy="checkpoint", hub_always_push=True, **best)
     run.train()
     run._finish_current_push()
     files = online.files(REPO)
@@ -209,7 +210,7 @@ def test_failed_push_of_a_checkpoint_is_said_and_training_goes_on(action, pushin
     run.train()
     run._finish_current_push()
     assert run.state.global_step == 2
-    assert last_whole_checkpoint(run.args.output_dir) == (str(Path(run.args.output_dir) / "checkpoint-2"), {})
+    assert last_whole_checkpoint(run.args.output_dir) == (str(Path(run.args.output_dir) / "checkpoint-2"), [])
     assert any("checkpoint-2 is saved, but was not pushed" in line for line in said)
 
 

@@ -6,8 +6,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.errors import ArgumentError, DataError, NonFiniteError
 from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.trainer import ImmunizationTrainer
 
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -36,6 +37,91 @@ def unlabelled(count, seed, size=8):
     return datasets.Dataset.from_dict({"pixel_values": pixels.tolist()})
 
 
+# ---- subclasses ----
+
+
+class PlainLoader(ImmunizationTrainer):
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(self.train_dataset.benign, 4, collate_fn=self.data_collator)
+
+
+class OwnSampler(ImmunizationTrainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.RandomSampler(self.train_dataset)
+
+
+class PopsLabels(ImmunizationTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return nn.functional.cross_entropy(model(**inputs).logits, labels)
+
+
+class UnpacksInputs(ImmunizationTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss
+
+
+class GoesPast(ImmunizationTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs["benign"]).loss
+
+
+class Adds(ImmunizationTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return (2 * loss, outputs) if return_outputs else 2 * loss
+
+
+def of(kind, images, arguments, tiny, **options):
+    sets = {"train_dataset": images(16, 1), "harmful_dataset": images(16, 2, labels=False)}
+    return kind(tiny(), arguments(**options), **sets, eval_dataset=images(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        (PlainLoader, "pixel_values"),
+        (OwnSampler, "sampler of your own"),
+        (PopsLabels, "PopsLabels.compute_loss"),
+        (UnpacksInputs, "UnpacksInputs.compute_loss"),
+        (GoesPast, "GoesPast.compute_loss"),
+    ],
+)
+def test_a_subclass_that_would_train_without_the_method_is_refused(kind, found, images, arguments, tiny):
+    with pytest.raises((ArgumentError, DataError), match=found):
+        of(kind, images, arguments, tiny).train()
+
+
+def test_a_subclass_may_add_to_the_loss(images, arguments, tiny):
+    losses = []
+    for kind in (ImmunizationTrainer, Adds):
+        run = of(kind, images, arguments, tiny, max_steps=1, eval_strategy="steps", eval_steps=1)
+        run.train()
+        losses.append(next(entry["loss"] for entry in run.state.log_history if "loss" in entry))
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-4)
+
+
+# ---- what is not finite ----
+
+
+@pytest.mark.parametrize("side", ["train", "harmful", "distillation", "eval", "harmful_eval"])
+def test_the_side_that_brings_nan_in_is_named(side, trainer, images):
+    rows = images(16, 9)
+    for row in rows:
+        row["pixel_values"][0, 0, 0] = float("nan")
+    sets = {"distillation_dataset": images(16, 5), f"{side}_dataset": rows}
+    words = {"train": "benign images", "eval": "benign evaluation", "harmful_eval": "harmful evaluation"}
+    with pytest.raises(NonFiniteError) as error:
+        trainer(benign_loss="distillation", **sets).train()
+    assert words.get(side, f"{side} images") in str(error.value)
+
+
+def test_what_to_report_to_must_be_installed(trainer, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(ArgumentError, match="report_to='wandb'"):
+        trainer(report_to="wandb")
+
+
 # ---- evaluation ----
 
 
@@ -61,6 +147,12 @@ def test_a_collator_of_ones_own_may_leave_the_labels_out(trainer):
 
     metrics = trainer(eval_dataset=unlabelled(24, 3), data_collator=collate).evaluate()
     assert "eval_rir" in metrics and "eval_loss" not in metrics and "eval_accuracy" not in metrics
+
+
+def test_a_best_model_by_no_metric_is_refused(arguments):
+    # eval_loss, which the Trainer takes, is least before anything is immunized.
+    with pytest.raises(ArgumentError, match="metric_for_best_model="):
+        arguments(load_best_model_at_end=True, **EVERY_STEP)
 
 
 @pytest.mark.parametrize("metric", ["eval_log10_rir", "rir", "eval_harmful_log10_kappa"])

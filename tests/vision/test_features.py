@@ -42,6 +42,28 @@ def test_a_block_as_wide_as_the_labels_is_not_the_head():
     assert find_head(hf.ViTForImageClassification(config))[0] == "classifier"
 
 
+@pytest.mark.parametrize(
+    ("head", "single"),
+    [
+        (lambda: nn.Sequential(nn.Dropout(), nn.Linear(16, 5)), True),
+        (lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 5)), True),
+        (lambda: nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)), False),
+        (lambda: nn.Sequential(nn.Sequential(nn.Linear(16, 5), nn.Tanh()), nn.Linear(5, 5)), False),
+    ],
+)
+def test_a_head_of_several_layers_is_refused_unless_it_is_named(head, single, pixels):
+    model = hf.ViTForImageClassification(hf.ViTConfig(**TINY_VIT, num_labels=5))
+    model.classifier = head()
+    last = f"classifier.{len(model.classifier) - 1}"
+    if single:
+        assert find_head(model)[0] == last
+    else:
+        with pytest.raises(HeadError):
+            find_head(model)
+    width = model.classifier[-1].in_features
+    assert penultimate_features(model, pixels, last).shape == (2, width)
+
+
 def test_dinov2_features_are_the_class_token_and_the_mean_patch(tiny, pixels):
     model = tiny("dinov2")
     assert penultimate_features(model, pixels).shape == (2, 2 * model.config.hidden_size)

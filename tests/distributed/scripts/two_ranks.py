@@ -142,7 +142,7 @@ def trainer(folder, model, dtype=torch.float32, callbacks=None, batch=8, **optio
 
 def outcome(run):
     """Weights, last log, and metrics of a Trainer."""
-    names = ("kappa", "rank", "rir", "ratio", "accuracy")
+    names = ("kappa", "rank", "rir", "ratio", "accuracy", "loss")
     metrics = {key: value for key, value in run.evaluate().items() if any(name in key for name in names)}
     log = [entry for entry in run.state.log_history if "loss" in entry][-1]
     names = ("loss", "benign_loss", "r_well", "r_ill", "benign_weight", "harmful_weight")
