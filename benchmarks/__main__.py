@@ -14,7 +14,6 @@ from benchmarks.common import describe_machine
 # Name -> module with `run() -> {"summary": str, "tables": [{"title", "columns", "rows"}], ...}`; a part is one line.
 PARTS = {
     "regularizers": "benchmarks.regularizers",
-    "growth": "benchmarks.growth",
     "streaming": "benchmarks.streaming",
     "training_step": "benchmarks.training_step",
     "training_options": "benchmarks.training_options",

@@ -5,12 +5,18 @@ Heavy imports wait until the command runs, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_immunize.errors import ArgumentError
+
+
+if TYPE_CHECKING:
+    from hf_immunize.vision.splits import HeldOut
 
 
 def audit(
@@ -28,7 +34,8 @@ def audit(
         str | None, typer.Option(help="One data set with both tasks, in place of --harmful and --benign.")
     ] = None,
     harmful_classes: Annotated[
-        str | None, typer.Option(help="With --dataset: the harmful classes, separated by commas.")
+        str | None,
+        typer.Option(help="With --dataset: the harmful classes, with commas between (names may hold some)."),
     ] = None,
     harmful_test: Annotated[str | None, typer.Option(help="Harmful images to measure on.")] = None,
     benign_test: Annotated[str | None, typer.Option(help="Benign images to measure on.")] = None,
@@ -53,14 +60,19 @@ def audit(
     keep_features: Annotated[
         float, typer.Option(min=0, help="GiB of features kept in the output folder for resuming; 0 keeps none.")
     ] = 2.0,
-    test_fraction: Annotated[float, typer.Option(help="Held out where data have no test split.")] = 0.3,
+    test_fraction: Annotated[
+        float | None,
+        typer.Option(help="Held out where data have no validation or test split; by default as training did."),
+    ] = None,
     max_images: Annotated[
         int | None, typer.Option(min=2, help="At most so many training and test images of each task.")
     ] = None,
     accuracies: Annotated[
         str | None, typer.Option(help="Count the steps to these accuracies too, such as 0.2,0.4.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of held-out splits; give the one that training used.")] = 42,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of held-out splits, where MODEL has no record of the one training used.")
+    ] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of images, where it cannot be found.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels, where it cannot be found.")] = None,
     head_module: Annotated[str | None, typer.Option(help="The classifier's name, where it cannot be found.")] = None,
@@ -101,7 +113,7 @@ def audit(
 
     if quick and full:
         raise ArgumentError("Expected --quick or --full, found both.")
-    if not 0 < test_fraction < 1:
+    if test_fraction is not None and not 0 < test_fraction < 1:
         raise ArgumentError(f"Expected --test-fraction between 0 and 1, found {test_fraction}.")
     preset = find_preset("quick" if quick else "full" if full else "standard")
     preset = preset.changed(seconds=seconds, steps=steps, seeds=seeds)
@@ -115,8 +127,9 @@ def audit(
     if reference is None and processes.first and (hint := _reference_hint(model)):
         typer.echo(hint, err=True)
     transformers.utils.logging.set_verbosity_error()
+    draw = partial(_draw, model, revision, test_fraction, seed)
     harmful_data, benign_data = _data(
-        harmful, benign, dataset, harmful_classes, harmful_test, benign_test, label_column
+        harmful, benign, dataset, harmful_classes, harmful_test, benign_test, label_column, draw
     )
     report = audit_over_processes(
         processes,
@@ -202,6 +215,7 @@ def _data(
     harmful_test: str | None,
     benign_test: str | None,
     label_column: str | None,
+    draw: Callable[[], HeldOut],
 ) -> tuple[object, object]:
     if (dataset is None) == (harmful is None) or (dataset is None) != (harmful_classes is None):
         raise ArgumentError(
@@ -214,24 +228,21 @@ def _data(
             harmful if harmful_test is None else (harmful, harmful_test),
             benign if benign is None or benign_test is None else (benign, benign_test),
         )
-    from datasets import DatasetDict
+    from hf_immunize.vision.splits import divide, divide_classes
 
-    from hf_immunize.errors import DataError
-    from hf_immunize.vision.columns import find_columns
-    from hf_immunize.vision.data import split_benign_harmful
-    from hf_immunize.vision.sources import load_image_dataset
-
-    splits = {"train": load_image_dataset(dataset)}
-    for split in ("test", "validation"):
-        try:
-            splits["test"] = load_image_dataset(dataset, split)
-            break
-        except DataError:
-            continue
-    _, column = find_columns(splits["train"], label_column=label_column)
-    names = getattr(splits["train"].features.get(column), "names", None) or []
     assert harmful_classes is not None
-    words = [word.strip() for word in harmful_classes.split(",")]
-    keys: list[str | int] = [word if word in names or not word.isdigit() else int(word) for word in words]
-    benign_part, harmful_part = split_benign_harmful(DatasetDict(splits), keys, label_column)
+    benign_part, harmful_part = divide_classes(divide(dataset, draw()), [harmful_classes], label_column)
     return harmful_part, benign_part
+
+
+def _draw(model: str, revision: str, fraction: float | None, seed: int | None) -> HeldOut:
+    """How images are held out: as training did, where the model has a record."""
+    from hf_immunize.errors import RecordError
+    from hf_immunize.hub.collect import draw_like
+    from hf_immunize.hub.record import find_record
+
+    try:
+        record = find_record(model, revision)
+    except RecordError:  # the audit itself says so
+        record = None
+    return draw_like(record, "harmful", fraction, seed)

@@ -45,6 +45,10 @@ class DataError(ImmunizationError, ValueError):
     """A dataset lacks a column, holds labels out of range, or is empty."""
 
 
+class TrainingImagesError(DataError):
+    """Images to measure on are ones that the model was trained on, by its record."""
+
+
 class ImageDecodeError(DataError):
     """An image cannot be decoded; the message names its dataset and row."""
 

@@ -14,6 +14,7 @@ from hf_immunize.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hf_immunize.hub.comparison import Verification
+    from hf_immunize.hub.record import ImmunizationRecord
 
 
 def push(
@@ -54,11 +55,15 @@ def verify(
         list[str] | None, typer.Option("--harmful-class", help="With --dataset: a harmful class; give it repeatedly.")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Split to measure on; default: validation, else test, else train.")
+        str | None,
+        typer.Option(help="Split to measure on; default: validation, else test, else what was held out of train."),
     ] = None,
     held_out: Annotated[
         float | None,
-        typer.Option(help="Measure on this part of the training split, held out as `hf-immunize train` does."),
+        typer.Option(
+            help="Measure on this part of the training split, held out as `hf-immunize train` does; by "
+            "default as the record says."
+        ),
     ] = None,
     max_images: Annotated[int | None, typer.Option(min=1, help="As at `hf-immunize train`.")] = None,
     reference: Annotated[
@@ -86,8 +91,8 @@ def verify(
     if revision is not None and Path(model).is_dir():
         raise ArgumentError(f"Expected --revision with a model on the Hub, found the folder {model}. Leave it out.")
     folder = fetch(model, revision=revision, with_code=trust_remote_code)
-    seed = read_record(folder).method.seed
-    images = _images(benign, harmful, dataset, harmful_classes or [], split, held_out, max_images, seed)
+    record = read_record(folder)
+    images = _images(benign, harmful, dataset, harmful_classes or [], split, held_out, max_images, record)
     found = verify_model(
         folder,
         benign=images[0],
@@ -149,26 +154,28 @@ def _images(
     split: str | None,
     held_out: float | None,
     max_images: int | None,
-    seed: int,
+    record: ImmunizationRecord,
 ) -> tuple[Any, Any]:
-    """The images to measure on, drawn as ``hf-immunize train`` draws them."""
-    from hf_immunize.hub.measure import load_measured_split
+    """The images to measure on, drawn as ``hf-immunize train`` drew them by the record."""
+    from hf_immunize.hub.collect import recorded_draw
     from hf_immunize.vision.data import split_benign_harmful
+    from hf_immunize.vision.splits import HeldOut, choose, class_keys, measured
 
-    def load(source: str) -> Any:
-        if held_out is None:
-            return load_measured_split(source, split)
-        return load_measured_split(source, split or "train").train_test_split(held_out, seed=seed)["test"]
+    def load(source: str, side: str) -> Any:
+        draw = None if held_out is None else HeldOut(held_out, record.method.seed)
+        if draw is not None:
+            return measured(source, draw, split or "train")
+        return measured(source, recorded_draw(getattr(record, side)) if split is None else None, split)
 
     if dataset is not None:
-        parts = split_benign_harmful(load(dataset), harmful_classes)
+        whole = load(dataset, "harmful")
+        parts = split_benign_harmful(whole, class_keys(whole, harmful_classes))
     else:
-        parts = load(str(benign)), load(str(harmful))
-    return tuple(_first(part, max_images, seed) for part in parts)
-
-
-def _first(images: Any, limit: int | None, seed: int) -> Any:
-    return images if limit is None or len(images) <= limit else images.shuffle(seed=seed).select(range(limit))
+        parts = load(str(benign), "benign"), load(str(harmful), "harmful")
+    return tuple(
+        part if max_images is None else part.select(choose(len(part), max_images, record.method.seed))
+        for part in parts
+    )
 
 
 def _print(found: Verification) -> None:

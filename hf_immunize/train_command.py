@@ -25,6 +25,7 @@ from hf_immunize.train_data import load_distillation, load_model, load_splits, m
 from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
 from hf_immunize.training.preparation import image_rows
 from hf_immunize.training.trainer import ImmunizationTrainer
+from hf_immunize.vision.splits import HeldOut, Parts
 
 
 def run_train(words: list[str]) -> dict[str, Any]:
@@ -38,10 +39,10 @@ def run_train(words: list[str]) -> dict[str, Any]:
     """
     data, args = parse_arguments(words)
     set_seed(args.seed)
-    (benign, benign_eval), (harmful, harmful_eval) = load_splits(data, args)
+    benign, harmful = load_splits(data, args)
     distillation = load_distillation(data, args)
     try:
-        model = load_model(data, benign, args)
+        model = load_model(data, benign.train, args)
         processor = AutoImageProcessor.from_pretrained(
             data.model, revision=data.model_revision, trust_remote_code=data.trust_remote_code
         )
@@ -53,16 +54,18 @@ def run_train(words: list[str]) -> dict[str, Any]:
             "Check the spelling, the connection, your rights and whether its files are whole."
         ) from error
     if not data.new_head:
-        parts = (benign, benign_eval)
-        benign, benign_eval = (match_labels(part, model.config, args.label_column_name) for part in parts)
+        train, test = (
+            match_labels(part, model.config, args.label_column_name) for part in (benign.train, benign.test)
+        )
+        benign = Parts(train, test, benign.held_out)
     trainer = ImmunizationTrainer(
         model,
         args,
-        train_dataset=benign,
-        harmful_dataset=harmful,
+        train_dataset=benign.train,
+        harmful_dataset=harmful.train,
         distillation_dataset=distillation,
-        eval_dataset=benign_eval,
-        harmful_eval_dataset=harmful_eval,
+        eval_dataset=benign.test,
+        harmful_eval_dataset=harmful.test,
         processing_class=processor,
     )
     before_path = Path(args.output_dir) / "before.json"
@@ -82,11 +85,11 @@ def run_train(words: list[str]) -> dict[str, Any]:
         "harmful": public_name(str(data.harmful or data.dataset))
         + (f": {', '.join(map(str, data.harmful_classes))}" if data.harmful_classes else ""),
         "images": {
-            "benign_train": len(benign),
-            "harmful_train": len(harmful),
+            "benign_train": len(benign.train),
+            "harmful_train": len(harmful.train),
             **({} if distillation is None else {"distillation": len(distillation)}),
-            "benign_eval": len(benign_eval),
-            "harmful_eval": len(harmful_eval),
+            "benign_eval": len(benign.test),
+            "harmful_eval": len(harmful.test),
         },
         "objective": trainer.objective,
         "trainable": args.trainable,
@@ -96,9 +99,9 @@ def run_train(words: list[str]) -> dict[str, Any]:
         "after": finite(after),
         "budget": to_plain(trainer.evidence.budget),
     }
-    describe(trainer, data, finite(before))
+    describe(trainer, data, finite(before), {"benign": benign.held_out, "harmful": harmful.held_out})
     if data.groups:
-        measure_groups(trainer, data, benign_eval, harmful_eval)
+        measure_groups(trainer, data, benign.test, harmful.test)
     if trainer.is_world_process_zero():
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_figure(Path(args.output_dir), trainer)
@@ -127,13 +130,19 @@ def before_resuming(trainer: ImmunizationTrainer, path: Path) -> dict[str, Any]:
     return written if same and shared else known
 
 
-def describe(trainer: ImmunizationTrainer, data: DataArguments, before: dict[str, float | None]) -> None:
+def describe(
+    trainer: ImmunizationTrainer,
+    data: DataArguments,
+    before: dict[str, float | None],
+    held_out: dict[str, HeldOut | None],
+) -> None:
     """Tell the Trainer, for its record, what the typed names stand for.
 
     Args:
         trainer: The Trainer.
         data: What was typed.
         before: Metrics of the starting weights, which a resumed Trainer has not measured.
+        held_out: By side, how the images measured on were drawn.
     """
     evidence = trainer.evidence
     evidence.before = before
@@ -142,6 +151,8 @@ def describe(trainer: ImmunizationTrainer, data: DataArguments, before: dict[str
         evaluated = getattr(data, f"{side}_eval")
         record = DataRecord(public_name(source), on_hub=is_hub_id(source))
         record.split = None if evaluated is None else f"of {public_name(evaluated)}"
+        if (draw := held_out[side]) is not None:
+            record.held_out_fraction, record.held_out_seed = draw.fraction, draw.seed
         if side == "harmful" and data.harmful_classes:
             record.classes = [printable(name) for name in data.harmful_classes]
         setattr(evidence, side, record)

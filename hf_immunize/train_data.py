@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from datasets import ClassLabel, DatasetDict
+from datasets import ClassLabel
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.utils import logging
 
@@ -12,14 +13,14 @@ from hf_immunize.errors import DataError, HeadError
 from hf_immunize.train_arguments import DataArguments
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.vision.columns import find_columns
-from hf_immunize.vision.data import split_benign_harmful
 from hf_immunize.vision.sources import load_image_dataset
+from hf_immunize.vision.splits import HeldOut, Parts, choose, divide, divide_classes
 
 
 logger = logging.get_logger(__name__)
 
 
-def load_splits(data: DataArguments, args: ImmunizationArguments) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+def load_splits(data: DataArguments, args: ImmunizationArguments) -> tuple[Parts, Parts]:
     """Benign and harmful images, each to train on and to measure on.
 
     Args:
@@ -27,22 +28,24 @@ def load_splits(data: DataArguments, args: ImmunizationArguments) -> tuple[tuple
         args: For the seed and the names of columns.
 
     Returns:
-        (benign, benign_eval), (harmful, harmful_eval).
+        The benign and the harmful ones.
     """
+    draw = HeldOut(data.eval_fraction, args.seed)
     if data.dataset is not None:
-        whole, whole_eval = _train_and_eval(data.dataset, None, data, args)
-        names = _class_keys(whole, data.harmful_classes, args.label_column_name)
-        # Both splits in one call, so that a class has the same number in both.
-        benign_parts, harmful_parts = split_benign_harmful(
-            DatasetDict({"train": whole, "test": whole_eval}), names, args.label_column_name
-        )
-        benign, benign_eval = benign_parts["train"], benign_parts["test"]
-        harmful, harmful_eval = harmful_parts["train"], harmful_parts["test"]
+        whole = divide(data.dataset, draw)
+        benign, harmful = divide_classes(whole, data.harmful_classes, args.label_column_name)
+        sources = {data.dataset: whole}
     else:
-        benign, benign_eval = _train_and_eval(str(data.benign), data.benign_eval, data, args)
-        harmful, harmful_eval = _train_and_eval(str(data.harmful), data.harmful_eval, data, args)
-    parts = [_first(part, data.max_images, args.seed) for part in (benign, benign_eval, harmful, harmful_eval)]
-    return (parts[0], parts[1]), (parts[2], parts[3])
+        benign = divide(data.benign, draw, test=data.benign_eval, name="benign images")
+        harmful = divide(data.harmful, draw, test=data.harmful_eval, name="harmful images")
+        sources = {str(data.benign): benign, str(data.harmful): harmful}
+    for source, parts in sources.items():
+        _check_classes(source, parts, args.label_column_name)
+        if parts.held_out is not None:
+            logger.warning(
+                f"{source} has no validation or test split: {draw.fraction:.0%} held out (seed {draw.seed})."
+            )
+    return _limited(benign, data.max_images, args.seed), _limited(harmful, data.max_images, args.seed)
 
 
 def match_labels(dataset: Any, config: Any, label_column: str | None) -> Any:
@@ -107,28 +110,14 @@ def load_model(data: DataArguments, benign: Any, args: ImmunizationArguments) ->
     return model
 
 
-def _train_and_eval(
-    source: str, eval_source: str | None, data: DataArguments, args: ImmunizationArguments
-) -> tuple[Any, Any]:
-    train = load_image_dataset(source)
-    if eval_source is not None:
-        evaluated = load_image_dataset(eval_source)
-        classes = [_class_names(part, args.label_column_name) for part in (train, evaluated)]
-        if classes[0] and classes[1] and classes[0] != classes[1]:
-            raise DataError(
-                f"Expected the classes of {source} in {eval_source} too, in the same order, found {classes[1][:5]} "
-                f"for {classes[0][:5]}. Add the missing folders, empty if need be."
-            )
-        return train, evaluated
-    for split in ("validation", "test"):
-        try:
-            return train, load_image_dataset(source, split)
-        except DataError:
-            continue
-    # By image. Not stratified: many data sets have classes with a single image.
-    parts = train.train_test_split(data.eval_fraction, seed=args.seed)
-    logger.warning(f"{source} has no validation or test split: {data.eval_fraction:.0%} held out (seed {args.seed}).")
-    return parts["train"], parts["test"]
+def _check_classes(source: str, parts: Parts, label_column: str | None) -> None:
+    """Labels of both parts must mean the same classes."""
+    train, test = (_class_names(part, label_column) for part in (parts.train, parts.test))
+    if train and test and train != test:
+        raise DataError(
+            f"Expected the classes of {source} in the images to measure on too, in the same order, found {test[:5]} "
+            f"for {train[:5]}. Add the missing folders, empty if need be."
+        )
 
 
 def _class_names(dataset: Any, label_column: str | None) -> list[str]:
@@ -136,16 +125,12 @@ def _class_names(dataset: Any, label_column: str | None) -> list[str]:
     return getattr(dataset.features.get(label), "names", None) or []
 
 
-def _class_keys(dataset: Any, asked: list[Any], label_column: str | None) -> list[str | int]:
-    """Classes as typed: by name where there is such a name, else by number."""
-    names = _class_names(dataset, label_column)
-    return [key if key in names or not key.isdigit() else int(key) for key in map(str, asked)]
+def _limited(parts: Parts, limit: int | None, seed: int) -> Parts:
+    return replace(parts, train=_first(parts.train, limit, seed), test=_first(parts.test, limit, seed))
 
 
 def _first(dataset: Any, limit: int | None, seed: int) -> Any:
-    if limit is None or len(dataset) <= limit:
-        return dataset
-    return dataset.shuffle(seed=seed).select(range(limit))
+    return dataset if limit is None else dataset.select(choose(len(dataset), limit, seed))
 
 
 def _model_with_new_head(data: DataArguments, benign: Any, args: ImmunizationArguments) -> Any:

@@ -8,7 +8,17 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "hf_immunize"
 # Lowest first. A room imports from rooms of a lower level, from itself, and from errors.py.
-LEVEL = {"text": -1, "spectra": 0, "linear": 1, "vision": 1, "metrics": 1, "hub": 2, "training": 3, "attacks": 4}
+LEVEL = {
+    "text": -1,
+    "files": -1,
+    "spectra": 0,
+    "linear": 1,
+    "vision": 1,
+    "metrics": 1,
+    "hub": 2,
+    "training": 3,
+    "attacks": 4,
+}
 # What a person types, on top of all rooms.
 LEVEL |= {
     "train_arguments": 8,

@@ -16,6 +16,7 @@ from hf_immunize.hub.hashes import hash_weights
 from hf_immunize.hub.parts import BaseModelRecord, MethodRecord
 from hf_immunize.hub.record import ImmunizationRecord, read_record, write_record
 from hf_immunize.hub.text import plain
+from hf_immunize.vision.splits import HeldOut
 
 
 def saved(folder, seed):
@@ -61,15 +62,15 @@ def test_accuracies_that_are_none_are_one_sentence(model, given):
 
 
 def test_one_data_set_is_split_by_harmful_classes(tmp_path):
-    harmful, benign = _data(None, None, saved(tmp_path / "both", 0), "c, d", None, None, None)
-    assert harmful["train"].features["label"].names == ["c", "d"]
-    assert benign["test"].features["label"].names == ["a", "b"]
+    harmful, benign = _data(None, None, saved(tmp_path / "both", 0), "c, d", None, None, None, HeldOut)
+    assert harmful.train.features["label"].names == ["c", "d"]
+    assert benign.test.features["label"].names == ["a", "b"]
 
 
 @pytest.mark.parametrize("given", [(None, None, None, None), ("a", None, "b", "c"), (None, None, "b", None)])
 def test_incomplete_data_are_one_sentence(given):
     with pytest.raises(ArgumentError, match="--harmful"):
-        _data(*given, None, None, None)
+        _data(*given, None, None, None, HeldOut)
 
 
 def test_quick_and_full_exclude_each_other(model):

@@ -274,8 +274,8 @@ def numbered(tmp_path, names):
 def test_harmful_class_typed_as_a_name_of_digits_is_a_name(tmp_path):
     source = numbered(tmp_path, ["1", "3", "5"])
     data, training = parse_arguments(["--model", "m", "--dataset", str(source), "--harmful_classes", "1", "--use_cpu"])
-    (benign, _), _ = load_splits(data, training)
-    assert benign.features["label"].names == ["3", "5"]
+    benign, _ = load_splits(data, training)
+    assert benign.train.features["label"].names == ["3", "5"]
 
 
 def dataset_of(names, labels):

@@ -19,8 +19,9 @@ from examples.networks.files import Parts, read_json, write_json
 from examples.networks.run import alone, claim, hardware, weights_of
 from examples.networks.settings import digest, plain
 from hf_immunize import ImmunizationArguments
+from hf_immunize.files import staged_directory
 from hf_immunize.hub.collect import software_versions
-from hf_immunize.training.saving import last_whole_checkpoint, staged_directory
+from hf_immunize.training.saving import last_whole_checkpoint
 
 
 ROW = "row.json"

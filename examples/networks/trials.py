@@ -12,7 +12,7 @@ from torch import Tensor
 
 from examples.fine_tuning.terms import ridge_resistance
 from hf_immunize.errors import DataError
-from hf_immunize.spectra.hessian import Hessian
+from hf_immunize.spectra.hessian_functions import Hessian
 from hf_immunize.spectra.regularizers import spectral_concentration
 from hf_immunize.training.objectives import LABELLED, OBJECTIVES, Side
 from hf_immunize.training.terms import Terms

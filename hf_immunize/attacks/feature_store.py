@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_immunize.attacks.journal import fingerprint
 from hf_immunize.attacks.layers import Extraction, Layer
 from hf_immunize.errors import CheckpointError
-from hf_immunize.training.saving import staged_directory
+from hf_immunize.files import staged_directory
 
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from hf_immunize.attacks.thresholds import TARGET_SHARES, explain
 from hf_immunize.attacks.verdict import judge
 from hf_immunize.attacks.wording import CLASSES, sentence, sentences
 from hf_immunize.errors import DataError
+from hf_immunize.files import staged_directory
 
 
 if TYPE_CHECKING:
@@ -208,8 +209,6 @@ class AuditReport:
         Raises:
             CheckpointError: If they cannot be written; what was there before is untouched.
         """
-        from hf_immunize.training.saving import staged_directory
-
         page, content, tables = self.to_html(), self.to_json(), self.tables()
         with staged_directory(folder) as staging:
             (staging / "report.html").write_text(page, encoding="utf-8")

@@ -30,10 +30,13 @@ from hf_immunize.attacks.restore import moved_parameters
 from hf_immunize.attacks.task_images import Images
 from hf_immunize.attacks.tasks import AttackedTask, load_task, overlaps
 from hf_immunize.attacks.work import Work, underflow_to_zero
-from hf_immunize.errors import ArgumentError
+from hf_immunize.errors import ArgumentError, RecordError
+from hf_immunize.hub.collect import draw_like, refuse_training_images
+from hf_immunize.hub.record import ImmunizationRecord, find_record
 from hf_immunize.text import library_words
 from hf_immunize.vision.precision import half_tensors, to_full_precision
 from hf_immunize.vision.processes import ALONE, Processes
+from hf_immunize.vision.splits import HeldOut
 
 
 if TYPE_CHECKING:
@@ -58,9 +61,9 @@ def audit(
     head_module: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    test_fraction: float = 0.3,
+    test_fraction: float | None = None,
     max_images: int | None = None,
-    seed: int = 42,
+    seed: int | None = None,
     accuracies: Sequence[float] = (),
     memory_limit: int | None = None,
     keep_features: int = 2 * 2**30,
@@ -85,9 +88,10 @@ def audit(
         head_module: The classifier's name, where it cannot be found without help.
         image_column: Of all data sets, where it cannot be found.
         label_column: The same.
-        test_fraction: Held out where data have no test split.
+        test_fraction: Held out where data have no validation or test split; by default what training held out, by the
+            model's record, else 0.3.
         max_images: At most so many training and test images of each task.
-        seed: Seed of splits of data; the attackers' seeds are 0, 1, ….
+        seed: Seed of splits of data, by default that of the model's record, else 42; the attackers' are 0, 1, ….
         accuracies: To which steps are counted on both models, between 0 and 1, beside shares of what the reference
             gives.
         memory_limit: Bytes of memory to use; by default 60 % of what is free.
@@ -102,6 +106,7 @@ def audit(
     Raises:
         ArgumentError: An unknown preset or attacker, or a run directory of another audit.
         DataError: Data that cannot be used; the sentence says why and what to do.
+        TrainingImagesError: Test images on which the model was trained, by its record.
     """
     report = _audit(
         ALONE,
@@ -178,9 +183,9 @@ def _audit(
     head_module: str | None,
     image_column: str | None,
     label_column: str | None,
-    test_fraction: float,
+    test_fraction: float | None,
     max_images: int | None,
-    seed: int,
+    seed: int | None,
     accuracies: Sequence[float],
     memory_limit: int | None,
     keep_features: int,
@@ -208,22 +213,27 @@ def _audit(
             moved_parameters(models["immunized"], models["reference"])  # refuses another architecture
         if chosen.random:
             models["random"] = _random_like(models["immunized"])
+        record = _record_of(model, revision, warnings)
+        drawn = HeldOut.seed if record is None else record.method.seed
         sources = {"harmful": harmful, "unseen": unseen, "benign": benign, "unrelated": unrelated}
         tasks = [
             load_task(
                 name,
                 source,
                 warnings,
-                test_fraction=test_fraction,
+                draw=draw_like(record, name, test_fraction, seed),
                 image_column=image_column,
                 label_column=label_column,
                 max_images=max_images,
-                seed=seed,
+                seed=drawn if seed is None else seed,
                 required=name != "benign",
             )
             for name, source in sources.items()
             if source is not None
         ]
+        for task in tasks:
+            measured = task.test.rows.subset(sorted({*task.test.indices, *task.utility.indices}))
+            refuse_training_images(getattr(record, task.name, None), measured, f"{task.name} test")
         return *loaded, tasks
 
     models, processor, names, tasks = processes.everywhere(load)
@@ -317,6 +327,14 @@ def _load_models(
     # The caller's own model stays as it is.
     wide = {name: to_full_precision(copy.deepcopy(one)) if half_tensors(one) else one for name, one in models.items()}
     return wide, processor, names
+
+
+def _record_of(model: Any, revision: str, warnings: list[str]) -> ImmunizationRecord | None:
+    try:
+        return find_record(model, revision)
+    except RecordError as error:
+        warnings.append(f"{error} Whether the test images are training images cannot be told.")
+        return None
 
 
 def _random_like(model: PreTrainedModel) -> PreTrainedModel:

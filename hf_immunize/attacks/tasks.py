@@ -16,7 +16,7 @@ from hf_immunize.attacks.task_images import Images
 from hf_immunize.errors import DataError
 from hf_immunize.vision.columns import find_columns, is_transformed, listed, read_labels
 from hf_immunize.vision.images import ImageRows
-from hf_immunize.vision.sources import load_image_dataset
+from hf_immunize.vision.splits import AS_USUAL, HeldOut, Parts, choose, divide
 
 
 @dataclass
@@ -59,11 +59,11 @@ def load_task(
     source: Any,
     warnings: list[str],
     *,
-    test_fraction: float = 0.3,
+    draw: HeldOut = AS_USUAL,
     image_column: str | None = None,
     label_column: str | None = None,
     max_images: int | None = None,
-    seed: int = 42,
+    seed: int = HeldOut.seed,
     required: bool = True,
 ) -> AttackedTask:
     """Find and check the images of a task, without decoding any.
@@ -72,11 +72,11 @@ def load_task(
         name: "harmful", "unseen", "benign" or "unrelated".
         source: A name or path as `load_image_dataset` takes it, a data set, a ``DatasetDict``, or (train, test).
         warnings: Sentences for the report are appended here.
-        test_fraction: Held out to measure on where there is no validation or test split.
+        draw: How images to measure on are held out where there is no validation or test split.
         image_column: The image column, where it cannot be found.
         label_column: The label column, where it cannot be found.
         max_images: At most so many images to learn from, and so many to measure on.
-        seed: Seed of the split and of the choice of images; that of `TrainingArguments` by default.
+        seed: Seed of the choice of images.
         required: Whether a task that cannot be learned is an error; otherwise `AttackedTask.problem` says so.
 
     Returns:
@@ -85,9 +85,9 @@ def load_task(
     Raises:
         DataError: If there are no images, no labels, fewer than two classes, or no class in both parts.
     """
-    train, test = _splits(name, source, test_fraction, seed, warnings)
+    parts = _divided(name, source, draw, warnings)
     sides = []
-    for part, side in ((train, "training"), (test, "test")):
+    for part, side in ((parts.train, "training"), (parts.test, "test")):
         called = f"the {name} {side} data"
         if len(part) == 0:
             raise DataError(f"Expected at least one image in {called}, found none. Check the split and its filters.")
@@ -105,7 +105,8 @@ def load_task(
         [n for n in train_names if n in present] if spoken and train_names is not None else sorted(present)
     )
     code = {key: index for index, key in enumerate(classes)}
-    known = [row for row, key in enumerate(keys[1]) if key in code]
+    chosen = sorted(choose(len(keys[1]), max_images, seed))
+    known = [row for row in chosen if keys[1][row] in code]
     absent = sorted({str(key) for key in keys[1] if key not in code})
     problem = ""
     if len(classes) < 2:
@@ -120,14 +121,12 @@ def load_task(
     if absent and known:
         warnings.append(
             f"{len(absent)} classes of the {name} test images are not among the training ones ({listed(absent, 3)}); "
-            f"{len(keys[1]) - len(known)} test images were left out."
+            f"{len(chosen) - len(known)} test images were left out."
         )
-    generator = np.random.default_rng(seed)
-    rows = _choose(list(range(len(keys[0]))), max_images, generator)
+    rows = sorted(choose(len(keys[0]), max_images, seed))
     train_images = Images(train_rows, rows, torch.tensor([code[keys[0][row]] for row in rows]))
-    known = _choose(known, max_images, generator)
     test_images = Images(test_rows, known, torch.tensor([code[keys[1][row]] for row in known], dtype=torch.long))
-    every = _choose(list(range(len(keys[1]))), max_images, generator) if name == "benign" else []
+    every = chosen if name == "benign" else []
     single = int((torch.bincount(train_images.labels, minlength=len(classes)) == 1).sum())
     if single and not problem:
         warnings.append(
@@ -176,38 +175,16 @@ def overlaps(tasks: list[AttackedTask]) -> list[str]:
     return sentences
 
 
-def _splits(name: str, source: Any, fraction: float, seed: int, warnings: list[str]) -> tuple[Any, Any]:
-    if isinstance(source, (tuple, list)) and len(source) == 2 and not isinstance(source[0], dict):
-        train, test = (load_image_dataset(str(s)) if isinstance(s, (str, Path)) else s for s in source)
-        return train, test
-    if isinstance(source, (str, Path)):
-        train = load_image_dataset(str(source))
-        for split in ("test", "validation"):
-            try:
-                return train, load_image_dataset(str(source), split)
-            except DataError:
-                continue
-        source = train
-    if isinstance(source, datasets.DatasetDict):
-        test_split = next((split for split in ("test", "validation") if split in source), None)
-        if "train" not in source:
-            raise DataError(f"Expected a split 'train' in the {name} data, found {listed(source)}.")
-        if test_split is not None:
-            return source["train"], source[test_split]
-        source = source["train"]
-    if isinstance(source, datasets.Dataset):
-        if len(source) < 2:
-            raise DataError(f"Expected at least two {name} images, found {len(source)}.")
-        parts = source.train_test_split(fraction, seed=seed)
+def _divided(name: str, source: Any, draw: HeldOut, warnings: list[str]) -> Parts:
+    pair = isinstance(source, (tuple, list)) and len(source) == 2 and not isinstance(source[0], dict)
+    source, test = source if pair else (source, None)
+    parts = divide(source, draw, test=test, name=f"{name} data")
+    if parts.held_out is not None:
         warnings.append(
-            f"The {name} data have no test split: {fraction:.0%} held out (seed {seed}). If immunization saw these "
-            "images, use the split that it held out."
+            f"The {name} data have no validation or test split: {draw.fraction:.0%} held out (seed {draw.seed}). If "
+            "immunization saw these images, use the split that it held out."
         )
-        return parts["train"], parts["test"]
-    raise DataError(
-        f"Expected the {name} data as a path, a name on the Hub, a datasets.Dataset, a DatasetDict, or a pair (train, "
-        f"test), found {type(source).__name__}."
-    )
+    return parts
 
 
 def _labels(dataset: Any, column: str, called: str) -> list[Any]:
@@ -228,12 +205,6 @@ def _labels(dataset: Any, column: str, called: str) -> list[Any]:
 def _names(dataset: Any, column: str) -> list[str] | None:
     features = getattr(dataset, "features", None) or {}
     return getattr(features.get(column), "names", None)
-
-
-def _choose(rows: list[int], limit: int | None, generator: np.random.Generator) -> list[int]:
-    if limit is None or len(rows) <= limit:
-        return rows
-    return sorted(generator.permutation(rows)[:limit].tolist())
 
 
 def _public(source: str | Path) -> str:

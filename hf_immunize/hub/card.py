@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from hf_immunize.errors import CardError
+from hf_immunize.files import write_whole
 from hf_immunize.hub.collect import HUB_ID
 from hf_immunize.hub.parts import DataRecord, RatioRecord
 from hf_immunize.hub.record import ImmunizationRecord
@@ -105,14 +106,12 @@ def write_card(folder: str | os.PathLike[str], record: ImmunizationRecord, optio
 
     Raises:
         CardError: If the metadata of the card that is there cannot be read; it is left as it is.
+        CheckpointError: If it cannot be written.
     """
     path = Path(folder) / CARD_NAME
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
     text = str(render_card(record, options, existing))
-    staged = path.with_name(f"_{CARD_NAME}")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
-    return path
+    return write_whole(path, text)
 
 
 def eval_results(record: ImmunizationRecord) -> list[EvalResult]:

@@ -7,14 +7,21 @@ import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_immunize import __version__
+from hf_immunize.errors import TrainingImagesError
 from hf_immunize.hub.parts import BaseModelRecord, ConditioningRecord, DataRecord, RatioRecord, SideRecord
 from hf_immunize.spectra.conditioning import Conditioning
 from hf_immunize.spectra.ratio import ImmunizationRatio, relative_immunization_ratio
 from hf_immunize.text import printable
+from hf_immunize.vision.identity import count_trained, sketch_of
 from hf_immunize.vision.measurement import Measurement
+from hf_immunize.vision.splits import HeldOut
+
+
+if TYPE_CHECKING:
+    from hf_immunize.hub.record import ImmunizationRecord
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -96,7 +103,55 @@ def describe_dataset(dataset: Any, name: str | None = None, *, train: Any = None
         fingerprint=getattr(innermost(dataset), "_fingerprint", None),
         train_size=_size(train),
         size=_size(dataset),
+        train_sketch=sketch_of(train),
+        sketch=sketch_of(dataset),
     )
+
+
+def recorded_draw(data: DataRecord | None) -> HeldOut | None:
+    """How images to measure on were held out in training; None where they were not, or the record does not say."""
+    if data is None or data.held_out_fraction is None or data.held_out_seed is None:
+        return None
+    return HeldOut(data.held_out_fraction, data.held_out_seed)
+
+
+def draw_like(record: ImmunizationRecord | None, side: str, fraction: float | None, seed: int | None) -> HeldOut:
+    """How training held out images to measure on, by its record, save for what is given.
+
+    Args:
+        record: Of the model; None if it has none.
+        side: "benign" or "harmful"; of other data the record knows only the run's seed.
+        fraction: In place of the recorded one.
+        seed: Likewise.
+
+    Returns:
+        The draw.
+    """
+    usual = HeldOut() if record is None else HeldOut(seed=record.method.seed)
+    draw = recorded_draw(getattr(record, side, None)) or usual
+    return HeldOut(draw.fraction if fraction is None else fraction, draw.seed if seed is None else seed)
+
+
+def refuse_training_images(data: DataRecord | None, rows: Any, name: str) -> None:
+    """Refuse to measure a model on images that it was trained on, by its record.
+
+    Args:
+        data: The record's part on these data; nothing is known without its sketches.
+        rows: `ImageRows` to measure on.
+        name: What to call them.
+
+    Raises:
+        TrainingImagesError: If some are training images and were not measured on in training either.
+    """
+    if data is None or data.train_sketch is None:
+        return
+    found = count_trained(rows.hashes, data.train_sketch, data.sketch)
+    if found:
+        raise TrainingImagesError(
+            f"Expected {name} images that the model was not trained on, found at least {found} of {len(rows)} among "
+            "its training images by its record. Give the data that training had, with the fraction and the seed that "
+            "it held out by (the default of audit and verify), or a test split that it never saw."
+        )
 
 
 def describe_side(now: Measurement | None, before: Measurement | None) -> SideRecord:

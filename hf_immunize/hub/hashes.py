@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from hf_immunize.errors import WeightsError
+from hf_immunize.files import file_sha256
 
 
 # What transformers writes: one file, or shards with an index; and an adapter's.
@@ -59,15 +59,6 @@ def pickled_weights(names: list[str]) -> list[str]:
         ['pytorch_model.bin']
     """
     return [name for name in names if name.endswith(_PICKLED) and Path(name).name not in _NO_WEIGHTS]
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def hash_weights(folder: str | os.PathLike[str]) -> dict[str, str]:

@@ -17,14 +17,10 @@ from hf_immunize.vision.columns import find_columns
 from hf_immunize.vision.extraction import extract
 from hf_immunize.vision.images import ImageRows
 from hf_immunize.vision.measurement import Measurement, of_side
-from hf_immunize.vision.sources import load_image_dataset
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-_SPLITS = ("validation", "test", "train")
 
 
 @dataclass
@@ -127,11 +123,10 @@ def groups_ratio(
 
 
 def image_rows(data: Any, name: str, model: PreTrainedModel) -> Any:
-    """Rows to measure on, from a data set or the name of one.
+    """Rows to measure on, from a data set.
 
     Args:
-        data: A `datasets.Dataset` with images, rows of ``pixel_values``, or what `load_image_dataset` takes; then the
-            validation split is used, else the test split, else the training split.
+        data: A `datasets.Dataset` with images, or rows of ``pixel_values``.
         name: What to call it in an error.
         model: Its class names number the labels where the data have the same names.
 
@@ -143,8 +138,6 @@ def image_rows(data: Any, name: str, model: PreTrainedModel) -> Any:
     """
     if isinstance(data, ImageRows):
         return data
-    if isinstance(data, str):
-        data = load_measured_split(data)
     if hasattr(data, "__len__") and len(data) == 0:
         raise DataError(f"Expected at least one image in the {name} data, found none. Check the split.")
     image, label = find_columns(data, None, None, False)
@@ -165,27 +158,3 @@ def image_rows(data: Any, name: str, model: PreTrainedModel) -> Any:
         elif names and not set(names) & set(config.label2id) and len(names) != config.num_labels:
             return ImageRows(data, name, image)
     return ImageRows(data, name, image, label)
-
-
-def load_measured_split(source: str, split: str | None = None) -> Any:
-    """The split of a source that is measured on: the validation split, else the test split, else the training split.
-
-    Args:
-        source: As for `load_image_dataset`.
-        split: Another split.
-
-    Returns:
-        The data set.
-
-    Raises:
-        DataError: If there is no such data or split.
-    """
-    if split is not None:
-        return load_image_dataset(source, split)
-    for candidate in _SPLITS[:-1]:
-        try:
-            return load_image_dataset(source, candidate)
-        except DataError as error:
-            if "has no split" not in str(error):
-                raise
-    return load_image_dataset(source, _SPLITS[-1])

@@ -94,6 +94,10 @@ class DataRecord:
         train_size: Images trained on.
         size: Images measured on, N.
         checksum: Of the pixel values measured on, in whatever order, after the image processor (see `Measurement`).
+        held_out_fraction, held_out_seed: How the images measured on were held out of the training split (see
+            `hf_immunize.vision.splits`); None where they are a split or a source of their own.
+        train_sketch, sketch: By which to know images trained on and measured on again, whatever they are called (see
+            `hf_immunize.vision.identity`).
     """
 
     name: str
@@ -105,6 +109,10 @@ class DataRecord:
     train_size: int | None = None
     size: int | None = None
     checksum: float | None = None
+    held_out_fraction: float | None = None
+    held_out_seed: int | None = None
+    train_sketch: str | None = None
+    sketch: str | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 

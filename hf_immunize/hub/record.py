@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file
+
 from hf_immunize.errors import RecordError
+from hf_immunize.files import write_whole
 from hf_immunize.hub.parts import (
     AuditRecord,
     BaseModelRecord,
@@ -142,6 +144,34 @@ def read_record(folder: str | os.PathLike[str]) -> ImmunizationRecord:
         ) from error
 
 
+def find_record(model: Any, revision: str | None = None) -> ImmunizationRecord | None:
+    """The record of a model that may have none.
+
+    Args:
+        model: A folder, a name on the Hub, or a model in memory, which has none.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        The record; None where there is none.
+
+    Raises:
+        RecordError: If there is one, and it cannot be read.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return None
+    names = ("gated_repo", "missing_entries", "connection_errors")
+    try:
+        path = cached_file(
+            os.path.expanduser(model),
+            RECORD_NAME,
+            revision=revision,
+            **{f"_raise_exceptions_for_{name}": False for name in names},
+        )
+    except OSError:  # there is no such model, which loading it says
+        return None
+    return None if path is None else read_record(Path(path).parent)
+
+
 def write_record(folder: str | os.PathLike[str], record: ImmunizationRecord) -> Path:
     """Write a record, whole or not at all.
 
@@ -154,14 +184,9 @@ def write_record(folder: str | os.PathLike[str], record: ImmunizationRecord) -> 
 
     Raises:
         RecordError: If it holds what is not finite, or what cannot be.
+        CheckpointError: If it cannot be written.
     """
-    path = Path(folder) / RECORD_NAME
-    text = record.to_json()
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix="_", delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-    return path
+    return write_whole(Path(folder) / RECORD_NAME, record.to_json())
 
 
 def _refuse_constant(name: str) -> Any:

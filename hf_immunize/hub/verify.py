@@ -10,12 +10,15 @@ import torch
 from transformers import AutoImageProcessor
 
 from hf_immunize.errors import DataError
+from hf_immunize.hub.collect import recorded_draw, refuse_training_images
 from hf_immunize.hub.comparison import Verification, compare
 from hf_immunize.hub.hashes import changed_weights
 from hf_immunize.hub.load import fetch, load_model
 from hf_immunize.hub.measure import Measured, image_rows, measure
+from hf_immunize.hub.parts import DataRecord
 from hf_immunize.hub.record import read_record
 from hf_immunize.text import library_words
+from hf_immunize.vision.splits import measured
 
 
 if TYPE_CHECKING:
@@ -48,7 +51,8 @@ def verify(
 
     Args:
         repo_or_folder: Id on the Hub, or a folder.
-        benign: Benign images: a `datasets.Dataset`, rows of ``pixel_values``, or what `load_image_dataset` takes.
+        benign: Benign images: a `datasets.Dataset`, rows of ``pixel_values``, or what `load_image_dataset` takes; then
+            the validation split is used, else the test split, else what training held out by the record.
         harmful: Harmful images.
         reference: The model before immunization, or where to load it from, to measure its κ's too.
         image_processor: In place of the one beside the weights.
@@ -66,6 +70,7 @@ def verify(
         RecordError: If there is no record, or it is damaged or of a newer schema (`RecordVersionError`).
         WeightsError: If there are no weights in safetensors.
         DataError: If the data cannot be read.
+        TrainingImagesError: If the model was trained on these images and not measured on them.
         HubError: If the Hub does not give the model.
     """
     folder = fetch(repo_or_folder, revision=revision, token=token, with_code=trust_remote_code)
@@ -80,7 +85,11 @@ def verify(
     options["keep_features"] = before is not None and "groups" in record.ratios
     found: dict[str, tuple[Measured, Measured | None]] = {}
     for side, data in (("benign", benign), ("harmful", harmful)):
+        claimed: DataRecord | None = getattr(record, side)
+        if isinstance(data, (str, os.PathLike)):
+            data = measured(str(data), recorded_draw(claimed))
         rows = image_rows(data, side, model)
+        refuse_training_images(claimed, rows, side)
         if processor is None and "pixel_values" not in rows[0]:
             raise DataError(
                 f"Expected an image processor beside the weights, found none, and {side} data with images. Pass "

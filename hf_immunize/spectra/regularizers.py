@@ -9,21 +9,29 @@ Lowering ``R_well`` lowers κ: ``κ(S) ≤ exp(p·R_well(S)/σ_k²)``. Lowering 
 extreme singular pair and the matrix, and average over the eigenspace where the extreme value is repeated.
 
 The functions of features take their `Hessian` in the features' place. Away from the CPU they read no value back:
-where they would raise NonFiniteError, RankError or PerfectConditioningError, their value is NaN instead (see
-`device_forms`).
+where they would raise NonFiniteError, RankError or PerfectConditioningError, their value is NaN instead.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hf_immunize.errors import RankError
-from hf_immunize.spectra.closed_form import ClosedForm, ValueAndGradient, hessian_function
 from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
-from hf_immunize.spectra.forms import CONCENTRATION, R_ILL, R_WELL, SCALE_FREE_R_ILL, SCALE_FREE_R_WELL
-from hf_immunize.spectra.hessian import Hessian
-from hf_immunize.spectra.small_forms import ill_denominator, rounding
+from hf_immunize.spectra.hessian_functions import (
+    ClosedForm,
+    Form,
+    Hessian,
+    Spectrum,
+    hessian_function,
+    perfect_conditioning,
+    rounding,
+    scale_free,
+)
 
 
 def r_well(matrix: Tensor) -> Tensor:
@@ -96,7 +104,7 @@ def hessian_r_well(features: Tensor | Hessian, *, scale_free: bool = False) -> T
         >>> hessian_r_well(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item()
         3.75
     """
-    return hessian_function(features, SCALE_FREE_R_WELL if scale_free else R_WELL)
+    return hessian_function(features, _form(well_form, 2, scale_free))
 
 
 def hessian_r_ill(features: Tensor | Hessian, *, scale_free: bool = False) -> Tensor:
@@ -124,7 +132,7 @@ def hessian_r_ill(features: Tensor | Hessian, *, scale_free: bool = False) -> Te
         >>> round(hessian_r_ill(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item(), 6)  # 1/(17/4 − 1/2)
         0.266667
     """
-    return hessian_function(features, SCALE_FREE_R_ILL if scale_free else R_ILL)
+    return hessian_function(features, _form(ill_form, -2, scale_free))
 
 
 def spectral_concentration(features: Tensor | Hessian) -> Tensor:
@@ -150,38 +158,100 @@ def spectral_concentration(features: Tensor | Hessian) -> Tensor:
         >>> round(spectral_concentration(torch.diag(torch.tensor([10.0, 1.0]))).item(), 4)  # log(1/100)
         -4.6052
     """
-    return hessian_function(features, CONCENTRATION)
+    return hessian_function(features, concentration_form)
 
 
-def _matrix_function(matrix: Tensor, function: ValueAndGradient) -> Tensor:
+def hessian_log_kappa(features: Tensor | Hessian) -> Tensor:
+    """``log κ(H) = log σ_1 − log σ_k`` of the probing Hessian ``H = ZᵀZ``, σ_k its smallest non-zero eigenvalue.
+
+    The natural logarithm of Eq. 1 of Zheng et al. 2025 (arXiv:2505.23760), on the smaller of ``ZᵀZ`` and ``ZZᵀ``.
+    Gradient with respect to Z: ``2(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k) Z`` (N ≤ D, or from the right), averaged over the
+    eigenspaces of repeated extremes. It depends on the extreme pairs alone, so that it says nothing of the values
+    between them, and it jumps where another pair becomes extreme.
+
+    Args:
+        features: Z, shape ``(N, D)``, any real floating-point dtype, or their `Hessian`; computed in float64.
+
+    Returns:
+        0-D tensor, non-negative and dimensionless; differentiable once.
+
+    Raises:
+        ShapeError: If the features are not ``(N, D)``.
+        NonFiniteError: If they hold NaN or infinity.
+        RankError: If they are zero.
+
+    Example:
+        >>> import torch
+        >>> round(hessian_log_kappa(torch.diag(torch.tensor([10.0, 1.0]))).item(), 4)  # log 100
+        4.6052
+    """
+    return hessian_function(features, log_kappa_form)
+
+
+def well_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """``½σ_1² − Σσ_i²/(2D)``, with ``2(σ_1·uuᵀ − G/D)``; homogeneous of degree 2."""
+    values = spectrum.values
+    # As a sum of differences, which cannot turn negative by cancellation; D − n values of H are zero.
+    differences = (values[0].square() - values.square()).sum() + (spectrum.dim - len(values)) * values[0].square()
+    return differences / (2 * spectrum.dim), 2 * (values[0] * spectrum.top() - spectrum.gram / spectrum.dim)
+
+
+def ill_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """``1/d``, ``d = Σσ_i²/(2k) − ½σ_k²``, with ``2(σ_k·uuᵀ − G/k)/d²``; homogeneous of degree −2, NaN at κ = 1."""
+    k, smallest = spectrum.kept.sum(), spectrum.smallest
+    d = torch.where(spectrum.kept, spectrum.values.square() - smallest.square(), 0.0).sum() / (2 * k)
+    d = torch.where(spectrum.all_equal(), torch.nan, d)
+    return 1 / d, (2 / d.square()) * (smallest * spectrum.bottom() - spectrum.gram / k)
+
+
+def concentration_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """``log((tr H − σ_1)/σ_1)``, with ``2(I − uuᵀ)/(tr H − σ_1) − 2uuᵀ/σ_1``, and no gradient at its floor."""
+    top, trace = spectrum.values[0], spectrum.gram.diagonal().sum()
+    rest, floor = trace - top, 64 * torch.finfo(torch.float64).eps * trace
+    small = -2 * (1 / rest + 1 / top) * spectrum.top()
+    small.diagonal().add_(2 / rest)
+    return torch.log(torch.maximum(rest, floor) / top), torch.where(rest > floor, small, 0.0)
+
+
+def log_kappa_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """``log σ_1 − log σ_k``, with ``2(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k)``."""
+    largest, smallest = spectrum.values[0], spectrum.smallest
+    small = (2 / largest) * spectrum.top() - (2 / smallest) * spectrum.bottom()
+    return torch.log(largest) - torch.log(smallest), small
+
+
+def _form(form: Form, degree: int, wanted: bool) -> Form:
+    # An alias, since `scale_free` names an option of the callers.
+    return scale_free(form, degree) if wanted else form
+
+
+def _matrix_function(matrix: Tensor, function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
     matrix = as_matrix(matrix)
     return ClosedForm.apply(matrix, function, matrix.dtype)
 
 
-def _r_well(s: Tensor) -> tuple[float, Tensor]:
+def _r_well(s: Tensor) -> tuple[Tensor, Tensor]:
     u, sigma, vh = torch.linalg.svd(s.to(torch.float64), full_matrices=False)
-    values = sigma.tolist()
-    p = len(values)
-    ties = sum(value >= values[0] - _tie_width(sigma) for value in values)
+    ties = int((sigma >= sigma[0] - _tie_width(sigma)).sum())
     # As a sum of differences, which cannot turn negative by cancellation.
-    value = math.fsum(values[0] ** 2 - v**2 for v in values) / (2 * p)
-    gradient = (values[0] / ties) * (u[:, :ties] @ vh[:ties]) - s.to(sigma.dtype) / p
+    value = (sigma[0].square() - sigma.square()).sum() / (2 * len(sigma))
+    gradient = (sigma[0] / ties) * (u[:, :ties] @ vh[:ties]) - s.to(sigma.dtype) / len(sigma)
     return value, gradient.to(_work_dtype(s))
 
 
-def _r_ill(s: Tensor) -> tuple[float, Tensor]:
+def _r_ill(s: Tensor) -> tuple[Tensor, Tensor]:
     u, sigma, vh = torch.linalg.svd(s.to(torch.float64), full_matrices=False)
-    values = sigma.tolist()
-    cutoff = rank_cutoff(values[0], math.hypot(*values), s.shape[0], s.shape[1], s.dtype)
-    kept = [value for value in values if value > cutoff]
-    if not kept:
+    kept = sigma[sigma > rank_cutoff(float(sigma[0]), float(sigma.norm()), s.shape[0], s.shape[1], s.dtype)]
+    if not len(kept):
         raise RankError(
             f"Expected a matrix of rank at least 1 in R_ill, found all of {tuple(s.shape)} values zero. Check what "
             "produced it."
         )
     k, width = len(kept), _tie_width(sigma)
-    denominator = ill_denominator(kept, max(width, rounding(s.dtype) * kept[0]))
-    first = sum(value > kept[-1] + width for value in kept)
+    if kept[0] - kept[-1] <= max(width, rounding(s.dtype) * float(kept[0])):
+        raise perfect_conditioning(f"all {k}")
+    denominator = (kept.square() - kept[-1].square()).sum() / (2 * k)
+    first = int((kept > kept[-1] + width).sum())
     extreme = (kept[-1] / (k - first)) * (u[:, first:k] @ vh[first:k])
     gradient = (extreme - s.to(sigma.dtype) / k) / denominator**2
     return 1 / denominator, gradient.to(_work_dtype(s))

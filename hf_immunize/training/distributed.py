@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_immunize.spectra.hessian import Hessian
+from hf_immunize.spectra.hessian_functions import Hessian
 
 
 def world_size() -> int:

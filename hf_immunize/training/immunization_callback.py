@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
+from hf_immunize.files import staged_directory
 from hf_immunize.training.budget import BudgetWatch
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.method import Method
 from hf_immunize.training.restoring import sharded_weights
 from hf_immunize.training.resuming import load_step, save_step
 from hf_immunize.training.running import RunningMeans
-from hf_immunize.training.saving import load_weights, staged_directory
+from hf_immunize.training.saving import load_weights
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.columns import find_columns
 from hf_immunize.vision.images import ImageCollator, ImageRows

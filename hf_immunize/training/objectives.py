@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hf_immunize.errors import DataError, ScopeError
-from hf_immunize.spectra.hessian import Hessian
-from hf_immunize.spectra.log_kappa import hessian_log_kappa
-from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well, spectral_concentration
+from hf_immunize.spectra.hessian_functions import Hessian
+from hf_immunize.spectra.regularizers import hessian_log_kappa, hessian_r_ill, hessian_r_well, spectral_concentration
 from hf_immunize.training.inner import adapted_loss
 from hf_immunize.training.rectifying import rectifier_activity
 from hf_immunize.training.terms import Terms

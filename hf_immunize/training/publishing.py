@@ -16,6 +16,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from hf_immunize.errors import HubError, ImmunizationError
+from hf_immunize.files import staged_directory
 from hf_immunize.hub.card import CardOptions, write_card
 from hf_immunize.hub.collect import describe_base_model, public_name
 from hf_immunize.hub.outcomes import name_outcome, retried
@@ -23,10 +24,12 @@ from hf_immunize.hub.push import PushResult, files_to_push, push
 from hf_immunize.hub.record import read_record
 from hf_immunize.hub.validation import RECORD_NAME
 from hf_immunize.training.evidence import bare_record, make_record
+from hf_immunize.training.saving import MANIFEST
 
 
 logger = logging.get_logger(__name__)
-_PRIVATE = ("training_args.bin",)
+# The list of files is of the state as it was written, with its local paths.
+_PRIVATE = ("training_args.bin", MANIFEST)
 
 
 def create_model_card(
@@ -188,9 +191,9 @@ def _copy_model(checkpoint: str, output_dir: str) -> None:
     source, target = Path(checkpoint), Path(output_dir)
     record = read_record(source) if (source / RECORD_NAME).is_file() else None
     names = files_to_push(source, record)
-    for name in names:
-        shutil.copyfile(source / name, target / f"_{name}")
-        os.replace(target / f"_{name}", target / name)
+    with staged_directory(target) as staging:
+        for name in names:
+            shutil.copyfile(source / name, staging / name)
     stale = {RECORD_NAME, "model.safetensors.index.json", *(file.name for file in target.glob("model*.safetensors"))}
     for name in stale - set(names):
         (target / name).unlink(missing_ok=True)

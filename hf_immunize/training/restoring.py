@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CheckpointError
 from hf_immunize.training.history import History, by_step
-from hf_immunize.training.saving import load_weights
+from hf_immunize.training.saving import STATE, flaw, load_weights
 
 
 logger = logging.get_logger(__name__)
@@ -120,14 +120,13 @@ def best_checkpoint(
 def _is_of_this_run(output_dir: Path, step: int, history: History, metric: str) -> bool:
     """Whether a checkpoint is whole and its log holds this run's evaluation of that step, not an earlier run's."""
     try:
-        # Written last of all: without it, the checkpoint was cut off.
-        saved = json.loads((output_dir / f"checkpoint-{step}" / "trainer_state.json").read_text(encoding="utf-8"))
-        theirs = saved["log_history"]
-    except (OSError, ValueError, KeyError, TypeError):
+        theirs = TrainerState.load_from_json(str(output_dir / f"checkpoint-{step}" / STATE)).log_history
+    except (OSError, ValueError, TypeError):
         return False
     # As text, in which NaN equals itself; it holds the evaluation's run time, which no other run repeats.
     of_step = {_text(entry) for entry in history if entry.get("step") == step and metric in entry}
-    return any(_text(entry) in of_step for entry in theirs if entry.get("step") == step and metric in entry)
+    of_this_run = any(_text(entry) in of_step for entry in theirs if entry.get("step") == step and metric in entry)
+    return of_this_run and flaw(output_dir / f"checkpoint-{step}") is None
 
 
 def _text(entry: Mapping[str, Any]) -> str:

@@ -1,12 +1,11 @@
-"""Files that are written whole or not at all."""
+"""Checkpoints that are written whole or passed over, and what is saved in them."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,56 +17,25 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 from hf_immunize.errors import CheckpointError, HubError, NonFiniteError
+from hf_immunize.files import (
+    UNFINISHED,
+    WRITE_ERRORS,
+    checked,
+    file_sha256,
+    flush,
+    staged_directory,
+    with_checksum,
+    write_whole,
+)
 
 
-# What a full disk raises: torch.save a RuntimeError, safetensors its own.
-_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-_WRITTEN_LAST = "trainer_state.json"
+STATE = "trainer_state.json"
+# Names the other files of a checkpoint, with their sizes and checksums.
+MANIFEST = "checkpoint_files.json"
+# Made anew for the Hub, or read by nobody.
+_NOT_READ = ("README.md", "immunization.json", "training_args.bin")
+_NUMBERS = (".safetensors", ".pt", ".pth", ".bin", ".distcp")
 logger = logging.get_logger(__name__)
-
-
-@contextmanager
-def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory within the target to write into; its files replace the target's only when all are written.
-
-    Args:
-        target: The directory that the files are for; other files in it stay.
-
-    Yields:
-        The directory to write into, on the same file system.
-
-    Raises:
-        CheckpointError: If writing fails (a full disk, say); the target is then as it was.
-
-    Example:
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with staged_directory(f"{folder}/model") as staging:
-        ...         _ = (staging / "config.json").write_text("{}", encoding="utf-8")
-        ...     os.listdir(f"{folder}/model")
-        ['config.json']
-    """
-    target = Path(target)
-    new, staging = not target.exists(), None
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        # Within the target, which may be a mount of its own; a push to the Hub leaves out what begins with "_".
-        staging = Path(tempfile.mkdtemp(prefix="_unfinished-", dir=target))
-        yield staging
-        for file in sorted(path for path in staging.rglob("*") if path.is_file()):
-            place = target / file.relative_to(staging)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, place)
-    except _WRITE_ERRORS as error:
-        raise CheckpointError(
-            f"Expected to write {target}, found: {error}. What was there before is untouched; make room or choose "
-            "another output_dir, and save again."
-        ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        if new:
-            with suppress(OSError):  # not empty: the files are in place
-                target.rmdir()
 
 
 def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
@@ -90,11 +58,15 @@ def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def whole_or_passed_over(checkpoint: str | os.PathLike[str], writes: bool) -> Iterator[None]:
+def whole_or_passed_over(checkpoint: str | os.PathLike[str], state: TrainerState, writes: bool) -> Iterator[None]:
     """Write a checkpoint within, which `last_whole_checkpoint` passes over unless all of it was written.
+
+    The Trainer writes its state after all other files and before it removes older checkpoints. At that moment the
+    others are flushed to the disk and listed with their checksums, and only then the state appears.
 
     Args:
         checkpoint: Its folder.
+        state: The Trainer's.
         writes: Whether this process writes it.
 
     Raises:
@@ -102,16 +74,22 @@ def whole_or_passed_over(checkpoint: str | os.PathLike[str], writes: bool) -> It
     """
     try:
         if writes:
-            # Of an earlier run, it would make half of this checkpoint pass for a whole one.
-            (Path(checkpoint) / _WRITTEN_LAST).unlink(missing_ok=True)
+            # Of an earlier run, they would make half of this checkpoint pass for a whole one.
+            for name in (STATE, MANIFEST):
+                (Path(checkpoint) / name).unlink(missing_ok=True)
+            vars(state)["save_to_json"] = lambda path: _seal(Path(path), state)
         yield
     except HubError:  # an OSError too, but of a push: the checkpoint itself is written
         raise
-    except _WRITE_ERRORS as error:
+    except WRITE_ERRORS as error:
+        # What a staged file of the checkpoint says of itself, it need not say twice.
+        reason = error.__cause__ or error if isinstance(error, CheckpointError) else error
         raise CheckpointError(
-            f"Expected to write {checkpoint}, found: {error}. Earlier checkpoints are untouched: make room and resume "
-            "with resume_from_checkpoint=True, which passes over the unfinished one."
+            f"Expected to write {checkpoint}, found: {reason}. Earlier checkpoints are untouched: make room and "
+            "resume with resume_from_checkpoint=True, which passes over the unfinished one."
         ) from error
+    finally:
+        vars(state).pop("save_to_json", None)
 
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:
@@ -140,31 +118,27 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
         ) from error
 
 
-def last_whole_checkpoint(output_dir: str) -> tuple[str | None, list[str]]:
-    """The last checkpoint of a run that was written to its end.
-
-    The Trainer writes ``trainer_state.json`` last, so a checkpoint without a readable one was cut off.
+def last_whole_checkpoint(output_dir: str) -> tuple[str | None, dict[str, str]]:
+    """The last checkpoint of a run that is as it was written (see `flaw`).
 
     Args:
         output_dir: The run's folder.
 
     Returns:
-        Its path, or None; and the paths of later ones that were cut off.
+        Its path, or None; and the paths of later ones, with what is wrong with each.
     """
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    broken = []
+    broken: dict[str, str] = {}
     for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            TrainerState.load_from_json(str(path / _WRITTEN_LAST))
-        except (OSError, ValueError, TypeError):
-            broken.append(str(path))
-        else:
+        wrong = flaw(path)
+        if wrong is None:
             return str(path), broken
+        broken[str(path)] = wrong
     return None, broken
 
 
 def checkpoint_to_resume(output_dir: str) -> str:
-    """The last whole checkpoint of a run; says which later ones were cut off.
+    """The last whole checkpoint of a run; says which later ones are passed over, and why.
 
     Args:
         output_dir: The run's folder.
@@ -176,13 +150,107 @@ def checkpoint_to_resume(output_dir: str) -> str:
         CheckpointError: If there is none.
     """
     path, broken = last_whole_checkpoint(output_dir)
-    for cut_off in broken:
-        logger.warning(f"Passing over {cut_off}: it was not written to its end.")
+    for other, wrong in broken.items():
+        logger.warning(f"Passing over {other}: {wrong}.")
     if path is None:
         raise CheckpointError(
             f"Expected a whole checkpoint in {output_dir}, found none. Start without resume_from_checkpoint."
         )
     return path
+
+
+def check_whole(checkpoint: str) -> None:
+    """Refuse a checkpoint to resume from that is not as it was written.
+
+    Args:
+        checkpoint: Its folder.
+
+    Raises:
+        CheckpointError: With the file that is missing or has changed.
+    """
+    if not os.path.isdir(checkpoint):
+        found = f"none at {checkpoint}"
+    elif wrong := flaw(checkpoint):
+        found = f"{checkpoint}, in which {wrong}"
+    else:
+        return
+    raise CheckpointError(
+        f"Expected the folder of a checkpoint as it was written, found {found}. Give True for the last whole one "
+        "in output_dir, or check the spelling."
+    )
+
+
+def flaw(checkpoint: str | os.PathLike[str]) -> str | None:
+    """What tells that a checkpoint is not as it was written.
+
+    Each file has to have the size and the checksum of the list beside it; what people add or change for the Hub (the
+    card, the record) does not count. Where an older version or a plain Trainer left no list, the files have to be
+    there and not empty.
+
+    Args:
+        checkpoint: Its folder.
+
+    Returns:
+        A phrase that names a file; None if nothing is wrong.
+    """
+    folder = Path(checkpoint)
+    name = STATE
+    try:
+        TrainerState.load_from_json(str(folder / STATE))
+        if not (folder / MANIFEST).is_file():
+            return _flaw_without_list(folder)
+        name = MANIFEST
+        listed = checked((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, (size, digest) in listed.items():
+            if (folder / name).stat().st_size != size or file_sha256(folder / name) != digest:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return f"{name} cannot be read ({type(error).__name__})"
+    return None
+
+
+def _seal(path: Path, state: TrainerState) -> None:
+    """Flush and list what a checkpoint holds, and write the state, in that order."""
+    folder = path.parent
+    with staged_directory(folder) as staging:
+        TrainerState.save_to_json(state, str(staging / path.name))
+        files = {file.relative_to(folder).as_posix(): file for file in _resumed_from(folder)}
+        for written in (*files.values(), *(each for each in folder.rglob("*") if each.is_dir())):
+            flush(written)
+        files[path.name] = staging / path.name
+        listed = {name: [file.stat().st_size, file_sha256(file)] for name, file in sorted(files.items())}
+        write_whole(folder / MANIFEST, with_checksum({"files": listed}) + "\n")
+
+
+def _resumed_from(folder: Path) -> list[Path]:
+    """The files of a checkpoint that decide what a resumed run becomes, less the state."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name not in (*_NOT_READ, STATE, MANIFEST)]
+    return [path for path in found if not any(part.startswith(UNFINISHED) for part in path.relative_to(folder).parts)]
+
+
+def _flaw_without_list(folder: Path) -> str | None:
+    """As `flaw`, by names and sizes alone."""
+    files = _resumed_from(folder)
+    names = [path.relative_to(folder).as_posix() for path in files]
+    for path, name in zip(files, names, strict=True):
+        if not path.stat().st_size and path.suffix in _NUMBERS:
+            return f"{name} is empty"
+
+    def found(pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in names)
+
+    # Of DeepSpeed, which may keep all in a folder of its own; and a sharded model of FSDP.
+    if found("global_step"):
+        return None
+    if not found(r"(.*/)?(model|adapter_model|pytorch_model)"):
+        return "the weights are missing"
+    # With save_only_model there are none of them.
+    parts = {"optimizer.pt": "optimizer", "scheduler.pt": "scheduler", "rng_state.pth": "rng_state"}
+    if found("immunization_step") or any(map(found, parts.values())):
+        return next((f"{name} is missing" for name, pattern in parts.items() if not found(pattern)), None)
+    return None
 
 
 def save_tensors(

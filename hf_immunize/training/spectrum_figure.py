@@ -15,10 +15,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CheckpointError, NonFiniteError, RankError
+from hf_immunize.files import staged_directory
 from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
 from hf_immunize.training.history_figure import history_panels
 from hf_immunize.training.restoring import sharded_weights
-from hf_immunize.training.saving import staged_directory
 from hf_immunize.vision.columns import find_columns
 from hf_immunize.vision.extraction import extract
 from hf_immunize.vision.images import ImageRows

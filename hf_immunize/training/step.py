@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.errors import DataError, ImmunizationError, NonFiniteError, ScopeError
-from hf_immunize.spectra.hessian import Hessian
+from hf_immunize.spectra.hessian_functions import Hessian
 from hf_immunize.training.cached_trunk import replayed
 from hf_immunize.training.checks import check_checkpointing, check_classifier
 from hf_immunize.training.distillation import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, CheckpointError, DataError
+from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.files import remove_leftovers, staged_directory
 from hf_immunize.hub.outcomes import named_outcomes
 from hf_immunize.training import publishing
 from hf_immunize.training.arguments import ImmunizationArguments
@@ -48,9 +50,9 @@ from hf_immunize.training.run_state import load_run_state, save_run_state
 from hf_immunize.training.running import RunningMeans
 from hf_immunize.training.saving import (
     check_finite_weights,
+    check_whole,
     checkpoint_to_resume,
     load_weights,
-    staged_directory,
     whole_or_passed_over,
 )
 from hf_immunize.training.step import ImmunizationStep
@@ -554,11 +556,11 @@ class ImmunizationTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir)
-        elif resume_from_checkpoint and not os.path.isdir(resume_from_checkpoint):
-            raise CheckpointError(
-                f"Expected the folder of a checkpoint to resume from, found none at {resume_from_checkpoint}. Give "
-                "True for the last one in output_dir, or check the spelling."
-            )
+        elif resume_from_checkpoint:
+            check_whole(resume_from_checkpoint)
+        if self.args.should_save:
+            for folder in (Path(self.args.output_dir), *Path(self.args.output_dir).glob("checkpoint-*")):
+                remove_leftovers(folder)
         self._means = RunningMeans()  # without what a run that was stopped had not logged yet
         return super().train(resume_from_checkpoint, **kwargs)
 
@@ -592,8 +594,13 @@ class ImmunizationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        with whole_or_passed_over(folder, self.args.should_save):
+        with whole_or_passed_over(folder, self.state, self.args.should_save):
             super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Each process has written one: only now can the first list and flush them all.
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

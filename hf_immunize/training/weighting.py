@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_immunize.spectra.hessian import Hessian
+from hf_immunize.spectra.hessian_functions import Hessian
 from hf_immunize.training.distributed import process_mean
 from hf_immunize.training.terms import Terms
 

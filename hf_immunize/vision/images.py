@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from hf_immunize.errors import DataError, ImageDecodeError, ShapeError
 from hf_immunize.vision.columns import check_label, is_transformed
+from hf_immunize.vision.identity import image_hashes
 
 
 # What pillow raises on damaged files: not only OSError.
@@ -69,6 +71,11 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @cached_property
+    def hashes(self) -> np.ndarray | None:
+        """By which to know stored images again, one number a row; see `image_hashes`."""
+        return image_hashes(self.dataset, self.image_column)
+
     def subset(self, numbers: list[int]) -> ImageRows:
         """Some of the rows, which messages go on calling by the numbers they have here.
 
@@ -79,8 +86,13 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
             Rows in the order of the numbers.
         """
         part = copy(self)
-        stored = isinstance(self.dataset, datasets.Dataset)
-        part.dataset = self.dataset.select(numbers) if stored else torch.utils.data.Subset(self.dataset, numbers)
+        part.__dict__.pop("hashes", None)
+        if isinstance(self.dataset, datasets.Dataset):
+            part.dataset = self.dataset.select(numbers)
+        elif isinstance(self.dataset, list):
+            part.dataset = [self.dataset[number] for number in numbers]
+        else:
+            part.dataset = torch.utils.data.Subset(self.dataset, numbers)
         part._numbers = numbers if self._numbers is None else [self._numbers[number] for number in numbers]
         return part
 

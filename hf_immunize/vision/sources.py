@@ -46,14 +46,32 @@ def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
         hf_immunize.errors.DataError: './no/such/folder' is neither an existing path nor the name of a dataset on the
         Hub, such as 'user/name'; check the spelling.
     """
+    splits = load_image_splits(source)
+    if split not in splits:
+        found = ", ".join(repr(str(name)) for name in splits)
+        raise DataError(f"{source!r} has no split {split!r}; choose one of {found}.")
+    return splits[split]
+
+
+def load_image_splits(source: str) -> dict[str, datasets.Dataset]:
+    """Load all splits of an image dataset.
+
+    Args:
+        source: As for `load_image_dataset`.
+
+    Returns:
+        Name to split. Where the data has no splits, all of it is ``"train"``.
+
+    Raises:
+        DataError: If there is no such data.
+    """
     path = Path(source).expanduser()
     try:
         if path.is_file():
-            splits = _load_file(path)
-        elif path.is_dir():
-            splits = _load_folder(path)
-        else:
-            splits = _load_from_hub(source)
+            return _load_file(path)
+        if path.is_dir():
+            return _load_folder(path)
+        return _load_from_hub(source)
     except DataError:
         raise
     # Of datasets and pyarrow, on what is damaged, unfinished or of another kind.
@@ -62,10 +80,6 @@ def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
             f"{source!r} holds no image dataset that can be read ({_first_line(error)}); expected images in one "
             "subfolder a class, parquet files, or what save_to_disk writes."
         ) from error
-    if split not in splits:
-        found = ", ".join(repr(str(name)) for name in splits)
-        raise DataError(f"{source!r} has no split {split!r}; choose one of {found}.")
-    return splits[split]
 
 
 def _load_file(path: Path) -> dict[str, datasets.Dataset]:

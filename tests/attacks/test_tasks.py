@@ -63,7 +63,7 @@ def test_data_without_a_test_split_are_divided_and_this_is_said():
     said = []
     task = load_task("harmful", dataset([0, 1] * 10, ["a", "b"]), said)
     assert (len(task.train), len(task.test)) == (14, 6)
-    assert any("no test split" in sentence for sentence in said)
+    assert any("30% held out (seed 42)" in sentence for sentence in said)
 
 
 def test_splits_of_a_dataset_dict_are_used():

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_immunize.spectra.hessian import Hessian
-from hf_immunize.spectra.log_kappa import hessian_log_kappa
-from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well, spectral_concentration
+from hf_immunize.spectra.hessian_functions import Hessian
+from hf_immunize.spectra.regularizers import hessian_log_kappa, hessian_r_ill, hessian_r_well, spectral_concentration
 
 
 DIM = 64

@@ -210,7 +210,7 @@ def test_failed_push_of_a_checkpoint_is_said_and_training_goes_on(action, pushin
     run.train()
     run._finish_current_push()
     assert run.state.global_step == 2
-    assert last_whole_checkpoint(run.args.output_dir) == (str(Path(run.args.output_dir) / "checkpoint-2"), [])
+    assert last_whole_checkpoint(run.args.output_dir) == (str(Path(run.args.output_dir) / "checkpoint-2"), {})
     assert any("checkpoint-2 is saved, but was not pushed" in line for line in said)
 
 

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from hf_immunize.errors import ArgumentError, CheckpointError
+from hf_immunize.training.saving import MANIFEST
 
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
@@ -27,9 +28,14 @@ def said(caplog):
     return " ".join(record.getMessage() for record in caplog.records)
 
 
+def as_of_a_plain_trainer(folder):
+    for name in (STATE, MANIFEST):
+        os.remove(os.path.join(folder, name))
+
+
 def test_a_checkpoint_without_the_starting_model_is_refused(stopped, trainer):
     folder = stopped(**DISTILLED)
-    os.remove(os.path.join(folder, STATE))
+    as_of_a_plain_trainer(folder)
     with pytest.raises(CheckpointError, match=r"immunization_step\.safetensors in .*checkpoint-1.*start anew"):
         trainer(max_steps=2, **DISTILLED).train(resume_from_checkpoint=folder)
 
@@ -42,7 +48,7 @@ def test_a_checkpoint_of_weights_alone_is_refused(stopped, trainer):
 
 def test_where_no_starting_model_is_needed_the_loss_is_said(stopped, trainer, caplog):
     folder = stopped()
-    os.remove(os.path.join(folder, STATE))
+    as_of_a_plain_trainer(folder)
     run = trainer(max_steps=2)
     run.train(resume_from_checkpoint=folder)
     assert run.state.global_step == 2 and "start anew" in said(caplog)
@@ -63,6 +69,7 @@ def test_the_chosen_rectifiers_are_not_sought_anew(trainer, tmp_path, monkeypatc
 
 def test_a_damaged_state_is_named(stopped, trainer):
     folder = stopped()
+    os.remove(os.path.join(folder, MANIFEST))
     with open(os.path.join(folder, STATE), "wb") as file:
         file.write(b"damaged")
     with pytest.raises(CheckpointError, match=f"state of the immunization in .*{STATE}"):

@@ -10,9 +10,10 @@ import transformers as hf
 from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification
 
+from hf_immunize import files
 from hf_immunize.errors import CheckpointError, NonFiniteError
 from hf_immunize.training import run_state, saving
-from hf_immunize.training.saving import last_whole_checkpoint, load_weights, staged_directory
+from hf_immunize.training.saving import MANIFEST, STATE, last_whole_checkpoint, load_weights
 
 
 FULL = OSError(28, "No space left on device")
@@ -125,7 +126,8 @@ def test_half_of_a_new_checkpoint_over_an_old_one_is_not_taken_for_whole(trainer
     folder = Path(again.args.output_dir)
     for later in (2, 3):
         shutil.rmtree(folder / f"checkpoint-{later}")
-    assert last_whole_checkpoint(str(folder)) == (None, [str(folder / "checkpoint-1")])
+    last, broken = last_whole_checkpoint(str(folder))
+    assert last is None and list(broken) == [str(folder / "checkpoint-1")]
 
 
 class Ruin(hf.TrainerCallback):
@@ -146,38 +148,6 @@ def test_weights_that_are_not_finite_are_not_saved(trainer):
     assert all(torch.isfinite(parameter).all() for parameter in sound.parameters())
 
 
-def test_files_appear_all_at_once(tmp_path):
-    with staged_directory(tmp_path / "model") as staging:
-        (staging / "deep").mkdir()
-        (staging / "deep" / "a").write_text("a")
-        assert not (tmp_path / "model" / "deep").exists()
-    assert content(tmp_path / "model") == {Path("deep/a"): b"a"}
-
-
-def test_other_files_stay(tmp_path):
-    (tmp_path / "notes").write_text("mine")
-    with staged_directory(tmp_path) as staging:
-        (staging / "a").write_text("a")
-    assert content(tmp_path) == {Path("notes"): b"mine", Path("a"): b"a"}
-
-
-def test_files_are_moved_within_the_target_which_may_be_a_mount(tmp_path):
-    with staged_directory(tmp_path / "model") as staging:
-        assert staging.parent == tmp_path / "model"
-
-
-def test_a_file_in_place_of_the_folder_is_named(tmp_path):
-    (tmp_path / "model").write_text("a file")
-    with pytest.raises(CheckpointError, match="model"), staged_directory(tmp_path / "model"):
-        pass
-
-
-def test_errors_of_another_kind_pass_and_leave_nothing(tmp_path):
-    with pytest.raises(KeyError), staged_directory(tmp_path / "model"):
-        raise KeyError("x")
-    assert not list(tmp_path.iterdir())
-
-
 def test_resuming_without_a_checkpoint_says_so(trainer):
     with pytest.raises(CheckpointError, match=r"Expected a whole checkpoint in .*found none"):
         trainer().train(resume_from_checkpoint=True)
@@ -187,10 +157,161 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     for step in (9, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
         hf.TrainerState().save_to_json(str(tmp_path / f"checkpoint-{step}" / "trainer_state.json"))
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "checkpoint-old").mkdir()
     (tmp_path / "checkpoint-100" / "trainer_state.json").write_text("[]")
     last, broken = last_whole_checkpoint(str(tmp_path))
-    assert (last, broken) == (str(tmp_path / "checkpoint-10"), [str(tmp_path / "checkpoint-100")])
+    assert (last, list(broken)) == (str(tmp_path / "checkpoint-10"), [str(tmp_path / "checkpoint-100")])
+
+
+class Disk:
+    """What was asked of the disk, in order: ("flush", path), ("replace", path) or ("remove", path)."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        flush, replace, rmtree = files.flush, os.replace, shutil.rmtree
+        for module in (files, saving):
+            monkeypatch.setattr(module, "flush", lambda path: (self.note("flush", path), flush(path)))
+        monkeypatch.setattr(os, "replace", lambda a, b: (self.note("replace", b), replace(a, b)))
+        monkeypatch.setattr(
+            shutil, "rmtree", lambda p, *a, **k: (self.calls.append(("remove", str(p))), rmtree(p, *a, **k))
+        )
+
+    def note(self, what, path):
+        # What is staged counts as what it becomes.
+        self.calls.append((what, "/".join(p for p in str(path).split("/") if not p.startswith("_unfinished-"))))
+
+    def all(self, what, path):
+        return [i for i, call in enumerate(self.calls) if call == (what, str(path))]
+
+
+@pytest.mark.parametrize("options", [{}, {"save_only_model": True}], ids=["all", "model"])
+def test_a_checkpoint_is_on_disk_before_its_state_and_that_before_an_older_one_goes(options, trainer, monkeypatch):
+    run = trainer(save_strategy="steps", save_steps=1, max_steps=2, save_total_limit=1, **options)
+    disk = Disk(monkeypatch)
+    run.train()
+    old, new = (Path(run.args.output_dir) / f"checkpoint-{step}" for step in (1, 2))
+    (appears,), (goes,) = disk.all("replace", new / STATE), disk.all("remove", old)
+    written = [path for path in new.iterdir() if path.name not in (STATE, "training_args.bin")]
+    assert {"model.safetensors", MANIFEST} <= {path.name for path in written} and not old.exists()
+    flushed = [disk.all("flush", path)[-1] for path in written]
+    names = disk.all("flush", new)
+    assert any(max(flushed) < each < appears for each in names) and disk.all("flush", new / STATE)[0] < appears
+    assert any(appears < each < goes for each in names)
+
+
+RESUMED_FROM = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "immunization_step.safetensors"]
+RESUMED_FROM += ["immunization_state.safetensors", STATE, MANIFEST]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {"missing": Path.unlink, "emptied": lambda path: path.write_bytes(b""), "flipped": flip}
+CASES = [(name, damage) for name in RESUMED_FROM for damage in DAMAGES if (name, damage) != (MANIFEST, "missing")]
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture
+def saved(two_checkpoints, trainer, tmp_path):
+    """The folder of a run with two checkpoints, where `trainer` has its runs."""
+    if not list(two_checkpoints.iterdir()):
+        trainer(output_dir=str(two_checkpoints), **CHECKPOINTS | {"max_steps": 2}).train()
+    return Path(shutil.copytree(two_checkpoints, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("name", "damage"), CASES)
+def test_a_checkpoint_that_is_not_what_was_written_is_passed_over(name, damage, saved, trainer):
+    DAMAGES[damage](saved / "checkpoint-2" / name)
+    last, broken = last_whole_checkpoint(str(saved))
+    assert last == str(saved / "checkpoint-1") and list(broken) == [str(saved / "checkpoint-2")]
+    assert name in broken[str(saved / "checkpoint-2")]
+    with pytest.raises(CheckpointError, match=f"checkpoint-2.*{name}"):
+        trainer().train(resume_from_checkpoint=str(saved / "checkpoint-2"))
+
+
+def test_the_sentence_names_the_checkpoint_and_the_file(saved, trainer, monkeypatch):
+    said = []
+    monkeypatch.setattr(saving.logger, "warning", said.append)
+    (saved / "checkpoint-2" / "optimizer.pt").unlink()
+    run = trainer(**CHECKPOINTS)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 3
+    assert [str(saved / "checkpoint-2") in each and "optimizer.pt" in each for each in said] == [True]
+
+
+def test_card_and_record_may_change(saved):
+    for name in ("README.md", "immunization.json"):
+        (saved / "checkpoint-2" / name).write_text("{}")
+    assert last_whole_checkpoint(str(saved)) == (str(saved / "checkpoint-2"), {})
+
+
+OLDER = [
+    # Files of a checkpoint without a list, and the one that is missed.
+    (["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "immunization_step.safetensors"], None),
+    (["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"], None),
+    (["model.safetensors"], None),
+    (["adapter_model.safetensors"], None),
+    (["pytorch_model_fsdp_0/0.distcp", "optimizer_0/0.distcp", "scheduler.pt", "rng_state_0.pth"], None),
+    (["optimizer.bin", "pytorch_model_fsdp.bin", "scheduler.pt", "rng_state_0.pth"], None),
+    (["global_step2/mp_rank_00_model_states.pt", "latest", "rng_state_0.pth"], None),
+    (["model.safetensors", "immunization_step.safetensors"], "optimizer.pt"),
+    (["model.safetensors", "optimizer.pt", "rng_state.pth"], "scheduler.pt"),
+    (["model.safetensors", "optimizer.pt", "scheduler.pt"], "rng_state.pth"),
+    (["optimizer.pt", "scheduler.pt", "rng_state.pth"], "weights"),
+    ([], "weights"),
+]
+
+
+@pytest.mark.parametrize(("names", "missed"), OLDER)
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_checkpoint_without_a_list_is_judged_by_its_files(names, missed, emptied, tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    for name in names:
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_bytes(b"numbers")
+    checkpoint.mkdir(exist_ok=True)
+    if emptied and names:
+        (checkpoint / names[0]).write_bytes(b"")
+        missed = names[0]
+    hf.TrainerState().save_to_json(str(checkpoint / STATE))
+    last, broken = last_whole_checkpoint(str(tmp_path))
+    assert (last is None) == (missed is not None)
+    assert missed is None or missed in broken[str(checkpoint)]
+
+
+@pytest.mark.parametrize("options", [{}, {"save_only_model": True}], ids=["all", "model"])
+def test_a_run_goes_on_from_a_checkpoint_without_a_list(options, trainer):
+    run = trainer(**CHECKPOINTS | {"max_steps": 2}, **options)
+    run.train()
+    (Path(run.args.output_dir) / "checkpoint-2" / MANIFEST).unlink()
+    again = trainer(**CHECKPOINTS, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+
+
+def test_a_run_that_starts_removes_what_a_killed_one_was_writing(trainer):
+    run = trainer(**CHECKPOINTS)
+    left = [Path(run.args.output_dir) / name / "_unfinished-x" for name in (".", "checkpoint-1")]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    run.train()
+    assert not any(folder.exists() for folder in left)
+
+
+def test_a_full_disk_is_told_once(trainer, monkeypatch):
+    run = trainer(**CHECKPOINTS, callbacks=[FailAt(2, lambda: fail_midway(monkeypatch, FULL))])
+    with pytest.raises(CheckpointError) as caught:
+        run.train()
+    assert str(caught.value).count("Expected") == 1 and "No space left" in str(caught.value)
 
 
 def test_weights_of_another_model_are_refused(tiny, tmp_path):

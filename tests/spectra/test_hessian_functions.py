@@ -1,15 +1,24 @@
-"""The Hessian in the place of the features: the same values, and gradients that reach the features the same."""
+"""The one route: the Hessian in the place of the features, no look at a value, NaN where nothing is raised."""
 
 import math
 
 import pytest
 import torch
 from matrices import gaussian, geometric, orthonormal, relative_error, value_and_gradient, with_singular_values
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError, ShapeError
-from hf_immunize.spectra.hessian import Hessian
-from hf_immunize.spectra.log_kappa import hessian_log_kappa
-from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well, spectral_concentration
+from hf_immunize.spectra.hessian_functions import Hessian, hessian_function, scale_free
+from hf_immunize.spectra.regularizers import (
+    concentration_form,
+    hessian_log_kappa,
+    hessian_r_ill,
+    hessian_r_well,
+    ill_form,
+    log_kappa_form,
+    spectral_concentration,
+    well_form,
+)
 
 
 def scale_free_r_well(features):
@@ -159,3 +168,90 @@ def test_a_matrix_in_single_precision_is_refused():
 def test_a_hessian_of_no_rows_is_refused(rows):
     with pytest.raises(ShapeError, match=f"rows={rows}"):
         Hessian(torch.eye(3, dtype=torch.float64), rows=rows, dtype=torch.float32)
+
+
+# ---- no look at a value ---------------------------------------------------------------------------------------------
+
+
+FORMS = {
+    "r_well": well_form,
+    "r_ill": ill_form,
+    "scale_free_r_well": scale_free(well_form, 2),
+    "scale_free_r_ill": scale_free(ill_form, -2),
+    "concentration": concentration_form,
+    "log_kappa": log_kappa_form,
+}
+BY_NAME = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def unseen(form):
+    return lambda features: hessian_function(features, form, raises=False)
+
+
+class NoLook(TorchDispatchMode):
+    """Fails where a value would be read back, or a new one sent."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}, name
+        assert not name.startswith("lift_fresh"), "torch.tensor of a value copies it to the device"
+        return function(*arguments, **(options or {}))
+
+
+@BY_NAME
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(12, 30), (700, 12)])
+def test_nothing_is_read_back(form, dtype, shape):
+    features = gaussian(*shape, dtype=dtype).requires_grad_()
+    with NoLook():
+        unseen(form)(features).backward()
+
+
+def test_the_watch_sees_the_host_read_a_value():
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoLook():
+        hessian_r_well(gaussian(12, 30))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("by_hessian", [False, True], ids=["features", "Hessian"])
+def test_on_the_meta_device_where_no_value_exists_value_and_gradient_have_their_shapes(function, dtype, by_hessian):
+    features = torch.empty(20, 12, dtype=dtype, device="meta", requires_grad=True)
+    value = function(Hessian.of(features) if by_hessian else features)
+    value.backward()
+    assert value.shape == () and value.dtype == torch.promote_types(dtype, torch.float32)
+    assert features.grad.shape == features.shape and features.grad.dtype == dtype
+
+
+@BY_NAME
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    [(torch.float32, math.nan), (torch.float32, math.inf), (torch.float64, math.nan), (torch.float64, 1e300)],
+)
+def test_features_that_are_not_finite_or_whose_squares_overflow_give_nan(form, dtype, bad):
+    features = gaussian(9, 5, dtype=dtype)
+    features[3, 2] = bad
+    assert math.isnan(unseen(form)(features))
+
+
+@BY_NAME
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features_of_zero_give_nan_with_a_zero_gradient(form, dtype):
+    value, gradient = value_and_gradient(unseen(form), torch.zeros(9, 5, dtype=dtype))
+    assert math.isnan(value)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("form", [ill_form, scale_free(ill_form, -2)], ids=["r_ill", "scale_free_r_ill"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [3 * orthonormal(6, 4, seed=0), gaussian(1, 4)], ids=["equal", "one sample"])
+def test_r_ill_at_perfect_conditioning_is_nan_with_a_zero_gradient(form, dtype, features):
+    value, gradient = value_and_gradient(unseen(form), features.to(dtype))
+    assert math.isnan(value)
+    assert not gradient.any()
+
+
+def test_float64_features_keep_directions_that_their_gram_matrix_loses():
+    features = with_singular_values(geometric(1e10, 8), 30, 8)
+    assert float(hessian_log_kappa(features)) == pytest.approx(2 * math.log(1e10), rel=1e-6)
+    assert float(hessian_log_kappa(Hessian.of(features))) < 2 * math.log(1e9)

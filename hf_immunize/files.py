@@ -1,0 +1,227 @@
+"""Files that are written whole or not at all, are on disk when that is said, and are known by their checksums."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from hf_immunize.errors import ArgumentError, CheckpointError, ImmunizationError
+
+
+# Begins the names of what is being written; a push to the Hub leaves out what begins with "_".
+UNFINISHED = "_unfinished-"
+# What a full disk raises: torch.save a RuntimeError, safetensors its own.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+_LOCK = ".lock"
+_CHECKSUM = "checksum"
+# From file systems that have no such call.
+_CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
+def flush(path: str | os.PathLike[str]) -> None:
+    """Wait until a file's content, or the names in a folder, are on disk, where a power cut leaves them.
+
+    Args:
+        path: A file, or a folder.
+
+    Raises:
+        OSError: If the disk does not take them.
+    """
+    windows = os.name == "nt"
+    if windows and os.path.isdir(path):  # has no such call
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A directory within the target to write into; its files replace the target's only when all are on disk.
+
+    Args:
+        target: The directory that the files are for; other files in it stay.
+
+    Yields:
+        The directory to write into, on the same file system.
+
+    Raises:
+        CheckpointError: If writing fails (a full disk, say); the target is then as it was.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with staged_directory(f"{folder}/model") as staging:
+        ...         _ = (staging / "config.json").write_text("{}", encoding="utf-8")
+        ...     os.listdir(f"{folder}/model")
+        ['config.json']
+    """
+    target = Path(target)
+    new = [folder for folder in (target, *target.parents) if not folder.exists()]
+    staging: Path | None = None
+    lock: FileLock | None = None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        # Within the target, which may be a mount of its own.
+        staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target))
+        lock = _locked(staging)
+        yield staging
+        written = sorted(path for path in staging.rglob("*") if path != staging / _LOCK)
+        files, folders = ([path for path in written if path.is_file() is kind] for kind in (True, False))
+        for file in files:
+            flush(file)
+        for folder in folders:
+            (target / folder.relative_to(staging)).mkdir(exist_ok=True)
+        for file in files:
+            os.replace(file, target / file.relative_to(staging))
+        for folder in (*reversed(folders), staging):
+            flush(target / folder.relative_to(staging))
+        for folder in new:
+            flush(folder.parent)
+    except ImmunizationError:
+        raise
+    except WRITE_ERRORS as error:
+        raise CheckpointError(
+            f"Expected to write {target}, found: {error}. What was there before is untouched; make room or choose "
+            "another output_dir, and save again."
+        ) from error
+    finally:
+        if lock is not None:
+            lock.release()
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if new:
+            with suppress(OSError):  # not empty: the files are in place
+                target.rmdir()
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file in UTF-8, whole or not at all; it is on disk when this returns.
+
+    Args:
+        path: The file.
+        text: What goes in.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: If it cannot be written; what was there before is untouched.
+    """
+    path = Path(path)
+    with staged_directory(path.parent) as staging:
+        (staging / path.name).write_text(text, encoding="utf-8")
+    return path
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed processes were writing into a folder; what is being written now stays.
+
+    Args:
+        folder: May be missing.
+    """
+    for leftover in Path(folder).glob(f"{UNFINISHED}*"):
+        # The operating system lets go of a lock when its process ends, however that happens.
+        with suppress(Timeout, NotImplementedError, OSError), FileLock(leftover / _LOCK, timeout=0):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_writable(folder: str | os.PathLike[str], option: str) -> None:
+    """Make sure, before any work is done, that files can be written into a folder, or into the one it will be made in.
+
+    Args:
+        folder: The folder.
+        option: What the user calls it, such as ``"--output-dir"``.
+
+    Raises:
+        ArgumentError: If they cannot.
+    """
+    place = Path(folder)
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ArgumentError(
+            f"Expected a folder that can be written as {option}, found {os.fspath(folder)} ({error.strerror}). Choose "
+            "another, or change its rights."
+        ) from error
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def with_checksum(values: Mapping[str, Any]) -> str:
+    """Plain values as one line of JSON that `checked` can tell from a damaged one.
+
+    Args:
+        values: Name to value; the name "checksum" is taken.
+
+    Returns:
+        The line, without an end.
+
+    Example:
+        >>> checked(with_checksum({"accuracy": 0.5}))
+        {'accuracy': 0.5}
+        >>> checked(with_checksum({"accuracy": 0.5}).replace("0.5", "0.7"))
+        Traceback (most recent call last):
+        ValueError: the checksum is of other values
+    """
+    return json.dumps({**values, _CHECKSUM: _checksum(values)})
+
+
+def checked(line: str) -> dict[str, Any]:
+    """The values in a line that `with_checksum` made, or an older version without.
+
+    Args:
+        line: The line.
+
+    Returns:
+        Name to value.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        raise ValueError("no JSON object")
+    found = values.pop(_CHECKSUM, None)
+    if found is not None and found != _checksum(values):
+        raise ValueError("the checksum is of other values")
+    return values
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _locked(staging: Path) -> FileLock | None:
+    """A lock that tells others that this is being written; None where the file system knows no locks."""
+    try:
+        lock = FileLock(staging / _LOCK)
+        lock.acquire()
+    except (NotImplementedError, OSError):
+        return None
+    return lock

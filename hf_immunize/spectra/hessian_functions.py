@@ -1,0 +1,317 @@
+"""Functions of the probing Hessian ``H = ZᵀZ``: one route from features to a value with its gradient in closed form.
+
+``ZᵀZ`` (D×D) and ``ZZᵀ`` (N×N) share their non-zero spectrum. The smaller of the two, the *small side*, is formed in
+float64 and decomposed. A function of H then gives its value and a symmetric matrix M of that size, with
+``∂f/∂Z = M·Z`` (N ≤ D) or ``Z·M``. No backward pass runs through a decomposition.
+
+Nothing here branches on a value, so that on a GPU the host does not wait for more than the decomposition itself. On a
+CPU a value that is not finite becomes a named error; elsewhere it stays NaN, with a zero gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError, ShapeError
+from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
+
+
+# Rows cast to float64 at a time: the whole of Z is never copied.
+CHUNK = 512
+# What a Gram matrix in float64 loses, in singular values.
+_GRAM_NOISE = torch.finfo(torch.float64).eps ** 0.5
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off, on devices that know it."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def gram_matrix(tall: Tensor) -> Tensor:
+    """``AᵀA`` of A, shape ``(m, n)``: shape ``(n, n)``, float64, symmetric, without a gradient."""
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    for rows in tall.detach().split(CHUNK):
+        rows = rows.to(torch.float64)
+        gram.addmm_(rows.mT, rows)
+    return (gram + gram.mT) / 2
+
+
+def times_rows(z: Tensor, small: Tensor, *, transposed: bool) -> Tensor:
+    """``Z·M``, or ``M·Z`` where the rows are those of Zᵀ: computed in float64, given in float32 at least."""
+    product = torch.empty(z.shape, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+    source, target = (z.mT, product.mT) if transposed else (z, product)
+    for rows, out in zip(source.split(CHUNK), target.split(CHUNK), strict=True):
+        out.copy_(rows.to(torch.float64) @ small)
+    return product
+
+
+class Gram(torch.autograd.Function):
+    """``ZᵀZ`` in float64, differentiable: ``∂f/∂Z = Z(S + Sᵀ)`` with S the gradient that arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        """The matrix, with autocast off."""
+        ctx.save_for_backward(features)
+        with without_autocast(features.device):
+            return gram_matrix(features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        """The product in float64, by chunks of rows."""
+        (features,) = ctx.saved_tensors
+        with without_autocast(features.device):
+            gradient = torch.empty_like(features)
+            for rows, out in zip(features.split(CHUNK), gradient.split(CHUNK), strict=True):
+                out.copy_(rows.to(torch.float64) @ (grad_outputs[0] + grad_outputs[0].mT))
+        return gradient
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """``H = ZᵀZ`` of features ``Z`` of shape ``(N, D)``, in the place of Z for functions of H alone.
+
+    Where processes hold a share of the rows each, the sum of their ``ZᵀZ`` is D×D numbers whatever N is. The gradient
+    flows to `matrix`: with ``∂f/∂Z = Z·M`` it is the symmetric ``∂f/∂H = M/2``, in float64.
+
+    A Gram matrix in float64 resolves singular values of Z down to ``√eps·σ_1`` (1.5e-8), what float32 and coarser
+    features hold above their own rounding. Of float64 features smaller ones are lost: give such features themselves.
+
+    Attributes:
+        matrix: H, shape ``(D, D)``, float64, symmetric, summed over all rows of all processes.
+        rows: N, the rows of all processes: the rank of H is at most N, and the rank rule needs it.
+        dtype: The dtype in which the features were computed, which says where their rounding noise lies.
+
+    Raises:
+        ShapeError: If the matrix is not square, or N is not positive.
+        ArgumentError: If the matrix is not of float64.
+
+    Example:
+        >>> from hf_immunize.spectra.regularizers import hessian_r_well
+        >>> Z = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> parts = [Hessian.of(rows) for rows in Z.split(1)]  # one process each
+        >>> H = Hessian(sum(part.matrix for part in parts), rows=2, dtype=Z.dtype)
+        >>> hessian_r_well(H).item(), hessian_r_well(Z).item()
+        (3.75, 3.75)
+    """
+
+    matrix: Tensor
+    rows: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        as_matrix(self.matrix, "a Hessian", check_finite=False)
+        if self.matrix.shape[0] != self.matrix.shape[1]:
+            raise ShapeError(f"Expected a Hessian of shape (D, D), found {tuple(self.matrix.shape)}. Pass ZᵀZ.")
+        if self.matrix.dtype != torch.float64:
+            raise ArgumentError(
+                f"Expected a Hessian in float64, found {self.matrix.dtype}, in which small eigenvalues are lost. Form "
+                "ZᵀZ of features cast to float64."
+            )
+        if self.rows < 1:
+            raise ShapeError(f"Expected a Hessian of at least one row of features, found rows={self.rows}.")
+
+    @classmethod
+    def of(cls, features: Tensor) -> Hessian:
+        """The Hessian of one process's features, shape ``(N, D)``; differentiable."""
+        features = as_matrix(features, "features", check_finite=False)
+        return cls(Gram.apply(features), features.shape[0], features.dtype)
+
+
+class Spectrum(NamedTuple):
+    """All eigenpairs of the small side, descending, with the rank rule as a mask.
+
+    Attributes:
+        values: Eigenvalues, shape ``(n,)``, float64.
+        vectors: Columns, shape ``(n, n)``.
+        kept: Which values the rank rule keeps, shape ``(n,)``, boolean.
+        smallest: The smallest of these, 0-D.
+        gram: The decomposed matrix, shape ``(n, n)``.
+        dim: D, the dimension of the features.
+        noise: Relative spread of equal eigenvalues once the features are rounded to their dtype.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    kept: Tensor
+    smallest: Tensor
+    gram: Tensor
+    dim: int
+    noise: float
+
+    def top(self) -> Tensor:
+        """Average of uuᵀ over the eigenspace of the largest value."""
+        return self._average(self.values >= self.values[0] * (1 - self._tie()))
+
+    def bottom(self) -> Tensor:
+        """Average of uuᵀ over the eigenspace of the smallest value that is not zero."""
+        return self._average(self.kept & (self.values <= self.smallest + self._tie() * self.values[0]))
+
+    def all_equal(self) -> Tensor:
+        """Whether all non-zero values count as one, 0-D boolean."""
+        return self.values[0] - self.smallest <= max(self._tie(), self.noise) * self.values[0]
+
+    def _tie(self) -> float:
+        """Relative distance below which two eigenvalues computed in float64 count as one repeated value."""
+        return 16 * len(self.values) * torch.finfo(torch.float64).eps
+
+    def _average(self, mask: Tensor) -> Tensor:
+        weights = mask.to(self.vectors.dtype)  # of booleans the quotient would be in float32
+        return (self.vectors * (weights / weights.sum())) @ self.vectors.mT
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative spread of equal eigenvalues once the features are rounded to their dtype."""
+    return 8 * torch.finfo(dtype).eps
+
+
+# The value of a function of H and the symmetric M on the small side for which ∂f/∂Z is M·Z or Z·M.
+Form = Callable[[Spectrum], tuple[Tensor, Tensor]]
+
+
+def scale_free(form: Form, degree: int) -> Form:
+    """The function of ``cH``, ``c = D/tr H``, of a function that is homogeneous in H of the given degree."""
+
+    def scaled(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+        trace = spectrum.values.sum()
+        value, small = form(spectrum)
+        factor = (spectrum.dim / trace) ** degree
+        value, small = factor * value, factor * small
+        small.diagonal().sub_(2 * degree * torch.nan_to_num(value) / trace)
+        return value, small
+
+    return scaled
+
+
+def hessian_function(features: Tensor | Hessian, form: Form, *, raises: bool | None = None) -> Tensor:
+    """A function of ``H = ZᵀZ``, differentiable once with respect to what is given, features or Hessian.
+
+    Args:
+        features: Z of shape ``(N, D)``, or their `Hessian`.
+        form: The function.
+        raises: Whether a value that is not finite is an error; by default on the CPU alone.
+
+    Returns:
+        0-D tensor, in the dtype of the features, float32 at least.
+
+    Raises:
+        ShapeError: If the features are not ``(N, D)``.
+        NonFiniteError: If they hold NaN or infinity, or their squares overflow.
+        RankError: If they are zero.
+        PerfectConditioningError: If the function is undefined at κ = 1 and this is κ.
+    """
+    # Shape and dtype only: that the features are finite and not zero is seen in the Gram matrix.
+    matrix = features.matrix if isinstance(features, Hessian) else as_matrix(features, "features", check_finite=False)
+    if raises is None:
+        raises = matrix.device.type == "cpu"
+
+    def function(detached: Tensor) -> tuple[Tensor, Tensor]:
+        given = replace(features, matrix=detached) if isinstance(features, Hessian) else detached
+        spectrum, sound = _spectrum(given)
+        value, small = form(spectrum)
+        sound = sound & torch.isfinite(value)
+        if raises and not sound:
+            raise _reason(given)
+        value, small = torch.where(sound, value, torch.nan), torch.where(sound, small, 0.0)
+        if isinstance(features, Hessian):
+            return value, small / 2
+        return value, times_rows(detached, small, transposed=_wide(detached))
+
+    return ClosedForm.apply(matrix, function, features.dtype)
+
+
+class ClosedForm(torch.autograd.Function):
+    """A scalar function of a matrix whose gradient is computed beside its value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, matrix: Tensor, function: Callable[[Tensor], tuple[Tensor, Tensor]], dtype: torch.dtype
+    ) -> Tensor:
+        """The value, with autocast off, in float32 or better; the gradient is kept for the backward pass."""
+        with without_autocast(matrix.device):
+            value, gradient = function(matrix.detach())
+        ctx.save_for_backward(gradient)
+        ctx.matrix_dtype = matrix.dtype
+        return value.to(torch.promote_types(dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient that was kept, times what comes from above."""
+        (gradient,) = ctx.saved_tensors
+        # Scaled before it is cast: a weight of 1e8 on a gradient of 1e-9 would vanish in half precision otherwise.
+        scaled = torch.empty_like(gradient, dtype=ctx.matrix_dtype)
+        for rows, out in zip(gradient.split(CHUNK), scaled.split(CHUNK), strict=True):
+            out.copy_(grad_outputs[0] * rows)
+        return scaled, None, None
+
+
+def _wide(features: Tensor) -> bool:
+    """Whether ``ZZᵀ`` (N×N) is the small side."""
+    return features.shape[0] <= features.shape[1]
+
+
+def _spectrum(given: Tensor | Hessian) -> tuple[Spectrum, Tensor]:
+    """The spectrum of the small side, and whether it is finite and not zero; of the identity where it is not."""
+    if isinstance(given, Hessian):
+        features, gram = None, given.matrix
+        rows, dim = given.rows, gram.shape[0]
+    else:
+        features, gram = given, gram_matrix(given.mT if _wide(given) else given)
+        rows, dim = given.shape
+    sound = torch.isfinite(gram).all() & (gram.diagonal().sum() > 0)
+    gram = torch.where(sound, gram, torch.eye(len(gram), dtype=torch.float64, device=gram.device))
+    if features is not None and features.dtype == torch.float64:
+        # The singular values of Z itself are more exact than those of its Gram matrix.
+        identity = torch.eye(*features.shape, dtype=features.dtype, device=features.device)
+        u, singular, vh = torch.linalg.svd(torch.where(sound, features, identity), full_matrices=False)
+        vectors, computed_noise = u if _wide(features) else vh.mT, 0.0
+    else:
+        values, vectors = torch.linalg.eigh(gram)
+        singular, vectors, computed_noise = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1), _GRAM_NOISE
+        # Of a Hessian of few rows the eigenvalues beyond them are rounding.
+        singular = singular * (torch.arange(len(gram), device=gram.device) < rows)
+    # `rank_cutoff` is the larger of a multiple of either argument.
+    of_frobenius = rank_cutoff(0.0, 1.0, rows, dim, given.dtype)
+    of_largest = max(rank_cutoff(1.0, 0.0, rows, dim, given.dtype), computed_noise)
+    cutoff = torch.maximum(of_frobenius * torch.linalg.vector_norm(singular), of_largest * singular[0])
+    values, kept = singular.square(), singular > cutoff
+    smallest = torch.where(kept, values, torch.inf).min()
+    return Spectrum(values, vectors, kept, smallest, gram, dim, rounding(given.dtype)), sound
+
+
+def _reason(given: Tensor | Hessian) -> NonFiniteError | RankError | PerfectConditioningError:
+    """Why a function of H has no finite value."""
+    name, values = ("the Hessian", given.matrix) if isinstance(given, Hessian) else ("features", given)
+    as_matrix(values, name)  # names the entry that is not finite
+    largest = float(values.abs().max())
+    if largest == 0:
+        return RankError(
+            f"Expected features of rank at least 1, found rank 0: all of {tuple(values.shape)} values are zero. Check "
+            "that the network is not dead and the right layer is read."
+        )
+    square = largest * largest  # unlike a power, never an OverflowError
+    if not math.isfinite(square * values.numel()) or square == 0:
+        return NonFiniteError(
+            f"Expected {name} whose squares are finite and above zero in float64, found values up to {largest:.3g}. "
+            "Divide them by their scale first."
+        )
+    return perfect_conditioning("all")
+
+
+def perfect_conditioning(found: str) -> PerfectConditioningError:
+    """The error of R_ill where κ is 1."""
+    return PerfectConditioningError(
+        f"Expected κ > 1 in R_ill, found {found} non-zero singular values equal, where R_ill is undefined. Use at "
+        "least two different samples in a harmful batch."
+    )

@@ -1,0 +1,122 @@
+"""Training, audit and verification measure on the same images, and not on those that were trained on."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from datasets import DatasetDict
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from typer.testing import CliRunner
+
+from hf_immunize import cli, verify
+from hf_immunize.attacks.runner import audit
+from hf_immunize.audit_command import _data, _draw
+from hf_immunize.errors import TrainingImagesError
+from hf_immunize.hub.record import read_record, write_record
+from hf_immunize.hub_commands import _images
+from hf_immunize.train_arguments import parse_arguments
+from hf_immunize.train_command import run_train
+from hf_immunize.train_data import load_splits
+from hf_immunize.vision.identity import image_hashes
+
+
+CLASSES = ("cat", "dog", "gun", "knife")
+SEED, FRACTION = 7, 0.4
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of images without a test split."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir()
+        for index in range(30):
+            pixels = generator.integers(0, 128, (8, 8, 3)) + 30 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index}.png")
+    return root
+
+
+def words(images, model, output):
+    common = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu"]
+    common += ["--disable_tqdm", "True", "--seed", SEED, "--eval_fraction", FRACTION]
+    data = ["--dataset", images, "--harmful_classes", "gun", "knife"]
+    return [str(word) for word in ["--model", model, "--output_dir", output, *data, *common]]
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    model, output = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("run")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=2, **sizes)).save_pretrained(model)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(model)
+    given = words(images, model, output)
+    run_train(given)
+    return output, load_splits(*parse_arguments(given))
+
+
+def seen(dataset):
+    return set(image_hashes(dataset, "image").tolist())
+
+
+def test_audit_and_verify_measure_on_what_training_held_out(run, images):
+    output, trained = run
+    draw = partial(_draw, str(output), "main", None, None)
+    harmful, benign = _data(None, None, str(images), "gun,knife", None, None, None, draw)
+    checked = _images(None, None, str(images), ["gun", "knife"], None, None, None, read_record(output))
+    for side, audited, verified in zip(trained, (benign, harmful), checked, strict=True):
+        assert seen(audited.test) == seen(verified) == seen(side.test)
+        assert seen(audited.train) == seen(side.train)
+
+
+def test_the_record_says_how_images_were_held_out(run):
+    record = read_record(run[0])
+    for data in (record.benign, record.harmful):
+        assert (data.held_out_fraction, data.held_out_seed) == (FRACTION, SEED)
+
+
+def typed(*words):
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+AUDIT = ("--harmful-classes", "gun,knife", "--quick", "--attackers", "ridge")
+
+
+def test_an_audit_of_the_same_data_runs(run, images, tmp_path):
+    assert typed("audit", run[0], "--dataset", images, *AUDIT, "--output-dir", tmp_path).exit_code == 0
+
+
+@pytest.mark.parametrize("changed", [["--seed", "8"], ["--test-fraction", "0.3"], ["--test-fraction", "0.8"]])
+def test_an_audit_of_another_split_is_refused(run, images, tmp_path, changed):
+    found = typed("audit", run[0], "--dataset", images, *AUDIT, "--output-dir", tmp_path, *changed)
+    # Of a smaller part of the same draw, all were held out; the draw of a larger part begins with the same images.
+    assert isinstance(found.exception, TrainingImagesError) == (changed != ["--test-fraction", "0.3"]), found.output
+
+
+def test_training_images_under_another_name_are_refused(run, tmp_path):
+    output, (benign, harmful) = run
+    for side, parts in (("benign", benign), ("harmful", harmful)):
+        DatasetDict(train=parts.test, test=parts.train).save_to_disk(tmp_path / side)
+    sources = {side: str(tmp_path / side) for side in ("benign", "harmful")}
+    with pytest.raises(TrainingImagesError, match="harmful"):
+        audit(str(output), preset="quick", attackers=["ridge"], progress=False, **sources)
+    with pytest.raises(TrainingImagesError, match="benign"):
+        verify(output, progress=False, **sources)
+
+
+def test_a_record_that_knows_no_training_images_refuses_none(run, tmp_path):
+    output, (benign, harmful) = run
+    record = read_record(output)
+    for data in (record.benign, record.harmful):
+        data.train_sketch = data.sketch = data.held_out_fraction = data.held_out_seed = None
+    for path in output.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    write_record(tmp_path, record)
+    assert verify(tmp_path, benign=benign.train, harmful=harmful.train, progress=False).exit_code == 4
+
+
+def test_verify_holds_out_by_itself(run, images):
+    classes = ["--harmful-class", "gun", "--harmful-class", "knife"]
+    assert typed("verify", run[0], "--dataset", images, *classes).exit_code == 0
