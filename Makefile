@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two threads saturate the two cores CI has; more only fight for them.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test fast quality style bench install install-dev clean
+.PHONY: demo test fast test-portable test-lowest test-newest quality style bench install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -33,10 +33,40 @@ test: install  ## All tests and the docstrings' examples
 fast: install  ## The tests that finish within seconds each
 	$(PYTEST) -m 'not slow'
 
+# Other processors, imitated: what the libraries of linear algebra choose by the processor, they choose by these instead.
+PROCESSORS ?= ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx512 \
+	ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2
+THREADS ?= 1 2
+
+test-portable: install  ## The tests that assert what a training comes to, as other processors, of one and two threads
+	@failed=; for threads in $(THREADS); do for processor in $(PROCESSORS); do \
+		echo "== $$processor, threads: $$threads"; \
+		env $$processor OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -q -m outcome -n $$((3 - threads)) \
+			|| failed="$$failed $$processor/$$threads"; \
+	done; done; test -z "$$failed" || { echo "Failed as:$$failed"; exit 1; }
+
+# torch stays at the CPU build that constraints.txt names.
+test-lowest:  ## The fast tests with the lowest versions that pyproject.toml admits, in .venv-lowest
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	grep '^torch==' constraints.txt > .venv-lowest/torch.txt
+	.venv-lowest/bin/uv pip compile --quiet --python .venv-lowest/bin/python --resolution lowest-direct --extra test \
+		--constraints .venv-lowest/torch.txt --output-file .venv-lowest/lowest.txt pyproject.toml
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[test]'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+test-newest:  ## All tests with the newest versions that pyproject.toml admits, in .venv-newest
+	$(PYTHON) -m venv --clear .venv-newest
+	grep '^torch==' constraints.txt > .venv-newest/torch.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-newest/torch.txt -e '.[test]'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadfile
+
 quality: install-dev  ## What CI asks of the code's form
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
 
 style: install-dev  ## Put the code into that form
 	$(BIN)/ruff check --fix .
@@ -46,4 +76,4 @@ bench: install  ## All benchmarks; `make bench PARTS='regularizers streaming'` f
 	$(BIN)/python -m benchmarks $(PARTS)
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) .venv-lowest .venv-newest runs build dist

@@ -15,7 +15,7 @@ if str(ROOT) not in sys.path:
 from benchmarks import gpu  # noqa: E402
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_rows_are_empty_and_it_says_so():
     found = gpu.run()
     (table,) = found["tables"]

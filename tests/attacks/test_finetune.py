@@ -17,6 +17,7 @@ pytest_plugins = ["attack_fixtures"]
 ATTACKERS = ["last_stage", "whole_network", "bias_only", "lora_r2"]
 
 
+@pytest.mark.outcome
 @pytest.mark.parametrize("attacker", FINE_TUNING)
 def test_beats_chance_by_thirty_points(attacker, tuning_budget):
     found = fine_tune(tiny_vit(), attacker, pictures(80, 0), pictures(40, 1), CLASSES, 0, tuning_budget)
@@ -49,6 +50,7 @@ def test_the_attacked_model_stays_as_it_was(attacker, build, tuning_budget):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.outcome
 @pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
 def test_what_is_frozen_is_computed_once_and_changes_no_curve(build, tuning_budget, monkeypatch):
     passes = []
@@ -95,6 +97,7 @@ def test_divergence_is_recorded_and_has_no_accuracy(tuning_budget):
     assert (found.status, found.accuracy) == ("diverged", None)
 
 
+@pytest.mark.outcome
 def test_one_diverging_rate_does_not_hide_a_sound_one(tuning_budget):
     mixed = replace(tuning_budget, optimizers={"sgd": (1e30, 1e-2)})
     found = fine_tune(tiny_vit(), "whole_network", pictures(16, 0), pictures(8, 1), CLASSES, 0, mixed)

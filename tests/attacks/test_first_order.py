@@ -58,6 +58,7 @@ def steps_to(finding, target):
     return next(step for step, value in zip(finding.steps, finding.curve, strict=True) if value >= target)
 
 
+@pytest.mark.outcome
 def test_on_a_linear_map_with_rir_above_1e4_descent_takes_a_hundred_times_the_steps():
     before, after, rir = immunized_by_a_linear_map()
     budget = ProbeBudget(descent_steps=100_000)

@@ -10,7 +10,7 @@ from hf_immunize.attacks.report import AuditReport
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(find_browser() is None, reason="no Chromium or Chrome is installed (CHROME may name one)"),
+    pytest.mark.skipif(find_browser() is None, reason="apt-get install chromium, or name a browser in CHROME"),
 ]
 SHOWN = """[...document.images].map(i => ({
     loaded: i.complete && i.naturalWidth > 0, width: i.getBoundingClientRect().width, alt: i.alt

@@ -17,6 +17,7 @@ CHANCE, MARGIN = 0.25, 0.5
 DTYPES = [torch.float64, torch.float32]
 
 
+@pytest.mark.outcome
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PROBES)
 def test_beats_chance_by_fifty_points(name, dtype, features, probe_budget):
@@ -38,12 +39,14 @@ def test_collapsed_features_are_read_at_chance(name, features, probe_budget):
     assert found.status == "diverged" or found.accuracy == pytest.approx(CHANCE)
 
 
+@pytest.mark.outcome
 @pytest.mark.parametrize("name", PROBES)
 def test_features_of_tiny_scale_are_read_all_the_same(name, features, probe_budget):
     small = ProbeData(1e-6 * features.Z, features.y, 1e-6 * features.Z_test, features.y_test, 4)
     assert PROBES[name](small, 0, torch.float32, probe_budget).accuracy > CHANCE + MARGIN
 
 
+@pytest.mark.outcome
 @pytest.mark.parametrize("name", PROBES)
 def test_a_class_with_one_image_is_no_obstacle(name, features, probe_budget):
     Z, y = torch.cat([features.Z, features.Z[:1]]), torch.cat([features.y, torch.tensor([4])])

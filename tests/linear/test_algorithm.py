@@ -35,6 +35,7 @@ def test_every_method_returns_a_map_and_its_history(method):
         assert torch.equal(found.theta, again.theta)
 
 
+@pytest.mark.outcome
 def test_rules_move_both_condition_numbers_the_right_way_in_every_epoch():
     P, y, H, _ = tasks()
     found = immunize_linear(P, y, H, "kappa", step="rule", epochs=60, lr=1e-12)
@@ -45,6 +46,7 @@ def test_rules_move_both_condition_numbers_the_right_way_in_every_epoch():
     assert found.rir > 10
 
 
+@pytest.mark.outcome
 def test_rules_come_close_to_the_ceiling():
     from hf_immunize import rir_ceiling
 
@@ -53,6 +55,7 @@ def test_rules_come_close_to_the_ceiling():
     assert found.rir > 0.9 * rir_ceiling(P, H).value
 
 
+@pytest.mark.outcome
 @pytest.mark.parametrize(
     "options", [{}, {"batch_size": 16}, {"theta_init": "random"}, {"theta_init": 2 * torch.eye(6)}]
 )
@@ -62,6 +65,7 @@ def test_the_benign_task_is_learnt_beside(options):
     assert found.history[-1]["loss"] < 0.5 * found.history[0]["loss"]
 
 
+@pytest.mark.outcome
 def test_classes_and_several_targets():
     P, y, H, _ = tasks()
     labels = (y > 0).long()
@@ -93,6 +97,7 @@ def test_balanced_weights_have_the_norm_of_the_task_gradient():
     assert torch.equal(immunize_linear(P, y, H, "kappa", **options, **none).theta - eye, task)
 
 
+@pytest.mark.outcome
 def test_imma_raises_the_adapted_harmful_loss():
     from hf_immunize.linear.baselines import adapted_loss
 

@@ -22,7 +22,7 @@ def reset_peak():
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pytest.skip("the peak of resident memory can be reset on Linux alone")
+        pytest.skip("resetting the peak of resident memory needs Linux")
 
 
 def features_of(rows, dtype):

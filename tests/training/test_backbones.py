@@ -3,6 +3,7 @@
 import copy
 import shutil
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -162,8 +163,6 @@ class TestBareBackbones:
 class TestAdapters:
     @pytest.fixture
     def wrapped(self, built):
-        peft = pytest.importorskip("peft")
-
         def wrap(name="vit", **options):
             given = {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]} | options
             torch.manual_seed(0)
@@ -293,7 +292,7 @@ class TestCompiled:
         ends = self.ends(short, lambda: copy.deepcopy(built("resnet")), torch_compile_backend="aot_eager")
         assert all(torch.allclose(ends[0][key], ends[1][key], atol=1e-6) for key in ends[0])
 
-    @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: g++ is not installed")
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor wants a C++ compiler: apt-get install g++")
     def test_two_steps_of_compiled_code_move_the_same(self, short):
         def one_layer():
             torch.manual_seed(0)

@@ -56,6 +56,7 @@ def test_live_dropout_in_what_moves_draws_the_same(trainer, tiny):
     assert largest_difference(*runs) < 1e-6
 
 
+@pytest.mark.outcome
 def test_float16_ends_near(trainer):
     runs = []
     for kind in ("no", "float16"):

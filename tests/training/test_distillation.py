@@ -112,6 +112,7 @@ def test_a_budget_in_benign_loss_is_measured_against_the_starting_model(trainer)
     assert run.state.log_history[0]["task_loss_rise"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.outcome
 @pytest.mark.slow
 @pytest.mark.parametrize("measure, large", [("kl", 1.0), ("total_variation", 0.19)])
 def test_a_small_budget_holds_predictions_closer_than_a_large_one(trainer, measure, large):

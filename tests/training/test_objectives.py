@@ -26,6 +26,7 @@ def test_a_step_down_the_harmful_term_moves_harmful_features_alone(name):
     assert benign.features.grad is None and harmful.features.grad.norm() > 0
 
 
+@pytest.mark.outcome
 @pytest.mark.parametrize("name", ["concentration", "kappa", "r_ill", "opt_kappa"])
 def test_descent_on_the_harmful_term_raises_kappa(name):
     features = side(1).features
@@ -37,6 +38,7 @@ def test_descent_on_the_harmful_term_raises_kappa(name):
     assert feature_conditioning(features.detach()).log_kappa > before + 0.5
 
 
+@pytest.mark.outcome
 @pytest.mark.parametrize("name", ["concentration", "kappa", "opt_kappa"])
 def test_descent_on_the_benign_term_lowers_kappa(name):
     features = side(0).features
@@ -48,6 +50,7 @@ def test_descent_on_the_benign_term_lowers_kappa(name):
     assert feature_conditioning(features.detach()).log_kappa < before - 0.2
 
 
+@pytest.mark.outcome
 def test_descent_on_silence_switches_every_rectifier_off():
     harmful, benign = side(1), side(0)
     for _ in range(200):

@@ -1,5 +1,6 @@
 """Checkpoints are loaded back into models of every kind that a Trainer saves."""
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -22,7 +23,6 @@ class Own(torch.nn.Module):
 
 
 def with_adapter(model):
-    peft = pytest.importorskip("peft")
     targets = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:2]
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, modules_to_save=["classifier"]))
 

@@ -52,7 +52,7 @@ def test_a_trial_has_the_rir_of_its_own_starting_model(searched, tiny):
 
 
 def test_optuna_searches(tiny, trainer):
-    pytest.importorskip("optuna", reason="optuna is not installed")
+    pytest.importorskip("optuna", reason="pip install optuna")
     best = trainer(model_init=lambda: tiny(), eval_strategy="steps", eval_steps=1).hyperparameter_search(
         hp_space=lambda trial: {"harmful_weight": trial.suggest_float("harmful_weight", 0.1, 1.0)},
         compute_objective=lambda metrics: metrics["eval_log10_rir"],

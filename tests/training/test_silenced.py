@@ -1,9 +1,12 @@
-"""Training with the rectifiers' objective to its end, where harmful features are zero, and what is made of that."""
+"""A network whose rectifiers are off on harmful images, set so by hand: what is made of it; and the way there."""
+
+import copy
 
 import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from hf_immunize.errors import RankError
 from hf_immunize.hub.record import read_record
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.training.arguments import ImmunizationArguments
@@ -16,9 +19,17 @@ def images(count, seed, level):
     return [{"pixel_values": image, "labels": index % 2} for index, image in enumerate(0.5 * noise + level)]
 
 
-@pytest.fixture(scope="module")
-def silenced(tmp_path_factory):
-    torch.manual_seed(0)
+SIDES = {"train_dataset": images(40, 1, -1.0), "harmful_dataset": images(40, 2, 1.0)}
+SIDES |= {"eval_dataset": images(24, 3, -1.0), "harmful_eval_dataset": images(24, 4, 1.0)}
+
+
+def pixels(name):
+    return torch.stack([one["pixel_values"] for one in SIDES[name]])
+
+
+def resnet(seed=0):
+    """An untrained ResNet whose BatchNorm knows both sides."""
+    torch.manual_seed(seed)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2)
     model = ResNetForImageClassification(config)
     for module in model.modules():
@@ -28,74 +39,109 @@ def silenced(tmp_path_factory):
         model.train()
         for level in (-1.0, 1.0):
             model(pixel_values=torch.stack([one["pixel_values"] for one in images(32, 5, level)]))
+    return model
+
+
+def last_block(model):
+    return model.resnet.encoder.stages[-1].layers[-1]
+
+
+@torch.no_grad()
+def entering(model, name):
+    """What enters the last rectifier, ``(N, C, H, W)``."""
+    seen = []
+    hook = last_block(model).activation.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].clone())
+    )
+    model.eval()(pixel_values=pixels(name))
+    hook.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def switch_off(model):
+    """Lower the last rectifier's biases until harmful images, and no benign one, enter below zero, with room."""
+    harmful, benign = (entering(model, name) for name in ("harmful_eval_dataset", "eval_dataset"))
+    room = 0.1 * harmful.std()
+    last_block(model).layer[-1].normalization.bias -= harmful.amax((0, 2, 3)) + room
+    harmful, benign = (entering(model, name) for name in ("harmful_eval_dataset", "eval_dataset"))
+    assert harmful.max() < -0.9 * room and (benign.amax((1, 2, 3)) > room).all()
+
+
+def trainer_of(folder, seed=0, **options):
     args = ImmunizationArguments(
-        str(tmp_path_factory.mktemp("silenced")),
+        str(folder),
         objective="silence",
-        max_steps=150,
-        learning_rate=3e-2,
         per_device_train_batch_size=16,
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",
         benign_budget=0.1,
+        seed=seed,
+        **options,
     )
-    sides = {"train_dataset": images(40, 1, -1.0), "harmful_dataset": images(40, 2, 1.0)}
-    sides |= {"eval_dataset": images(24, 3, -1.0), "harmful_eval_dataset": images(24, 4, 1.0)}
-    trainer = ImmunizationTrainer(model, args, **sides)
+    return ImmunizationTrainer(resnet(seed), args, **SIDES)
+
+
+@pytest.fixture(scope="module")
+def silenced(tmp_path_factory):
+    # A step of no length, after which evaluations are of what came of the training.
+    trainer = trainer_of(tmp_path_factory.mktemp("silenced"), max_steps=1, learning_rate=1e-12)
     trainer.train()
-    return trainer, sides
-
-
-def features(silenced, name):
-    trainer, sides = silenced
-    pixels = torch.stack([one["pixel_values"] for one in sides[name]])
-    with torch.no_grad():
-        return penultimate_features(trainer.model.eval(), pixels)
-
-
-def test_features_of_unseen_harmful_images_are_zero(silenced):
-    assert not features(silenced, "harmful_eval_dataset").any()
-
-
-def test_benign_features_are_not(silenced):
-    assert features(silenced, "eval_dataset").any(1).all()
+    switch_off(trainer.model)
+    return trainer
 
 
 def test_evaluation_reports_a_bound(silenced):
-    metrics = silenced[0].evaluate()
+    metrics = silenced.evaluate()
     assert metrics["eval_harmful_rank"] == 0 and metrics["eval_rir_is_lower_bound"] == 1.0
+    assert metrics["eval_benign_rank"] > 0
 
 
 def test_checkpoint_and_record_are_written(silenced, tmp_path):
-    silenced[0].save_model(str(tmp_path))
+    silenced.evaluate()
+    silenced.save_model(str(tmp_path))
     record = read_record(tmp_path)
     assert record.harmful_features.after.rank == 0
 
 
 def test_all_zero_features_without_a_reference_stay_an_error():
-    from hf_immunize.errors import RankError
-
     with pytest.raises(RankError, match="network is not dead"):
         feature_conditioning(torch.zeros(4, 3))
 
 
+def moved_by_the_harmful_task(model):
+    """Names of the parameters that the harmful task's loss would move."""
+    model = copy.deepcopy(model).eval().requires_grad_()
+    images = pixels("harmful_eval_dataset")
+    torch.nn.functional.cross_entropy(model(pixel_values=images).logits, torch.arange(len(images)) % 2).backward()
+    return {name for name, value in model.named_parameters() if value.grad is not None and value.grad.any()}
+
+
 def test_no_gradient_of_the_harmful_task_passes_the_rectifiers(silenced):
-    trainer, sides = silenced
-    model = trainer.model.eval().requires_grad_()
-    model.zero_grad()
-    pixels = torch.stack([one["pixel_values"] for one in sides["harmful_eval_dataset"]])
-    torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, torch.arange(len(pixels)) % 2).backward()
-    moved = {name for name, value in model.named_parameters() if value.grad is not None and value.grad.any()}
-    model.requires_grad_(False)
-    assert moved == {"classifier.1.bias"}
+    assert moved_by_the_harmful_task(silenced.model) == {"classifier.1.bias"}
+    assert len(moved_by_the_harmful_task(resnet())) > 10
 
 
 def test_statistics_of_the_batch_bring_them_back(silenced):
     """What an attacker does who fine-tunes with BatchNorm in training mode; the documentation says so."""
-    import copy
+    images = pixels("harmful_eval_dataset")
+    assert not penultimate_features(silenced.model.eval(), images).any()
+    assert penultimate_features(copy.deepcopy(silenced.model).train(), images).any()
 
-    trainer, sides = silenced
-    model = copy.deepcopy(trainer.model).train()
-    pixels = torch.stack([one["pixel_values"] for one in sides["harmful_eval_dataset"]])
-    assert penultimate_features(model, pixels).any()
+
+@pytest.mark.outcome
+@pytest.mark.parametrize("seed", range(3))
+def test_training_switches_rectifiers_off_for_harmful_images_and_not_for_benign_ones(seed, tmp_path):
+    def passing(model, name):
+        """The share of entries that pass the last rectifier."""
+        return (entering(model, name) > 0).double().mean().item()
+
+    left = {}
+    for rate in (1e-12, 1e-2):
+        trainer = trainer_of(tmp_path, seed, max_steps=60, learning_rate=rate)
+        trainer.train()
+        left[rate] = {name: passing(trainer.model, name) for name in ("harmful_eval_dataset", "eval_dataset")}
+    assert left[1e-2]["harmful_eval_dataset"] < 0.1 < 0.2 < left[1e-12]["harmful_eval_dataset"]
+    assert left[1e-2]["eval_dataset"] > 0.2

@@ -181,7 +181,6 @@ def test_of_rir_more_is_better(arguments):
 
 
 def test_tensorboard_receives_rir_and_the_terms(trainer, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
@@ -273,7 +272,7 @@ def test_reentrant_checkpointing_is_refused_under_either_name(name, trainer):
         trainer(**{name: True, f"{name}_kwargs": {"use_reentrant": True}})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 trains on CUDA alone, and there is none")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a CUDA GPU")
 def test_a_run_in_fp16_stays_finite(trainer):
     run = finished(trainer(fp16=True, use_cpu=False))
     assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())

@@ -1,5 +1,6 @@
 """Models wrapped by PEFT: the head, the last stage, what moves."""
 
+import peft
 import pytest
 import torch
 
@@ -8,8 +9,6 @@ from hf_immunize.vision.adapters import adapter_parameters, running_modules, wit
 from hf_immunize.vision.features import find_head, penultimate_features
 from hf_immunize.vision.scope import last_stage, modules_in_eval, select_trainable
 
-
-peft = pytest.importorskip("peft")
 
 # Linear modules or convolutions that get an adapter, for each family.
 TARGETS = {

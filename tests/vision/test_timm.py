@@ -9,7 +9,7 @@ from hf_immunize.vision.features import find_head, penultimate_features
 from hf_immunize.vision.scope import last_stage, select_trainable
 
 
-pytest.importorskip("timm", reason="timm is an optional extra, and needs torchvision")
+pytest.importorskip("timm", reason="pip install 'hf-immunize[timm]', and a torchvision of the same build as torch")
 
 # Architecture -> (head, what the last stage's parameters begin with).
 EXPECTED = {

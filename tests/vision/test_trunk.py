@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -158,7 +159,6 @@ def test_gradients_are_the_same_under_gradient_checkpointing(tiny):
 
 
 def test_a_peft_model_splits_at_its_first_adapter(tiny):
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=r".*layers\.2\..*q_proj", modules_to_save=["classifier"])
     model = peft.get_peft_model(tiny("vit"), config).eval()
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
