@@ -106,6 +106,7 @@ def audit(
 
     from hf_immunize.attacks.presets import find_preset
     from hf_immunize.attacks.runner import audit_over_processes
+    from hf_immunize.files import check_writable, remove_leftovers
     from hf_immunize.hub.attach import attach_audit, attachable_record
     from hf_immunize.hub.card import CARD_NAME
     from hf_immunize.hub.validation import RECORD_NAME
@@ -117,9 +118,12 @@ def audit(
         raise ArgumentError(f"Expected --test-fraction between 0 and 1, found {test_fraction}.")
     preset = find_preset("quick" if quick else "full" if full else "standard")
     preset = preset.changed(seconds=seconds, steps=steps, seeds=seeds)
+    # Before hours of attacks.
+    check_writable(output_dir, "--output-dir")
+    remove_leftovers(output_dir)
     if attach:
-        # Before hours of attacks.
         attachable_record(_local(model))
+        check_writable(model, "MODEL")
     processes = launched()
     if not processes.first:
         transformers.utils.logging.disable_progress_bar()

@@ -30,6 +30,7 @@ from hf_immunize.demo_probing import (
     probe_harmful,
     slowing,
 )
+from hf_immunize.files import check_writable, write_whole
 from hf_immunize.hub.measure import Measured, groups_ratio, measure
 from hf_immunize.hub.parts import BaseModelRecord, DataRecord
 from hf_immunize.train_command import finite, print_table
@@ -74,6 +75,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     folder = Path(output_dir)
+    check_writable(folder, "--output-dir")
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     processor = ViTProcessor(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -124,7 +126,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
     growth = 10 ** (after["eval_harmful_log10_kappa"] - before["eval_harmful_log10_kappa"])
     utility = paired_utility(*(hits(one, benign["test"]) for one in (model, reference)))
     results["summary"] = demo_sentence(after, growth, utility, groups, probing_before, probing_after)
-    (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    write_whole(folder / "results.json", json.dumps(results, indent=2))
     figure, axes = new_figure(3)
     draw_spectra(axes[0], trainer.last_spectra)
     distances = {

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, set_seed
 
 from hf_immunize.errors import ArgumentError, ImmunizationError
+from hf_immunize.files import check_writable, checked, with_checksum, write_whole
 from hf_immunize.hub import rows
 from hf_immunize.hub.collect import describe_base_model, is_hub_id, public_name
 from hf_immunize.hub.measure import Measured, groups_ratio, measure
@@ -38,6 +39,7 @@ def run_train(words: list[str]) -> dict[str, Any]:
         What ``results.json`` holds.
     """
     data, args = parse_arguments(words)
+    check_writable(args.output_dir, "--output_dir")
     set_seed(args.seed)
     benign, harmful = load_splits(data, args)
     distillation = load_distillation(data, args)
@@ -72,8 +74,7 @@ def run_train(words: list[str]) -> dict[str, Any]:
     if not args.resume_from_checkpoint:
         before = trainer.evaluate()
         if trainer.is_world_process_zero():
-            before_path.parent.mkdir(parents=True, exist_ok=True)
-            before_path.write_text(json.dumps(before, indent=2), encoding="utf-8")
+            write_whole(before_path, with_checksum(before) + "\n")
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"True": True, "true": True}.get(resume, resume) if resume else None)
     after = trainer.evaluate()
@@ -116,15 +117,16 @@ def before_resuming(trainer: ImmunizationTrainer, path: Path) -> dict[str, Any]:
 
     Args:
         trainer: After an evaluation.
-        path: Where the interrupted run wrote its metrics, which may be of other images.
+        path: Where the interrupted run wrote its metrics, which may be of other images, or damaged.
 
     Returns:
         What was written, or where that is of other images, what the Trainer knows of the present ones.
     """
     known = trainer.starting_metrics
-    if not path.is_file():
+    try:
+        written = checked(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # lost, or damaged
         return known
-    written = json.loads(path.read_text(encoding="utf-8"))
     shared = [(written[name], new) for name, new in known.items() if new is not None and written.get(name) is not None]
     same = all(old == new or math.isclose(old, new, rel_tol=1e-6) for old, new in shared)
     return written if same and shared else known
@@ -219,7 +221,7 @@ def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str,
         results: What to write.
     """
     sentence = summary_sentence(results)
-    (folder / "results.json").write_text(json.dumps({**results, "summary": sentence}, indent=2), encoding="utf-8")
+    write_whole(folder / "results.json", json.dumps({**results, "summary": sentence}, indent=2))
     trainer.create_model_card()
     print_table(results)
     Console(soft_wrap=True).print(

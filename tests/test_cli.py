@@ -35,6 +35,26 @@ def test_named_error_becomes_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err.strip() == "DataError: Expected an image, found none. Give one."
 
 
+COMMANDS = {
+    "train": "--model {0}/none --benign {0}/none --harmful {0}/none --use_cpu --report_to none --output_dir",
+    "audit": "{0}/none --harmful {0}/none --output-dir",
+    "demo": "--output-dir",
+    "ceiling": "{0}/none.npy {0}/none.npy --figure",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    words = COMMANDS[command].format(tmp_path).split()
+    monkeypatch.setattr(sys, "argv", ["hf-immunize", command, *words, str(tmp_path / "file" / "below.png")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == ""
+    assert str(tmp_path / "file") in said.err.replace("\n", "") and "none" not in said.err
+
+
 def test_other_errors_keep_their_traceback(monkeypatch):
     def fail():
         raise KeyError("a bug")

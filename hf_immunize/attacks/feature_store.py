@@ -13,13 +13,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_immunize.attacks.journal import fingerprint
+from hf_immunize.attacks.kept_tensors import read_kept, save_kept
 from hf_immunize.attacks.layers import Extraction, Layer
 from hf_immunize.errors import CheckpointError
-from hf_immunize.files import staged_directory
+from hf_immunize.files import remove_leftovers, staged_directory
 
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class FeatureStore:
         self.folder = None if folder is None or limit <= 0 else Path(folder)
         self.limit, self.warnings = limit, warnings
         self._marks: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-        for unfinished in self.folder.glob("_unfinished-*") if self.folder is not None else ():
-            shutil.rmtree(unfinished, ignore_errors=True)
+        if self.folder is not None:
+            remove_leftovers(self.folder)
 
     @property
     def size(self) -> int:
@@ -137,10 +137,11 @@ class FeatureStore:
                 for file, tensor in sorted(tensors.items(), key=lambda item: item[1].nbytes):
                     if tensor.nbytes > room:
                         break
-                    save_file({"values": tensor.contiguous()}, staging / file.name)
+                    save_kept({"values": tensor}, staging / file.name)
                     room -= tensor.nbytes
         except (OSError, CheckpointError) as error:
-            sentence = f"Features could not be kept ({error}); after an interruption they are extracted again."
+            reason = error.__cause__ or error
+            sentence = f"Features could not be kept ({reason}); after an interruption they are extracted again."
             if sentence not in self.warnings:
                 self.warnings.append(sentence)
 
@@ -158,7 +159,7 @@ def _rows(file: Path) -> int | None:
 def _read(file: Path, rows: int) -> Tensor | None:
     """The tensor, or None where there is none of so many rows: a damaged file is written anew."""
     try:
-        values = load_file(file)["values"]
-    except (OSError, KeyError, SafetensorError):
+        values = read_kept(file, "values")
+    except (OSError, ValueError, SafetensorError):
         return None
     return values if len(values) == rows else None

@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_immunize.attacks.outcomes import Outcome
 from hf_immunize.errors import ArgumentError, CheckpointError
+from hf_immunize.files import checked, flush, with_checksum, write_whole
 from hf_immunize.vision.tensor_hash import tensors_hash
 
 
@@ -46,10 +47,11 @@ class Journal:
             if self.path.exists():
                 self._read(fingerprint, warnings)
             else:
-                self._append({"fingerprint": fingerprint})
+                write_whole(self.path, with_checksum({"fingerprint": fingerprint}) + "\n")
         except OSError as error:
+            reason = error.__cause__ or error
             raise CheckpointError(
-                f"Expected to keep outcomes in {self.path.parent}, found: {error}. Make room or choose another run "
+                f"Expected to keep outcomes in {self.path.parent}, found: {reason}. Make room or choose another run "
                 "directory."
             ) from error
         self.resumed = len(self.outcomes)
@@ -69,9 +71,8 @@ class Journal:
     def _append(self, line: dict[str, Any]) -> None:
         assert self.path is not None
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            file.write(with_checksum(line) + "\n")
+        flush(self.path)
 
     def _read(self, fingerprint: str, warnings: list[str]) -> None:
         assert self.path is not None
@@ -82,7 +83,7 @@ class Journal:
         found = None
         for line in lines[:-1]:
             try:
-                values = json.loads(line)
+                values = checked(line)
                 if "fingerprint" in values:
                     found = values["fingerprint"]
                 else:
@@ -100,15 +101,13 @@ class Journal:
             )
         if found is None:
             # Cut off before its first line was whole, or another file: nothing tells what its outcomes are of.
-            self.outcomes, whole = {}, [json.dumps({"fingerprint": fingerprint})]
+            self.outcomes, whole = {}, [with_checksum({"fingerprint": fingerprint})]
         if dropped or found is None:
             warnings.append(
-                f"{self.path.name} of the interrupted run had {max(dropped, 1)} unfinished lines; they were dropped "
-                "and their attacks run again."
+                f"{self.path.name} of the interrupted run had {max(dropped, 1)} unfinished or damaged lines; "
+                "they were dropped and their attacks run again."
             )
-            staging = self.path.with_suffix(".unfinished")
-            staging.write_text("\n".join(whole) + "\n", encoding="utf-8")
-            os.replace(staging, self.path)
+            write_whole(self.path, "\n".join(whole) + "\n")
 
 
 def key_of(outcome: Outcome) -> str:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from hf_immunize.attacks.kept_tensors import read_kept, save_kept
 from hf_immunize.attacks.layers import Extraction, Layer
-from hf_immunize.errors import DiskSpaceError
+from hf_immunize.errors import CheckpointError, DiskSpaceError
 
 
 _UNFINISHED = "_unfinished-features-"
@@ -81,7 +80,7 @@ class StoredPasses:
         place = self._place(wanted)
         try:
             place.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in tensors.items()}, place / f"{process:05d}")
+            save_kept(tensors, place / f"{process:05d}")
         except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
             raise DiskSpaceError(
                 f"Expected to keep the features of {wanted.task} images in {self.folder}, found: {error}. Make room, "
@@ -96,12 +95,21 @@ class StoredPasses:
 
         Returns:
             The extraction.
+
+        Raises:
+            CheckpointError: If it is not what was written.
         """
-        with ExitStack() as stack:
+        try:
             files = sorted(self._place(wanted).iterdir())
-            parts = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+            with safe_open(files[0], framework="pt") as first:
+                names = list(first.keys())
             # One name at a time, so that no more than one is held twice.
-            joined = {name: torch.cat([part.get_tensor(name) for part in parts]) for name in parts[0].keys()}  # noqa: SIM118
+            joined = {name: torch.cat([read_kept(file, name) for file in files]) for name in names}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"Expected the features of {wanted.task} images as they were just written to {self.folder}, found: "
+                f"{error}. Check the disk, and start again; finished attacks are kept."
+            ) from error
         features, logits = joined.pop("features"), joined.pop("logits")
         return Extraction(features, logits, {name.removeprefix("view "): value for name, value in joined.items()})
 

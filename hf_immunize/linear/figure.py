@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hf_immunize.errors import ArgumentError, RankError
+from hf_immunize.files import check_writable, staged_directory
 from hf_immunize.linear.optimum import Ceiling
 
 
@@ -30,6 +31,7 @@ def prepare_figure(path: str | Path) -> None:
             f"Expected a folder {path.parent} for the figure, found that it cannot be made ({error.strerror}); choose "
             "another place."
         ) from error
+    check_writable(path.parent, "--figure")
 
 
 def save_frontier(ceiling: Ceiling, path: str | Path) -> None:
@@ -88,10 +90,12 @@ def save_frontier(ceiling: Ceiling, path: str | Path) -> None:
     axis.legend(fontsize=12, loc="lower right")
     axis.grid(alpha=0.3)
     try:
-        figure.savefig(path, dpi=100)
+        with staged_directory(Path(path).parent) as staging:
+            figure.savefig(staging / Path(path).name, dpi=100)
     except OSError as error:
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
         raise ArgumentError(
-            f"Expected to write the figure {path}, found that it cannot be ({error.strerror}); choose another place."
+            f"Expected to write the figure {path}, found that it cannot be ({reason}); choose another place."
         ) from error
     finally:
         plt.close(figure)

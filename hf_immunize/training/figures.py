@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
+
+from hf_immunize.files import staged_directory
 
 
 if TYPE_CHECKING:
@@ -92,4 +95,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         figure: The figure.
         path: File to write.
     """
-    figure.savefig(path, dpi=130)
+    path = Path(path)
+    with staged_directory(path.parent) as staging:
+        figure.savefig(staging / path.name, dpi=130)

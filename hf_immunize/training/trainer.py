@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, DataError
-from hf_immunize.files import remove_leftovers, staged_directory
+from hf_immunize.files import check_writable, remove_leftovers, staged_directory
 from hf_immunize.hub.outcomes import named_outcomes
 from hf_immunize.training import publishing
 from hf_immunize.training.arguments import ImmunizationArguments
@@ -553,12 +553,18 @@ class ImmunizationTrainer(Trainer):
 
         Returns:
             What the Trainer returns.
+
+        Raises:
+            CheckpointError: If the checkpoint is not as it was written, or none is.
+            ArgumentError: If checkpoints cannot be written to ``output_dir``.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir)
         elif resume_from_checkpoint:
             check_whole(resume_from_checkpoint)
         if self.args.should_save:
+            if self.args.save_strategy != "no":  # rather than at the first checkpoint
+                check_writable(self.args.output_dir, "output_dir")
             for folder in (Path(self.args.output_dir), *Path(self.args.output_dir).glob("checkpoint-*")):
                 remove_leftovers(folder)
         self._means = RunningMeans()  # without what a run that was stopped had not logged yet

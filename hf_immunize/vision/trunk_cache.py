@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, DataError, DiskSpaceError, NonFiniteError
+from hf_immunize.files import UNFINISHED, checked, file_sha256, flush, with_checksum
 from hf_immunize.vision.images import ImageCollator
 from hf_immunize.vision.processes import ALONE, Processes
 from hf_immunize.vision.trunk_key import (
@@ -46,7 +46,6 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 # Of activations computed again in a batch of another size, on whatever device; those of another image differ by more.
 _SAME = 3e-2
 _KEY_FILE = "trunk.json"
-UNFINISHED = "_unfinished-"
 logger = logging.get_logger(__name__)
 
 
@@ -146,12 +145,15 @@ class TrunkCache:
     def _found(self) -> CachedRows | str:
         """The stored activations, or why those that are there do not fit."""
         try:
-            stored = json.loads((self.folder / _KEY_FILE).read_text(encoding="utf-8"))
+            stored = checked((self.folder / _KEY_FILE).read_text(encoding="utf-8"))
             rows = self._open(self.folder)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             return f"cannot be read ({type(error).__name__})"
+        # One that does not fit is not read through.
         if others := [part for part, value in self._key.items() if stored.get(part) != value]:
             return f"is of other {', '.join(others)}"
+        if damaged := self._damaged(stored.get("files", {})):
+            return f"is damaged ({damaged} is not what was written)"
         if len(rows) * rows.views != len(self) or not self._agrees(rows):
             return "does not fit these images"
         return rows
@@ -172,8 +174,8 @@ class TrunkCache:
         """
         staging = self.processes.from_first(self._start_anew)
         try:
-            self.processes.together(lambda: self._write_part(staging))
-            self.processes.from_first(lambda: self._finish(staging))
+            parts = self.processes.together(lambda: self._write_part(staging))
+            self.processes.from_first(lambda: self._finish(staging, dict(part for part in parts if part)))
         finally:
             if self.processes.first:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -184,12 +186,21 @@ class TrunkCache:
             shutil.rmtree(self.folder, ignore_errors=True)
             return Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{self.folder.name}-", dir=self.folder.parent))
 
-    def _finish(self, staging: Path) -> None:
+    def _finish(self, staging: Path, checksums: dict[str, str]) -> None:
         with self._named_errors():
-            with open(staging / _KEY_FILE, "w", encoding="utf-8") as file:
-                file.write(json.dumps(self._key, indent=2) + "\n")
-                _to_disk(file)
+            (staging / _KEY_FILE).write_text(with_checksum({**self._key, "files": checksums}), encoding="utf-8")
+            flush(staging / _KEY_FILE)
+            flush(staging)
             os.replace(staging, self.folder)
+            flush(self.folder.parent)
+
+    def _damaged(self, checksums: dict[str, str]) -> str | None:
+        """The first file that is not what was written; each process looks at its share, since all must find them."""
+        names = sorted(file.name for file in self.folder.glob("activations*.arrow"))
+        if names != sorted(checksums):  # an older version kept no checksums
+            return _KEY_FILE
+        own = self.processes.share(names)
+        return next((name for name in own if file_sha256(self.folder / name) != checksums[name]), None)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -201,10 +212,11 @@ class TrunkCache:
                 "room, choose another trunk_cache_dir, or train without (cache_trunk='no')."
             ) from error
 
-    def _write_part(self, folder: Path) -> None:
+    def _write_part(self, folder: Path) -> tuple[str, str] | None:
+        """Write this process's share, if it has one; returns the file's name and its checksum."""
         own = self.processes.share(self._all_batches())
         if not own:
-            return
+            return None
         width = math.prod(self._split.activation_shape)
         columns: dict[str, Any] = {"activation": datasets.List(datasets.Value(self._dtype), length=width)}
         columns |= {"labels": datasets.Value("int64")} if self._labelled else {}
@@ -220,7 +232,9 @@ class TrunkCache:
                 arrays += [pa.array(batch["labels"].numpy(), pa.int64())] if self._labelled else []
                 writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
             writer.close()
-            _to_disk(file)
+        with self._named_errors():
+            flush(path)
+            return path.name, file_sha256(path)
 
     def _activations(self, batch: dict[str, Tensor], first: int = 0) -> Tensor:
         device = next(self._model.parameters()).device
@@ -308,11 +322,6 @@ def readable_size(nbytes: int) -> str:
         if nbytes >= size:
             return f"{nbytes / size:.1f} {unit}"
     return f"{nbytes / 1000:.0f} kB"
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @contextmanager

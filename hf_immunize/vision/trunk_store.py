@@ -12,8 +12,9 @@ from huggingface_hub.utils import WeakFileLock
 from transformers.utils import logging
 
 from hf_immunize.errors import DiskSpaceError
+from hf_immunize.files import UNFINISHED
 from hf_immunize.vision.processes import Processes
-from hf_immunize.vision.trunk_cache import UNFINISHED, TrunkCache, readable_size
+from hf_immunize.vision.trunk_cache import TrunkCache, readable_size
 from hf_immunize.vision.trunk_rows import CachedRows
 
 

@@ -31,7 +31,7 @@ def test_half_a_line_is_dropped_with_a_sentence(kept):
     path.write_text(path.read_text()[:-20])
     said = []
     assert list(Journal(kept, "mark", said).outcomes.values()) == [outcome(0)]
-    assert "unfinished lines" in said[0]
+    assert "1 unfinished" in said[0]
 
 
 def test_what_was_mended_stays_mended(kept):

@@ -3,12 +3,15 @@
 All in one file, so that they share two starts of processes wherever the tests run.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as hf
 
+from hf_immunize.files import checked
 from hf_immunize.training.objectives import INSIDE, OBJECTIVES
-from hf_immunize.training.saving import last_whole_checkpoint
+from hf_immunize.training.saving import MANIFEST, last_whole_checkpoint
 
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -191,6 +194,12 @@ def test_a_dead_process_ends_the_run_with_an_error(killed):
 def test_the_last_checkpoint_of_a_dead_process_is_whole(killed):
     path, _ = last_whole_checkpoint(str(killed[0]))
     assert path is not None and path.rpartition("-")[2] in ("2", "3")
+
+
+def test_the_list_of_a_checkpoint_has_the_random_state_of_each_process(killed):
+    path, _ = last_whole_checkpoint(str(killed[0]))
+    listed = checked((Path(path) / MANIFEST).read_text(encoding="utf-8"))["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= set(listed)
 
 
 def test_a_run_resumed_after_a_death_ends_as_the_one_without(two):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification
 
 from hf_immunize import files
-from hf_immunize.errors import CheckpointError, NonFiniteError
+from hf_immunize.errors import ArgumentError, CheckpointError, NonFiniteError
 from hf_immunize.training import run_state, saving
 from hf_immunize.training.saving import MANIFEST, STATE, last_whole_checkpoint, load_weights
 
@@ -305,6 +305,15 @@ def test_a_run_that_starts_removes_what_a_killed_one_was_writing(trainer):
         (folder / "model.safetensors").write_bytes(b"half")
     run.train()
     assert not any(folder.exists() for folder in left)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(trainer):
+    run = trainer(**CHECKPOINTS)
+    shutil.rmtree(run.args.output_dir)
+    Path(run.args.output_dir).write_text("no folder", encoding="utf-8")
+    with pytest.raises(ArgumentError, match=r"output_dir.*run"):
+        run.train()
+    assert run.state.global_step == 0
 
 
 def test_a_full_disk_is_told_once(trainer, monkeypatch):

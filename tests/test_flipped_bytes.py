@@ -1,0 +1,106 @@
+"""A byte that is no longer what was written never gives other numbers: they are computed again, or refused."""
+
+import json
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers as hf
+from attacked import tiny_vit
+
+from hf_immunize.attacks.feature_store import FeatureStore
+from hf_immunize.attacks.journal import Journal
+from hf_immunize.attacks.layers import Extraction, Layer
+from hf_immunize.attacks.outcomes import Outcome
+from hf_immunize.attacks.passes import Pass, StoredPasses
+from hf_immunize.errors import ImmunizationError
+from hf_immunize.files import with_checksum, write_whole
+from hf_immunize.train_command import before_resuming
+from hf_immunize.vision.scope import select_trainable
+from hf_immunize.vision.trunk import split_trunk
+from hf_immunize.vision.trunk_cache import TrunkCache
+from hf_immunize.vision.trunk_store import open_or_write
+
+
+LAYER = Layer("block", False, (4,))
+
+
+def made():
+    values = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    return Extraction(values, values + 1, {LAYER.label("pooled"): values + 2})
+
+
+def tensors(extraction):
+    named = {"features": extraction.features, "logits": extraction.logits, **extraction.views}
+    return {name: value.tolist() for name, value in named.items()}
+
+
+def trunk(folder):
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+    model = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes)).eval()
+    split = split_trunk(model, select_trainable(model, "last_stage"), (3, 32, 32))
+    pixels = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    images = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(pixels)]
+
+    def read():
+        cache = TrunkCache(model, split, images, folder / "trunk", batch_size=3, progress=False)
+        (rows,) = open_or_write(cache)
+        return {str(i): [rows[i]["pixel_values"].tolist(), rows[i]["labels"]] for i in range(len(rows))}
+
+    return read
+
+
+def features(folder):
+    model = tiny_vit()
+    return lambda: tensors(
+        FeatureStore(folder, 2**20, []).through(model, [b"image"] * 6, [(LAYER, "pooled")], lambda views: made())
+    )
+
+
+def passes(folder):
+    wanted = Pass("immunized", "harmful", "test", ((LAYER, "pooled"),))
+    stored = StoredPasses(folder, [wanted])
+    stored.write(wanted, made(), 0)
+    return lambda: tensors(stored.read(wanted))
+
+
+def journal(folder):
+    kept = Journal(folder, "mark", [])
+    for seed in range(4):
+        kept.add(Outcome("ridge", "input", "immunized", "harmful", "head", seed, "float64", accuracy=0.1 * seed))
+    return lambda: {key: asdict(outcome) for key, outcome in Journal(folder, "mark", []).outcomes.items()}
+
+
+def before(folder):
+    write_whole(folder / "before.json", with_checksum({"eval_rir": 1.25, "eval_loss": 0.5}) + "\n")
+    trainer = SimpleNamespace(starting_metrics={"eval_rir": 1.25})
+    return lambda: before_resuming(trainer, folder / "before.json")
+
+
+KINDS = {"trunk cache": trunk, "features": features, "passes": passes, "journal": journal, "before": before}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_other_number_is_read(kind, tmp_path):
+    read = KINDS[kind](tmp_path)
+    written = read()
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+    whole = {path: path.read_bytes() for path in files}
+    assert written and files
+    for path in files:
+        for part in range(25):
+            offset = part * (len(whole[path]) - 1) // 24
+            for each, content in whole.items():
+                each.write_bytes(content)
+            damaged = bytearray(whole[path])
+            damaged[offset] ^= 1 << part % 8
+            path.write_bytes(damaged)
+            try:
+                found = read()
+            except ImmunizationError:
+                continue
+            # What is missing is computed again.
+            other = [name for name in found if json.dumps(found[name]) != json.dumps(written.get(name))]
+            assert not other, (path.name, offset)
