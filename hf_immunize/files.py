@@ -193,7 +193,7 @@ def with_checksum(values: Mapping[str, Any]) -> str:
 
 
 def checked(line: str) -> dict[str, Any]:
-    """The values in a line that `with_checksum` made, or an older version without.
+    """The values in a line that `with_checksum` made.
 
     Args:
         line: The line.
@@ -202,13 +202,12 @@ def checked(line: str) -> dict[str, Any]:
         Name to value.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If it is damaged, or has no checksum.
     """
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError("no JSON object")
-    found = values.pop(_CHECKSUM, None)
-    if found is not None and found != _checksum(values):
+    if values.pop(_CHECKSUM, None) != _checksum(values):
         raise ValueError("the checksum is of other values")
     return values
 
