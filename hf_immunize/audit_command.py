@@ -5,6 +5,7 @@ Heavy imports wait until the command runs, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_immunize.errors import ArgumentError
+from hf_immunize.text import printable
 
 
 if TYPE_CHECKING:
@@ -112,10 +114,13 @@ def audit(
     from hf_immunize.hub.validation import RECORD_NAME
     from hf_immunize.vision.processes import launched
 
+    _refuse_without_effect(model, revision, harmful, benign, dataset, harmful_test, benign_test)
     if quick and full:
         raise ArgumentError("Expected --quick or --full, found both.")
     if test_fraction is not None and not 0 < test_fraction < 1:
         raise ArgumentError(f"Expected --test-fraction between 0 and 1, found {test_fraction}.")
+    if not math.isfinite(keep_features):
+        raise ArgumentError(f"Expected a number of GiB as --keep-features, found {keep_features}. 0 keeps none.")
     preset = find_preset("quick" if quick else "full" if full else "standard")
     preset = preset.changed(seconds=seconds, steps=steps, seeds=seeds)
     # Before hours of attacks.
@@ -141,7 +146,7 @@ def audit(
         harmful=harmful_data,
         benign=benign_data,
         reference=reference,
-        attackers=None if attackers is None else [name.strip() for name in attackers.split(",")],
+        attackers=None if attackers is None else [name.strip() for name in attackers.split(",") if name.strip()],
         preset=preset,
         unseen=unseen,
         unrelated=unrelated,
@@ -161,15 +166,42 @@ def audit(
         return  # not the first of several processes: its part is done
     report.write(output_dir)
     typer.echo(report.summary())
-    typer.echo(f"Report: {output_dir / 'report.html'}")
+    typer.echo(f"Report: {printable(output_dir / 'report.html')}")
     if attach:
         attach_audit(model, _with_words(report.for_card()))
-        typer.echo(f"Attached to {RECORD_NAME} and {CARD_NAME} in {model}.")
+        typer.echo(f"Attached to {RECORD_NAME} and {CARD_NAME} in {printable(model)}.")
+
+
+def _refuse_without_effect(
+    model: str,
+    revision: str,
+    harmful: str | None,
+    benign: str | None,
+    dataset: str | None,
+    harmful_test: str | None,
+    benign_test: str | None,
+) -> None:
+    """An option that would do nothing was meant to do something."""
+    for name, given, needed, there in (
+        ("--harmful-test", harmful_test, "--harmful", harmful),
+        ("--benign-test", benign_test, "--benign", benign),
+    ):
+        if given is not None and there is None:
+            raise ArgumentError(f"Expected {needed} with {name}, found none. Add {needed}, or leave {name} out.")
+    if dataset is not None and benign is not None:
+        raise ArgumentError("Expected either --dataset or --benign, found both. Leave one of them out.")
+    if revision != "main" and Path(model).is_dir():
+        raise ArgumentError(
+            f"Expected a name on the Hub as MODEL with --revision, found the folder {printable(model)}. Leave "
+            "--revision out."
+        )
 
 
 def _numbers(words: str | None) -> list[float]:
+    if words is None:
+        return []
     try:
-        return [float(word) for word in (words or "").split(",") if word.strip()]
+        return [float(word) for word in words.split(",")]
     except ValueError as error:
         raise ArgumentError(f"Expected numbers separated by commas as --accuracies, found {words!r}.") from error
 

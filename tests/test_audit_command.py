@@ -73,6 +73,32 @@ def test_incomplete_data_are_one_sentence(given):
         _data(*given, None, None, None, HeldOut)
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--harmful-test", "x", "--dataset", "y", "--harmful-classes", "a"], "--harmful"),
+        (["--harmful", "x", "--benign-test", "y"], "--benign"),
+        (["--dataset", "x", "--harmful-classes", "a", "--benign", "y"], "--benign"),
+        (["--harmful", "x", "--harmful-classes", "a"], "--dataset"),
+        (["--harmful", "x", "--revision", "v1"], "--revision"),
+        (["--harmful", "x", "--attackers", ""], "attackers"),
+        (["--harmful", "x", "--attackers", ","], "attackers"),
+        (["--harmful", "x", "--accuracies", ","], "--accuracies"),
+        (["--harmful", "x", "--keep-features", "inf"], "--keep-features"),
+        (["--harmful", "x", "--steps", "0"], "steps"),
+        (["--harmful", "x", "--seeds", "-1"], "seeds"),
+        (["--harmful", "x", "--seconds", "nan"], "seconds"),
+        (["--harmful", "x", "--seed", "-1"], "seed"),
+        (["--harmful", "x", "--test-fraction", "nan"], "fraction"),
+        (["--harmful", "", "--quick"], "harmful"),
+    ],
+)
+def test_what_would_do_nothing_or_the_impossible_is_one_sentence(model, tmp_path, words, named):
+    result = CliRunner().invoke(app, ["audit", model, *words, "--output-dir", str(tmp_path / "out")])
+    assert isinstance(result.exception, ArgumentError) and named in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_quick_and_full_exclude_each_other(model):
     result = CliRunner().invoke(app, ["audit", model, "--harmful", "x", "--quick", "--full"])
     assert isinstance(result.exception, ArgumentError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -41,6 +42,10 @@ class ProbeBudget:
     validation_fraction: float = 0.2
     seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        counts = {name: getattr(self, name) for name in ("descent_steps", "iterations", "steps", "batch_size")}
+        _check_positive("{name} of probes", **counts, seconds=self.seconds)
+
 
 @dataclass(frozen=True)
 class TuningBudget:
@@ -67,6 +72,20 @@ class TuningBudget:
     max_test_images: int = 2000
     evaluations: int = 8
     seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        names = ("steps", "trial_steps", "batch_size", "max_images", "max_test_images", "evaluations", "seconds")
+        _check_positive("{name} of fine-tuning", **{name: getattr(self, name) for name in names})
+
+
+def _check_positive(what: str, **numbers: Any) -> None:
+    for name, value in numbers.items():
+        kinds = (int, float) if name == "seconds" else (int,)
+        if value is None:
+            continue
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
+            whole = "" if name == "seconds" else ", a whole number"
+            raise ArgumentError(f"Expected {what.format(name=name)} above 0{whole}, found {value!r}.")
 
 
 _PROBES = (
@@ -129,6 +148,10 @@ class Preset:
     probe_budget: ProbeBudget
     tuning_budget: TuningBudget
 
+    def __post_init__(self) -> None:
+        names = ("probe_seeds", "layer_seeds", "tuning_seeds", "max_layers", "layer_entries")
+        _check_positive("{name} of a preset", **{name: getattr(self, name) for name in names})
+
     def describe(self) -> dict[str, Any]:
         """The budget as plain values, for the report and for the run's fingerprint."""
         return asdict(self)
@@ -145,15 +168,13 @@ class Preset:
             The changed preset; itself where nothing is given.
 
         Raises:
-            ArgumentError: If a number is not positive.
+            ArgumentError: If a number is not positive, or steps or seeds are not whole.
 
         Example:
             >>> find_preset("quick").changed(steps=50).name
             'quick, changed'
         """
-        for name, value in (("seconds", seconds), ("steps", steps), ("seeds", seeds)):
-            if value is not None and not value > 0:
-                raise ArgumentError(f"Expected a budget of {name} above 0, found {value}.")
+        _check_positive("a budget of {name}", seconds=seconds, steps=steps, seeds=seeds)
         if seconds is steps is seeds is None:
             return self
         probes, tuning = self.probe_budget, self.tuning_budget

@@ -19,12 +19,13 @@ import transformers
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
+from hf_immunize.attacks.asked import check_asked
 from hf_immunize.attacks.feature_store import FeatureStore
 from hf_immunize.attacks.journal import Journal, fingerprint
 from hf_immunize.attacks.outcomes import AuditData
 from hf_immunize.attacks.passes import Pass, StoredPasses, make_folder
 from hf_immunize.attacks.plan import Plan
-from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_preset
+from hf_immunize.attacks.presets import PRESET_VERSION, Preset
 from hf_immunize.attacks.report import AuditReport
 from hf_immunize.attacks.restore import moved_parameters
 from hf_immunize.attacks.task_images import Images
@@ -193,11 +194,9 @@ def _audit(
     revision: str,
     trust_remote_code: bool,
 ) -> AuditReport | None:
+    asked = {name: value for name, value in locals().items() if name not in ("processes", "model")}
+    chosen = check_asked(model, asked)
     start = time.time()
-    if wrong := [value for value in accuracies if not 0 < value < 1]:
-        raise ArgumentError(f"Expected accuracies to reach between 0 and 1, found {wrong[0]}.")
-    chosen = preset if isinstance(preset, Preset) else find_preset(preset)
-    chosen = chosen if attackers is None else chosen.only(list(attackers))
     warnings: list[str] = []
     progress = progress and processes.first
 

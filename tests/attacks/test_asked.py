@@ -1,0 +1,83 @@
+"""What an audit was asked for is checked before a model is touched."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from hf_immunize.attacks.presets import ProbeBudget, TuningBudget, find_preset
+from hf_immunize.attacks.runner import audit
+from hf_immunize.errors import ArgumentError
+
+
+class Untouched:
+    """A model at which nobody may look."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} of the model was read")
+
+
+WRONG = [
+    *(("max_images", value) for value in (-1, 0, 1, 1.5, True, "20")),
+    *(("seed", value) for value in (-1, 2**32, 0.5, "0")),
+    *(("memory_limit", value) for value in (0, -1, 1e9)),
+    *(("keep_features", value) for value in (-1, None, math.nan, 1.5)),
+    *(("test_fraction", value) for value in (0.0, 1.0, -0.3, math.nan, "0.3")),
+    *(("accuracies", value) for value in (0.5, "0.5", ["0.5"], [0.0], [1], [math.nan], [True])),
+    *(("attackers", value) for value in ([], (), "ridge", ["ridge", 3], ["no_such"], [""], 3)),
+    *(("attackers", value) for value in (["restore_swap"], ["restore_swap", "restore_interpolation"])),  # no reference
+    *(("preset", value) for value in ("no_such", "", 3, None, ["quick"])),
+    *(("head_module", value) for value in ("", 3)),
+    *(("image_column", value) for value in ("", " ", 3)),
+    *(("label_column", value) for value in ("", b"label")),
+    *(("revision", value) for value in ("", None, 3)),
+    *(("run_dir", value) for value in ("", 3)),
+    *(("progress", value) for value in (None, "yes")),
+    *(("trust_remote_code", value) for value in (None, "False", 1)),
+    *(("harmful", value) for value in (None, "", " ", ("images", ""))),
+    *(("benign", ""), ("unseen", " "), ("unrelated", ""), ("reference", "")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_an_impossible_value_is_named_before_the_model_is_touched(name, value):
+    with pytest.raises(ArgumentError, match=None if name == "attackers" else name):
+        audit(Untouched(), **{"harmful": "images", name: value})
+
+
+@pytest.mark.parametrize("model", [None, "", "  "])
+def test_an_absent_model_is_named(model):
+    with pytest.raises(ArgumentError, match="model"):
+        audit(model, harmful="images")
+
+
+def test_a_run_directory_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ArgumentError, match="run_dir"):
+        audit(Untouched(), harmful="images", run_dir=tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["seconds", "steps", "seeds"])
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "5", True])
+def test_a_budget_is_a_positive_number(name, value):
+    with pytest.raises(ArgumentError, match=name):
+        find_preset("quick").changed(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "3"])
+def test_a_budget_of_ones_own_is_checked_too(value):
+    quick = find_preset("quick")
+    for make in (
+        lambda: ProbeBudget(steps=value),
+        lambda: TuningBudget(max_test_images=value),
+        lambda: replace(quick, probe_seeds=value),
+        lambda: replace(quick, tuning_seeds=value),
+    ):
+        with pytest.raises(ArgumentError):
+            make()
+
+
+def test_a_preset_without_attackers_is_named():
+    with pytest.raises(ArgumentError, match="attackers"):
+        none = {"probes": (), "layer_probes": (), "flattened_probes": (), "fine_tuning": (), "restoring": ()}
+        audit(Untouched(), harmful="images", preset=replace(find_preset("quick"), **none))
