@@ -47,3 +47,24 @@ def library_words(error: BaseException) -> str:
     if "trust_remote_code" in words:
         return "code of its own, which runs only with trust_remote_code (--trust-remote-code): read it first"
     return words if len(words) <= 500 else words[:497] + "..."
+
+
+def csv_cell(value: Any) -> Any:
+    r"""A value as a cell of a CSV file: text stays text in a spreadsheet, and its row stays one row.
+
+    Spreadsheets take what begins with ``=``, ``+``, ``-`` or ``@``, full-width forms included, for a formula.
+
+    Args:
+        value: Anything; only text is changed.
+
+    Returns:
+        One printable line, an apostrophe before it where it would be a formula.
+
+    Example:
+        >>> csv_cell("\r\n=1+1"), csv_cell("a\nb"), csv_cell("\uff1d1+1"), csv_cell(-1.5)
+        ("'=1+1", 'a b', "'＝1+1", -1.5)
+    """
+    if not isinstance(value, str):
+        return value
+    line = printable(value)
+    return f"'{line}" if unicodedata.normalize("NFKC", line[:1]).startswith(("=", "+", "-", "@")) else line

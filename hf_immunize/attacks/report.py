@@ -17,6 +17,7 @@ from hf_immunize.attacks.verdict import judge
 from hf_immunize.attacks.wording import CLASSES, sentence, sentences
 from hf_immunize.errors import DataError
 from hf_immunize.files import staged_directory
+from hf_immunize.text import csv_cell
 
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ class AuditReport:
             (staging / "report.html").write_text(page, encoding="utf-8")
             (staging / "audit.json").write_text(content, encoding="utf-8")
             for name, table in tables.items():
-                _harmless(table).to_csv(staging / f"{name}.csv", index=False, encoding="utf-8", errors="replace")
+                table.map(csv_cell).to_csv(staging / f"{name}.csv", index=False, encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -268,12 +269,3 @@ def _range(low: float | None, high: float | None) -> str:
 
 def _seconds(mean: float, low: float | None, high: float | None) -> str:
     return f"{mean:,.1f}" if low is None or high is None else f"{mean:,.1f} ({low:,.1f} to {high:,.1f})"
-
-
-def _harmless(table: pandas.DataFrame) -> pandas.DataFrame:
-    """Text that a spreadsheet would run as a formula, quoted."""
-
-    def quoted(value: Any) -> Any:
-        return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
-
-    return table.map(quoted)

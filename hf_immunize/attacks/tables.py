@@ -10,7 +10,7 @@ from typing import Any
 import pandas
 
 from hf_immunize.attacks.findings import CLASS_KINDS
-from hf_immunize.attacks.intervals import mean_interval
+from hf_immunize.attacks.intervals import accuracy_interval
 from hf_immunize.attacks.measures import Deviation, deviations
 from hf_immunize.attacks.outcomes import AuditData, Outcome
 from hf_immunize.attacks.speed import StepsRatio, steps_ratios
@@ -102,12 +102,18 @@ def headline_table(data: AuditData) -> pandas.DataFrame:
 
 
 def _frame(rows: Sequence[dict[str, Any]], columns: Sequence[str], **constant: Any) -> pandas.DataFrame:
-    frame = pandas.DataFrame([{**constant, **row} for row in rows], columns=list(columns))
+    cells = [{name: _writable(value) for name, value in {**constant, **row}.items()} for row in rows]
+    frame = pandas.DataFrame(cells, columns=list(columns))
     for name in columns:
         # A column of missing numbers alone would hold None, not NaN.
         if all(value is None or type(value) in (int, float) for value in frame[name].tolist()):
             frame[name] = pandas.to_numeric(frame[name])
     return frame
+
+
+def _writable(value: Any) -> Any:
+    """Halves of surrogate pairs, as in names of files that are not UTF-8, fit in no data frame."""
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
 def _ends(interval: tuple[float, float] | None) -> tuple[float | None, float | None]:
@@ -134,14 +140,14 @@ def _worst_cases(data: AuditData, summaries: Sequence[Summary], task: str) -> li
         if worst is not None:
             row |= {"attacker": worst.attacker, "layer": worst.layer, "precision": worst.precision}
             row |= {"accuracy": worst.mean, "seeds": len(worst.accuracies)}
-            row["low"], row["high"] = _ends(worst.interval)
+            row["low"], row["high"] = _ends(worst.ends)
             ratio = ratios.get((worst.attacker, worst.access, worst.layer, worst.precision))
             if ratio is not None:
                 row |= {"steps_ratio": ratio.ratio, "steps_ratio_is_bound": ratio.is_bound}
         if worst is not None and theirs is not None:
             row |= {"reference_attacker": theirs.attacker, "reference_layer": theirs.layer}
             row["reference_accuracy"] = theirs.mean
-            row["reference_low"], row["reference_high"] = _ends(theirs.interval)
+            row["reference_low"], row["reference_high"] = _ends(theirs.ends)
             row["gap"], interval = gap(theirs, worst)
             row["gap_low"], row["gap_high"] = _ends(interval)
         row["random_accuracy"] = random and random.mean
@@ -161,7 +167,7 @@ def _layers(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
         best = {s: strongest(matched([one for one in here if one.subject == s], own)) for s in SUBJECTS}
         for subject, one in best.items():
             if one is not None:
-                low, high = _ends(one.interval)
+                low, high = _ends(one.ends)
                 values = (one.attacker, one.mean, low, high)
                 row |= dict(
                     zip([f"{subject}_{n}" for n in ("attacker", "accuracy", "low", "high")], values, strict=True)
@@ -220,7 +226,7 @@ def _attacks(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     references = {key(one): one for one in summaries if one.subject == "reference" and one.mean is not None}
     rows = []
     for one in summaries:
-        low, high = _ends(one.interval)
+        low, high = _ends(one.ends)
         row = asdict(one) | {"accuracy": one.mean, "low": low, "high": high, "seeds": len(one.accuracies)}
         row["seconds_low"], row["seconds_high"] = _ends(one.seconds_interval)
         if one.subject != "reference" and one.mean is not None and key(one) in references:
@@ -232,14 +238,15 @@ def _attacks(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
 
 def _curves(data: AuditData) -> list[dict[str, Any]]:
     points: dict[tuple[Any, ...], list[float]] = {}
+    images: dict[tuple[Any, ...], int] = {}
     for one in data.outcomes:
         for step, value in zip(one.steps, one.curve, strict=True):
             key = (one.attacker, one.access, one.subject, one.task, one.layer, one.precision, step)
             points.setdefault(key, []).append(value)
+            images[key] = data.tested_images(one)
     rows = []
     for key, values in points.items():
-        mean, interval = mean_interval(values)
-        low, high = _ends(interval)
+        mean, (low, high) = accuracy_interval(values, images[key])
         rows.append(dict(zip(_CURVES, (*key, mean, low, high, len(values)), strict=True)))
     return rows
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
+
+from hf_immunize.text import printable
 
 
 LABELS = {
@@ -44,12 +45,8 @@ def clean(text: object, length: int = 80) -> str:
         >>> clean("a\n b\x1b[31m")
         'a b[31m'
     """
-    line = " ".join("".join(" " if c.isspace() else c for c in str(text) if c.isspace() or _shows(c)).split())
+    line = printable(text)
     return line if len(line) <= length else f"{line[: length // 2]} … {line[-(length - length // 2 - 3) :]}"
-
-
-def _shows(character: str) -> bool:
-    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn")
 
 
 def label(attacker: str) -> str:

@@ -1,7 +1,9 @@
 import csv
 import dataclasses
+import io
 import json
 import os
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -123,7 +125,11 @@ def test_the_page_tells_the_verdict_and_what_its_words_mean(report, page):
 
 # Table, columns of its numbers and their intervals, and what heads them on the page.
 MEASURES = [
-    ("curves", ["step", "accuracy", "low", "high"], "accuracy against steps, mean and interval over seeds."),
+    (
+        "curves",
+        ["step", "accuracy", "low", "high"],
+        "accuracy against steps, mean and interval over seeds and test images.",
+    ),
     ("steps", ["immunized_steps", "reference_steps", "ratio", "low", "high"], "Ratio"),
     ("headline", ["accuracy", "low", "high", "gap", "gap_low", "gap_high"], "Gap, points"),
     ("deviation", ["signed", "signed_low", "signed_high"], "Signed"),
@@ -235,13 +241,59 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-def test_no_cell_of_a_table_is_a_formula(tmp_path):
-    runs = [lost("=cmd|' /C calc'!A0", "diverged", "+1"), lost("@x", "skipped", "-1")]
+@pytest.mark.parametrize(
+    "start",
+    [
+        "=",
+        "+",
+        "-",
+        "@",
+        "\t=",
+        "\r=",
+        "\n=",
+        "\r\n=",
+        " =",
+        "\u200b=",
+        "\ufeff=",
+        "\uff1d",
+        "\uff0b",
+        "\uff0d",
+        "\uff20",
+    ],
+)
+def test_no_cell_of_a_table_is_a_formula_and_no_row_breaks(tmp_path, start):
+    name = f"{start}cmd|' /C calc'!A0\r+1\n@x\"\u2028\x85-1"
+    runs = [lost(name, "diverged", name, layer=name), lost("y", "skipped", name)]
     AuditReport(make(runs)).write(tmp_path)
-    for name in ("outcomes.csv", "attacks.csv"):
-        with open(tmp_path / name, newline="", encoding="utf-8") as file:
-            for row in csv.reader(file):
-                assert not any(cell.startswith(("=", "+", "@")) for cell in row)
+    for table in ("outcomes.csv", "attacks.csv"):
+        text = (tmp_path / table).read_bytes().decode("utf-8")
+        assert len(text.splitlines()) == 3
+        for row in csv.reader(io.StringIO(text, newline="")):
+            for cell in row:
+                # As a spreadsheet may: without what does not show, and full-width signs as their plain ones.
+                shown = unicodedata.normalize("NFKC", cell).strip("\u200b\ufeff \t\r\n")
+                assert not shown.startswith(("=", "+", "-", "@"))
+
+
+NAMES = ["\ud800", "a\udcffb", "\x1b[2J\x1b]0;x\x07", "\u202eevil", "\x9b31m", "a\rb", "\x00"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_name_ends_a_report_or_acts_on_what_shows_it(tmp_path, name):
+    runs = [lost(name, "diverged", name, layer=name), *attack(name, "any_layer", "immunized", 0.4, layer=name)]
+    runs += attack("adamw", "head_input", "immunized", 0.4, half=10, layer=name, note=name, settings={name: name})
+    data = make(
+        runs, model=name, reference=name, preset=name, warnings=[name], machine={name: name}, budget={name: name}
+    )
+    data.tasks["harmful"] = dataclasses.replace(data.tasks["harmful"], dataset=name)
+    report = AuditReport(data)
+    report.write(tmp_path)
+    assert report.for_card() and AuditReport.load(tmp_path).data == report.data
+    shown = [report.summary(), *report.verdict()]
+    shown += [file.read_bytes().decode("utf-8") for file in tmp_path.iterdir() if file.suffix != ".json"]
+    for text in shown:
+        text.encode("utf-8")
+        assert not [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs")]
 
 
 def test_hostile_names_can_be_written(tmp_path):
