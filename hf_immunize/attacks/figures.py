@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_immunize.attacks.intervals import mean_interval
+from hf_immunize.attacks.intervals import accuracy_interval
 from hf_immunize.attacks.outcomes import AuditData, Outcome, Spectrum
 from hf_immunize.attacks.summaries import ACCESSES, SUBJECTS, Summary, matched, of_class, strongest, summarize
 from hf_immunize.attacks.text import clean, label, percent
@@ -88,7 +88,7 @@ def draw_headline(summaries: Sequence[Summary], chance: float) -> Picture | None
         return None
     figure, axes = _new(0.9 + 0.85 * len(rows))
     values = {
-        CLASSES[access]: {subject: (one.mean or 0.0, one.interval) for subject, one in by.items()}
+        CLASSES[access]: {subject: (one.mean or 0.0, one.ends) for subject, one in by.items()}
         for access, by in rows.items()
     }
     _bars(axes, values, chance)
@@ -96,7 +96,8 @@ def draw_headline(summaries: Sequence[Summary], chance: float) -> Picture | None
         f"{CLASSES[access]}: " + ", ".join(f"{subject} {percent(one.mean)}" for subject, one in by.items())
         for access, by in rows.items()
     )
-    return _picture(figure, "headline", "Worst case by class of attackers, with intervals over seeds.", alt)
+    caption = "Worst case by class of attackers, with intervals over seeds and test images."
+    return _picture(figure, "headline", caption, alt)
 
 
 def draw_layers(layers: pandas.DataFrame, chance: float) -> Picture | None:
@@ -178,27 +179,26 @@ def draw_curves(data: AuditData, summaries: Sequence[Summary], task: str = "harm
         key = (one.attacker, one.access, task, one.layer, one.precision)
         runs = [r for r in data.outcomes if (r.attacker, r.access, r.task, r.layer, r.precision) == key and r.curve]
         by = {subject: [run for run in runs if run.subject == subject] for subject in SUBJECTS}
-        pictures.append(_draw_curve(one, {k: v for k, v in by.items() if v}, data.tasks[task].chance))
+        drawn = {k: v for k, v in by.items() if v}
+        pictures.append(_draw_curve(one, drawn, data.tasks[task].chance, data.tested_images(runs[0])))
     return pictures
 
 
-def _draw_curve(one: Summary, runs: dict[str, list[Outcome]], chance: float) -> Picture:
+def _draw_curve(one: Summary, runs: dict[str, list[Outcome]], chance: float, images: int) -> Picture:
     figure, axes = _small()
     ends = []
     for subject, outcomes in runs.items():
         at_step: dict[int, list[float]] = {}
         for outcome in outcomes:
             for step, value in zip(outcome.steps, outcome.curve, strict=True):
-                at_step.setdefault(step, []).append(100 * value)
+                at_step.setdefault(step, []).append(value)
         steps = sorted(at_step)
-        means, intervals = zip(*(mean_interval(at_step[step]) for step in steps), strict=True)
+        found = [accuracy_interval(at_step[step], images) for step in steps]
+        means = [100 * mean for mean, _ in found]
+        low, high = ([100 * interval[end] for _, interval in found] for end in (0, 1))
         style: dict[str, Any] = {"color": COLOURS[subject], "linestyle": LINES[subject], "linewidth": 1.6}
         axes.plot(steps, means, label=subject, marker="." if len(steps) < 12 else "", **style)
-        with_interval = [(step, both) for step, both in zip(steps, intervals, strict=True) if both]
-        if with_interval:
-            at, bands = zip(*with_interval, strict=True)
-            low, high = zip(*bands, strict=True)
-            axes.fill_between(at, low, high, color=COLOURS[subject], alpha=0.18, linewidth=0)
+        axes.fill_between(steps, low, high, color=COLOURS[subject], alpha=0.18, linewidth=0)
         ends.append(f"{subject} {means[-1]:.1f}% after {steps[-1]:,} steps")
     axes.axhline(100 * chance, color="black", linestyle=":", linewidth=1, label="chance")
     untrained = any(run.steps[0] == 0 for group in runs.values() for run in group)
@@ -211,7 +211,7 @@ def _draw_curve(one: Summary, runs: dict[str, list[Outcome]], chance: float) -> 
     axes.legend(frameon=False, fontsize=8)
     name = f"{label(one.attacker)[:1].upper()}{label(one.attacker)[1:]}"
     where = ", at the classifier's input" if one.access == "head_input" else ""
-    caption = f"{name}{where}: accuracy against steps, mean and interval over seeds."
+    caption = f"{name}{where}: accuracy against steps, mean and interval over seeds and test images."
     return _picture(figure, "curves", caption, f"{name}: {', '.join(ends)}; chance {percent(chance)}")
 
 

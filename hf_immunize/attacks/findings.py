@@ -13,10 +13,12 @@ class Kind(str, Enum):
     """What a finding says; the value is the word for it."""
 
     BROKEN = "broken"
+    MAYBE_BROKEN = "possibly broken"
     SERIOUS_DROP = "serious drop"
     MAYBE_SERIOUS = "possible serious drop"
     UTILITY_KEPT = "benign accuracy kept"
     UTILITY_UNKNOWN = "benign accuracy not compared"
+    NO_UTILITY = "no benign accuracy to keep"
     NO_REFERENCE = "no reference"
     NOTHING_STOPPED = "nothing is stopped"
     NOT_TESTED = "not tested"
@@ -30,10 +32,13 @@ class Kind(str, Enum):
     SLOWED = "slowed"
     MAYBE_SLOWED = "perhaps slowed"
     NOT_SLOWED = "not slowed"
+    SPEED_UNKNOWN = "speed not distinguishable"
     NO_STEPS_NEEDED = "slowed but not prevented"
     AT_RANDOM = "no more than random weights give"
     TASK_LOST = "another task suffers"
+    MAYBE_TASK_LOST = "another task may suffer"
     BENIGN_SLOWED = "benign probing is slowed"
+    MAYBE_BENIGN_SLOWED = "benign probing may be slowed"
     RATIO = "conditioning"
     DIVERGED = "diverged"
     SKIPPED = "skipped"
@@ -51,7 +56,13 @@ CLASS_KINDS = frozenset(
     {Kind.NOT_TESTED, Kind.NOTHING_TO_PROTECT, Kind.INCONCLUSIVE, Kind.PREVENTED, Kind.REDUCED, Kind.NOT_PREVENTED}
     | {Kind.WITHHELD}
 )
-# What is not said of a model that is broken, or whose benign accuracy nobody compared.
+# What is said of the released classifier's benign accuracy, and where that forbids any claim of resistance.
+UTILITY_KINDS = frozenset(
+    {Kind.BROKEN, Kind.MAYBE_BROKEN, Kind.SERIOUS_DROP, Kind.MAYBE_SERIOUS, Kind.UTILITY_KEPT}
+    | {Kind.UTILITY_UNKNOWN, Kind.NO_UTILITY}
+)
+WITHHOLDING = frozenset({Kind.BROKEN, Kind.MAYBE_BROKEN, Kind.UTILITY_UNKNOWN, Kind.NO_UTILITY})
+# What is not said of a model that may be broken, or whose benign accuracy nobody compared.
 CLAIMS = frozenset({Kind.PREVENTED, Kind.REDUCED})
 SIDE_CLAIMS = frozenset({Kind.SLOWED, Kind.AT_RANDOM, Kind.RATIO})
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_immunize.attacks.intervals import NORMAL, mean_interval
+from hf_immunize.attacks.intervals import mean_interval, paired_interval
 from hf_immunize.attacks.outcomes import AuditData, Outcome, Utility
 from hf_immunize.errors import ShapeError
 
@@ -106,8 +106,7 @@ def deviations(data: AuditData, task: str = "harmful") -> list[Deviation]:
 def paired_utility(immunized: Tensor, reference: Tensor | None = None) -> Utility:
     """Accuracy of two classifiers on the same images, with the 95 % interval of their difference.
 
-    The normal interval of the mean of the differences image by image, each −1, 0 or 1; where no image differs, the
-    rule of three bounds how often one might.
+    The interval is paired by image; see `paired_interval`.
 
     Args:
         immunized: Whether the immunized model named each image rightly, ``(N,)``.
@@ -126,9 +125,6 @@ def paired_utility(immunized: Tensor, reference: Tensor | None = None) -> Utilit
     if reference is None:
         return Utility(size, ours)
     theirs = float(reference.double().mean())
-    differences = immunized.double() - reference.double()
-    mean = float(differences.mean())
-    half = NORMAL * float(differences.std(unbiased=size > 1)) / math.sqrt(size)
-    if not bool(differences.any()):
-        half = min(1.0, 3 / size)
-    return Utility(size, ours, theirs, mean, (max(-1.0, mean - half), min(1.0, mean + half)))
+    ours_right, theirs_right = immunized.bool(), reference.bool()
+    gained, lost = (int(one.sum()) for one in (ours_right & ~theirs_right, theirs_right & ~ours_right))
+    return Utility(size, ours, theirs, (gained - lost) / size, paired_interval(gained, lost, size))

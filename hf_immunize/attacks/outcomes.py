@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_immunize.attacks.presets import RESTORING
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -144,3 +146,13 @@ class AuditData:
     machine: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     accuracies: list[float] = field(default_factory=list)
+
+    def tested_images(self, outcome: Outcome) -> int:
+        """On how many images an attack was measured: fine-tuning takes no more than its budget, where there are more.
+
+        What puts public weights back is read by probes, which take all.
+        """
+        size = self.tasks[outcome.task].test_size
+        most = self.budget.get("fine_tuning_test_images")
+        tuned = outcome.access == "fine_tuning" and outcome.attacker not in RESTORING
+        return min(size, most) if tuned and isinstance(most, int) else size

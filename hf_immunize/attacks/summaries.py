@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hf_immunize.attacks.intervals import mean_interval, wilson_interval
+from hf_immunize.attacks.intervals import mean_interval, newcombe_interval, wider, wilson_interval
 from hf_immunize.attacks.outcomes import AuditData, Outcome
 from hf_immunize.attacks.speed import late_rise
+from hf_immunize.attacks.thresholds import STILL_RISING, STILL_RISING_IMAGES
 
 
 ACCESSES = ("head_input", "any_layer", "fine_tuning")
@@ -26,8 +26,9 @@ class Summary:
         attacker, access, subject, task, layer, precision: As in `Outcome`.
         accuracies: Best accuracy reached, by seed, of the runs that are done.
         mean: Their mean; None when no run is done.
-        interval: Student's t interval over seeds; None with fewer than `MIN_SEEDS`.
-        test_interval: Wilson's interval of the mean for the number of test images; None when no run is done.
+        interval: Student's t interval over seeds; None with fewer than `MIN_SEEDS`, or where all seeds agree.
+        test_size: Number of test images of a run.
+        test_interval: Wilson's interval of the mean for that number; None when no run is done.
         diverged, skipped: Runs that ended so.
         notes: What was said of those, each once.
         closed_form: Whether it takes no gradient steps; not `ITERATIVE` ones.
@@ -47,6 +48,7 @@ class Summary:
     accuracies: dict[int, float]
     mean: float | None
     interval: tuple[float, float] | None
+    test_size: int
     test_interval: tuple[float, float] | None
     diverged: int
     skipped: int
@@ -59,18 +61,24 @@ class Summary:
     seconds_interval: tuple[float, float] | None
 
     @property
+    def ends(self) -> tuple[float, float] | None:
+        """Interval that holds both, that over seeds and that over test images; None when no run is done."""
+        return None if self.test_interval is None else wider(self.test_interval, self.interval)
+
+    @property
     def upper(self) -> float:
         """Upper end of the wider interval; 1 when no run is done."""
-        if self.mean is None or self.test_interval is None:
-            return 1.0
-        return max(self.mean, self.test_interval[1], self.interval[1] if self.interval else 0.0)
+        return 1.0 if self.ends is None else self.ends[1]
 
     @property
     def lower(self) -> float:
         """Lower end of the wider interval; 0 when no run is done."""
-        if self.mean is None or self.test_interval is None:
-            return 0.0
-        return min(self.mean, self.test_interval[0], self.interval[0] if self.interval else 1.0)
+        return 0.0 if self.ends is None else self.ends[0]
+
+    @property
+    def still_rising(self) -> bool:
+        """Whether it improved in its last steps by more than a few test images may do by chance."""
+        return self.rise >= STILL_RISING and self.rise * self.test_size >= STILL_RISING_IMAGES
 
 
 def reached(outcome: Outcome) -> float:
@@ -95,7 +103,7 @@ def summarize(data: AuditData) -> list[Summary]:
     for one in data.outcomes:
         key = (one.attacker, one.access, one.subject, one.task, one.layer, one.precision)
         groups.setdefault(key, []).append(one)
-    return [_summarize(runs, data.tasks[runs[0].task].test_size) for runs in groups.values()]
+    return [_summarize(runs, data.tested_images(runs[0])) for runs in groups.values()]
 
 
 def _summarize(runs: list[Outcome], test_size: int) -> Summary:
@@ -114,6 +122,7 @@ def _summarize(runs: list[Outcome], test_size: int) -> Summary:
         accuracies=accuracies,
         mean=mean,
         interval=_within_one(interval),
+        test_size=test_size,
         test_interval=None if mean is None else wilson_interval(mean, test_size),
         diverged=sum(run.status == "diverged" for run in runs),
         skipped=sum(run.status == "skipped" for run in runs),
@@ -164,39 +173,46 @@ def matched(summaries: Iterable[Summary], others: Iterable[Summary]) -> list[Sum
     return [one for one in summaries if (one.attacker, one.layer) in keys]
 
 
-def gap(reference: Summary, immunized: Summary) -> tuple[float, tuple[float, float] | None]:
-    """Accuracy lost to the immunization, reference − immunized, paired by seed where the seeds are shared.
+def gap(reference: Summary, immunized: Summary) -> tuple[float, tuple[float, float]]:
+    """Accuracy lost to the immunization, reference − immunized, with what seeds and test images leave open.
 
     Args:
         reference: Of the reference.
         immunized: Of the immunized model.
 
     Returns:
-        The difference of the means, and its interval over shared seeds or None with too few of them.
+        The difference of the means, and an interval that holds `gap_of_images` and `gap_of_seeds`.
     """
     assert reference.mean is not None and immunized.mean is not None
-    shared = sorted(reference.accuracies.keys() & immunized.accuracies.keys())
-    interval = (
-        mean_interval([reference.accuracies[s] - immunized.accuracies[s] for s in shared])[1] if shared else None
-    )
+    interval = wider(gap_of_images(reference, immunized), gap_of_seeds(reference, immunized))
     return reference.mean - immunized.mean, interval
+
+
+def gap_of_seeds(reference: Summary, immunized: Summary) -> tuple[float, float] | None:
+    """Student's t interval of the difference, paired by seed; None with few shared seeds or where all agree."""
+    shared = shared_seeds(reference, immunized)
+    if not shared:
+        return None
+    return mean_interval([reference.accuracies[seed] - immunized.accuracies[seed] for seed in shared])[1]
+
+
+def shared_seeds(reference: Summary, immunized: Summary) -> list[int]:
+    """Seeds with which both are done."""
+    return sorted(reference.accuracies.keys() & immunized.accuracies.keys())
 
 
 def gap_of_images(reference: Summary, immunized: Summary) -> tuple[float, float]:
     """Newcombe's interval of the same difference for the number of test images, as if these were two draws of them.
 
-    Newcombe. Interval estimation for the difference between independent proportions. Statistics in Medicine, 1998.
+    An audit keeps accuracies, not answers image by image; as the images are the same, the interval is too wide rather
+    than too narrow.
 
     Args:
         reference: Of the reference.
         immunized: Of the immunized model.
 
     Returns:
-        Its ends; wide where the images are the same, as the audit's are, and so on the safe side.
+        Its ends.
     """
-    assert reference.mean is not None and reference.test_interval is not None
-    assert immunized.mean is not None and immunized.test_interval is not None
-    (low, high), (own_low, own_high) = reference.test_interval, immunized.test_interval
-    difference = reference.mean - immunized.mean
-    below = math.hypot(reference.mean - low, own_high - immunized.mean)
-    return difference - below, difference + math.hypot(high - reference.mean, immunized.mean - own_low)
+    assert reference.mean is not None and immunized.mean is not None
+    return newcombe_interval(reference.mean, reference.test_size, immunized.mean, immunized.test_size)

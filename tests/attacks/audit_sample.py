@@ -25,6 +25,7 @@ def attack(attacker, access, subject, accuracy, *, seeds=5, task="harmful", laye
         best = float(np.clip(accuracy + noise[seed], 0, 1))
         curve = rising(best, half) if half else []
         made = {"accuracy": curve[-1] if half else best, "steps": STEPS if half else [], "curve": curve} | kwargs
+        made = {"seconds": 1 + 0.1 * seed} | made
         outcomes.append(Outcome(attacker, access, subject, task, layer, seed, "float64", **made))
     return outcomes
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from audit_sample import make
+from scipy import stats
 
 from hf_immunize.attacks.measures import deviations, paired_utility, relative_deviation
 from hf_immunize.attacks.outcomes import Outcome
@@ -27,12 +28,20 @@ def test_deviation_of_unequal_curves_is_refused():
 def test_pairing_narrows_the_interval():
     ours, theirs = torch.arange(100) >= 50, torch.arange(100) >= 48
     low, high = paired_utility(ours, theirs).interval
-    assert high - low < 0.06  # unpaired it is 0.28
+    assert high - low < 0.08  # unpaired it is 0.28
 
 
-def test_equal_answers_leave_an_interval_of_the_rule_of_three():
+def test_equal_answers_leave_open_what_another_draw_would_give():
     same = torch.ones(300, dtype=torch.bool)
-    assert paired_utility(same, same).interval == (-0.01, 0.01)
+    half = 1.959964 * math.sqrt(2 / 302 / 302)  # Bonett and Price's, without a difference: close to 3/300
+    assert paired_utility(same, same).interval == pytest.approx((-half, half), rel=1e-6)
+
+
+@pytest.mark.parametrize(("lost", "significant"), [(4, False), (5, False), (6, True), (9, True)])
+def test_a_few_images_that_changed_are_a_difference_where_mcnemars_exact_test_says_so(lost, significant):
+    ours = torch.arange(100) >= lost
+    _, high = paired_utility(ours, torch.ones(100, dtype=torch.bool)).interval
+    assert (high < 0) == significant == (stats.binomtest(0, lost).pvalue < 0.05)
 
 
 def test_interval_covers_the_truth_nineteen_times_in_twenty():

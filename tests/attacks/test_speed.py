@@ -1,9 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 from audit_sample import STEPS, attack, make
 
+from hf_immunize.attacks.findings import Kind
+from hf_immunize.attacks.outcomes import Outcome, Task
 from hf_immunize.attacks.speed import first_reaching, late_rise, steps_ratios
+from hf_immunize.attacks.verdict import judge
 
 
 def test_a_flat_curve_does_not_rise():
@@ -32,7 +36,8 @@ def ratio_of(immunized_half, reference_half, **kwargs):
 
 def test_an_equal_model_takes_equal_steps():
     one = ratio_of(10, 10)
-    assert (one.ratio, one.is_bound, one.interval) == (1.0, False, (1.0, 1.0))
+    assert (one.ratio, one.is_bound) == (1.0, False)
+    assert one.interval[0] <= 1 <= one.interval[1]
 
 
 def test_a_slower_model_takes_more_steps():
@@ -46,6 +51,47 @@ def test_a_model_never_read_gives_a_bound_at_the_budget():
 
 def test_the_target_is_a_share_of_what_the_reference_gives_above_chance():
     assert ratio_of(10, 10).target == pytest.approx(0.01 + 0.9 * 0.49, abs=0.005)
+
+
+def test_one_test_image_makes_no_ratio():
+    """Both are at 65 or 66 of 100 at the same step, and the target lies between."""
+    steps = [1, 10, 240, 1000]
+    curves = {"reference": [0.2, 0.66, 0.66, 0.722], "immunized": [0.2, 0.65, 0.67, 0.72]}
+    runs = [
+        Outcome(
+            "gd_line_search", "head_input", s, "harmful", "l", seed, "float64", accuracy=c[-1], steps=steps, curve=c
+        )
+        for s, c in curves.items()
+        for seed in range(3)
+    ]
+    data = make(runs)
+    data.tasks["harmful"] = Task("harmful", "digits", 300, 100, 10, 0.1)
+    (one,) = [one for one in steps_ratios(data) if one.share == 0.9]
+    assert one.ratio == pytest.approx(24) and one.interval[0] <= 1
+    assert not {found.kind for found in judge(data)} & {Kind.SLOWED, Kind.MAYBE_SLOWED}
+
+
+def test_the_interval_of_equal_speeds_holds_one_nineteen_times_in_twenty():
+    """Test images drawn anew for each model, of which every one is learned at a step of its own."""
+    generator = np.random.default_rng(0)
+    steps = np.unique(np.logspace(0, 4, 30).round().astype(int)).tolist()
+    held = 0
+    for _ in range(200):
+        runs = []
+        for subject in ("reference", "immunized"):
+            learned = np.exp(generator.normal(5, 2, 100))
+            curve = [float(np.mean(learned <= step)) for step in steps]
+            runs += [
+                Outcome(
+                    "sgd", "head_input", subject, "harmful", "l", seed, "float64", "done", "", curve[-1], steps, curve
+                )
+                for seed in range(3)
+            ]
+        data = make(runs)
+        data.tasks["harmful"] = Task("harmful", "digits", 300, 100, 10, 0.1)
+        (one,) = [one for one in steps_ratios(data) if one.share == 0.9]
+        held += one.interval[0] <= 1 <= one.interval[1]
+    assert held >= 184  # 190 in the mean, less two standard deviations
 
 
 def test_few_seeds_give_a_ratio_without_interval():

@@ -3,9 +3,17 @@ import dataclasses
 import pytest
 from audit_sample import attack, lost, make, probes, sample_data
 
-from hf_immunize.attacks.intervals import wilson_interval
 from hf_immunize.attacks.outcomes import Outcome
-from hf_immunize.attacks.summaries import gap, gap_of_images, matched, of_class, reached, strongest, summarize
+from hf_immunize.attacks.summaries import (
+    gap,
+    gap_of_images,
+    gap_of_seeds,
+    matched,
+    of_class,
+    reached,
+    strongest,
+    summarize,
+)
 
 
 def test_the_best_along_the_curve_counts():
@@ -62,28 +70,53 @@ def test_attacks_that_are_done_on_both_are_matched():
     assert [one.attacker for one in matched(summaries, others)] == ["a"]
 
 
-def test_the_gap_is_paired_by_seed():
-    (ours,) = summarize(make(attack("ridge", "head_input", "immunized", 0.3)))
-    (theirs,) = summarize(make(attack("ridge", "head_input", "reference", 0.5)))
-    difference, (low, high) = gap(theirs, ours)
+def pair(ours, theirs, seeds=5, images=2000):
+    data = make(
+        [
+            *attack("ridge", "head_input", "immunized", ours, seeds=seeds),
+            *attack("ridge", "head_input", "reference", theirs),
+        ]
+    )
+    data.tasks["harmful"] = dataclasses.replace(data.tasks["harmful"], test_size=images)
+    immunized, reference = summarize(data)
+    return reference, immunized
+
+
+def test_a_gap_that_every_seed_gives_has_no_interval_over_seeds_and_one_over_images():
     # The seeds' noise is the same on both sides, and goes.
-    assert difference == pytest.approx(0.2) and high - low < 1e-9
+    difference, interval = gap(*pair(0.3, 0.5))
+    assert difference == pytest.approx(0.2) and gap_of_seeds(*pair(0.3, 0.5)) is None
+    assert interval == gap_of_images(*pair(0.3, 0.5)) and interval[1] - interval[0] > 0.05
 
 
-def test_the_gap_of_few_shared_seeds_has_no_interval():
-    (ours,) = summarize(make(attack("ridge", "head_input", "immunized", 0.3, seeds=2)))
-    (theirs,) = summarize(make(attack("ridge", "head_input", "reference", 0.5)))
-    assert gap(theirs, ours)[1] is None
+def test_the_gap_holds_the_interval_over_seeds_where_seeds_differ():
+    theirs, ours = pair(0.3, 0.5, images=10**9)
+    noisy = dataclasses.replace(ours, accuracies={0: 0.2, 1: 0.3, 2: 0.4, 3: 0.3, 4: 0.3})
+    assert gap(theirs, noisy)[1] == gap_of_seeds(theirs, noisy)
+
+
+def test_the_gap_of_few_shared_seeds_has_no_interval_over_seeds():
+    assert gap_of_seeds(*pair(0.3, 0.5, seeds=2)) is None
 
 
 def test_the_gap_of_images_is_newcombes():
     """56/70 against 48/80: Newcombe's Table II, method 10, gives 0.0524 to 0.3339."""
-    (theirs,) = summarize(
-        make([Outcome("a", "head_input", "reference", "harmful", "l", 0, "float64", accuracy=56 / 70)])
-    )
-    (ours,) = summarize(
-        make([Outcome("a", "head_input", "immunized", "harmful", "l", 0, "float64", accuracy=48 / 80)])
-    )
-    theirs = dataclasses.replace(theirs, test_interval=wilson_interval(56 / 70, 70))
-    ours = dataclasses.replace(ours, test_interval=wilson_interval(48 / 80, 80))
+    theirs, ours = pair(0.3, 0.5)
+    theirs = dataclasses.replace(theirs, mean=56 / 70, test_size=70)
+    ours = dataclasses.replace(ours, mean=48 / 80, test_size=80)
     assert gap_of_images(theirs, ours) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+
+
+def test_fine_tuning_has_the_interval_of_the_images_it_was_measured_on():
+    runs = [one for name in ("whole_network", "restore_swap") for one in attack(name, "fine_tuning", "immunized", 0.4)]
+    tuned, restored = summarize(make(runs, budget={"fine_tuning_test_images": 100}))
+    assert (tuned.test_size, restored.test_size) == (100, 2000)
+    assert tuned.upper - tuned.lower > 4 * (restored.upper - restored.lower)
+
+
+def test_a_rise_of_a_single_test_image_is_not_still_rising():
+    curve = {"steps": [1, 2], "curve": [0.3, 0.31], "accuracy": 0.31}
+    runs = [Outcome("sgd", "head_input", "immunized", "harmful", "l", seed, "float64", **curve) for seed in range(3)]
+    few, many = make(runs), make(runs)
+    few.tasks["harmful"] = dataclasses.replace(few.tasks["harmful"], test_size=100)
+    assert [summarize(data)[0].still_rising for data in (few, many)] == [False, True]
