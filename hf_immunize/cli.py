@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ from hf_immunize.audit_command import audit
 from hf_immunize.ceiling_command import ceiling
 from hf_immunize.errors import ArgumentError, ImmunizationError
 from hf_immunize.hub_commands import card, push, verify
+from hf_immunize.text import printable
 
 
 app = typer.Typer(
@@ -95,6 +97,7 @@ def main() -> None:
         # Redirected on Windows they know a few hundred characters, and κ is not among them.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    logging.setLogRecordFactory(_printable_record)
     try:
         _refuse_empty(sys.argv[1:])
         app()
@@ -108,6 +111,14 @@ def main() -> None:
             raise
         typer.secho(f"{type(error).__name__}: {sentence}", err=True, fg="red")
         sys.exit(2)
+
+
+def _printable_record(*args: Any, **options: Any) -> logging.LogRecord:
+    """A record of a log in which no name of a file or a class commands the terminal."""
+    record = logging.LogRecord(*args, **options)
+    if record.name.split(".")[0] == __package__:
+        record.msg, record.args = printable(record.getMessage()), ()
+    return record
 
 
 def _refuse_empty(words: list[str]) -> None:
@@ -125,9 +136,9 @@ def _sentence(error: Exception) -> str | None:
     """What to tell of an error that is no fault of this library's; None of one that may be."""
     import yaml
 
-    said = " ".join(str(error).split())
+    said = printable(error)
     if isinstance(error, ImmunizationError):
-        return str(error)
+        return said
     if isinstance(error, UnicodeError):
         return f"Expected text in UTF-8, found other bytes ({said}). Save the file as UTF-8."
     if isinstance(error, json.JSONDecodeError | yaml.YAMLError):

@@ -1,5 +1,7 @@
+import logging
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 from typer.testing import CliRunner
@@ -53,6 +55,24 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(command
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.out == ""
     assert str(tmp_path / "file") in said.err.replace("\n", "") and "none" not in said.err
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J\x1b]0;x\x07", "\u202eevil", "\x9b31m", "a\rb", "\ud800"])
+def test_no_name_commands_the_terminal(monkeypatch, capsys, caplog, name):
+    def fail():
+        logging.getLogger("hf_immunize.vision.data").warning("%s", f"Left out {name}.")
+        raise DataError(f"Expected an image, found none in {name}. Give one.")
+
+    monkeypatch.setattr(cli, "app", fail)
+    before = logging.getLogRecordFactory()
+    try:
+        with pytest.raises(SystemExit):
+            cli.main()
+    finally:
+        logging.setLogRecordFactory(before)
+    for said in (capsys.readouterr().err, caplog.messages[0]):
+        assert "found none in" in said or "Left out" in said
+        assert not [c for c in said.rstrip("\n") if unicodedata.category(c) in ("Cc", "Cf", "Cs")]
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):
