@@ -80,13 +80,18 @@ class TuningBudget:
 
 def _check_positive(what: str, **numbers: Any) -> None:
     for name, value in numbers.items():
-        kinds = (int, float) if name == "seconds" else (int,)
+        kinds, most = (
+            ((int, float), math.inf) if name == "seconds" else ((int,), _MOST_SEEDS if "seeds" in name else _MOST)
+        )
         if value is None:
             continue
-        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
-            whole = "" if name == "seconds" else ", a whole number"
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value <= most or value == math.inf:
+            whole = "" if name == "seconds" else f", a whole number up to {most:,}"
             raise ArgumentError(f"Expected {what.format(name=name)} above 0{whole}, found {value!r}.")
 
+
+# More steps or seeds than this never end, and their numbers fill all memory before the first.
+_MOST, _MOST_SEEDS = 100_000_000, 10_000
 
 _PROBES = (
     "ridge",

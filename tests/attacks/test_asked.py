@@ -64,7 +64,7 @@ def test_a_budget_is_a_positive_number(name, value):
         find_preset("quick").changed(**{name: value})
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5, "3"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "3", 10**20])
 def test_a_budget_of_ones_own_is_checked_too(value):
     quick = find_preset("quick")
     for make in (
