@@ -367,6 +367,7 @@ def test_a_reference_of_other_images_is_measured_again(trainer, images, tmp_path
 
 
 def test_it_is_said_where_a_reference_of_other_images_cannot_be_measured_again(trainer, images, tmp_path, caplog):
+    hf.utils.logging.warning_once.cache_clear()  # another test may have had it said
     _, resumed = other_images_on_resuming(trainer, images, tmp_path)
     assert "eval_rir" not in resumed.evaluate()
     assert "images of eval_dataset are not those on which" in " ".join(r.getMessage() for r in caplog.records)

@@ -18,3 +18,12 @@ def test_values_on_a_device_are_not_looked_at_when_they_are_added():
     means = RunningMeans()
     for step in (1, 2):
         means.update({"r_ill": torch.tensor(0.0, device="meta")}, step)  # a look at it would raise
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+def test_the_side_whose_features_are_not_finite_is_named(deferred):
+    means = RunningMeans(deferred=deferred)
+    finite = {"benign": torch.tensor(True), "harmful": torch.tensor(False)}
+    with pytest.raises(NonFiniteError, match="features of the harmful images"):
+        means.update({"r_ill": torch.tensor(float("nan"))}, 3, finite)
+        means.take(step=4)
