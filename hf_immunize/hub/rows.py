@@ -215,9 +215,9 @@ def budget_words(budget: BudgetRecord) -> str:
 
     Example:
         >>> budget_words(BudgetRecord(limit=0.05, measure="total_variation", spent=0.04, weight=1.0))
-        'The benign side moved 0.04 of its budget of 0.05 (total_variation).'
+        'The benign side moved 0.04 of its budget of 0.05 (total variation).'
     """
-    measure = plain(budget.measure)
+    measure = plain(budget.measure.replace("_", " "))
     if not budget.exceeded:
         return f"The benign side moved {budget.spent:.2g} of its budget of {budget.limit:g} ({measure})."
     faded = (

@@ -107,6 +107,7 @@ def row_checksums(batch: dict[str, Tensor]) -> list[bytes]:
         16 bytes a row.
 
     Examples:
+        >>> import torch
         >>> rows = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
         >>> first, second = row_checksums({"pixel_values": rows})
         >>> first != second, [second] == row_checksums({"pixel_values": rows[1:]})
