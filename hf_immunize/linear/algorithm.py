@@ -25,6 +25,7 @@ from hf_immunize.linear.steps import (
     well_step,
     well_weights,
 )
+from hf_immunize.spectra.checks import check_result
 
 
 # Under the step rules κ(H_H) stops here: where harmful directions of their own exist it would grow without end, until
@@ -136,6 +137,8 @@ def _settings(settings: LinearSettings | None, options: dict[str, Any]) -> Linea
     for name in options:
         if name not in known:
             raise ArgumentError(f"Unknown option {name!r}; there are {', '.join(known)}.")
+    if settings is not None and not isinstance(settings, LinearSettings):
+        raise ArgumentError(f"Expected settings as LinearSettings, found {type(settings).__name__}.")
     return replace(settings or LinearSettings(), **options)
 
 
@@ -169,7 +172,7 @@ class _Run:
         dim, like = self.P.dim, self.X_H
         init = self.settings.theta_init
         omega = torch.randn(dim, self.task.width, generator=generator, dtype=torch.float64).to(like.device) / dim**0.5
-        if isinstance(init, torch.Tensor):
+        if not isinstance(init, str):
             # A copy: the descent works in place.
             theta = as_data(init, "theta_init").to(like.device).clone()
             if theta.shape != (dim, dim):
@@ -195,13 +198,14 @@ class _Run:
 
 
 def _descend_all(run: _Run) -> LinearImmunization:
-    generator = torch.Generator().manual_seed(run.settings.seed)
+    generator = torch.Generator().manual_seed(int(run.settings.seed))
     theta, omega = run.start(generator)
     every, epochs = run.settings.record_every, run.settings.epochs
 
     def record(epoch: int, step: int) -> dict[str, Any]:
-        loss = {"epoch": epoch, "step": step, "loss": float(run.task.loss(run.task.X @ theta @ omega))}
-        return loss | _measure(run.P, run.H, theta)
+        loss = float(run.task.loss(run.task.X @ theta @ omega))
+        check_result(loss, f"the benign loss at step {step} of method {run.method!r}")
+        return {"epoch": epoch, "step": step, "loss": loss} | _measure(run.P, run.H, theta)
 
     history, step = [record(0, 0)], 0
     for epoch in range(1, epochs + 1):

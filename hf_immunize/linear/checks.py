@@ -1,12 +1,14 @@
 """What every function of this room asks of its input: real, finite, two-dimensional, in float64."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from hf_immunize.errors import ArgumentError, ShapeError
-from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
+from hf_immunize.spectra.checks import as_matrix, as_values, check_dtype, check_result
+from hf_immunize.spectra.conditioning import grid_cutoff, rank_cutoff
 
 
 def as_data(values: Any, name: str = "Z") -> torch.Tensor:
@@ -22,14 +24,14 @@ def as_data(values: Any, name: str = "Z") -> torch.Tensor:
     Raises:
         ShapeError: Not two-dimensional, fewer than two rows, or no column.
         NonFiniteError: A cell holds NaN or infinity; the message names its row and column.
-        ArgumentError: The numbers are complex.
+        ArgumentError: They are no numbers, or complex.
 
     Example:
         >>> as_data([[1.0, 2.0], [3.0, float("nan")]], "X_benign")
         Traceback (most recent call last):
         hf_immunize.errors.NonFiniteError: Expected finite values in X_benign, found nan in row 1, column 1 ...
     """
-    matrix = torch.as_tensor(values).detach()
+    matrix = as_values(values, name).detach()
     if matrix.is_complex():
         raise ArgumentError(
             f"Expected real numbers in {name}, found {matrix.dtype}; pass its real part, its modulus, or real and "
@@ -53,9 +55,9 @@ def as_targets(values: Any, rows: int, name: str = "y") -> torch.Tensor:
     Raises:
         ShapeError: One-dimensional or two-dimensional targets were expected, or their number is not ``rows``.
         NonFiniteError: A target is NaN or infinite.
-        ArgumentError: The targets are complex.
+        ArgumentError: The targets are no numbers, or complex.
     """
-    targets = torch.as_tensor(values).detach()
+    targets = as_values(values, name).detach()
     if targets.ndim not in (1, 2) or targets.shape[0] != rows or targets.numel() == 0:
         raise ShapeError(
             f"{name} must hold one target for each of the {rows} rows, as ({rows},) or ({rows}, C), "
@@ -86,7 +88,7 @@ def dtype_of_origin(values: Any, produced_dtype: torch.dtype | None = None) -> t
         values: The data as the caller gave them, before any cast.
         produced_dtype: Overrides the dtype they carry, for float32 features that were saved as float64.
     """
-    dtype = produced_dtype or torch.as_tensor(values).dtype
+    dtype = check_dtype(produced_dtype) or as_values(values, "the data").dtype
     return dtype if dtype.is_floating_point else torch.float64
 
 
@@ -101,5 +103,6 @@ def keep_above_noise(sigma: torch.Tensor, shape: Sequence[int], produced_dtype: 
     Returns:
         ``(min(N, D),)`` boolean.
     """
-    cutoff = rank_cutoff(float(sigma[0]), float(sigma.norm()), shape[0], shape[1], produced_dtype)
-    return sigma > cutoff
+    norm = check_result(math.hypot(*sigma.tolist()), "the norm of the data")
+    cutoff = rank_cutoff(float(sigma[0]), norm, shape[0], shape[1], produced_dtype)
+    return sigma > max(cutoff, grid_cutoff(shape[0], shape[1], produced_dtype))

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from hf_immunize.errors import ArgumentError, ShapeError
+from hf_immunize.errors import ShapeError
 from hf_immunize.linear.checks import as_data, as_targets, same_columns
 from hf_immunize.linear.factor import Factor, row_factor
 from hf_immunize.linear.probe import least_squares_probe
+from hf_immunize.spectra.checks import binary_scale, check_number, check_result
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.ratio import ImmunizationRatio, relative_immunization_ratio
 
@@ -80,8 +81,9 @@ def map_ratio(P: Factor, H: Factor, theta: torch.Tensor) -> ImmunizationRatio:
     """
     # The rank rule compares features of equal width, and a map may change it; columns of zeros leave κ alone.
     width = max(theta.shape)
-    rows = [torch.nn.functional.pad(F.rows, (0, width - F.dim)) for F in (P, H)]
-    mapped = [torch.nn.functional.pad(F.rows @ theta, (0, width - theta.shape[1])) for F in (P, H)]
+    units, theta = [F.unit()[0].rows for F in (P, H)], theta / binary_scale(theta)
+    rows = [torch.nn.functional.pad(F, (0, width - F.shape[1])) for F in units]
+    mapped = [torch.nn.functional.pad(F @ theta, (0, width - theta.shape[1])) for F in units]
     before_p, before_h = (feature_conditioning(Z) for Z in rows)
     return relative_immunization_ratio(
         benign=feature_conditioning(mapped[0], reference=before_p),
@@ -159,11 +161,8 @@ def factor_definition(
         much_larger: As in :func:`check_definition`.
         utility_tolerance: As in :func:`check_definition`.
     """
-    if not (much_larger >= 1 and utility_tolerance >= 0):
-        raise ArgumentError(
-            f"much_larger must be at least 1 and utility_tolerance at least 0, found {much_larger!r} and "
-            f"{utility_tolerance!r}."
-        )
+    check_number(much_larger, "much_larger", 1)
+    check_number(utility_tolerance, "utility_tolerance", 0)
     ratio = map_ratio(P, H, theta)
     assert ratio.benign is not None
     lost = P.rank - ratio.benign.rank
@@ -190,4 +189,4 @@ def factor_definition(
 
 def _best_loss(Z: torch.Tensor, y: torch.Tensor) -> float:
     residual = y - least_squares_probe(Z, y, intercept=True).predict(Z)
-    return float(residual.square().sum(1).mean())
+    return float(check_result(residual.square().sum(1).mean(), "the benign loss"))

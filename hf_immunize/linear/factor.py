@@ -6,6 +6,7 @@ import torch
 
 from hf_immunize.errors import RankError
 from hf_immunize.linear.checks import as_data, dtype_of_origin, keep_above_noise
+from hf_immunize.spectra.checks import binary_scale, decomposing
 
 
 class Factor(NamedTuple):
@@ -35,6 +36,11 @@ class Factor(NamedTuple):
     def dim(self) -> int:
         """``D``, the number of columns."""
         return self.V.shape[0]
+
+    def unit(self) -> tuple["Factor", float]:
+        """The factor of the data divided by a power of two near their size, and that power."""
+        scale = binary_scale(self.s)
+        return self._replace(s=self.s / scale), scale
 
     @property
     def rows(self) -> torch.Tensor:
@@ -67,7 +73,8 @@ def row_factor(X: Any, name: str = "X", *, produced_dtype: torch.dtype | None = 
     """
     matrix = as_data(X, name)
     origin = dtype_of_origin(X, produced_dtype)
-    s, Vh = _right_decomposition(matrix)
+    with decomposing(name):
+        s, Vh = _right_decomposition(matrix)
     keep = keep_above_noise(s, matrix.shape, origin)
     if not keep.any():
         raise RankError(f"{name} is zero in every cell, so it has no spectrum; check how it was loaded.")

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from hf_immunize.errors import ArgumentError, ShapeError
+from hf_immunize.errors import ShapeError
 from hf_immunize.linear.checks import as_data, same_columns
 from hf_immunize.linear.factor import Factor, row_factor
+from hf_immunize.spectra.checks import binary_scale, check_count, check_result, times_power
 
 
 def principal_angles(X_benign: Any, X_harmful: Any, leading: int = 10) -> torch.Tensor:
@@ -45,8 +46,7 @@ def principal_angles(X_benign: Any, X_harmful: Any, leading: int = 10) -> torch.
 def factor_angles(P: Factor, H: Factor, leading: int = 10) -> torch.Tensor:
     """:func:`principal_angles` of factors computed before."""
     same_columns(P.V.T, H.V.T, ("X_benign", "X_harmful"))
-    if leading < 1:
-        raise ArgumentError(f"leading must be at least 1, found {leading!r}.")
+    check_count(leading, "leading")
     count = min(leading, P.rank, H.rank)
     A, B = P.V[:, :count], H.V[:, :count]
     cosines = torch.linalg.svdvals(A.T @ B).clamp(max=1.0)
@@ -75,4 +75,7 @@ def proposition_diagonal(X: Any, theta: Any) -> torch.Tensor:
     if matrix.shape[0] != data.shape[1]:
         raise ShapeError(f"Expected theta with {data.shape[1]} rows, one a column of X, found {matrix.shape[0]}.")
     U, sigma, _ = torch.linalg.svd(matrix.to(data.device), full_matrices=False)
-    return ((data @ U).square().sum(0) * sigma.square()).sort(descending=True).values
+    scale = binary_scale(data)
+    # Each factor brings its own size; the square of their product may be at hand where that of one is not.
+    values = times_power((data / scale @ U).square().sum(0) * (sigma / sigma[0]).square(), scale * float(sigma[0]), 2)
+    return check_result(values, "the diagonal").sort(descending=True).values

@@ -7,6 +7,11 @@ import torch
 
 from hf_immunize.errors import ShapeError
 from hf_immunize.linear.checks import as_data
+from hf_immunize.spectra.checks import as_labels, binary_scale, check_result
+
+
+# Sizes of features for which the search for a step, which halves an interval of 1, has all digits.
+_ORDINARY = (1e-30, 1e8)
 
 
 def with_ones(Z: torch.Tensor) -> torch.Tensor:
@@ -27,17 +32,11 @@ def class_numbers(Z: Any, labels: Any, name: str = "Z", at_least: int = 2) -> tu
         ShapeError: Labels are no class numbers, not one a row, or too few classes.
     """
     matrix = as_data(Z, name)
-    numbers = torch.as_tensor(labels).detach().to(matrix.device)
-    whole = numbers.ndim == 1 and len(numbers) == len(matrix) and not numbers.is_complex()
-    if not whole or bool((numbers != numbers.long()).any()) or int(numbers.min()) < 0:
-        raise ShapeError(
-            f"The labels of {name} must be {len(matrix)} class numbers from 0 up, one a row, "
-            f"found shape {tuple(numbers.shape)} of {numbers.dtype}."
-        )
+    numbers = as_labels(labels, len(matrix), f"the labels of {name}").to(matrix.device)
     classes = int(numbers.max()) + 1
     if classes < at_least:
         raise ShapeError(f"The labels of {name} must hold at least two classes, found only class 0.")
-    return matrix, numbers.long(), classes
+    return matrix, numbers, classes
 
 
 def logistic_path(Z: Any, y: Any, steps: int, intercept: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -45,6 +44,10 @@ def logistic_path(Z: Any, y: Any, steps: int, intercept: bool) -> Iterator[tuple
     matrix, labels, classes = class_numbers(Z, y)
     if intercept:
         matrix = with_ones(matrix)
+    # Scores do not depend on the size of the features, and weights are one over it.
+    scale = binary_scale(matrix)
+    scale = 1.0 if _ORDINARY[0] < scale < _ORDINARY[1] else scale
+    matrix = matrix / scale
     onehot = torch.nn.functional.one_hot(labels, classes).to(torch.float64)
     weight = matrix.new_zeros(matrix.shape[1], classes)
     scores = matrix @ weight
@@ -54,7 +57,7 @@ def logistic_path(Z: Any, y: Any, steps: int, intercept: bool) -> Iterator[tuple
         step = _exact_step(scores, direction, onehot)
         weight = weight - step * gradient
         scores = scores + step * direction
-        yield weight, -(onehot * scores.log_softmax(dim=1)).sum(dim=1).mean()
+        yield check_result(weight / scale, "the weights"), -(onehot * scores.log_softmax(dim=1)).sum(dim=1).mean()
 
 
 def _exact_step(scores: torch.Tensor, direction: torch.Tensor, onehot: torch.Tensor) -> float:

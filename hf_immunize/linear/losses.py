@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from hf_immunize.errors import ShapeError
 from hf_immunize.linear.checks import as_targets
+from hf_immunize.spectra.checks import as_labels, as_values
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,10 @@ def benign_task(X: torch.Tensor, y: Any) -> Task:
         tensor([[1., 0.],
                 [1., 0.]], dtype=torch.float64)
     """
-    values = torch.as_tensor(y).detach().to(X.device)
+    values = as_values(y, "y_benign").detach().to(X.device)
     targets = as_targets(values, len(X), "y_benign").to(X.device)
     if values.ndim == 2 or values.is_floating_point():
         return Task(X, targets, classify=False)
-    if int(values.min()) < 0:
-        raise ShapeError(f"Expected class numbers from 0 up in y_benign, found {int(values.min())}; renumber them.")
-    onehot = torch.nn.functional.one_hot(values.long(), max(int(values.max()) + 1, 2))
+    classes = as_labels(values, len(X), "y_benign")
+    onehot = torch.nn.functional.one_hot(classes, max(int(classes.max()) + 1, 2))
     return Task(X, onehot.to(torch.float64), classify=True)

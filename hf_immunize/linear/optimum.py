@@ -22,6 +22,7 @@ import torch
 from hf_immunize.errors import ArgumentError
 from hf_immunize.linear.checks import same_columns
 from hf_immunize.linear.factor import Factor, null_basis, row_factor
+from hf_immunize.spectra.checks import check_count, check_number, check_result
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Ceiling:
         sets projected on the shared directions, ``(i) = common_value · (ii)`` for ``t`` up to ``common_benign_kappa``;
         it is empty where they share none.
         """
+        check_count(points, "points")
         slope, kappa = self.value, self.benign_kappa
         if self.harmful_only:
             slope, kappa = self.common_value, self.common_benign_kappa
@@ -125,9 +127,8 @@ def rir_ceiling(
 def factor_ceiling(P: Factor, H: Factor, tolerance: float | None = None) -> Ceiling:
     """:func:`rir_ceiling` of factors computed before."""
     same_columns(P.V.T, H.V.T, ("X_benign", "X_harmful"))
-    tolerance = max(P.eps, H.eps) ** 0.5 if tolerance is None else tolerance
-    if not 0 < tolerance < 1:
-        raise ArgumentError(f"tolerance is the sine of an angle, so it lies between 0 and 1, found {tolerance!r}.")
+    tolerance = _tolerance(P, H, tolerance)
+    (P, _), (H, _) = P.unit(), H.unit()  # of which the ceiling does not depend
     common = common_basis(P, H, tolerance)
     outside = H.rank - common.shape[1]
     common_kappas = _projected(P, H, common) if common.shape[1] else (math.nan,) * 3
@@ -158,6 +159,16 @@ def factor_ceiling(P: Factor, H: Factor, tolerance: float | None = None) -> Ceil
         num_benign=P.num_samples,
         num_harmful=H.num_samples,
     )
+
+
+def _tolerance(P: Factor, H: Factor, given: float | None) -> float:
+    """The sine from which a harmful direction counts as outside, strictly between 0 and 1."""
+    tolerance = (
+        max(P.eps, H.eps) ** 0.5 if given is None else check_number(given, "tolerance, the sine of an angle,", 0, 1)
+    )
+    if not 0 < tolerance < 1:
+        raise ArgumentError(f"tolerance is the sine of an angle, so it lies between 0 and 1, found {tolerance!r}.")
+    return tolerance
 
 
 def _kappa(sigma: torch.Tensor) -> float:
@@ -235,12 +246,10 @@ def factor_map(
 ) -> torch.Tensor:
     """:func:`optimal_map` of factors computed before."""
     same_columns(P.V.T, H.V.T, ("X_benign", "X_harmful"))
-    t = P.kappa if t is None else t
-    if not (t >= 1 and math.isfinite(t)):
-        raise ArgumentError(f"the dial t is the benign condition number to end with, so at least 1, found {t!r}.")
-    if not harmful_gain >= 1:
-        raise ArgumentError(f"harmful_gain must be at least 1, found {harmful_gain!r}.")
-    tolerance = max(P.eps, H.eps) ** 0.5 if tolerance is None else tolerance
+    t = P.kappa if t is None else check_number(t, "t, the benign condition number to end with,", 1)
+    check_number(harmful_gain, "harmful_gain", 1)
+    tolerance = _tolerance(P, H, tolerance)
+    (P, scale), (H, _) = P.unit(), H.unit()
     null = null_basis(P.V)
     unseen = H.rows @ null
     U, strengths, Wh = torch.linalg.svd(unseen, full_matrices=True)
@@ -252,7 +261,8 @@ def factor_map(
     _, sigma, Qh = torch.linalg.svd(rest, full_matrices=True)
     rank = min(H.rank - outside, len(sigma))
     shared = (whitener(P) @ Qh.T) * _dial(sigma, rank, P.rank, t)
-    return torch.cat([shared, null @ _outer(Wh, strengths, outside, H, shared, harmful_gain)], dim=1)
+    theta = torch.cat([shared, null @ _outer(Wh, strengths, outside, H, shared, harmful_gain)], dim=1)
+    return check_result(theta / scale, "the map")
 
 
 def _dial(sigma: torch.Tensor, rank: int, size: int, t: float) -> torch.Tensor:

@@ -15,6 +15,14 @@ import torch
 from hf_immunize.errors import ArgumentError, RankError, ShapeError
 from hf_immunize.linear.checks import as_data, as_targets, dtype_of_origin, keep_above_noise
 from hf_immunize.linear.logistic import class_numbers, logistic_path, with_ones
+from hf_immunize.spectra.checks import (
+    binary_scale,
+    check_count,
+    check_number,
+    check_result,
+    decomposing,
+    times_power,
+)
 
 
 class LinearProbe(NamedTuple):
@@ -34,12 +42,17 @@ class LinearProbe(NamedTuple):
 
 
 class _Spectrum(NamedTuple):
-    """``Z = U diag(s) Vᵀ`` without its null part, and the targets in it: all a quadratic problem needs."""
+    """``Z = U diag(s) Vᵀ`` without its null part, and the targets in it: all a quadratic problem needs.
+
+    Of features and targets divided by powers of two near their size, so that no square leaves the range.
+    """
 
     s: torch.Tensor  # (r,)
     V: torch.Tensor  # (D, r)
     optimum: torch.Tensor  # (r, C), the minimum-norm solution in the basis V
     outside: float  # ‖Y − UUᵀY‖², the squared loss nothing removes
+    weight_scale: float  # what weights are in units of
+    target_scale: float  # what targets are in units of
 
 
 def _spectrum(Z: Any, y: Any, intercept: bool, produced_dtype: torch.dtype | None) -> _Spectrum:
@@ -47,23 +60,25 @@ def _spectrum(Z: Any, y: Any, intercept: bool, produced_dtype: torch.dtype | Non
     targets = as_targets(y, len(matrix)).to(matrix.device)
     if intercept:
         matrix = with_ones(matrix)
-    U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    with decomposing("features"):
+        U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
     keep = keep_above_noise(s, matrix.shape, dtype_of_origin(Z, produced_dtype))
     if not keep.any():
         raise RankError("The features are all zero, so there is nothing to probe; check the layer they come from.")
-    U, s, V = U[:, keep], s[keep], Vh[keep].T
+    scale, target_scale = binary_scale(matrix), binary_scale(targets)
+    targets = targets / target_scale
+    U, s, V = U[:, keep], s[keep] / scale, Vh[keep].T
     inside = U.T @ targets
     # Targets orthogonal to the features are so up to the rounding of their own dtype; the rest is no signal.
     eps = min(torch.finfo(dtype_of_origin(y)).eps, torch.finfo(torch.float32).eps)
     if inside.norm() <= 4 * eps * len(matrix) ** 0.5 * targets.norm():
         inside = torch.zeros_like(inside)
     outside = float((targets - U @ inside).square().sum())
-    return _Spectrum(s, V, inside / s[:, None], outside)
+    return _Spectrum(s, V, inside / s[:, None], outside, target_scale / scale, target_scale)
 
 
 def _check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ArgumentError(f"steps must be a whole number of at least 1, found {steps!r}.")
+    check_count(steps, "steps")
 
 
 def _errors(spectrum: _Spectrum, steps: int) -> Iterator[torch.Tensor]:
@@ -162,7 +177,8 @@ def probe_path(
         raise ArgumentError(f"loss must be 'squared' or 'logistic', found {loss!r}.")
     spectrum = _spectrum(Z, y, intercept, produced_dtype)
     for error in _errors(spectrum, steps):
-        yield _split(spectrum.V @ (error + spectrum.optimum), intercept)
+        weight = spectrum.V @ (error + spectrum.optimum) * spectrum.weight_scale
+        yield _split(check_result(weight, "the weights"), intercept)
 
 
 def probe_loss_curve(
@@ -209,7 +225,8 @@ def probe_loss_curve(
     spectrum = _spectrum(Z, y, intercept, produced_dtype)
     squared = spectrum.s.square()[:, None]
     inside = [(squared * e.square()).sum() for e in (-spectrum.optimum, *_errors(spectrum, steps))]
-    return (torch.stack(inside) + spectrum.outside) / (2 * len(torch.as_tensor(Z)))
+    losses = (torch.stack(inside) + spectrum.outside) / (2 * len(torch.as_tensor(Z)))
+    return check_result(times_power(losses, spectrum.target_scale, 2), "the loss")
 
 
 def probe_accuracy(
@@ -244,7 +261,7 @@ def probe_accuracy(
     targets = classes_of_rows
     if loss == "squared":
         targets = torch.nn.functional.one_hot(classes_of_rows, classes).to(torch.float64)
-    original = torch.as_tensor(Z).dtype
+    original = dtype_of_origin(Z)
     path = probe_path(matrix, targets, steps, loss=loss, intercept=intercept, produced_dtype=original)
     hits = [(probe.predict(test).argmax(dim=1) == test_labels).to(torch.float64).mean() for probe in path]
     return torch.stack(hits)
@@ -270,17 +287,18 @@ def least_squares_probe(Z: Any, y: Any, ridge: float = 0.0, *, intercept: bool =
         >>> least_squares_probe(torch.tensor([[1.0], [2.0]]), torch.tensor([3.0, 5.0]), intercept=True)
         LinearProbe(weight=tensor([[2.0000]], dtype=torch.float64), bias=tensor([1.0000], dtype=torch.float64))
     """
-    if not ridge >= 0:
-        raise ArgumentError(f"ridge must be a number of at least 0, found {ridge!r}.")
+    check_number(ridge, "ridge", 0)
     matrix = as_data(Z)
     targets = as_targets(y, len(matrix)).to(matrix.device)
     centre = matrix.mean(0) if intercept else torch.zeros_like(matrix[0])
     level = targets.mean(0) if intercept else torch.zeros_like(targets[0])
-    U, s, Vh = torch.linalg.svd(matrix - centre, full_matrices=False)
+    with decomposing("features"):
+        U, s, Vh = torch.linalg.svd(matrix - centre, full_matrices=False)
     keep = keep_above_noise(s, matrix.shape, dtype_of_origin(Z))
     U, s, Vh = U[:, keep], s[keep], Vh[keep]
-    weight = Vh.T @ ((s / (s.square() + ridge))[:, None] * (U.T @ (targets - level)))
-    return LinearProbe(weight, level - centre @ weight)
+    # s/(s² + ridge), without the square.
+    weight = check_result(Vh.T @ ((1 / (s + ridge / s))[:, None] * (U.T @ (targets - level))), "the weights")
+    return LinearProbe(weight, check_result(level - centre @ weight, "the bias"))
 
 
 def _split(weight: torch.Tensor, intercept: bool) -> LinearProbe:

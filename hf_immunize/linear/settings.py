@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_immunize.errors import ArgumentError
+from hf_immunize.spectra.checks import check_count, check_number
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,20 @@ class LinearSettings:
         Raises:
             ArgumentError: Names the option, what it may be and what it is.
         """
-        numbers = [
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("lr", self.lr > 0, "positive"),
-            ("batch_size", self.batch_size is None or self.batch_size >= 2, "at least 2, or None for all rows"),
-            ("share", 0 <= self.share < 1, "from 0 to below 1"),
+        check_count(self.epochs, "epochs")
+        check_number(self.lr, "lr", 0)
+        if self.batch_size is not None:
+            check_count(self.batch_size, "batch_size", least=2)
+        check_number(self.share, "share", 0, 1)
+        check_number(self.growth, "growth", 1)
+        check_count(self.inner_steps, "inner_steps")
+        check_count(self.record_every, "record_every", least=0)
+        check_count(self.seed, "seed", least=-(2**63), most=2**63 - 1)
+        for name, fine, wanted in (
+            ("lr", self.lr > 0, "above 0"),
+            ("share", self.share < 1, "below 1"),
             ("growth", self.growth > 1, "above 1"),
-            ("inner_steps", self.inner_steps >= 1, "at least 1"),
-            ("record_every", self.record_every >= 0, "at least 0"),
-        ]
-        for name, fine, wanted in numbers:
+        ):
             if not fine:
                 raise ArgumentError(f"{name} must be {wanted}, found {getattr(self, name)!r}.")
         if self.step not in ("fixed", "rule"):
@@ -68,5 +73,5 @@ class LinearSettings:
             raise ArgumentError(f"step='rule' is proved for methods 'kappa' and 'r_ill' alone, found {method!r}.")
         for name in ("benign_weight", "harmful_weight"):
             weight = getattr(self, name)
-            if weight != "balanced" and (isinstance(weight, str) or not weight >= 0):
-                raise ArgumentError(f"{name} must be 'balanced' or a number of at least 0, found {weight!r}.")
+            if not (isinstance(weight, str) and weight == "balanced"):
+                check_number(weight, f"{name}, unless 'balanced',", 0)

@@ -29,6 +29,8 @@ def standardize(X: Any, name: str = "X") -> tuple[torch.Tensor, list[int]]:
                 [ 0.7071,  0.0000]], dtype=torch.float64), [1])
     """
     matrix = as_data(X, name)
+    # Each column by a power of two near its size, so that no square leaves the range.
+    matrix = torch.ldexp(matrix, -torch.frexp(matrix.abs().amax(0)).exponent)
     centred = matrix - matrix.mean(0)
     deviation = centred.square().sum(0).div(len(matrix) - 1).sqrt()
     constant = deviation <= 1e-14 * matrix.abs().amax(0)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_immunize.errors import ArgumentError, NonFiniteError, RankError, ShapeError
+from hf_immunize.errors import ArgumentError, RankError, ShapeError
+from hf_immunize.spectra.checks import as_matrix, check_dtype, check_result, decomposing
 
 
 # How far above the norm of rounding noise a singular value must lie to count. The second singular value of the noise
@@ -62,47 +63,6 @@ class Conditioning:
         return f"κ {sign} {self.kappa:.4g} (rank {self.rank}{lost}, N = {self.num_samples}, D = {self.dim})"
 
 
-def as_matrix(value: Any, name: str = "matrix", *, check_finite: bool = True) -> Tensor:
-    """Check that `value` is a finite, non-empty, real floating-point matrix, and return it as a tensor.
-
-    Args:
-        value: Tensor, or anything ``torch.as_tensor`` takes, of shape ``(N, D)``.
-        name: What to call it in an error.
-        check_finite: Whether to look at the entries; the caller does where this is False.
-
-    Returns:
-        The tensor of shape ``(N, D)``, neither copied nor moved when it already was one.
-
-    Raises:
-        ShapeError: If it is not two-dimensional or has no entries.
-        ArgumentError: If it is not of a real floating-point dtype.
-        NonFiniteError: If an entry is NaN or infinite; the first one is named.
-    """
-    matrix = torch.as_tensor(value)
-    if matrix.ndim != 2:
-        raise ShapeError(
-            f"Expected {name} of shape (N, D), found {tuple(matrix.shape)}. Flatten each sample to one row first."
-        )
-    if matrix.numel() == 0:
-        raise ShapeError(f"Expected {name} with at least one row and one column, found {tuple(matrix.shape)}.")
-    if not matrix.is_floating_point():
-        raise ArgumentError(
-            f"Expected {name} of a real floating-point dtype, found {matrix.dtype}; call .float() on it."
-        )
-    if not check_finite:
-        return matrix
-    # The sum is finite unless an entry is not (or it overflows): one cheap pass in the common case.
-    finite = torch.ones(()) if bool(torch.isfinite(matrix.detach().sum())) else torch.isfinite(matrix)
-    if not bool(finite.all()):
-        row, column = (~finite).nonzero()[0].tolist()
-        raise NonFiniteError(
-            f"Expected finite values in {name}, found {matrix[row, column].item()} in row {row}, column {column} "
-            f"({int((~finite).sum())} of {matrix.numel()} entries are not finite). Check the data and the weights "
-            "that produced them; a smaller learning rate or full precision often mends it."
-        )
-    return matrix
-
-
 def rank_cutoff(
     sigma_max: float,
     frobenius: float,
@@ -139,10 +99,16 @@ def rank_cutoff(
     return _NOISE_MARGIN * max(noise, computed * sigma_max)
 
 
+def grid_cutoff(num_samples: int, dim: int, produced_dtype: torch.dtype) -> float:
+    """`rank_cutoff` of values below the normal ones of their dtype, all of which are rounded to one grid."""
+    info = torch.finfo(produced_dtype)
+    return _NOISE_MARGIN * info.smallest_normal * info.eps * (math.sqrt(num_samples) + math.sqrt(dim))
+
+
 def singular_values(matrix: Tensor) -> Tensor:
     """Singular values in float64, descending, shape ``(min(N, D),)``; on the CPU where the device has no float64."""
     device = "cpu" if matrix.device.type == "mps" else matrix.device
-    with torch.autocast(matrix.device.type, enabled=False):
+    with torch.autocast(matrix.device.type, enabled=False), decomposing("a matrix"):
         return torch.linalg.svdvals(matrix.detach().to(device=device, dtype=torch.float64))
 
 
@@ -175,19 +141,27 @@ def summarize_spectrum(
     """
     values = sigma.tolist()
     sigma_max = values[0]
-    frobenius = math.sqrt(math.fsum(v * v for v in values))
+    frobenius = check_result(math.hypot(*values), f"the norm of {name}")
     cutoff = rank_cutoff(sigma_max, frobenius, num_samples, dim, produced_dtype, folds=folds)
+    cutoff = max(cutoff, grid_cutoff(num_samples, dim, produced_dtype))
     kept = [v for v in values if v > cutoff]
     if not kept and reference is None:
         raise RankError(
             f"Expected {name} of rank at least 1, found rank 0 (N = {num_samples}, D = {dim}): "
-            "every value is zero, so κ is undefined. Check that the network is not dead and the right layer is read."
+            "every value is zero or rounding noise, so κ is undefined. Check that the network is not dead and the "
+            "right layer is read."
         )
-    total = math.fsum(values)
-    shares = [share for v in values if v and (share := v / total) > 0]
+    parts = [v / sigma_max for v in values if v]
+    total = math.fsum(parts)
+    shares = [share for part in parts if (share := part / total) > 0]
     effective_rank = math.exp(-math.fsum(share * math.log(share) for share in shares)) if shares else 0.0
     is_bound = False
     if reference is not None:
+        if not isinstance(reference, Conditioning):
+            raise ArgumentError(
+                f"Expected the reference as a Conditioning, found {type(reference).__name__}. Pass what "
+                "feature_conditioning or FeatureFactor.conditioning gives."
+            )
         if (reference.num_samples, reference.dim) != (num_samples, dim):
             raise ShapeError(
                 f"Expected reference features of the same data, ({num_samples}, {dim}), found "
@@ -275,7 +249,7 @@ def feature_conditioning(
         >>> feature_conditioning(collapsed).kappa, feature_conditioning(collapsed, reference=Z).is_bound
         (1.0, True)
     """
-    features = as_matrix(features, "features")
+    features, produced_dtype = as_matrix(features, "features"), check_dtype(produced_dtype)
     if reference is not None and not isinstance(reference, Conditioning):
         reference = feature_conditioning(as_matrix(reference, "reference features"), produced_dtype=produced_dtype)
     n, d = features.shape

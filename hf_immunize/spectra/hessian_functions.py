@@ -21,12 +21,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError, ShapeError
-from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
+from hf_immunize.spectra.checks import as_matrix, binary_scale, check_count, check_dtype, check_result, times_power
+from hf_immunize.spectra.conditioning import grid_cutoff, rank_cutoff
 
 
 # Rows cast to float64 at a time: the whole of Z is never copied.
 CHUNK = 512
 # What a Gram matrix in float64 loses, in singular values.
+# Sizes of features of which the eighth power, which R_ill's gradient takes, neither overflows nor vanishes.
+_ORDINARY = (1e-20, 1e20)
 _GRAM_NOISE = torch.finfo(torch.float64).eps ** 0.5
 
 
@@ -94,7 +97,7 @@ class Hessian:
 
     Raises:
         ShapeError: If the matrix is not square, or N is not positive.
-        ArgumentError: If the matrix is not of float64.
+        ArgumentError: If the matrix is not of float64, or the dtype is none of torch's.
 
     Example:
         >>> from hf_immunize.spectra.regularizers import hessian_r_well
@@ -118,8 +121,9 @@ class Hessian:
                 f"Expected a Hessian in float64, found {self.matrix.dtype}, in which small eigenvalues are lost. Form "
                 "ZᵀZ of features cast to float64."
             )
-        if self.rows < 1:
-            raise ShapeError(f"Expected a Hessian of at least one row of features, found rows={self.rows}.")
+        check_count(self.rows, "rows", most=2**62, error=ShapeError)
+        if check_dtype(self.dtype, "dtype") is None:
+            raise ArgumentError("Expected the dtype of the features of a Hessian, found None.")
 
     @classmethod
     def of(cls, features: Tensor) -> Hessian:
@@ -193,12 +197,13 @@ def scale_free(form: Form, degree: int) -> Form:
     return scaled
 
 
-def hessian_function(features: Tensor | Hessian, form: Form, *, raises: bool | None = None) -> Tensor:
+def hessian_function(features: Tensor | Hessian, form: Form, *, degree: int = 0, raises: bool | None = None) -> Tensor:
     """A function of ``H = ZᵀZ``, differentiable once with respect to what is given, features or Hessian.
 
     Args:
         features: Z of shape ``(N, D)``, or their `Hessian`.
         form: The function.
+        degree: In H, of which it is homogeneous.
         raises: Whether a value that is not finite is an error; by default on the CPU alone.
 
     Returns:
@@ -206,7 +211,8 @@ def hessian_function(features: Tensor | Hessian, form: Form, *, raises: bool | N
 
     Raises:
         ShapeError: If the features are not ``(N, D)``.
-        NonFiniteError: If they hold NaN or infinity, or their squares overflow.
+        ArgumentError: If they are no numbers of a real floating-point dtype.
+        NonFiniteError: If they hold NaN or infinity, or the dtype does not hold the result.
         RankError: If they are zero.
         PerfectConditioningError: If the function is undefined at κ = 1 and this is κ.
     """
@@ -214,20 +220,31 @@ def hessian_function(features: Tensor | Hessian, form: Form, *, raises: bool | N
     matrix = features.matrix if isinstance(features, Hessian) else as_matrix(features, "features", check_finite=False)
     if raises is None:
         raises = matrix.device.type == "cpu"
+    dtype = features.dtype if isinstance(features, Hessian) else matrix.dtype
+    kind = torch.promote_types(matrix.dtype, torch.float32)
 
     def function(detached: Tensor) -> tuple[Tensor, Tensor]:
         given = replace(features, matrix=detached) if isinstance(features, Hessian) else detached
-        spectrum, sound = _spectrum(given)
+        # Read where errors are read, on the host alone.
+        given, scale = _rescaled(given) if raises else (given, 1.0)
+        spectrum, sound = _spectrum(given, dtype, scale)
         value, small = form(spectrum)
         sound = sound & torch.isfinite(value)
         if raises and not sound:
-            raise _reason(given)
+            raise _reason(given, spectrum)
         value, small = torch.where(sound, value, torch.nan), torch.where(sound, small, 0.0)
-        if isinstance(features, Hessian):
-            return value, small / 2
-        return value, times_rows(detached, small, transposed=_wide(detached))
+        value = times_power(value, scale, 2 * degree)
+        if isinstance(given, Hessian):
+            gradient = times_power(small / 2, scale, 2 * degree - 2)
+        else:
+            gradient = times_power(times_rows(given, small, transposed=_wide(given)), scale, 2 * degree - 1).to(kind)
+        if raises:
+            check_result(value.to(torch.promote_types(dtype, torch.float32)), "the value of a regularizer")
+            if matrix.requires_grad:
+                check_result(gradient, "the gradient of a regularizer")
+        return value, gradient
 
-    return ClosedForm.apply(matrix, function, features.dtype)
+    return ClosedForm.apply(matrix, function, dtype)
 
 
 class ClosedForm(torch.autograd.Function):
@@ -261,8 +278,26 @@ def _wide(features: Tensor) -> bool:
     return features.shape[0] <= features.shape[1]
 
 
-def _spectrum(given: Tensor | Hessian) -> tuple[Spectrum, Tensor]:
-    """The spectrum of the small side, and whether it is finite and not zero; of the identity where it is not."""
+def _rescaled(given: Tensor | Hessian) -> tuple[Tensor | Hessian, float]:
+    """Features, or their Hessian, divided by a power of two where their powers would leave the range of float64."""
+    if isinstance(given, Hessian):
+        # A power of four, whose root is what the features were divided by.
+        scale = math.ldexp(1.0, math.frexp(binary_scale(given.matrix))[1] // 2)
+        ordinary = _ORDINARY[0] < scale < _ORDINARY[1]
+        return (given, 1.0) if ordinary else (replace(given, matrix=given.matrix / scale / scale), scale)
+    scale = binary_scale(given)
+    ordinary = _ORDINARY[0] < scale < _ORDINARY[1]
+    return (given, 1.0) if ordinary else (given.to(torch.float64) / scale, scale)
+
+
+def _spectrum(given: Tensor | Hessian, dtype: torch.dtype, scale: float) -> tuple[Spectrum, Tensor]:
+    """The spectrum of the small side, and whether it is finite and not zero; of the identity where it is not.
+
+    Args:
+        given: Features or their Hessian, divided by the scale.
+        dtype: Of the features as they were.
+        scale: The scale.
+    """
     if isinstance(given, Hessian):
         features, gram = None, given.matrix
         rows, dim = given.rows, gram.shape[0]
@@ -282,29 +317,23 @@ def _spectrum(given: Tensor | Hessian) -> tuple[Spectrum, Tensor]:
         # Of a Hessian of few rows the eigenvalues beyond them are rounding.
         singular = singular * (torch.arange(len(gram), device=gram.device) < rows)
     # `rank_cutoff` is the larger of a multiple of either argument.
-    of_frobenius = rank_cutoff(0.0, 1.0, rows, dim, given.dtype)
-    of_largest = max(rank_cutoff(1.0, 0.0, rows, dim, given.dtype), computed_noise)
+    of_frobenius = rank_cutoff(0.0, 1.0, rows, dim, dtype)
+    of_largest = max(rank_cutoff(1.0, 0.0, rows, dim, dtype), computed_noise)
     cutoff = torch.maximum(of_frobenius * torch.linalg.vector_norm(singular), of_largest * singular[0])
+    cutoff = cutoff.clamp(min=grid_cutoff(rows, dim, dtype) / scale)
     values, kept = singular.square(), singular > cutoff
     smallest = torch.where(kept, values, torch.inf).min()
-    return Spectrum(values, vectors, kept, smallest, gram, dim, rounding(given.dtype)), sound
+    return Spectrum(values, vectors, kept, smallest, gram, dim, rounding(dtype)), sound
 
 
-def _reason(given: Tensor | Hessian) -> NonFiniteError | RankError | PerfectConditioningError:
+def _reason(given: Tensor | Hessian, spectrum: Spectrum) -> NonFiniteError | RankError | PerfectConditioningError:
     """Why a function of H has no finite value."""
     name, values = ("the Hessian", given.matrix) if isinstance(given, Hessian) else ("features", given)
     as_matrix(values, name)  # names the entry that is not finite
-    largest = float(values.abs().max())
-    if largest == 0:
+    if not values.any() or not spectrum.kept.any():
         return RankError(
-            f"Expected features of rank at least 1, found rank 0: all of {tuple(values.shape)} values are zero. Check "
-            "that the network is not dead and the right layer is read."
-        )
-    square = largest * largest  # unlike a power, never an OverflowError
-    if not math.isfinite(square * values.numel()) or square == 0:
-        return NonFiniteError(
-            f"Expected {name} whose squares are finite and above zero in float64, found values up to {largest:.3g}. "
-            "Divide them by their scale first."
+            f"Expected features of rank at least 1, found rank 0: all of {tuple(values.shape)} values are zero or "
+            "rounding noise. Check that the network is not dead and the right layer is read."
         )
     return perfect_conditioning("all")
 

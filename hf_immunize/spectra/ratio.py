@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import ProtocolError, RankError, ShapeError
-from hf_immunize.spectra.conditioning import Conditioning, as_matrix, feature_conditioning
+from hf_immunize.spectra.checks import as_matrix, check_count, check_result
+from hf_immunize.spectra.conditioning import Conditioning, feature_conditioning
 from hf_immunize.spectra.streaming import FeatureFactor
 
 
 PROTOCOLS = ("exact", "groups", "reference")
 # Of the paper's code: the multiple of the identity it adds, and the eigenvalue below which it looks away.
 _REFERENCE_FLOOR = 1e-6
+# The mean over more says no more.
+_MOST_GROUPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def relative_immunization_ratio(
         `ImmunizationRatio`.
 
     Raises:
-        ProtocolError: If the protocol is unknown, or groups are asked of factors or of too few rows.
+        ArgumentError: If features are no numbers.
+        ProtocolError: If the protocol is unknown, or groups are asked of factors, of too few rows, or over 10,000.
         ShapeError: If immunized and reference features differ in shape.
         NonFiniteError: If features hold NaN or infinity.
         RankError: If features are zero.
@@ -117,6 +121,10 @@ def relative_immunization_ratio(
     """
     if protocol not in PROTOCOLS:
         raise ProtocolError(f"Expected a protocol out of {', '.join(PROTOCOLS)}, found {protocol!r}.")
+    if num_groups is not None:
+        check_count(num_groups, "num_groups", most=_MOST_GROUPS, error=ProtocolError)
+    check_count(group_size, "group_size", least=2, error=ProtocolError)
+    check_count(seed, "seed", least=-(2**63), most=2**63 - 1)
     if protocol == "exact":
         pairs = []
         for features, reference in ((harmful, harmful_reference), (benign, benign_reference)):
@@ -262,12 +270,12 @@ def _feature_pair(name: str, features: Any, reference: Any) -> tuple[Tensor, Ten
 
 
 def _groups(name: str, rows: int, num_groups: int, group_size: int, seed: int) -> list[Tensor]:
-    if rows < group_size or group_size < 2 or num_groups < 1:
+    if rows < group_size:
         raise ProtocolError(
             f"Expected at least one group of 2 to {rows} {name} rows (as many as there are), found num_groups = "
             f"{num_groups}, group_size = {group_size}. Use fewer rows a group or protocol='exact'."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     # Groups do not overlap while the rows last.
     drawn: list[Tensor] = []
     stock = torch.empty(0, dtype=torch.long)
@@ -281,13 +289,14 @@ def _groups(name: str, rows: int, num_groups: int, group_size: int, seed: int) -
 
 def _reference_kappa(features: Tensor) -> float:
     z = features.detach().cpu().to(torch.float64)
-    gram = z.mT @ z + _REFERENCE_FLOOR * torch.eye(z.shape[1], dtype=torch.float64)
+    gram = check_result(z.mT @ z, "the squares of features under protocol 'reference'")
+    gram = gram + _REFERENCE_FLOOR * torch.eye(z.shape[1], dtype=torch.float64)
     eigenvalues = torch.linalg.eigvalsh(gram)
     above = eigenvalues[eigenvalues > _REFERENCE_FLOOR]
     if above.numel() == 0:
         raise RankError(
-            "Expected an eigenvalue above 1e-6 in the reference protocol, found none: every feature is zero. "
-            "Check that the network is not dead and the right layer is read."
+            "Expected an eigenvalue above 1e-6 in the reference protocol, found none: every feature is zero, or far "
+            "below 1e-3. Check that the network is not dead and the right layer is read."
         )
     return float(above[-1] / above[0])
 

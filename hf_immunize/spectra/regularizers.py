@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import RankError
-from hf_immunize.spectra.conditioning import as_matrix, rank_cutoff
+from hf_immunize.spectra.checks import as_matrix, binary_scale, check_count, check_number, check_result, times_power
+from hf_immunize.spectra.conditioning import grid_cutoff, rank_cutoff
 from hf_immunize.spectra.hessian_functions import (
     ClosedForm,
     Form,
@@ -54,7 +55,7 @@ def r_well(matrix: Tensor) -> Tensor:
         >>> r_well(torch.diag(torch.tensor([3.0, 1.0]))).item()
         2.0
     """
-    return _matrix_function(matrix, _r_well)
+    return _matrix_function(matrix, _r_well, 2)
 
 
 def r_ill(matrix: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def r_ill(matrix: Tensor) -> Tensor:
         >>> r_ill(torch.diag(torch.tensor([3.0, 1.0]))).item()
         0.5
     """
-    return _matrix_function(matrix, _r_ill)
+    return _matrix_function(matrix, _r_ill, -2)
 
 
 def hessian_r_well(features: Tensor | Hessian, *, scale_free: bool = False) -> Tensor:
@@ -104,7 +105,7 @@ def hessian_r_well(features: Tensor | Hessian, *, scale_free: bool = False) -> T
         >>> hessian_r_well(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item()
         3.75
     """
-    return hessian_function(features, _form(well_form, 2, scale_free))
+    return hessian_function(features, _form(well_form, 2, scale_free), degree=0 if scale_free else 2)
 
 
 def hessian_r_ill(features: Tensor | Hessian, *, scale_free: bool = False) -> Tensor:
@@ -132,7 +133,7 @@ def hessian_r_ill(features: Tensor | Hessian, *, scale_free: bool = False) -> Te
         >>> round(hessian_r_ill(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item(), 6)  # 1/(17/4 − 1/2)
         0.266667
     """
-    return hessian_function(features, _form(ill_form, -2, scale_free))
+    return hessian_function(features, _form(ill_form, -2, scale_free), degree=0 if scale_free else -2)
 
 
 def spectral_concentration(features: Tensor | Hessian) -> Tensor:
@@ -225,40 +226,49 @@ def _form(form: Form, degree: int, wanted: bool) -> Form:
     return scale_free(form, degree) if wanted else form
 
 
-def _matrix_function(matrix: Tensor, function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+def _matrix_function(
+    matrix: Tensor, function: Callable[[Tensor, torch.dtype, float], tuple[Tensor, Tensor]], degree: int
+) -> Tensor:
+    """A function that is homogeneous of a degree, of what remains of a matrix when its scale is taken out."""
     matrix = as_matrix(matrix)
-    return ClosedForm.apply(matrix, function, matrix.dtype)
+    kind = torch.promote_types(matrix.dtype, torch.float32)
+
+    def scaled(detached: Tensor) -> tuple[Tensor, Tensor]:
+        scale = binary_scale(detached)
+        noise = grid_cutoff(detached.shape[0], detached.shape[1], detached.dtype) / scale
+        value, gradient = function(detached.to(torch.float64) / scale, detached.dtype, noise)
+        gradient = times_power(gradient, scale, degree - 1).to(kind)
+        if matrix.requires_grad:
+            check_result(gradient, "the gradient of a regularizer")
+        return check_result(times_power(value, scale, degree).to(kind), "the value of a regularizer"), gradient
+
+    return ClosedForm.apply(matrix, scaled, matrix.dtype)
 
 
-def _r_well(s: Tensor) -> tuple[Tensor, Tensor]:
-    u, sigma, vh = torch.linalg.svd(s.to(torch.float64), full_matrices=False)
+def _r_well(s: Tensor, dtype: torch.dtype, noise: float) -> tuple[Tensor, Tensor]:
+    u, sigma, vh = torch.linalg.svd(s, full_matrices=False)
     ties = int((sigma >= sigma[0] - _tie_width(sigma)).sum())
     # As a sum of differences, which cannot turn negative by cancellation.
     value = (sigma[0].square() - sigma.square()).sum() / (2 * len(sigma))
-    gradient = (sigma[0] / ties) * (u[:, :ties] @ vh[:ties]) - s.to(sigma.dtype) / len(sigma)
-    return value, gradient.to(_work_dtype(s))
+    return value, (sigma[0] / ties) * (u[:, :ties] @ vh[:ties]) - s / len(sigma)
 
 
-def _r_ill(s: Tensor) -> tuple[Tensor, Tensor]:
-    u, sigma, vh = torch.linalg.svd(s.to(torch.float64), full_matrices=False)
-    kept = sigma[sigma > rank_cutoff(float(sigma[0]), float(sigma.norm()), s.shape[0], s.shape[1], s.dtype)]
+def _r_ill(s: Tensor, dtype: torch.dtype, noise: float) -> tuple[Tensor, Tensor]:
+    u, sigma, vh = torch.linalg.svd(s, full_matrices=False)
+    cutoff = rank_cutoff(float(sigma[0]), float(sigma.norm()), s.shape[0], s.shape[1], dtype)
+    kept = sigma[sigma > max(cutoff, noise)]
     if not len(kept):
         raise RankError(
             f"Expected a matrix of rank at least 1 in R_ill, found all of {tuple(s.shape)} values zero. Check what "
             "produced it."
         )
     k, width = len(kept), _tie_width(sigma)
-    if kept[0] - kept[-1] <= max(width, rounding(s.dtype) * float(kept[0])):
+    if kept[0] - kept[-1] <= max(width, rounding(dtype) * float(kept[0])):
         raise perfect_conditioning(f"all {k}")
     denominator = (kept.square() - kept[-1].square()).sum() / (2 * k)
     first = int((kept > kept[-1] + width).sum())
     extreme = (kept[-1] / (k - first)) * (u[:, first:k] @ vh[first:k])
-    gradient = (extreme - s.to(sigma.dtype) / k) / denominator**2
-    return 1 / denominator, gradient.to(_work_dtype(s))
-
-
-def _work_dtype(s: Tensor) -> torch.dtype:
-    return torch.promote_types(s.dtype, torch.float32)
+    return 1 / denominator, (extreme - s / k) / denominator**2
 
 
 def _tie_width(sigma: Tensor) -> float:
@@ -275,6 +285,7 @@ def kappa_floor(concentration: float, rank: int) -> float:
     Returns:
         The bound on the natural logarithm of κ(H).
     """
-    if rank < 2:
+    check_number(concentration, "concentration")
+    if check_count(rank, "rank", least=0, most=2**62) < 2:
         raise RankError(f"Expected a rank of at least 2 for the bound, found {rank}.")
     return math.log(rank - 1) - concentration

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import ArgumentError, RankError, ShapeError
-from hf_immunize.spectra.conditioning import Conditioning, as_matrix, singular_values, summarize_spectrum
+from hf_immunize.spectra.checks import as_matrix, check_count, check_dtype
+from hf_immunize.spectra.conditioning import Conditioning, singular_values, summarize_spectrum
 
 
 # Rows gathered before a fold, in multiples of D. A QR costs 2(D + B)D² for B new rows: small blocks pay for the old
@@ -46,8 +47,8 @@ class FeatureFactor:
     """
 
     def __init__(self, block_rows: int | None = None) -> None:
-        if block_rows is not None and block_rows < 1:
-            raise ArgumentError(f"Expected block_rows of at least 1, found {block_rows}.")
+        if block_rows is not None:
+            check_count(block_rows, "block_rows")
         self.num_samples = 0
         self.dim: int | None = None
         self.produced_dtype: torch.dtype | None = None
@@ -76,7 +77,7 @@ class FeatureFactor:
         """
         features = as_matrix(features, f"features (batch after {self.num_samples} rows)")
         self._check_dim(features.shape[1])
-        self._note_dtype(produced_dtype or features.dtype)
+        self._note_dtype(check_dtype(produced_dtype) or features.dtype)
         self._append(features)
         self.num_samples += features.shape[0]
         return self
@@ -90,6 +91,10 @@ class FeatureFactor:
         Returns:
             The factor itself, now of both sets of rows.
         """
+        if not isinstance(other, FeatureFactor):
+            raise ArgumentError(
+                f"Expected a FeatureFactor to merge, found {type(other).__name__}. Use update(features)."
+            )
         if other.dim is None:
             return self
         self._check_dim(other.dim)
@@ -147,13 +152,26 @@ class FeatureFactor:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "FeatureFactor":
-        """Restore a factor from the tensors of `state_dict`."""
-        factor = cls()
-        factor.dim = state["factor"].shape[1]
-        factor._append(state["factor"])
-        factor.num_samples = int(state["num_samples"])
-        factor._folds = int(state["folds"])
-        eps = float(state["produced_eps"])
+        """Restore a factor from the tensors of `state_dict`.
+
+        Raises:
+            ArgumentError: If they are not such.
+        """
+        try:
+            rows, (samples, folds, eps) = (
+                state["factor"],
+                (float(state[name]) for name in ("num_samples", "folds", "produced_eps")),
+            )
+        except (TypeError, LookupError, ValueError, RuntimeError) as error:
+            raise ArgumentError(
+                f"Expected what FeatureFactor.state_dict gives, found {type(state).__name__} ({error!r:.100})."
+            ) from error
+        if not (samples >= 1 and folds >= 0 and eps > 0):
+            raise ArgumentError(f"Expected a factor of at least one row, found {samples:g} rows, {folds:g} folds.")
+        factor, rows = cls(), as_matrix(rows, "a stored factor")
+        factor.dim = rows.shape[1]
+        factor._append(rows)
+        factor.num_samples, factor._folds = int(samples), int(folds)
         floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
         factor.produced_dtype = min(floats, key=lambda dtype: abs(torch.finfo(dtype).eps / eps - 1.0))
         return factor

@@ -169,6 +169,8 @@ def _column_kinds(dataset: Any) -> dict[str, str]:
         raise DataError(f"Expected one dataset, but got splits; choose one of {listed(dataset)}, as in data['train'].")
     if isinstance(dataset, dict):
         raise DataError(f"Expected one dataset, but got a dictionary with {listed(dataset)}; give one of its values.")
+    if not hasattr(dataset, "__getitem__") or isinstance(dataset, str):
+        raise DataError(f"Expected a dataset of images, but got {type(dataset).__name__}; load it first.")
     if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
         raise DataError(
             f"Expected a dataset with rows that can be looked up, but got {type(dataset).__name__}; load the data "
@@ -223,6 +225,6 @@ def _find_label_column(kinds: dict[str, str], asked: str | None, needed: bool) -
 
 
 def _existing(kinds: dict[str, str], column: str, option: str) -> str:
-    if column not in kinds:
+    if not isinstance(column, str) or column not in kinds:
         raise DataError(f"{option}={column!r} is not in the dataset; its columns are {listed(kinds)}.")
     return column

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import datasets
@@ -98,7 +98,9 @@ def _codes(labels: list[Any], names: dict[Any, str], split: str) -> np.ndarray:
 
 
 def _harmful_codes(harmful_classes: Sequence[str | int], names: dict[Any, str], present: set[int]) -> set[int]:
-    if isinstance(harmful_classes, str) or len(harmful_classes) == 0:
+    listed_classes = isinstance(harmful_classes, Iterable) and not isinstance(harmful_classes, str | bytes)
+    harmful_classes = list(harmful_classes) if listed_classes else harmful_classes
+    if not isinstance(harmful_classes, list) or not harmful_classes:
         raise DataError(
             f"harmful_classes should be a list with at least one class, but is {harmful_classes!r}; the classes are "
             f"{listed(names.values())}."
@@ -107,7 +109,10 @@ def _harmful_codes(harmful_classes: Sequence[str | int], names: dict[Any, str], 
     by_label = {label: code for code, label in enumerate(names)}
     harmful = set()
     for wanted in harmful_classes:
-        code = by_name.get(wanted) if isinstance(wanted, str) else by_label.get(wanted)
+        if isinstance(wanted, str):
+            code = by_name.get(wanted)
+        else:
+            code = by_label.get(wanted) if isinstance(wanted, Hashable) else None
         if code is None or code not in present:
             there = [name for code, name in enumerate(names.values()) if code in present]
             raise DataError(f"The class {wanted!r} is not in the data; the classes there are {listed(there)}.")

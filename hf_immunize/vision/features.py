@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.errors import HeadError
+from hf_immunize.errors import HeadError, ImmunizationError, ShapeError
+from hf_immunize.spectra.checks import as_matrix, as_values
 from hf_immunize.vision.adapters import outermost_name, running_modules, without_wrapper
 from hf_immunize.vision.precision import full_precision_forward
 
@@ -53,6 +54,11 @@ def find_head(model: PreTrainedModel, head_module: str | None = None) -> tuple[s
         >>> find_head(ResNetForImageClassification(config))
         ('classifier.1', Linear(in_features=8, out_features=3, bias=True))
     """
+    if not isinstance(model, nn.Module) or not hasattr(without_wrapper(model), "base_model"):
+        raise HeadError(
+            f"Expected an image classifier of transformers, found {type(model).__name__}. Load it with "
+            "AutoModelForImageClassification.from_pretrained."
+        )
     name, head = _named_head(model, head_module) if head_module is not None else _only_head(model)
     _check_unshared(model, name, head)
     return name, head
@@ -233,6 +239,9 @@ def penultimate_features(model: PreTrainedModel, pixel_values: Tensor, head_modu
 
     Raises:
         HeadError: If the classifier cannot be found or does not see one row an image.
+        ArgumentError: If the images are no floating-point numbers.
+        NonFiniteError: If they hold NaN or infinity.
+        ShapeError: If they are not images of the size that the model takes.
 
     Examples:
         >>> import torch
@@ -243,8 +252,23 @@ def penultimate_features(model: PreTrainedModel, pixel_values: Tensor, head_modu
         torch.Size([2, 16])
     """
     _, head = find_head(model, head_module)
-    with HeadInput(head) as captured:
-        full_precision_forward(model)(pixel_values)
+    images = as_values(pixel_values, "pixel_values")
+    if images.ndim != 4 or images.numel() == 0:
+        raise ShapeError(f"Expected images of shape (N, C, H, W), found {tuple(images.shape)}. Stack them first.")
+    as_matrix(images.flatten(1), "pixel_values")
+    try:
+        with HeadInput(head) as captured:
+            full_precision_forward(model)(images)
+    except ImmunizationError:
+        raise
+    except (ValueError, RuntimeError) as error:  # of the model, whose own words tell most
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        said = " ".join(str(error).split())
+        raise ShapeError(
+            f"Expected images that {_kind(model)} takes, found {tuple(images.shape)} of {images.dtype} on "
+            f"{images.device} ({said[:300]}). Prepare them with the model's image processor."
+        ) from error
     return captured.features
 
 

@@ -166,7 +166,7 @@ def test_a_matrix_in_single_precision_is_refused():
 
 @pytest.mark.parametrize("rows", [0, -2])
 def test_a_hessian_of_no_rows_is_refused(rows):
-    with pytest.raises(ShapeError, match=f"rows={rows}"):
+    with pytest.raises(ShapeError, match=f"rows .*{rows}"):
         Hessian(torch.eye(3, dtype=torch.float64), rows=rows, dtype=torch.float32)
 
 

@@ -503,9 +503,18 @@ def test_r_ill_of_a_single_sample_is_refused(function):
 
 
 @pytest.mark.parametrize("function", FEATURE_FUNCTIONS)
-def test_features_whose_squares_overflow_are_refused(function):
-    with pytest.raises(NonFiniteError, match="scale"):
-        function(1e160 * gaussian(4, 3))
+@pytest.mark.parametrize("exponent", [-540, 540])
+def test_features_whose_squares_overflow_or_vanish_are_refused_or_right(function, exponent):
+    features = gaussian(4, 3)
+    scaled = torch.ldexp(features, torch.tensor(exponent))
+    try:
+        value = function(scaled)
+    except NonFiniteError:
+        value = None
+    wanted = {hessian_r_well: 4, hessian_r_ill: -4}.get(function, 0) * exponent
+    assert (value is None) == (wanted > 1023)
+    if value is not None:
+        assert value.item() == pytest.approx(math.ldexp(function(features).item(), wanted), rel=1e-9)
 
 
 def test_the_bound_from_the_concentration_needs_two_directions():

@@ -2,10 +2,10 @@
 
 import datasets
 import evaluate
-import numpy as np
 import torch
 
-from hf_immunize.errors import ArgumentError
+from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.spectra.checks import as_labels, as_matrix, as_values
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 
 
@@ -89,12 +89,16 @@ class RelativeImmunizationRatio(evaluate.Metric):
         seed: int = 0,
         produced_dtype: str = "float32",
     ) -> dict[str, float | str | None]:
-        if produced_dtype not in _DTYPES:
+        if not isinstance(produced_dtype, str) or produced_dtype not in _DTYPES:
             raise ArgumentError(f"Expected produced_dtype out of {', '.join(_DTYPES)}, found {produced_dtype!r}.")
         # Numbers travel as float64; those of a coarser dtype are unchanged by going back to it.
         dtype = getattr(torch, produced_dtype)
-        after, before = (torch.tensor(np.asarray(rows), dtype=dtype) for rows in (predictions, references))
-        is_harmful = torch.tensor(np.asarray(harmful), dtype=torch.bool)
+        rows = {"predictions": predictions, "references": references}
+        after, before = (as_matrix(as_values(value, name).to(dtype), name) for name, value in rows.items())
+        is_harmful = as_labels(harmful, len(after), "harmful").bool()
+        for side, count in (("harmful", int(is_harmful.sum())), ("benign", int((~is_harmful).sum()))):
+            if count == 0:
+                raise DataError(f"Expected benign and harmful rows, found no {side} one among {len(after)}.")
         ratio = relative_immunization_ratio(
             harmful=after[is_harmful],
             harmful_reference=before[is_harmful],

@@ -1,0 +1,212 @@
+"""What every function asks of its input: real finite matrices, counts, numbers, labels; one sentence where it is not.
+
+Also the scale that is taken out of a matrix before anything in it is squared.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_immunize.errors import ArgumentError, ImmunizationError, NonFiniteError, ShapeError
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# More classes than any data set has; a label beyond is a mistake, and rows that are one-hot in it fill the memory.
+_MOST_CLASSES = 2**20
+
+
+def as_values(value: Any, name: str, *, readable: bool = True) -> Tensor:
+    """A dense tensor.
+
+    Args:
+        value: Tensor, or anything ``torch.as_tensor`` takes.
+        name: What to call it in an error.
+        readable: Whether it must have values, which it has not on the meta device.
+
+    Raises:
+        ArgumentError: If it is none, or sparse, quantized, or without values.
+    """
+    if isinstance(value, Tensor):
+        tensor = value
+    else:
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError, KeyError) as error:
+            raise ArgumentError(
+                f"Expected numbers in {name}, found {type(value).__name__} ({' '.join(str(error).split())[:200]}). "
+                "Pass a tensor, an array, or nested lists of one length."
+            ) from error
+    if tensor.layout != torch.strided or tensor.is_quantized or (tensor.is_meta and readable):
+        kind = "on the meta device" if tensor.is_meta else "quantized" if tensor.is_quantized else f"{tensor.layout}"
+        raise ArgumentError(f"Expected numbers that can be read in {name}, found a tensor {kind}. Pass a dense one.")
+    return tensor
+
+
+def as_matrix(value: Any, name: str = "matrix", *, check_finite: bool = True) -> Tensor:
+    """Check that `value` is a finite, non-empty, real floating-point matrix, and return it as a tensor.
+
+    Args:
+        value: Tensor, or anything ``torch.as_tensor`` takes, of shape ``(N, D)``.
+        name: What to call it in an error.
+        check_finite: Whether to look at the entries; the caller does where this is False.
+
+    Returns:
+        The tensor of shape ``(N, D)``, neither copied nor moved when it already was one.
+
+    Raises:
+        ShapeError: If it is not two-dimensional or has no entries.
+        ArgumentError: If it is not of a real floating-point dtype.
+        NonFiniteError: If an entry is NaN or infinite; the first one is named.
+    """
+    matrix = as_values(value, name, readable=check_finite)
+    if matrix.ndim != 2:
+        raise ShapeError(
+            f"Expected {name} of shape (N, D), found {tuple(matrix.shape)}. Flatten each sample to one row first."
+        )
+    if matrix.numel() == 0:
+        raise ShapeError(f"Expected {name} with at least one row and one column, found {tuple(matrix.shape)}.")
+    if matrix.dtype not in FLOATS:
+        raise ArgumentError(
+            f"Expected {name} of a real floating-point dtype of 16 bits or more, found {matrix.dtype}; call .float() "
+            "on it."
+        )
+    if not check_finite:
+        return matrix
+    # The sum is finite unless an entry is not (or it overflows): one cheap pass in the common case.
+    finite = torch.ones(()) if bool(torch.isfinite(matrix.detach().sum())) else torch.isfinite(matrix)
+    if not bool(finite.all()):
+        row, column = (~finite).nonzero()[0].tolist()
+        raise NonFiniteError(
+            f"Expected finite values in {name}, found {matrix[row, column].item()} in row {row}, column {column} "
+            f"({int((~finite).sum())} of {matrix.numel()} entries are not finite). Check the data and the weights "
+            "that produced them; a smaller learning rate or full precision often mends it."
+        )
+    return matrix
+
+
+def as_labels(value: Any, rows: int, name: str) -> Tensor:
+    """Class numbers from 0, one a row, as int64.
+
+    Args:
+        value: Whole numbers, of any dtype.
+        rows: How many are expected.
+        name: What to call them in an error.
+
+    Raises:
+        ShapeError: If they are not one a row, or no class numbers.
+    """
+    numbers = as_values(value, name).detach()
+    if numbers.is_complex() or numbers.ndim != 1 or len(numbers) != rows or rows == 0:
+        raise ShapeError(
+            f"Expected {rows} class numbers in {name}, found shape {tuple(numbers.shape)} of {numbers.dtype}."
+        )
+    if numbers.is_floating_point():
+        numbers = numbers.to(torch.float64)
+    elif numbers.dtype == torch.bool:
+        numbers = numbers.long()
+    lowest, highest = numbers.min().item(), numbers.max().item()
+    if lowest < 0 or not highest < _MOST_CLASSES or bool((numbers != numbers.long()).any()):
+        raise ShapeError(
+            f"Expected class numbers, whole and from 0 up, in {name}, found {lowest} to {highest} of {numbers.dtype}; "
+            "renumber the classes 0, 1, 2, …"
+        )
+    return numbers.long()
+
+
+def check_count(
+    value: Any, name: str, least: int = 1, most: int = 10**7, error: type[ImmunizationError] = ArgumentError
+) -> int:
+    """A whole number within bounds that count as inside; what is counted beyond them would not end.
+
+    Raises:
+        ArgumentError: If it is none, or the error that is given.
+    """
+    try:
+        number = None if isinstance(value, bool) else value.__index__()
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # of what is no whole number, and tensors of many
+        number = None
+    if number is None or not least <= number <= most:
+        raise error(f"Expected {name} as a whole number of at least {least} and at most {most}, found {value!r}.")
+    return number
+
+
+def check_number(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> float:
+    """A finite number within bounds that count as inside.
+
+    Raises:
+        ArgumentError: If it is none.
+    """
+    try:
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = math.nan
+    if not (least <= number <= most and abs(number) < math.inf):
+        raise ArgumentError(
+            f"Expected {name} as a finite number of at least {least} and at most {most}, found {value!r}."
+        )
+    return number
+
+
+def check_result(value: Any, name: str) -> Any:
+    """What was computed, a number or a tensor, where its dtype holds it.
+
+    Raises:
+        NonFiniteError: If it does not.
+    """
+    if isinstance(value, Tensor):
+        # As in `as_matrix`: one pass without a copy in the common case.
+        finite = bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
+    else:
+        finite = math.isfinite(value)
+    if not finite:
+        kind = value.dtype if isinstance(value, Tensor) else "float64"
+        raise NonFiniteError(
+            f"Expected {name} within the range of {kind}, found it beyond: the data are too large or too small for "
+            "it. Divide them by their scale first, or pass float64."
+        )
+    return value
+
+
+def check_dtype(value: Any, name: str = "produced_dtype") -> torch.dtype | None:
+    """A real floating-point dtype of torch, or None.
+
+    Raises:
+        ArgumentError: If it is neither.
+    """
+    if value is not None and value not in FLOATS:
+        raise ArgumentError(f"Expected {name} out of {', '.join(map(str, FLOATS))}, or None, found {value!r}.")
+    return value
+
+
+@contextmanager
+def decomposing(name: str) -> Iterator[None]:
+    """Within, a decomposition that fails, as of numbers near the end of float64's range, is a named error."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise NonFiniteError(
+            f"Expected {name} that can be decomposed in float64, found numbers out of its range on the way "
+            f"({str(error)[:120]}). Divide them by their scale first."
+        ) from error
+
+
+def binary_scale(matrix: Tensor) -> float:
+    """The power of two above the largest absolute value, by which to divide rounds nothing; 1 of zeros, NaN, infinity.
+
+    Of what is divided, sums of squares and their squares neither overflow nor vanish.
+    """
+    lowest, highest = torch.aminmax(matrix.detach())
+    largest = max(-float(lowest), float(highest))
+    # Kept among normal numbers, whose inverse is finite.
+    return math.ldexp(1.0, min(max(math.frexp(largest)[1], -1021), 1021)) if 0 < largest < math.inf else 1.0
+
+
+def times_power(value: Any, scale: float, degree: int) -> Any:
+    """A number or tensor times ``scale ** degree``, where the power alone may leave the range of float64."""
+    for _ in range(abs(degree) if scale != 1.0 else 0):  # without a copy in the common case
+        value = value * scale if degree > 0 else value / scale
+    return value
