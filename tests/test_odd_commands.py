@@ -216,7 +216,6 @@ ODD = {
         "--model {root}/model " + PAIR + " --report_to nonsense " + TRAIN.replace("--report_to none", ""),
         "--model {root}/model " + PAIR + " --report_to flyte " + TRAIN.replace("--report_to none", ""),
         "--model {root}/model " + PAIR + " --load_best_model_at_end --eval_strategy no",
-        "--model {root}/model " + PAIR + " --deepspeed {root}/nowhere.json",
         "--model {root}/model " + PAIR + " --fsdp nonsense",
         "--model {root}/model " + PAIR + " --output_dir= ",
         "--model {root}/model " + PAIR + " --output_dir {root}/a.file --use_cpu --report_to none",
