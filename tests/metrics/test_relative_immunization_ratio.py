@@ -12,6 +12,7 @@ import yaml
 
 import hf_immunize
 from hf_immunize import relative_immunization_ratio
+from hf_immunize.errors import ImmunizationError
 
 
 FOLDER = Path(hf_immunize.__file__).parent / "metrics" / "relative_immunization_ratio"
@@ -97,3 +98,23 @@ def test_code_of_the_card_runs(capsys):
 def test_unknown_dtype_is_refused(metric, features):
     with pytest.raises(ValueError, match="produced_dtype"):
         metric.compute(**inputs(features), produced_dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("predictions", [[1.0]] * 50),
+        ("predictions", [[math.nan] * 4] * 50),
+        ("harmful", [True] * 50),
+        ("harmful", [False] * 50),
+        ("protocol", "nonsense"),
+        ("num_groups", 10**12),
+        ("seed", "a"),
+        ("produced_dtype", torch.float32),
+        ("produced_dtype", "int8"),
+    ],
+)
+def test_bad_input_is_a_named_error(metric, features, name, value):
+    given = inputs(features) | {"protocol": "groups", "group_size": 10} | {name: value}
+    with pytest.raises(ImmunizationError):
+        metric.compute(**given)

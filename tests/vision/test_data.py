@@ -146,3 +146,11 @@ def test_every_row_is_kept_once_with_its_class(labels, harmful):
         names = part.features["label"].names
         found.update({row["row"]: int(names[row["label"]]) for row in part})
     assert found == dict(enumerate(labels))
+
+
+@pytest.mark.parametrize("classes", [None, 3, 1.5, "gun", b"gun", {}, [None], [[]], [1.5], object()], ids=str)
+def test_odd_classes_are_a_named_error(classes):
+    features = datasets.Features({"label": datasets.ClassLabel(names=["a", "gun", "b"])})
+    data = datasets.Dataset.from_dict({"label": [0, 1, 2]}, features=features)
+    with pytest.raises(DataError):
+        split_benign_harmful(data, classes)

@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from hf_immunize.errors import HeadError
+from hf_immunize.errors import HeadError, ImmunizationError
 from hf_immunize.vision.features import HeadInput, find_head, penultimate_features
 
 
@@ -184,3 +184,26 @@ def test_a_bare_backbone_is_told_from_a_missing_head(name):
         backbone = getattr(hf, f"{name}Model")(config)
     with pytest.raises(HeadError, match=rf"{name}Model is a bare backbone.*with_linear_head"):
         find_head(backbone)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        *(None, "abc", [], [[1.0]], torch.ones(3, 8, 8), torch.ones(0, 3, 32, 32), torch.ones(1, 5, 32, 32)),
+        *(torch.ones(1, 3, 7, 9), torch.full((1, 3, 32, 32), torch.nan), torch.ones(1, 3, 32, 32, dtype=torch.long)),
+        *(torch.ones(1, 3, 32, 32, dtype=torch.complex64), torch.ones(1, 3, 32, 32, device="meta")),
+    ],
+    ids=str,
+)
+def test_what_are_no_images_is_a_named_error(images):
+    config = hf.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32
+    )
+    with pytest.raises(ImmunizationError):
+        penultimate_features(hf.ViTForImageClassification(config), images)
+
+
+@pytest.mark.parametrize("model", [None, "name", object(), torch.nn.Linear(2, 2)], ids=str)
+def test_what_is_no_classifier_is_a_named_error(model):
+    with pytest.raises(HeadError):
+        penultimate_features(model, torch.ones(1, 3, 8, 8))
