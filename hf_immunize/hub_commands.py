@@ -123,8 +123,10 @@ def card(
     """
     from hf_immunize.hub.card import CARD_NAME, CardOptions, render_card, write_card
     from hf_immunize.hub.record import read_record
+    from hf_immunize.vision.loading import checkpoint_form
 
     record, options = read_record(folder), CardOptions(repo_id=repo_id, model_name=name, license=license)
+    options.form = checkpoint_form(folder)
     path = folder / CARD_NAME
     if not check:
         typer.echo(f"Wrote {write_card(folder, record, options)}.")

@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from datasets import ClassLabel
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoConfig
 from transformers.utils import logging
 
-from hf_immunize.errors import DataError, HeadError
+from hf_immunize.errors import DataError
 from hf_immunize.train_arguments import DataArguments
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.vision.columns import find_columns
+from hf_immunize.vision.loading import load_backbone, load_classifier
 from hf_immunize.vision.sources import load_image_dataset
 from hf_immunize.vision.splits import HeldOut, Parts, choose, divide, divide_classes
 
@@ -97,17 +98,7 @@ def load_model(data: DataArguments, benign: Any, args: ImmunizationArguments) ->
     """The model to immunize, with its own head or, with ``--new_head``, one for the benign classes."""
     if data.new_head:
         return _model_with_new_head(data, benign, args)
-    options: dict[str, Any] = {"revision": data.model_revision, "trust_remote_code": data.trust_remote_code}
-    if args.pooling is not None:  # the Trainer puts a head on it
-        return AutoModel.from_pretrained(data.model, **options)
-    model, info = AutoModelForImageClassification.from_pretrained(data.model, output_loading_info=True, **options)
-    if missing := sorted(info["missing_keys"]):
-        raise HeadError(
-            f"Expected a trained classifier at --model {data.model}, found a checkpoint without {missing[0]}, which "
-            "would be drawn at random. Train one for the benign classes with --new_head, or name what a head shall "
-            "see with --pooling."
-        )
-    return model
+    return _load(data, args)
 
 
 def _check_classes(source: str, parts: Parts, label_column: str | None) -> None:
@@ -154,11 +145,11 @@ def _model_with_new_head(data: DataArguments, benign: Any, args: ImmunizationArg
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
     )
-    kind = AutoModelForImageClassification if args.pooling is None else AutoModel
-    return kind.from_pretrained(
-        data.model,
-        config=config,
-        revision=data.model_revision,
-        trust_remote_code=data.trust_remote_code,
-        ignore_mismatched_sizes=True,
-    )
+    return _load(data, args, config=config)
+
+
+def _load(data: DataArguments, args: ImmunizationArguments, **options: Any) -> Any:
+    options |= {"revision": data.model_revision, "trust_remote_code": data.trust_remote_code}
+    if args.pooling is None:
+        return load_classifier(data.model, new_head=data.new_head, **options)
+    return load_backbone(data.model, args.pooling, **options)  # the Trainer puts a head on it

@@ -17,7 +17,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from hf_immunize import cli
-from hf_immunize.errors import ArgumentError, DataError, HeadError
+from hf_immunize.errors import ArgumentError, DataError, WeightsError
 from hf_immunize.hub.record import read_record
 from hf_immunize.train_arguments import parse_arguments
 from hf_immunize.train_command import run_train, summary_sentence
@@ -183,7 +183,7 @@ def test_a_backbone_without_a_classifier_gets_no_head_in_silence(images, model, 
     backbone = tmp_path / "backbone"
     ViTForImageClassification.from_pretrained(model).vit.save_pretrained(backbone)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(backbone)
-    with pytest.raises(HeadError, match="classifier"):
+    with pytest.raises(WeightsError, match="classifier"):
         run_train(flags(backbone, tmp_path / "run", "--dataset", images, "--harmful_classes", "gun", "knife"))
 
 

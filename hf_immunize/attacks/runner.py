@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 import transformers
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 from transformers.utils import logging
 
 from hf_immunize.attacks.asked import check_asked
@@ -31,10 +31,11 @@ from hf_immunize.attacks.restore import moved_parameters
 from hf_immunize.attacks.task_images import Images
 from hf_immunize.attacks.tasks import AttackedTask, load_task, overlaps
 from hf_immunize.attacks.work import Work, underflow_to_zero
-from hf_immunize.errors import ArgumentError, RecordError
+from hf_immunize.errors import ArgumentError, RecordError, WeightsError
 from hf_immunize.hub.collect import draw_like, refuse_training_images
 from hf_immunize.hub.record import ImmunizationRecord, find_record
 from hf_immunize.text import library_words
+from hf_immunize.vision.loading import load_classifier
 from hf_immunize.vision.precision import half_tensors, to_full_precision
 from hf_immunize.vision.processes import ALONE, Processes
 from hf_immunize.vision.splits import HeldOut
@@ -312,9 +313,11 @@ def _load_models(
         if subject == "immunized":
             options["revision"] = revision  # type: ignore[assignment]
         try:
-            loaded = AutoModelForImageClassification.from_pretrained(given, **options)
+            loaded = load_classifier(given, **options)
             if processor is None:
                 processor = AutoImageProcessor.from_pretrained(given, **options)
+        except WeightsError:
+            raise
         except (OSError, ValueError) as error:
             raise ArgumentError(
                 f"Expected an image classifier with its processor as the {subject} model at {given}, found: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hf_immunize.hub.record import ImmunizationRecord
 from hf_immunize.hub.rows import attack_rows, not_stopped, record_metrics, record_rows, summary_sentence
 from hf_immunize.hub.text import code_place, plain, slug
 from hf_immunize.text import printable
+from hf_immunize.vision.loading import checkpoint_form
 
 
 CARD_NAME = "README.md"
@@ -34,6 +35,9 @@ _FIGURES = {
     "spectra.png": "Spectra of benign and harmful features, before and after",
     "before_after.png": "Spectra of benign and harmful features and linear probing, before and after",
 }
+_NOTHING_MEASURED = (
+    "Nothing was measured on these weights: what is said of the method below is what was done, not what it reached."
+)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
@@ -48,6 +52,7 @@ class CardOptions:
         language: Language or languages.
         tags: Further tags.
         datasets: Further ids of datasets on the Hub.
+        form: How the checkpoint loads, see `checkpoint_form`; `write_card` looks at the folder.
     """
 
     repo_id: str | None = None
@@ -56,6 +61,7 @@ class CardOptions:
     language: str | Sequence[str] | None = None
     tags: Sequence[str] = field(default_factory=tuple)
     datasets: Sequence[str] = field(default_factory=tuple)
+    form: str = "plain"
 
 
 def render_card(
@@ -110,6 +116,7 @@ def write_card(folder: str | os.PathLike[str], record: ImmunizationRecord, optio
     """
     path = Path(folder) / CARD_NAME
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    options = replace(options or CardOptions(), form=checkpoint_form(folder))
     text = str(render_card(record, options, existing))
     return write_whole(path, text)
 
@@ -249,7 +256,8 @@ def _body(record: ImmunizationRecord, options: CardOptions, title: str) -> str:
         title=plain(title),
         processor=record.image_processor is not None,
         place=code_place(options.repo_id),
-        summary=summary_sentence(*record_metrics(record), record.method.budget),
+        form=options.form,
+        summary=summary_sentence(*record_metrics(record), record.method.budget) if rows else _NOTHING_MEASURED,
         rows=[dict(zip(("name", "before", "after"), row, strict=True)) for row in rows],
         has_bounds=any("≥" in row[2] or "≤" in row[2] for row in rows),
         short=any(part is not None and part.num_samples < part.dim for part in parts),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hf_immunize.errors import WeightsError
 from hf_immunize.files import file_sha256
+from hf_immunize.vision.bare import HEAD_FILE
 
 
 # What transformers writes: one file, or shards with an index; and an adapter's.
@@ -38,6 +39,8 @@ def weight_files(folder: str | os.PathLike[str]) -> list[str]:
         names = sorted(set(_shards(root / INDEX)))
     else:
         names = sorted(p.name for pattern in (WEIGHT_PATTERNS[0], WEIGHT_PATTERNS[2]) for p in root.glob(pattern))
+    if names and (root / HEAD_FILE).is_file():
+        names.append(HEAD_FILE)
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
         raise WeightsError(f"Expected the weights {missing[0]} that {INDEX} names, found none. Fetch them again.")

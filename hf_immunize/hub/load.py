@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError
-from transformers import AutoModelForImageClassification
 
 from hf_immunize.errors import ArgumentError, WeightsChangedWarning, WeightsError
-from hf_immunize.hub.hashes import changed_weights, pickled_weights, weight_files
+from hf_immunize.hub.hashes import changed_weights, pickled_weights
 from hf_immunize.hub.outcomes import retried
 from hf_immunize.hub.push import ALLOWED
 from hf_immunize.hub.record import ImmunizationRecord, read_record
-from hf_immunize.text import library_words
+from hf_immunize.hub.whole import load_model
 
 
 if TYPE_CHECKING:
@@ -68,29 +66,7 @@ def load_immunized(
             WeightsChangedWarning,
             stacklevel=2,
         )
-    return load_model(folder, trust_remote_code), record
-
-
-def load_model(folder: str | os.PathLike[str], trust_remote_code: bool = False) -> PreTrainedModel:
-    """The plain model of a folder, from safetensors alone, in eval mode.
-
-    Args:
-        folder: The checkpoint's folder.
-        trust_remote_code: Run code that comes with the model.
-
-    Raises:
-        WeightsError: If its weights are pickled, missing, damaged, or no image classifier's.
-    """
-    weight_files(folder)
-    try:
-        return AutoModelForImageClassification.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True
-        ).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise WeightsError(
-            f"Expected an image classifier's config.json and weights, found: {library_words(error)}. Fetch or save "
-            "them again."
-        ) from error
+    return load_model(folder, trust_remote_code, token), record
 
 
 def fetch(

@@ -18,7 +18,10 @@ from hf_immunize.hub.hashes import INDEX, changed_weights, weight_files
 from hf_immunize.hub.outcomes import named_outcomes, retried
 from hf_immunize.hub.record import ImmunizationRecord, read_record
 from hf_immunize.hub.validation import RECORD_NAME
+from hf_immunize.hub.whole import check_loads_back
 from hf_immunize.text import printable
+from hf_immunize.vision.bare import HEAD_CONFIG_FILE
+from hf_immunize.vision.loading import ADAPTER_CONFIG_FILE
 
 
 logger = logging.get_logger(__name__)
@@ -30,7 +33,8 @@ ALLOWED = (
     "config.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "adapter_config.json",
+    ADAPTER_CONFIG_FILE,
+    HEAD_CONFIG_FILE,
     INDEX,
     "LICENSE",
     "LICENSE.txt",
@@ -39,7 +43,9 @@ ALLOWED = (
 _REPO = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-_WEIGHTS = re.compile(r"(model|adapter_model|pytorch_model|tf_model|flax_model)[\w.-]*\.(safetensors|bin|h5|msgpack)")
+_WEIGHTS = re.compile(
+    r"(model|adapter_model|pytorch_model|tf_model|flax_model|head)[\w.-]*\.(safetensors|bin|h5|msgpack)"
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ def push(
     dry_run: bool = False,
     require_record: bool = True,
     refresh_card: bool = True,
+    load_back: bool = True,
+    trust_remote_code: bool = False,
     api: HfApi | None = None,
 ) -> PushResult:
     """Push a checkpoint to the Hub: card, record, weights, config, processor and figures, nothing else.
@@ -100,6 +108,8 @@ def push(
     All files go in one commit: a push that is cut off leaves the repository as it was, and the next one sends only
     what has not arrived. Pushing again without a change makes no commit. Weight files of the repository that the
     checkpoint no longer has are removed, so that nobody loads them by mistake; its other files stay.
+
+    Before anything is sent, the model is loaded from the files to be pushed alone, and compared by its logits.
 
     Args:
         folder: The checkpoint's folder.
@@ -111,6 +121,8 @@ def push(
         dry_run: Only say what would be pushed; asks nothing of the network and writes nothing.
         require_record: Whether to refuse a checkpoint without a record.
         refresh_card: Whether to write the card anew from the record, with the repository's name in its code.
+        load_back: Whether to see that the files to be pushed load as the whole model (`check_loads_back`).
+        trust_remote_code: Whether to run code that comes with the model for that. Read it first.
         api: A client of your own.
 
     Returns:
@@ -118,7 +130,7 @@ def push(
 
     Raises:
         RecordError: If the record is missing, damaged, or not of these weights.
-        WeightsError: If weights are pickled or missing.
+        WeightsError: If weights are pickled or missing, or what is pushed does not load as this model.
         CardError: If the card's metadata cannot be read.
         ArgumentError: If a file holds a token or a local path, or the repository's name is none.
         HubError: If the Hub does not take it; nothing local is lost.
@@ -137,6 +149,8 @@ def push(
         write_card(root, record, CardOptions(repo_id=repo_id))
     names = files_to_push(root, record)
     check_private(root, names, token)
+    if load_back:
+        check_loads_back(root, names, token, trust_remote_code)
     sizes = {name: (root / name).stat().st_size for name in names}
     if dry_run:
         return PushResult(repo_id, sizes)
@@ -170,7 +184,8 @@ def _commit(
             "conflict",
         )
     there = {sibling.rfilename for sibling in info.siblings or []}
-    stale = sorted(name for name in there - set(sizes) if _WEIGHTS.fullmatch(name))
+    forms = (ADAPTER_CONFIG_FILE, HEAD_CONFIG_FILE)  # each makes of the weights something else
+    stale = sorted(name for name in there - set(sizes) if _WEIGHTS.fullmatch(name) or name in forms)
     for name in stale:
         logger.warning(f"Removing {name} from {repo_id}: the pushed checkpoint does not have it.")
     operations += [CommitOperationDelete(name) for name in stale]

@@ -13,10 +13,11 @@ from hf_immunize.errors import DataError
 from hf_immunize.hub.collect import recorded_draw, refuse_training_images
 from hf_immunize.hub.comparison import Verification, compare
 from hf_immunize.hub.hashes import changed_weights
-from hf_immunize.hub.load import fetch, load_model
+from hf_immunize.hub.load import fetch
 from hf_immunize.hub.measure import Measured, image_rows, measure
 from hf_immunize.hub.parts import DataRecord
 from hf_immunize.hub.record import read_record
+from hf_immunize.hub.whole import load_model
 from hf_immunize.text import library_words
 from hf_immunize.vision.splits import measured
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_immunize.errors import RecordError
+from hf_immunize.errors import RecordError, WeightsError
 from hf_immunize.hub.collect import (
     describe_base_model,
     describe_dataset,
@@ -24,7 +25,7 @@ from hf_immunize.hub.collect import (
     exact_ratio,
     software_versions,
 )
-from hf_immunize.hub.hashes import hash_weights
+from hf_immunize.hub.hashes import changed_weights, hash_weights
 from hf_immunize.hub.parts import (
     AuditRecord,
     BaseModelRecord,
@@ -81,6 +82,8 @@ class Evidence:
     remarks: list[str] = field(default_factory=list)
     _latest: _Evaluated | None = None
     _adopted: tuple[str, ImmunizationRecord] | None = None
+    # Weights that were saved before they were evaluated: their fingerprint, their folder, the hashes of its files.
+    _saved: tuple[str, str, dict[str, str]] | None = None
     _attached: tuple[str, RatioRecord | None, AuditRecord | None] | None = None
     # Size and checksum of the benign images that `before` is of.
     _before_of: tuple[int | None, float | None] = (None, None)
@@ -281,15 +284,39 @@ def save_record(trainer: Any, staging: str | os.PathLike[str], target: str | os.
         staging: Where the weights lie now.
         target: Where they will lie; a record there that is not of these weights is removed.
     """
-    record = make_record(trainer)
+    evidence, record = trainer.evidence, make_record(trainer)
+    evidence._saved = None
     if record is not None:
         record.weights = hash_weights(staging)
         write_record(staging, record)
-    elif (Path(target) / RECORD_NAME).is_file():
+        return
+    if not trainer._is_sharded:
+        evidence._saved = weights_fingerprint(trainer.model), os.fspath(target), hash_weights(staging)
+    if (Path(target) / RECORD_NAME).is_file():
         logger.warning(
             f"Removing {RECORD_NAME} from {target}: these weights were not evaluated, and its figures are of others."
         )
         (Path(target) / RECORD_NAME).unlink()
+
+
+def record_saved(trainer: Any) -> None:
+    """Write the record of weights that were saved first and evaluated now, if they still lie where they were saved.
+
+    Args:
+        trainer: An `ImmunizationTrainer`.
+    """
+    evidence: Evidence = trainer.evidence
+    if evidence._saved is None:
+        return
+    fingerprint, folder, hashes = evidence._saved
+    record = make_record(trainer)
+    if record is None or weights_fingerprint(trainer.model) != fingerprint:
+        return
+    evidence._saved = None
+    with suppress(OSError, WeightsError):  # the folder is gone, or was emptied
+        if not changed_weights(folder, hashes):
+            record.weights = hashes
+            write_record(folder, record)
 
 
 def _completed(record: ImmunizationRecord, trainer: Any, weights: str) -> ImmunizationRecord:

@@ -23,8 +23,10 @@ from hf_immunize.hub.outcomes import name_outcome, retried
 from hf_immunize.hub.push import PushResult, files_to_push, push
 from hf_immunize.hub.record import read_record
 from hf_immunize.hub.validation import RECORD_NAME
+from hf_immunize.hub.whole import check_loads_back
 from hf_immunize.training.evidence import bare_record, make_record
 from hf_immunize.training.saving import MANIFEST
+from hf_immunize.vision.adapters import without_wrapper
 
 
 logger = logging.get_logger(__name__)
@@ -130,11 +132,11 @@ def push_from_checkpoint(trainer: Any, checkpoint: str) -> None:
     try:
         _copy_model(checkpoint, args.output_dir)
         trainer.create_model_card()
+        step = trainer.state.global_step
+        calls = [_push_call(trainer, f"Training in progress, step {step}", args.hub_token, args.hub_revision, None)]
     except (ImmunizationError, OSError) as error:
         logger.warning(f"The checkpoint {checkpoint} is saved, but was not pushed: {error}")
         return
-    step = trainer.state.global_step
-    calls = [_push_call(trainer, f"Training in progress, step {step}", args.hub_token, args.hub_revision, None)]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         last = args.hub_strategy == HubStrategy.CHECKPOINT
         path = "last-checkpoint" if last else Path(checkpoint).name
@@ -149,9 +151,13 @@ def push_from_checkpoint(trainer: Any, checkpoint: str) -> None:
 
 
 def _push_call(trainer: Any, message: str, token: str | None, revision: str | None, private: bool | None) -> Any:
+    folder, code = trainer.args.output_dir, type(without_wrapper(trainer.model)).__module__
+    # Here, since a model that is loaded in the background would disturb the training.
+    record = read_record(folder) if (Path(folder) / RECORD_NAME).is_file() else None
+    check_loads_back(folder, files_to_push(folder, record), token, code.startswith("transformers_modules"))
     return partial(
         push,
-        trainer.args.output_dir,
+        folder,
         trainer.hub_model_id,
         private=private if private is not None else trainer.args.hub_private_repo,
         revision=revision if revision is not None else trainer.args.hub_revision,
@@ -159,6 +165,7 @@ def _push_call(trainer: Any, message: str, token: str | None, revision: str | No
         commit_message=message,
         require_record=False,
         refresh_card=False,
+        load_back=False,
     )
 
 

@@ -27,6 +27,10 @@ from hf_immunize.files import (
     with_checksum,
     write_whole,
 )
+from hf_immunize.hub.hashes import INDEX, WEIGHT_PATTERNS
+from hf_immunize.vision.bare import HEAD_FILES
+from hf_immunize.vision.loading import ADAPTER_FILES
+from hf_immunize.vision.round_trip import plain_names
 
 
 STATE = "trainer_state.json"
@@ -110,12 +114,26 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
         saved, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"no {', '.join(sorted(info['missing_keys'])[:3])}")
-        model.load_state_dict(saved.state_dict())
+        names = plain_names(model)
+        state = saved.state_dict()
+        model.load_state_dict({name: state[names.get(name, name)] for name in model.state_dict()})
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"Expected the weights of this {type(model).__name__} in {folder}, found: {error}. Resume from another "
             "checkpoint, or with the model that was trained."
         ) from error
+
+
+def remove_other_forms(target: str | os.PathLike[str], staging: str | os.PathLike[str]) -> None:
+    """Remove from a folder what an earlier save of another form left, which would make something else of the new one.
+
+    Args:
+        target: The folder.
+        staging: What is about to be moved there.
+    """
+    for name in ("config.json", WEIGHT_PATTERNS[0], INDEX, *ADAPTER_FILES, *HEAD_FILES):
+        if not (Path(staging) / name).is_file():
+            (Path(target) / name).unlink(missing_ok=True)
 
 
 def last_whole_checkpoint(output_dir: str) -> tuple[str | None, dict[str, str]]:

@@ -14,9 +14,11 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.files import check_writable, remove_leftovers, staged_directory
+from hf_immunize.hub.card import CARD_NAME
 from hf_immunize.hub.outcomes import named_outcomes
+from hf_immunize.hub.validation import RECORD_NAME
 from hf_immunize.training import publishing
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.budget import BudgetWatch, describe_budget
@@ -43,7 +45,7 @@ from hf_immunize.training.evaluation import (
     merged,
     own_images,
 )
-from hf_immunize.training.evidence import Evidence, save_record
+from hf_immunize.training.evidence import Evidence, record_saved, save_record
 from hf_immunize.training.method import Method
 from hf_immunize.training.preparation import check_best_metric, image_rows, paired_rows, side_rows
 from hf_immunize.training.run_state import load_run_state, save_run_state
@@ -53,13 +55,16 @@ from hf_immunize.training.saving import (
     check_whole,
     checkpoint_to_resume,
     load_weights,
+    remove_other_forms,
     whole_or_passed_over,
 )
 from hf_immunize.training.step import ImmunizationStep
+from hf_immunize.vision.adapters import without_wrapper
 from hf_immunize.vision.features import HeadInput
 from hf_immunize.vision.images import ImageCollator
 from hf_immunize.vision.measurement import Measurement, of_side, spectral_metrics
 from hf_immunize.vision.pairing import PairedCollator
+from hf_immunize.vision.round_trip import describe_adapter, difference_on_loading, plain_names
 from hf_immunize.vision.scope import select_trainable
 
 
@@ -199,6 +204,7 @@ class ImmunizationTrainer(Trainer):
 
     def _choose_what_moves(self, model: PreTrainedModel) -> None:
         check_classifier(model)
+        self._plain_names = plain_names(model, self.args.head_module)
         self._moving = select_trainable(model, self.args.trainable, self.args.head_module)
         check_checkpointing(model, self.args)
         self._step = self.create_step(model)
@@ -405,10 +411,13 @@ class ImmunizationTrainer(Trainer):
             others = eval_dataset is not None and one is None
             self._evaluation = Evaluation(other_data=others, prefix=metric_key_prefix, one=one)
         try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             if outermost:
                 self._evaluation = None
+        if outermost and self.args.should_save:
+            record_saved(self)
+        return metrics
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As the Trainer's; within `evaluate`, features are folded into a QR factor as they pass."""
@@ -594,9 +603,34 @@ class ImmunizationTrainer(Trainer):
         weights = dict(self.model.named_parameters()) if state_dict is None else state_dict
         check_finite_weights({name: weights[name] for name in self._moving if name in weights})
         output_dir = output_dir or self.args.output_dir
+        if self._plain_names:
+            whole = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {self._plain_names.get(name, name): tensor for name, tensor in whole.items()}
         with staged_directory(output_dir) as staging:
             super()._save(str(staging), state_dict)
-            save_record(self, staging, output_dir)
+            lost = None if self._is_sharded else self._lost_in(staging)
+            if lost is None:
+                save_record(self, staging, output_dir)
+            remove_other_forms(output_dir, staging)
+        if lost is not None:
+            (Path(output_dir) / RECORD_NAME).unlink(missing_ok=True)
+            raise CheckpointError(
+                f"Expected {output_dir} to hold the model that was saved there, found on loading it: {lost} The model "
+                "in memory is whole: give it the parts that its class has, and save it again."
+            )
+
+    def _lost_in(self, folder: Path) -> str | None:
+        """What a checkpoint that was just written lacks of the model, in words."""
+        if without_wrapper(self.model) is not self.model:
+            (folder / CARD_NAME).unlink(missing_ok=True)  # PEFT's form to fill in
+            describe_adapter(folder, self.model, self.args.head_module)
+            if not self.model.peft_config[self.model.active_adapter].base_model_name_or_path:
+                logger.warning_once(
+                    "The adapter is of a base model made in memory, onto which alone it can be loaded. Save that "
+                    "model and load it before PEFT wraps it, or save model.merge_and_unload()."
+                )
+                return None
+        return difference_on_loading(folder, self.model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")

@@ -18,6 +18,7 @@ import copy
 import inspect
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ from hf_immunize.text import library_words
 
 
 POOLINGS = ("head_input", "pooler", "cls", "mean")
-HEAD_FILE, HEAD_CONFIG_FILE = "head.safetensors", "head_config.json"
+HEAD_FILES = HEAD_FILE, HEAD_CONFIG_FILE = "head.safetensors", "head_config.json"
 # The towers of two-tower models, whose classifiers are configured for both.
 _TOWERS = {"clip_vision_model": CLIPConfig, "siglip_vision_model": SiglipConfig}
 # What makes ``pooler_output`` out of ``last_hidden_state``, where it is not called so.
 _POOLERS = {"clip_vision_model": "post_layernorm", "siglip_vision_model": "head"}
 _POOLERS |= {"convnext": "layernorm", "convnextv2": "layernorm"}
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def with_linear_head(backbone: PreTrainedModel, num_labels: int | None = None, pooling: str = "") -> PreTrainedModel:
@@ -167,11 +168,9 @@ class LinearHeadForImageClassification(PreTrainedModel):
         )
         if not is_main_process:
             return
-        folder = Path(save_directory)
-        head = {n: state[f"classifier.{n}"].detach().cpu().contiguous() for n in ("weight", "bias")}
+        head = {n: state[f"classifier.{n}"] for n in ("weight", "bias")}
         about = {"pooling": self.pooling, "num_labels": len(head["bias"]), "feature_dim": head["weight"].shape[1]}
-        (folder / HEAD_CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
+        write_head(save_directory, about, head)
 
     @property
     def unread_modules(self) -> tuple[str, ...]:
@@ -202,6 +201,21 @@ class LinearHeadForImageClassification(PreTrainedModel):
         return features.shape[1]
 
 
+def write_head(folder: str | os.PathLike[str], about: Mapping[str, Any], head: Mapping[str, Tensor]) -> None:
+    """Write the files of a head beside the rest of a checkpoint.
+
+    Args:
+        folder: The checkpoint's folder.
+        about: What ``head_config.json`` says.
+        head: Weights of the linear layer; empty where they lie elsewhere.
+    """
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    (Path(folder) / HEAD_CONFIG_FILE).write_text(text, encoding="utf-8")
+    if head:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.items()}
+        save_file(tensors, Path(folder) / HEAD_FILE, metadata={"format": "pt"})
+
+
 def load_with_linear_head(folder: str | os.PathLike[str], *, output_loading_info: bool = False, **kwargs: Any) -> Any:
     """Load a backbone and the linear head that was saved beside it.
 
@@ -225,7 +239,7 @@ def load_with_linear_head(folder: str | os.PathLike[str], *, output_loading_info
             f"Expected a backbone that transformers loads in {folder}, found: {library_words(error)}. Load it in "
             "another way and give it a new head."
         ) from error
-    hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     try:
         about = json.loads(Path(cached_file(folder, HEAD_CONFIG_FILE, **hub)).read_text(encoding="utf-8"))
         head = load_file(cached_file(folder, HEAD_FILE, **hub))

@@ -1,0 +1,334 @@
+"""What is saved and published is the whole model: it loads back with the logits it had, or is refused by name."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from checkpoints import benign_images, harmful_images, image_set, tiny_model
+from families import BUILDERS, TRANSFORMER
+from hub_server import USER
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hf_immunize import ImmunizationArguments, ImmunizationTrainer, load_immunized, verify
+from hf_immunize.attacks.runner import _load_models
+from hf_immunize.errors import CheckpointError, HeadError, ImmunizationError, WeightsError
+from hf_immunize.hub.push import files_to_push, push
+from hf_immunize.hub.record import read_record
+from hf_immunize.hub.whole import load_model
+from hf_immunize.train_command import run_train
+from hf_immunize.vision.bare import with_linear_head
+from hf_immunize.vision.features import find_head
+from hf_immunize.vision.loading import load_classifier
+
+
+peft = pytest.importorskip("peft", reason="install the extra 'test'")
+REPO, BASE = f"{USER}/immunized", f"{USER}/base"
+SMALL = ("vit", "dinov2", "swin", "resnet", "convnext", "mobilenet_v2")
+
+
+def trainer_of(model, folder, size, **options):
+    pixels = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+    rows = [{"pixel_values": image, "labels": index % 2} for index, image in enumerate(pixels)]
+    defaults = {"max_steps": 1, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True}
+    defaults |= {"use_cpu": True, "save_strategy": "no", "objective": "kappa", "learning_rate": 1e-2}
+    sides = dict.fromkeys(("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset"), rows)
+    return ImmunizationTrainer(model, ImmunizationArguments(str(folder), **(defaults | options)), **sides)
+
+
+def with_dropout(model):
+    """The model with its head in a container of the user's own."""
+    name, head = find_head(model)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Sequential(nn.Dropout(0.5), head))
+    return model
+
+
+def with_adapter(model, held):
+    """The model with an adapter that does something, on the last layer of its backbone that can have one."""
+    head, _ = find_head(model)
+    inside = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and n != head]
+    grouped = {n for n, m in model.named_modules() if getattr(m, "groups", 1) > 1}
+    target = [name for name in inside if name not in grouped and "pooler" not in name][-1]
+    saved = [head] if held else None
+    config = peft.LoraConfig(r=2, target_modules=[target], modules_to_save=saved, init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def drawn_model(family, head, dtype, adapted, held, num_labels, folder):
+    """A model as a user has it before the Trainer, with weights that no initialization would draw again."""
+    torch.manual_seed(1)
+    config = BUILDERS[family]().config
+    config.num_labels = num_labels
+    if head in ("cls", "mean", "pooler"):
+        backbone = hf.AutoModel.from_config(config)
+        backbone.to(dtype).save_pretrained(folder)
+        backbone = hf.AutoModel.from_pretrained(folder, dtype=dtype)
+        model = with_linear_head(backbone, num_labels, head)
+    else:
+        kind = hf.AutoModel if head == "headless" else hf.AutoModelForImageClassification
+        kind.from_config(config).to(dtype).save_pretrained(folder)
+        model = hf.AutoModelForImageClassification.from_pretrained(folder, dtype=dtype, num_labels=num_labels)
+    if head == "dropout":
+        model = with_dropout(model)
+    return with_adapter(model, held) if adapted else model
+
+
+@torch.no_grad()
+def logits(model):
+    plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    return model.eval()(pixel_values=pixels.to(plain.dtype)).logits.float()
+
+
+@pytest.mark.slow
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(SMALL),
+    st.sampled_from(["own", "dropout", "headless", "cls", "mean", "pooler"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(2, 6),
+)
+def test_any_model_loads_back_from_the_files_that_would_be_pushed(family, head, dtype, adapted, held, num_labels):
+    assume(not (head == "cls" and family not in ("vit", "dinov2")))
+    assume(not (head == "dropout" and adapted))  # refused: see below
+    assume(not (head == "headless" and dtype == torch.bfloat16))
+    with tempfile.TemporaryDirectory() as root:
+        model = drawn_model(family, head, dtype, adapted, held, num_labels, f"{root}/base")
+        trainer = trainer_of(model, f"{root}/run", 32)
+        trainer.save_model()
+        Path(root, "pushed").mkdir()
+        for name in files_to_push(f"{root}/run", None):
+            shutil.copyfile(f"{root}/run/{name}", f"{root}/pushed/{name}")
+        loaded, expected = load_model(f"{root}/pushed"), logits(trainer.model)
+    assert isinstance(loaded, hf.PreTrainedModel)
+    assert loaded.config.num_labels == num_labels
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def processor():
+    return hf.ViTImageProcessorPil(size={"height": 8, "width": 8})
+
+
+def save_base(model, folder):
+    model.save_pretrained(folder)
+    processor().save_pretrained(folder)
+
+
+def train_by_command(tmp_path, base, *words):
+    """`hf-immunize train`, as it is typed."""
+    save_base(base, tmp_path / "base")
+    for name, data in (("benign", benign_images()), ("harmful", harmful_images())):
+        data.save_to_disk(tmp_path / name)
+        image_set(7, data.features["label"].names).save_to_disk(tmp_path / f"{name}_eval")
+    common = ["--model", "base", "--benign", "benign", "--harmful", "harmful", "--output_dir", "run", "--use_cpu"]
+    common += ["--benign_eval", "benign_eval", "--harmful_eval", "harmful_eval", "--disable_tqdm", "True"]
+    common += ["--max_steps", "2", "--per_device_train_batch_size", "8", "--report_to", "none"]
+    return run_train([*common, *words])
+
+
+def train_by_script(tmp_path, model):
+    """The three lines of the README: train, save, evaluate."""
+    args = ImmunizationArguments(
+        "run", max_steps=2, per_device_train_batch_size=8, report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    benign, harmful = benign_images(), harmful_images()
+    for name, data in (("benign_eval", benign), ("harmful_eval", harmful)):
+        data.save_to_disk(tmp_path / name)
+    trainer = ImmunizationTrainer(
+        model,
+        args,
+        train_dataset=benign,
+        harmful_dataset=harmful,
+        eval_dataset=benign,
+        harmful_eval_dataset=harmful,
+        processing_class=processor(),
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.evaluate()
+    return trainer
+
+
+def plain(tmp_path, api):
+    train_by_command(tmp_path, tiny_model())
+
+
+def pooled(tmp_path, api):
+    words = ["--pooling", "mean", "--benign_loss", "task", "--benign_budget", "none"]
+    train_by_command(tmp_path, tiny_model().vit, *words)
+
+
+def bf16(tmp_path, api):
+    train_by_command(tmp_path, tiny_model().to(torch.bfloat16))
+
+
+def custom_head(tmp_path, api):
+    train_by_script(tmp_path, with_dropout(tiny_model()))
+
+
+def adapter(tmp_path, api):
+    save_base(tiny_model(), tmp_path / "base")
+    push(tmp_path / "base", BASE, require_record=False, api=api)
+    base = hf.AutoModelForImageClassification.from_pretrained(BASE)
+    train_by_script(tmp_path, with_adapter(base, held=False))
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("trained", [plain, pooled, bf16, custom_head, adapter], ids=lambda trained: trained.__name__)
+def test_trained_pushed_and_loaded_it_is_verified(trained, tmp_path, monkeypatch, api):
+    monkeypatch.chdir(tmp_path)
+    trained(tmp_path, api)
+    assert push("run", REPO, api=api).changed
+    model, record = load_immunized(REPO)
+    data = {side: str(tmp_path / f"{side}_eval") for side in ("benign", "harmful")}
+    found = verify(REPO, **data, progress=False)
+    assert found.outcome == "agrees", str(found)
+    assert record == read_record("run")
+    pixels = torch.randn(4, 3, 8, 8)
+    here = load_classifier("run")
+    torch.testing.assert_close(model(pixel_values=pixels).logits, here(pixel_values=pixels).logits, rtol=0, atol=0)
+
+
+def damage(folder, how):
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name == "classifier.weight")
+    if how == "unexpected":
+        weights["classifier.extra.weight"] = torch.ones(2, 2)
+    elif how == "missing":
+        weights.pop(name)
+    elif how == "mismatched":
+        weights[name] = torch.ones(5, 8)
+    else:
+        weights["classifier.1.weight"] = weights.pop(name)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def audited(folder):
+    _load_models(str(folder), None, processor(), "main", False, torch.device("cpu"))
+
+
+def trained_again(folder):
+    benign = folder.parent / "benign"
+    benign_images().save_to_disk(benign)
+    words = ["--model", folder, "--benign", benign, "--harmful", benign, "--output_dir", folder.parent / "run"]
+    run_train([str(word) for word in (*words, "--use_cpu", "--report_to", "none")])
+
+
+LOADERS = {
+    "load_immunized": load_immunized,
+    "verify": lambda folder: verify(folder, benign=benign_images(), harmful=harmful_images(), progress=False),
+    "audit": audited,
+    "train": trained_again,
+    "push": lambda folder: push(folder, REPO, dry_run=True, require_record=False, refresh_card=False),
+}
+
+
+@pytest.mark.parametrize("how", ["missing", "unexpected", "mismatched", "renamed"])
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.filterwarnings("ignore::hf_immunize.errors.WeightsChangedWarning")
+def test_weights_that_do_not_fit_are_refused_by_name(checkpoint, loader, how):
+    damage(checkpoint, how)
+    if loader == "push":
+        (checkpoint / "immunization.json").unlink()  # of other weights
+    with pytest.raises(WeightsError, match="classifier"):
+        LOADERS[loader](checkpoint)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)),
+        nn.Sequential(nn.ReLU(), nn.Linear(16, 3)),
+        nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 3)),
+        nn.Linear(16, 3, bias=False),
+    ],
+    ids=["two layers", "another computation", "another norm", "no bias"],
+)
+def test_a_head_that_would_be_lost_is_refused_before_training(head, tmp_path):
+    model = BUILDERS["vit"]()
+    model.classifier = head
+    with pytest.raises(HeadError, match="classifier"):
+        trainer_of(model, tmp_path, 32)
+
+
+def test_a_head_in_a_container_is_refused_under_an_adapter(tmp_path):
+    with pytest.raises(HeadError, match="classifier"):
+        trainer_of(with_adapter(with_dropout(BUILDERS["vit"]()), held=False), tmp_path, 32)
+
+
+def test_a_model_that_is_another_one_when_loaded_is_not_saved_in_silence(tmp_path):
+    trainer = trainer_of(BUILDERS["vit"](), tmp_path, 32)
+    trainer.evaluate()
+    trainer.model.classifier.register_forward_hook(lambda module, inputs, output: -output)
+    with pytest.raises(CheckpointError, match="logits"):
+        trainer.save_model()
+    assert not (tmp_path / "immunization.json").exists()
+    assert (tmp_path / "model.safetensors").is_file()  # what was learned is not thrown away
+
+
+def test_a_custom_head_is_resumed_under_the_names_it_was_saved_with(tmp_path):
+    def make(folder):
+        torch.manual_seed(0)
+        model = with_dropout(BUILDERS["vit"]())
+        return trainer_of(model, folder, 32, max_steps=2, save_strategy="steps", save_steps=1)
+
+    whole, resumed = make(tmp_path / "whole"), make(tmp_path / "resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
+def test_another_form_in_the_same_folder_leaves_nothing_behind(tmp_path):
+    backbone = hf.ViTModel(hf.ViTConfig(**TRANSFORMER, num_labels=3))
+    trainer_of(with_linear_head(backbone, 3, "cls"), tmp_path, 32).save_model()
+    assert (tmp_path / "head_config.json").is_file()
+    trainer = trainer_of(BUILDERS["vit"](), tmp_path, 32)
+    trainer.save_model()
+    torch.testing.assert_close(logits(load_model(tmp_path)), logits(trainer.model), rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_whose_base_nobody_else_has_is_not_pushed(tmp_path):
+    save_base(tiny_model(), tmp_path / "base")
+    base = hf.AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    trainer_of(with_adapter(base, held=True), tmp_path / "run", 8).save_model()
+    with pytest.raises(ImmunizationError, match="base"):
+        push(tmp_path / "run", REPO, dry_run=True, require_record=False)
+
+
+@pytest.mark.parametrize("order", ["save, evaluate", "evaluate, save"])
+def test_saving_and_evaluating_leave_a_record_in_either_order(tmp_path, order):
+    trainer = trainer_of(BUILDERS["vit"](), tmp_path, 32)
+    trainer.train()
+    for step in order.split(", "):
+        {"save": trainer.save_model, "evaluate": trainer.evaluate}[step]()
+    record = read_record(tmp_path)
+    assert record.metric.after == trainer.evaluate()["eval_accuracy"]
+    assert load_immunized(tmp_path)[1] == record
+
+
+def test_no_record_is_left_beside_weights_other_than_the_evaluated_ones(tmp_path):
+    trainer = trainer_of(BUILDERS["vit"](), tmp_path, 32)
+    trainer.save_model()
+    trainer.train()
+    trainer.evaluate()
+    assert not (tmp_path / "immunization.json").exists()
+
+
+@pytest.mark.parametrize("form, code", [("plain", "AutoModelForImageClassification"), ("pooled", "load_classifier")])
+def test_a_card_without_figures_says_so_and_how_the_model_loads(tmp_path, form, code):
+    model = BUILDERS["vit"]()
+    trainer = trainer_of(model if form == "plain" else with_linear_head(model.vit, 3, "cls"), tmp_path, 32)
+    trainer.save_model()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"{code}" in card.split("```")[1]
+    body = card.split("# Immunized", 1)[1]  # behind the mark that names the file for every card
+    assert "immunization.json" not in body and "verify" not in body
