@@ -24,18 +24,28 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to push to, created if need be.")] = None,
     message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload an immunized checkpoint",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files that would be pushed, and stop.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model, to load it.")] = False,
 ) -> None:
     """Publish an immunized checkpoint with its record and card.
 
     Weights (safetensors), configs, immunization.json, README.md and its figures are pushed in one commit; nothing else
     in the folder leaves it. A push that is cut off leaves the repository as it was; push again, and only what has not
-    arrived is sent. Files that hold a token or a local path are refused before anything is sent.
+    arrived is sent. Before anything is sent, the model is loaded from these files alone, and files that hold a token
+    or a local path are refused.
 
     Example: hf-immunize push runs/mine user/mine-immunized --private
     """
     from hf_immunize.hub.push import push as push_folder
 
-    result = push_folder(folder, repo_id, private=private, revision=revision, commit_message=message, dry_run=dry_run)
+    result = push_folder(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        commit_message=message,
+        dry_run=dry_run,
+        trust_remote_code=trust_remote_code,
+    )
     for name, size in result.files.items():
         typer.echo(f"{size:>14,} bytes  {name}")
     if dry_run:

@@ -23,6 +23,7 @@ from hf_immunize.hub.schema import from_plain, to_plain
 from hf_immunize.text import library_words, printable
 from hf_immunize.train_arguments import DataArguments, parse_arguments
 from hf_immunize.train_data import load_distillation, load_model, load_splits, match_labels
+from hf_immunize.training.checks import as_classifier
 from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
 from hf_immunize.training.preparation import image_rows
 from hf_immunize.training.trainer import ImmunizationTrainer
@@ -169,7 +170,7 @@ def measure_groups(trainer: ImmunizationTrainer, data: DataArguments, benign: An
         benign: Benign images to measure on.
         harmful: Harmful images to measure on.
     """
-    reference = load_model(data, benign, trainer.args).to(trainer.args.device)
+    reference = as_classifier(load_model(data, benign, trainer.args), trainer.args).to(trainer.args.device)
     found: dict[str, tuple[Measured, Measured]] = {}
     for side, images in (("benign", benign), ("harmful", harmful)):
         rows_of = image_rows(images, side, trainer.args, trainer.model.config.num_labels, labels="ignored")

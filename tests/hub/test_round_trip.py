@@ -10,7 +10,7 @@ import transformers as hf
 from checkpoints import benign_images, harmful_images, image_set, tiny_model
 from families import BUILDERS, TRANSFORMER
 from hub_server import USER
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -81,13 +81,19 @@ def drawn_model(family, head, dtype, adapted, held, num_labels, folder):
 
 @torch.no_grad()
 def logits(model):
-    plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    """In float32, in which weights of half precision are exact."""
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    return model.eval()(pixel_values=pixels.to(plain.dtype)).logits.float()
+    return model.eval().float()(pixel_values=pixels).logits
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=24,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # a smaller example would take longer to find than to read
+    suppress_health_check=list(HealthCheck),
+)
 @given(
     st.sampled_from(SMALL),
     st.sampled_from(["own", "dropout", "headless", "cls", "mean", "pooler"]),
