@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from hf_immunize.errors import RecordError, WeightsError
@@ -290,7 +291,8 @@ def save_record(trainer: Any, staging: str | os.PathLike[str], target: str | os.
         record.weights = hash_weights(staging)
         write_record(staging, record)
         return
-    if not trainer._is_sharded:
+    # A checkpoint of a run in progress gets a record when it is written, or none.
+    if not trainer._is_sharded and not Path(target).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
         evidence._saved = weights_fingerprint(trainer.model), os.fspath(target), hash_weights(staging)
     if (Path(target) / RECORD_NAME).is_file():
         logger.warning(

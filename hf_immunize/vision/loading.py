@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 ADAPTER_FILES = ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 _REMEDY = (
-    "The first would be drawn at random, the second left out. Save the model again as its own class has it; to train "
-    "one for another task, give it a new head (--new_head), and to take the backbone alone, say what a head shall see "
-    "(--pooling)."
+    "What is missing would be drawn at random, what has no place left out. Save the model again as its own class has "
+    "it; to train one for another task, give it a new head (--new_head), and to take the backbone alone, say what a "
+    "head shall see (--pooling)."
 )
 
 

@@ -105,6 +105,7 @@ def logits(model):
 def test_any_model_loads_back_from_the_files_that_would_be_pushed(family, head, dtype, adapted, held, num_labels):
     assume(not (head == "cls" and family not in ("vit", "dinov2")))
     assume(not (head == "dropout" and adapted))  # refused: see below
+    assume(not (family == "mobilenet_v2" and adapted))  # it reads the stride of its convolutions; PEFT's have none
     assume(not (head == "headless" and dtype == torch.bfloat16))
     with tempfile.TemporaryDirectory() as root:
         model = drawn_model(family, head, dtype, adapted, held, num_labels, f"{root}/base")
