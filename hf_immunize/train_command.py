@@ -22,12 +22,12 @@ from hf_immunize.hub.rows import metric_rows
 from hf_immunize.hub.schema import from_plain, to_plain
 from hf_immunize.text import library_words, printable
 from hf_immunize.train_arguments import DataArguments, parse_arguments
-from hf_immunize.train_data import load_distillation, load_model, load_splits, match_labels
+from hf_immunize.train_data import load_distillation, load_model, load_splits
 from hf_immunize.training.checks import as_classifier
 from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
 from hf_immunize.training.preparation import image_rows
 from hf_immunize.training.trainer import ImmunizationTrainer
-from hf_immunize.vision.splits import HeldOut, Parts
+from hf_immunize.vision.splits import HeldOut
 
 
 def run_train(words: list[str]) -> dict[str, Any]:
@@ -56,11 +56,6 @@ def run_train(words: list[str]) -> dict[str, Any]:
             f"Expected an image classifier with its processor at --model {data.model}, found: {library_words(error)}. "
             "Check the spelling, the connection, your rights and whether its files are whole."
         ) from error
-    if not data.new_head:
-        train, test = (
-            match_labels(part, model.config, args.label_column_name) for part in (benign.train, benign.test)
-        )
-        benign = Parts(train, test, benign.held_out)
     trainer = ImmunizationTrainer(
         model,
         args,
@@ -173,7 +168,7 @@ def measure_groups(trainer: ImmunizationTrainer, data: DataArguments, benign: An
     reference = as_classifier(load_model(data, benign, trainer.args), trainer.args).to(trainer.args.device)
     found: dict[str, tuple[Measured, Measured]] = {}
     for side, images in (("benign", benign), ("harmful", harmful)):
-        rows_of = image_rows(images, side, trainer.args, trainer.model.config.num_labels, labels="ignored")
+        rows_of = image_rows(images, side, trainer.args, trainer.model.config, labels="ignored")
         options: dict[str, Any] = {"head_module": trainer.args.head_module, "keep_features": True}
         options |= {"progress": not trainer.args.disable_tqdm}
         after, before = (

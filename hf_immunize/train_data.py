@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from datasets import ClassLabel
 from transformers import AutoConfig
 from transformers.utils import logging
 
@@ -47,44 +46,6 @@ def load_splits(data: DataArguments, args: ImmunizationArguments) -> tuple[Parts
                 f"{source} has no validation or test split: {draw.fraction:.0%} held out (seed {draw.seed})."
             )
     return _limited(benign, data.max_images, args.seed), _limited(harmful, data.max_images, args.seed)
-
-
-def match_labels(dataset: Any, config: Any, label_column: str | None) -> Any:
-    """A data set with its classes numbered as the model numbers them, by name where both have names.
-
-    Args:
-        dataset: A `datasets.Dataset` with class names.
-        config: The model's config, whose ``id2label`` names its outputs.
-        label_column: The label column, where it cannot be found.
-
-    Returns:
-        The data set; unchanged where one side has no names, or where no name is shared, which is logged.
-
-    Raises:
-        DataError: If some names are the model's and some are not.
-    """
-    _, label = find_columns(dataset, label_column=label_column)
-    names = getattr(dataset.features.get(label), "names", None)
-    known = {name: int(index) for index, name in config.id2label.items()}
-    if names is None or all(name == f"LABEL_{index}" for name, index in known.items()):
-        return dataset
-    missing = [name for name in names if name not in known]
-    if len(missing) == len(names):
-        logger.warning(
-            f"No class of the data ({', '.join(names[:5])}, …) is named like one of the model's "
-            f"({', '.join(known)[:80]}…): label i is taken for output i. Use --new_head for another task."
-        )
-        return dataset
-    if missing:
-        raise DataError(
-            f"Expected all benign classes among the model's, found {missing[:5]} that are not. Rename them, drop "
-            "them, or use --new_head."
-        )
-    if all(known[name] == index for index, name in enumerate(names)):
-        return dataset
-    numbers = [known[names[value]] for value in dataset.with_format(None)[label]]
-    every = [name for name, _ in sorted(known.items(), key=lambda item: item[1])]
-    return dataset.remove_columns(label).add_column(label, numbers, feature=ClassLabel(names=every))
 
 
 def load_distillation(data: DataArguments, args: ImmunizationArguments) -> Any:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hf_immunize import cli, verify
 from hf_immunize.attacks.runner import audit
 from hf_immunize.audit_command import _data, _draw
-from hf_immunize.errors import TrainingImagesError
+from hf_immunize.errors import RecordError, TrainingImagesError
 from hf_immunize.hub.record import read_record, write_record
 from hf_immunize.hub_commands import _images
 from hf_immunize.train_arguments import parse_arguments
@@ -74,6 +74,17 @@ def test_the_record_says_how_images_were_held_out(run):
     record = read_record(run[0])
     for data in (record.benign, record.harmful):
         assert (data.held_out_fraction, data.held_out_seed) == (FRACTION, SEED)
+
+
+@pytest.mark.parametrize(
+    "damaged", [{"train_sketch": "no hash"}, {"sketch": "0" * 17}, {"held_out_fraction": 1.0}, {"held_out_seed": -1}]
+)
+def test_a_record_with_a_damaged_split_is_refused(run, damaged):
+    record = read_record(run[0])
+    for name, value in damaged.items():
+        setattr(record.benign, name, value)
+    with pytest.raises(RecordError, match=next(iter(damaged))):
+        record.to_json()
 
 
 def typed(*words):

@@ -12,6 +12,7 @@ from hf_immunize.attacks.outcomes import Spectrum, Utility
 from hf_immunize.attacks.tasks import AttackedTask
 from hf_immunize.spectra.conditioning import Conditioning, feature_conditioning, singular_values
 from hf_immunize.spectra.ratio import relative_immunization_ratio
+from hf_immunize.vision.class_names import outputs_by_name
 
 
 if TYPE_CHECKING:
@@ -97,12 +98,11 @@ def expected_outputs(model: PreTrainedModel, task: AttackedTask, warnings: list[
     Returns:
         Output numbers, ``(n,)``; −1 for classes that the classifier does not know.
     """
-    known = {str(name): int(index) for index, name in model.config.id2label.items()}
     names, labels = task.label_names, task.utility.labels
-    plain = all(name == f"LABEL_{index}" for name, index in known.items())
-    if names and not plain and any(name in known for name in names):
-        return torch.tensor([known.get(name, -1) for name in names])[labels]
+    outputs = outputs_by_name(names, model.config)
+    if outputs is not None:
+        return torch.tensor(outputs)[labels]
     sentence = "No benign class is named like one of the model's: label i is taken for output i."
-    if names and not plain and sentence not in warnings:
+    if names and sentence not in warnings:
         warnings.append(sentence)
     return labels

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from hf_immunize.errors import DataError
 from hf_immunize.hub.collect import describe_ratio, innermost
 from hf_immunize.hub.parts import RatioRecord
 from hf_immunize.spectra.ratio import relative_immunization_ratio
+from hf_immunize.vision.class_names import label_outputs
 from hf_immunize.vision.columns import find_columns
 from hf_immunize.vision.extraction import extract
 from hf_immunize.vision.images import ImageRows
@@ -122,13 +122,14 @@ def groups_ratio(
     return describe_ratio(ratio, num_groups=count, group_size=group_size, seed=seed)
 
 
-def image_rows(data: Any, name: str, model: PreTrainedModel) -> Any:
+def image_rows(data: Any, name: str, model: PreTrainedModel, labels: bool = True) -> Any:
     """Rows to measure on, from a data set.
 
     Args:
         data: A `datasets.Dataset` with images, or rows of ``pixel_values``.
         name: What to call it in an error.
         model: Its class names number the labels where the data have the same names.
+        labels: Whether they are wanted.
 
     Returns:
         Rows for `measure`; labels that are not the model's are left out.
@@ -141,20 +142,10 @@ def image_rows(data: Any, name: str, model: PreTrainedModel) -> Any:
     if hasattr(data, "__len__") and len(data) == 0:
         raise DataError(f"Expected at least one image in the {name} data, found none. Check the split.")
     image, label = find_columns(data, None, None, False)
-    if label is None:
+    if label is None or not labels:
         return ImageRows(data, name, image)
-    if isinstance(data, datasets.Dataset):
-        names = getattr(data.features[label], "names", None)
-        config = model.config
-        if (
-            names
-            and set(names) <= set(config.label2id)
-            and names != [config.id2label.get(i) for i in range(len(names))]
-        ):
-            data = data.cast_column(label, datasets.Value("int64"))
-            numbers = [int(config.label2id[name]) for name in names]
-            labels = [numbers[number] for number in data[label][:]]
-            data = data.remove_columns(label).add_column(label, labels)
-        elif names and not set(names) & set(config.label2id) and len(names) != config.num_labels:
-            return ImageRows(data, name, image)
-    return ImageRows(data, name, image, label)
+    try:
+        outputs = label_outputs(data, label, model.config, name)
+    except DataError:
+        return ImageRows(data, name, image)
+    return ImageRows(data, name, image, label, outputs=outputs)

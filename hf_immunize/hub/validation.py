@@ -18,6 +18,7 @@ RECORD_NAME = "immunization.json"
 BOUNDS = (None, "lower", "upper", "undetermined")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SKETCH = re.compile(r"(?:[0-9a-f]{16}){0,256}")
 
 
 def check_version(version: Any) -> None:
@@ -75,8 +76,16 @@ def validate(record: ImmunizationRecord) -> None:
                 )
                 _check(part.log10_kappa >= 0, f"{where}.log10_kappa", "at least 0, since κ ≥ 1", part.log10_kappa)
         data: DataRecord | None = getattr(record, side)
-        if data is not None and data.size is not None:
-            _check(data.size >= 0, f"{side}.size", "at least 0", data.size)
+        if data is not None:
+            _check(data.size is None or data.size >= 0, f"{side}.size", "at least 0", data.size)
+            part_of = data.held_out_fraction
+            _check(part_of is None or 0 < part_of < 1, f"{side}.held_out_fraction", "between 0 and 1", part_of)
+            seed = data.held_out_seed
+            _check(seed is None or 0 <= seed < 2**64, f"{side}.held_out_seed", "from 0 to 2**64 - 1", seed)
+            for name in ("train_sketch", "sketch"):
+                text = getattr(data, name)
+                known = text is None or bool(_SKETCH.fullmatch(text))
+                _check(known, f"{side}.{name}", "at most 256 hashes of 16 hexadecimal digits", text and text[:40])
     for access, attack in (record.audit.strongest if record.audit else {}).items():
         for name in ("accuracy", "reference_accuracy", "chance"):
             share = None if attack is None else getattr(attack, name)

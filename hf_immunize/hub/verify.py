@@ -89,7 +89,7 @@ def verify(
         claimed: DataRecord | None = getattr(record, side)
         if isinstance(data, (str, os.PathLike)):
             data = measured(str(data), recorded_draw(claimed))
-        rows = image_rows(data, side, model)
+        rows = image_rows(data, side, model, labels=side == "benign")
         refuse_training_images(claimed, rows, side)
         if processor is None and "pixel_values" not in rows[0]:
             raise DataError(

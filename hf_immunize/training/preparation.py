@@ -6,36 +6,39 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from hf_immunize.errors import DataError
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.method import Method
+from hf_immunize.vision.class_names import label_outputs
 from hf_immunize.vision.columns import find_columns, validate_labels
 from hf_immunize.vision.images import ImageRows
 from hf_immunize.vision.pairing import PairedDataset
 from hf_immunize.vision.streams import StreamedRows, is_stream
 
 
+logger = logging.get_logger(__name__)
 # Of fewer images, the mean divergence says little.
 _FEWEST_HELD_OUT = 8
 
 
-def image_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: int, labels: str = "needed") -> Any:
+def image_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any, labels: str = "needed") -> Any:
     """A dataset as rows of an image (or pixel values) and a label.
 
     Args:
         dataset: A `datasets.Dataset`, or a map-style dataset of dictionaries.
         name: What to call it in an error.
         args: For the names of columns.
-        num_labels: The number of the model's outputs.
+        config: The model's, whose outputs labels are matched with, by name where both have names.
         labels: "needed", "optional", or "ignored": then they are left out.
 
     Returns:
         An `ImageRows`; the dataset itself where it is one.
 
     Raises:
-        DataError: If it is empty, lacks a column, or a label is out of range.
+        DataError: If it is empty, lacks a column, a label is out of range, or a class is none of the model's.
     """
     if isinstance(dataset, ImageRows):
         return dataset
@@ -49,8 +52,15 @@ def image_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels:
         raise DataError(f"In {name}: {error}{_labels_are_for(name) if labels == 'needed' else ''}") from error
     if labels == "ignored" or label is None:
         return ImageRows(dataset, name, image)
-    validate_labels(dataset, label, num_labels, name)
-    return ImageRows(dataset, name, image, label, num_labels)
+    try:
+        outputs = label_outputs(dataset, label, config, name)
+    except DataError as error:
+        if labels == "needed":
+            raise
+        logger.warning(f"{error} Until then, the labels are not used.")
+        return ImageRows(dataset, name, image)
+    validate_labels(dataset, label, config.num_labels if outputs is None else len(outputs), name)
+    return ImageRows(dataset, name, image, label, config.num_labels, outputs)
 
 
 def _labels_are_for(name: str) -> str:
@@ -77,14 +87,14 @@ def check_best_metric(args: ImmunizationArguments, harmful_eval: Any) -> None:
         )
 
 
-def side_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: int, raw: bool = False) -> Any:
+def side_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any, raw: bool = False) -> Any:
     """A dataset of a side that is trained on beside the benign one: stored or streamed, with labels if it has any.
 
     Args:
         dataset: As for `image_rows`, or a ``datasets.IterableDataset``.
         name: What to call it in an error.
         args: For the names of columns, and for whether labels are needed.
-        num_labels: The number of the model's outputs.
+        config: The model's.
         raw: Leave the data set's own rows as they are, for a collator of the user's own.
 
     Returns:
@@ -105,7 +115,7 @@ def side_rows(dataset: Any, name: str, args: ImmunizationArguments, num_labels: 
     if raw:
         return dataset
     if not needs_labels or isinstance(dataset, ImageRows):
-        return image_rows(dataset, name, args, num_labels, labels="ignored")
+        return image_rows(dataset, name, args, config, labels="ignored")
     if len(dataset) == 0:
         raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
     # Labels of the harmful task are its own; they need not be outputs of this model.

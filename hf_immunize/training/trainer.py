@@ -60,6 +60,7 @@ from hf_immunize.training.saving import (
 )
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.adapters import without_wrapper
+from hf_immunize.vision.degenerate import degenerate_sides
 from hf_immunize.vision.features import HeadInput
 from hf_immunize.vision.images import ImageCollator
 from hf_immunize.vision.measurement import Measurement, of_side, spectral_metrics
@@ -194,6 +195,7 @@ class ImmunizationTrainer(Trainer):
             self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in eval_dataset.items()}
         else:
             self.eval_dataset = self._rows(eval_dataset, "eval_dataset")
+        self.evidence.remarks += degenerate_sides(self._sides, (self.eval_dataset, self._harmful_eval))
         # Through the starting weights, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
         self._measured_again: set[str] = set()
@@ -250,7 +252,7 @@ class ImmunizationTrainer(Trainer):
     def _rows(self, dataset: Any, name: str, labels: str = "needed") -> Any:
         if dataset is None or not self._reads_images:
             return dataset
-        return image_rows(dataset, name, self.args, self.model.config.num_labels, labels)
+        return image_rows(dataset, name, self.args, self.model.config, labels)
 
     def _pair_sides(self) -> None:
         if self._sides is not None:
@@ -260,7 +262,7 @@ class ImmunizationTrainer(Trainer):
     def _side(self, dataset: Any, name: str) -> Any:
         if dataset is None:
             return None
-        return side_rows(dataset, name, self.args, self.model.config.num_labels, raw=not self._reads_images)
+        return side_rows(dataset, name, self.args, self.model.config, raw=not self._reads_images)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed

@@ -71,15 +71,19 @@ def validate_labels(dataset: Any, label_column: str, num_labels: int, name: str)
         Traceback (most recent call last):
         ...
         hf_immunize.errors.DataError: Row 2 of train_dataset has the label 5, but the model has 3 outputs, so labels
-        are integers from 0 to 2; load the model with num_labels=6 or relabel the data.
+        are integers from 0 to 2; load the model with num_labels=6, one for each class, or relabel the data.
     """
     if not isinstance(dataset, datasets.Dataset) or is_transformed(dataset) or label_column not in dataset.features:
         return
-    for row, label in enumerate(read_labels(dataset, label_column)):
-        check_label(label, num_labels, name, row)
+    labels = read_labels(dataset, label_column)
+    names = getattr(dataset.features[label_column], "names", None)
+    numbers = [label for label in labels if isinstance(label, (int, np.integer))]
+    classes = len(names) if names else max(numbers, default=0) + 1
+    for row, label in enumerate(labels):
+        check_label(label, num_labels, name, row, classes)
 
 
-def check_label(label: Any, num_labels: int, name: str, row: int) -> None:
+def check_label(label: Any, num_labels: int, name: str, row: int, classes: int | None = None) -> None:
     """Check one label; see `validate_labels`, which says what is raised.
 
     Args:
@@ -87,6 +91,7 @@ def check_label(label: Any, num_labels: int, name: str, row: int) -> None:
         num_labels: The number of the model's outputs.
         name: How messages call the dataset.
         row: The row the label belongs to.
+        classes: The number of the data's classes, where it is known.
     """
     is_integer = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
     if is_integer and 0 <= label < num_labels:
@@ -97,8 +102,10 @@ def check_label(label: Any, num_labels: int, name: str, row: int) -> None:
         remedy = "turn the labels into integers, for example by dataset.class_encode_column"
     elif label < 0:
         remedy = "drop the rows without a valid label"
+    elif classes is None:
+        remedy = f"load the model with num_labels= of all classes, {label + 1} at least, or relabel the data"
     else:
-        remedy = f"load the model with num_labels={label + 1} or relabel the data"
+        remedy = f"load the model with num_labels={classes}, one for each class, or relabel the data"
     raise DataError(
         f"Row {row} of {name} has the label {label!r}, but the model has {num_labels} outputs, so labels are integers "
         f"from 0 to {num_labels - 1}; {remedy}."
@@ -115,6 +122,18 @@ def is_transformed(dataset: Any) -> bool:
         Whether it is a ``datasets.Dataset`` with a transform.
     """
     return isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
+
+
+def is_stored_image(value: Any) -> bool:
+    """Tell whether a value is an image as `datasets` stores it: its bytes, or the path of its file.
+
+    Args:
+        value: A cell of a column.
+
+    Returns:
+        Whether it is.
+    """
+    return isinstance(value, dict) and value.keys() == {"bytes", "path"}
 
 
 def find_stored_label_column(dataset: datasets.Dataset, label_column: str | None = None) -> str:
@@ -187,7 +206,10 @@ def _column_kinds(dataset: Any) -> dict[str, str]:
             f"A dataset should yield dictionaries such as {{'pixel_values': ..., 'labels': ...}}, but its first item "
             f"is a {type(item).__name__}."
         )
-    return {column: "image" if isinstance(value, Image.Image) else "other" for column, value in item.items()}
+    return {
+        column: "image" if isinstance(value, Image.Image) or is_stored_image(value) else "other"
+        for column, value in item.items()
+    }
 
 
 def _find_image_column(kinds: dict[str, str], asked: str | None) -> str:
@@ -218,9 +240,15 @@ def _find_label_column(kinds: dict[str, str], asked: str | None, needed: bool) -
     if not needed:
         return None
     found = f"several: {listed(classes)}" if classes else "none"
+    remedy = "name it with label_column=... (label_column_name= in ImmunizationArguments)"
+    if list(kinds.values()) == ["image"]:
+        remedy = (
+            "add one, or, of a folder of images, give each class a subfolder of its own with all of its images "
+            "directly in it"
+        )
     raise DataError(
         f"Expected one label column, of type ClassLabel or named 'label' or 'labels', but found {found} among "
-        f"{listed(kinds)}; name it with label_column=... (label_column_name= in ImmunizationArguments)."
+        f"{listed(kinds)}; {remedy}."
     )
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hf_immunize.vision.tensor_hash import tensor_bytes
+
 
 # Hashes in a sketch: 4 KiB of text.
 _SIZE = 256
@@ -39,7 +41,7 @@ def image_hashes(dataset: Any, column: str) -> np.ndarray | None:
         (2, True, False)
     """
     if isinstance(dataset, list):
-        return _hashed(row[column] for row in dataset)
+        return _hashed(row.get(column) for row in dataset)
     if not isinstance(dataset, datasets.Dataset):
         return None
     images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
@@ -114,5 +116,5 @@ def _content(value: Any) -> bytes:
     if isinstance(value, Image.Image):
         return f"{value.mode} {value.size}".encode() + value.tobytes()
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
+        value = tensor_bytes(value)
     return b"" if value is None else np.ascontiguousarray(value).tobytes()

@@ -323,7 +323,7 @@ def check_one_shape(batch: dict[str, dict[str, Any]]) -> None:
         batch: Side to its collated batch.
 
     Raises:
-        DataError: If a side has no pixel values.
+        DataError: If a side has no pixel values, or whole numbers.
         ShapeError: If sides differ in shape.
     """
     for side, collated in batch.items():
@@ -331,6 +331,11 @@ def check_one_shape(batch: dict[str, dict[str, Any]]) -> None:
             raise DataError(
                 f"Expected pixel_values in a collated batch of {side} images, found {', '.join(collated) or 'none'}. "
                 "Let data_collator give them under that name, with labels beside them."
+            )
+        if not collated["pixel_values"].is_floating_point():
+            raise DataError(
+                f"Expected floating-point pixel values in a batch of {side} images, found "
+                f"{collated['pixel_values'].dtype}. Let the image processor or data_collator rescale and normalise."
             )
     benign = tuple(batch["benign"]["pixel_values"].shape[1:])
     for side in batch:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import datasets
+from PIL import Image
 
 from hf_immunize.errors import DataError
 
@@ -101,8 +102,21 @@ def _load_folder(path: Path) -> dict[str, datasets.Dataset]:
     folders = {child.name: child for child in sorted(path.iterdir()) if child.is_dir()}
     splits = {SPLIT_FOLDERS[name]: folder for name, folder in folders.items() if name in SPLIT_FOLDERS}
     # Given as they are, folders would be split by any "train" or "test" in a class's or an image's name.
-    data_files = {split: f"{folder}/**" for split, folder in (splits or {"train": path}).items()}
-    return datasets.load_dataset("imagefolder", data_files=data_files)
+    places = splits or {"train": path}
+    data_files = {split: f"{folder}/**" for split, folder in places.items()}
+    loaded = datasets.load_dataset("imagefolder", data_files=data_files)
+    if all(list(part.features) == ["image"] for part in loaded.values()) and _one_class(list(places.values())):
+        # The builder leaves out labels that are all the same.
+        return datasets.load_dataset("imagefolder", data_files=data_files, drop_labels=False)
+    return loaded
+
+
+def _one_class(folders: list[Path]) -> bool:
+    """Whether all images lie directly in subfolders of a single name."""
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images = [(file, root) for root in folders for file in root.rglob("*") if file.suffix.lower() in endings]
+    places = {file.parent.relative_to(root) for file, root in images}
+    return len(places) == 1 and len(places.pop().parts) == 1
 
 
 def _load_from_hub(source: str) -> dict[str, datasets.Dataset]:

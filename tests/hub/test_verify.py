@@ -1,5 +1,7 @@
 """Agrees, differs, cannot say."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoImageProcessor, ViTImageProcessorPil
@@ -45,6 +47,12 @@ def test_images_from_a_folder_agree(checkpoint, benign, harmful, tmp_path):
     for name, data in (("benign", benign), ("harmful", harmful)):
         data.save_to_disk(tmp_path / name)
     assert checked(checkpoint, str(tmp_path / "benign"), str(tmp_path / "harmful")).outcome == AGREES
+
+
+def test_a_config_without_label2id_is_measured(checkpoint, benign, harmful):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"label2id": None}))
+    assert checked(checkpoint, benign, harmful).outcome == AGREES
 
 
 def test_tampered_weight_differs(checkpoint, benign, harmful, tamper):

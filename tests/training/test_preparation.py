@@ -19,6 +19,7 @@ from hf_immunize.errors import (
     ShapeError,
 )
 from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.evidence import make_record
 from hf_immunize.training.trainer import ImmunizationTrainer
 
 
@@ -95,6 +96,39 @@ def test_a_label_out_of_range_is_named_with_its_row(name, trainer):
     data = photos().remove_columns("label").add_column("label", [0] * 5 + [7, 1, 1])
     with pytest.raises(DataError, match=f"Row 5 of {name} has the label 7.*num_labels=8"):
         trainer(**{name: data})
+
+
+def test_accuracy_is_of_the_outputs_that_bear_the_classes_names(trainer, processor, tiny):
+    names = ["a", "b", "c", "d"]
+    data = photos(24).remove_columns("label")
+    data = data.add_column("label", [i % 4 for i in range(24)], feature=datasets.ClassLabel(names=names))
+    order = [2, 0, 3, 1]
+    model = tiny()
+    model.config.id2label = {i: names[j] for i, j in enumerate(order)}
+    model.classifier = torch.nn.Linear(8, 4)
+    model.classifier.bias.data = torch.tensor([0.0, 0.0, 100.0, 0.0])  # says "d" of every image
+    sets = {"train_dataset": data, "eval_dataset": data}
+    run = trainer(model, processing_class=processor, **sets, harmful_dataset=photos(8), harmful_eval_dataset=photos(8))
+    labels = [run.eval_dataset[i]["labels"] for i in range(4)]
+    assert [names[order[label]] for label in labels] == names
+    only = data.select([3, 7, 11])
+    assert run.evaluate(only)["eval_accuracy"] == 1.0
+
+
+def test_two_classes_of_eight_outputs_are_refused_unless_named(trainer, processor, tiny):
+    data = photos(8).cast_column("label", datasets.ClassLabel(names=["cat", "dog"]))
+    model = tiny()
+    model.config.id2label = {i: f"pet {i}" for i in range(8)}
+    model.classifier = torch.nn.Linear(8, 8)
+    with pytest.raises(DataError, match="'cat', 'dog'"):
+        trainer(model, eval_dataset=data, processing_class=processor)
+
+
+def test_degenerate_sides_are_told_before_the_first_step_and_in_the_record(trainer, images):
+    run = trainer(harmful_dataset=images(16, 1))
+    assert any("benign ones too" in remark for remark in run.evidence.remarks)
+    run.evaluate()
+    assert run.evidence.remarks == make_record(run).remarks
 
 
 def test_harmful_labels_may_be_anything(trainer, processor):

@@ -107,6 +107,7 @@ def labelled(values, feature=None):
     "values, message",
     [
         ([0, 1, 3], r"Row 2 of train_dataset has the label 3.*num_labels=4"),
+        ([0, 3, 7], r"Row 1 of train_dataset has the label 3.*num_labels=8"),
         ([0, -1], r"Row 1 of train_dataset has the label -1.*drop"),
         ([None, 1], r"Row 0 of train_dataset has the label None.*drop"),
         (["cat"], r"Row 0 of train_dataset has the label 'cat'.*class_encode_column"),
@@ -121,6 +122,12 @@ def test_a_bad_label_is_named_with_its_row(values, message):
 
 def test_good_labels_pass():
     validate_labels(labelled([0, 1, 2]), "label", 3, "train_dataset")
+
+
+def test_the_remedy_fits_all_classes_that_have_names():
+    data = labelled([0, 3], datasets.ClassLabel(num_classes=8))
+    with pytest.raises(DataError, match="num_labels=8"):
+        validate_labels(data, "label", 3, "train_dataset")
 
 
 def test_labels_are_checked_whatever_the_format():

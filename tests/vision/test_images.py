@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from hf_immunize.errors import DataError, ImageDecodeError, ShapeError
+from hf_immunize.vision.columns import find_columns
 from hf_immunize.vision.images import ImageCollator, ImageRows, to_rgb
 
 
@@ -105,6 +106,68 @@ def test_every_mode_becomes_rgb(mode):
 def test_sixteen_bits_are_scaled_not_clipped(dtype):
     shades = np.array([[0, 256, 32768, 65535]], dtype=dtype)
     assert np.asarray(to_rgb(Image.fromarray(shades)))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+HALF = np.array([[0.0, 0.25, 0.5, 1.0]])
+SHADES = [0, 63, 127, 255]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "shades"),
+    [
+        (HALF.astype(np.float32), SHADES),
+        ((HALF * 255).astype(np.float32), SHADES),
+        ((HALF * 255).astype(np.int32), SHADES),
+        ((HALF * 255).astype(np.uint16), SHADES),
+        ((HALF * 4095).astype(np.uint16), SHADES),
+        ((HALF * 4095).astype(np.int32), SHADES),
+        ((HALF * 65535).astype(np.int32), SHADES),
+        ((HALF * 65535).astype(np.float32), SHADES),
+        (np.zeros((1, 4), np.float32), [0, 0, 0, 0]),
+    ],
+)
+def test_the_range_is_the_least_that_holds_the_brightest_pixel(pixels, shades):
+    assert np.asarray(to_rgb(Image.fromarray(pixels)))[0, :, 0].tolist() == shades
+
+
+@pytest.mark.parametrize("worst", [-1.0, 65536.0, float("nan"), float("inf")])
+def test_a_range_that_cannot_be_known_is_refused_with_its_row(worst, image_dataset):
+    image = Image.fromarray(np.array([[0.5, worst]], dtype=np.float32))
+    rows = ImageRows([{"image": image, "label": 0}], "train_dataset", "image")
+    with pytest.raises(ImageDecodeError, match=r"row 0 of train_dataset.*0 to 65535"):
+        rows[0]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_what_is_transparent_is_white_whatever_lies_beneath(mode):
+    red = Image.new("RGB", (2, 1), (200, 0, 0))
+    if mode in ("RGBA", "LA"):
+        image = red.convert(mode)
+        image.putalpha(Image.fromarray(np.array([[0, 255]], dtype=np.uint8)))
+    else:
+        image = red.convert(mode)
+        image.putpixel((0, 0), {"P": 5, "RGB": (1, 2, 3), "L": 7}[mode])
+        image.info["transparency"] = {"P": 5, "RGB": (1, 2, 3), "L": 7}[mode]
+    seen = np.asarray(to_rgb(image))[0].tolist()
+    assert seen[0] == [255, 255, 255] and seen[1] == list(red.convert(mode).convert("RGB").getpixel((1, 0)))
+
+
+def test_images_that_are_not_decoded_are(image_dataset):
+    stored = image_dataset.cast_column("image", datasets.Image(decode=False))
+    listed = [stored[index] for index in range(6)]
+    for data in (stored, listed, stored.with_transform(lambda batch: batch)):
+        image, label = find_columns(data)
+        row = ImageRows(data, "d", image, label)[3]
+        assert row["image"].getpixel((0, 0)) == (60, 60, 60) and row["labels"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_whole_numbers_are_no_pixel_values(dtype):
+    items = [{"pixel_values": torch.ones(3, 4, 4)}, {"pixel_values": torch.ones(3, 4, 4).to(dtype)}]
+    rows = ImageRows(items, "harmful_dataset", "pixel_values")
+    assert rows[0]["pixel_values"].dtype == torch.float32
+    with pytest.raises(DataError, match=f"row 1 of harmful_dataset.*{dtype}"):
+        rows[1]
 
 
 def test_a_palette_with_transparency_converts_without_warning():

@@ -199,3 +199,15 @@ def test_held_out_rows_come_with_their_labels():
     draws = list(data.make_sampler(0))
     batch = PairedCollator(ImageCollator())([data[draw] for draw in draws[:4]])
     assert batch["held_out"]["labels"].shape == (1,) and "distillation" not in batch
+
+
+@pytest.mark.parametrize("side", ["benign", "harmful"])
+def test_a_collator_that_gives_whole_numbers_is_named_with_its_side(side):
+    pair = {"benign": {"whole": side == "benign"}, "harmful": [{"whole": side == "harmful"}]}
+
+    def collate(rows):
+        dtype = torch.uint8 if rows[0]["whole"] else torch.float32
+        return {"pixel_values": torch.zeros(len(rows), 3, 4, 4, dtype=dtype)}
+
+    with pytest.raises(DataError, match=f"{side} images, found torch.uint8"):
+        PairedCollator(collate)([pair] * 2)

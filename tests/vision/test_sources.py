@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from hf_immunize.errors import DataError
+from hf_immunize.vision.columns import find_columns
 from hf_immunize.vision.sources import load_image_dataset
 
 
@@ -37,6 +38,28 @@ def test_a_folder_val_is_the_split_validation(tmp_path):
     write_images(tmp_path / "data" / "train", cat=[1], dog=[3])
     write_images(tmp_path / "data" / "val", cat=[4], dog=[5])
     assert len(load_image_dataset(str(tmp_path / "data"), "validation")) == 2
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "test")])
+def test_a_single_class_keeps_its_name(tmp_path, splits):
+    for split in splits:
+        write_images(tmp_path / "data" / split, gun=[1, 2])
+    data = load_image_dataset(str(tmp_path / "data"), splits[-1] or "train")
+    assert data.features["label"].names == ["gun"] and data["label"][:] == [0, 0]
+
+
+def test_images_at_several_depths_are_no_classes_and_the_remedy_says_so(tmp_path):
+    write_images(tmp_path / "data", cat=[1, 2], dog=[3])
+    write_images(tmp_path / "data" / "dog", puppy=[4])
+    data = load_image_dataset(str(tmp_path / "data"))
+    with pytest.raises(DataError, match="give each class a subfolder of its own"):
+        find_columns(data)
+
+
+def test_a_flat_folder_has_no_class(tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "data" / "one.png")
+    assert list(load_image_dataset(str(tmp_path / "data")).features) == ["image"]
 
 
 def test_words_such_as_test_in_a_class_make_no_split(tmp_path):
