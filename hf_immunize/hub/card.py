@@ -13,10 +13,12 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
+from transformers.utils import logging
 
 from hf_immunize.errors import CardError
 from hf_immunize.files import write_whole
 from hf_immunize.hub.collect import HUB_ID
+from hf_immunize.hub.outgoing import refuse_links
 from hf_immunize.hub.parts import DataRecord, RatioRecord
 from hf_immunize.hub.record import ImmunizationRecord
 from hf_immunize.hub.rows import attack_rows, not_stopped, record_metrics, record_rows, summary_sentence
@@ -25,11 +27,14 @@ from hf_immunize.text import printable
 from hf_immunize.vision.loading import checkpoint_form
 
 
+logger = logging.get_logger(__name__)
 CARD_NAME = "README.md"
 TAGS = ("model-immunization", "hf-immunize", "image-classification")
 _BEGIN = "<!-- hf-immunize: begin. Written anew from immunization.json; your own text stays outside. -->"
 _END = "<!-- hf-immunize: end -->"
-_OURS = re.compile(rf"^{re.escape(_BEGIN)}\s*?$.*?^{re.escape(_END)}\s*?$", re.DOTALL | re.MULTILINE)
+_OPENED = re.compile(rf"^{re.escape(_BEGIN)}\s*?$", re.MULTILINE)
+# A part whose end mark is lost does not reach to the end of the next one: what stands between is the user's.
+_OURS = re.compile(rf"{_OPENED.pattern}(?:(?!{_OPENED.pattern}).)*?^{re.escape(_END)}\s*?$", re.DOTALL | re.MULTILINE)
 _METRICS = ("accuracy", "log10_kappa", "rir", "log10_rir", "log10_harmful_ratio", "log10_benign_ratio")
 _FIGURES = {
     "spectra.png": "Spectra of benign and harmful features, before and after",
@@ -92,7 +97,12 @@ def render_card(
     text = "\n" + body + "\n"
     if old is not None:
         # Spliced, not substituted: a backslash in the text is a backslash.
-        match = _OURS.search(old.text)
+        match = _OURS.search(old.text) or _OPENED.search(old.text)
+        if match is not None and match[0].strip() == _BEGIN:
+            logger.warning(
+                f"The line {_END!r} is gone from {CARD_NAME}: what was written there before can't be told from your "
+                "own text, and all of it stays below the new part. Take out what is outdated."
+            )
         text = (
             old.text[: match.start()] + body + old.text[match.end() :] if match else f"{old.text.rstrip()}\n\n{body}\n"
         )
@@ -111,11 +121,16 @@ def write_card(folder: str | os.PathLike[str], record: ImmunizationRecord, optio
         The file.
 
     Raises:
-        CardError: If the metadata of the card that is there cannot be read; it is left as it is.
+        CardError: If the card that is there, or its metadata, cannot be read; it is left as it is.
+        ArgumentError: If the card is a symbolic link: the text behind it may not be for others.
         CheckpointError: If it cannot be written.
     """
+    refuse_links(folder, [CARD_NAME])
     path = Path(folder) / CARD_NAME
-    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise CardError(f"Expected {CARD_NAME} in UTF-8, found: {error}. Save it as UTF-8, or remove it.") from error
     options = replace(options or CardOptions(), form=checkpoint_form(folder))
     text = str(render_card(record, options, existing))
     return write_whole(path, text)

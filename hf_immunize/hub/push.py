@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers.utils import logging
 
@@ -16,8 +15,9 @@ from hf_immunize.errors import ArgumentError, HubError, RecordError
 from hf_immunize.hub.card import CARD_NAME, CardOptions, write_card
 from hf_immunize.hub.hashes import INDEX, changed_weights, weight_files
 from hf_immunize.hub.outcomes import named_outcomes, retried
+from hf_immunize.hub.outgoing import check_private, refuse_links
 from hf_immunize.hub.record import ImmunizationRecord, read_record
-from hf_immunize.hub.validation import RECORD_NAME
+from hf_immunize.hub.validation import PICTURES, RECORD_NAME
 from hf_immunize.hub.whole import check_loads_back
 from hf_immunize.text import printable
 from hf_immunize.vision.bare import HEAD_CONFIG_FILE
@@ -41,8 +41,6 @@ ALLOWED = (
     "LICENSE.md",
 )
 _REPO = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
-_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 _WEIGHTS = re.compile(
     r"(model|adapter_model|pytorch_model|tf_model|flax_model|head)[\w.-]*\.(safetensors|bin|h5|msgpack)"
 )
@@ -79,13 +77,21 @@ def files_to_push(folder: str | os.PathLike[str], record: ImmunizationRecord | N
 
     Raises:
         WeightsError: If weights are pickled or missing.
+        ArgumentError: If one of them is a symbolic link.
     """
     root = Path(folder)
+    refuse_links(root, _may_leave(root))
     weights = weight_files(root)
     names = {*ALLOWED, *weights, *(record.figures if record is not None else [])}
     if weights == ["model.safetensors"]:
         names.discard(INDEX)  # of an earlier save in shards
     return sorted(name for name in names if (root / name).is_file())
+
+
+def _may_leave(folder: Path) -> list[str]:
+    """Names there of files that some record could have pushed."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(name for name in names if name in ALLOWED or name.endswith((".safetensors", *PICTURES)))
 
 
 def push(
@@ -132,12 +138,13 @@ def push(
         RecordError: If the record is missing, damaged, or not of these weights.
         WeightsError: If weights are pickled or missing, or what is pushed does not load as this model.
         CardError: If the card's metadata cannot be read.
-        ArgumentError: If a file holds a token or a local path, or the repository's name is none.
+        ArgumentError: If a file is a symbolic link or holds a token or a local path, or the repository's name is none.
         HubError: If the Hub does not take it; nothing local is lost.
     """
     root = Path(folder)
     if not _REPO.fullmatch(repo_id) or ".." in repo_id:
         raise ArgumentError(f"Expected a repository 'user/name', found {repo_id!r}. Correct the name.")
+    refuse_links(root, _may_leave(root))
     record = read_record(root) if require_record or (root / RECORD_NAME).is_file() else None
     changed = changed_weights(root, record.weights) if record is not None else []
     if changed:
@@ -191,37 +198,6 @@ def _commit(
     operations += [CommitOperationDelete(name) for name in stale]
     commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return PushResult(repo_id, sizes, commit.oid, str(commit.repo_url), changed=commit.oid != info.sha)
-
-
-def check_private(folder: str | os.PathLike[str], names: list[str], token: str | None = None) -> None:
-    """Refuse to publish tokens and local paths.
-
-    Args:
-        folder: The checkpoint's folder.
-        names: Files that are about to be pushed; weights are not looked at.
-        token: A token given for this push, looked for beside the one that is logged in.
-
-    Raises:
-        ArgumentError: With the file and what was found, a token itself left out.
-    """
-    root = Path(folder)
-    tokens = {token, huggingface_hub.get_token(), *(os.environ.get(name) for name in _TOKEN_VARIABLES)}
-    secrets = [value for value in tokens if value and len(value) >= 8]
-    # A path ends where a name does: "/root" is no part of "/rooted".
-    homes = {str(Path.home()), str(root.resolve())}
-    paths = [re.compile(rf"(?<![\w.]){re.escape(path)}(?![\w-])") for path in homes if len(path) > 2]
-    for name in names:
-        if name.endswith((".safetensors", ".png")):
-            continue
-        text = (root / name).read_text(encoding="utf-8", errors="replace")
-        found = "a token" if _TOKEN.search(text) or any(secret in text for secret in secrets) else None
-        match = next((match for path in paths if (match := path.search(text))), None)
-        found = found or (f"the local path {match[0]}" if match else None)
-        if found:
-            raise ArgumentError(
-                f"Expected nothing private in what is pushed, found {found} in {name}. Remove it from that file, and "
-                "push again; nothing was sent."
-            )
 
 
 def create_repository(api: HfApi, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""What the types of a record's fields alone do not say: versions, ranges, and names that stay in their folder."""
+"""What a record's types alone do not say: versions, what fits together, and names that stay in their folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from hf_immunize.errors import RecordError, RecordVersionError
+from hf_immunize.text import printable
 
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = "1.0"
 RECORD_NAME = "immunization.json"
 BOUNDS = (None, "lower", "upper", "undetermined")
+# What a figure may be: the endings of its name, and what it then is.
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
+# Rows of features in all groups together: each group is decomposed when its ratio is verified.
+_MOST_DRAWN = 10_000_000
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SKETCH = re.compile(r"(?:[0-9a-f]{16}){0,256}")
@@ -56,13 +61,14 @@ def validate(record: ImmunizationRecord) -> None:
         _check(bool(_FILE_NAME.fullmatch(name)), f"weights.{name}", "the name of a file beside the record", name)
         _check(bool(_SHA256.fullmatch(digest)), f"weights.{name}", "a SHA-256 in hexadecimal", digest)
     for name in record.figures:
-        _check(bool(_FILE_NAME.fullmatch(name)), "figures", "the name of a file beside the record", name)
+        picture = bool(_FILE_NAME.fullmatch(name)) and name.endswith(tuple(PICTURES))
+        _check(picture, "figures", f"names of pictures beside the record ({', '.join(PICTURES)})", name)
     for protocol, ratio in record.ratios.items():
         _check(ratio.bound in BOUNDS, f"ratios.{protocol}.bound", f"one of {BOUNDS}", ratio.bound)
         told = ratio.log10_rir is not None
         _check(told or ratio.bound == "undetermined", f"ratios.{protocol}.log10_rir", "a number", ratio.log10_rir)
-        positive = ratio.relative_std is None or ratio.relative_std >= 0
-        _check(positive, f"ratios.{protocol}.relative_std", "at least 0", ratio.relative_std)
+        drawn = (ratio.num_groups or 1) * (ratio.group_size or 1)
+        _check(drawn <= _MOST_DRAWN, f"ratios.{protocol}.num_groups", f"at most {_MOST_DRAWN} rows in all", drawn)
     for side in ("benign", "harmful"):
         features: SideRecord = getattr(record, f"{side}_features")
         for moment in ("before", "after"):
@@ -74,10 +80,8 @@ def validate(record: ImmunizationRecord) -> None:
                 _check(
                     least <= part.rank <= most, f"{where}.rank", f"between {least} and min(N, D) = {most}", part.rank
                 )
-                _check(part.log10_kappa >= 0, f"{where}.log10_kappa", "at least 0, since κ ≥ 1", part.log10_kappa)
         data: DataRecord | None = getattr(record, side)
         if data is not None:
-            _check(data.size is None or data.size >= 0, f"{side}.size", "at least 0", data.size)
             part_of = data.held_out_fraction
             _check(part_of is None or 0 < part_of < 1, f"{side}.held_out_fraction", "between 0 and 1", part_of)
             seed = data.held_out_seed
@@ -86,12 +90,14 @@ def validate(record: ImmunizationRecord) -> None:
                 text = getattr(data, name)
                 known = text is None or bool(_SKETCH.fullmatch(text))
                 _check(known, f"{side}.{name}", "at most 256 hashes of 16 hexadecimal digits", text and text[:40])
-    for access, attack in (record.audit.strongest if record.audit else {}).items():
-        for name in ("accuracy", "reference_accuracy", "chance"):
-            share = None if attack is None else getattr(attack, name)
-            _check(share is None or 0 <= share <= 1, f"audit.strongest.{access}.{name}", "between 0 and 1", share)
+    metric = record.metric
+    if metric is not None and metric.name == "accuracy":
+        for name, share in (("after", metric.after), ("before", metric.before)):
+            _check(share is None or 0 <= share <= 1, f"metric.{name}", "between 0 and 1", share)
 
 
 def _check(holds: bool, where: str, expected: str, found: Any) -> None:
     if not holds:
-        raise RecordError(f"Expected {where} in the record to be {expected}, found {found!r}. The record is damaged.")
+        raise RecordError(
+            f"Expected {printable(where)} in the record to be {expected}, found {found!r:.60}. The record is damaged."
+        )

@@ -164,6 +164,32 @@ def test_card_without_our_part_is_kept_whole(tmp_path):
     assert "# Mine\n\nText." in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("renewals", [1, 2, 3])
+def test_text_of_the_user_stays_where_a_mark_is_lost(renewals, tmp_path):
+    path = tmp_path / "README.md"
+    for mark in ("begin. Written", "end -->"):
+        path.unlink(missing_ok=True)
+        write_card(tmp_path, record_of())
+        lines = [
+            f"Mine before.\n{line}" if "begin. Written" in line else line for line in path.read_text().split("\n")
+        ]
+        lines = ["Mine within." if f"<!-- hf-immunize: {mark}" in line else line for line in lines]
+        path.write_text("\n".join(lines) + "\nMine after.\n")
+        for number in range(renewals):
+            write_card(tmp_path, record_of(name=f"renewed {number}"))
+        text = path.read_text()
+        assert [words for words in ("Mine before.", "Mine within.", "Mine after.") if words not in text] == []
+        assert f"renewed {renewals - 1}" in text
+        assert "renewed 0" not in text or renewals == 1
+
+
+def test_card_in_another_encoding_is_named_and_left(tmp_path):
+    (tmp_path / "README.md").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(CardError):
+        write_card(tmp_path, record_of())
+    assert (tmp_path / "README.md").read_bytes() == "Größe".encode("latin-1")
+
+
 def test_writing_again_changes_nothing(tmp_path):
     write_card(tmp_path, record_of())
     before = (tmp_path / "README.md").read_bytes()

@@ -7,10 +7,12 @@ import huggingface_hub
 import pytest
 from hub_server import READ_ONLY, TOKEN, USER
 from huggingface_hub import HfApi
+from PIL import Image
 
 from hf_immunize.errors import ArgumentError, CardError, HubError, RecordError, WeightsError
-from hf_immunize.hub.push import files_to_push, push
-from hf_immunize.hub.record import read_record
+from hf_immunize.hub.card import write_card
+from hf_immunize.hub.push import push
+from hf_immunize.hub.record import read_record, write_record
 
 
 pytestmark = pytest.mark.hub
@@ -36,9 +38,87 @@ def test_pushed_files_are_the_local_ones(checkpoint, api, online):
 
 
 def test_figure_of_the_record_is_pushed(checkpoint, record):
-    (checkpoint / "spectra.png").write_bytes(b"png")
+    Image.new("RGB", (2, 2)).save(checkpoint / "spectra.png")
     record.figures = ["spectra.png"]
-    assert "spectra.png" in files_to_push(checkpoint, record)
+    write_record(checkpoint, record)
+    assert "spectra.png" in push(checkpoint, REPO, dry_run=True).files
+
+
+@pytest.mark.parametrize(
+    "name", ["training_args.bin", "id_rsa", "optimizer.pt", "notes.txt", "figure.svg", "x.png.txt"]
+)
+def test_figures_of_a_record_are_pictures_by_name(name, checkpoint, record):
+    (checkpoint / name).write_bytes(b"\x89PNG\r\n\x1a\n")
+    path = checkpoint / "immunization.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"figures": [name]}))
+    with pytest.raises(RecordError, match="figures"):
+        push(checkpoint, REPO, dry_run=True)
+    record.figures = [name]
+    with pytest.raises(RecordError, match="figures"):
+        record.to_json()
+
+
+@pytest.mark.parametrize("content", [b"", b"-- a key --", b"\x89PNG\r\n\x1a\nhalf", b"\xff\xd8\xff\xe0 a JPEG's"])
+def test_figures_of_a_record_are_pictures_by_content(content, checkpoint, record):
+    (checkpoint / "spectra.png").write_bytes(content)
+    record.figures = ["spectra.png"]
+    write_record(checkpoint, record)
+    with pytest.raises(RecordError, match=r"spectra\.png"):
+        push(checkpoint, REPO, dry_run=True)
+
+
+LINKED = ["README.md", "LICENSE", "config.json", "immunization.json", "model.safetensors", "spectra.png"]
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_links_out_of_the_folder_are_refused_before_anything_is_read(name, checkpoint, record, tmp_path, api, online):
+    record.figures = ["spectra.png"]
+    write_record(checkpoint, record)
+    Image.new("RGB", (2, 2)).save(checkpoint / "spectra.png")
+    elsewhere = tmp_path / "elsewhere"
+    if (checkpoint / name).exists():
+        shutil.move(checkpoint / name, elsewhere)
+    else:
+        elsewhere.write_text("Not for others.\n")
+    (checkpoint / name).symlink_to(elsewhere)
+    before = local(checkpoint)
+    with pytest.raises(ArgumentError, match="symbolic link"):
+        push(checkpoint, REPO, api=api)
+    assert local(checkpoint) == before
+    assert (checkpoint / name).is_symlink()
+    assert not online.requests
+
+
+def test_linked_shard_is_refused(checkpoint, tmp_path):
+    shutil.move(checkpoint / "model.safetensors", tmp_path / "elsewhere")
+    (checkpoint / "other.safetensors").symlink_to(tmp_path / "elsewhere")
+    (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {"x": "other.safetensors"}}')
+    with pytest.raises(ArgumentError, match=r"other\.safetensors"):
+        push(checkpoint, REPO, dry_run=True, require_record=False)
+
+
+def test_linked_card_is_not_copied_into_a_new_one(checkpoint, record, tmp_path):
+    (tmp_path / "elsewhere").write_text("Not for others.\n")
+    (checkpoint / "README.md").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArgumentError, match="symbolic link"):
+        write_card(checkpoint, record)
+    assert (checkpoint / "README.md").is_symlink()
+
+
+def test_links_of_the_hubs_own_cache_are_followed(checkpoint, tmp_path):
+    cache = tmp_path / "models--user--model"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        shutil.move(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert set(push(snapshot, REPO, dry_run=True).files) == EXPECTED - {"README.md"}
+    (tmp_path / "secret").write_text("Not for others.\n")
+    (blobs / "LICENSE").symlink_to(tmp_path / "secret")
+    (snapshot / "LICENSE").symlink_to("../../blobs/LICENSE")
+    with pytest.raises(ArgumentError, match="symbolic link"):
+        push(snapshot, REPO, dry_run=True)
 
 
 def test_dry_run_lists_without_network_or_change(checkpoint):
