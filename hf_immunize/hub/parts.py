@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
+from hf_immunize.hub.schema import Count, Log10, Log10Kappa, Range, Seed, Share, Size
 from hf_immunize.spectra.conditioning import Conditioning
 
 
@@ -54,8 +55,8 @@ class MethodRecord:
 
     objective: str
     trainable: str
-    steps: int
-    seed: int
+    steps: Count
+    seed: Seed
     benign_weight: float | str | None = None
     harmful_weight: float | str | None = None
     freeze_batchnorm: bool | None = None
@@ -106,8 +107,8 @@ class DataRecord:
     split: str | None = None
     classes: list[str] | None = None
     fingerprint: str | None = None
-    train_size: int | None = None
-    size: int | None = None
+    train_size: Count | None = None
+    size: Count | None = None
     checksum: float | None = None
     held_out_fraction: float | None = None
     held_out_seed: int | None = None
@@ -131,16 +132,16 @@ class ConditioningRecord:
         sigma_max, sigma_min, cutoff: Largest singular value of Z, smallest above the rank rule's threshold, and that.
     """
 
-    log10_kappa: float
-    rank: int
-    num_samples: int
-    dim: int
-    effective_rank: float | None = None
+    log10_kappa: Log10Kappa
+    rank: Count
+    num_samples: Count
+    dim: Count
+    effective_rank: Size | None = None
     is_bound: bool = False
-    reference_rank: int | None = None
-    sigma_max: float | None = None
-    sigma_min: float | None = None
-    cutoff: float | None = None
+    reference_rank: Count | None = None
+    sigma_max: Size | None = None
+    sigma_min: Size | None = None
+    cutoff: Size | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -196,14 +197,14 @@ class RatioRecord:
         num_groups, group_size, seed: How the groups were drawn.
     """
 
-    log10_rir: float | None
-    log10_harmful_ratio: float | None = None
-    log10_benign_ratio: float | None = None
+    log10_rir: Log10 | None
+    log10_harmful_ratio: Log10 | None = None
+    log10_benign_ratio: Log10 | None = None
     bound: str | None = None
-    relative_std: float | None = None
-    num_groups: int | None = None
-    group_size: int | None = None
-    seed: int | None = None
+    relative_std: Annotated[float, Range(0, 1000)] | None = None
+    num_groups: Annotated[int, Range(1, 10_000)] | None = None
+    group_size: Annotated[int, Range(2, 10_000_000)] | None = None
+    seed: Annotated[int, Range(-(2**63), 2**64 - 1)] | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 
@@ -238,9 +239,9 @@ class AttackRecord:
     """
 
     attacker: str
-    accuracy: float
-    reference_accuracy: float | None = None
-    chance: float | None = None
+    accuracy: Share
+    reference_accuracy: Share | None = None
+    chance: Share | None = None
     layer: str | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)
 
@@ -258,7 +259,7 @@ class AuditRecord:
     """
 
     preset: str
-    preset_version: int = 1
+    preset_version: Count = 1
     strongest: dict[str, AttackRecord | None] = field(default_factory=dict)
     utility: dict[str, Any] | None = None
     verdict: list[str] = field(default_factory=list)

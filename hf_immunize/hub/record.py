@@ -29,6 +29,7 @@ from hf_immunize.hub.parts import (
 )
 from hf_immunize.hub.schema import from_plain, to_plain
 from hf_immunize.hub.validation import RECORD_NAME, SCHEMA_VERSION, check_version, validate
+from hf_immunize.text import library_words
 
 
 _MAX_BYTES = 2**24
@@ -103,10 +104,12 @@ class ImmunizationRecord:
         """
         try:
             plain = json.loads(text, parse_constant=_refuse_constant)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except RecordError:
+            raise
+        except (ValueError, RecursionError) as error:  # no JSON, thousands of digits, nested without end
             raise RecordError(
-                f"Expected {RECORD_NAME} to be JSON, found: {error}. It is truncated or damaged; fetch it again, or "
-                "measure and save the model again."
+                f"Expected {RECORD_NAME} to be JSON, found: {library_words(error)}. It is truncated or damaged; "
+                "fetch it again, or measure and save the model again."
             ) from error
         if isinstance(plain, dict):
             check_version(plain.get("schema_version"))

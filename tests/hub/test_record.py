@@ -2,14 +2,17 @@
 
 import json
 import math
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_immunize.errors import RecordError, RecordVersionError
-from hf_immunize.hub.parts import BaseModelRecord, MethodRecord
+from hf_immunize.hub.card import render_card
+from hf_immunize.hub.parts import BaseModelRecord, MethodRecord, RatioRecord
 from hf_immunize.hub.record import ImmunizationRecord, read_record, write_record
+from hf_immunize.hub.rows import record_rows
 
 
 JSON = st.recursive(
@@ -122,7 +125,7 @@ def test_failed_write_leaves_the_old_record(record, tmp_path):
         (("base_model", "name"), 3, r"base_model\.name"),
         (("benign_features", "after", "rank"), 0, r"benign_features\.after\.rank"),
         (("benign_features", "after", "rank"), 10**6, r"min\(N, D\)"),
-        (("harmful_features", "after", "log10_kappa"), -1.0, r"κ ≥ 1"),
+        (("harmful_features", "after", "log10_kappa"), -1.0, r"harmful_features\.after\.log10_kappa"),
         (("ratios", "exact", "bound"), "sideways", r"ratios\.exact\.bound"),
         (("ratios", "exact", "log10_rir"), None, r"log10_rir"),
         (("weights", "../../etc/passwd"), "0" * 64, r"beside the record"),
@@ -141,6 +144,94 @@ def test_what_cannot_be_is_named(record, path, value, message):
     inner[path[-1]] = value
     with pytest.raises(RecordError, match=message):
         reread(values)
+
+
+def leaves(values, path=()):
+    """Where a record's values stand: plain ones, and the lists and names that hold them."""
+    if path:
+        yield path
+    for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, dict | list):
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name)
+
+
+def nested(depth, form):
+    return f"{'[' * depth}{']' * depth}" if form == "list" else '{"a": ' * depth + "0" + "}" * depth
+
+
+# As they stand in the file, since not all of them can be told in Python.
+ODD = ["null", "true", "false", "0", "-1", "1", "2", "0.5", "-0.5", "1e-320", "1e308", "-1e308", "1e999", "NaN"]
+ODD += ["Infinity", "1000000000", "1e9", str(2**63), str(-(2**63)), str(2**64 + 1), 4000 * "9", 5000 * "9"]
+ODD += ['""', '"x"', '"1"', '"\\u0000"', '"\\u001b[2J\\u202e"', '"\\ud800"', json.dumps("../" * 9), '"</script>"']
+ODD += [json.dumps(70_000 * "y"), "[]", "{}", '[""]', "[null]", '{"": null}', '{"\\u001b[2J": 1e999}', "[[1]]", "[{}]"]
+ODD += [nested(depth, form) for depth in (30, 200, 900, 5000) for form in ("list", "names")]
+ODD += [json.dumps([0] * 70_000), json.dumps(dict.fromkeys(map(str, range(70_000)))), json.dumps({300 * "k": 1})]
+FULL = {"groups": RatioRecord(0.5, 0.6, 0.1, None, 0.2, 20, 100, 0), "exact": RatioRecord(0.5, 0.6, 0.1)}
+
+
+def test_odd_values_anywhere_are_a_record_or_an_error_by_name(record):
+    record.ratios, record.figures, record.remarks = FULL, ["spectra.png"], ["A remark."]
+    record.audit.verdict, record.benign.classes = ["A verdict."], ["cat", "dog"]
+    values = plain(record)
+    started, tried, refused = time.process_time(), 0, 0
+    for path in leaves(values):
+        changed = inner = json.loads(json.dumps(values))
+        for name in path[:-1]:
+            inner = inner[name]
+        inner[path[-1]] = "@odd@"
+        text = json.dumps(changed)
+        for odd in ODD:
+            tried += 1
+            try:
+                found = ImmunizationRecord.from_json(text.replace('"@odd@"', odd))
+                assert ImmunizationRecord.from_json(found.to_json()) == found
+                if tried % 7 == 0:  # the slowest part
+                    render_card(found)
+                    str(record_rows(found))
+            except RecordError as error:
+                refused += 1
+                assert str(error).isprintable()
+                assert len(str(error)) < 1000
+    assert tried > 2000
+    assert refused > tried / 2
+    assert time.process_time() - started < 120
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        (("ratios", "groups", "num_groups"), [0, -1, 10**9]),
+        (("ratios", "groups", "group_size"), [0, 1, 10**9]),
+        (("ratios", "groups", "relative_std"), [-0.1, 1e308]),
+        (("ratios", "groups", "seed"), [2**64, -(2**64)]),
+        (("ratios", "exact", "log10_rir"), [1e308, -1e308]),
+        (("metric", "after"), [-1, 1.01, 1e308]),
+        (("metric", "before"), [-1, 1.01, 1e308]),
+        (("audit", "strongest", "head_input", "chance"), [-1, 1e308]),
+        (("method", "seed"), [-1, 2**32]),
+        (("method", "steps"), [-1]),
+        (("benign", "train_size"), [-1]),
+        (("benign_features", "after", "sigma_min"), [-1.0]),
+        (("benign_features", "after", "num_samples"), [-1]),
+    ],
+)
+def test_values_out_of_range_are_named(path, values, record):
+    record.ratios = FULL
+    for value in values:
+        changed = inner = plain(record)
+        for name in path[:-1]:
+            inner = inner[name]
+        inner[path[-1]] = value
+        with pytest.raises(RecordError, match=path[-1]):
+            reread(changed)
+
+
+def test_many_groups_of_many_rows_are_refused(record):
+    record.ratios = {"groups": RatioRecord(0.5, num_groups=10_000, group_size=10_000)}
+    with pytest.raises(RecordError, match="num_groups"):
+        record.to_json()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "3", '"x"', "[" * 100_000, "{}"])
