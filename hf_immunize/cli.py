@@ -109,7 +109,7 @@ def main() -> None:
         sentence = _sentence(error)
         if sentence is None or os.environ.get("HF_IMMUNIZE_TRACEBACK"):
             raise
-        typer.secho(f"{type(error).__name__}: {sentence}", err=True, fg="red")
+        typer.secho(printable(f"{type(error).__name__}: {sentence}"), err=True, fg="red")
         sys.exit(2)
 
 

@@ -87,7 +87,7 @@ class HubError(ImmunizationError, OSError):
     Attributes:
         outcome: Which of these it was: "unauthorized" (401), "forbidden" (403), "not_found" (404), "conflict" (409),
             "rejected" (another 4xx), "rate_limited" (429), "server_error" (5xx), "unreachable" (no connection, or one
-            that was cut), "offline" (HF_HUB_OFFLINE is set).
+            that was cut), "timed_out" (a connection, and no answer), "offline" (HF_HUB_OFFLINE is set).
     """
 
     def __init__(self, message: str, outcome: str) -> None:

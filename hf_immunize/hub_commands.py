@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_immunize.errors import ArgumentError
+from hf_immunize.text import printable
 
 
 if TYPE_CHECKING:
@@ -47,13 +48,13 @@ def push(
         trust_remote_code=trust_remote_code,
     )
     for name, size in result.files.items():
-        typer.echo(f"{size:>14,} bytes  {name}")
+        typer.echo(f"{size:>14,} bytes  {printable(name)}")
     if dry_run:
         typer.echo(f"Would push these {len(result.files)} files to {result.repo_id}. Nothing was sent.")
     elif result.changed:
-        typer.echo(f"Pushed to {result.url}, commit {result.commit}.")
+        typer.echo(printable(f"Pushed to {result.url}, commit {result.commit}."))
     else:
-        typer.echo(f"{result.url} has all of this already; no commit was made.")
+        typer.echo(f"{printable(result.url)} has all of this already; no commit was made.")
 
 
 def verify(
@@ -202,7 +203,7 @@ def _print(found: Verification) -> None:
     for figure in found.figures:
         numbers = ["–" if value is None else f"{value:.4f}" for value in (figure.claimed, figure.measured)]
         outcome = f"[{colours[figure.outcome]}]{figure.outcome}[/]"
-        table.add_row(figure.name, *numbers, outcome, escape(figure.note))
+        table.add_row(figure.name, *numbers, outcome, escape(printable(figure.note)))
     console = Console()
     console.print(table)
-    console.print(f"[bold {colours[found.outcome]}]{escape(str(found))}[/]", highlight=False, soft_wrap=True)
+    console.print(f"[bold {colours[found.outcome]}]{escape(printable(found))}[/]", highlight=False, soft_wrap=True)

@@ -47,7 +47,7 @@ class Repo:
 class Fault:
     method: str
     path: str
-    action: object  # a status, or "cut"
+    action: object  # a status, "cut", "silent" (accepts, and never answers), or bytes (a page in place of the answer)
     times: int = 1
     headers: dict = field(default_factory=dict)
 
@@ -84,6 +84,10 @@ class Hub(ThreadingHTTPServer):
         """A client that went away is no news."""
 
 
+class Answered(Exception):
+    """Nothing more is to be said to this request."""
+
+
 class Refused(Exception):
     def __init__(self, status, message, code=None, **headers):
         super().__init__(message)
@@ -116,6 +120,8 @@ class Handler(BaseHTTPRequestHandler):
                     with self.server.lock:
                         return getattr(self, name)(**match.groupdict())
             raise Refused(404, f"no such endpoint: {self.command} {path}")
+        except Answered:
+            pass
         except Refused as refusal:
             self.drain()
             self.reply(refusal.status, {"error": str(refusal)}, **refusal.headers)
@@ -129,6 +135,14 @@ class Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                     self.connection.shutdown(2)
                     raise ConnectionAbortedError
+                if fault.action == "silent":
+                    threading.Event().wait(60)
+                    self.close_connection = True
+                    raise Answered
+                if isinstance(fault.action, bytes):
+                    self.drain()
+                    self.reply(200, fault.action, **{"Content-Type": "text/html"})
+                    raise Answered
                 raise Refused(fault.action, "as ordered by the test", **fault.headers)
 
     def drain(self):

@@ -12,7 +12,7 @@ from hf_immunize import cli
 
 
 sys.path.insert(0, str(Path(__file__).parent / "hub"))
-from checkpoints import benign_images, harmful_images, write_checkpoint
+from checkpoints import benign_images, harmful_images, tiny_model, write_checkpoint
 
 
 REPO = f"{USER}/immunized"
@@ -72,6 +72,37 @@ def test_push_dry_run_lists_the_files(checkpoint):
     assert "model.safetensors" in done.output
     assert "secret.txt" not in done.output
     assert "Nothing was sent" in done.output
+
+
+ODD = "\x1b[2Jodd\x1b]0;title\x07\u202e"
+
+
+def odd_weights(checkpoint):
+    (checkpoint / "model.safetensors").rename(checkpoint / f"{ODD}.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tiny_model().state_dict(), f"{ODD}.safetensors")}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def odd_field(checkpoint):
+    path = checkpoint / "immunization.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ratios": {ODD: 1}}))
+
+
+def odd_link(checkpoint):
+    (checkpoint / f"{ODD}.safetensors").symlink_to(f"/{ODD}")
+
+
+@pytest.mark.parametrize("spoil", [odd_weights, odd_field, odd_link])
+@pytest.mark.parametrize("command", ["push", "verify", "card"])
+def test_names_do_not_command_the_terminal(command, spoil, checkpoint, data, monkeypatch, capsys):
+    spoil(checkpoint)
+    words = {"push": [REPO, "--dry-run"], "verify": data, "card": ["--check"]}[command]
+    monkeypatch.setattr("sys.argv", ["hf-immunize", command, str(checkpoint), *map(str, words)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = "".join(capsys.readouterr())
+    assert said
+    assert [command for command in ("\x1b[2J", "\x1b]", "\x07", "\u202e") if command in said] == []
 
 
 @pytest.mark.hub

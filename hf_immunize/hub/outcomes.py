@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,15 +14,19 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RevisionResolutionError,
 )
+from huggingface_hub.utils import get_session
 from transformers.utils import logging
 
 from hf_immunize.errors import CardError, HubError
+from hf_immunize.text import printable
 
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
 PASSING = ("rate_limited", "server_error", "unreachable")
 _LONGEST_WAIT = 60.0
+# Seconds without a byte after which a server counts as one that does not answer. The client's own default is to wait.
+TIME_LIMIT = 30.0
 # The client's HTTP library is httpx or its successor; its errors share the base of the client's own.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 _BY_STATUS = {401: "unauthorized", 403: "forbidden", 404: "not_found", 409: "conflict", 412: "conflict"}
@@ -34,6 +39,7 @@ _REMEDY = {
     "rate_limited": "The Hub asks to go slower; try again later.",
     "server_error": "The Hub has trouble; try again later.",
     "unreachable": "Check the connection (and HF_ENDPOINT, if set), and try again; what was sent is not sent twice.",
+    "timed_out": "It took the connection and then said nothing; try again later, or check HF_ENDPOINT and proxies.",
     "offline": "Unset HF_HUB_OFFLINE to talk to the Hub.",
 }
 
@@ -49,6 +55,7 @@ def named_outcomes(what: str) -> Iterator[None]:
         HubError: With its outcome by name.
         CardError: If the Hub refuses the card's metadata.
     """
+    _limit_waiting()
     try:
         yield
     except Exception as error:
@@ -84,6 +91,11 @@ def name_outcome(error: BaseException, what: str) -> HubError | CardError | None
             return _outcome("unauthorized", what, "no token")
         if isinstance(each, HfHubHTTPError) and getattr(each, "response", None) is not None:
             return _of_status(each, what)
+    for each in chain:
+        if isinstance(each, TimeoutError) or (isinstance(each, _HTTPError) and "Timeout" in type(each).__name__):
+            return _outcome("timed_out", what, f"no answer in time ({type(each).__name__})")
+        if isinstance(each, json.JSONDecodeError):
+            return _outcome("unreachable", what, "something else than its JSON (a proxy's or a login page, say)")
     transport = (_HTTPError, ConnectionError, TimeoutError, RevisionResolutionError)
     for each in chain:
         if isinstance(each, transport):
@@ -129,6 +141,13 @@ def retried(
     raise AssertionError("unreachable")
 
 
+def _limit_waiting() -> None:
+    """Give the client's connections a time limit, unless somebody has chosen one."""
+    client = get_session()
+    if all(limit is None for limit in client.timeout.as_dict().values()):
+        client.timeout = TIME_LIMIT
+
+
 def _of_status(error: HfHubHTTPError, what: str) -> HubError:
     status = error.response.status_code
     kind = "rate_limited" if status == 429 else "server_error" if status >= 500 else _BY_STATUS.get(status, "rejected")
@@ -141,7 +160,7 @@ def _outcome(kind: str, what: str, found: str) -> HubError:
 
 
 def _words(text: Any) -> str:
-    words = " ".join(str(text).split())
+    words = printable(text)
     return words if len(words) <= 300 else words[:297] + "..."
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import tempfile
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -20,18 +22,23 @@ from hf_immunize.files import staged_directory
 from hf_immunize.hub.card import CardOptions, write_card
 from hf_immunize.hub.collect import describe_base_model, public_name
 from hf_immunize.hub.outcomes import name_outcome, retried
+from hf_immunize.hub.outgoing import check_private, refuse_links
 from hf_immunize.hub.push import PushResult, files_to_push, push
 from hf_immunize.hub.record import read_record
 from hf_immunize.hub.validation import RECORD_NAME
 from hf_immunize.hub.whole import check_loads_back
 from hf_immunize.training.evidence import bare_record, make_record
-from hf_immunize.training.saving import MANIFEST
+from hf_immunize.training.saving import STATE
 from hf_immunize.vision.adapters import without_wrapper
 
 
 logger = logging.get_logger(__name__)
-# The list of files is of the state as it was written, with its local paths.
-_PRIVATE = ("training_args.bin", MANIFEST)
+# What a run resumes from, beside the model and the Trainer's state. All else in a checkpoint's folder stays:
+# training_args.bin, which holds local paths and the token, the list of files, which is of the state with its local
+# paths, what callbacks and people put there, unfinished folders.
+_RESUMED_FROM = re.compile(
+    r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|immunization_(state|step)\.safetensors"
+)
 
 
 def create_model_card(
@@ -115,8 +122,8 @@ def push_to_hub(
 def push_from_checkpoint(trainer: Any, checkpoint: str) -> None:
     """Push in the midst of training, in the background. What goes wrong is said, and training goes on.
 
-    With ``hub_strategy`` "checkpoint" or "all_checkpoints", what is needed to resume goes too, less the Trainer's
-    training_args.bin and the local paths in its state.
+    With ``hub_strategy`` "checkpoint" or "all_checkpoints", what is needed to resume goes too, and nothing else of the
+    checkpoint's folder; the local path in the Trainer's state does not, and links, tokens and paths are refused.
 
     Args:
         trainer: An `ImmunizationTrainer`.
@@ -172,10 +179,20 @@ def _push_call(trainer: Any, message: str, token: str | None, revision: str | No
 def _push_checkpoint_files(trainer: Any, checkpoint: str, path: str, step: int) -> Any:
     root = Path(checkpoint)
     api = HfApi(token=trainer.args.hub_token, library_name="hf_immunize")
+    record = read_record(root) if (root / RECORD_NAME).is_file() else None
+    resumed = [name for name in sorted(os.listdir(root)) if _RESUMED_FROM.fullmatch(name)]
+    refuse_links(root, [*resumed, STATE])
+    names = sorted({*files_to_push(root, record), *resumed})
+    check_private(root, names, trainer.args.hub_token)
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / STATE
+        told.write_text(_without_path(root / STATE), encoding="utf-8")
+        check_private(folder, [STATE], trainer.args.hub_token)
+        state = told.read_bytes()
 
     def attempt() -> Any:
-        files = [file for file in sorted(root.rglob("*")) if file.is_file() and file.name not in _PRIVATE]
-        operations = [CommitOperationAdd(f"{path}/{file.relative_to(root)}", _public(file)) for file in files]
+        operations = [CommitOperationAdd(f"{path}/{name}", str(root / name)) for name in names]
+        operations.append(CommitOperationAdd(f"{path}/{STATE}", state))
         message = f"Training in progress, step {step}, checkpoint"
         return api.create_commit(
             trainer.hub_model_id, operations, commit_message=message, revision=trainer.args.hub_revision
@@ -184,14 +201,12 @@ def _push_checkpoint_files(trainer: Any, checkpoint: str, path: str, step: int) 
     return retried(attempt, f"push of a checkpoint to {trainer.hub_model_id}")
 
 
-def _public(file: Path) -> str | bytes:
-    """A file to upload; the Trainer's state without the local path in it."""
-    if file.name != "trainer_state.json":
-        return str(file)
+def _without_path(file: Path) -> str:
+    """The Trainer's state without the local path in it."""
     state = json.loads(file.read_text(encoding="utf-8"))
     if state.get("best_model_checkpoint"):
         state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
-    return json.dumps(state, indent=2).encode()
+    return json.dumps(state, indent=2)
 
 
 def _copy_model(checkpoint: str, output_dir: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import huggingface_hub
 import pytest
@@ -282,6 +283,30 @@ def test_metadata_that_the_hub_refuses_is_named(checkpoint, api):
     (checkpoint / "README.md").write_text("---\nlicense: no-such-licence\n---\n\nMy text.\n")
     with pytest.raises(CardError, match="license"):
         push(checkpoint, REPO, api=api)
+
+
+STEPS = [("POST", "/api/repos/create"), ("GET", "/api/models/"), ("POST", "/preupload/")]
+STEPS += [("POST", "/info/lfs/objects/batch"), ("POST", "/commit/")]
+PAGES = [b"<html><body>Log in to the network</body></html>", b"", b"[]", b'"text"', b"{}"]
+
+
+@pytest.mark.parametrize(("method", "path"), [*STEPS, ("PUT", "/lfs/")])
+def test_server_that_never_answers_is_left(method, path, checkpoint, api, online, impatient):
+    online.fail(method, path, "silent", times=1000)
+    started = time.monotonic()
+    with pytest.raises(HubError) as failed:
+        push(checkpoint, REPO, api=api)
+    assert failed.value.outcome == "timed_out"
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(("method", "path"), STEPS)
+def test_page_in_place_of_an_answer_is_named(method, path, page, checkpoint, api, online):
+    online.fail(method, path, page, times=1000)
+    with pytest.raises(HubError) as failed:
+        push(checkpoint, REPO, api=api)
+    assert failed.value.outcome == "unreachable"
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b/c", "user/na me", "", "https://huggingface.co/user/x"])

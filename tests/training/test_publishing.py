@@ -4,16 +4,17 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import TOKEN, USER
 from huggingface_hub import ModelCard
-from transformers import ViTImageProcessorPil
+from transformers import TrainerCallback, ViTImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 from hf_immunize.errors import CardError, HubError
 from hf_immunize.hub.card import eval_results
 from hf_immunize.hub.hashes import changed_weights
 from hf_immunize.hub.record import ImmunizationRecord, read_record
-from hf_immunize.training.saving import last_whole_checkpoint
+from hf_immunize.training.saving import flaw, last_whole_checkpoint
 
 
 REPO = f"{USER}/run"
@@ -200,6 +201,69 @@ def test_pushed_checkpoints_have_no_token_and_no_path(pushing, online, tmp_path)
     for name, content in files.items():
         assert TOKEN.encode() not in content, name
         assert str(tmp_path).encode() not in content, name
+
+
+class PutsThere(TrainerCallback):
+    """Puts into each checkpoint what is not for others, before it is pushed."""
+
+    def __init__(self, put):
+        self.put = put
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
+            self.put(folder)
+
+
+def strangers(folder):
+    for name in ("id_rsa", "notes.txt", "private.png", "dataset.safetensors", "training_args.bin"):
+        (folder / name).write_bytes(b"not for others")
+    for name in ("_unfinished-x", "wandb"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"half")
+    (folder / "secrets.json").symlink_to(folder.parent.parent / "elsewhere")
+
+
+RESUMED_FROM = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+RESUMED_FROM |= {"immunization_state.safetensors", "immunization_step.safetensors"}
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize(
+    ("strategy", "place"), [("checkpoint", "last-checkpoint"), ("all_checkpoints", "checkpoint-2")]
+)
+def test_of_a_checkpoint_only_what_resumes_it_is_pushed(strategy, place, pushing, online, tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy"}
+    run = pushing(**CHECKPOINTS, **best, hub_strategy=strategy, hub_always_push=True, callbacks=[PutsThere(strangers)])
+    run.train()
+    run._finish_current_push()
+    pushed = {name.removeprefix(f"{place}/") for name in online.files(REPO) if name.startswith(f"{place}/")}
+    assert RESUMED_FROM | {"model.safetensors", "config.json"} <= pushed
+    assert pushed <= RESUMED_FROM | ALLOWED
+    (tmp_path / "fetched").mkdir()
+    for name in pushed:
+        (tmp_path / "fetched" / name).write_bytes(online.files(REPO)[f"{place}/{name}"])
+    assert flaw(tmp_path / "fetched") is None
+
+
+def linked(folder):
+    (folder / "scheduler.pt").rename(folder.parent / "elsewhere.pt")
+    (folder / "scheduler.pt").symlink_to(folder.parent / "elsewhere.pt")
+
+
+def with_token(folder):
+    torch.save({"note": TOKEN}, folder / "optimizer.pt")
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("put", [linked, with_token])
+def test_checkpoint_with_what_is_private_is_not_pushed_and_training_goes_on(put, pushing, online, said):
+    run = pushing(**CHECKPOINTS, hub_strategy="all_checkpoints", hub_always_push=True, callbacks=[PutsThere(put)])
+    run.train()
+    run._finish_current_push()
+    assert run.state.global_step == 2
+    assert not any(name.startswith("checkpoint-") for name in online.files(REPO))
+    assert any("was not pushed" in line for line in said)
 
 
 @pytest.mark.hub
