@@ -142,10 +142,17 @@ def retried(
 
 
 def _limit_waiting() -> None:
-    """Give the client's connections a time limit, unless somebody has chosen one."""
-    client = get_session()
-    if all(limit is None for limit in client.timeout.as_dict().values()):
-        client.timeout = TIME_LIMIT
+    """Have the client give each request a time limit, where its caller chose none."""
+    hooks = get_session().event_hooks["request"]
+    if _limit not in hooks:
+        hooks.append(_limit)
+
+
+def _limit(request: Any) -> None:
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        name: TIME_LIMIT if limits.get(name) is None else limits[name] for name in ("connect", "read", "write", "pool")
+    }
 
 
 def _of_status(error: HfHubHTTPError, what: str) -> HubError:

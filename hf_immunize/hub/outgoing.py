@@ -31,7 +31,9 @@ _ESCAPED = re.compile(r"\\u00([0-9A-Fa-f]{2})|\\x([0-9A-Fa-f]{2})|\\(?=/)")
 # Of transformers and PEFT: where a model was loaded from.
 _LOADED_FROM = re.compile(r'"(?:\w*_)?name_or_path"\s*:\s*"((?:[^"\\]|\\.)+)"')
 # A path from the root, or from a drive: neither part of an address nor a closing tag.
-_ABSOLUTE = re.compile(r"(?<![\w.:/\\~<%@#?&=+*-])(?:/[\w.@+-]+(?:/[\w.@+-]+)+|[A-Za-z]:(?:\\\\?|/)\w[^\s\"'`<>|]*)")
+_ABSOLUTE = re.compile(
+    r"(?:(?<![\w.:/\\~<%@#+*-])|(?<=file://))(?:/[\w.@+-]+(?:/[\w.@+-]+)+|[A-Za-z]:(?:\\\\?|/)\w[^\s\"'`<>|]*)"
+)
 _PERSONS = ("/home/", "/Users/", "/root/")
 # The same on every machine: telling them tells nothing.
 _SYSTEMS = ("/bin/", "/dev/", "/etc/", "/lib/", "/lib64/", "/proc/", "/sbin/", "/sys/", "/usr/")

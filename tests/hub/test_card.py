@@ -170,10 +170,8 @@ def test_text_of_the_user_stays_where_a_mark_is_lost(renewals, tmp_path):
     for mark in ("begin. Written", "end -->"):
         path.unlink(missing_ok=True)
         write_card(tmp_path, record_of())
-        lines = [
-            f"Mine before.\n{line}" if "begin. Written" in line else line for line in path.read_text().split("\n")
-        ]
-        lines = ["Mine within." if f"<!-- hf-immunize: {mark}" in line else line for line in lines]
+        text = path.read_text().replace("<!-- hf-immunize: begin", "Mine before.\n<!-- hf-immunize: begin")
+        lines = ["Mine within." if f"<!-- hf-immunize: {mark}" in line else line for line in text.split("\n")]
         path.write_text("\n".join(lines) + "\nMine after.\n")
         for number in range(renewals):
             write_card(tmp_path, record_of(name=f"renewed {number}"))
