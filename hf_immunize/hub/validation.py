@@ -38,8 +38,8 @@ def check_version(version: Any) -> None:
     """
     if not isinstance(version, str) or not re.fullmatch(r"\d{1,6}\.\d{1,6}", version):
         raise RecordError(
-            f"Expected schema_version 'major.minor' in {RECORD_NAME}, found {version!r:.60}. It is damaged, or was not "
-            "written by this library."
+            f"Expected schema_version 'major.minor' in {RECORD_NAME}, found {version!r:.60}. It is damaged, or was "
+            "not written by this library."
         )
     if int(version.split(".")[0]) > int(SCHEMA_VERSION.split(".")[0]):
         raise RecordVersionError(
