@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 import warnings
 
 import pytest
@@ -104,30 +103,6 @@ def test_refusal_of_the_hub_has_a_name(status, outcome, api, online):
     with pytest.raises(HubError) as failed:
         fetch(REPO, api=api)
     assert failed.value.outcome == outcome
-
-
-@pytest.mark.hub
-@pytest.mark.parametrize(("method", "path"), [("GET", "/api/models/"), ("HEAD", "/resolve/"), ("GET", "/resolve/")])
-def test_server_that_never_answers_is_left(method, path, checkpoint, api, online, impatient):
-    push(checkpoint, REPO, api=api)
-    online.fail(method, path, "silent", times=1000)
-    started = time.monotonic()
-    with pytest.raises(HubError) as failed:
-        fetch(REPO, api=api)
-    assert failed.value.outcome == "timed_out"
-    assert time.monotonic() - started < 60
-
-
-@pytest.mark.hub
-@pytest.mark.parametrize("page", [b"<html><body>Log in to the network</body></html>", b""])
-@pytest.mark.parametrize("path", ["/api/models/", "/resolve/"])
-def test_page_in_place_of_an_answer_is_named(path, page, checkpoint, api, online):
-    push(checkpoint, REPO, api=api)
-    for method in ("GET", "HEAD"):
-        online.fail(method, path, page, times=1000)
-    with pytest.raises(HubError) as failed:
-        fetch(REPO, api=api)
-    assert failed.value.outcome == "unreachable"
 
 
 @pytest.mark.hub
