@@ -18,11 +18,11 @@ from accelerate.utils import gather_object, set_seed
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_immunize import FeatureFactor, ImmunizationStep, Method, relative_immunization_ratio
-from hf_immunize.vision.extraction import extract
-from hf_immunize.vision.images import ImageCollator, ImageRows
-from hf_immunize.vision.pairing import BatchSizes, PairedCollator, PairedDataset
+from hf_immunize.data.images import ImageCollator, ImageRows
+from hf_immunize.data.pairing import BatchSizes, PairedCollator, PairedDataset
+from hf_immunize.data.sources import load_image_dataset
+from hf_immunize.features.extraction import extract
 from hf_immunize.vision.scope import select_trainable
-from hf_immunize.vision.sources import load_image_dataset
 
 
 def parse(words):

@@ -8,12 +8,12 @@ import base64
 from datetime import date
 from pathlib import Path
 
-from hf_immunize.attacks.figures import draw_headline
-from hf_immunize.attacks.report import AuditReport
-from hf_immunize.attacks.summaries import summarize
-from hf_immunize.attacks.text import label, percent, ratio, signed
-from hf_immunize.attacks.thresholds import TARGET_SHARES
-from hf_immunize.attacks.wording import CLASSES
+from hf_immunize.audit.figures import draw_headline
+from hf_immunize.audit.report import AuditReport
+from hf_immunize.audit.summaries import summarize
+from hf_immunize.audit.text import label, percent, ratio, signed
+from hf_immunize.audit.thresholds import TARGET_SHARES
+from hf_immunize.audit.wording import CLASSES
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:

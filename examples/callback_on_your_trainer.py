@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from hf_immunize import ImmunizationCallback, SpectrumFigureCallback
-from hf_immunize.vision.images import ImageCollator, ImageRows
+from hf_immunize.data.images import ImageCollator, ImageRows
+from hf_immunize.data.sources import load_image_dataset
 from hf_immunize.vision.scope import select_trainable
-from hf_immunize.vision.sources import load_image_dataset
 
 
 class FocalTrainer(Trainer):

@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_immunize.vision.columns import find_columns
-from hf_immunize.vision.images import ImageCollator, ImageRows
-from hf_immunize.vision.sources import load_image_dataset
+from hf_immunize.data.columns import find_columns
+from hf_immunize.data.images import ImageCollator, ImageRows
+from hf_immunize.data.sources import load_image_dataset
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ _HOMES = {
     "rir_ceiling": "hf_immunize.linear.optimum",
     "probe_convergence": "hf_immunize.linear.probe",
     "penultimate_features": "hf_immunize.vision.features",
-    "split_benign_harmful": "hf_immunize.vision.data",
+    "split_benign_harmful": "hf_immunize.data.data",
     "ImmunizationRecord": "hf_immunize.hub.record",
     "load_immunized": "hf_immunize.hub.load",
     "verify": "hf_immunize.hub.verify",
@@ -39,8 +39,8 @@ _HOMES = {
     "BenignUtilityCallback": "hf_immunize.training.callbacks",
     "TargetRIRCallback": "hf_immunize.training.callbacks",
     "SpectrumFigureCallback": "hf_immunize.training.spectrum_figure",
-    "AuditReport": "hf_immunize.attacks.report",
-    "audit": "hf_immunize.attacks.runner",
+    "AuditReport": "hf_immunize.audit.report",
+    "audit": "hf_immunize.audit.runner",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -1,6 +1,6 @@
 """``python -m hf_immunize``, hence ``accelerate launch -m hf_immunize train …``."""
 
-from hf_immunize.cli import main
+from hf_immunize.cli.main import main
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ from attacked import pictures, saved_images, tiny_vit
 from transformers import ViTImageProcessorPil
 from typer.testing import CliRunner
 
-from hf_immunize.audit_command import _data
-from hf_immunize.cli import app
+from hf_immunize.cli.audit import _data
+from hf_immunize.cli.main import app
+from hf_immunize.data.splits import HeldOut
 from hf_immunize.errors import ArgumentError, CardError, RecordError, WeightsError
 from hf_immunize.hub.attach import attach_audit
 from hf_immunize.hub.hashes import hash_weights
 from hf_immunize.hub.parts import BaseModelRecord, MethodRecord
 from hf_immunize.hub.record import ImmunizationRecord, read_record, write_record
 from hf_immunize.hub.text import plain
-from hf_immunize.vision.splits import HeldOut
 
 
 def saved(folder, seed):

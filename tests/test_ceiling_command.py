@@ -8,7 +8,7 @@ import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from hf_immunize.ceiling_command import ceiling
+from hf_immunize.cli.ceiling import ceiling
 
 
 app = typer.Typer()

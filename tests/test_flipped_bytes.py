@@ -9,18 +9,18 @@ import torch
 import transformers as hf
 from attacked import tiny_vit
 
-from hf_immunize.attacks.feature_store import FeatureStore
-from hf_immunize.attacks.journal import Journal
-from hf_immunize.attacks.layers import Extraction, Layer
-from hf_immunize.attacks.outcomes import Outcome
-from hf_immunize.attacks.passes import Pass, StoredPasses
+from hf_immunize.audit.feature_store import FeatureStore
+from hf_immunize.audit.journal import Journal
+from hf_immunize.audit.outcomes import Outcome
+from hf_immunize.audit.passes import Pass, StoredPasses
+from hf_immunize.cli.train import before_resuming
 from hf_immunize.errors import ImmunizationError
+from hf_immunize.features.layers import Extraction, Layer
+from hf_immunize.features.trunk import split_trunk
+from hf_immunize.features.trunk_cache import TrunkCache
+from hf_immunize.features.trunk_store import open_or_write
 from hf_immunize.files import with_checksum, write_whole
-from hf_immunize.train_command import before_resuming
 from hf_immunize.vision.scope import select_trainable
-from hf_immunize.vision.trunk import split_trunk
-from hf_immunize.vision.trunk_cache import TrunkCache
-from hf_immunize.vision.trunk_store import open_or_write
 
 
 LAYER = Layer("block", False, (4,))

@@ -7,7 +7,7 @@ from hub_server import card_problems
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
-from hf_immunize import cli
+from hf_immunize.cli.main import main as cli
 from hf_immunize.hub.card import eval_results
 from hf_immunize.hub.record import read_record
 

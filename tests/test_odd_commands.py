@@ -11,7 +11,8 @@ import pytest
 import yaml
 from hub_server import USER
 
-from hf_immunize import __version__, cli
+from hf_immunize import __version__
+from hf_immunize.cli.main import main as cli
 
 
 sys.path.insert(0, str(Path(__file__).parent / "hub"))
@@ -309,7 +310,7 @@ def test_an_interruption_ends_with_130(typed, monkeypatch):
     def interrupted(*words):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_immunize.train_command.run_train", interrupted)
+    monkeypatch.setattr("hf_immunize.cli.train.run_train", interrupted)
     code, text = typed("train")
     assert code == 130
     assert text.strip()
@@ -343,7 +344,7 @@ def test_an_interpreter_of_its_own_prints_all_helps_in_cp1252():
         f"sys.argv[1:] = ['{command}', '--help']\ntry: main()\nexcept SystemExit as stop: assert not stop.code"
         for command in COMMANDS
     )
-    code = f"import sys\nfrom hf_immunize.cli import main\n{calls}"
+    code = f"import sys\nfrom hf_immunize.cli.main import main\n{calls}"
     environment = {"PYTHONIOENCODING": "cp1252", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode("cp1252")

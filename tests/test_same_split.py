@@ -9,16 +9,17 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 from typer.testing import CliRunner
 
-from hf_immunize import cli, verify
-from hf_immunize.attacks.runner import audit
-from hf_immunize.audit_command import _data, _draw
+from hf_immunize import verify
+from hf_immunize.audit.runner import audit
+from hf_immunize.cli.audit import _data, _draw
+from hf_immunize.cli.hub import _images
+from hf_immunize.cli.main import main as cli
+from hf_immunize.cli.train import run_train
+from hf_immunize.cli.train_arguments import parse_arguments
+from hf_immunize.cli.train_data import load_splits
+from hf_immunize.data.identity import image_hashes
 from hf_immunize.errors import RecordError, TrainingImagesError
 from hf_immunize.hub.record import read_record, write_record
-from hf_immunize.hub_commands import _images
-from hf_immunize.train_arguments import parse_arguments
-from hf_immunize.train_command import run_train
-from hf_immunize.train_data import load_splits
-from hf_immunize.vision.identity import image_hashes
 
 
 CLASSES = ("cat", "dog", "gun", "knife")

@@ -6,13 +6,13 @@ from typing import Any
 
 from examples.networks.data import Data
 from examples.networks.probes import joined
-from hf_immunize.attacks.measures import deviations
-from hf_immunize.attacks.outcomes import AuditData
 from hf_immunize.attacks.presets import Preset, TuningBudget, find_preset
-from hf_immunize.attacks.report import AuditReport
-from hf_immunize.attacks.runner import audit
-from hf_immunize.attacks.speed import steps_ratios
-from hf_immunize.attacks.summaries import Summary, of_class, strongest, summarize
+from hf_immunize.audit.measures import deviations
+from hf_immunize.audit.outcomes import AuditData
+from hf_immunize.audit.report import AuditReport
+from hf_immunize.audit.runner import audit
+from hf_immunize.audit.speed import steps_ratios
+from hf_immunize.audit.summaries import Summary, of_class, strongest, summarize
 
 
 # Linear, at the classifier's input; ridge at the other layers.

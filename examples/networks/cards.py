@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hf_immunize.attacks.report import AuditReport
-from hf_immunize.attacks.text import label
+from hf_immunize.audit.report import AuditReport
+from hf_immunize.audit.text import label
 from hf_immunize.hub.attach import attach_audit
 from hf_immunize.hub.card import CARD_NAME
 from hf_immunize.hub.record import read_record

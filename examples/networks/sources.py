@@ -6,10 +6,10 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from hf_immunize.demo_digits import all_digits
+from hf_immunize.cli.demo_digits import all_digits
+from hf_immunize.data.columns import find_columns
+from hf_immunize.data.sources import load_image_dataset
 from hf_immunize.errors import DataError
-from hf_immunize.vision.columns import find_columns
-from hf_immunize.vision.sources import load_image_dataset
 
 
 def load_source(spec: dict[str, Any], data_path: str) -> tuple[str, datasets.DatasetDict]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from examples.networks.rows import Group
 from hf_immunize import rir_ceiling
-from hf_immunize.attacks.text import percent
+from hf_immunize.audit.text import percent
 from hf_immunize.training.telling_apart import told_apart
 
 

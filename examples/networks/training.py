@@ -9,8 +9,8 @@ import yaml
 from examples.networks.data import Data
 from examples.networks.methods import METHODS
 from examples.networks.settings import Run, digest, plain
-from hf_immunize.train_arguments import parse_arguments
-from hf_immunize.train_command import run_train
+from hf_immunize.cli.train import run_train
+from hf_immunize.cli.train_arguments import parse_arguments
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.method import Method
 from hf_immunize.training.saving import last_whole_checkpoint

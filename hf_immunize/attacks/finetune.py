@@ -15,10 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hf_immunize.attacks.clock import Clock, half_cosine
 from hf_immunize.attacks.first_order import minibatches
 from hf_immunize.attacks.frozen_part import FrozenPart, frozen_part
-from hf_immunize.attacks.layers import pass_size
 from hf_immunize.attacks.presets import TuningBudget
 from hf_immunize.attacks.probe_data import Finding, accuracy, best_index, log_steps, stratified_split
 from hf_immunize.errors import ArgumentError
+from hf_immunize.features.layers import pass_size
 from hf_immunize.vision.features import find_head
 from hf_immunize.vision.scope import last_stage
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.attacks.layers import pass_size
 from hf_immunize.errors import HeadError, TrunkError
-from hf_immunize.vision.trunk import TrunkSplit, split_trunk
+from hf_immunize.features.layers import pass_size
+from hf_immunize.features.trunk import TrunkSplit, split_trunk
 
 
 if TYPE_CHECKING:

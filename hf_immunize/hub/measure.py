@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_immunize.data.class_names import label_outputs
+from hf_immunize.data.columns import find_columns
+from hf_immunize.data.images import ImageRows
 from hf_immunize.errors import DataError
+from hf_immunize.features.extraction import extract
+from hf_immunize.features.measurement import Measurement, of_side
 from hf_immunize.hub.collect import describe_ratio, innermost
 from hf_immunize.hub.parts import RatioRecord
 from hf_immunize.spectra.ratio import relative_immunization_ratio
-from hf_immunize.vision.class_names import label_outputs
-from hf_immunize.vision.columns import find_columns
-from hf_immunize.vision.extraction import extract
-from hf_immunize.vision.images import ImageRows
-from hf_immunize.vision.measurement import Measurement, of_side
 
 
 if TYPE_CHECKING:

@@ -96,9 +96,9 @@ class DataRecord:
         size: Images measured on, N.
         checksum: Of the pixel values measured on, in whatever order, after the image processor (see `Measurement`).
         held_out_fraction, held_out_seed: How the images measured on were held out of the training split (see
-            `hf_immunize.vision.splits`); None where they are a split or a source of their own.
+            `hf_immunize.data.splits`); None where they are a split or a source of their own.
         train_sketch, sketch: By which to know images trained on and measured on again, whatever they are called (see
-            `hf_immunize.vision.identity`).
+            `hf_immunize.data.identity`).
     """
 
     name: str

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoImageProcessor
 
+from hf_immunize.data.splits import measured
 from hf_immunize.errors import DataError
 from hf_immunize.hub.collect import recorded_draw, refuse_training_images
 from hf_immunize.hub.comparison import Verification, compare
@@ -19,7 +20,6 @@ from hf_immunize.hub.parts import DataRecord
 from hf_immunize.hub.record import read_record
 from hf_immunize.hub.whole import load_model
 from hf_immunize.text import library_words
-from hf_immunize.vision.splits import measured
 
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
+from hf_immunize.data.pairing import BatchSizes
 from hf_immunize.errors import ArgumentError
 from hf_immunize.training.cached_trunk import check_trunk_arguments
 from hf_immunize.training.method import Method, whole_number
 from hf_immunize.training.objectives import OBJECTIVES
-from hf_immunize.vision.pairing import BatchSizes
 
 
 # Metrics of an evaluation that are better when they are small; the Trainer knows this of losses alone.

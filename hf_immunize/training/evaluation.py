@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction
 from transformers.utils import logging
 
+from hf_immunize.features.measurement import Measurement, spectral_metrics
 from hf_immunize.training.distributed import process_mean, world_size
 from hf_immunize.vision.features import HeadInput
-from hf_immunize.vision.measurement import Measurement, spectral_metrics
 
 
 logger = logging.get_logger(__name__)

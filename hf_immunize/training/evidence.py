@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from hf_immunize.errors import RecordError, WeightsError
+from hf_immunize.features.measurement import Measurement
 from hf_immunize.hub.collect import (
     describe_base_model,
     describe_dataset,
@@ -40,7 +41,6 @@ from hf_immunize.hub.record import ImmunizationRecord, read_record, write_record
 from hf_immunize.hub.validation import RECORD_NAME
 from hf_immunize.text import printable
 from hf_immunize.training.method import Method
-from hf_immunize.vision.measurement import Measurement
 from hf_immunize.vision.tensor_hash import tensors_hash
 
 

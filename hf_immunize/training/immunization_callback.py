@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_immunize.data.columns import find_columns
+from hf_immunize.data.images import ImageCollator, ImageRows
+from hf_immunize.data.pairing import BatchSizes, PairedDataset, PairedSampler, check_one_shape
+from hf_immunize.data.streams import StreamedRows, is_stream
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.files import staged_directory
 from hf_immunize.training.budget import BudgetWatch
@@ -19,10 +23,6 @@ from hf_immunize.training.resuming import load_step, save_step
 from hf_immunize.training.running import RunningMeans
 from hf_immunize.training.saving import load_weights
 from hf_immunize.training.step import ImmunizationStep
-from hf_immunize.vision.columns import find_columns
-from hf_immunize.vision.images import ImageCollator, ImageRows
-from hf_immunize.vision.pairing import BatchSizes, PairedDataset, PairedSampler, check_one_shape
-from hf_immunize.vision.streams import StreamedRows, is_stream
 
 
 _STEP_FILE = "immunization_callback.safetensors"

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from hf_immunize.data.class_names import label_outputs
+from hf_immunize.data.columns import find_columns, validate_labels
+from hf_immunize.data.images import ImageRows
+from hf_immunize.data.pairing import PairedDataset
+from hf_immunize.data.streams import StreamedRows, is_stream
 from hf_immunize.errors import DataError
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.method import Method
-from hf_immunize.vision.class_names import label_outputs
-from hf_immunize.vision.columns import find_columns, validate_labels
-from hf_immunize.vision.images import ImageRows
-from hf_immunize.vision.pairing import PairedDataset
-from hf_immunize.vision.streams import StreamedRows, is_stream
 
 
 logger = logging.get_logger(__name__)

@@ -6,10 +6,10 @@ import os
 
 from transformers.utils import logging
 
+from hf_immunize.features.measurement import Measurement, load_measurements, save_measurements
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.resuming import load_step, save_step
 from hf_immunize.training.step import ImmunizationStep
-from hf_immunize.vision.measurement import Measurement, load_measurements, save_measurements
 
 
 _STATE_FILE = "immunization_state.safetensors"

@@ -14,15 +14,15 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from hf_immunize.data.columns import find_columns
+from hf_immunize.data.images import ImageRows
 from hf_immunize.errors import ArgumentError, CheckpointError, NonFiniteError, RankError
+from hf_immunize.features.extraction import extract
+from hf_immunize.features.measurement import Measurement, load_measurements, save_measurements, spectral_metrics
 from hf_immunize.files import staged_directory
 from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
 from hf_immunize.training.history_figure import history_panels
 from hf_immunize.training.restoring import sharded_weights
-from hf_immunize.vision.columns import find_columns
-from hf_immunize.vision.extraction import extract
-from hf_immunize.vision.images import ImageRows
-from hf_immunize.vision.measurement import Measurement, load_measurements, save_measurements, spectral_metrics
 
 
 if TYPE_CHECKING:

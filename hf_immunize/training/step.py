@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.errors import DataError, ImmunizationError, NonFiniteError, ScopeError
+from hf_immunize.features.trunk import TrunkSplit
 from hf_immunize.spectra.hessian_functions import Hessian
 from hf_immunize.training.cached_trunk import replayed
 from hf_immunize.training.checks import check_checkpointing, check_classifier
@@ -41,7 +42,6 @@ from hf_immunize.vision.features import HeadInput, find_head
 from hf_immunize.vision.precision import check_full_precision
 from hf_immunize.vision.rectifiers import RectifierInputs
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
-from hf_immunize.vision.trunk import TrunkSplit
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class ImmunizationStep:
         if missing := [side for side in ("benign", "harmful") if side not in batch]:
             raise DataError(
                 f"Expected a batch of benign and harmful images, found none that are {missing[0]}. Collate pairs with "
-                "hf_immunize.vision.pairing.PairedCollator, or give a dictionary of both sides."
+                "hf_immunize.data.pairing.PairedCollator, or give a dictionary of both sides."
             )
         self.calls += 1
         for module in self.still:

@@ -14,7 +14,11 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from hf_immunize.data.degenerate import degenerate_sides
+from hf_immunize.data.images import ImageCollator
+from hf_immunize.data.pairing import PairedCollator
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
+from hf_immunize.features.measurement import Measurement, of_side, spectral_metrics
 from hf_immunize.files import check_writable, remove_leftovers, staged_directory
 from hf_immunize.hub.card import CARD_NAME
 from hf_immunize.hub.outcomes import named_outcomes
@@ -60,11 +64,7 @@ from hf_immunize.training.saving import (
 )
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.adapters import without_wrapper
-from hf_immunize.vision.degenerate import degenerate_sides
 from hf_immunize.vision.features import HeadInput
-from hf_immunize.vision.images import ImageCollator
-from hf_immunize.vision.measurement import Measurement, of_side, spectral_metrics
-from hf_immunize.vision.pairing import PairedCollator
 from hf_immunize.vision.round_trip import describe_adapter, difference_on_loading, plain_names
 from hf_immunize.vision.scope import select_trainable
 

@@ -5,10 +5,10 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from audit_sample import attack, make, sample_data
 
-from hf_immunize.attacks.figures import draw_all, draw_curves, draw_spectra
-from hf_immunize.attacks.outcomes import Spectrum
-from hf_immunize.attacks.summaries import summarize
-from hf_immunize.attacks.tables import make_tables
+from hf_immunize.audit.figures import draw_all, draw_curves, draw_spectra
+from hf_immunize.audit.outcomes import Spectrum
+from hf_immunize.audit.summaries import summarize
+from hf_immunize.audit.tables import make_tables
 
 
 def draw(data):

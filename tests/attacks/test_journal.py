@@ -3,8 +3,8 @@
 import pytest
 from attacked import tiny_vit
 
-from hf_immunize.attacks.journal import Journal, fingerprint
-from hf_immunize.attacks.outcomes import Outcome
+from hf_immunize.audit.journal import Journal, fingerprint
+from hf_immunize.audit.outcomes import Outcome
 from hf_immunize.errors import ArgumentError, CheckpointError
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from attacked import pictures, tiny_resnet, tiny_vit
 
-from hf_immunize.attacks.layers import choose_views, dual_coordinates, extract_views, find_layers
+from hf_immunize.features.layers import choose_views, dual_coordinates, extract_views, find_layers
 from hf_immunize.vision.features import penultimate_features
 
 

@@ -5,7 +5,7 @@ from audit_sample import sample_data
 from browser import Browser, find_browser
 from test_report import hostile_data
 
-from hf_immunize.attacks.report import AuditReport
+from hf_immunize.audit.report import AuditReport
 
 
 pytestmark = [

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_immunize.attacks.standing import Standing
+from hf_immunize.audit.standing import Standing
 
 
 def noted(*tasks, collapse=False):

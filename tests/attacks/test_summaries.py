@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 from audit_sample import attack, lost, make, probes, sample_data
 
-from hf_immunize.attacks.outcomes import Outcome
-from hf_immunize.attacks.summaries import (
+from hf_immunize.audit.outcomes import Outcome
+from hf_immunize.audit.summaries import (
     gap,
     gap_of_images,
     gap_of_seeds,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from attacked import pictures, rows_of
 
-from hf_immunize.attacks.task_images import Images
-from hf_immunize.vision.images import ImageRows
+from hf_immunize.audit.task_images import Images
+from hf_immunize.data.images import ImageRows
 
 
 COUNT = 150

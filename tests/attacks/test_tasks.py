@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from hf_immunize.attacks.tasks import load_task, overlaps
+from hf_immunize.audit.tasks import load_task, overlaps
 from hf_immunize.errors import DataError
 
 

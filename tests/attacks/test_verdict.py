@@ -8,12 +8,12 @@ import torch
 from audit_sample import CHANCE, STEPS, attack, fine_tuning, layers, lost, make, probes, rising, sample_data
 
 from hf_immunize import immunize_linear, relative_immunization_ratio
-from hf_immunize.attacks import thresholds as limit
-from hf_immunize.attacks.findings import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind
-from hf_immunize.attacks.intervals import paired_interval
-from hf_immunize.attacks.outcomes import Outcome, Task, Utility
-from hf_immunize.attacks.verdict import judge
-from hf_immunize.attacks.wording import sentences
+from hf_immunize.audit import thresholds as limit
+from hf_immunize.audit.findings import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind
+from hf_immunize.audit.intervals import paired_interval
+from hf_immunize.audit.outcomes import Outcome, Task, Utility
+from hf_immunize.audit.verdict import judge
+from hf_immunize.audit.wording import sentences
 
 
 def kinds(data, access=None, task="harmful"):

@@ -12,8 +12,8 @@ from attacked import pictures, saved_images, tiny_vit
 from transformers import ViTImageProcessorPil
 from typer.testing import CliRunner
 
-from hf_immunize.cli import app
-from hf_immunize.vision.processes import ALONE
+from hf_immunize.cli.main import app
+from hf_immunize.features.processes import ALONE
 
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

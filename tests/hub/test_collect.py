@@ -3,9 +3,9 @@ import math
 import pytest
 from datasets import Dataset
 
+from hf_immunize.data.images import ImageRows
 from hf_immunize.hub.collect import describe_base_model, describe_dataset, describe_ratio, is_hub_id, public_name
 from hf_immunize.spectra.ratio import ImmunizationRatio
-from hf_immunize.vision.images import ImageRows
 
 
 @pytest.mark.parametrize(

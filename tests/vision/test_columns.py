@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_immunize.data.columns import find_columns, validate_labels
 from hf_immunize.errors import DataError
-from hf_immunize.vision.columns import find_columns, validate_labels
 
 
 def dataset_of(**columns):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_immunize.data.data import split_benign_harmful
 from hf_immunize.errors import DataError
-from hf_immunize.vision.data import split_benign_harmful
 
 
 def labelled(values, feature=None, column="label"):

@@ -2,7 +2,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from hf_immunize.vision.extraction import extract
+from hf_immunize.features.extraction import extract
 from hf_immunize.vision.features import penultimate_features
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_immunize.vision.identity import count_trained, image_hashes, sketch_of
-from hf_immunize.vision.images import ImageRows
+from hf_immunize.data.identity import count_trained, image_hashes, sketch_of
+from hf_immunize.data.images import ImageRows
 
 
 def sketch(numbers):

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
+from hf_immunize.data.columns import find_columns
+from hf_immunize.data.images import ImageCollator, ImageRows, to_rgb
 from hf_immunize.errors import DataError, ImageDecodeError, ShapeError
-from hf_immunize.vision.columns import find_columns
-from hf_immunize.vision.images import ImageCollator, ImageRows, to_rgb
 
 
 def png(size=64):

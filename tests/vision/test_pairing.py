@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from hf_immunize.data.images import ImageCollator
+from hf_immunize.data.pairing import BatchSizes, PairedCollator, PairedDataset, PairedSampler
 from hf_immunize.errors import ArgumentError, DataError, ShapeError
-from hf_immunize.vision.images import ImageCollator
-from hf_immunize.vision.pairing import BatchSizes, PairedCollator, PairedDataset, PairedSampler
 
 
 def pairs_of(sampler, epochs):

@@ -4,9 +4,9 @@ import datasets
 import pytest
 from PIL import Image
 
+from hf_immunize.data.columns import find_columns
+from hf_immunize.data.sources import load_image_dataset
 from hf_immunize.errors import DataError
-from hf_immunize.vision.columns import find_columns
-from hf_immunize.vision.sources import load_image_dataset
 
 
 @pytest.fixture(autouse=True)

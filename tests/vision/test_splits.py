@@ -3,8 +3,8 @@
 import datasets
 import pytest
 
+from hf_immunize.data.splits import HeldOut, choose, class_keys, divide, divide_classes, measured
 from hf_immunize.errors import DataError
-from hf_immunize.vision.splits import HeldOut, choose, class_keys, divide, divide_classes, measured
 
 
 def rows(dataset):

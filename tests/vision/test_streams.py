@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from hf_immunize.data.pairing import PairedCollator, PairedDataset
+from hf_immunize.data.streams import StreamedRows, is_stream
 from hf_immunize.errors import DataError
-from hf_immunize.vision.pairing import PairedCollator, PairedDataset
-from hf_immunize.vision.streams import StreamedRows, is_stream
 
 
 def stream(count=5):

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed import destroy_process_group, init_process_group
 
 from hf_immunize.errors import ShapeError, TrunkError
+from hf_immunize.features.trunk import split_trunk
 from hf_immunize.vision.scope import select_trainable
-from hf_immunize.vision.trunk import split_trunk
 
 
 SHAPE = (3, 32, 32)

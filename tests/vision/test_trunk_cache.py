@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
+from hf_immunize.data.images import ImageRows
 from hf_immunize.errors import ArgumentError, DataError, DiskSpaceError, NonFiniteError, ShapeError
-from hf_immunize.vision.images import ImageRows
+from hf_immunize.features.trunk import TrunkSplit, split_trunk
+from hf_immunize.features.trunk_cache import TrunkCache
+from hf_immunize.features.trunk_store import open_or_write
 from hf_immunize.vision.scope import select_trainable
-from hf_immunize.vision.trunk import TrunkSplit, split_trunk
-from hf_immunize.vision.trunk_cache import TrunkCache
-from hf_immunize.vision.trunk_store import open_or_write
 
 
 SHAPE = (3, 32, 32)

@@ -14,11 +14,11 @@ import transformers as hf
 from huggingface_hub.utils import WeakFileLock
 
 from hf_immunize.errors import NonFiniteError, ProcessError
-from hf_immunize.vision.processes import launched
+from hf_immunize.features.processes import launched
+from hf_immunize.features.trunk import split_trunk
+from hf_immunize.features.trunk_cache import TrunkCache
+from hf_immunize.features.trunk_store import open_or_write
 from hf_immunize.vision.scope import select_trainable
-from hf_immunize.vision.trunk import split_trunk
-from hf_immunize.vision.trunk_cache import TrunkCache
-from hf_immunize.vision.trunk_store import open_or_write
 
 
 # Batches of 3: on two processes, 2 and 2 with a short one, and one that leaves the second process nothing to do.

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import transformers as hf
 
+from hf_immunize.data.images import ImageCollator
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.distributed import (
     gather_features,
@@ -23,7 +24,6 @@ from hf_immunize.training.objectives import INSIDE, OBJECTIVES, Side
 from hf_immunize.training.queue import FeatureQueue
 from hf_immunize.training.telling_apart import share_told_apart
 from hf_immunize.training.trainer import ImmunizationTrainer
-from hf_immunize.vision.images import ImageCollator
 
 
 PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}

@@ -1,0 +1,139 @@
+"""The run directory of an audit: every finished attack is on disk at once, and none is run twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_immunize.audit.outcomes import Outcome
+from hf_immunize.errors import ArgumentError, CheckpointError
+from hf_immunize.files import checked, flush, with_checksum, write_whole
+from hf_immunize.vision.tensor_hash import tensors_hash
+
+
+class Journal:
+    """Finished outcomes, one line of JSON each, appended whole or not at all.
+
+    Args:
+        folder: The run directory; None keeps outcomes in memory alone.
+        fingerprint: Of weights, data, preset; see `fingerprint`.
+        warnings: A sentence is appended where a half-written line is dropped.
+
+    Raises:
+        ArgumentError: If the directory holds the outcomes of other weights, data or budgets.
+        CheckpointError: If it cannot be written.
+
+    Example:
+        >>> journal = Journal(None, "abc", [])
+        >>> journal.add(Outcome("ridge", "head_input", "immunized", "harmful", "head", 0, "float64"))
+        >>> "ridge" in next(iter(journal.outcomes))
+        True
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: str, warnings: list[str]) -> None:
+        self.outcomes: dict[str, Outcome] = {}
+        self.resumed = 0
+        self.path = None if folder is None else Path(folder) / "outcomes.jsonl"
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self._read(fingerprint, warnings)
+            else:
+                write_whole(self.path, with_checksum({"fingerprint": fingerprint}) + "\n")
+        except OSError as error:
+            reason = error.__cause__ or error
+            raise CheckpointError(
+                f"Expected to keep outcomes in {self.path.parent}, found: {reason}. Make room or choose another run "
+                "directory."
+            ) from error
+        self.resumed = len(self.outcomes)
+
+    def add(self, outcome: Outcome) -> None:
+        """Keep an outcome, on disk before this returns."""
+        self.outcomes[key_of(outcome)] = outcome
+        if self.path is not None:
+            try:
+                self._append(asdict(outcome))
+            except OSError as error:
+                raise CheckpointError(
+                    f"Expected to add to {self.path}, found: {error}. What was written is kept; make room and start "
+                    "again to go on."
+                ) from error
+
+    def _append(self, line: dict[str, Any]) -> None:
+        assert self.path is not None
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(with_checksum(line) + "\n")
+        flush(self.path)
+
+    def _read(self, fingerprint: str, warnings: list[str]) -> None:
+        assert self.path is not None
+        content = self.path.read_text(encoding="utf-8", errors="replace")
+        lines = content.split("\n")
+        whole: list[str] = []
+        dropped = 0 if lines[-1] == "" else 1  # what is whole ends with a newline
+        found = None
+        for line in lines[:-1]:
+            try:
+                values = checked(line)
+                if "fingerprint" in values:
+                    found = values["fingerprint"]
+                else:
+                    outcome = Outcome(**values)
+                    # What was skipped for want of memory may go now.
+                    if outcome.status != "skipped":
+                        self.outcomes[key_of(outcome)] = outcome
+                whole.append(line)
+            except (ValueError, TypeError):
+                dropped += 1
+        if found is not None and found != fingerprint:
+            raise ArgumentError(
+                f"{self.path.parent} holds an audit of other weights, data or budgets; choose another run directory, "
+                "or remove its outcomes.jsonl to start anew."
+            )
+        if found is None:
+            # Cut off before its first line was whole, or another file: nothing tells what its outcomes are of.
+            self.outcomes, whole = {}, [with_checksum({"fingerprint": fingerprint})]
+        if dropped or found is None:
+            warnings.append(
+                f"{self.path.name} of the interrupted run had {max(dropped, 1)} unfinished or damaged lines; "
+                "they were dropped and their attacks run again."
+            )
+            write_whole(self.path, "\n".join(whole) + "\n")
+
+
+def key_of(outcome: Outcome) -> str:
+    """What tells one outcome of an audit from the others."""
+    parts = (outcome.task, outcome.subject, outcome.access, outcome.attacker, outcome.layer, outcome.seed)
+    return json.dumps([*parts, outcome.precision])
+
+
+def fingerprint(models: dict[str, nn.Module], hashes: dict[str, list[bytes]], settings: dict[str, Any]) -> str:
+    """One number for weights, images, labels and budgets.
+
+    Args:
+        models: Subject to model.
+        hashes: Name to the hashes of a set of images (and of its labels).
+        settings: Plain values.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    for name, model in sorted(models.items()):
+        total.update(name.encode())
+        total.update(tensors_hash(model.state_dict().items()).encode())
+    for name, parts in sorted(hashes.items()):
+        total.update(name.encode())
+        for part in parts:
+            total.update(part)
+    total.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return total.hexdigest()

@@ -1,0 +1,213 @@
+"""The tasks under attack, found and checked before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_immunize.audit.outcomes import Task
+from hf_immunize.audit.task_images import Images
+from hf_immunize.data.columns import find_columns, is_transformed, listed, read_labels
+from hf_immunize.data.images import ImageRows
+from hf_immunize.data.splits import AS_USUAL, HeldOut, Parts, choose, divide
+from hf_immunize.errors import DataError
+
+
+@dataclass
+class AttackedTask:
+    """A task: images to learn from and images to measure on.
+
+    Attributes:
+        name: "harmful", "unseen", "benign" or "unrelated".
+        dataset: What reports call it.
+        train, test: The images; test images of classes that the training images lack are left out.
+        classes: Names of the classes, or their labels as text.
+        utility: All test images with the labels as the data set has them, for the released classifier's accuracy.
+        label_names: Name of each label as the data set has it, where it has names.
+        problem: Why the task cannot be learned from these images; empty if it can.
+    """
+
+    name: str
+    dataset: str
+    train: Images
+    test: Images
+    classes: list[str]
+    utility: Images
+    label_names: list[str]
+    problem: str = ""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    def describe(self) -> Task:
+        """The task as reports have it."""
+        labels = self.test.labels if len(self.test) else self.utility.labels
+        chance = float(torch.bincount(labels).max() / len(labels)) if len(labels) else 0.0
+        return Task(self.name, self.dataset, len(self.train), len(self.test), self.num_classes, chance)
+
+
+def load_task(
+    name: str,
+    source: Any,
+    warnings: list[str],
+    *,
+    draw: HeldOut = AS_USUAL,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_images: int | None = None,
+    seed: int = HeldOut.seed,
+    required: bool = True,
+) -> AttackedTask:
+    """Find and check the images of a task, without decoding any.
+
+    Args:
+        name: "harmful", "unseen", "benign" or "unrelated".
+        source: A name or path as `load_image_dataset` takes it, a data set, a ``DatasetDict``, or (train, test).
+        warnings: Sentences for the report are appended here.
+        draw: How images to measure on are held out where there is no validation or test split.
+        image_column: The image column, where it cannot be found.
+        label_column: The label column, where it cannot be found.
+        max_images: At most so many images to learn from, and so many to measure on.
+        seed: Seed of the choice of images.
+        required: Whether a task that cannot be learned is an error; otherwise `AttackedTask.problem` says so.
+
+    Returns:
+        The task.
+
+    Raises:
+        DataError: If there are no images, no labels, fewer than two classes, or no class in both parts.
+    """
+    parts = _divided(name, source, draw, warnings)
+    sides = []
+    for part, side in ((parts.train, "training"), (parts.test, "test")):
+        called = f"the {name} {side} data"
+        if len(part) == 0:
+            raise DataError(f"Expected at least one image in {called}, found none. Check the split and its filters.")
+        image, label = find_columns(part, image_column, label_column)
+        assert label is not None
+        sides.append((ImageRows(part, called, image), _labels(part, label, called), _names(part, label)))
+    (train_rows, train_labels, train_names), (test_rows, test_labels, test_names) = sides
+    spoken = train_names is not None and test_names is not None
+    keys = [
+        [names[value] if spoken and names is not None else value for value in labels]
+        for labels, names in ((train_labels, train_names), (test_labels, test_names))
+    ]
+    present = set(keys[0])
+    classes: list[Any] = (
+        [n for n in train_names if n in present] if spoken and train_names is not None else sorted(present)
+    )
+    code = {key: index for index, key in enumerate(classes)}
+    chosen = sorted(choose(len(keys[1]), max_images, seed))
+    known = [row for row in chosen if keys[1][row] in code]
+    absent = sorted({str(key) for key in keys[1] if key not in code})
+    problem = ""
+    if len(classes) < 2:
+        problem = f"Expected at least two classes in the {name} training data, found {listed(map(str, classes))}"
+    elif not known:
+        problem = (
+            f"Expected classes of the {name} training data in its test data too, found {listed(absent, 5)} for "
+            f"{listed(map(str, classes), 5)}"
+        )
+    if problem and required:
+        raise DataError(f"{problem}; check both label columns.")
+    if absent and known:
+        warnings.append(
+            f"{len(absent)} classes of the {name} test images are not among the training ones ({listed(absent, 3)}); "
+            f"{len(chosen) - len(known)} test images were left out."
+        )
+    rows = sorted(choose(len(keys[0]), max_images, seed))
+    train_images = Images(train_rows, rows, torch.tensor([code[keys[0][row]] for row in rows]))
+    test_images = Images(test_rows, known, torch.tensor([code[keys[1][row]] for row in known], dtype=torch.long))
+    every = chosen if name == "benign" else []
+    single = int((torch.bincount(train_images.labels, minlength=len(classes)) == 1).sum())
+    if single and not problem:
+        warnings.append(
+            f"{single} of {len(classes)} {name} classes have a single training image: it is learned from, and "
+            "settings are chosen without it."
+        )
+    label_names = test_names or []
+    if every and not label_names and any(isinstance(value, str) for value in test_labels):
+        label_names = sorted({str(value) for value in test_labels})
+    place = {name: index for index, name in enumerate(label_names)}
+    numbers = [place.get(value, -1) if isinstance(value, str) else value for value in test_labels] if every else []
+    utility = Images(test_rows, every, torch.tensor([numbers[row] for row in every], dtype=torch.long))
+    typed = source[0] if isinstance(source, (tuple, list)) else source
+    called = str(typed) if isinstance(typed, (str, Path)) else f"{name} images"
+    return AttackedTask(
+        name, _public(called), train_images, test_images, [str(c) for c in classes], utility, label_names, problem
+    )
+
+
+def overlaps(tasks: list[AttackedTask]) -> list[str]:
+    """Sentences on images that occur where they should not: in training and test data, or in two tasks.
+
+    Args:
+        tasks: Tasks whose images are loaded.
+
+    Returns:
+        One sentence for each overlap found by hash of the processed image.
+    """
+    sentences = []
+    hashes = {task.name: (set(task.train.hashes), set(task.test.hashes)) for task in tasks}
+    for task in tasks:
+        train, test = hashes[task.name]
+        if both := len(train & test):
+            sentences.append(
+                f"{both} {task.name} test images are training images as well: accuracies on them are too high, before "
+                "and after immunization."
+            )
+    for i, one in enumerate(tasks):
+        for other in tasks[i + 1 :]:
+            shared = len(set().union(*hashes[one.name]) & set().union(*hashes[other.name]))
+            if shared:
+                sentences.append(
+                    f"{shared} images are both {one.name} and {other.name}: raising κ for one and keeping it for the "
+                    "other contradict each other on them."
+                )
+    return sentences
+
+
+def _divided(name: str, source: Any, draw: HeldOut, warnings: list[str]) -> Parts:
+    pair = isinstance(source, (tuple, list)) and len(source) == 2 and not isinstance(source[0], dict)
+    source, test = source if pair else (source, None)
+    parts = divide(source, draw, test=test, name=f"{name} data")
+    if parts.held_out is not None:
+        warnings.append(
+            f"The {name} data have no validation or test split: {draw.fraction:.0%} held out (seed {draw.seed}). If "
+            "immunization saw these images, use the split that it held out."
+        )
+    return parts
+
+
+def _labels(dataset: Any, column: str, called: str) -> list[Any]:
+    if isinstance(dataset, datasets.Dataset) and not is_transformed(dataset) and column in dataset.features:
+        values = read_labels(dataset, column)
+    else:
+        values = [dataset[row][column] for row in range(len(dataset))]
+    labels = [value.item() if isinstance(value, (Tensor, np.generic)) else value for value in values]
+    for row, label in enumerate(labels):
+        if not isinstance(label, (int, str)) or (isinstance(label, int) and label < 0):
+            raise DataError(
+                f"Row {row} of {called} has the label {label!r}; labels are whole numbers from 0 or names. Drop the "
+                "rows without a valid label."
+            )
+    return labels
+
+
+def _names(dataset: Any, column: str) -> list[str] | None:
+    features = getattr(dataset, "features", None) or {}
+    return getattr(features.get(column), "names", None)
+
+
+def _public(source: str | Path) -> str:
+    """A Hub name as it is, a local path by its last part, since it may tell more."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else str(source)

@@ -1,0 +1,202 @@
+"""`hf-immunize ceiling`: before any training, how far can two tasks be told apart by conditioning?
+
+Heavy imports wait until the command runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_immunize.errors import ArgumentError, ImmunizationError
+
+
+if TYPE_CHECKING:
+    from hf_immunize.linear.optimum import Ceiling
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def ceiling(
+    benign: Annotated[Path, typer.Argument(help="Features or raw data of the task to keep.", show_default=False)],
+    harmful: Annotated[Path, typer.Argument(help="The same columns for the task to slow down.", show_default=False)],
+    key: Annotated[str | None, typer.Option(help="Array to take from .npz and .safetensors files.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns to use of tables, separated by commas; default: all of them.")
+    ] = None,
+    drop: Annotated[str | None, typer.Option(help="Columns of tables to leave out, such as the target.")] = None,
+    fill: Annotated[
+        float | None, typer.Option(help="Value for missing cells; without it they are an error.", show_default=False)
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Images are resized to this many pixels a side, in grey.")] = 28,
+    standardized: Annotated[
+        bool, typer.Option("--standardize", help="Centre and scale every column, each file on its own.")
+    ] = False,
+    produced_dtype: Annotated[
+        str | None,
+        typer.Option(help=f"Precision that computed the features, if not the file's: {', '.join(_DTYPES)}."),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Sine of the angle from which a harmful direction counts as absent.")
+    ] = None,
+    leading: Annotated[int, typer.Option(min=1, help="How many leading directions to compare by angle.")] = 5,
+    figure: Annotated[Path | None, typer.Option(help="Save the frontier, (i) against (ii), as an image.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """How far can a linear map immunize these two tasks? Known before any training, in seconds.
+
+    A linear probe learns a task by gradient descent, and is as slow as the condition number κ of its problem is large
+    (the ratio of the longest to the shortest axis of the loss, squared). Immunizing means raising κ of the harmful
+    task without raising that of the benign one. The gain is counted as RIR, the relative immunization ratio:
+
+        RIR = (how much κ rose for the harmful task) / (how much κ rose for the benign task)
+
+    RIR = 1 means nothing gained; 100 means that harmful probing became 100 times worse conditioned than benign probing
+    did. This command prints the CEILING of RIR: no linear map of the given features, however trained, can exceed it,
+    and one that reaches it is known in closed form. A ceiling near 1 says that training such a map is futile. An
+    infinite ceiling says that the harmful task has directions that the benign data do not use.
+
+    Give two files with one sample a row: .npy, .npz, .safetensors, .csv, .parquet (numbers, feature lists or images),
+    or folders of images. Features are best taken at the input of the classifier.
+
+    What it does not say: whether an attacker with another optimizer is stopped. A linear map slows gradient descent
+    only; it is a yardstick for training, not a defence.
+    """
+    try:
+        _run(
+            benign,
+            harmful,
+            key,
+            columns,
+            drop,
+            fill,
+            image_size,
+            standardized,
+            produced_dtype,
+            tolerance,
+            leading,
+            figure,
+            as_json,
+        )
+    except ImmunizationError as error:
+        from rich.console import Console
+        from rich.text import Text
+
+        # Messages quote paths and cells, in which brackets are no markup.
+        Console(stderr=True).print(Text.assemble(("Error:", "bold red"), f" {error}"))
+        raise typer.Exit(2) from error
+
+
+def _run(
+    benign: Path,
+    harmful: Path,
+    key: str | None,
+    columns: str | None,
+    drop: str | None,
+    fill: float | None,
+    image_size: int,
+    standardized: bool,
+    produced_dtype: str | None,
+    tolerance: float | None,
+    leading: int,
+    figure: Path | None,
+    as_json: bool,
+) -> None:
+    import torch
+
+    from hf_immunize.cli.figure import prepare_figure, save_frontier
+    from hf_immunize.linear.factor import row_factor
+    from hf_immunize.linear.files import read_pair
+    from hf_immunize.linear.geometry import factor_angles
+    from hf_immunize.linear.optimum import factor_ceiling
+    from hf_immunize.linear.standardize import standardize
+
+    if produced_dtype is not None and produced_dtype not in _DTYPES:
+        raise ArgumentError(f"--produced-dtype must be one of {', '.join(_DTYPES)}, found {produced_dtype!r}.")
+    if figure is not None:
+        prepare_figure(figure)
+    pick, leave = (None if text is None else [name.strip() for name in text.split(",")] for text in (columns, drop))
+    notes: list[str] = []
+    data = read_pair(
+        benign, harmful, key=key, columns=pick, drop=leave or [], fill=fill, image_size=image_size, notes=notes
+    )
+    dtype = getattr(torch, produced_dtype) if produced_dtype else None
+    if standardized:
+        parts = []
+        for name, X in zip(("benign", "harmful"), data, strict=True):
+            scaled, constant = standardize(X, name)
+            parts.append(scaled)
+            if constant:
+                notes.append(f"{len(constant)} constant columns of the {name} data became 0 (first: {constant[0]}).")
+        dtype = dtype or (data[0].dtype if data[0].is_floating_point() else None)
+        data = (parts[0], parts[1])
+    P = row_factor(data[0], "the benign data", produced_dtype=dtype)
+    H = row_factor(data[1], "the harmful data", produced_dtype=dtype)
+    found = factor_ceiling(P, H, tolerance)
+    angles = factor_angles(P, H, leading).tolist()
+    for name, samples in (("benign", found.num_benign), ("harmful", found.num_harmful)):
+        if samples < found.dim:
+            notes.append(f"{samples} {name} samples in {found.dim} dimensions: the numbers describe this sample.")
+    if as_json:
+        from hf_immunize.linear.advice import advice
+
+        numbers: dict[str, Any] = dataclasses.asdict(found)
+        # JSON knows neither infinity nor NaN.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+        typer.echo(
+            json.dumps(
+                clean
+                | {"infinite": math.isinf(found.value), "angles": angles, "advice": advice(found), "notes": notes}
+            )
+        )
+    else:
+        _print(found, angles, notes)
+    # Last, so that a figure that fails costs no number.
+    if figure is not None:
+        save_frontier(found, figure)
+        if not as_json:
+            _note(f"Frontier saved to {figure}.")
+
+
+def _print(found: Ceiling, angles: list[float], notes: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hf_immunize.linear.advice import advice
+
+    console = Console(highlight=False)
+    table = Table("", "benign", "harmful", title="Two tasks, one linear map")
+    table.add_row("samples × dimensions", *(f"{n} × {found.dim}" for n in (found.num_benign, found.num_harmful)))
+    table.add_row("rank", str(found.benign_rank), str(found.harmful_rank))
+    table.add_row("κ as it is", f"{found.benign_kappa:.4g}", f"{found.harmful_kappa:.4g}")
+    if found.common_rank and found.common_rank < max(found.benign_rank, found.harmful_rank):
+        shared = f"{found.common_benign_kappa:.4g}", f"{found.common_harmful_kappa:.4g}"
+        table.add_row(f"κ on the {found.common_rank} shared directions", *shared)
+    console.print(table)
+    value = "infinite" if math.isinf(found.value) else f"{found.value:.4g}"
+    console.print(f"Ceiling of RIR: [bold]{value}[/]")
+    if found.harmful_only:
+        console.print(
+            f"  {found.harmful_only} harmful directions are absent from the benign data (beyond an angle of sine "
+            f"{found.tolerance:.1g})"
+        )
+        shared_value = f"{found.common_value:.4g}" if found.common_rank else "none are shared"
+        console.print(f"  ceiling on the shared directions alone: {shared_value}")
+    text = ", ".join(f"{angle:.1f}°" for angle in angles)
+    console.print(f"Angles between the {len(angles)} leading directions of each: {text}")
+    console.print(f"[bold]{advice(found)}[/]")
+    for note in notes:
+        _note(note)
+
+
+def _note(note: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    # Notes quote paths and columns, in which brackets are no markup.
+    Console().print(Text(f"Note: {note}", style="yellow"))

@@ -1,0 +1,209 @@
+"""``hf-immunize push``, ``verify`` and ``card``. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_immunize.errors import ArgumentError
+from hf_immunize.text import printable
+
+
+if TYPE_CHECKING:
+    from hf_immunize.hub.comparison import Verification
+    from hf_immunize.hub.record import ImmunizationRecord
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of an immunized checkpoint.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: user/name.", show_default=False)],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to, created if need be.")] = None,
+    message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload an immunized checkpoint",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files that would be pushed, and stop.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model, to load it.")] = False,
+) -> None:
+    """Publish an immunized checkpoint with its record and card.
+
+    Weights (safetensors), configs, immunization.json, README.md and its figures are pushed in one commit; nothing else
+    in the folder leaves it. A push that is cut off leaves the repository as it was; push again, and only what has not
+    arrived is sent. Before anything is sent, the model is loaded from these files alone, and files that hold a token
+    or a local path are refused.
+
+    Example: hf-immunize push runs/mine user/mine-immunized --private
+    """
+    from hf_immunize.hub.push import push as push_folder
+
+    result = push_folder(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        commit_message=message,
+        dry_run=dry_run,
+        trust_remote_code=trust_remote_code,
+    )
+    for name, size in result.files.items():
+        typer.echo(f"{size:>14,} bytes  {printable(name)}")
+    if dry_run:
+        typer.echo(f"Would push these {len(result.files)} files to {result.repo_id}. Nothing was sent.")
+    elif result.changed:
+        typer.echo(printable(f"Pushed to {result.url}, commit {result.commit}."))
+    else:
+        typer.echo(f"{printable(result.url)} has all of this already; no commit was made.")
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="Folder, or repository on the Hub.", show_default=False)],
+    benign: Annotated[str | None, typer.Option(help="Benign images: folder, file or dataset on the Hub.")] = None,
+    harmful: Annotated[str | None, typer.Option(help="Harmful images.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="One data set that holds both.")] = None,
+    harmful_classes: Annotated[
+        list[str] | None, typer.Option("--harmful-class", help="With --dataset: a harmful class; give it repeatedly.")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split to measure on; default: validation, else test, else what was held out of train."),
+    ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            help="Measure on this part of the training split, held out as `hf-immunize train` does; by "
+            "default as the record says."
+        ),
+    ] = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="As at `hf-immunize train`.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The model before immunization, to measure its κ's too.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 64,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure an immunized checkpoint again, and compare with what it claims.
+
+    Exit code 0: the figures agree with the record. 3: they differ, or the weights are not those of the record.
+    4: it cannot be said, since these are not the images of the record. 2: an error.
+
+    Example: hf-immunize verify user/mine-immunized --benign ./pets --harmful ./weapons
+    """
+    from hf_immunize.hub.load import fetch
+    from hf_immunize.hub.record import read_record
+    from hf_immunize.hub.verify import verify as verify_model
+
+    _check_sources(benign, harmful, dataset, harmful_classes or [])
+    if held_out is not None and not 0 < held_out < 1:
+        raise ArgumentError(f"Expected --held-out between 0 and 1, found {held_out}.")
+    if revision is not None and Path(model).is_dir():
+        raise ArgumentError(f"Expected --revision with a model on the Hub, found the folder {model}. Leave it out.")
+    folder = fetch(model, revision=revision, with_code=trust_remote_code)
+    record = read_record(folder)
+    images = _images(benign, harmful, dataset, harmful_classes or [], split, held_out, max_images, record)
+    found = verify_model(
+        folder,
+        benign=images[0],
+        harmful=images[1],
+        reference=reference,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(found), "exit_code": found.exit_code}, indent=2))
+    else:
+        _print(found)
+    raise typer.Exit(found.exit_code)
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(help="Folder with immunization.json.", show_default=False)],
+    repo_id: Annotated[str | None, typer.Option(help="Repository that the card's code loads from.")] = None,
+    name: Annotated[str | None, typer.Option(help="Title of the card.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence, such as apache-2.0.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether the card is up to date; exit 1 if not.")
+    ] = False,
+) -> None:
+    """Write the model card from the record; your own sections of an existing card stay.
+
+    Example: hf-immunize card runs/mine --license apache-2.0
+    """
+    from hf_immunize.hub.card import CARD_NAME, CardOptions, render_card, write_card
+    from hf_immunize.hub.record import read_record
+    from hf_immunize.vision.loading import checkpoint_form
+
+    record, options = read_record(folder), CardOptions(repo_id=repo_id, model_name=name, license=license)
+    options.form = checkpoint_form(folder)
+    path = folder / CARD_NAME
+    if not check:
+        typer.echo(f"Wrote {write_card(folder, record, options)}.")
+        return
+    existing = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if str(render_card(record, options, existing)) != existing:
+        typer.echo(f"{path} is not what the record says; run hf-immunize card {folder}.", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"{path} is up to date.")
+
+
+def _check_sources(benign: str | None, harmful: str | None, dataset: str | None, harmful_classes: list[str]) -> None:
+    """Either two sources or one with its harmful classes; what stands beside them would have no effect."""
+    of_one, of_two = [dataset is not None, bool(harmful_classes)], [benign is not None, harmful is not None]
+    if not (all(of_one) and not any(of_two)) and not (all(of_two) and not any(of_one)):
+        raise ArgumentError(
+            "Expected either --benign and --harmful, or --dataset with --harmful-class, found "
+            f"benign={benign}, harmful={harmful}, dataset={dataset}, harmful classes {harmful_classes}."
+        )
+
+
+def _images(
+    benign: str | None,
+    harmful: str | None,
+    dataset: str | None,
+    harmful_classes: list[str],
+    split: str | None,
+    held_out: float | None,
+    max_images: int | None,
+    record: ImmunizationRecord,
+) -> tuple[Any, Any]:
+    """The images to measure on, drawn as ``hf-immunize train`` drew them by the record."""
+    from hf_immunize.data.data import split_benign_harmful
+    from hf_immunize.data.splits import HeldOut, choose, class_keys, measured
+    from hf_immunize.hub.collect import recorded_draw
+
+    def load(source: str, side: str) -> Any:
+        draw = None if held_out is None else HeldOut(held_out, record.method.seed)
+        if draw is not None:
+            return measured(source, draw, split or "train")
+        return measured(source, recorded_draw(getattr(record, side)) if split is None else None, split)
+
+    if dataset is not None:
+        whole = load(dataset, "harmful")
+        parts = split_benign_harmful(whole, class_keys(whole, harmful_classes))
+    else:
+        parts = load(str(benign), "benign"), load(str(harmful), "harmful")
+    return tuple(
+        part if max_images is None else part.select(choose(len(part), max_images, record.method.seed))
+        for part in parts
+    )
+
+
+def _print(found: Verification) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="Claimed and measured", title_justify="left")
+    for column, justify in (("", "left"), ("claimed", "right"), ("measured", "right"), ("", "left"), ("", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    colours = {"agrees": "green", "differs": "red", "cannot say": "yellow"}
+    for figure in found.figures:
+        numbers = ["–" if value is None else f"{value:.4f}" for value in (figure.claimed, figure.measured)]
+        outcome = f"[{colours[figure.outcome]}]{figure.outcome}[/]"
+        table.add_row(figure.name, *numbers, outcome, escape(printable(figure.note)))
+    console = Console()
+    console.print(table)
+    console.print(f"[bold {colours[found.outcome]}]{escape(printable(found))}[/]", highlight=False, soft_wrap=True)
