@@ -27,9 +27,9 @@ from benchmarks.common import format_seconds
 from benchmarks.training_step import models
 from hf_immunize import FeatureFactor, ImmunizationArguments, ImmunizationTrainer
 from hf_immunize.data.images import ImageCollator
-from hf_immunize.features.measurement import Measurement
+from hf_immunize.features.extract import Measurement
 from hf_immunize.training.evaluation import accuracy
-from hf_immunize.training.evidence import Evidence
+from hf_immunize.training.record import Evidence
 
 
 BATCH = 64

@@ -19,9 +19,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_immunize import FeatureFactor, ImmunizationStep, Method, relative_immunization_ratio
 from hf_immunize.data.images import ImageCollator, ImageRows
-from hf_immunize.data.pairing import BatchSizes, PairedCollator, PairedDataset
+from hf_immunize.data.pairs import BatchSizes, PairedCollator, PairedDataset
 from hf_immunize.data.sources import load_image_dataset
-from hf_immunize.features.extraction import extract
+from hf_immunize.features.extract import extract
 from hf_immunize.vision.scope import select_trainable
 
 

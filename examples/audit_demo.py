@@ -10,8 +10,7 @@ import argparse
 from pathlib import Path
 
 from hf_immunize import audit
-from hf_immunize.cli.demo import run_demo
-from hf_immunize.cli.demo_digits import digit_splits
+from hf_immunize.cli.demo import digit_splits, run_demo
 
 
 def strongest(outcomes, subject, access):

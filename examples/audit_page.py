@@ -9,11 +9,9 @@ from datetime import date
 from pathlib import Path
 
 from hf_immunize.audit.figures import draw_headline
-from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.summaries import summarize
-from hf_immunize.audit.text import label, percent, ratio, signed
-from hf_immunize.audit.thresholds import TARGET_SHARES
-from hf_immunize.audit.wording import CLASSES
+from hf_immunize.audit.names import label, percent, ratio, signed
+from hf_immunize.audit.report import CLASSES, AuditReport
+from hf_immunize.audit.statistics import TARGET_SHARES, summarize
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from hf_immunize.vision.features import find_head
+from hf_immunize.vision.head import find_head
 from hf_immunize.vision.scope import last_stage
 
 

@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.common import describe_machine
-from hf_immunize.hub.rows import metric_rows
+from hf_immunize.hub.card import metric_rows
 
 
 MORE = (

@@ -15,8 +15,7 @@ import torch
 from linear_common import FIGURES, Measure, Store, hub_dataset, number, spread, table, write_section
 
 from hf_immunize.linear.algorithm import immunize_linear
-from hf_immunize.linear.factor import row_factor
-from hf_immunize.linear.optimum import common_basis, optimal_map, rir_ceiling
+from hf_immunize.linear.optimum import common_basis, optimal_map, rir_ceiling, row_factor
 from hf_immunize.linear.probe import probe_convergence
 
 

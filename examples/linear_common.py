@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_immunize.linear.definition import factor_definition
-from hf_immunize.linear.factor import row_factor
+from hf_immunize.linear.optimum import row_factor
 from hf_immunize.spectra.ratio import reference_condition_number
 
 

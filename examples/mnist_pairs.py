@@ -20,8 +20,7 @@ from linear_common import FIGURES, Measure, Store, hub_dataset, number, table, w
 
 from hf_immunize.linear.algorithm import immunize_linear
 from hf_immunize.linear.definition import map_ratio
-from hf_immunize.linear.factor import row_factor
-from hf_immunize.linear.optimum import common_basis, factor_ceiling, optimal_map, rir_ceiling
+from hf_immunize.linear.optimum import common_basis, factor_ceiling, optimal_map, rir_ceiling, row_factor
 
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, the usual constants

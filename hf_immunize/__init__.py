@@ -26,8 +26,8 @@ _HOMES = {
     "Ceiling": "hf_immunize.linear.optimum",
     "rir_ceiling": "hf_immunize.linear.optimum",
     "probe_convergence": "hf_immunize.linear.probe",
-    "penultimate_features": "hf_immunize.vision.features",
-    "split_benign_harmful": "hf_immunize.data.data",
+    "penultimate_features": "hf_immunize.vision.head",
+    "split_benign_harmful": "hf_immunize.data.sources",
     "ImmunizationRecord": "hf_immunize.hub.record",
     "load_immunized": "hf_immunize.hub.load",
     "verify": "hf_immunize.hub.verify",
@@ -35,12 +35,12 @@ _HOMES = {
     "ImmunizationTrainer": "hf_immunize.training.trainer",
     "ImmunizationCallback": "hf_immunize.training.immunization_callback",
     "ImmunizationStep": "hf_immunize.training.step",
-    "Method": "hf_immunize.training.method",
+    "Method": "hf_immunize.training.arguments",
     "BenignUtilityCallback": "hf_immunize.training.callbacks",
     "TargetRIRCallback": "hf_immunize.training.callbacks",
     "SpectrumFigureCallback": "hf_immunize.training.spectrum_figure",
     "AuditReport": "hf_immunize.audit.report",
-    "audit": "hf_immunize.audit.runner",
+    "audit": "hf_immunize.audit.run",
 }
 
 __all__ = ["__version__", *_HOMES]

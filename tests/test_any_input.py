@@ -10,10 +10,9 @@ import torch
 import hf_immunize as hf
 from hf_immunize.errors import ImmunizationError, NonFiniteError
 from hf_immunize.linear.definition import check_definition
-from hf_immunize.linear.geometry import principal_angles, proposition_diagonal
-from hf_immunize.linear.optimum import optimal_map
+from hf_immunize.linear.inputs import standardize
+from hf_immunize.linear.optimum import optimal_map, principal_angles, proposition_diagonal
 from hf_immunize.linear.probe import least_squares_probe, probe_accuracy, probe_loss_curve, probe_path
-from hf_immunize.linear.standardize import standardize
 from hf_immunize.spectra.ratio import reference_condition_number
 from hf_immunize.spectra.regularizers import hessian_log_kappa, kappa_floor
 

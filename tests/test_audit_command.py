@@ -10,13 +10,12 @@ from typer.testing import CliRunner
 
 from hf_immunize.cli.audit import _data
 from hf_immunize.cli.main import app
-from hf_immunize.data.splits import HeldOut
+from hf_immunize.data.sources import HeldOut
 from hf_immunize.errors import ArgumentError, CardError, RecordError, WeightsError
-from hf_immunize.hub.attach import attach_audit
-from hf_immunize.hub.hashes import hash_weights
-from hf_immunize.hub.parts import BaseModelRecord, MethodRecord
-from hf_immunize.hub.record import ImmunizationRecord, read_record, write_record
+from hf_immunize.hub.card import attach_audit
+from hf_immunize.hub.record import BaseModelRecord, ImmunizationRecord, MethodRecord, read_record, write_record
 from hf_immunize.hub.text import plain
+from hf_immunize.hub.weights import hash_weights
 
 
 def saved(folder, seed):

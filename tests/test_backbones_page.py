@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import BUILDERS
 
-from hf_immunize.vision.features import penultimate_features
+from hf_immunize.vision.head import penultimate_features
 
 
 ROOT = Path(__file__).parents[1]

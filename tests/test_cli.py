@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(command
 @pytest.mark.parametrize("name", ["\x1b[2J\x1b]0;x\x07", "\u202eevil", "\x9b31m", "a\rb", "\ud800"])
 def test_no_name_commands_the_terminal(monkeypatch, capsys, caplog, name):
     def fail():
-        logging.getLogger("hf_immunize.data.data").warning("%s", f"Left out {name}.")
+        logging.getLogger("hf_immunize.data.sources").warning("%s", f"Left out {name}.")
         raise DataError(f"Expected an image, found none in {name}. Give one.")
 
     monkeypatch.setattr(cli, "app", fail)

@@ -9,9 +9,8 @@ import torch
 from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 from hf_immunize import verify
-from hf_immunize.audit.measures import paired_utility
-from hf_immunize.cli.demo_digits import decoded, digit_splits
-from hf_immunize.cli.demo_probing import Probing, audit_record, demo_sentence, hits, slowing
+from hf_immunize.audit.statistics import paired_utility
+from hf_immunize.cli.demo import Probing, audit_record, decoded, demo_sentence, digit_splits, hits, slowing
 from hf_immunize.hub.card import render_card
 from hf_immunize.hub.push import push
 from hf_immunize.hub.record import read_record

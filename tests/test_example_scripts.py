@@ -264,8 +264,8 @@ def test_accelerate_launches_the_train_command_from_a_file(folder):
 
 
 def test_the_page_of_an_audit_is_written_from_its_json(tmp_path, monkeypatch):
-    from hf_immunize.audit.outcomes import AuditData, Outcome, Task
     from hf_immunize.audit.report import AuditReport
+    from hf_immunize.audit.result import AuditData, Outcome, Task
 
     task = Task("harmful", "cars", train_size=300, test_size=1000, num_classes=10, chance=0.1)
     runs = [

@@ -9,16 +9,14 @@ import torch
 import transformers as hf
 from attacked import tiny_vit
 
-from hf_immunize.audit.feature_store import FeatureStore
-from hf_immunize.audit.journal import Journal
-from hf_immunize.audit.outcomes import Outcome
+from hf_immunize.audit.journal import FeatureStore, Journal
 from hf_immunize.audit.passes import Pass, StoredPasses
+from hf_immunize.audit.result import Outcome
 from hf_immunize.cli.train import before_resuming
 from hf_immunize.errors import ImmunizationError
-from hf_immunize.features.layers import Extraction, Layer
+from hf_immunize.features.cache import TrunkCache, open_or_write
+from hf_immunize.features.extract import Extraction, Layer
 from hf_immunize.features.trunk import split_trunk
-from hf_immunize.features.trunk_cache import TrunkCache
-from hf_immunize.features.trunk_store import open_or_write
 from hf_immunize.files import with_checksum, write_whole
 from hf_immunize.vision.scope import select_trainable
 

@@ -10,13 +10,11 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 
 from hf_immunize import verify
-from hf_immunize.audit.runner import audit
+from hf_immunize.audit.run import audit
 from hf_immunize.cli.audit import _data, _draw
 from hf_immunize.cli.hub import _images
 from hf_immunize.cli.main import main as cli
-from hf_immunize.cli.train import run_train
-from hf_immunize.cli.train_arguments import parse_arguments
-from hf_immunize.cli.train_data import load_splits
+from hf_immunize.cli.train import load_splits, parse_arguments, run_train
 from hf_immunize.data.identity import image_hashes
 from hf_immunize.errors import RecordError, TrainingImagesError
 from hf_immunize.hub.record import read_record, write_record

@@ -15,9 +15,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from hf_immunize.cli.main import main as cli
-from hf_immunize.cli.train import run_train, summary_sentence
-from hf_immunize.cli.train_arguments import parse_arguments
-from hf_immunize.cli.train_data import load_splits
+from hf_immunize.cli.train import load_splits, parse_arguments, run_train, summary_sentence
 from hf_immunize.errors import ArgumentError, DataError, WeightsError
 from hf_immunize.hub.record import read_record
 from hf_immunize.vision.bare import load_with_linear_head
@@ -171,7 +169,7 @@ def test_labels_beyond_the_head_name_the_remedy(images, model, tmp_path):
 
 def test_new_head_takes_the_benign_classes(images, model, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_immunize.cli.train_data.logger.warning", said.append)
+    monkeypatch.setattr("hf_immunize.cli.train.logger.warning", said.append)
     run_train(flags(model, tmp_path, "--benign", images, "--harmful", images, "--new_head"))
     assert any("--benign_loss task --benign_budget none" in line for line in said)
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == dict(enumerate(CLASSES))

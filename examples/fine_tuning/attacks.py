@@ -7,12 +7,10 @@ from typing import Any
 from examples.networks.data import Data
 from examples.networks.probes import joined
 from hf_immunize.attacks.presets import Preset, TuningBudget, find_preset
-from hf_immunize.audit.measures import deviations
-from hf_immunize.audit.outcomes import AuditData
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.runner import audit
-from hf_immunize.audit.speed import steps_ratios
-from hf_immunize.audit.summaries import Summary, of_class, strongest, summarize
+from hf_immunize.audit.result import AuditData
+from hf_immunize.audit.run import audit
+from hf_immunize.audit.statistics import Summary, deviations, of_class, steps_ratios, strongest, summarize
 
 
 # Linear, at the classifier's input; ridge at the other layers.

@@ -15,7 +15,7 @@ from examples.fine_tuning.run import VERSION
 from examples.fine_tuning.settings import load
 from examples.networks.rows import pooled_difference, read_rows, spread
 from examples.networks.settings import describe_changes, differences, plain
-from hf_immunize.audit.text import label, percent, signed
+from hf_immunize.audit.names import label, percent, signed
 from hf_immunize.errors import DataError
 
 

@@ -21,7 +21,7 @@ from examples.networks.settings import digest, plain
 from hf_immunize import ImmunizationArguments
 from hf_immunize.files import staged_directory
 from hf_immunize.hub.collect import software_versions
-from hf_immunize.training.saving import last_whole_checkpoint
+from hf_immunize.training.checkpoints import last_whole_checkpoint
 
 
 ROW = "row.json"

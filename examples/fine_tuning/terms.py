@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_immunize.attacks.finetune import prepare
 from hf_immunize.spectra.regularizers import spectral_concentration
-from hf_immunize.vision.features import HeadInput, find_head
+from hf_immunize.vision.head import HeadInput, find_head
 
 
 if TYPE_CHECKING:

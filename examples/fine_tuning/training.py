@@ -13,11 +13,9 @@ from examples.fine_tuning import terms
 from examples.fine_tuning.candidates import Candidate
 from hf_immunize import ImmunizationTrainer
 from hf_immunize.errors import ArgumentError
-from hf_immunize.training.method import Method
-from hf_immunize.training.objectives import Side
-from hf_immunize.training.rectifying import rectifier_activity
+from hf_immunize.training.arguments import Method
+from hf_immunize.training.objectives import Side, Terms, rectifier_activity
 from hf_immunize.training.step import ImmunizationStep, StepResult
-from hf_immunize.training.terms import Terms
 from hf_immunize.training.weighting import balanced_weight, gradient_norm
 
 

@@ -4,12 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from hf_immunize.audit.names import label
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.text import label
-from hf_immunize.hub.attach import attach_audit
-from hf_immunize.hub.card import CARD_NAME
-from hf_immunize.hub.record import read_record
-from hf_immunize.hub.validation import RECORD_NAME
+from hf_immunize.hub.card import CARD_NAME, attach_audit
+from hf_immunize.hub.record import RECORD_NAME, read_record
 
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"

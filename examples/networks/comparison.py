@@ -11,7 +11,7 @@ from examples.networks.methods import BASELINES, METHODS, TITLES
 from examples.networks.rows import Group, benign_change, log10_rir, probe, spread
 from examples.networks.settings import describe_changes
 from examples.networks.tables import points, rir_text
-from hf_immunize.audit.text import signed
+from hf_immunize.audit.names import signed
 
 
 # Rows that lose more than this beyond the default do not count as keeping as much.

@@ -17,7 +17,7 @@ import numpy as np
 from examples.networks.files import read_json, write_json
 from examples.networks.settings import digest
 from examples.networks.sources import load_source, local_place
-from hf_immunize.data.data import split_benign_harmful
+from hf_immunize.data.sources import split_benign_harmful
 
 
 SIDES = ("benign", "harmful", "unseen", "unrelated", "distillation")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from examples.networks.methods import BASELINES, METHODS, TITLES
 from examples.networks.rows import Group, benign_change, bound_sign, log10_rir, probe
-from hf_immunize.training.figures import new_figure, save_figure
+from hf_immunize.training.spectrum_figure import new_figure, save_figure
 
 
 # Okabe and Ito's palette and a brown, told apart by colour-blind readers too; a method's two recipes share one.

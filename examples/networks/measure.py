@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from examples.networks.data import Data
-from hf_immunize.audit.measures import paired_utility
+from hf_immunize.audit.statistics import paired_utility
 from hf_immunize.errors import ArgumentError, DataError, ProtocolError, RankError
-from hf_immunize.features.extraction import extract
-from hf_immunize.hub.measure import image_rows
+from hf_immunize.features.extract import extract
+from hf_immunize.hub.verify import image_rows
 from hf_immunize.spectra.ratio import ImmunizationRatio, relative_immunization_ratio
 
 

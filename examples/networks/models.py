@@ -23,8 +23,8 @@ from examples.networks.files import read_json, write_json
 from examples.networks.settings import digest
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.files import staged_directory
+from hf_immunize.training.checkpoints import last_whole_checkpoint, load_weights
 from hf_immunize.training.evaluation import accuracy
-from hf_immunize.training.saving import last_whole_checkpoint, load_weights
 
 
 def start_model(spec: dict[str, Any], data: Data, seed: int, shared: Path) -> tuple[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from examples.audit_page import table
 from examples.networks.rows import Group, pooled_difference
 from examples.networks.settings import experiment_names, load_experiment
 from examples.networks.tables import probe_change, rir_text
-from hf_immunize.audit.text import signed
+from hf_immunize.audit.names import signed
 from hf_immunize.errors import DataError
 
 

@@ -27,7 +27,7 @@ from examples.networks.rows import (
 from examples.networks.sentences import sentences
 from examples.networks.settings import experiment_names, load_experiment
 from examples.networks.starting import starting_features
-from hf_immunize.audit.text import clean, percent, signed
+from hf_immunize.audit.names import clean, percent, signed
 
 
 INTRODUCTION = """# Networks: results

@@ -7,10 +7,10 @@ from typing import Any
 
 from examples.networks.data import Data
 from hf_immunize.attacks.presets import FINE_TUNING, PRESET_VERSION, RESTORING, Preset, find_preset
-from hf_immunize.audit.outcomes import AuditData, Utility
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.runner import audit
-from hf_immunize.audit.summaries import Summary, of_class, strongest, summarize
+from hf_immunize.audit.result import AuditData, Utility
+from hf_immunize.audit.run import audit
+from hf_immunize.audit.statistics import Summary, of_class, strongest, summarize
 from hf_immunize.errors import ArgumentError
 
 

@@ -12,7 +12,7 @@ from examples.networks.files import read_json
 from examples.networks.methods import METHODS, TITLES
 from examples.networks.run import FAILED, ROW, VERSION
 from examples.networks.settings import describe_changes
-from hf_immunize.audit.intervals import NORMAL
+from hf_immunize.audit.statistics import NORMAL
 from hf_immunize.errors import DataError
 
 

@@ -17,7 +17,7 @@ from examples.networks.files import Parts, read_json, write_json
 from examples.networks.settings import Run, differences, digest, load_experiment, plain
 from hf_immunize.errors import ArgumentError, ImmunizationError
 from hf_immunize.hub.collect import software_versions
-from hf_immunize.hub.hashes import hash_weights
+from hf_immunize.hub.weights import hash_weights
 
 
 ROW, FAILED = "row.json", "failed.json"

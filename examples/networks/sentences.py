@@ -4,7 +4,7 @@ import statistics
 from typing import Any
 
 from examples.networks.rows import Group, above_chance, bound_sign, decimal, log10_rir, pooled_difference, probe
-from hf_immunize.audit.text import label, percent, signed
+from hf_immunize.audit.names import label, percent, signed
 
 
 # Where an experiment says nothing else: within so many points of chance a probe counts as stopped.

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from hf_immunize.cli.demo_digits import all_digits
+from hf_immunize.cli.demo import all_digits
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.sources import load_image_dataset
 from hf_immunize.errors import DataError

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from examples.networks.rows import Group
 from hf_immunize import rir_ceiling
-from hf_immunize.audit.text import percent
-from hf_immunize.training.telling_apart import told_apart
+from hf_immunize.audit.names import percent
+from hf_immunize.training.choice import told_apart
 
 
 # Images a side, as in the batches of the experiments, and how often they are drawn.

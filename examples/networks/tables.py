@@ -17,7 +17,7 @@ from examples.networks.rows import (
     spread,
 )
 from examples.networks.sentences import stopped
-from hf_immunize.audit.text import percent, signed
+from hf_immunize.audit.names import percent, signed
 
 
 def points(value: float) -> str:

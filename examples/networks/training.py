@@ -9,11 +9,9 @@ import yaml
 from examples.networks.data import Data
 from examples.networks.methods import METHODS
 from examples.networks.settings import Run, digest, plain
-from hf_immunize.cli.train import run_train
-from hf_immunize.cli.train_arguments import parse_arguments
-from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.method import Method
-from hf_immunize.training.saving import last_whole_checkpoint
+from hf_immunize.cli.train import parse_arguments, run_train
+from hf_immunize.training.arguments import ImmunizationArguments, Method
+from hf_immunize.training.checkpoints import last_whole_checkpoint
 
 
 ARGUMENTS, UNCLAIMED = "train.yaml", "_unclaimed-train.yaml"

@@ -14,8 +14,7 @@ from examples.fine_tuning.terms import ridge_resistance
 from hf_immunize.errors import DataError
 from hf_immunize.spectra.hessian_functions import Hessian
 from hf_immunize.spectra.regularizers import spectral_concentration
-from hf_immunize.training.objectives import LABELLED, OBJECTIVES, Side
-from hf_immunize.training.terms import Terms
+from hf_immunize.training.objectives import LABELLED, OBJECTIVES, Side, Terms
 
 
 # Where no class mean differs from another, the logarithm stays finite.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +13,68 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_immunize.attacks.clock import Clock, half_cosine
-from hf_immunize.attacks.first_order import minibatches
-from hf_immunize.attacks.frozen_part import FrozenPart, frozen_part
+from hf_immunize.attacks.descent import Clock, half_cosine, minibatches
 from hf_immunize.attacks.presets import TuningBudget
 from hf_immunize.attacks.probe_data import Finding, accuracy, best_index, log_steps, stratified_split
-from hf_immunize.errors import ArgumentError
-from hf_immunize.features.layers import pass_size
-from hf_immunize.vision.features import find_head
+from hf_immunize.errors import ArgumentError, HeadError, TrunkError
+from hf_immunize.features.extract import pass_size
+from hf_immunize.features.trunk import TrunkSplit, split_trunk
+from hf_immunize.vision.head import find_head
 from hf_immunize.vision.scope import last_stage
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class FrozenPart:
+    """Where a model's frozen part ends, and what it gives for the images of an attack.
+
+    Attributes:
+        split: Where it ends.
+        train: Its activations for the training images, ``(N, …)``.
+        test: The same for the test images.
+    """
+
+    split: TrunkSplit
+    train: Tensor
+    test: Tensor
+
+    def replayed(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within, the model takes activations as its pixel values, and computes what moves alone."""
+        return self.split.replayed(model)
+
+
+def frozen_part(
+    model: PreTrainedModel, train: Tensor, test: Tensor, head_module: str | None = None
+) -> FrozenPart | None:
+    """Compute the frozen part of a model for all images.
+
+    Args:
+        model: Prepared for the attack, in eval mode: what moves takes gradients.
+        train: Pixel values to learn from, ``(N, C, H, W)``.
+        test: Pixel values to measure on.
+        head_module: The classifier's name.
+
+    Returns:
+        The frozen part; None where the model has none, or where its activations are larger than twice the images.
+    """
+    moving = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    shape = tuple(train.shape[1:])
+    try:
+        # In these attacks every module stays in eval mode.
+        split = split_trunk(model, moving, shape, still=list(model.modules()), head_module=head_module)
+    except (TrunkError, HeadError):
+        return None
+    if torch.Size(split.activation_shape).numel() > 2 * torch.Size(shape).numel():
+        return None
+    device, size = next(model.parameters()).device, pass_size(model)
+
+    def through(pixels: Tensor) -> Tensor:
+        return torch.cat([split.activations(model, part.to(device)).cpu() for part in pixels.split(size)])
+
+    return FrozenPart(split, through(train), through(test))
 
 
 _DEFAULT_OPTIMIZERS: dict[str, tuple[float, ...]] = {"adamw": (3e-4,), "sgd": (1e-2,)}

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_immunize.attacks.direct import ridge
 from hf_immunize.attacks.presets import ProbeBudget
 from hf_immunize.attacks.probe_data import Finding, ProbeData
-from hf_immunize.attacks.second_order import ridge
 from hf_immunize.errors import DataError
 
 

@@ -9,11 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_immunize.audit.intervals import accuracy_interval
-from hf_immunize.audit.outcomes import AuditData, Outcome, Spectrum
-from hf_immunize.audit.summaries import ACCESSES, SUBJECTS, Summary, matched, of_class, strongest, summarize
-from hf_immunize.audit.text import clean, label, percent
-from hf_immunize.audit.wording import CLASSES
+from hf_immunize.audit.names import clean, label, percent
+from hf_immunize.audit.report import CLASSES
+from hf_immunize.audit.result import AuditData, Outcome, Spectrum
+from hf_immunize.audit.statistics import (
+    ACCESSES,
+    SUBJECTS,
+    Summary,
+    accuracy_interval,
+    matched,
+    of_class,
+    strongest,
+    summarize,
+)
 
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hf_immunize.audit.kept_tensors import read_kept, save_kept
+from hf_immunize.audit.journal import read_kept, save_kept
 from hf_immunize.errors import CheckpointError, DiskSpaceError
-from hf_immunize.features.layers import Extraction, Layer
+from hf_immunize.features.extract import Extraction, Layer
 
 
 _UNFINISHED = "_unfinished-features-"

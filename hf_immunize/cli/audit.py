@@ -18,7 +18,7 @@ from hf_immunize.text import printable
 
 
 if TYPE_CHECKING:
-    from hf_immunize.data.splits import HeldOut
+    from hf_immunize.data.sources import HeldOut
 
 
 def audit(
@@ -107,12 +107,11 @@ def audit(
     import transformers
 
     from hf_immunize.attacks.presets import find_preset
-    from hf_immunize.audit.runner import audit_over_processes
-    from hf_immunize.features.processes import launched
+    from hf_immunize.audit.run import audit_over_processes
+    from hf_immunize.features.ranks import launched
     from hf_immunize.files import check_writable, remove_leftovers
-    from hf_immunize.hub.attach import attach_audit, attachable_record
-    from hf_immunize.hub.card import CARD_NAME
-    from hf_immunize.hub.validation import RECORD_NAME
+    from hf_immunize.hub.card import CARD_NAME, attach_audit, attachable_record
+    from hf_immunize.hub.record import RECORD_NAME
 
     _refuse_without_effect(model, revision, harmful, benign, dataset, harmful_test, benign_test)
     if quick and full:
@@ -217,7 +216,7 @@ def _local(model: str) -> str:
 
 def _reference_hint(model: str) -> str | None:
     """How to name the reference, where the record of a local checkpoint tells what it was made from."""
-    from hf_immunize.audit.text import clean
+    from hf_immunize.audit.names import clean
     from hf_immunize.errors import RecordError
     from hf_immunize.hub.record import read_record
 
@@ -234,7 +233,7 @@ def _reference_hint(model: str) -> str | None:
 
 def _with_words(found: dict[str, Any]) -> dict[str, Any]:
     """The findings with the attackers named for people, as a card has them."""
-    from hf_immunize.audit.text import label
+    from hf_immunize.audit.names import label
 
     named = {
         access: attack and attack | {"attacker": label(attack["attacker"])}
@@ -264,7 +263,7 @@ def _data(
             harmful if harmful_test is None else (harmful, harmful_test),
             benign if benign is None or benign_test is None else (benign, benign_test),
         )
-    from hf_immunize.data.splits import divide, divide_classes
+    from hf_immunize.data.sources import divide, divide_classes
 
     assert harmful_classes is not None
     benign_part, harmful_part = divide_classes(divide(dataset, draw()), [harmful_classes], label_column)

@@ -14,8 +14,8 @@ from hf_immunize.text import printable
 
 
 if TYPE_CHECKING:
-    from hf_immunize.hub.comparison import Verification
     from hf_immunize.hub.record import ImmunizationRecord
+    from hf_immunize.hub.verify import Verification
 
 
 def push(
@@ -170,8 +170,7 @@ def _images(
     record: ImmunizationRecord,
 ) -> tuple[Any, Any]:
     """The images to measure on, drawn as ``hf-immunize train`` drew them by the record."""
-    from hf_immunize.data.data import split_benign_harmful
-    from hf_immunize.data.splits import HeldOut, choose, class_keys, measured
+    from hf_immunize.data.sources import HeldOut, choose, class_keys, measured, split_benign_harmful
     from hf_immunize.hub.collect import recorded_draw
 
     def load(source: str, side: str) -> Any:

@@ -4,30 +4,324 @@ from __future__ import annotations
 
 import json
 import math
+from argparse import ArgumentParser, RawTextHelpFormatter
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, set_seed
+from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, set_seed
+from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import logging
 
-from hf_immunize.cli.train_arguments import DataArguments, parse_arguments
-from hf_immunize.cli.train_data import load_distillation, load_model, load_splits
-from hf_immunize.data.splits import HeldOut
-from hf_immunize.errors import ArgumentError, ImmunizationError
+from hf_immunize.data.columns import find_columns
+from hf_immunize.data.sources import HeldOut, Parts, choose, divide, divide_classes, load_image_dataset
+from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.files import check_writable, checked, with_checksum, write_whole
-from hf_immunize.hub import rows
+from hf_immunize.hub import card as rows
+from hf_immunize.hub.card import metric_rows
 from hf_immunize.hub.collect import describe_base_model, is_hub_id, public_name
-from hf_immunize.hub.measure import Measured, groups_ratio, measure
-from hf_immunize.hub.parts import BudgetRecord, DataRecord
-from hf_immunize.hub.rows import metric_rows
-from hf_immunize.hub.schema import from_plain, to_plain
+from hf_immunize.hub.record import BudgetRecord, DataRecord, from_plain, to_plain
+from hf_immunize.hub.verify import Measured, groups_ratio, measure
 from hf_immunize.text import library_words, printable
-from hf_immunize.training.checks import as_classifier
-from hf_immunize.training.figures import draw_spectra, new_figure, save_figure
-from hf_immunize.training.preparation import image_rows
+from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.checks import as_classifier, image_rows
+from hf_immunize.training.spectrum_figure import draw_spectra, new_figure, save_figure
 from hf_immunize.training.trainer import ImmunizationTrainer
+from hf_immunize.vision.loading import load_backbone, load_classifier
+
+
+logger = logging.get_logger(__name__)
+
+
+_DESCRIPTION = """\
+Immunize an image classifier against a harmful task.
+
+  hf-immunize train --model google/vit-base-patch16-224 --benign my/pets --harmful my/weapons --output_dir runs/pets
+  hf-immunize train --model ./my-model --dataset ./images --harmful_classes rifle pistol --output_dir runs/mine
+  hf-immunize train --config arguments.yaml --learning_rate 0.001        (flags override the file)
+
+Data are folders of images (one subfolder a class), folders written by save_to_disk, parquet files, or names on the
+Hub. Harmful images need no labels. Every flag of transformers.TrainingArguments works as usual.
+"""
+
+
+@dataclass
+class DataArguments:
+    """What to immunize and on which images.
+
+    Args:
+        model: Hub id or folder of an image classifier.
+        benign: Benign images with labels.
+        harmful: Harmful images.
+        dataset: One data set with both, in place of `benign` and `harmful`.
+        harmful_classes: Its harmful classes, by name or number.
+        distillation: Any images, whose labels are not used, on which the model shall stay what it was; the more
+            varied, the better benign accuracy is kept.
+        benign_eval, harmful_eval: Images to measure on; by default the source's validation or test split, else a part
+            held out by `eval_fraction`.
+        eval_fraction: That part.
+        model_revision: Branch, tag or commit on the Hub.
+        new_head: Replace the classifier by a new one for the benign classes.
+        trust_remote_code: Run code that comes with the model.
+        max_images: At most so many images of each set (for a first try).
+        groups: Measure RIR over groups of 100 images too, for the record; four more passes over the images.
+    """
+
+    model: str = field(default="", metadata={"help": "Hub id or folder of an image classifier."})
+    benign: str | None = field(default=None, metadata={"help": "Benign images with labels: folder, file or Hub id."})
+    harmful: str | None = field(default=None, metadata={"help": "Harmful images: folder, file or Hub id."})
+    dataset: str | None = field(default=None, metadata={"help": "One data set that holds both."})
+    harmful_classes: list[str] = field(
+        default_factory=list, metadata={"help": "With --dataset: the harmful classes, by name or number."}
+    )
+    distillation: str | None = field(
+        default=None, metadata={"help": "Any images, without labels, on which the model shall stay what it was."}
+    )
+    benign_eval: str | None = field(default=None, metadata={"help": "Benign images to measure on."})
+    harmful_eval: str | None = field(default=None, metadata={"help": "Harmful images to measure on."})
+    eval_fraction: float = field(
+        default=0.3, metadata={"help": "Part held out for measuring where the data have no validation or test split."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    new_head: bool = field(default=False, metadata={"help": "Replace the classifier by one for the benign classes."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    max_images: int | None = field(default=None, metadata={"help": "At most so many images of each set."})
+    groups: bool = field(
+        default=False, metadata={"help": "Measure RIR over groups of 100 images too, with its spread."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ArgumentError("Expected --model, found none. Give a Hub id or a folder; --help shows examples.")
+        one = self.dataset is not None
+        of_one = [bool(self.harmful_classes)]
+        of_two = [name is not None for name in (self.benign, self.harmful)]
+        if not all(of_one if one else of_two) or any(of_two if one else of_one):
+            raise ArgumentError(
+                "Expected either --benign and --harmful, or --dataset with --harmful_classes, found "
+                f"benign={self.benign}, harmful={self.harmful}, dataset={self.dataset}, "
+                f"harmful_classes={self.harmful_classes}."
+            )
+        for name in ("benign_eval", "harmful_eval"):
+            if one and getattr(self, name) is not None:
+                raise ArgumentError(
+                    f"Expected --{name} with --benign and --harmful alone, found it with --dataset, whose own splits "
+                    "are measured on. Leave it out, or give benign and harmful images as two sources."
+                )
+        if self.max_images is not None and self.max_images < 1:
+            raise ArgumentError(f"Expected --max_images of at least 1, found {self.max_images}.")
+        if self.model_revision != "main" and Path(self.model).is_dir():
+            raise ArgumentError(
+                f"Expected --model_revision with a model on the Hub, found the folder {self.model}. Leave it out."
+            )
+        if not 0 < self.eval_fraction < 1:
+            raise ArgumentError(f"Expected --eval_fraction between 0 and 1, found {self.eval_fraction}.")
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one sentence, without the page of flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(f"Expected flags with fitting values, found: {message}. --help explains them.")
+
+
+def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArguments]:
+    """Arguments from flags and, with ``--config FILE``, from a YAML or JSON file that flags override.
+
+    Args:
+        words: What was typed after ``train``.
+
+    Returns:
+        Data arguments and training arguments.
+
+    Raises:
+        ArgumentError: If the file cannot be read or holds an unknown name.
+    """
+    parser = _Parser(
+        (DataArguments, ImmunizationArguments),
+        prog="hf-immunize train",
+        description=_DESCRIPTION,
+        formatter_class=RawTextHelpFormatter,
+    )
+    words = list(words)
+    if len(words) == 1 and not words[0].startswith("-") and words[0].endswith((".yaml", ".yml", ".json")):
+        words = ["--config", words[0]]
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
+    first.error = parser.error  # type: ignore[method-assign]
+    config, words = first.parse_known_args(words)
+    if config.config is not None:
+        words = _as_words(_read_config(config.config), parser) + words
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
+    # Unlike a script, the command trains unless told otherwise.
+    parser.set_defaults(do_train=True)
+    try:
+        data, training, _, unknown = parser.parse_args_into_dataclasses(
+            args=words, look_for_args_file=False, return_remaining_strings=True
+        )
+    except ImmunizationError:
+        raise
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:  # of TrainingArguments
+        said = " ".join(str(error).split())
+        raise ArgumentError(f"Expected flags that fit each other and this machine, found: {said}") from error
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = get_close_matches(unknown[0].split("=")[0], flags, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists all flags."
+        raise ArgumentError(f"Expected known flags, found {' '.join(unknown)}. {hint}")
+    for name, value in vars(training).items():
+        if name.endswith("_kwargs") and isinstance(value, str):
+            raise ArgumentError(f"Expected --{name} as a mapping in JSON, found {value!r}. Leave it out, or mend it.")
+    missing = sorted(set(training.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise ArgumentError(
+            f"Expected --report_to with installed trackers, found {missing}. Install it, or give none."
+        )
+    if not training.do_train or training.do_predict:
+        raise ArgumentError(
+            "Expected --do_train and no --do_predict, since this command trains, and measures before and after; found "
+            f"do_train={training.do_train}, do_predict={training.do_predict}. hf-immunize verify measures alone."
+        )
+    return data, training
+
+
+def _as_words(values: dict[Any, Any], parser: ArgumentParser) -> list[str]:
+    """The file's arguments as they would be typed, so that flags after them override and types are checked alike."""
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    unknown = sorted(str(name) for name in values if name not in actions)
+    if unknown:
+        raise ArgumentError(f"Expected names of flags in the config file, found {unknown}; --help lists them all.")
+    hints = get_type_hints(DataArguments) | get_type_hints(ImmunizationArguments)
+    words: list[str] = []
+    for name, value in values.items():
+        action = actions[name]
+        if action.default is None and (value is None or (value is False and action.type is str)):
+            continue  # left as it is
+        if action.nargs == "+" and not isinstance(value, dict) and value not in (None, "", []):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        elif isinstance(value, list | dict) and type(value) in [
+            get_origin(kind) or kind for kind in get_args(hints[name])
+        ]:
+            parser.set_defaults(**{name: value})  # what no words can say
+        elif isinstance(value, list | dict) or action.nargs == "+" or value == "":
+            raise ArgumentError(f"Expected {hints[name]} for {name} in the config file, found {value!r}.")
+        else:
+            # YAML takes "no" and "none" for False and None.
+            word = "none" if value is None else "no" if value is False else value
+            words.append(f"--{name}={word}")
+    return words
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise ArgumentError(f"Expected a YAML or JSON file in UTF-8 at {path}, found: {said}.") from error
+    if not isinstance(values, dict):
+        raise ArgumentError(f"Expected names and values in {path}, found {type(values).__name__}.")
+    return values
+
+
+def load_splits(data: DataArguments, args: ImmunizationArguments) -> tuple[Parts, Parts]:
+    """Benign and harmful images, each to train on and to measure on.
+
+    Args:
+        data: Where they come from.
+        args: For the seed and the names of columns.
+
+    Returns:
+        The benign and the harmful ones.
+    """
+    draw = HeldOut(data.eval_fraction, args.seed)
+    if data.dataset is not None:
+        whole = divide(data.dataset, draw)
+        benign, harmful = divide_classes(whole, data.harmful_classes, args.label_column_name)
+        sources = {data.dataset: whole}
+    else:
+        benign = divide(data.benign, draw, test=data.benign_eval, name="benign images")
+        harmful = divide(data.harmful, draw, test=data.harmful_eval, name="harmful images")
+        sources = {str(data.benign): benign, str(data.harmful): harmful}
+    for source, parts in sources.items():
+        _check_classes(source, parts, args.label_column_name)
+        if parts.held_out is not None:
+            logger.warning(
+                f"{source} has no validation or test split: {draw.fraction:.0%} held out (seed {draw.seed})."
+            )
+    return _limited(benign, data.max_images, args.seed), _limited(harmful, data.max_images, args.seed)
+
+
+def load_distillation(data: DataArguments, args: ImmunizationArguments) -> Any:
+    """The images of ``--distillation``, or None; at most ``--max_images`` of them."""
+    if data.distillation is None:
+        return None
+    return _first(load_image_dataset(data.distillation), data.max_images, args.seed)
+
+
+def load_model(data: DataArguments, benign: Any, args: ImmunizationArguments) -> Any:
+    """The model to immunize, with its own head or, with ``--new_head``, one for the benign classes."""
+    if data.new_head:
+        return _model_with_new_head(data, benign, args)
+    return _load(data, args)
+
+
+def _check_classes(source: str, parts: Parts, label_column: str | None) -> None:
+    """Labels of both parts must mean the same classes."""
+    train, test = (_class_names(part, label_column) for part in (parts.train, parts.test))
+    if train and test and train != test:
+        raise DataError(
+            f"Expected the classes of {source} in the images to measure on too, in the same order, found {test[:5]} "
+            f"for {train[:5]}. Add the missing folders, empty if need be."
+        )
+
+
+def _class_names(dataset: Any, label_column: str | None) -> list[str]:
+    _, label = find_columns(dataset, label_column=label_column, need_label=False)
+    return getattr(dataset.features.get(label), "names", None) or []
+
+
+def _limited(parts: Parts, limit: int | None, seed: int) -> Parts:
+    return replace(parts, train=_first(parts.train, limit, seed), test=_first(parts.test, limit, seed))
+
+
+def _first(dataset: Any, limit: int | None, seed: int) -> Any:
+    return dataset if limit is None else dataset.select(choose(len(dataset), limit, seed))
+
+
+def _model_with_new_head(data: DataArguments, benign: Any, args: ImmunizationArguments) -> Any:
+    _, label = find_columns(benign, args.image_column_name, args.label_column_name)
+    names = getattr(benign.features[label], "names", None)
+    if names is None:
+        raise DataError(
+            f"Expected class names in column {label!r} for --new_head, found plain values. Encode them with "
+            "dataset.class_encode_column."
+        )
+    if args.benign_loss != "task" and args.pooling is None:  # of that head, the Trainer says it
+        logger.warning(
+            f"A new head has learned nothing yet that --benign_loss {args.benign_loss} could keep: benign accuracy "
+            "stays near chance. Train the classifier first, or set --benign_loss task --benign_budget none."
+        )
+    config = AutoConfig.from_pretrained(
+        data.model,
+        revision=data.model_revision,
+        trust_remote_code=data.trust_remote_code,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    return _load(data, args, config=config)
+
+
+def _load(data: DataArguments, args: ImmunizationArguments, **options: Any) -> Any:
+    options |= {"revision": data.model_revision, "trust_remote_code": data.trust_remote_code}
+    if args.pooling is None:
+        return load_classifier(data.model, new_head=data.new_head, **options)
+    return load_backbone(data.model, args.pooling, **options)  # the Trainer puts a head on it
 
 
 def run_train(words: list[str]) -> dict[str, Any]:

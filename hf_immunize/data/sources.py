@@ -1,13 +1,18 @@
-"""Image data from what a newcomer types: a folder, a parquet file, or a name on the Hub."""
+"""Splitting labelled images into benign and harmful classes, without reading the images."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import datasets
+import numpy as np
 from PIL import Image
 
+from hf_immunize.data.columns import find_stored_label_column, listed, read_labels
 from hf_immunize.errors import DataError
 
 
@@ -136,3 +141,325 @@ def _load_from_hub(source: str) -> dict[str, datasets.Dataset]:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
+
+
+# Splits to measure on, the preferred one first.
+MEASURED_SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How images to measure on are held out where the data have no validation or test split.
+
+    Attributes:
+        fraction: The part held out.
+        seed: The seed of the draw; that of `TrainingArguments` by default.
+    """
+
+    fraction: float = 0.3
+    seed: int = 42
+
+
+AS_USUAL = HeldOut()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Images of one source.
+
+    Attributes:
+        train: Those to learn from.
+        test: Those to measure on.
+        held_out: How the latter were drawn from the training split; None where they are a split or a source of their
+            own.
+    """
+
+    train: Any
+    test: Any
+    held_out: HeldOut | None = None
+
+
+def divide(source: Any, draw: HeldOut = AS_USUAL, *, test: Any = None, name: str = "images") -> Parts:
+    """Divide the images of a source into those to learn from and those to measure on.
+
+    The latter are `test` where it is given, else the source's validation split, else its test split, else a part of
+    the training split.
+
+    Args:
+        source: A name or path as `load_image_dataset` takes it, a ``DatasetDict``, a ``Dataset``, or what is divided.
+        draw: How that part is drawn.
+        test: Images to measure on that come from elsewhere: a name or path, or any data set.
+        name: What to call the images in an error.
+
+    Returns:
+        Both parts; nothing is decoded.
+
+    Raises:
+        DataError: If there is no such data, no training split, or a single image to divide.
+
+    Examples:
+        >>> data = datasets.Dataset.from_dict({"label": list(range(10))})
+        >>> parts = divide(data, HeldOut(0.3, seed=0))
+        >>> len(parts.train), len(parts.test), parts.held_out.fraction
+        (7, 3, 0.3)
+        >>> splits = datasets.DatasetDict({"train": data, "test": data.select([0]), "validation": data.select([1, 2])})
+        >>> len(divide(splits).test)
+        2
+    """
+    if isinstance(source, Parts):
+        return source
+    splits = _splits_of(source)
+    if test is not None:
+        train = _training(splits, name) if isinstance(splits, dict) else source
+        return Parts(train, _training(load_image_splits(str(test)), name) if _is_place(test) else test)
+    if not isinstance(splits, dict):
+        raise DataError(
+            f"Expected the {name} as a path, a name on the Hub, a datasets.Dataset, a DatasetDict, or with images to "
+            f"measure on beside them, found {type(source).__name__}. Give one of these."
+        )
+    train = _training(splits, name)
+    found = next((split for split in MEASURED_SPLITS if split in splits), None)
+    if found is not None:
+        return Parts(train, splits[found])
+    if len(train) < 2:
+        raise DataError(f"Expected at least two {name} to hold some out, found {len(train)}. Give more images.")
+    # By image. Not stratified: many data sets have classes with a single image.
+    parts = train.train_test_split(draw.fraction, seed=draw.seed)
+    return Parts(parts["train"], parts["test"], draw)
+
+
+def measured(source: str, draw: HeldOut | None = None, split: str | None = None) -> Any:
+    """The images of a source to measure on, where none are learned from.
+
+    Args:
+        source: As for `load_image_dataset`.
+        draw: How they were held out of the training split; None takes all of it where there is no other.
+        split: A split by name, or the one they were held out of.
+
+    Returns:
+        What `divide` gives as test images; with a `split`, that split or the part of it.
+
+    Raises:
+        DataError: If there is no such data or split.
+    """
+    splits = load_image_splits(source)
+    if split is not None:
+        if split not in splits:
+            raise DataError(f"Expected a split {split!r} in {source!r}, found {listed(splits)}. Choose one of these.")
+        splits = {"train": splits[split]}
+    if draw is not None:
+        return divide(datasets.DatasetDict(splits), draw).test
+    return next(splits[name] for name in (*MEASURED_SPLITS, *splits) if name in splits)
+
+
+def divide_classes(
+    parts: Parts, harmful_classes: Sequence[str | int], label_column: str | None = None
+) -> tuple[Parts, Parts]:
+    """Part the classes of divided images.
+
+    Args:
+        parts: From `divide`.
+        harmful_classes: The harmful classes as typed; see `class_keys`.
+        label_column: The label column, where it cannot be found.
+
+    Returns:
+        The benign and the harmful parts.
+
+    Raises:
+        DataError: If a class is not in the data, or none is left on a side.
+    """
+    keys = class_keys(parts.train, harmful_classes, label_column)
+    # Both in one call, so that a class has the same number in both.
+    both = datasets.DatasetDict({"train": parts.train, "test": parts.test})
+    benign, harmful = split_benign_harmful(both, keys, label_column)
+    return tuple(Parts(side["train"], side["test"], parts.held_out) for side in (benign, harmful))  # type: ignore[return-value]
+
+
+def class_keys(dataset: Any, asked: Sequence[str | int], label_column: str | None = None) -> list[str | int]:
+    """Classes as typed, told apart: a name where there is such a name, else several between commas, else a number.
+
+    Args:
+        dataset: A `datasets.Dataset`.
+        asked: What was typed; of names that hold commas themselves, the longest that exists is taken.
+        label_column: The label column, where it cannot be found.
+
+    Returns:
+        Names and numbers, as `split_benign_harmful` takes them; what is neither is left for it to refuse.
+
+    Examples:
+        >>> features = datasets.Features({"label": datasets.ClassLabel(names=["tench, Tinca", "rifle", "7"])})
+        >>> data = datasets.Dataset.from_dict({"label": [0]}, features=features)
+        >>> class_keys(data, ["tench, Tinca,rifle", "7", "1"])
+        ['tench, Tinca', 'rifle', '7', 1]
+    """
+    column = find_stored_label_column(dataset, label_column)
+    names = getattr(dataset.features[column], "names", None) or set(read_labels(dataset, column))
+    keys: list[str | int] = []
+    for words in map(str, asked):
+        pieces = words.split(",")
+        while pieces:
+            joined = [",".join(pieces[:end]).strip() for end in range(len(pieces), 0, -1)]
+            key = next((name for name in joined if name in names), joined[-1])
+            pieces = pieces[key.count(",") + 1 :]
+            keys.append(int(key) if key not in names and key.isdigit() else key)
+    return keys
+
+
+def choose(count: int, limit: int | None, seed: int) -> list[int]:
+    """At most so many of the rows, the same for the same seed.
+
+    Args:
+        count: Number of rows.
+        limit: At most so many; None takes all of them in their order.
+        seed: Seed of the draw.
+
+    Returns:
+        Row numbers.
+    """
+    if limit is None or count <= limit:
+        return list(range(count))
+    return np.random.default_rng(seed).permutation(count)[:limit].tolist()
+
+
+def _is_place(source: Any) -> bool:
+    return isinstance(source, (str, Path))
+
+
+def _splits_of(source: Any) -> Any:
+    if _is_place(source):
+        return load_image_splits(str(source))
+    return {"train": source} if isinstance(source, datasets.Dataset) else source
+
+
+def _training(splits: dict[str, Any], name: str) -> Any:
+    if "train" not in splits:
+        raise DataError(f"Expected a split 'train' in the {name}, found {listed(splits)}. Name or give that split.")
+    return splits["train"]
+
+
+SplitData = TypeVar("SplitData", datasets.Dataset, datasets.DatasetDict)
+
+
+def split_benign_harmful(
+    dataset: SplitData, harmful_classes: Sequence[str | int], label_column: str | None = None
+) -> tuple[SplitData, SplitData]:
+    """Split a labelled dataset by class into a benign and a harmful one.
+
+    Only the label column is read. Each part is relabelled 0..k-1 in the order of the original classes, and its label
+    column becomes a ``ClassLabel`` with their names; the splits of a ``DatasetDict`` share their labels.
+
+    Args:
+        dataset: A ``Dataset``, or a ``DatasetDict`` whose splits are all divided.
+        harmful_classes: The harmful classes, by name or by integer label.
+        label_column: The column that holds the labels, where it cannot be told by its type or name.
+
+    Returns:
+        The benign and the harmful part, of the same type as ``dataset``.
+
+    Raises:
+        DataError: If there is no label column, a class is not in the data, no class or every class is harmful, or a
+            row has no valid label.
+
+    Examples:
+        >>> from datasets import ClassLabel, Dataset, Features
+        >>> features = Features({"label": ClassLabel(names=["cat", "gun", "dog"])})
+        >>> data = Dataset.from_dict({"label": [0, 1, 2, 1]}, features=features)
+        >>> benign, harmful = split_benign_harmful(data, harmful_classes=["gun"])
+        >>> benign["label"][:], benign.features["label"].names, len(harmful)
+        ([0, 1], ['cat', 'dog'], 2)
+    """
+    if isinstance(dataset, datasets.Dataset):
+        splits = {"": dataset}
+    elif isinstance(dataset, datasets.DatasetDict) and dataset:
+        splits = dict(dataset)
+    else:
+        raise DataError(
+            f"split_benign_harmful expects a datasets.Dataset or a DatasetDict with splits, but got "
+            f"{type(dataset).__name__}; load the data without streaming."
+        )
+
+    column = find_stored_label_column(next(iter(splits.values())), label_column)
+    values = {split: read_labels(data, column) for split, data in splits.items()}
+    names = _class_names(next(iter(splits.values())), column, values)
+    codes = {split: _codes(labels, names, split) for split, labels in values.items()}
+    present = set().union(*(set(code.tolist()) for code in codes.values()))
+    harmful = _harmful_codes(harmful_classes, names, present)
+    if not present - harmful:
+        raise DataError(
+            f"All {len(present)} classes of the data are harmful, so no benign one is left to keep useful; "
+            f"leave at least one class out of harmful_classes."
+        )
+
+    parts: tuple[dict[str, datasets.Dataset], dict[str, datasets.Dataset]] = ({}, {})
+    for split, data in splits.items():
+        for part, is_harmful in zip(parts, (False, True), strict=True):
+            part[split] = _take_classes(data, column, codes[split], names, is_harmful, harmful)
+    if isinstance(dataset, datasets.Dataset):
+        return parts[0][""], parts[1][""]
+    return datasets.DatasetDict(parts[0]), datasets.DatasetDict(parts[1])
+
+
+def _class_names(dataset: datasets.Dataset, column: str, values: dict[str, list[Any]]) -> dict[Any, str]:
+    """Map each label to its class name, in the order of the classes."""
+    feature = dataset.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return dict(enumerate(feature.names))
+    found = {value for labels in values.values() for value in labels if value is not None}
+    if not all(isinstance(value, (int, str)) for value in found):
+        raise DataError(f"The label column {column!r} should hold integers or names, but has the type {feature}.")
+    return {value: str(value) for value in sorted(found)}
+
+
+def _codes(labels: list[Any], names: dict[Any, str], split: str) -> np.ndarray:
+    order = {label: code for code, label in enumerate(names)}
+    for row, label in enumerate(labels):
+        if label not in order:
+            where = f" of split {split!r}" if split else ""
+            raise DataError(
+                f"Row {row}{where} has the label {label!r}, which is none of {listed(names.values())}; drop the rows "
+                f"without a valid label before splitting."
+            )
+    return np.array([order[label] for label in labels], dtype=np.int64)
+
+
+def _harmful_codes(harmful_classes: Sequence[str | int], names: dict[Any, str], present: set[int]) -> set[int]:
+    listed_classes = isinstance(harmful_classes, Iterable) and not isinstance(harmful_classes, str | bytes)
+    harmful_classes = list(harmful_classes) if listed_classes else harmful_classes
+    if not isinstance(harmful_classes, list) or not harmful_classes:
+        raise DataError(
+            f"harmful_classes should be a list with at least one class, but is {harmful_classes!r}; the classes are "
+            f"{listed(names.values())}."
+        )
+    by_name = {name: code for code, name in enumerate(names.values())}
+    by_label = {label: code for code, label in enumerate(names)}
+    harmful = set()
+    for wanted in harmful_classes:
+        if isinstance(wanted, str):
+            code = by_name.get(wanted)
+        else:
+            code = by_label.get(wanted) if isinstance(wanted, Hashable) else None
+        if code is None or code not in present:
+            there = [name for code, name in enumerate(names.values()) if code in present]
+            raise DataError(f"The class {wanted!r} is not in the data; the classes there are {listed(there)}.")
+        harmful.add(code)
+    return harmful
+
+
+def _take_classes(
+    dataset: datasets.Dataset,
+    column: str,
+    codes: np.ndarray,
+    names: dict[Any, str],
+    is_harmful: bool,
+    harmful: set[int],
+) -> datasets.Dataset:
+    kept = [code for code in range(len(names)) if (code in harmful) == is_harmful]
+    relabel = np.zeros(len(names), dtype=np.int64)
+    relabel[kept] = np.arange(len(kept))
+    all_names = list(names.values())
+    feature = datasets.ClassLabel(names=[all_names[code] for code in kept])
+    # The column is replaced before the rows are chosen: that way images are neither copied nor decoded.
+    old = f"{column} before the split"
+    relabelled = dataset.rename_column(column, old).add_column(column, relabel[codes], feature=feature)
+    relabelled = relabelled.remove_columns(old)
+    return relabelled.select(np.flatnonzero(np.isin(codes, kept)))

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_immunize import __version__
 from hf_immunize.data.identity import count_trained, sketch_of
-from hf_immunize.data.splits import HeldOut
+from hf_immunize.data.sources import HeldOut
 from hf_immunize.errors import TrainingImagesError
-from hf_immunize.features.measurement import Measurement
-from hf_immunize.hub.parts import BaseModelRecord, ConditioningRecord, DataRecord, RatioRecord, SideRecord
+from hf_immunize.features.extract import Measurement
+from hf_immunize.hub.record import BaseModelRecord, ConditioningRecord, DataRecord, RatioRecord, SideRecord
 from hf_immunize.spectra.conditioning import Conditioning
 from hf_immunize.spectra.ratio import ImmunizationRatio, relative_immunization_ratio
 from hf_immunize.text import printable

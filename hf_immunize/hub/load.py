@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 from huggingface_hub import HfApi, snapshot_download
 
 from hf_immunize.errors import ArgumentError, WeightsChangedWarning, WeightsError
-from hf_immunize.hub.hashes import changed_weights, pickled_weights
-from hf_immunize.hub.outcomes import retried
-from hf_immunize.hub.push import ALLOWED
+from hf_immunize.hub.push import ALLOWED, load_model, retried
 from hf_immunize.hub.record import ImmunizationRecord, read_record
-from hf_immunize.hub.whole import load_model
+from hf_immunize.hub.weights import changed_weights, pickled_weights
 
 
 if TYPE_CHECKING:

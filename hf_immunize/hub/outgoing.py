@@ -15,7 +15,7 @@ from PIL import Image
 
 from hf_immunize.errors import ArgumentError, RecordError
 from hf_immunize.hub.collect import public_name
-from hf_immunize.hub.validation import PICTURES
+from hf_immunize.hub.record import PICTURES
 from hf_immunize.text import library_words, printable
 
 

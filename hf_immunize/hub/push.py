@@ -2,29 +2,269 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionResolutionError,
+)
+from huggingface_hub.utils import get_session
+from safetensors import SafetensorError
 from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, HubError, RecordError
+from hf_immunize.errors import ArgumentError, CardError, HubError, RecordError, WeightsError
 from hf_immunize.hub.card import CARD_NAME, CardOptions, write_card
-from hf_immunize.hub.hashes import INDEX, changed_weights, weight_files
-from hf_immunize.hub.outcomes import named_outcomes, retried
+from hf_immunize.hub.collect import is_hub_id, public_name
 from hf_immunize.hub.outgoing import check_private, refuse_links
-from hf_immunize.hub.record import ImmunizationRecord, read_record
-from hf_immunize.hub.validation import PICTURES, RECORD_NAME
-from hf_immunize.hub.whole import check_loads_back
-from hf_immunize.text import printable
+from hf_immunize.hub.record import PICTURES, RECORD_NAME, ImmunizationRecord, read_record
+from hf_immunize.hub.weights import INDEX, changed_weights, weight_files
+from hf_immunize.text import library_words, printable
 from hf_immunize.vision.bare import HEAD_CONFIG_FILE
-from hf_immunize.vision.loading import ADAPTER_CONFIG_FILE
+from hf_immunize.vision.loading import ADAPTER_CONFIG_FILE, load_classifier, same_logits
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 logger = logging.get_logger(__name__)
+
+
+T = TypeVar("T")
+PASSING = ("rate_limited", "server_error", "unreachable")
+_LONGEST_WAIT = 60.0
+# Seconds without a byte after which a server counts as one that does not answer. The client's own default is to wait.
+TIME_LIMIT = 30.0
+# The client's HTTP library is httpx or its successor; its errors share the base of the client's own.
+_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+_BY_STATUS = {401: "unauthorized", 403: "forbidden", 404: "not_found", 409: "conflict", 412: "conflict"}
+_REMEDY = {
+    "unauthorized": "Log in with `hf auth login`, or set HF_TOKEN to a valid token.",
+    "forbidden": "Use a token with write access, and a repository that is yours or your organization's.",
+    "not_found": "Check the spelling, and whether your token may see it.",
+    "conflict": "It changed meanwhile, or is another than asked for; look at it, and try again.",
+    "rejected": "The Hub's own words say why.",
+    "rate_limited": "The Hub asks to go slower; try again later.",
+    "server_error": "The Hub has trouble; try again later.",
+    "unreachable": "Check the connection (and HF_ENDPOINT, if set), and try again; what was sent is not sent twice.",
+    "timed_out": "It took the connection and then said nothing; try again later, or check HF_ENDPOINT and proxies.",
+    "offline": "Unset HF_HUB_OFFLINE to talk to the Hub.",
+}
+
+
+@contextmanager
+def named_outcomes(what: str) -> Iterator[None]:
+    """Turn whatever the client raises within into a named outcome.
+
+    Args:
+        what: What is being done, as in "push to user/model".
+
+    Raises:
+        HubError: With its outcome by name.
+        CardError: If the Hub refuses the card's metadata.
+    """
+    _limit_waiting()
+    try:
+        yield
+    except Exception as error:
+        named = name_outcome(error, what)
+        if named is None:
+            raise
+        raise named from error
+
+
+def name_outcome(error: BaseException, what: str) -> HubError | CardError | None:
+    """The named outcome behind an exception of the client.
+
+    Args:
+        error: As raised; its causes are looked at too.
+        what: What was being done.
+
+    Returns:
+        The named error; None where the exception has nothing to do with the Hub.
+    """
+    if isinstance(error, HubError | CardError):
+        return error
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, ValueError) and "Invalid metadata in README.md" in str(error):
+        return CardError(f"Expected metadata that the Hub accepts, found: {_words(error)}. Correct README.md.")
+    for each in chain:
+        if isinstance(each, OfflineModeIsEnabled):
+            return _outcome("offline", what, "HF_HUB_OFFLINE is set")
+        if isinstance(each, LocalTokenNotFoundError):
+            return _outcome("unauthorized", what, "no token")
+        if isinstance(each, HfHubHTTPError) and getattr(each, "response", None) is not None:
+            return _of_status(each, what)
+    for each in chain:
+        if isinstance(each, TimeoutError) or (isinstance(each, _HTTPError) and "Timeout" in type(each).__name__):
+            return _outcome("timed_out", what, f"no answer in time ({type(each).__name__})")
+        if isinstance(each, json.JSONDecodeError):
+            return _outcome("unreachable", what, "something else than its JSON (a proxy's or a login page, say)")
+    transport = (_HTTPError, ConnectionError, TimeoutError, RevisionResolutionError)
+    for each in chain:
+        if isinstance(each, transport):
+            return _outcome("unreachable", what, f"no answer ({type(each).__name__})")
+    if type(error) is RuntimeError:  # as the client's upload by hf_xet raises
+        return _outcome("unreachable", what, _words(error))
+    return None
+
+
+def retried(
+    call: Callable[[], T],
+    what: str,
+    *,
+    attempts: int = 4,
+    wait: float = 1.0,
+    sleep: Callable[[float], Any] | None = None,
+) -> T:
+    """Call until it succeeds, or fails for a reason that trying again does not mend.
+
+    Args:
+        call: What to do; must bear being done twice.
+        what: What is being done, for messages.
+        attempts: At most so many calls.
+        wait: Seconds before the second, doubled before each further one; longer where the Hub says so.
+        sleep: How to wait; by default `time.sleep`.
+
+    Returns:
+        What the call returns.
+
+    Raises:
+        HubError: With its outcome by name.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            with named_outcomes(what):
+                return call()
+        except HubError as error:
+            if error.outcome not in PASSING or attempt == attempts:
+                raise
+            pause = min(max(wait * 2 ** (attempt - 1), _retry_after(error)), _LONGEST_WAIT)
+            logger.warning(f"{error} Trying again in {pause:.0f} s ({attempt} of {attempts - 1}).")
+            (sleep or time.sleep)(pause)
+    raise AssertionError("unreachable")
+
+
+def _limit_waiting() -> None:
+    """Have the client give each request a time limit, where its caller chose none."""
+    hooks = get_session().event_hooks["request"]
+    if _limit not in hooks:
+        hooks.append(_limit)
+
+
+def _limit(request: Any) -> None:
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        name: TIME_LIMIT if limits.get(name) is None else limits[name] for name in ("connect", "read", "write", "pool")
+    }
+
+
+def _of_status(error: HfHubHTTPError, what: str) -> HubError:
+    status = error.response.status_code
+    kind = "rate_limited" if status == 429 else "server_error" if status >= 500 else _BY_STATUS.get(status, "rejected")
+    said = _words(getattr(error, "server_message", None) or "")
+    return _outcome(kind, what, f"{status}{f' ({said})' if said else ''}")
+
+
+def _outcome(kind: str, what: str, found: str) -> HubError:
+    return HubError(f"Expected the Hub to answer the {what}, found {found}. {_REMEDY[kind]}", kind)
+
+
+def _words(text: Any) -> str:
+    words = printable(text)
+    return words if len(words) <= 300 else words[:297] + "..."
+
+
+def _retry_after(error: HubError) -> float:
+    response = getattr(error.__cause__, "response", None)
+    try:
+        return float(response.headers.get("Retry-After", 0)) if response is not None else 0.0
+    except ValueError:
+        return 0.0
+
+
+def load_model(
+    folder: str | os.PathLike[str], trust_remote_code: bool = False, token: str | None = None
+) -> PreTrainedModel:
+    """The model of a folder, whole and from safetensors alone, in eval mode and float32.
+
+    Args:
+        folder: The checkpoint's folder.
+        trust_remote_code: Run code that comes with the model.
+        token: For the base of an adapter, in place of the one you are logged in with.
+
+    Raises:
+        WeightsError: If weights are pickled, missing, damaged, without a place, or no image classifier's.
+    """
+    weight_files(folder)
+    try:
+        return load_classifier(
+            folder, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True, token=token
+        )
+    except WeightsError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(
+            f"Expected an image classifier's config.json and weights, found: {library_words(error)}. Fetch or save "
+            "them again."
+        ) from error
+
+
+def check_loads_back(
+    folder: str | os.PathLike[str], names: list[str], token: str | None = None, trust_remote_code: bool = False
+) -> None:
+    """Refuse to publish files that others could not load as the model that lies here.
+
+    Args:
+        folder: The checkpoint's folder.
+        names: Files that are about to be pushed.
+        token: For the base of an adapter, in place of the one you are logged in with.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        WeightsError: If they do not load, or give other logits.
+    """
+    root = Path(folder).resolve()
+    if ADAPTER_CONFIG_FILE in names:
+        about = json.loads((root / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+        base = about.get("base_model_name_or_path")
+        if not is_hub_id(base or "none"):
+            raise WeightsError(
+                f"Expected the adapter in {public_name(root)} to name its base by an id on the Hub, found "
+                f"{public_name(base) if base else 'none'}, which nobody else has. Push the base first and name it "
+                "(base_model_name_or_path), or save the model with its adapter merged (model.merge_and_unload())."
+            )
+    with tempfile.TemporaryDirectory() as staged:
+        for name in names:
+            try:
+                os.symlink((root / name).resolve(), Path(staged) / name)
+            except OSError:  # Windows, without the right to make links
+                shutil.copyfile(root / name, Path(staged) / name)
+        pushed = load_model(staged, trust_remote_code, token)
+    if not same_logits(load_model(root, trust_remote_code, token), pushed):
+        raise WeightsError(
+            f"Expected the files to be pushed from {public_name(root)} to load as the model there, found one with "
+            "other logits. Save the model again, and push that; nothing was sent."
+        )
+
+
 # All that leaves the building, beside the weights and the figures that the record names. The Trainer's
 # training_args.bin is not among them: it is a pickle with local paths and the token in it.
 ALLOWED = (

@@ -1,5 +1,7 @@
 """Algorithm 1 of the paper, its baselines and the closed-form optimum behind one call."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -7,13 +9,9 @@ from typing import Any
 import torch
 
 from hf_immunize.errors import ArgumentError, NonFiniteError, ShapeError
-from hf_immunize.linear.baselines import adapted_loss, log_kappa_gradient
-from hf_immunize.linear.checks import as_data, as_targets, same_columns
 from hf_immunize.linear.definition import map_ratio
-from hf_immunize.linear.factor import Factor, row_factor
-from hf_immunize.linear.losses import Task, benign_task
-from hf_immunize.linear.optimum import factor_map
-from hf_immunize.linear.settings import LinearSettings
+from hf_immunize.linear.inputs import as_data, as_targets, same_columns
+from hf_immunize.linear.optimum import Factor, factor_map, row_factor
 from hf_immunize.linear.steps import (
     Direction,
     direction,
@@ -25,7 +23,188 @@ from hf_immunize.linear.steps import (
     well_step,
     well_weights,
 )
-from hf_immunize.spectra.checks import check_result
+from hf_immunize.spectra.checks import as_labels, as_values, check_count, check_number, check_result
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """Constants of the iterative methods; the defaults are those of the paper's house-price experiment.
+
+    Attributes:
+        epochs: Passes over the data.
+        lr: η of θ and of the classifier ω. Under ``step="rule"`` of the task loss alone, and no larger than one over
+            its curvature.
+        batch_size: Rows of each task in a step; None for all of them.
+        step: ``"fixed"``: η times the weighted gradients, as in the paper. ``"rule"`` (``kappa`` and ``r_ill``): the
+            largest step of R_well that provably lowers κ(H_P), then a step of R_ill that provably raises κ(H_H), both
+            for the rows of the step; then θ is rescaled so that the benign features keep their size.
+        share: Under ``"rule"``, the part of what R_well gained in log κ(H_P) that R_ill may spend, below 1. A step of
+            R_ill that raises κ(H_H) by a factor raises κ(H_P) by no more than it, so κ(H_P) falls in every pair.
+        growth: Under ``"rule"``, the largest factor by which a step raises κ(H_H); with ``r_ill`` every step does.
+        benign_weight: λ_P under ``"fixed"``; ``"balanced"`` scales its gradient to the norm of the task loss's.
+        harmful_weight: λ_H, likewise.
+        theta_init: ``"identity"``, ``"random"`` (normal, variance 1/D) or a ``(D, D)`` tensor.
+        inner_steps: Steps of the simulated attacker of ``imma``.
+        record_every: Epochs between records of the history, each of which takes two decompositions; 0 for the first
+            and last alone.
+        seed: Of ω, of a random θ and of the order of the batches.
+    """
+
+    epochs: int = 100
+    lr: float = 0.005
+    batch_size: int | None = None
+    step: str = "fixed"
+    share: float = 0.6
+    growth: float = 1.2
+    benign_weight: float | str = "balanced"
+    harmful_weight: float | str = "balanced"
+    theta_init: str | torch.Tensor = "identity"
+    inner_steps: int = 5
+    record_every: int = 1
+    seed: int = 0
+
+    def check(self, method: str) -> None:
+        """Refuse impossible values.
+
+        Raises:
+            ArgumentError: Names the option, what it may be and what it is.
+        """
+        check_count(self.epochs, "epochs")
+        check_number(self.lr, "lr", 0)
+        if self.batch_size is not None:
+            check_count(self.batch_size, "batch_size", least=2)
+        check_number(self.share, "share", 0, 1)
+        check_number(self.growth, "growth", 1)
+        check_count(self.inner_steps, "inner_steps")
+        check_count(self.record_every, "record_every", least=0)
+        check_count(self.seed, "seed", least=-(2**63), most=2**63 - 1)
+        for name, fine, wanted in (
+            ("lr", self.lr > 0, "above 0"),
+            ("share", self.share < 1, "below 1"),
+            ("growth", self.growth > 1, "above 1"),
+        ):
+            if not fine:
+                raise ArgumentError(f"{name} must be {wanted}, found {getattr(self, name)!r}.")
+        if self.step not in ("fixed", "rule"):
+            raise ArgumentError(f"step must be 'fixed' or 'rule', found {self.step!r}.")
+        if self.step == "rule" and method not in ("kappa", "r_ill"):
+            raise ArgumentError(f"step='rule' is proved for methods 'kappa' and 'r_ill' alone, found {method!r}.")
+        for name in ("benign_weight", "harmful_weight"):
+            weight = getattr(self, name)
+            if not (isinstance(weight, str) and weight == "balanced"):
+                check_number(weight, f"{name}, unless 'balanced',", 0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Benign data with targets, for squared error or cross-entropy.
+
+    Attributes:
+        X: ``(N, D)``.
+        targets: ``(N, C)`` real targets, or one-hot rows.
+        classify: Softmax cross-entropy, otherwise mean squared error (summed over the C targets).
+    """
+
+    X: torch.Tensor
+    targets: torch.Tensor
+    classify: bool
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return self.targets.shape[1]
+
+    @property
+    def curvature(self) -> float:
+        """Largest second derivative of :meth:`loss` along one score, times what features contribute."""
+        return (0.5 if self.classify else 2.0) / len(self.X)
+
+    def rows(self, index: torch.Tensor) -> Task:
+        """The same task on some rows."""
+        index = index.to(self.X.device)
+        return Task(self.X[index], self.targets[index], self.classify)
+
+    def loss(self, scores: torch.Tensor) -> torch.Tensor:
+        """Mean loss of scores ``(N, C)``."""
+        if self.classify:
+            return -(self.targets * scores.log_softmax(1)).sum(1).mean()
+        return (scores - self.targets).square().sum(1).mean()
+
+    def slope(self, scores: torch.Tensor) -> torch.Tensor:
+        """Gradient of :meth:`loss` with respect to the scores, ``(N, C)``."""
+        if self.classify:
+            return (scores.softmax(1) - self.targets) / len(scores)
+        return 2 * (scores - self.targets) / len(scores)
+
+
+def benign_task(X: torch.Tensor, y: Any) -> Task:
+    """Read targets: whole numbers in one dimension are classes, everything else is regression.
+
+    A single class is allowed (one digit's images, say) and gets a second output, so that cross-entropy is defined.
+
+    Args:
+        X: ``(N, D)`` float64.
+        y: ``(N,)`` class numbers from 0 or real targets, or ``(N, C)`` real targets.
+
+    Raises:
+        ShapeError: Another number of targets than rows, or negative class numbers.
+
+    Example:
+        >>> benign_task(torch.ones(2, 1).double(), torch.tensor([0, 0])).targets
+        tensor([[1., 0.],
+                [1., 0.]], dtype=torch.float64)
+    """
+    values = as_values(y, "y_benign").detach().to(X.device)
+    targets = as_targets(values, len(X), "y_benign").to(X.device)
+    if values.ndim == 2 or values.is_floating_point():
+        return Task(X, targets, classify=False)
+    classes = as_labels(values, len(X), "y_benign")
+    onehot = torch.nn.functional.one_hot(classes, max(int(classes.max()) + 1, 2))
+    return Task(X, onehot.to(torch.float64), classify=True)
+
+
+def log_kappa_gradient(X: torch.Tensor, Z: torch.Tensor) -> Direction:
+    """``∇_θ log κ(θᵀXᵀXθ)``, the direction of the baseline "Opt κ".
+
+    ``log κ = 2 log s_1 − 2 log s_k`` over the singular values of ``Z = Xθ``, so the gradient is
+    ``2Xᵀ(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k)Z``: both extreme pairs, no preconditioner.
+
+    Args:
+        X: ``(n, D)`` data.
+        Z: ``(n, D)`` features ``Xθ``.
+
+    Returns:
+        The ``(D, D)`` gradient, of rank two, as its factors.
+    """
+    values, left = feature_spectrum(Z)
+    ends = left[:, [0, -1]]
+    weights = torch.stack([1 / values[0], -1 / values[-1]])
+    return Direction(2 * (X.T @ ends), weights[:, None] * (ends.T @ Z))
+
+
+def adapted_loss(theta: torch.Tensor, X: torch.Tensor, targets: torch.Tensor, steps: int) -> torch.Tensor:
+    """The harmful squared loss after an attacker has fitted a head for some steps, differentiable in ``θ``.
+
+    The inner problem of IMMA (Zheng & Yeh, ECCV 2024) in the linear setting: ``w ← w − α∇_w L_H(w, θ)`` from
+    ``w = 0``, with the graph kept through every step. ``α`` is one over the curvature at the current ``θ``, a constant
+    for the outer gradient, so that the attacker always descends.
+
+    Args:
+        theta: ``(D, D)``, requires grad.
+        X: ``(n, D)`` harmful data.
+        targets: ``(n, C)`` harmful targets.
+        steps: Inner steps.
+
+    Returns:
+        Scalar.
+    """
+    Z = X @ theta
+    rate = len(Z) / (2 * torch.linalg.matrix_norm(Z.detach(), 2).square())
+    weight = Z.new_zeros(Z.shape[1], targets.shape[1])
+    for _ in range(steps):
+        # The gradient is written out: autograd then differentiates through it without a second graph.
+        weight = weight - rate * 2 / len(Z) * (Z.T @ (Z @ weight - targets))
+    return (Z @ weight - targets).square().sum() / len(Z)
 
 
 # Under the step rules κ(H_H) stops here: where harmful directions of their own exist it would grow without end, until

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from hf_immunize.errors import ShapeError
-from hf_immunize.linear.checks import as_data, as_targets, same_columns
-from hf_immunize.linear.factor import Factor, row_factor
+from hf_immunize.linear.inputs import as_data, as_targets, same_columns
+from hf_immunize.linear.optimum import Factor, row_factor
 from hf_immunize.linear.probe import least_squares_probe
 from hf_immunize.spectra.checks import binary_scale, check_number, check_result
 from hf_immunize.spectra.conditioning import feature_conditioning

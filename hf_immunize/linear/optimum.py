@@ -1,28 +1,110 @@
-"""The ceiling of RIR over all linear maps, and the map that reaches it.
+"""What the ceiling of RIR means for somebody about to train, in one plain sentence."""
 
-Let ``K_P``, ``K_H`` be the Gram matrices of the benign and the harmful data and ``A = K_P^{1/2} θ``. Then
-``κ(H_P) = κ(A)²`` and, with ``M = K_P^{-1/2} K_H K_P^{-1/2}``, ``κ(H_H) ≤ κ(M) κ(A)²``. So every invertible ``θ`` has
-
-    RIR(θ)  ≤  κ(M) · κ(K_P) / κ(K_H)
-
-and ``θ = K_P^{-1/2} Q diag(s)`` with ``M = Q diag(μ) Qᵀ`` attains it for any ``s`` that increases with ``μ``. With
-``s_i² = (μ_i/μ_min)^{log t / log κ(M)}`` one dial ``t`` runs along the frontier: ``κ(H_P) = t``, ``κ(H_H) = κ(M) t``.
-This bound is this library's, not the paper's.
-
-Nothing here squares a matrix: ``M`` enters through the singular values of ``X_H K_P^{-1/2}``, so ratios up to the
-inverse of rounding keep their digits.
-"""
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from hf_immunize.errors import ArgumentError
-from hf_immunize.linear.checks import same_columns
-from hf_immunize.linear.factor import Factor, null_basis, row_factor
-from hf_immunize.spectra.checks import check_count, check_number, check_result
+from hf_immunize.errors import ArgumentError, RankError, ShapeError
+from hf_immunize.linear.inputs import as_data, dtype_of_origin, keep_above_noise, same_columns
+from hf_immunize.spectra.checks import binary_scale, check_count, check_number, check_result, decomposing, times_power
+
+
+class Factor(NamedTuple):
+    """``X = U diag(s) Vᵀ`` without ``U`` and without the directions at rounding level.
+
+    ``K = XᵀX = V diag(s²) Vᵀ``, so every Hessian ``θᵀKθ`` of the linear setting is that of :attr:`rows`. They have
+    full row rank: no null direction of the data can come back as rounding noise through a large ``θ``.
+
+    Attributes:
+        s: ``(r,)`` singular values, falling.
+        V: ``(D, r)`` orthonormal basis of the row space.
+        num_samples: ``N`` of the data.
+        eps: Machine epsilon of the dtype that produced the data.
+    """
+
+    s: torch.Tensor
+    V: torch.Tensor
+    num_samples: int
+    eps: float
+
+    @property
+    def rank(self) -> int:
+        """Rank of the data."""
+        return len(self.s)
+
+    @property
+    def dim(self) -> int:
+        """``D``, the number of columns."""
+        return self.V.shape[0]
+
+    def unit(self) -> tuple[Factor, float]:
+        """The factor of the data divided by a power of two near their size, and that power."""
+        scale = binary_scale(self.s)
+        return self._replace(s=self.s / scale), scale
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """``diag(s) Vᵀ``, ``(r, D)``: the data up to a rotation of its samples."""
+        return self.s[:, None] * self.V.T
+
+    @property
+    def kappa(self) -> float:
+        """``κ(K)``, over the non-zero spectrum (Eq. 1 of Zheng et al., 2025)."""
+        return float(self.s[0] / self.s[-1]) ** 2
+
+
+def row_factor(X: Any, name: str = "X", *, produced_dtype: torch.dtype | None = None) -> Factor:
+    """Reduce data ``(N, D)`` to its factor.
+
+    Args:
+        X: ``(N, D)`` data or features.
+        name: What the caller calls them.
+        produced_dtype: The dtype they were computed in, where it is not the one they carry.
+
+    Raises:
+        ShapeError: Not a matrix of at least two rows.
+        NonFiniteError: A cell is NaN or infinite.
+        RankError: All cells are zero.
+
+    Example:
+        >>> factor = row_factor([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> factor.rank, factor.dim, factor.s
+        (1, 3, tensor([5.], dtype=torch.float64))
+    """
+    matrix = as_data(X, name)
+    origin = dtype_of_origin(X, produced_dtype)
+    with decomposing(name):
+        s, Vh = _right_decomposition(matrix)
+    keep = keep_above_noise(s, matrix.shape, origin)
+    if not keep.any():
+        raise RankError(f"{name} is zero in every cell, so it has no spectrum; check how it was loaded.")
+    return Factor(s[keep], Vh[keep].T, matrix.shape[0], torch.finfo(origin).eps)
+
+
+def _right_decomposition(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # A tall matrix loses nothing by a QR first, and the decomposition that follows no longer sees N.
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = torch.linalg.qr(matrix, mode="r").R
+    _, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return s, Vh
+
+
+def null_basis(V: torch.Tensor) -> torch.Tensor:
+    """Orthonormal basis of the directions that the columns of ``V`` miss.
+
+    Args:
+        V: ``(D, r)`` orthonormal.
+
+    Returns:
+        ``(D, D − r)``.
+    """
+    if V.shape[1] == 0:
+        return torch.eye(V.shape[0], dtype=V.dtype, device=V.device)
+    return torch.linalg.qr(V, mode="complete").Q[:, V.shape[1] :]
 
 
 @dataclass(frozen=True)
@@ -289,3 +371,114 @@ def _outer(
         reference = float(torch.linalg.matrix_norm(H.rows @ shared, 2)) if shared.numel() else float(H.s[0])
         scale[:outside] = gain * reference / strengths[:outside]
     return Wh.T * scale
+
+
+def principal_angles(X_benign: Any, X_harmful: Any, leading: int = 10) -> torch.Tensor:
+    """Angles between the leading eigenspaces of the two Gram matrices, in degrees, rising.
+
+    All near 0: both tasks live on the same directions, and slowing one slows the other. Near 90: each has its own. The
+    angles come from sines where they are small and cosines where they are large (Björck & Golub, 1973), so both ends
+    keep their digits.
+
+    Args:
+        X_benign: ``(N_P, D)``.
+        X_harmful: ``(N_H, D)``.
+        leading: How many leading eigenvectors of each; cut to the smaller rank.
+
+    Returns:
+        ``(min(leading, ranks),)`` float64.
+
+    Raises:
+        ArgumentError: ``leading`` below 1.
+        ShapeError: Different numbers of columns.
+
+    Example:
+        >>> principal_angles([[2.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [0.0, 0.0]], leading=1)
+        tensor([45.0000], dtype=torch.float64)
+    """
+    P, H = row_factor(X_benign, "X_benign"), row_factor(X_harmful, "X_harmful")
+    return factor_angles(P, H, leading)
+
+
+def factor_angles(P: Factor, H: Factor, leading: int = 10) -> torch.Tensor:
+    """:func:`principal_angles` of factors computed before."""
+    same_columns(P.V.T, H.V.T, ("X_benign", "X_harmful"))
+    check_count(leading, "leading")
+    count = min(leading, P.rank, H.rank)
+    A, B = P.V[:, :count], H.V[:, :count]
+    cosines = torch.linalg.svdvals(A.T @ B).clamp(max=1.0)
+    sines = torch.linalg.svdvals(B - A @ (A.T @ B)).flip(0).clamp(max=1.0)
+    return torch.rad2deg(torch.where(sines < 0.5, sines.asin(), cosines.acos()))
+
+
+def proposition_diagonal(X: Any, theta: Any) -> torch.Tensor:
+    """The diagonal of ``VᵀHV`` that Proposition 3.2 takes for the singular values of ``H``: ``σ_θ,i² u_iᵀKu_i``.
+
+    Args:
+        X: ``(N, D)`` data, ``K = XᵀX``.
+        theta: ``(D, D)`` map with singular value decomposition ``UΣVᵀ``.
+
+    Returns:
+        ``(D,)``, falling. Majorized by the true eigenvalues, equal to them where ``U`` diagonalizes ``K``.
+
+    Raises:
+        ShapeError: ``θ`` has another number of rows than the data have columns.
+
+    Example:
+        >>> proposition_diagonal([[1.0, 1.0], [0.0, 1.0]], torch.eye(2))  # the eigenvalues are 2.618 and 0.382
+        tensor([2., 1.], dtype=torch.float64)
+    """
+    data, matrix = as_data(X, "X"), as_data(theta, "theta")
+    if matrix.shape[0] != data.shape[1]:
+        raise ShapeError(f"Expected theta with {data.shape[1]} rows, one a column of X, found {matrix.shape[0]}.")
+    U, sigma, _ = torch.linalg.svd(matrix.to(data.device), full_matrices=False)
+    scale = binary_scale(data)
+    # Each factor brings its own size; the square of their product may be at hand where that of one is not.
+    values = times_power((data / scale @ U).square().sum(0) * (sigma / sigma[0]).square(), scale * float(sigma[0]), 2)
+    return check_result(values, "the diagonal").sort(descending=True).values
+
+
+# From which ceiling on immunization by conditioning is worth trying; the paper's own results start at 3 and reach 350.
+_HARDLY, _WORTHWHILE = 2.0, 10.0
+
+
+def advice(ceiling: Ceiling) -> str:
+    """One sentence: can these two tasks be told apart by conditioning at all, and what limits it.
+
+    Args:
+        ceiling: Of the two tasks.
+
+    Example:
+        >>> from hf_immunize.linear.optimum import rir_ceiling
+        >>> advice(rir_ceiling([[2.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]))
+        'No linear map can immunize here: both tasks use the same directions in the same proportions (ceiling 1), ...'
+    """
+    if math.isinf(ceiling.value):
+        share = ceiling.harmful_only / ceiling.harmful_rank
+        text = (
+            f"A linear map can immunize without limit here, because {ceiling.harmful_only} of the "
+            f"{ceiling.harmful_rank} harmful directions ({100 * share:.0f} %) do not occur in the benign data"
+        )
+        if ceiling.num_benign < ceiling.dim:
+            return (
+                f"{text}, but with {ceiling.num_benign} benign samples in {ceiling.dim} dimensions that may only mean "
+                "that samples are missing: add benign data and look again."
+            )
+        if ceiling.common_rank == 0:
+            return f"{text}; the two tasks share no direction at all."
+        return f"{text}; on the directions that both use the ceiling is {ceiling.common_value:.3g}."
+    if ceiling.value < _HARDLY:
+        how = "the same" if ceiling.value < 1.01 else "almost the same"
+        return (
+            f"No linear map can immunize here: both tasks use the same directions in {how} proportions (ceiling "
+            f"{ceiling.value:.3g}), so change the features, not the map behind them."
+        )
+    if ceiling.value < _WORTHWHILE:
+        return (
+            f"A linear map can immunize only weakly here (ceiling {ceiling.value:.3g}): expect little from "
+            "conditioning unless earlier layers of the network move as well."
+        )
+    return (
+        f"A linear map can immunize here: harmful probing can become {ceiling.value:.3g} times worse conditioned "
+        "while benign probing stays as it is."
+    )

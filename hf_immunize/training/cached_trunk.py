@@ -11,15 +11,12 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_immunize.data.images import ImageCollator
-from hf_immunize.data.pairing import PairedDataset
+from hf_immunize.data.pairs import PairedDataset
 from hf_immunize.data.streams import StreamedRows
 from hf_immunize.errors import ArgumentError
-from hf_immunize.features.processes import ALONE, launched
+from hf_immunize.features.cache import DTYPES, CachedPairs, TrunkCache, has_random_rows, open_or_write
+from hf_immunize.features.ranks import ALONE, launched
 from hf_immunize.features.trunk import TrunkSplit, split_trunk
-from hf_immunize.features.trunk_cache import DTYPES, TrunkCache
-from hf_immunize.features.trunk_rows import CachedPairs
-from hf_immunize.features.trunk_store import open_or_write
-from hf_immunize.features.trunk_views import has_random_rows
 from hf_immunize.training.distributed import world_size
 
 

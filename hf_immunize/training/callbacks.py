@@ -14,9 +14,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CheckpointError
+from hf_immunize.training.checkpoints import (
+    benign_drops,
+    best_checkpoint,
+    by_step,
+    check_restorable,
+    load_into,
+    rir_successes,
+)
 from hf_immunize.training.distributed import any_process, first_process_step
-from hf_immunize.training.history import benign_drops, by_step, rir_successes
-from hf_immunize.training.restoring import best_checkpoint, check_restorable, load_into
 
 
 ACTIONS = ("stop", "restore")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_immunize.errors import ArgumentError
-from hf_immunize.vision.features import HeadInput
+from hf_immunize.vision.head import HeadInput
 
 
 if TYPE_CHECKING:

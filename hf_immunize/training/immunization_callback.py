@@ -11,17 +11,16 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.images import ImageCollator, ImageRows
-from hf_immunize.data.pairing import BatchSizes, PairedDataset, PairedSampler, check_one_shape
+from hf_immunize.data.pairs import BatchSizes, PairedDataset, PairedSampler, check_one_shape
 from hf_immunize.data.streams import StreamedRows, is_stream
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.files import staged_directory
-from hf_immunize.training.budget import BudgetWatch
+from hf_immunize.training.arguments import Method
+from hf_immunize.training.checkpoints import load_weights, sharded_weights
 from hf_immunize.training.distributed import world_size
-from hf_immunize.training.method import Method
-from hf_immunize.training.restoring import sharded_weights
-from hf_immunize.training.resuming import load_step, save_step
-from hf_immunize.training.running import RunningMeans
-from hf_immunize.training.saving import load_weights
+from hf_immunize.training.evaluation import RunningMeans
+from hf_immunize.training.record import BudgetWatch
+from hf_immunize.training.run_state import load_step, save_step
 from hf_immunize.training.step import ImmunizationStep
 
 

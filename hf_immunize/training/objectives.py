@@ -9,14 +9,120 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_immunize.errors import DataError, ScopeError
 from hf_immunize.spectra.hessian_functions import Hessian
 from hf_immunize.spectra.regularizers import hessian_log_kappa, hessian_r_ill, hessian_r_well, spectral_concentration
-from hf_immunize.training.inner import adapted_loss
-from hf_immunize.training.rectifying import rectifier_activity
-from hf_immunize.training.terms import Terms
+from hf_immunize.training.distributed import process_mean, sum_over_processes, world_size
+
+
+@dataclass(frozen=True)
+class InnerTerm:
+    """A term that looks at something inside the network instead of at the classifier's input.
+
+    Attributes:
+        value: 0-D, the same on every process.
+        gradient_norm: Norm of its gradient on what it looks at, 0-D, detached.
+        scale: The unit in which that norm is weighed, 0-D, detached.
+        left: Share of its work that is left, between 0 and 1, 0-D, detached; None for all of it. Balanced by its norm,
+            a term would push as hard for the last trifle as at the start, and a multiplier would rise for it until the
+            budget is spent.
+    """
+
+    value: Tensor
+    gradient_norm: Tensor
+    scale: Tensor
+    left: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Regularization terms to be minimized, by the side whose features they look at.
+
+    Attributes:
+        benign: Name to 0-D tensor; weighted by ``benign_weight``.
+        harmful: Name to 0-D tensor; weighted by ``harmful_weight``.
+        inner: Name to a term of what harmful images are inside the network; weighted by ``harmful_weight`` too.
+    """
+
+    benign: dict[str, Tensor] = field(default_factory=dict)
+    harmful: dict[str, Tensor] = field(default_factory=dict)
+    inner: dict[str, InnerTerm] = field(default_factory=dict)
+
+
+def adapted_loss(features: Tensor, labels: Tensor, steps: int = 5) -> Tensor:
+    """Cross-entropy of a linear head after some steps of gradient descent from zero, differentiable in the features.
+
+    The inner problem of IMMA (Zheng & Yeh, ECCV 2024, arXiv:2311.18815) for linear probing: ``W ← W − α ∇_W CE(ZW)``,
+    with the graph kept through every step. ``α = 2N/σ_1(ZᵀZ)``, one over a bound on the curvature of the mean loss, is
+    a constant for the outer gradient: the attacker always descends, whatever the features' scale.
+
+    Args:
+        features: Z, shape ``(N, D)``.
+        labels: Class indices, shape ``(N,)``; only the classes present matter.
+        steps: Inner steps.
+
+    Returns:
+        0-D tensor, in nats; at most ``log(number of classes present)``, its value at ``W = 0``.
+
+    Example:
+        >>> Z, y = torch.eye(4), torch.tensor([0, 1, 2, 3])
+        >>> bool(adapted_loss(Z, y, steps=9) < adapted_loss(Z, y, steps=1) < torch.log(torch.tensor(4.0)))
+        True
+    """
+    rows = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+    present, targets = torch.unique(labels, return_inverse=True)
+    wanted = F.one_hot(targets, len(present)).to(rows.dtype)
+    rate = 2 * len(rows) / torch.linalg.matrix_norm(rows.detach(), 2).square()
+    weight = rows.new_zeros(rows.shape[1], len(present))
+    for _ in range(steps):
+        # The gradient is written out: autograd then differentiates through it without a second graph.
+        weight = weight - rate / len(rows) * rows.mT @ (torch.softmax(rows @ weight, dim=1) - wanted)
+    return F.cross_entropy(rows @ weight, targets)
+
+
+# How far below zero harmful images shall enter, in units of what benign ones enter with: for images not trained on.
+MARGIN = 0.5
+# Keeps the logarithm finite where all are off.
+_FLOOR = 1e-12
+# From this mean square on, in units of u², the term counts as nearly done, and weighs less the smaller it is.
+_NEARLY_DONE = 1e-4
+
+
+def rectifier_activity(harmful: Tensor, benign: Tensor, margin: float = MARGIN) -> InnerTerm:
+    """How far harmful images are from switching all rectifiers of a layer off.
+
+    ``log mean relu(a/u + margin)²`` over what enters them, a, of harmful images; u is the root mean square of what
+    enters of benign ones, which is taken as it is. Where a rectifier is off, its output is zero exactly and no
+    gradient passes back; where all of a layer are off that no shortcut bypasses, every image has the same features,
+    and no probe of a later layer reads anything.
+
+    Args:
+        harmful: What enters, of this process's harmful images, ``(N_H, ...)``, in the autograd graph.
+        benign: The same of its benign images, ``(N_P, ...)``.
+        margin: How far below zero all shall be, in units of u.
+
+    Returns:
+        The term, of the images of all processes, with the norm of its gradient on what enters, the unit in which
+        this is weighed (one over the size of what enters of benign images), and how much is left to do.
+
+    Example:
+        >>> term = rectifier_activity(torch.tensor([[-2.0, 0.5]], requires_grad=True), torch.tensor([[1.0, -1.0]]))
+        >>> round(term.value.exp().item(), 3), round(term.scale.item(), 3)
+        (0.5, 0.707)
+    """
+    dtype = torch.promote_types(harmful.dtype, torch.float32)
+    entries = benign[0].numel() * len(benign) * world_size()
+    unit = process_mean(benign.detach().to(dtype).square().mean()).clamp_min(torch.finfo(dtype).tiny).sqrt()
+    count = harmful[0].numel() * len(harmful) * world_size()
+    squares = sum_over_processes(torch.relu(harmful.to(dtype) / unit + margin).square().sum())
+    mean = squares / count + _FLOOR
+    norm = 2 * squares.detach().sqrt() / (unit * count * mean.detach())
+    left = (squares.detach() / count / _NEARLY_DONE).clamp(max=1)
+    return InnerTerm(torch.log(mean), norm, 1 / (unit * entries**0.5), left)
 
 
 @dataclass(frozen=True)
@@ -149,7 +255,7 @@ def auto(benign: Side, harmful: Side, scale_free: bool = False) -> Terms:
     """What stops linear probes best: `silence` where there are rectifiers to switch off, else `concentration`.
 
     `ImmunizationStep` gives none to switch off where features hardly tell harmful from benign images (see
-    `hf_immunize.training.telling_apart`).
+    `hf_immunize.training.choice`).
 
     Args:
         benign: The benign side.

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_immunize.errors import DataError, ImmunizationError, NonFiniteError, ScopeError
+from hf_immunize.errors import DataError, ImmunizationError, NonFiniteError, ScopeError, ShapeError
 from hf_immunize.features.trunk import TrunkSplit
 from hf_immunize.spectra.hessian_functions import Hessian
+from hf_immunize.training.arguments import Method
 from hf_immunize.training.cached_trunk import replayed
 from hf_immunize.training.checks import check_checkpointing, check_classifier
+from hf_immunize.training.choice import RectifierChoice
 from hf_immunize.training.distillation import (
     MOST_OF_AN_IMAGE,
     StartingModel,
@@ -30,18 +34,121 @@ from hf_immunize.training.distributed import (
     sum_is_smaller,
     world_size,
 )
-from hf_immunize.training.forward import forward_both
-from hf_immunize.training.method import Method
-from hf_immunize.training.objectives import OBJECTIVES, Side
-from hf_immunize.training.queue import FeatureQueue
-from hf_immunize.training.rectifier_choice import RectifierChoice
-from hf_immunize.training.terms import Terms
+from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.weighting import Weighting, gradient_norm
-from hf_immunize.vision.adapters import outermost_name
-from hf_immunize.vision.features import HeadInput, find_head
-from hf_immunize.vision.precision import check_full_precision
-from hf_immunize.vision.rectifiers import RectifierInputs
+from hf_immunize.vision.families import RectifierInputs
+from hf_immunize.vision.head import HeadInput, check_full_precision, find_head, outermost_name
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
+
+
+class FeatureQueue:
+    """The last rows of features, without gradient.
+
+    A regularizer of ``[Z_batch; queue]`` estimates that of the population, with its gradient through the batch alone.
+    The rows come from slightly older weights: a queue of 2,048 rows at batches of 64 spans 32 steps.
+
+    Args:
+        size: Rows to keep.
+
+    Example:
+        >>> queue = FeatureQueue(3)
+        >>> queue.push(torch.tensor([[1.0], [2.0]]))
+        >>> queue.join(torch.tensor([[3.0]])).flatten().tolist()
+        [3.0, 1.0, 2.0]
+        >>> queue.push(torch.tensor([[3.0], [4.0]]))  # the oldest row makes room
+        >>> queue.join(torch.tensor([[5.0]])).flatten().tolist()
+        [5.0, 2.0, 3.0, 4.0]
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 0 if self._rows is None else len(self._rows)
+
+    def join(self, features: Tensor) -> Tensor:
+        """The batch's features and the queue's below them.
+
+        Args:
+            features: Shape ``(N, D)``.
+
+        Returns:
+            Shape ``(N + len(queue), D)``; gradient flows to the batch's rows alone.
+
+        Raises:
+            ShapeError: If the queue holds features of another dimension.
+        """
+        if self._rows is None:
+            return features
+        if self._rows.shape[1] != features.shape[1]:
+            raise ShapeError(
+                f"Expected features of dimension {self._rows.shape[1]}, which the queue holds, found "
+                f"{features.shape[1]}: the checkpoint is of another model. Resume with the model of the interrupted "
+                "run, or start anew."
+            )
+        return torch.cat([features, self._rows.to(features.device, features.dtype)])
+
+    def push(self, features: Tensor) -> None:
+        """Take in the rows of a step; the oldest ones make room.
+
+        Args:
+            features: Shape ``(N, D)``.
+        """
+        rows = features.detach()
+        if self._rows is not None:
+            rows = torch.cat([self._rows.to(rows.device, rows.dtype), rows])
+        self._rows = rows[-self.size :].clone()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows; empty before the first step."""
+        return {} if self._rows is None else {"rows": self._rows}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        rows = state.get("rows")
+        self._rows = None if rows is None else rows[-self.size :]
+
+
+def forward_both(
+    model: nn.Module, head: nn.Module, benign: dict[str, Any], others: dict[str, Any], *, together: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features and logits of benign and other images, benign rows first.
+
+    Args:
+        model: The model, as wrapped for training.
+        head: Its classifier, inside the wrapping.
+        benign: ``pixel_values`` of shape ``(N_P, C, H, W)``.
+        others: ``pixel_values`` of shape ``(N_O, C, H, W)``: harmful images, and those of the distillation set.
+        together: Whether one pass over both is exact, which it is unless BatchNorm uses the statistics of its batch.
+
+    Returns:
+        Features ``(N_P + N_O, D)``, logits ``(N_P + N_O, C)``, and the features in the autograd graph of the benign
+        logits: all of them after one pass, those of the benign pass after two.
+    """
+    if together:
+        with HeadInput(head) as captured:
+            outputs = model(pixel_values=torch.cat([benign["pixel_values"], others["pixel_values"]]))
+        return captured.features, outputs["logits"], captured.features
+    with HeadInput(head) as first:
+        benign_logits = model(pixel_values=benign["pixel_values"])["logits"]
+    # A harmful batch in the running statistics alone costs benign accuracy.
+    with HeadInput(head) as second, _batchnorm_in_eval(model):
+        other_logits = model(pixel_values=others["pixel_values"])["logits"]
+    logits = torch.cat([benign_logits, other_logits])
+    return torch.cat([first.features, second.features]), logits, first.features
+
+
+@contextmanager
+def _batchnorm_in_eval(model: nn.Module) -> Iterator[None]:
+    modules = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
 
 
 @dataclass(frozen=True)
@@ -154,7 +261,7 @@ class ImmunizationStep:
         if missing := [side for side in ("benign", "harmful") if side not in batch]:
             raise DataError(
                 f"Expected a batch of benign and harmful images, found none that are {missing[0]}. Collate pairs with "
-                "hf_immunize.data.pairing.PairedCollator, or give a dictionary of both sides."
+                "hf_immunize.data.pairs.PairedCollator, or give a dictionary of both sides."
             )
         self.calls += 1
         for module in self.still:

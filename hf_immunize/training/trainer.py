@@ -16,31 +16,43 @@ from transformers.utils import logging
 
 from hf_immunize.data.degenerate import degenerate_sides
 from hf_immunize.data.images import ImageCollator
-from hf_immunize.data.pairing import PairedCollator
+from hf_immunize.data.pairs import PairedCollator
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
-from hf_immunize.features.measurement import Measurement, of_side, spectral_metrics
+from hf_immunize.features.extract import Measurement, of_side, spectral_metrics
 from hf_immunize.files import check_writable, remove_leftovers, staged_directory
 from hf_immunize.hub.card import CARD_NAME
-from hf_immunize.hub.outcomes import named_outcomes
-from hf_immunize.hub.validation import RECORD_NAME
-from hf_immunize.training import publishing
-from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.budget import BudgetWatch, describe_budget
+from hf_immunize.hub.push import named_outcomes
+from hf_immunize.hub.record import RECORD_NAME
+from hf_immunize.training import record as publishing
+from hf_immunize.training.arguments import ImmunizationArguments, Method
 from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
+from hf_immunize.training.checkpoints import (
+    check_finite_weights,
+    check_whole,
+    checkpoint_to_resume,
+    load_weights,
+    remove_other_forms,
+    whole_or_passed_over,
+)
 from hf_immunize.training.checks import (
     as_classifier,
     check_batches,
+    check_best_metric,
     check_checkpointing,
     check_classifier,
     check_prepared,
     check_reporting,
     check_shardable,
     check_sharding,
+    image_rows,
+    paired_rows,
+    side_rows,
 )
 from hf_immunize.training.evaluation import (
     Evaluation,
     MeanLoss,
     RunningAccuracy,
+    RunningMeans,
     accuracy,
     add_metrics,
     fold,
@@ -49,23 +61,11 @@ from hf_immunize.training.evaluation import (
     merged,
     own_images,
 )
-from hf_immunize.training.evidence import Evidence, record_saved, save_record
-from hf_immunize.training.method import Method
-from hf_immunize.training.preparation import check_best_metric, image_rows, paired_rows, side_rows
+from hf_immunize.training.record import BudgetWatch, Evidence, describe_budget, record_saved, save_record
 from hf_immunize.training.run_state import load_run_state, save_run_state
-from hf_immunize.training.running import RunningMeans
-from hf_immunize.training.saving import (
-    check_finite_weights,
-    check_whole,
-    checkpoint_to_resume,
-    load_weights,
-    remove_other_forms,
-    whole_or_passed_over,
-)
 from hf_immunize.training.step import ImmunizationStep
-from hf_immunize.vision.adapters import without_wrapper
-from hf_immunize.vision.features import HeadInput
-from hf_immunize.vision.round_trip import describe_adapter, difference_on_loading, plain_names
+from hf_immunize.vision.head import HeadInput, without_wrapper
+from hf_immunize.vision.loading import describe_adapter, difference_on_loading, plain_names
 from hf_immunize.vision.scope import select_trainable
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_immunize.spectra.hessian_functions import Hessian
 from hf_immunize.training.distributed import process_mean
-from hf_immunize.training.terms import Terms
+from hf_immunize.training.objectives import Terms
 
 
 # In a step the multiplier changes by this power of budget over measure, within these bounds: slower the nearer the

@@ -11,8 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers.utils import logging
 
 from hf_immunize.errors import ScopeError
-from hf_immunize.vision.adapters import adapter_parameters, outermost_name, without_wrapper
-from hf_immunize.vision.features import find_head
+from hf_immunize.vision.head import adapter_parameters, find_head, outermost_name, without_wrapper
 
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from hf_immunize.audit.outcomes import AuditData, Outcome, Spectrum, Task, Utility
+from hf_immunize.audit.result import AuditData, Outcome, Spectrum, Task, Utility
 
 
 CHANCE = 0.01

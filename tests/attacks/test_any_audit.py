@@ -6,10 +6,9 @@ from audit_sample import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_immunize.audit.findings import CLAIMS, SIDE_CLAIMS, Kind
-from hf_immunize.audit.outcomes import Outcome, Utility
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.verdict import judge
+from hf_immunize.audit.result import Outcome, Utility
+from hf_immunize.audit.verdict import CLAIMS, SIDE_CLAIMS, Kind, judge
 
 
 share = st.floats(0, 1)

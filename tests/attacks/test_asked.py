@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hf_immunize.attacks.presets import ProbeBudget, TuningBudget, find_preset
-from hf_immunize.audit.runner import audit
+from hf_immunize.audit.run import audit
 from hf_immunize.errors import ArgumentError
 
 

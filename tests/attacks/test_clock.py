@@ -6,10 +6,10 @@ import pytest
 import torch
 from attacked import CLASSES, pictures, tiny_vit
 
-from hf_immunize.attacks import clock
-from hf_immunize.attacks.clock import Clock
+from hf_immunize.attacks import descent as clock
+from hf_immunize.attacks.attacker import PROBES
+from hf_immunize.attacks.descent import Clock
 from hf_immunize.attacks.finetune import fine_tune
-from hf_immunize.attacks.suite import PROBES
 
 
 pytest_plugins = ["attack_fixtures"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from attacked import tiny_vit
 
-from hf_immunize.audit.feature_store import FeatureStore
-from hf_immunize.features.layers import Extraction, Layer
+from hf_immunize.audit.journal import FeatureStore
+from hf_immunize.features.extract import Extraction, Layer
 
 
 VIEWS = [(Layer("block", False, (2, 4)), "pooled"), (Layer("block", False, (2, 4)), "flattened")]

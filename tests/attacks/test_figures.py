@@ -6,9 +6,9 @@ import pytest
 from audit_sample import attack, make, sample_data
 
 from hf_immunize.audit.figures import draw_all, draw_curves, draw_spectra
-from hf_immunize.audit.outcomes import Spectrum
-from hf_immunize.audit.summaries import summarize
-from hf_immunize.audit.tables import make_tables
+from hf_immunize.audit.report import make_tables
+from hf_immunize.audit.result import Spectrum
+from hf_immunize.audit.statistics import summarize
 
 
 def draw(data):

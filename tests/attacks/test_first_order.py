@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hf_immunize.attacks.first_order import descent_factors, gd_line_search, minibatches, standardize_part
+from hf_immunize.attacks.descent import descent_factors, gd_line_search, minibatches, standardize_part
+from hf_immunize.attacks.direct import ridge
 from hf_immunize.attacks.presets import ProbeBudget
 from hf_immunize.attacks.probe_data import Part, ProbeData, decompose
-from hf_immunize.attacks.second_order import ridge
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 
 

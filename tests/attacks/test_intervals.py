@@ -1,7 +1,7 @@
 import pytest
 from scipy import stats
 
-from hf_immunize.audit.intervals import accuracy_interval, mean_interval, wilson_interval
+from hf_immunize.audit.statistics import accuracy_interval, mean_interval, wilson_interval
 
 
 def test_the_interval_is_students():

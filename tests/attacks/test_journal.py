@@ -4,7 +4,7 @@ import pytest
 from attacked import tiny_vit
 
 from hf_immunize.audit.journal import Journal, fingerprint
-from hf_immunize.audit.outcomes import Outcome
+from hf_immunize.audit.result import Outcome
 from hf_immunize.errors import ArgumentError, CheckpointError
 
 

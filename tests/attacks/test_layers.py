@@ -4,8 +4,8 @@ import pytest
 import torch
 from attacked import pictures, tiny_resnet, tiny_vit
 
-from hf_immunize.features.layers import choose_views, dual_coordinates, extract_views, find_layers
-from hf_immunize.vision.features import penultimate_features
+from hf_immunize.features.extract import choose_views, dual_coordinates, extract_views, find_layers
+from hf_immunize.vision.head import penultimate_features
 
 
 def test_a_network_of_stages_is_read_where_the_resolution_changes():

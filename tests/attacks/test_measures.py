@@ -7,8 +7,8 @@ import torch
 from audit_sample import make
 from scipy import stats
 
-from hf_immunize.audit.measures import deviations, paired_utility, relative_deviation
-from hf_immunize.audit.outcomes import Outcome
+from hf_immunize.audit.result import Outcome
+from hf_immunize.audit.statistics import deviations, paired_utility, relative_deviation
 from hf_immunize.errors import ShapeError
 
 

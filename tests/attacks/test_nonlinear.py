@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_immunize.attacks.nonlinear import knn
+from hf_immunize.attacks.direct import knn
 from hf_immunize.attacks.probe_data import ProbeData
 
 

@@ -6,7 +6,7 @@ import torch
 from hf_immunize.audit import passes
 from hf_immunize.audit.passes import Pass, StoredPasses, make_folder
 from hf_immunize.errors import DiskSpaceError
-from hf_immunize.features.layers import Extraction, Layer
+from hf_immunize.features.extract import Extraction, Layer
 
 
 LAYER = Layer("blocks.0", False, (4,))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from audit_sample import attack, lost, make, sample_data
 
-from hf_immunize.audit.outcomes import Spectrum, Task, Utility
 from hf_immunize.audit.report import AuditReport
+from hf_immunize.audit.result import Spectrum, Task, Utility
 from hf_immunize.errors import CheckpointError, DataError
 
 

@@ -81,8 +81,8 @@ def test_an_interrupted_audit_goes_on_where_it_was(models, harmful, tiny_preset,
 
 def test_a_finished_audit_attacks_nothing_again(models, harmful, tiny_preset, tmp_path, monkeypatch):
     first = run(models, harmful, tiny_preset, run_dir=tmp_path)
-    monkeypatch.setattr("hf_immunize.audit.work.PROBES", {})
-    monkeypatch.setattr("hf_immunize.audit.work.fine_tune", None)
+    monkeypatch.setattr("hf_immunize.audit.run.PROBES", {})
+    monkeypatch.setattr("hf_immunize.audit.run.fine_tune", None)
     assert run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes == first.outcomes
 
 
@@ -91,7 +91,7 @@ def test_a_resumed_audit_extracts_no_features_again(models, harmful, benign, tin
     first = run(models, harmful, preset, benign=benign, run_dir=tmp_path)
     path = tmp_path / "outcomes.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
-    monkeypatch.setattr("hf_immunize.audit.work.extract_views", None)
+    monkeypatch.setattr("hf_immunize.audit.run.extract_views", None)
     again = run(models, harmful, preset, benign=benign, run_dir=tmp_path)
     assert without_time(again) == without_time(first)
     assert (again.spectra, again.utility, again.rir) == (first.spectra, first.utility, first.rir)

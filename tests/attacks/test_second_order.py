@@ -4,13 +4,13 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from hf_immunize.attacks.probe_data import Part, decompose
-from hf_immunize.attacks.second_order import (
+from hf_immunize.attacks.direct import (
     conjugate_path,
     filter_accuracies,
     ridge,
     whitening,
 )
+from hf_immunize.attacks.probe_data import Part, decompose
 
 
 pytest_plugins = ["attack_fixtures"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from audit_sample import attack, lost, make, sample_data
 
-from hf_immunize.audit.serialization import check, from_json, to_json, without_local_paths
+from hf_immunize.audit.report import check, from_json, to_json, without_local_paths
 from hf_immunize.errors import DataError
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hf_immunize.attacks.first_order import standardize_part
+from hf_immunize.attacks.descent import standardize_part
+from hf_immunize.attacks.direct import lbfgs, logistic_regression, softmax_path
 from hf_immunize.attacks.presets import ProbeBudget
-from hf_immunize.attacks.softmax import lbfgs, logistic_regression, softmax_path
 
 
 pytest_plugins = ["attack_fixtures"]

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from audit_sample import STEPS, attack, make
 
-from hf_immunize.audit.findings import Kind
-from hf_immunize.audit.outcomes import Outcome, Task
-from hf_immunize.audit.speed import first_reaching, late_rise, steps_ratios
-from hf_immunize.audit.verdict import judge
+from hf_immunize.audit.result import Outcome, Task
+from hf_immunize.audit.statistics import first_reaching, late_rise, steps_ratios
+from hf_immunize.audit.verdict import Kind, judge
 
 
 def test_a_flat_curve_does_not_rise():

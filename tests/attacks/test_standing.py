@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_immunize.audit.standing import Standing
+from hf_immunize.audit.feature_metrics import Standing
 
 
 def noted(*tasks, collapse=False):

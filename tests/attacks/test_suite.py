@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hf_immunize.attacks.attacker import PROBES
 from hf_immunize.attacks.presets import ALL_ATTACKERS, FINE_TUNING, PRESETS, RESTORING
 from hf_immunize.attacks.probe_data import ProbeData
-from hf_immunize.attacks.suite import PROBES
 
 
 pytest_plugins = ["attack_fixtures"]

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 from audit_sample import attack, lost, make, probes, sample_data
 
-from hf_immunize.audit.outcomes import Outcome
-from hf_immunize.audit.summaries import (
+from hf_immunize.audit.result import Outcome
+from hf_immunize.audit.statistics import (
     gap,
     gap_of_images,
     gap_of_seeds,

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from audit_sample import LAYERS, STEPS, attack, lost, make, sample_data
 
-from hf_immunize.audit.tables import make_tables
+from hf_immunize.audit.report import make_tables
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from attacked import pictures, rows_of
 
-from hf_immunize.audit.task_images import Images
+from hf_immunize.audit.tasks import Images
 from hf_immunize.data.images import ImageRows
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from hf_immunize.attacks.presets import ALL_ATTACKERS
-from hf_immunize.audit.text import LABELS, clean, label, percent, ratio, signed
+from hf_immunize.audit.names import LABELS, clean, label, percent, ratio, signed
 
 
 @pytest.mark.parametrize("character", ["\n", "\r", "\t", "\x00", "\x1b", "\u202e", "\u2028", "\ud800", "\ue000"])

@@ -8,12 +8,11 @@ import torch
 from audit_sample import CHANCE, STEPS, attack, fine_tuning, layers, lost, make, probes, rising, sample_data
 
 from hf_immunize import immunize_linear, relative_immunization_ratio
-from hf_immunize.audit import thresholds as limit
-from hf_immunize.audit.findings import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind
-from hf_immunize.audit.intervals import paired_interval
-from hf_immunize.audit.outcomes import Outcome, Task, Utility
-from hf_immunize.audit.verdict import judge
-from hf_immunize.audit.wording import sentences
+from hf_immunize.audit import statistics as limit
+from hf_immunize.audit.report import sentences
+from hf_immunize.audit.result import Outcome, Task, Utility
+from hf_immunize.audit.statistics import paired_interval
+from hf_immunize.audit.verdict import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind, judge
 
 
 def kinds(data, access=None, task="harmful"):

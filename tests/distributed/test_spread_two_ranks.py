@@ -13,7 +13,7 @@ from transformers import ViTImageProcessorPil
 from typer.testing import CliRunner
 
 from hf_immunize.cli.main import app
-from hf_immunize.features.processes import ALONE
+from hf_immunize.features.ranks import ALONE
 
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

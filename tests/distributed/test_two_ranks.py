@@ -10,8 +10,8 @@ import torch
 import transformers as hf
 
 from hf_immunize.files import checked
+from hf_immunize.training.checkpoints import MANIFEST, last_whole_checkpoint
 from hf_immunize.training.objectives import INSIDE, OBJECTIVES
-from hf_immunize.training.saving import MANIFEST, last_whole_checkpoint
 
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

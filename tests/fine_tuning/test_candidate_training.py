@@ -6,7 +6,7 @@ from transformers import AutoModelForImageClassification
 
 from examples.fine_tuning.candidates import CANDIDATES
 from examples.fine_tuning.training import CandidateStep, Passing
-from hf_immunize.training.method import Method
+from hf_immunize.training.arguments import Method
 from hf_immunize.vision.scope import select_trainable
 
 

@@ -7,10 +7,18 @@ import transformers as hf
 from PIL import Image
 
 from hf_immunize.hub.collect import describe_side, exact_ratio, software_versions
-from hf_immunize.hub.hashes import hash_weights
-from hf_immunize.hub.measure import image_rows, measure
-from hf_immunize.hub.parts import AttackRecord, AuditRecord, BaseModelRecord, DataRecord, MethodRecord, MetricRecord
-from hf_immunize.hub.record import ImmunizationRecord, write_record
+from hf_immunize.hub.record import (
+    AttackRecord,
+    AuditRecord,
+    BaseModelRecord,
+    DataRecord,
+    ImmunizationRecord,
+    MethodRecord,
+    MetricRecord,
+    write_record,
+)
+from hf_immunize.hub.verify import image_rows, measure
+from hf_immunize.hub.weights import hash_weights
 
 
 def tiny_model():

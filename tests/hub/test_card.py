@@ -12,18 +12,18 @@ from markdown_it import MarkdownIt
 
 from hf_immunize.errors import CardError
 from hf_immunize.hub.card import CardOptions, eval_results, licence_fields, render_card, write_card
-from hf_immunize.hub.parts import (
+from hf_immunize.hub.record import (
     AttackRecord,
     AuditRecord,
     BaseModelRecord,
     ConditioningRecord,
     DataRecord,
+    ImmunizationRecord,
     MethodRecord,
     MetricRecord,
     RatioRecord,
     SideRecord,
 )
-from hf_immunize.hub.record import ImmunizationRecord
 from hf_immunize.text import printable
 
 
@@ -298,7 +298,7 @@ def test_names_change_nothing_but_words(name, harmful, base, attacker, licence, 
 
 
 def test_an_objective_that_hides_says_what_brings_it_back():
-    from hf_immunize.hub.rows import not_stopped
+    from hf_immunize.hub.card import not_stopped
 
     assert "statistics of its batch" in not_stopped(None, "silence")
     assert "statistics of its batch" not in not_stopped(None, "concentration")

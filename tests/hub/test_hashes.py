@@ -4,7 +4,7 @@ import json
 import pytest
 
 from hf_immunize.errors import WeightsError
-from hf_immunize.hub.hashes import changed_weights, hash_weights, weight_files
+from hf_immunize.hub.weights import changed_weights, hash_weights, weight_files
 
 
 def shards(folder, *names):

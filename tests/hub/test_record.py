@@ -9,10 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_immunize.errors import RecordError, RecordVersionError
-from hf_immunize.hub.card import render_card
-from hf_immunize.hub.parts import BaseModelRecord, MethodRecord, RatioRecord
-from hf_immunize.hub.record import ImmunizationRecord, read_record, write_record
-from hf_immunize.hub.rows import record_rows
+from hf_immunize.hub.card import record_rows, render_card
+from hf_immunize.hub.record import (
+    BaseModelRecord,
+    ImmunizationRecord,
+    MethodRecord,
+    RatioRecord,
+    read_record,
+    write_record,
+)
 
 
 JSON = st.recursive(

@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_immunize import ImmunizationArguments, ImmunizationTrainer, load_immunized, verify
-from hf_immunize.audit.runner import _load_models
+from hf_immunize.audit.run import _load_models
 from hf_immunize.cli.train import run_train
 from hf_immunize.errors import CheckpointError, HeadError, ImmunizationError, WeightsError
-from hf_immunize.hub.push import files_to_push, push
+from hf_immunize.hub.push import files_to_push, load_model, push
 from hf_immunize.hub.record import read_record
-from hf_immunize.hub.whole import load_model
 from hf_immunize.vision.bare import with_linear_head
-from hf_immunize.vision.features import find_head
+from hf_immunize.vision.head import find_head
 from hf_immunize.vision.loading import load_classifier
 
 

@@ -8,11 +8,10 @@ from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 from hf_immunize import verify
 from hf_immunize.errors import DataError
-from hf_immunize.hub.comparison import AGREES, CANNOT_SAY, DIFFERS, rounding_allowance
-from hf_immunize.hub.hashes import hash_weights
 from hf_immunize.hub.load import load_model
-from hf_immunize.hub.measure import groups_ratio, image_rows, measure
 from hf_immunize.hub.record import write_record
+from hf_immunize.hub.verify import AGREES, CANNOT_SAY, DIFFERS, groups_ratio, image_rows, measure, rounding_allowance
+from hf_immunize.hub.weights import hash_weights
 from hf_immunize.spectra.conditioning import feature_conditioning
 
 

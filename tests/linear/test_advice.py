@@ -1,7 +1,6 @@
 import torch
 
-from hf_immunize.linear.advice import advice
-from hf_immunize.linear.optimum import rir_ceiling
+from hf_immunize.linear.optimum import advice, rir_ceiling
 
 
 def words(P, H):

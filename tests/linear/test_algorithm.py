@@ -5,8 +5,7 @@ import torch
 
 from hf_immunize import immunize_linear
 from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, ShapeError
-from hf_immunize.linear.algorithm import METHODS
-from hf_immunize.linear.settings import LinearSettings
+from hf_immunize.linear.algorithm import METHODS, LinearSettings
 
 
 def tasks(seed=0, dim=6):
@@ -99,7 +98,7 @@ def test_balanced_weights_have_the_norm_of_the_task_gradient():
 
 @pytest.mark.outcome
 def test_imma_raises_the_adapted_harmful_loss():
-    from hf_immunize.linear.baselines import adapted_loss
+    from hf_immunize.linear.algorithm import adapted_loss
 
     P, y, H, y_h = tasks()
     found = immunize_linear(P, y, H, "imma", y_harmful=y_h, epochs=30)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_immunize.linear.baselines import adapted_loss, log_kappa_gradient
+from hf_immunize.linear.algorithm import adapted_loss, log_kappa_gradient
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (4, 7)])

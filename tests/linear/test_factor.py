@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_immunize.errors import NonFiniteError, RankError, ShapeError
-from hf_immunize.linear.factor import null_basis, row_factor
+from hf_immunize.linear.optimum import null_basis, row_factor
 
 
 @pytest.mark.parametrize("shape", [(50, 6), (4, 9)])

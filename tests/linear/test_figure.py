@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_immunize.cli.figure import save_frontier
+from hf_immunize.cli.ceiling import save_frontier
 from hf_immunize.errors import RankError
 from hf_immunize.linear.optimum import rir_ceiling
 

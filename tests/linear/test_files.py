@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from hf_immunize.errors import ArgumentError, DataError, ImageDecodeError, NonFiniteError
-from hf_immunize.linear.files import read_pair
+from hf_immunize.linear.inputs import read_pair
 
 
 def test_arrays_of_all_kinds(tmp_path):

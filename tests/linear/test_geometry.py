@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_immunize.errors import ArgumentError, ShapeError
-from hf_immunize.linear.geometry import principal_angles, proposition_diagonal
+from hf_immunize.linear.optimum import principal_angles, proposition_diagonal
 
 
 def eigenvalues(X, theta):

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from hf_immunize import immunize_linear, rir_ceiling
 from hf_immunize.errors import ArgumentError, NonFiniteError, ShapeError
-from hf_immunize.linear.factor import row_factor
-from hf_immunize.linear.optimum import common_basis, optimal_map
+from hf_immunize.linear.optimum import common_basis, optimal_map, row_factor
 
 
 def kappa(Z, rank):

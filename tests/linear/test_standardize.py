@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_immunize.errors import NonFiniteError
-from hf_immunize.linear.standardize import standardize
+from hf_immunize.linear.inputs import standardize
 
 
 def test_columns_have_mean_zero_and_deviation_one():

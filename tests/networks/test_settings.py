@@ -19,8 +19,7 @@ from examples.networks.settings import (
 from examples.networks.training import decisive, write_arguments
 from examples.networks.trials import known
 from hf_immunize.errors import ArgumentError, DataError
-from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.method import Method
+from hf_immunize.training.arguments import ImmunizationArguments, Method
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,7 +7,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from examples.networks.trials import TRIALS, class_collapse, known
 from hf_immunize.errors import ArgumentError, DataError
-from hf_immunize.training.method import Method
+from hf_immunize.training.arguments import Method
 from hf_immunize.training.objectives import LABELLED, OBJECTIVES, Side
 from hf_immunize.training.step import ImmunizationStep
 

@@ -12,9 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.errors import ArgumentError, ScopeError
 from hf_immunize.training.objectives import INSIDE, OBJECTIVES
-from hf_immunize.vision.adapters import adapter_parameters
 from hf_immunize.vision.bare import load_with_linear_head
-from hf_immunize.vision.features import find_head, penultimate_features
+from hf_immunize.vision.head import adapter_parameters, find_head, penultimate_features
 from hf_immunize.vision.scope import last_stage
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_immunize.training import budget
+from hf_immunize.training import record as budget
 
 
 BUDGET = {"benign_loss": "distillation", "benign_budget": 0.01, "budget_measure": "kl", "max_steps": 12}

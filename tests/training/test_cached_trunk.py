@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, DataError, DiskSpaceError, TrunkError
-from hf_immunize.features.trunk_cache import TrunkCache
+from hf_immunize.features.cache import TrunkCache
 
 
 def weights(run):

@@ -10,7 +10,7 @@ import transformers as hf
 from hf_immunize import BenignUtilityCallback, TargetRIRCallback
 from hf_immunize.errors import ArgumentError, CheckpointError
 from hf_immunize.training import callbacks
-from hf_immunize.training.history import by_step
+from hf_immunize.training.checkpoints import by_step
 
 
 FALLING = [0.90, 0.90, 0.89, 0.885, 0.86, 0.80, 0.95]  # more than two points lost at step 4

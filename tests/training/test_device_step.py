@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_immunize.training.method import Method
+from hf_immunize.training.arguments import Method
 from hf_immunize.training.step import ImmunizationStep
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from hf_immunize.errors import ArgumentError, ShapeError
 from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence, total_variation
-from hf_immunize.training.queue import FeatureQueue
-from hf_immunize.vision.features import find_head
+from hf_immunize.training.step import FeatureQueue
+from hf_immunize.vision.head import find_head
 from hf_immunize.vision.scope import select_trainable
 
 

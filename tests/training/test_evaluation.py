@@ -13,11 +13,11 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import EvalPrediction
 
 from hf_immunize.errors import ImageDecodeError
-from hf_immunize.features.measurement import Measurement, load_measurements, save_measurements, spectral_metrics
+from hf_immunize.features.extract import Measurement, load_measurements, save_measurements, spectral_metrics
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.training.evaluation import accuracy, own_rows
-from hf_immunize.vision.features import penultimate_features
+from hf_immunize.vision.head import penultimate_features
 
 
 @torch.no_grad()

@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from hf_immunize.hub.hashes import hash_weights
-from hf_immunize.hub.parts import AttackRecord, AuditRecord, DataRecord, RatioRecord
-from hf_immunize.hub.record import read_record
-from hf_immunize.training.evidence import weights_fingerprint
+from hf_immunize.hub.record import AttackRecord, AuditRecord, DataRecord, RatioRecord, read_record
+from hf_immunize.hub.weights import hash_weights
+from hf_immunize.training.record import weights_fingerprint
 
 
 def finished(run):

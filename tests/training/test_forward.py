@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_immunize.training.forward import forward_both
-from hf_immunize.vision.features import find_head
+from hf_immunize.training.step import forward_both
+from hf_immunize.vision.head import find_head
 
 
 @pytest.fixture

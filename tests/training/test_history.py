@@ -5,7 +5,7 @@ import math
 import pytest
 
 from hf_immunize.errors import ArgumentError
-from hf_immunize.training.history import benign_drops, by_step, rir_successes
+from hf_immunize.training.checkpoints import benign_drops, by_step, rir_successes
 
 
 def accuracies(*values):

@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from hf_immunize.training.figures import new_figure
-from hf_immunize.training.history_figure import history_panels
+from hf_immunize.training.spectrum_figure import history_panels, new_figure
 
 
 LOG = [

@@ -7,9 +7,8 @@ import torch
 
 from hf_immunize.errors import ArgumentError, DataError, ScopeError
 from hf_immunize.spectra.conditioning import feature_conditioning
-from hf_immunize.training.inner import adapted_loss
-from hf_immunize.training.method import Method
-from hf_immunize.training.objectives import OBJECTIVES, Side
+from hf_immunize.training.arguments import Method
+from hf_immunize.training.objectives import OBJECTIVES, Side, adapted_loss
 
 
 def side(seed, labels=True, rows=12, dim=6):

@@ -19,7 +19,7 @@ from hf_immunize.errors import (
     ShapeError,
 )
 from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.evidence import make_record
+from hf_immunize.training.record import make_record
 from hf_immunize.training.trainer import ImmunizationTrainer
 
 

@@ -12,9 +12,9 @@ from transformers.utils import logging as transformers_logging
 
 from hf_immunize.errors import CardError, HubError
 from hf_immunize.hub.card import eval_results
-from hf_immunize.hub.hashes import changed_weights
 from hf_immunize.hub.record import ImmunizationRecord, read_record
-from hf_immunize.training.saving import flaw, last_whole_checkpoint
+from hf_immunize.hub.weights import changed_weights
+from hf_immunize.training.checkpoints import flaw, last_whole_checkpoint
 
 
 REPO = f"{USER}/run"

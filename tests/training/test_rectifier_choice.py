@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from hf_immunize.errors import DataError
-from hf_immunize.training import rectifier_choice
-from hf_immunize.training.rectifier_choice import RectifierChoice
+from hf_immunize.training import choice as rectifier_choice
+from hf_immunize.training.choice import RectifierChoice
 
 
 class Backwards(nn.Module):

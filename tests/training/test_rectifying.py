@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_immunize.training.rectifying import rectifier_activity
+from hf_immunize.training.objectives import rectifier_activity
 
 
 def values(seed, rows=6):

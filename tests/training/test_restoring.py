@@ -6,8 +6,8 @@ import torch
 import transformers as hf
 
 from hf_immunize.errors import ArgumentError, CheckpointError
-from hf_immunize.training import restoring
-from hf_immunize.training.restoring import check_restorable, load_into
+from hf_immunize.training import checkpoints as restoring
+from hf_immunize.training.checkpoints import check_restorable, load_into
 
 
 class Own(torch.nn.Module):

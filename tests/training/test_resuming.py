@@ -5,7 +5,7 @@ import os
 import pytest
 
 from hf_immunize.errors import ArgumentError, CheckpointError
-from hf_immunize.training.saving import MANIFEST
+from hf_immunize.training.checkpoints import MANIFEST
 
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
@@ -61,7 +61,7 @@ def test_the_chosen_rectifiers_are_not_sought_anew(trainer, tmp_path, monkeypatc
     def sought(*args):
         raise AssertionError("a resumed run knows its rectifiers")
 
-    monkeypatch.setattr("hf_immunize.training.rectifier_choice.choke_points", sought)
+    monkeypatch.setattr("hf_immunize.training.choice.choke_points", sought)
     run = trainer("resnet", max_steps=2, **chosen)
     run.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert run.objective == "silence"

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from hf_immunize.training import run_state
-from hf_immunize.training.method import Method
+from hf_immunize.training.arguments import Method
 from hf_immunize.training.run_state import load_run_state, save_run_state
 from hf_immunize.training.step import ImmunizationStep
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_immunize.errors import NonFiniteError
-from hf_immunize.training.running import RunningMeans
+from hf_immunize.training.evaluation import RunningMeans
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

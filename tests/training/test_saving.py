@@ -12,8 +12,9 @@ from transformers import AutoModelForImageClassification
 
 from hf_immunize import files
 from hf_immunize.errors import ArgumentError, CheckpointError, NonFiniteError
-from hf_immunize.training import run_state, saving
-from hf_immunize.training.saving import MANIFEST, STATE, last_whole_checkpoint, load_weights
+from hf_immunize.training import checkpoints as saving
+from hf_immunize.training import run_state
+from hf_immunize.training.checkpoints import MANIFEST, STATE, last_whole_checkpoint, load_weights
 
 
 FULL = OSError(28, "No space left on device")

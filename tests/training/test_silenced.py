@@ -11,7 +11,7 @@ from hf_immunize.hub.record import read_record
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.trainer import ImmunizationTrainer
-from hf_immunize.vision.features import penultimate_features
+from hf_immunize.vision.head import penultimate_features
 
 
 def images(count, seed, level):

@@ -14,7 +14,7 @@ from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.training import spectrum_figure
 from hf_immunize.training.evaluation import accuracy
-from hf_immunize.vision.features import penultimate_features
+from hf_immunize.vision.head import penultimate_features
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from torch import nn
 
 from hf_immunize.errors import DataError, NonFiniteError
 from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well
-from hf_immunize.training.method import Method
-from hf_immunize.training.running import RunningMeans
+from hf_immunize.training.arguments import Method
+from hf_immunize.training.evaluation import RunningMeans
+from hf_immunize.training.objectives import Terms
 from hf_immunize.training.step import ImmunizationStep
-from hf_immunize.training.terms import Terms
 from hf_immunize.training.weighting import Weighting, WeightRule, gradient_norm
-from hf_immunize.vision.features import find_head
+from hf_immunize.vision.head import find_head
 from hf_immunize.vision.scope import modules_in_eval, select_trainable
 
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_immunize.training import telling_apart
-from hf_immunize.training.method import Method
-from hf_immunize.training.rectifier_choice import RectifierChoice
+from hf_immunize.training import choice as telling_apart
+from hf_immunize.training.arguments import Method
+from hf_immunize.training.choice import LEAST_IMAGES, OFTEN, RectifierChoice, share_told_apart, told_apart
 from hf_immunize.training.step import ImmunizationStep
-from hf_immunize.training.telling_apart import LEAST_IMAGES, OFTEN, share_told_apart, told_apart
 from hf_immunize.vision.scope import select_trainable
 
 
@@ -72,7 +71,7 @@ def objective_of(model, shift, count=LEAST_IMAGES, **method):
 
 def test_that_it_was_not_checked_is_said(tiny, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_immunize.training.rectifier_choice.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_immunize.training.choice.logger.warning_once", said.append)
     objective_of(tiny("resnet"), 0.0, count=4)
     assert "takes 'silence' unchecked" in said[0]
 
@@ -101,7 +100,7 @@ def test_of_a_small_batch_auto_trusts_the_rectifiers(tiny):
 def test_that_they_are_not_told_apart_is_said(monkeypatch):
     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
     choice, said = RectifierChoice(model, ["0.weight"]), []
-    monkeypatch.setattr("hf_immunize.training.rectifier_choice.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_immunize.training.choice.logger.warning_once", said.append)
     sides = draws(40, 300), draws(40, 300, seed=1)
     assert choice.seek(lambda: model(torch.eye(2)), CPU, lambda: sides) == []
     assert "hardly tells harmful from benign images" in said[0] and "takes 'concentration'" in said[0]

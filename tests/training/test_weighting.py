@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_immunize.training.terms import InnerTerm, Terms
+from hf_immunize.training.objectives import InnerTerm, Terms
 from hf_immunize.training.weighting import Weighting, WeightRule, warmup_factor
 
 

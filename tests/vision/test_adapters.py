@@ -5,8 +5,13 @@ import pytest
 import torch
 
 from hf_immunize.errors import ScopeError
-from hf_immunize.vision.adapters import adapter_parameters, running_modules, without_wrapper
-from hf_immunize.vision.features import find_head, penultimate_features
+from hf_immunize.vision.head import (
+    adapter_parameters,
+    find_head,
+    penultimate_features,
+    running_modules,
+    without_wrapper,
+)
 from hf_immunize.vision.scope import last_stage, modules_in_eval, select_trainable
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hf_immunize.errors import ArgumentError, CheckpointError, HeadError
 from hf_immunize.vision.bare import LinearHeadForImageClassification, load_with_linear_head, with_linear_head
-from hf_immunize.vision.features import find_head, penultimate_features
+from hf_immunize.vision.head import find_head, penultimate_features
 from hf_immunize.vision.scope import last_stage, select_trainable
 
 

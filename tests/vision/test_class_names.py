@@ -4,7 +4,7 @@ import datasets
 import pytest
 from transformers import ViTConfig
 
-from hf_immunize.data.class_names import label_outputs, outputs_by_name
+from hf_immunize.data.columns import label_outputs, outputs_by_name
 from hf_immunize.errors import DataError
 
 
@@ -69,7 +69,7 @@ def test_a_config_without_its_names_is_read(field):
 @pytest.mark.parametrize("names", [["cat", "dog"], ["dog", "cat"]])
 def test_another_order_is_told_where_a_transform_makes_the_labels(names, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_immunize.data.class_names.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_immunize.data.columns.logger.warning_once", said.append)
     data = dataset_of(names, [0, 1]).with_transform(lambda rows: {"labels": rows["label"]})
     assert label_outputs(data, "labels", model_of(["cat", "dog"]), "train_dataset") is None
     assert len(said) == (names != ["cat", "dog"])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_immunize.data.data import split_benign_harmful
+from hf_immunize.data.sources import split_benign_harmful
 from hf_immunize.errors import DataError
 
 

@@ -2,8 +2,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from hf_immunize.features.extraction import extract
-from hf_immunize.vision.features import penultimate_features
+from hf_immunize.features.extract import extract
+from hf_immunize.vision.head import penultimate_features
 
 
 def rows(count):

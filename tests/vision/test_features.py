@@ -6,7 +6,7 @@ import transformers as hf
 from torch import nn
 
 from hf_immunize.errors import HeadError, ImmunizationError
-from hf_immunize.vision.features import HeadInput, find_head, penultimate_features
+from hf_immunize.vision.head import HeadInput, find_head, penultimate_features
 
 
 TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from hf_immunize.data.images import ImageCollator
-from hf_immunize.data.pairing import BatchSizes, PairedCollator, PairedDataset, PairedSampler
+from hf_immunize.data.pairs import BatchSizes, PairedCollator, PairedDataset, PairedSampler
 from hf_immunize.errors import ArgumentError, DataError, ShapeError
 
 

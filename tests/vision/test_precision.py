@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from hf_immunize.errors import ArgumentError
-from hf_immunize.features.extraction import extract
-from hf_immunize.training.method import Method
+from hf_immunize.features.extract import extract
+from hf_immunize.training.arguments import Method
 from hf_immunize.training.step import ImmunizationStep
-from hf_immunize.vision.features import penultimate_features
-from hf_immunize.vision.precision import half_tensors, to_full_precision
+from hf_immunize.vision.head import half_tensors, penultimate_features, to_full_precision
 
 
 HALVES = [torch.bfloat16, torch.float16]

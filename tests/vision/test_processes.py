@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_immunize.features.processes import ALONE, launched
+from hf_immunize.features.ranks import ALONE, launched
 
 
 @pytest.mark.parametrize("size", [None, "8"], ids=["nothing set", "a scheduler's size alone"])

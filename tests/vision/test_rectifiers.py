@@ -11,8 +11,8 @@ from transformers import (
 )
 
 from hf_immunize.errors import DataError
-from hf_immunize.vision.features import HeadInput, find_head
-from hf_immunize.vision.rectifiers import RectifierInputs, choke_points, find_rectifiers
+from hf_immunize.vision.families import RectifierInputs, choke_points, find_rectifiers
+from hf_immunize.vision.head import HeadInput, find_head
 from hf_immunize.vision.scope import select_trainable
 
 

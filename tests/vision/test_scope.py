@@ -6,7 +6,7 @@ import transformers as hf
 from torch import nn
 
 from hf_immunize.errors import HeadError, ScopeError
-from hf_immunize.vision.features import find_head, penultimate_features
+from hf_immunize.vision.head import find_head, penultimate_features
 from hf_immunize.vision.scope import has_batch_statistics, last_stage, modules_in_eval, select_trainable
 
 

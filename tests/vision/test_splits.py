@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from hf_immunize.data.splits import HeldOut, choose, class_keys, divide, divide_classes, measured
+from hf_immunize.data.sources import HeldOut, choose, class_keys, divide, divide_classes, measured
 from hf_immunize.errors import DataError
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_immunize.data.pairing import PairedCollator, PairedDataset
+from hf_immunize.data.pairs import PairedCollator, PairedDataset
 from hf_immunize.data.streams import StreamedRows, is_stream
 from hf_immunize.errors import DataError
 

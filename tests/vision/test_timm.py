@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 from hf_immunize.errors import HeadError, ScopeError
-from hf_immunize.vision.features import find_head, penultimate_features
+from hf_immunize.vision.head import find_head, penultimate_features
 from hf_immunize.vision.scope import last_stage, select_trainable
 
 

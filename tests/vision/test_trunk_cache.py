@@ -12,9 +12,8 @@ from transformers import ViTImageProcessorPil
 
 from hf_immunize.data.images import ImageRows
 from hf_immunize.errors import ArgumentError, DataError, DiskSpaceError, NonFiniteError, ShapeError
+from hf_immunize.features.cache import TrunkCache, open_or_write
 from hf_immunize.features.trunk import TrunkSplit, split_trunk
-from hf_immunize.features.trunk_cache import TrunkCache
-from hf_immunize.features.trunk_store import open_or_write
 from hf_immunize.vision.scope import select_trainable
 
 

@@ -14,10 +14,9 @@ import transformers as hf
 from huggingface_hub.utils import WeakFileLock
 
 from hf_immunize.errors import NonFiniteError, ProcessError
-from hf_immunize.features.processes import launched
+from hf_immunize.features.cache import TrunkCache, open_or_write
+from hf_immunize.features.ranks import launched
 from hf_immunize.features.trunk import split_trunk
-from hf_immunize.features.trunk_cache import TrunkCache
-from hf_immunize.features.trunk_store import open_or_write
 from hf_immunize.vision.scope import select_trainable
 
 

@@ -12,6 +12,7 @@ import transformers as hf
 
 from hf_immunize.data.images import ImageCollator
 from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.choice import share_told_apart
 from hf_immunize.training.distributed import (
     gather_features,
     gather_labels,
@@ -21,8 +22,7 @@ from hf_immunize.training.distributed import (
 )
 from hf_immunize.training.immunization_callback import ImmunizationCallback
 from hf_immunize.training.objectives import INSIDE, OBJECTIVES, Side
-from hf_immunize.training.queue import FeatureQueue
-from hf_immunize.training.telling_apart import share_told_apart
+from hf_immunize.training.step import FeatureQueue
 from hf_immunize.training.trainer import ImmunizationTrainer
 
 

@@ -1,0 +1,967 @@
+"""The audit: every attacker of a preset on the immunized model and on its reference, with the same draws."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import math
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+import transformers
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor
+from transformers.utils import logging
+
+from hf_immunize.attacks.attacker import PROBES
+from hf_immunize.attacks.finetune import fine_tune
+from hf_immunize.attacks.presets import PRESET_VERSION, RESTORING, Preset, find_preset
+from hf_immunize.attacks.probe_data import Finding, ProbeData, guarded
+from hf_immunize.attacks.restore import SHARES, best_share, interpolate, moved_parameters
+from hf_immunize.audit.feature_metrics import Standing
+from hf_immunize.audit.journal import FeatureStore, Journal, View, fingerprint, key_of
+from hf_immunize.audit.passes import Pass, StoredPasses, make_folder
+from hf_immunize.audit.report import AuditReport
+from hf_immunize.audit.result import AuditData, Outcome
+from hf_immunize.audit.tasks import AttackedTask, Images, load_task, overlaps
+from hf_immunize.data.sources import HeldOut
+from hf_immunize.errors import ArgumentError, RecordError, WeightsError
+from hf_immunize.features.extract import (
+    Extraction,
+    Layer,
+    choose_views,
+    dual_coordinates,
+    extract_views,
+    find_layers,
+    pass_size,
+)
+from hf_immunize.features.ranks import ALONE, Processes
+from hf_immunize.hub.collect import draw_like, refuse_training_images
+from hf_immunize.hub.record import ImmunizationRecord, find_record
+from hf_immunize.text import library_words, printable
+from hf_immunize.vision.head import find_head, half_tensors, to_full_precision
+from hf_immunize.vision.loading import load_classifier
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+logger = logging.get_logger(__name__)
+
+
+_TASKS = ("harmful", "benign", "unseen", "unrelated")
+_NAMES = ("head_module", "image_column", "label_column")
+_SWITCHES = ("progress", "trust_remote_code")
+# Generators take no larger seed.
+_LARGEST_SEED = 2**32 - 1
+
+
+def check_asked(model: Any, options: Mapping[str, Any]) -> Preset:
+    """Refuse what no audit can be made of.
+
+    Args:
+        model: As in `audit`.
+        options: Every other parameter of `audit` by its name.
+
+    Returns:
+        The preset, with the attackers that were asked for.
+
+    Raises:
+        ArgumentError: The first impossible value.
+    """
+    if model is None:
+        raise ArgumentError("Expected an image classifier, its folder or its name as model, found None. Give one.")
+    for name, given in {"model": model, **{name: options[name] for name in ("reference", *_TASKS)}}.items():
+        for part in given if isinstance(given, (tuple, list)) else (given,):
+            if isinstance(part, str) and not part.strip():
+                raise _wrong(name, "a name or a folder", part, "Give it, or leave it out.")
+    if options["harmful"] is None:
+        raise ArgumentError("Expected images of the harmful task as harmful, found None. Give a folder or a data set.")
+    for name in _NAMES:
+        if options[name] is not None and not (isinstance(options[name], str) and options[name].strip()):
+            raise _wrong(name, "a name", options[name], "Leave it out where it can be found without help.")
+    for name in _SWITCHES:
+        if not isinstance(options[name], bool):
+            raise _wrong(name, "True or False", options[name])
+    if not isinstance(options["revision"], str) or not options["revision"].strip():
+        raise _wrong("revision", "a branch, tag or commit", options["revision"])
+    _check_numbers(options)
+    _check_run_dir(options["run_dir"])
+    return _check_attackers(options["preset"], options["attackers"], options["reference"] is not None)
+
+
+def _check_numbers(options: Mapping[str, Any]) -> None:
+    whole = {
+        "max_images": (2, None),
+        "seed": (0, _LARGEST_SEED),
+        "memory_limit": (1, None),
+        "keep_features": (0, None),
+    }
+    for name, (least, most) in whole.items():
+        value = options[name]
+        if value is None and name != "keep_features":
+            continue
+        if not _is_whole(value) or value < least or (most is not None and value > most):
+            span = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise _wrong(name, f"a whole number {span}", value)
+    fraction, accuracies = options["test_fraction"], options["accuracies"]
+    if fraction is not None and not _is_share(fraction):
+        raise _wrong("test_fraction", "a number between 0 and 1", fraction)
+    if isinstance(accuracies, (str, bytes)) or not isinstance(accuracies, Sequence):
+        raise _wrong("accuracies", "a list of accuracies to reach", accuracies)
+    for value in accuracies:
+        if not _is_share(value):
+            raise _wrong("accuracies", "accuracies to reach between 0 and 1", value)
+
+
+def _check_run_dir(folder: Any) -> None:
+    if folder is None:
+        return
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder).strip():
+        raise _wrong("run_dir", "a folder", folder, "Give one, or leave it out.")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise _wrong("run_dir", "a folder", os.fspath(folder), "It is a file: choose another run directory.")
+
+
+def _check_attackers(preset: Any, attackers: Any, has_reference: bool) -> Preset:
+    if not isinstance(preset, (str, Preset)):
+        raise _wrong("preset", "the name of a preset", preset)
+    chosen = find_preset(preset) if isinstance(preset, str) else preset
+    if attackers is not None:
+        named = isinstance(attackers, Sequence) and not isinstance(attackers, (str, bytes))
+        if not named or not attackers or not all(isinstance(name, str) for name in attackers):
+            raise _wrong("attackers", "a list of names, one at least", attackers, "Leave it out for the preset's.")
+        chosen = chosen.only(list(attackers))
+    if not (chosen.probes or chosen.layer_probes or chosen.flattened_probes or chosen.fine_tuning):
+        if not chosen.restoring:
+            raise _wrong("preset", "attackers", "none", "An audit without attackers would report nothing.")
+        if not has_reference:
+            raise ArgumentError(
+                f"Expected a reference for {' and '.join(RESTORING)}, which put its weights back, found none. Give "
+                "the model before immunization, or name other attackers."
+            )
+    return chosen
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and 0 < value < 1
+
+
+def _wrong(name: str, expected: str, found: Any, remedy: str = "") -> ArgumentError:
+    shown = printable(repr(found))
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return ArgumentError(f"Expected {expected} as {name}, found {shown}.{' ' if remedy else ''}{remedy}")
+
+
+# A fine-tuning attack costs about as much as this many probes.
+TUNING_WEIGHT = 20.0
+
+
+class Plan:
+    """What is attacked by what, as far as the journal does not hold it already.
+
+    Args:
+        preset: Attackers and budgets.
+        models: "immunized", and where there are such "reference" and "random".
+        tasks: "harmful" first; their images are loaded.
+        processor: Image processor.
+        journal: Where outcomes are kept.
+        head_module: The classifier's name, where it cannot be found without help.
+        memory: Bytes that features and images of attacks may take.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        models: dict[str, PreTrainedModel],
+        tasks: list[AttackedTask],
+        processor: Any,
+        journal: Journal,
+        head_module: str | None,
+        memory: int,
+    ) -> None:
+        self.preset, self.models, self.tasks, self.processor = preset, models, tasks, processor
+        self.journal, self.head_module, self.memory = journal, head_module, memory
+        self.able = [task for task in tasks if not task.problem]
+        # The reference first: rank lost is rank lost against it.
+        self.subjects = [name for name in ("reference", "immunized", "random") if name in models]
+
+    def probes_of(self, task: AttackedTask) -> tuple[str, ...]:
+        """Attackers at the classifier's input."""
+        if task.name in ("benign", "unrelated"):
+            return tuple(name for name in self.preset.probes if name in self.preset.benign_attackers)
+        return self.preset.probes
+
+    def tuners_of(self, task: AttackedTask) -> tuple[str, ...]:
+        """Attackers that fine-tune."""
+        if task.name == "harmful":
+            return self.preset.fine_tuning
+        return tuple(name for name in self.preset.fine_tuning if name in self.preset.benign_attackers)
+
+    def precisions(self, task: AttackedTask) -> list[torch.dtype]:
+        """Of probes at the classifier's input."""
+        both = self.preset.both_precisions and task.name == "harmful"
+        return [torch.float64, torch.float32] if both else [torch.float64]
+
+    def expected(self) -> float:
+        """Work ahead, in attacks at the classifier's input; the others are weighed by what they tend to cost."""
+        total = 0.0
+        for task in self.able:
+            each = 1.0 * len(self.probes_of(task)) * self.preset.probe_seeds * len(self.precisions(task))
+            each += TUNING_WEIGHT * len(self.tuners_of(task)) * self.preset.tuning_seeds
+            total += each * len(self.subjects)
+        return total
+
+    def probes_layers(self, task: AttackedTask) -> bool:
+        """Whether earlier layers are to be probed."""
+        return task.name == "harmful" and bool(self.preset.layer_probes or self.preset.flattened_probes)
+
+    def views(
+        self, task: AttackedTask, subject: str
+    ) -> tuple[list[tuple[Layer, str]], dict[str, str], tuple[tuple[Layer, str], ...]]:
+        """Earlier layers to probe, those left out with a reason, and those whose features are still needed."""
+        if not self.probes_layers(task):
+            return [], {}, ()
+        example = next(iter(task.train.batches(self.processor, 1, progress=False)))
+        layers = find_layers(self.models[subject], example, self.preset.max_layers, self.head_module)
+        rows, flat = len(task.train) + len(task.test), bool(self.preset.flattened_probes)
+        views, left_out = choose_views(layers, rows, self.preset.layer_entries, self.memory, flat)
+        views = [(layer, view) for layer, view in views if view == "flattened" or self.preset.layer_probes]
+        ahead = tuple(
+            (layer, view)
+            for layer, view in views
+            if any(
+                key_of(one) not in self.journal.outcomes
+                for one in self.layer_outcomes(layer.label(view), view, subject, task)
+            )
+        )
+        return views, left_out, ahead
+
+    def needs_utility(self, task: AttackedTask, subject: str) -> bool:
+        """Whether the released classifier is to be run on other images than those that probes are measured on."""
+        if task.name != "benign" or subject == "random":
+            return False
+        return not len(task.test) or task.utility.indices != task.test.indices
+
+    def layer_outcomes(self, label: str, view: str, subject: str, task: AttackedTask) -> list[Outcome]:
+        """What is to be found at one layer, not yet filled in."""
+        names = self.preset.flattened_probes if view == "flattened" else self.preset.layer_probes
+        seeds = range(self.preset.layer_seeds)
+        return [
+            Outcome(name, "any_layer", subject, task.name, label, seed, "float64") for seed in seeds for name in names
+        ]
+
+    def restore_outcomes(self, attacker: str, task: AttackedTask, subject: str) -> list[Outcome]:
+        """What is to be found by putting public weights back, not yet filled in."""
+        names = moved_parameters(self.models["immunized"], self.models["reference"])
+        where = f"{len(names)} tensors that immunization moved"
+        return [
+            Outcome(attacker, "fine_tuning", subject, task.name, where, seed, "float64")
+            for seed in range(self.preset.layer_seeds)
+        ]
+
+    def restoring(self, task: AttackedTask, subject: str) -> list[tuple[str, tuple[float, ...]]]:
+        """Attackers that are still to put public weights back, with the shares that each tries.
+
+        In the reference they are in place already.
+        """
+        if not moved_parameters(self.models["immunized"], self.models["reference"]):
+            return []
+        return [
+            (attacker, (1.0,) if attacker == "restore_swap" or subject == "reference" else SHARES)
+            for attacker in self.preset.restoring
+            if any(key_of(one) not in self.journal.outcomes for one in self.restore_outcomes(attacker, task, subject))
+        ]
+
+    def passes(self) -> list[Pass]:
+        """All passes of images through models that the attacks ahead ask for, in their order."""
+        planned = []
+        for task in self.tasks:
+            for subject in self.subjects:
+                *_, ahead = self.views(task, subject)
+                sides = [side for side in ("train", "test") if len(getattr(task, side))]
+                planned += [Pass(subject, task.name, side, ahead) for side in sides]
+                if self.needs_utility(task, subject):
+                    planned.append(Pass(subject, task.name, "utility"))
+        if "reference" in self.models:
+            for _, shares in self.restoring(self.able[0], "immunized"):
+                planned += [
+                    Pass("immunized", self.able[0].name, side, (), share)
+                    for share in shares
+                    for side in ("train", "test")
+                    if share < 1
+                ]
+        return planned
+
+
+class Work:
+    """One audit under way: what is attacked, by what, and what was found.
+
+    Args:
+        plan: What is attacked by what, and where outcomes are kept.
+        warnings: Sentences for the report are appended here.
+        progress: Whether to show progress bars.
+        kept: Features of an interrupted run.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        warnings: list[str],
+        progress: bool,
+        kept: FeatureStore,
+    ) -> None:
+        self.plan, self.warnings, self.progress, self.kept = plan, warnings, progress, kept
+        self.preset, self.models, self.tasks, self.processor = plan.preset, plan.models, plan.tasks, plan.processor
+        self.journal, self.head_module, self.memory = plan.journal, plan.head_module, plan.memory
+        self.order: list[str] = []
+        self.standing = Standing(warnings)
+        self.head_data: dict[tuple[str, str], ProbeData] = {}
+        # What several processes have extracted before; None where this one does it as it goes.
+        self.stored: StoredPasses | None = None
+        self.bar: Any = None
+        # Label of a layer to the digest of the reference's features there.
+        self.seen: dict[str, bytes] = {}
+        self._mixture: tuple[float, PreTrainedModel] | None = None
+
+    def run(self) -> Standing:
+        """Run all attacks that are not in the journal; returns what was measured beside them."""
+        self.bar = tqdm(
+            total=self.plan.expected(),
+            disable=not self.progress,
+            desc="audit",
+            bar_format="{desc:<44.44} {percentage:3.0f}%|{bar}| {elapsed} so far, about {remaining} to go",
+        )
+        try:
+            with underflow_to_zero():
+                for task in self.tasks:
+                    for subject in self.plan.subjects:
+                        self._probe(task, subject)
+                for task in self.plan.able:
+                    self._fine_tune(task)
+                for subject in ("reference", "immunized") if "reference" in self.models else ():
+                    self._restore(self.plan.able[0], subject)
+        finally:
+            self.bar.close()
+        return self.standing
+
+    # ---- images through models
+
+    def compute(self, wanted: Pass) -> Extraction | None:
+        """Run this process's images through a model; None where it has none."""
+        model, images = self._model(wanted), self._images(wanted)
+        if not images.own:
+            return None
+        description = f"{wanted.restored:.0%} restored" if wanted.restored else f"{wanted.subject}: {wanted.task}"
+        size = pass_size(model)
+        batches = images.batches(self.processor, size, description=description, progress=self.progress)
+        return extract_views(model, batches, list(wanted.views), self.head_module)
+
+    def ahead(self) -> list[Pass]:
+        """The passes that the attacks ask for, less those whose features were kept."""
+        return [
+            one
+            for one in self.plan.passes()
+            if not self.kept.holds(self._model(one), self._images(one).hashes, list(one.views))
+        ]
+
+    def _model(self, wanted: Pass) -> PreTrainedModel:
+        model = self.models[wanted.subject]
+        if wanted.restored == 0:
+            return model
+        if self._mixture is None or self._mixture[0] != wanted.restored:
+            self._mixture = wanted.restored, interpolate(model, self.models["reference"], wanted.restored)
+        return self._mixture[1]
+
+    def _images(self, wanted: Pass) -> Images:
+        task = next(task for task in self.tasks if task.name == wanted.task)
+        images: Images = getattr(task, wanted.side)
+        return images
+
+    def _extracted(self, wanted: Pass) -> Extraction:
+        def make(missing: list[View]) -> Extraction:
+            if self.stored is not None:
+                return self.stored.read(wanted)
+            extraction = self.compute(replace(wanted, views=tuple(missing)))
+            assert extraction is not None  # one process has all images
+            return extraction
+
+        return self.kept.through(self._model(wanted), self._images(wanted).hashes, list(wanted.views), make)
+
+    # ---- probes
+
+    def _probe(self, task: AttackedTask, subject: str) -> None:
+        views, left_out, ahead = self.plan.views(task, subject)
+        model = self.models[subject]
+        if self.plan.probes_layers(task) and not (views or left_out):
+            self._warn(f"{type(model).__name__} has no list of blocks: earlier layers were not probed.")
+        train = self._extracted(Pass(subject, task.name, "train", ahead))
+        test = self._extracted(Pass(subject, task.name, "test", ahead)) if len(task.test) else None
+        if task.name in ("harmful", "benign") and subject != "random":
+            self.standing.note_features(subject, task.name, train.features, next(model.parameters()).dtype)
+        if task.name == "benign" and subject != "random":
+            self.standing.note_logits(model, subject, task, self._utility_logits(task, subject, test))
+        if task.problem or test is None:
+            return
+        data = ProbeData(train.features, task.train.labels, test.features, task.test.labels, task.num_classes)
+        if task.name == "harmful":
+            self.head_data[subject, task.name] = data
+        place = f"input of {find_head(model, self.head_module)[0]}"
+        for seed in range(self.preset.probe_seeds):
+            for attacker in self.plan.probes_of(task):
+                for dtype in self.plan.precisions(task):
+                    self._attack_features(data, attacker, "head_input", subject, task, place, seed, dtype)
+        data.forget()
+        for layer, view in views:
+            label = layer.label(view)
+            parts = (train.views.pop(label), test.views.pop(label)) if label in train.views else None
+            self._probe_layer(parts, label, view, subject, task)
+        for label, reason in left_out.items():
+            outcome = Outcome("ridge", "any_layer", subject, task.name, label, 0, "float64", "skipped", reason)
+            self._keep(outcome)
+
+    def _utility_logits(self, task: AttackedTask, subject: str, test: Extraction | None) -> Tensor:
+        if test is not None and not self.plan.needs_utility(task, subject):
+            return test.logits
+        return self._extracted(Pass(subject, task.name, "utility")).logits
+
+    def _probe_layer(
+        self, parts: tuple[Tensor, Tensor] | None, label: str, view: str, subject: str, task: AttackedTask
+    ) -> None:
+        outcomes = self.plan.layer_outcomes(label, view, subject, task)
+        data = None
+        if parts is not None:
+            self.bar.set_description(f"{subject}: {label}")
+            digest = hashlib.blake2b(parts[0].numpy().data).digest()
+            twins = [replace(outcome, subject="reference") for outcome in outcomes]
+            if subject == "immunized" and self.seen.get(label) == digest:
+                # A layer that immunization left alone: to the last bit the same features give the same outcomes.
+                for outcome, twin in zip(outcomes, twins, strict=True):
+                    found = self.journal.outcomes[key_of(twin)]
+                    self._keep(replace(found, subject=outcome.subject, seconds=0.0))
+                return
+            self.seen[label] = digest
+            train, test = dual_coordinates(*parts)
+            data = ProbeData(train, task.train.labels, test, task.test.labels, task.num_classes)
+        for one in outcomes:
+            self._attack_features(data, one.attacker, one.access, subject, task, label, one.seed, torch.float64)
+
+    def _attack_features(
+        self,
+        data: ProbeData | None,
+        attacker: str,
+        access: str,
+        subject: str,
+        task: AttackedTask,
+        layer: str,
+        seed: int,
+        dtype: torch.dtype,
+    ) -> None:
+        def attack() -> Finding:
+            assert data is not None  # None only where all outcomes are there
+            return PROBES[attacker](data, seed, dtype, self.preset.probe_budget)
+
+        outcome = Outcome(attacker, access, subject, task.name, layer, seed, str(dtype).removeprefix("torch."))
+        self._attack(outcome, attack, 1.0 if access == "head_input" else 0.0)
+
+    # ---- fine-tuning and restoring
+
+    def _fine_tune(self, task: AttackedTask) -> None:
+        budget, pixels = self.preset.tuning_budget, None
+        # One attacker on all models before the next: what an interruption leaves can be compared.
+        for attacker, subject in itertools.product(self.plan.tuners_of(task), self.plan.subjects):
+            model, settings = self.models[subject], None
+            for seed in range(self.preset.tuning_seeds):
+                precision = str(torch.float32).removeprefix("torch.")
+                outcome = Outcome(
+                    attacker, "fine_tuning", subject, task.name, _WHERE[attacker.split("_r")[0]], seed, precision
+                )
+                if key_of(outcome) not in self.journal.outcomes and pixels is None:
+                    pixels = self._pixels(task, budget.max_images, budget.max_test_images)
+                held = pixels
+
+                def attack(
+                    held: Any = held,
+                    seed: int = seed,
+                    settings: Any = settings,
+                    attacker: str = attacker,
+                    model: PreTrainedModel = model,
+                ) -> Finding:
+                    if isinstance(held, str):
+                        return Finding(None, status="skipped", note=held)
+                    train, test = held
+                    return fine_tune(
+                        model, attacker, train, test, task.num_classes, seed, budget, self.head_module, settings
+                    )
+
+                self._attack(outcome, attack, TUNING_WEIGHT)
+                # The first seed chooses the optimizer and the rate for the others.
+                settings = settings or self.journal.outcomes[key_of(outcome)].settings or None
+
+    def _pixels(self, task: AttackedTask, most: int, most_test: int) -> Any:
+        """Pixel values and labels to train and to test on, or a sentence why they cannot be held."""
+        generator = torch.Generator().manual_seed(0)
+        parts = []
+        example = next(iter(task.train.batches(self.processor, 1, progress=False)))
+        count = min(most, len(task.train)) + min(most_test, len(task.test))
+        need = count * example.numel() * example.element_size()
+        if need > self.memory:
+            return (
+                f"the images need {need / 2**30:.1f} GiB of memory, {self.memory / 2**30:.1f} GiB are there; use "
+                "fewer images or a larger machine"
+            )
+        for images, limit in ((task.train, most), (task.test, most_test)):
+            rows = torch.randperm(len(images), generator=generator)[:limit].sort().values
+            parts.append((images.pixels(self.processor, rows), images.labels[rows]))
+        return parts
+
+    def _restore(self, task: AttackedTask, subject: str) -> None:
+        """The public weights put back; in the reference they are already, so that it is read as it is."""
+        ahead = dict(self.plan.restoring(task, subject))
+        for attacker in self.preset.restoring:
+            outcomes = self.plan.restore_outcomes(attacker, task, subject)
+            if attacker not in ahead:
+                for outcome in outcomes:
+                    nothing = replace(outcome, status="skipped", note="No tensor differs from the reference.")
+                    self._keep(self.journal.outcomes.get(key_of(outcome), nothing))
+                continue
+            candidates = {}
+            for share in ahead[attacker]:
+                if share == 1.0:
+                    candidates[share] = self.head_data["reference", task.name]
+                    continue
+                features = [
+                    self._extracted(Pass("immunized", task.name, side, (), share)).features
+                    for side in ("train", "test")
+                ]
+                if all(bool(torch.isfinite(part).all()) for part in features):
+                    candidates[share] = ProbeData(
+                        features[0], task.train.labels, features[1], task.test.labels, task.num_classes
+                    )
+            for outcome in outcomes:
+
+                def attack(candidates: Any = candidates, seed: int = outcome.seed) -> Finding:
+                    return best_share(candidates, seed, self.preset.probe_budget)
+
+                self._attack(outcome, attack, 0.0)
+
+    # ---- bookkeeping
+
+    def _attack(self, outcome: Outcome, attack: Callable[[], Finding], weight: float) -> None:
+        key = key_of(outcome)
+        if key not in self.journal.outcomes:
+            self.bar.set_description(f"{outcome.subject}: {outcome.attacker}, {outcome.task}, seed {outcome.seed}")
+            begin = time.perf_counter()
+            finding = guarded(attack)
+            found = {name: value for name, value in vars(finding).items() if name != "validation"}
+            self._keep(replace(outcome, **found, seconds=time.perf_counter() - begin))
+        else:
+            self.order.append(key)
+        self.bar.update(weight)
+
+    def _keep(self, outcome: Outcome) -> None:
+        key = key_of(outcome)
+        if key not in self.journal.outcomes:
+            self.journal.add(outcome)
+        self.order.append(key)
+
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
+
+
+@contextmanager
+def underflow_to_zero() -> Iterator[None]:
+    """Probabilities that underflow make products many times slower and change no digit of a result."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+_WHERE = {
+    "last_stage": "last stage and a new head",
+    "whole_network": "whole network and a new head",
+    "bias_only": "biases and a new head",
+    "lora": "low-rank adapters and a new head",
+}
+
+
+def audit(
+    model: Any,
+    *,
+    harmful: Any,
+    benign: Any = None,
+    reference: Any = None,
+    attackers: Sequence[str] | None = None,
+    preset: str | Preset = "standard",
+    unseen: Any = None,
+    unrelated: Any = None,
+    processing_class: Any = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    head_module: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    test_fraction: float | None = None,
+    max_images: int | None = None,
+    seed: int | None = None,
+    accuracies: Sequence[float] = (),
+    memory_limit: int | None = None,
+    keep_features: int = 2 * 2**30,
+    progress: bool = True,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> AuditReport:
+    """Attack an immunized model with everything there is, its reference with the same, and report.
+
+    Args:
+        model: The immunized image classifier, or its folder or name on the Hub.
+        harmful: Labelled images of the harmful task: a folder, a parquet file, a name on the Hub, a
+            ``datasets.Dataset``, a ``DatasetDict``, or a pair (train, test) of such.
+        benign: The benign task, in the same forms, for utility and for benign learning speed.
+        reference: The model before immunization; without it nothing can be said about what immunization changed.
+        attackers: Names of attackers, to run some only; by default those of the preset.
+        preset: "quick", "standard" or "full".
+        unseen: Harmful images of classes that immunization did not see.
+        unrelated: A third task, which immunization should leave alone.
+        processing_class: Image processor, where the model is not given by its name and the data hold images.
+        run_dir: Where finished attacks and features are kept; the same call resumes an interrupted audit there.
+        head_module: The classifier's name, where it cannot be found without help.
+        image_column: Of all data sets, where it cannot be found.
+        label_column: The same.
+        test_fraction: Held out where data have no validation or test split; by default what training held out, by the
+            model's record, else 0.3.
+        max_images: At most so many training and test images of each task.
+        seed: Seed of splits of data, by default that of the model's record, else 42; the attackers' are 0, 1, ….
+        accuracies: To which steps are counted on both models, between 0 and 1, beside shares of what the reference
+            gives.
+        memory_limit: Bytes of memory to use; by default 60 % of what is free.
+        keep_features: Bytes of features to keep in ``run_dir`` for resuming, small ones first; 0 keeps none.
+        progress: Whether to show progress bars.
+        revision: Branch, tag or commit of the model on the Hub.
+        trust_remote_code: Run code that comes with a model.
+
+    Returns:
+        `AuditReport`.
+
+    Raises:
+        ArgumentError: An unknown preset or attacker, or a run directory of another audit.
+        DataError: Data that cannot be used; the sentence says why and what to do.
+        TrainingImagesError: Test images on which the model was trained, by its record.
+    """
+    report = _audit(
+        ALONE,
+        model,
+        harmful=harmful,
+        benign=benign,
+        reference=reference,
+        attackers=attackers,
+        preset=preset,
+        unseen=unseen,
+        unrelated=unrelated,
+        processing_class=processing_class,
+        run_dir=run_dir,
+        head_module=head_module,
+        image_column=image_column,
+        label_column=label_column,
+        test_fraction=test_fraction,
+        max_images=max_images,
+        seed=seed,
+        accuracies=accuracies,
+        memory_limit=memory_limit,
+        keep_features=keep_features,
+        progress=progress,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    assert report is not None  # the one process is the first
+    return report
+
+
+def audit_over_processes(processes: Processes, model: Any, **options: Any) -> AuditReport | None:
+    """As `audit`, with images run through models by several processes, each its share.
+
+    To be called on all of them, with the same arguments. Attacks run on the first process alone, which may take hours:
+    the others are done when the features are. The report does not depend on the number of processes.
+
+    Args:
+        processes: Those that torchrun or ``accelerate launch`` started, as `launched` finds them.
+        model: As in `audit`.
+        **options: As in `audit`.
+
+    Returns:
+        The report on the first process, None on the others.
+
+    Raises:
+        ProcessError: If another process failed.
+        ArgumentError, DataError: See `audit`.
+    """
+    options = (audit.__kwdefaults__ or {}) | options
+    folder = options["run_dir"] or tempfile.gettempdir()
+    if not processes.share_folder(folder):
+        first = processes.first
+        processes.leave()
+        if not first:
+            return None
+        logger.warning(f"The processes share no folder {folder}, so the first one extracts all features by itself.")
+        return _audit(ALONE, model, **options)
+    return _audit(processes, model, **options)
+
+
+def _audit(
+    processes: Processes,
+    model: Any,
+    *,
+    harmful: Any,
+    benign: Any,
+    reference: Any,
+    attackers: Sequence[str] | None,
+    preset: str | Preset,
+    unseen: Any,
+    unrelated: Any,
+    processing_class: Any,
+    run_dir: str | os.PathLike[str] | None,
+    head_module: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    test_fraction: float | None,
+    max_images: int | None,
+    seed: int | None,
+    accuracies: Sequence[float],
+    memory_limit: int | None,
+    keep_features: int,
+    progress: bool,
+    revision: str,
+    trust_remote_code: bool,
+) -> AuditReport | None:
+    asked = {name: value for name, value in locals().items() if name not in ("processes", "model")}
+    chosen = check_asked(model, asked)
+    start = time.time()
+    warnings: list[str] = []
+    progress = progress and processes.first
+
+    def load() -> tuple[dict[str, PreTrainedModel], Any, dict[str, str], list[AttackedTask]]:
+        loaded = _load_models(model, reference, processing_class, revision, trust_remote_code, processes.device)
+        models = loaded[0]
+        if "reference" not in models:
+            warnings.append(
+                "No reference was given: accuracies are absolute, and what immunization changed cannot be told. Give "
+                "the model before immunization."
+            )
+        else:
+            moved_parameters(models["immunized"], models["reference"])  # refuses another architecture
+        if chosen.random:
+            models["random"] = _random_like(models["immunized"])
+        record = _record_of(model, revision, warnings)
+        drawn = HeldOut.seed if record is None else record.method.seed
+        sources = {"harmful": harmful, "unseen": unseen, "benign": benign, "unrelated": unrelated}
+        tasks = [
+            load_task(
+                name,
+                source,
+                warnings,
+                draw=draw_like(record, name, test_fraction, seed),
+                image_column=image_column,
+                label_column=label_column,
+                max_images=max_images,
+                seed=drawn if seed is None else seed,
+                required=name != "benign",
+            )
+            for name, source in sources.items()
+            if source is not None
+        ]
+        for task in tasks:
+            measured = task.test.rows.subset(sorted({*task.test.indices, *task.utility.indices}))
+            refuse_training_images(getattr(record, task.name, None), measured, f"{task.name} test")
+        return *loaded, tasks
+
+    models, processor, names, tasks = processes.everywhere(load)
+    memory = memory_limit or int(0.6 * psutil.virtual_memory().available)
+    memory = _load_images(tasks, processor, memory, progress, processes)
+    warnings += overlaps(tasks)
+    warnings += [f"{task.problem}; it was not attacked." for task in tasks if task.problem]
+    hashes = {f"{t.name} {s}": [*i.hashes, i.labels.numpy().tobytes()] for t in tasks for s, i in _sides(t)}
+    mark = fingerprint(models, hashes, {"preset": _without_choice(chosen), "version": PRESET_VERSION})
+    journal = processes.everywhere(lambda: Journal(run_dir if processes.first else None, mark, warnings))
+    folder = None if run_dir is None or not processes.first else os.path.join(run_dir, "features")
+    kept = FeatureStore(folder, keep_features, warnings)
+    plan = Plan(chosen, models, tasks, processor, journal, head_module, memory)
+    work = Work(plan, warnings, progress, kept)
+    with ExitStack() as stack:
+        if processes.count > 1:
+            work.stored = stack.enter_context(_extracted_by_all(work, processes, run_dir))
+            # The others are done, and nobody waits in a collective for the attacks.
+            processes.leave()
+            if not processes.first:
+                return None
+        standing = work.run()
+    total = sum(outcome.seconds for outcome in journal.outcomes.values())
+    return AuditReport(
+        AuditData(
+            model=names["immunized"],
+            reference=names.get("reference"),
+            preset=chosen.name,
+            preset_version=PRESET_VERSION,
+            budget=_budget(chosen, max_images),
+            tasks={task.name: task.describe() for task in tasks},
+            outcomes=[journal.outcomes[key] for key in work.order],
+            utility=standing.utility(),
+            spectra=standing.spectra(),
+            rir=standing.ratio(),
+            warnings=warnings,
+            machine=_machine() | {"features kept": f"{kept.size / 2**20:,.1f} MiB"},
+            # A resumed audit cost what its parts cost.
+            seconds=max(time.time() - start, total),
+            accuracies=list(accuracies),
+        )
+    )
+
+
+@contextmanager
+def _extracted_by_all(work: Work, processes: Processes, run_dir: Any) -> Iterator[StoredPasses]:
+    """What the attacks will need of the models, each process's share on disk; removed in the end."""
+    # The first one alone knows what the journal holds already.
+    passes, folder = processes.from_first(lambda: (work.ahead(), make_folder(run_dir)))
+    stored = StoredPasses(folder, passes)
+    try:
+        for one in passes:
+            processes.together(partial(_extract_own, stored, one, work, processes.index))
+        yield stored
+    finally:
+        if processes.first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _extract_own(stored: StoredPasses, wanted: Pass, work: Work, process: int) -> None:
+    with underflow_to_zero():  # as in `Work.run`
+        extraction = work.compute(wanted)
+    stored.write(wanted, extraction, process)
+
+
+def _load_models(
+    model: Any, reference: Any, processor: Any, revision: str, trust_remote_code: bool, device: torch.device
+) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str]]:
+    models, names = {}, {}
+    for subject, given in (("immunized", model), ("reference", reference)):
+        if given is None:
+            continue
+        if not isinstance(given, (str, os.PathLike)):
+            models[subject], names[subject] = given, type(given).__name__
+            continue
+        options = {"trust_remote_code": trust_remote_code}
+        if subject == "immunized":
+            options["revision"] = revision  # type: ignore[assignment]
+        try:
+            loaded = load_classifier(given, **options)
+            if processor is None:
+                processor = AutoImageProcessor.from_pretrained(given, **options)
+        except WeightsError:
+            raise
+        except (OSError, ValueError) as error:
+            raise ArgumentError(
+                f"Expected an image classifier with its processor as the {subject} model at {given}, found: "
+                f"{library_words(error)}. Check the spelling, the connection and your rights."
+            ) from error
+        models[subject] = loaded.to(device)
+        path = os.fspath(given)
+        names[subject] = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else path
+    # The caller's own model stays as it is.
+    wide = {name: to_full_precision(copy.deepcopy(one)) if half_tensors(one) else one for name, one in models.items()}
+    return wide, processor, names
+
+
+def _record_of(model: Any, revision: str, warnings: list[str]) -> ImmunizationRecord | None:
+    try:
+        return find_record(model, revision)
+    except RecordError as error:
+        warnings.append(f"{error} Whether the test images are training images cannot be told.")
+        return None
+
+
+def _random_like(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return type(model)(copy.deepcopy(model.config)).to(model.device)
+
+
+def _sides(task: AttackedTask) -> list[tuple[str, Images]]:
+    return [("train", task.train), ("test", task.test), ("utility", task.utility)]
+
+
+def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progress: bool, processes: Processes) -> int:
+    """Decode every image once, each process its share; returns the memory that would be left if one held them all."""
+    for task in tasks:
+        for side, images in _sides(task):
+            if not len(images):
+                continue
+            if side == "utility" and images.indices == task.test.indices:
+                images.hashes, images.own, images._held = task.test.hashes, task.test.own, task.test._held
+                continue
+            # Half of what is left: features and attacks need room too.
+            memory -= images.load(processor, memory // 2, progress, processes)
+    return memory
+
+
+def _without_choice(preset: Preset) -> dict[str, Any]:
+    """What decides an attack's result: which attackers run does not, so that more can be added to a run."""
+    described = preset.describe()
+    return {name: described[name] for name in ("name", "probe_budget", "tuning_budget")}
+
+
+def _budget(preset: Preset, max_images: int | None) -> dict[str, Any]:
+    """Steps, samples, seconds and settings, as a report states them."""
+    probes, tuning = preset.probe_budget, preset.tuning_budget
+    attackers = {*preset.probes, *preset.layer_probes, *preset.flattened_probes, *preset.fine_tuning}
+    limited = {
+        "seconds_of_an_attack_that_trains": probes.seconds if probes.seconds is not None else tuning.seconds,
+        "images_of_a_task": max_images,
+    }
+    return {
+        "attackers": len(attackers | set(preset.restoring)),
+        "probe_steps": preset.probe_budget.steps,
+        "descent_steps": preset.probe_budget.descent_steps,
+        "solver_iterations": preset.probe_budget.iterations,
+        "fine_tuning_steps": preset.tuning_budget.steps,
+        "fine_tuning_trial_steps": preset.tuning_budget.trial_steps,
+        "fine_tuning_images": preset.tuning_budget.max_images,
+        "fine_tuning_test_images": preset.tuning_budget.max_test_images,
+        "fine_tuning_settings": sum(map(len, (tuning.optimizers or {}).values())),
+        "mini_batch_rates": len(probes.rates),
+        "layers": preset.max_layers,
+        "values_of_a_flattened_layer": preset.layer_entries,
+        "probe_seeds": preset.probe_seeds,
+        "layer_seeds": preset.layer_seeds,
+        "fine_tuning_seeds": preset.tuning_seeds,
+        **{name: value for name, value in limited.items() if value is not None},
+    }
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,439 @@
+"""Two matrices from two files: arrays, tables or images."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from hf_immunize.errors import (
+    ArgumentError,
+    DataError,
+    ImageDecodeError,
+    ImmunizationError,
+    NonFiniteError,
+    ShapeError,
+)
+from hf_immunize.spectra.checks import as_matrix, as_values, check_dtype, check_result
+from hf_immunize.spectra.conditioning import grid_cutoff, rank_cutoff
+
+
+def as_data(values: Any, name: str = "Z") -> torch.Tensor:
+    """Return data as a float64 matrix, or say in one sentence why it cannot be one.
+
+    Args:
+        values: ``(N, D)`` tensor, array or nested list, one row a sample, real or whole numbers.
+        name: What the caller calls it, for the message.
+
+    Returns:
+        ``(N, D)`` float64 tensor, detached, on the device it came from (the CPU where that device has no float64).
+
+    Raises:
+        ShapeError: Not two-dimensional, fewer than two rows, or no column.
+        NonFiniteError: A cell holds NaN or infinity; the message names its row and column.
+        ArgumentError: They are no numbers, or complex.
+
+    Example:
+        >>> as_data([[1.0, 2.0], [3.0, float("nan")]], "X_benign")
+        Traceback (most recent call last):
+        hf_immunize.errors.NonFiniteError: Expected finite values in X_benign, found nan in row 1, column 1 ...
+    """
+    matrix = as_values(values, name).detach()
+    if matrix.is_complex():
+        raise ArgumentError(
+            f"Expected real numbers in {name}, found {matrix.dtype}; pass its real part, its modulus, or real and "
+            "imaginary part as columns of their own."
+        )
+    matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).to(torch.float64)
+    matrix = as_matrix(matrix, name)
+    if matrix.shape[0] < 2:
+        raise ShapeError(f"Expected at least two rows in {name}, found {matrix.shape[0]}; one sample has no spectrum.")
+    return matrix
+
+
+def as_targets(values: Any, rows: int, name: str = "y") -> torch.Tensor:
+    """Return regression targets as a float64 ``(rows, C)`` matrix.
+
+    Args:
+        values: ``(N,)`` or ``(N, C)`` targets.
+        rows: The number of samples they belong to.
+        name: What the caller calls them, for the message.
+
+    Raises:
+        ShapeError: One-dimensional or two-dimensional targets were expected, or their number is not ``rows``.
+        NonFiniteError: A target is NaN or infinite.
+        ArgumentError: The targets are no numbers, or complex.
+    """
+    targets = as_values(values, name).detach()
+    if targets.ndim not in (1, 2) or targets.shape[0] != rows or targets.numel() == 0:
+        raise ShapeError(
+            f"{name} must hold one target for each of the {rows} rows, as ({rows},) or ({rows}, C), "
+            f"found shape {tuple(targets.shape)}."
+        )
+    return as_data(targets.reshape(rows, -1), name)
+
+
+def same_columns(first: torch.Tensor, second: torch.Tensor, names: tuple[str, str]) -> None:
+    """Refuse two matrices that are not over the same features.
+
+    Raises:
+        ShapeError: The numbers of columns differ.
+    """
+    if first.shape[1] != second.shape[1]:
+        raise ShapeError(
+            f"{names[0]} and {names[1]} must have the same columns, one map θ serves both; "
+            f"found {first.shape[1]} and {second.shape[1]}: encode both tasks with the same features."
+        )
+
+
+def dtype_of_origin(values: Any, produced_dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype in which the data were computed, which decides what is rounding noise in them.
+
+    Whole numbers are exact and count as float64.
+
+    Args:
+        values: The data as the caller gave them, before any cast.
+        produced_dtype: Overrides the dtype they carry, for float32 features that were saved as float64.
+    """
+    dtype = check_dtype(produced_dtype) or as_values(values, "the data").dtype
+    return dtype if dtype.is_floating_point else torch.float64
+
+
+def keep_above_noise(sigma: torch.Tensor, shape: Sequence[int], produced_dtype: torch.dtype) -> torch.Tensor:
+    """Which singular values of data of this shape the rank rule keeps.
+
+    Args:
+        sigma: ``(min(N, D),)`` singular values, falling.
+        shape: ``(N, D)``.
+        produced_dtype: :func:`dtype_of_origin` of the data.
+
+    Returns:
+        ``(min(N, D),)`` boolean.
+    """
+    norm = check_result(math.hypot(*sigma.tolist()), "the norm of the data")
+    cutoff = rank_cutoff(float(sigma[0]), norm, shape[0], shape[1], produced_dtype)
+    return sigma > max(cutoff, grid_cutoff(shape[0], shape[1], produced_dtype))
+
+
+def standardize(X: Any, name: str = "X") -> tuple[torch.Tensor, list[int]]:
+    """Centre and scale every column by its standard deviation.
+
+    A column whose values differ by rounding only is constant: it becomes exactly 0 and is reported.
+
+    Args:
+        X: ``(N, D)`` data.
+        name: What the caller calls them.
+
+    Returns:
+        ``(N, D)`` float64, and the numbers of the constant columns.
+
+    Raises:
+        ShapeError: Not a matrix of at least two rows.
+        NonFiniteError: A cell is NaN or infinite.
+
+    Example:
+        >>> standardize([[1.0, 5.0], [3.0, 5.0]])
+        (tensor([[-0.7071,  0.0000],
+                [ 0.7071,  0.0000]], dtype=torch.float64), [1])
+    """
+    matrix = as_data(X, name)
+    # Each column by a power of two near its size, so that no square leaves the range.
+    matrix = torch.ldexp(matrix, -torch.frexp(matrix.abs().amax(0)).exponent)
+    centred = matrix - matrix.mean(0)
+    deviation = centred.square().sum(0).div(len(matrix) - 1).sqrt()
+    constant = deviation <= 1e-14 * matrix.abs().amax(0)
+    scaled = torch.where(constant, torch.zeros_like(centred), centred / deviation.where(~constant, deviation + 1))
+    return scaled, constant.nonzero()[:, 0].tolist()
+
+
+ARRAYS = (".npy", ".npz", ".safetensors")
+TABLES = (".csv", ".parquet")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# What numpy, pandas, pyarrow and pillow raise on damaged files, between them.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def read_pair(
+    benign: Path,
+    harmful: Path,
+    *,
+    key: str | None = None,
+    columns: Sequence[str] | None = None,
+    drop: Sequence[str] = (),
+    fill: float | None = None,
+    image_size: int = 28,
+    notes: list[str] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read two data sets with the same columns.
+
+    Text columns of tables are coded by the order of their values, taken from both files together, so that one value
+    has one code. A column of numbers with a few cells of text among them is an error instead.
+
+    Args:
+        benign: A file or a folder of images.
+        harmful: Another.
+        key: Array of an .npz or .safetensors file; without it there must be a single one.
+        columns: Columns of a table to take, all by default.
+        drop: Columns of a table to leave out.
+        fill: Value for missing cells.
+        image_size: Side in pixels of images, which are made grey.
+        notes: A list to which a sentence is added that names the text columns that were coded.
+
+    Returns:
+        ``(N_P, D)`` and ``(N_H, D)``.
+
+    Raises:
+        DataError: A file is missing, damaged, of an unknown kind, holds no numbers, or lacks the key or a column; or
+            a column of numbers holds text.
+        ImageDecodeError: A file is no image.
+        NonFiniteError: A cell is infinite, or missing and no fill value is given.
+        ArgumentError: The fill value is not finite.
+    """
+    if image_size < 1:
+        raise ArgumentError(f"Expected images of at least one pixel a side, found {image_size}; use --image-size 28.")
+    if fill is not None and not math.isfinite(fill):
+        raise ArgumentError(f"Expected a finite number to fill missing cells with, found {fill}; use --fill 0.")
+    for path in (benign, harmful):
+        if not path.exists():
+            raise DataError(f"There is no file or folder {path}; give two paths, benign first.")
+    # What would have no effect is most often meant for another file.
+    kinds = {path.suffix for path in (benign, harmful)}
+    for option, given, of in (
+        ("--key", key is not None, ARRAYS[1:]),
+        ("--columns", columns is not None, TABLES),
+        ("--drop", bool(drop), TABLES),
+        ("--fill", fill is not None, TABLES),
+    ):
+        if given and kinds.isdisjoint(of):
+            raise ArgumentError(
+                f"Expected {option} with {' and '.join(of)} files alone, found {benign} and {harmful}. Leave it out."
+            )
+    tables = [_table(path, columns, drop) if path.suffix in TABLES else None for path in (benign, harmful)]
+    if tables[0] is not None and tables[1] is not None and not any(_packed(table) for table in tables):
+        first, second, coded = _encode(tables, (benign, harmful), fill)
+        if coded and notes is not None:
+            names = ", ".join(map(str, coded[:12])) + (" …" if len(coded) > 12 else "")
+            notes.append(f"{len(coded)} text columns were coded as 0, 1, 2, … in the order of their values: {names}.")
+        return first, second
+    parts = [
+        _cells(table, path, image_size) if table is not None else _array(path, key, image_size)
+        for table, path in zip(tables, (benign, harmful), strict=True)
+    ]
+    for part, path in zip(parts, (benign, harmful), strict=True):
+        _refuse_non_finite(part, path)
+    return parts[0], parts[1]
+
+
+def _array(path: Path, key: str | None, image_size: int) -> torch.Tensor:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
+        if not files:
+            raise DataError(f"There are no images under {path} (looked for {', '.join(IMAGES)}).")
+        return torch.stack([_image(file, f"{file}", image_size) for file in files])
+    if path.suffix not in ARRAYS:
+        known = ", ".join((*ARRAYS, *TABLES))
+        raise DataError(f"Expected {known} or a folder of images, found {path}.")
+    with _reading(path):
+        if path.suffix == ".npy":
+            # Whatever the name says, numpy also opens archives.
+            with path.open("rb") as file:
+                found: Any = np.lib.format.read_array(file, allow_pickle=False)
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                found = archive[_key(list(archive), key, path)]
+        else:
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as archive:
+                found = archive.get_tensor(_key(list(archive.keys()), key, path))
+    if isinstance(found, np.ndarray):
+        if found.dtype.kind not in "biufc":
+            raise DataError(f"Expected an array of numbers in {path}, found one of {found.dtype}; save it as float64.")
+        # Neither long doubles nor a foreign byte order reach torch.
+        kind = np.float64 if found.dtype.kind == "f" and found.dtype.itemsize > 8 else found.dtype.type
+        found = found.astype(kind, copy=False)
+    tensor = torch.as_tensor(found)
+    # Images in an array: one row each.
+    return tensor.flatten(1) if tensor.ndim > 2 else tensor
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a reader raises on a damaged file into one sentence."""
+    try:
+        yield
+    except ImmunizationError:
+        raise
+    except (*_DAMAGE, SafetensorError) as error:
+        if "Object arrays" in str(error):
+            raise DataError(
+                f"Expected an array of numbers in {path}, found one of Python objects; save it as float64."
+            ) from error
+        raise DataError(
+            f"Expected a {path.suffix} file that can be read, found {path}, which is empty, damaged or of another "
+            f"kind ({type(error).__name__}); check it and write it anew."
+        ) from error
+
+
+def _refuse_non_finite(matrix: torch.Tensor, path: Path) -> None:
+    # Other shapes and kinds of number have an error of their own later on.
+    if matrix.ndim != 2 or not matrix.is_floating_point():
+        return
+    bad = (~torch.isfinite(matrix.to(torch.float64))).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise NonFiniteError(
+            f"Expected finite numbers in {path}, found {float(matrix[row, column])} in row {row}, column {column} "
+            f"({len(bad)} such cells); mend them or leave these rows out."
+        )
+
+
+def _key(keys: list[str], key: str | None, path: Path) -> str:
+    if key is None and len(keys) == 1:
+        return keys[0]
+    if key not in keys:
+        raise DataError(f"Choose one of the arrays of {path} with --key: {', '.join(keys)}; found {key!r}.")
+    return key
+
+
+def _table(path: Path, columns: Sequence[str] | None, drop: Sequence[str]) -> Any:
+    import pandas
+
+    with _reading(path):
+        frame = pandas.read_csv(path, low_memory=False) if path.suffix == ".csv" else pandas.read_parquet(path)
+    # Rows longer than the first line make pandas take their first cells for row names.
+    if path.suffix == ".csv" and len(frame) and not frame.index.equals(pandas.RangeIndex(len(frame))):
+        raise DataError(
+            f"Expected as many cells in the rows of {path} as in its first line ({len(frame.columns)}), found "
+            f"{len(frame.columns) + frame.index.nlevels}; name every column in the first line."
+        )
+    missing = [name for name in (*(columns or ()), *drop) if name not in frame.columns]
+    if missing:
+        raise DataError(f"{path} has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns[:12]))} …")
+    return frame[list(columns)] if columns else frame.drop(columns=list(drop))
+
+
+def _packed(frame: Any) -> bool:
+    """Whether a column holds images or whole feature vectors rather than one number a cell."""
+    return any(isinstance(frame[name].iloc[0], dict | list | np.ndarray) for name in frame.columns if len(frame))
+
+
+def _cells(frame: Any, path: Path, image_size: int) -> torch.Tensor:
+    packed = [
+        name for name in frame.columns if len(frame) and isinstance(frame[name].iloc[0], dict | list | np.ndarray)
+    ]
+    if len(packed) != 1:
+        raise DataError(f"Choose one column of features or images of {path} with --columns; found {packed}.")
+    cells = frame[packed[0]].tolist()
+    if isinstance(cells[0], dict):
+        return torch.stack(
+            [_image(cell.get("bytes"), f"{path}, row {row}", image_size) for row, cell in enumerate(cells)]
+        )
+    try:
+        return torch.as_tensor(np.stack([np.asarray(cell).reshape(-1) for cell in cells]))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"Expected feature vectors of one length and of numbers in {path}, column {packed[0]!r}, found others; "
+            "leave those rows out."
+        ) from error
+
+
+def _image(source: Any, where: str, size: int) -> torch.Tensor:
+    import io
+
+    from PIL import Image
+
+    if source is None:
+        raise ImageDecodeError(f"{where} holds no image; leave that row out.")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            grey = image.convert("L").resize((size, size))
+    except (*_DAMAGE, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageDecodeError(f"{where} is not an image that can be read ({type(error).__name__}).") from error
+    return torch.as_tensor(np.asarray(grey, dtype=np.float64).reshape(-1) / 255)
+
+
+def _encode(
+    frames: list[Any], paths: tuple[Path, Path], fill: float | None
+) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
+    """Both tables as numbers, and the names of the columns that were coded."""
+    import pandas
+
+    first, second = frames
+    if list(first.columns) != list(second.columns):
+        only = [name for name in first.columns if name not in second.columns] or [
+            name for name in second.columns if name not in first.columns
+        ]
+        what = f"{only[0]!r} is in one only" if only else "their order differs"
+        raise DataError(f"{paths[0]} and {paths[1]} must have the same columns: {what}; use --columns or --drop.")
+    both = pandas.concat([first, second], ignore_index=True)
+    numbers, coded = {}, []
+    for name in both.columns:
+        cells = both[name]
+        if not pandas.api.types.is_numeric_dtype(cells):
+            texts = cells.dropna().astype(str)
+            parsed = pandas.to_numeric(texts, errors="coerce")
+            if len(texts) and parsed.notna().all():
+                cells = parsed.reindex(cells.index)
+            else:
+                _refuse_typos(parsed, texts, len(first), paths, name)
+                codes = {text: float(i) for i, text in enumerate(sorted(set(texts)))}
+                cells = texts.map(codes).reindex(cells.index)
+                coded.append(name)
+        numbers[name] = cells.astype(float)
+    table = pandas.DataFrame(numbers)
+    if fill is not None:
+        table = table.fillna(fill)
+    values = table.to_numpy(copy=True)
+    for bad, expected, remedy in (
+        (np.isnan(values), "a value in every cell, found none", "fill them with --fill 0"),
+        (~np.isfinite(values), "a finite number in every cell, found an infinite one", "mend them"),
+    ):
+        cells = np.argwhere(bad)
+        if len(cells):
+            row, column = cells[0].tolist()
+            raise NonFiniteError(
+                f"Expected {expected} in {_place(row, len(first), paths)}, column {table.columns[column]!r} "
+                f"({len(cells)} such cells in both files); {remedy} or leave columns out with --drop."
+            )
+    matrix = torch.as_tensor(values)
+    return matrix[: len(first)], matrix[len(first) :], coded
+
+
+def _place(row: int, size: int, paths: tuple[Path, Path]) -> str:
+    """File and row of a row of both tables together, of which the first has ``size``."""
+    return f"{paths[0]}, row {row}" if row < size else f"{paths[1]}, row {row - size}"
+
+
+def _refuse_typos(parsed: Any, texts: Any, size: int, paths: tuple[Path, Path], name: Any) -> None:
+    """Refuse text cells in a column that holds numbers for the most part, in one of the files at least."""
+    numeric = parsed.notna()
+    shares = [part.mean() for part in (numeric[numeric.index < size], numeric[numeric.index >= size]) if len(part)]
+    if all(share <= 0.5 for share in shares):
+        return
+    row = int(numeric.index[~numeric][0])
+    raise DataError(
+        f"Expected numbers in column {name!r}, most of its cells are, found {texts[row]!r} in "
+        f"{_place(row, size, paths)} ({int((~numeric).sum())} such cells in both files); mend them, empty them and "
+        "use --fill, or leave the column out with --drop."
+    )

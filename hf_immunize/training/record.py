@@ -1,0 +1,606 @@
+"""What a Trainer tells the world of its model: the card, the push, and the pushes during training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
+
+from hf_immunize.errors import HubError, ImmunizationError, RecordError, WeightsError
+from hf_immunize.features.extract import Measurement
+from hf_immunize.files import staged_directory
+from hf_immunize.hub.card import CardOptions, budget_words, write_card
+from hf_immunize.hub.collect import (
+    describe_base_model,
+    describe_dataset,
+    describe_side,
+    exact_ratio,
+    public_name,
+    software_versions,
+)
+from hf_immunize.hub.outgoing import check_private, refuse_links
+from hf_immunize.hub.push import PushResult, check_loads_back, files_to_push, name_outcome, push, retried
+from hf_immunize.hub.record import (
+    RECORD_NAME,
+    AuditRecord,
+    BaseModelRecord,
+    BudgetRecord,
+    DataRecord,
+    ImmunizationRecord,
+    MethodRecord,
+    MetricRecord,
+    RatioRecord,
+    read_record,
+    write_record,
+)
+from hf_immunize.hub.weights import changed_weights, hash_weights
+from hf_immunize.text import printable
+from hf_immunize.training.arguments import Method
+from hf_immunize.training.checkpoints import STATE
+from hf_immunize.training.step import ImmunizationStep
+from hf_immunize.vision.head import without_wrapper
+from hf_immunize.vision.tensor_hash import tensors_hash
+
+
+logger = logging.get_logger(__name__)
+
+
+def describe_budget(step: ImmunizationStep) -> BudgetRecord | None:
+    """The state of a run's budget.
+
+    Args:
+        step: What the run computes in a step.
+
+    Returns:
+        Its part of the record; None where there is no budget, or no step was taken.
+    """
+    spent, limit = step.weighting.spent(), step.method.benign_budget
+    if spent is None or limit is None or step.calls == 0:
+        return None
+    return BudgetRecord(limit, step.method.budget_measure, *spent)
+
+
+class BudgetWatch:
+    """Say in the log when a run begins to exceed its budget, and when it is back within; not in every step."""
+
+    def __init__(self) -> None:
+        self._exceeded = False
+
+    def look(self, step: ImmunizationStep, steps: int) -> dict[str, float]:
+        """Look at the budget where a log is written.
+
+        Args:
+            step: What the run computes in a step.
+            steps: Optimizer steps so far.
+
+        Returns:
+            What to log: ``budget_spent``, the part of the budget that is spent; nothing without a budget.
+        """
+        state = describe_budget(step)
+        if state is None:
+            return {}
+        if state.exceeded != self._exceeded:
+            (logger.warning if state.exceeded else logger.info)(f"Step {steps}: {budget_words(state)}")
+            self._exceeded = state.exceeded
+        return {"budget_spent": state.spent / state.limit}
+
+
+# Settings of the method that have fields of their own in the record.
+_NAMED = ("objective", "benign_weight", "harmful_weight")
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    weights: str
+    step: int
+    prefix: str
+    metrics: dict[str, float]
+    benign: tuple[Measurement, Measurement | None]
+    harmful: tuple[Measurement | None, Measurement | None]
+    budget: BudgetRecord | None
+
+
+@dataclass
+class Evidence:
+    """What is known about a model in training, for its record.
+
+    Attributes:
+        base_model: What it started from, where the model's config does not say it.
+        benign, harmful: Names, revisions and splits of the data, where the data sets do not say them; what is None is
+            taken from the data sets.
+        license: Licence of the weights.
+        before: Metrics of the starting weights, where they were not evaluated by this Trainer.
+        figures: Names of figures in the output folder.
+        remarks: Plain sentences that the figures need to be understood.
+    """
+
+    base_model: BaseModelRecord | None = None
+    benign: DataRecord | None = None
+    harmful: DataRecord | None = None
+    license: str | None = None
+    before: dict[str, float | None] | None = None
+    figures: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    _latest: _Evaluated | None = None
+    _adopted: tuple[str, ImmunizationRecord] | None = None
+    # Weights that were saved before they were evaluated: their fingerprint, their folder, the hashes of its files.
+    _saved: tuple[str, str, dict[str, str]] | None = None
+    _attached: tuple[str, RatioRecord | None, AuditRecord | None] | None = None
+    # Size and checksum of the benign images that `before` is of.
+    _before_of: tuple[int | None, float | None] = (None, None)
+    # Fingerprint of weights to step and budget when they were first seen: some are gone back to.
+    _seen: dict[str, tuple[int, BudgetRecord | None]] = field(default_factory=dict)
+
+    def note(
+        self,
+        model: nn.Module,
+        prefix: str,
+        step: int,
+        metrics: dict[str, float],
+        benign: Measurement,
+        harmful: Measurement | None,
+        references: dict[str, Measurement],
+        budget: BudgetRecord | None = None,
+    ) -> None:
+        """Keep what an evaluation of the constructor's data found.
+
+        Args:
+            model: The weights it was made of.
+            prefix: Of its metrics; of several benign sets, the first one counts.
+            step: Optimizer steps so far.
+            metrics: With the prefix.
+            benign: Features of the benign set.
+            harmful: Of the harmful set.
+            references: Features through the starting weights, by prefix and "harmful".
+            budget: What became of the benign budget so far.
+        """
+        weights = weights_fingerprint(model)
+        step, budget = self._seen.setdefault(weights, (step, budget))
+        last = self._latest
+        if last is not None and (last.weights, last.step) == (weights, step) and last.prefix != prefix:
+            return
+        if step == 0:
+            self.know_before({name.replace(prefix, "eval", 1): value for name, value in metrics.items()}, benign)
+        elif not self._is_of(benign):
+            self.before = None
+        sides = (benign, references.get(prefix)), (harmful, references.get("harmful"))
+        self._latest = _Evaluated(weights, step, prefix, dict(metrics), *sides, budget)
+
+    def know_before(self, metrics: dict[str, float], benign: Measurement) -> None:
+        """Keep what the starting weights were found to do.
+
+        Args:
+            metrics: With the prefix "eval".
+            benign: Features of the benign set through them.
+        """
+        self.before, self._before_of = dict(metrics), (benign.factor.num_samples, benign.checksum)
+
+    @property
+    def step(self) -> int | None:
+        """The step of the weights that were evaluated last, which may be earlier ones gone back to."""
+        return None if self._latest is None else self._latest.step
+
+    @property
+    def budget(self) -> BudgetRecord | None:
+        """What had become of the benign budget at that step."""
+        return None if self._latest is None else self._latest.budget
+
+    def _is_of(self, benign: Measurement) -> bool:
+        """Whether what was before is of these images, as far as that is known."""
+        size, checksum = self._before_of
+        return None in (size, checksum) or (
+            size == benign.factor.num_samples and math.isclose(float(checksum or 0), benign.checksum, rel_tol=1e-6)
+        )
+
+    def attach(self, model: nn.Module, *, groups: RatioRecord | None = None, audit: AuditRecord | None = None) -> None:
+        """Keep what was measured outside the Trainer, for these weights only.
+
+        Args:
+            model: The weights it was made of.
+            groups: RIR over groups of images.
+            audit: What an audit found.
+        """
+        self._attached = weights_fingerprint(model), groups, audit
+
+    def adopt(self, model: nn.Module, folder: str | None) -> None:
+        """Take over the record of a checkpoint whose weights were just loaded.
+
+        Args:
+            model: With those weights.
+            folder: The checkpoint's folder.
+        """
+        if folder is None or not (Path(folder) / RECORD_NAME).is_file():
+            return
+        try:
+            record = read_record(folder)
+        except RecordError as error:
+            logger.warning(f"Passing over the record in {folder}: {error}")
+            return
+        self._adopted = weights_fingerprint(model), record
+        self._seen[self._adopted[0]] = record.method.steps, record.method.budget
+        if self.before is None and record.metric is not None and record.metric.before is not None:
+            self.before = {f"eval_{record.metric.name}": record.metric.before}
+            if record.benign is not None:
+                self._before_of = record.benign.size, record.benign.checksum
+
+    def of(self, weights: str) -> _Evaluated | ImmunizationRecord | None:
+        """What is known of these weights, by their fingerprint."""
+        if self._latest is not None and self._latest.weights == weights:
+            return self._latest
+        return self._adopted[1] if self._adopted is not None and self._adopted[0] == weights else None
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A fingerprint of all weights and statistics, by their bytes.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A hash; another one as soon as a bit of them has changed.
+    """
+    return tensors_hash((name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor))
+
+
+def make_record(trainer: Any) -> ImmunizationRecord | None:
+    """The record of the Trainer's weights, without their hashes.
+
+    Args:
+        trainer: An `ImmunizationTrainer`.
+
+    Returns:
+        The record; None where these weights were not evaluated.
+    """
+    evidence: Evidence = trainer.evidence
+    if evidence._latest is None and evidence._adopted is None:
+        return None
+    weights = weights_fingerprint(trainer.model)
+    known = evidence.of(weights)
+    if known is None:
+        return None
+    if isinstance(known, ImmunizationRecord):
+        return _completed(dataclasses.replace(known), trainer, weights)
+    record = bare_record(trainer, known.prefix, known.step)
+    record.method.budget = known.budget
+    record.metric = _metric(evidence.before or {}, known.metrics, known.prefix)
+    if record.metric is not None:
+        record.metric.precision = trainer.accelerator.mixed_precision
+    record.benign_features, record.harmful_features = describe_side(*known.benign), describe_side(*known.harmful)
+    for data, measurement in ((record.benign, known.benign[0]), (record.harmful, known.harmful[0])):
+        if data is not None and measurement is not None:
+            data.size, data.checksum = measurement.factor.num_samples, measurement.checksum
+    exact = exact_ratio(record.benign_features, record.harmful_features)
+    record.ratios = {} if exact is None else {"exact": exact}
+    return _completed(record, trainer, weights)
+
+
+def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> ImmunizationRecord:
+    """What can be said of the Trainer's model without a measurement: method, base model and data.
+
+    Args:
+        trainer: An `ImmunizationTrainer`.
+        prefix: Which of several benign sets is meant.
+        step: Optimizer steps; by default those taken so far.
+
+    Returns:
+        A record without figures.
+    """
+    args, evidence = trainer.args, trainer.evidence
+    settings = dataclasses.asdict(Method.of(args))
+    train = trainer.train_dataset
+    benign = trainer.eval_dataset
+    if isinstance(benign, dict):
+        benign = benign.get(prefix.removeprefix("eval_"), next(iter(benign.values()), None))
+    config = trainer.model.config
+    base = evidence.base_model or describe_base_model(config._name_or_path, getattr(config, "_commit_hash", None))
+    return ImmunizationRecord(
+        method=MethodRecord(
+            objective=trainer.objective,
+            trainable=printable(args.trainable),
+            steps=trainer.state.global_step if step is None else step,
+            seed=args.seed,
+            benign_weight=settings["benign_weight"],
+            harmful_weight=settings["harmful_weight"],
+            freeze_batchnorm=args.freeze_batchnorm,
+            settings={name: value for name, value in settings.items() if name not in _NAMED},
+        ),
+        base_model=dataclasses.replace(base),
+        benign=_merged(evidence.benign, describe_dataset(benign, train=getattr(train, "benign", train))),
+        harmful=_merged(
+            evidence.harmful, describe_dataset(trainer._harmful_eval, train=getattr(train, "harmful", None))
+        ),
+        image_processor=None if trainer.processing_class is None else type(trainer.processing_class).__name__,
+        software=software_versions(),
+        license=evidence.license,
+        figures=list(evidence.figures),
+        remarks=[printable(remark) for remark in evidence.remarks],
+    )
+
+
+def save_record(trainer: Any, staging: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Write the record beside weights that were just written, with their hashes; or take an outdated one away.
+
+    Args:
+        trainer: An `ImmunizationTrainer`.
+        staging: Where the weights lie now.
+        target: Where they will lie; a record there that is not of these weights is removed.
+    """
+    evidence, record = trainer.evidence, make_record(trainer)
+    evidence._saved = None
+    if record is not None:
+        record.weights = hash_weights(staging)
+        write_record(staging, record)
+        return
+    # A checkpoint of a run in progress gets a record when it is written, or none.
+    if not trainer._is_sharded and not Path(target).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        evidence._saved = weights_fingerprint(trainer.model), os.fspath(target), hash_weights(staging)
+    if (Path(target) / RECORD_NAME).is_file():
+        logger.warning(
+            f"Removing {RECORD_NAME} from {target}: these weights were not evaluated, and its figures are of others."
+        )
+        (Path(target) / RECORD_NAME).unlink()
+
+
+def record_saved(trainer: Any) -> None:
+    """Write the record of weights that were saved first and evaluated now, if they still lie where they were saved.
+
+    Args:
+        trainer: An `ImmunizationTrainer`.
+    """
+    evidence: Evidence = trainer.evidence
+    if evidence._saved is None:
+        return
+    fingerprint, folder, hashes = evidence._saved
+    record = make_record(trainer)
+    if record is None or weights_fingerprint(trainer.model) != fingerprint:
+        return
+    evidence._saved = None
+    with suppress(OSError, WeightsError):  # the folder is gone, or was emptied
+        if not changed_weights(folder, hashes):
+            record.weights = hashes
+            write_record(folder, record)
+
+
+def _completed(record: ImmunizationRecord, trainer: Any, weights: str) -> ImmunizationRecord:
+    """With what was given from outside for these very weights."""
+    evidence: Evidence = trainer.evidence
+    record.figures, record.remarks = list(evidence.figures), [printable(remark) for remark in evidence.remarks]
+    record.license = evidence.license or record.license
+    if evidence._attached is not None and evidence._attached[0] == weights:
+        _, groups, audit = evidence._attached
+        record.ratios = record.ratios | ({} if groups is None else {"groups": groups})
+        record.audit = audit or record.audit
+    return record
+
+
+def _metric(before: dict[str, Any], after: dict[str, float], prefix: str) -> MetricRecord | None:
+    for name in ("accuracy", "loss"):
+        value, old = after.get(f"{prefix}_{name}"), before.get(f"eval_{name}")
+        if value is not None and math.isfinite(value):
+            known = old is not None and math.isfinite(old)
+            return MetricRecord(name, float(value), None if old is None or not known else float(old))
+    return None
+
+
+def _merged(given: DataRecord | None, found: DataRecord | None) -> DataRecord | None:
+    if given is None or found is None:
+        return given if found is None else found
+    named = {item.name: getattr(given, item.name) for item in dataclasses.fields(given)}
+    kept = {name: value for name, value in named.items() if value is not None}
+    return dataclasses.replace(found, **kept)
+
+
+# What a run resumes from, beside the model and the Trainer's state. All else in a checkpoint's folder stays:
+# training_args.bin, which holds local paths and the token, the list of files, which is of the state with its local
+# paths, what callbacks and people put there, unfinished folders.
+_RESUMED_FROM = re.compile(
+    r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|immunization_(state|step)\.safetensors"
+)
+
+
+def create_model_card(
+    trainer: Any,
+    *,
+    language: Any = None,
+    license: str | None = None,
+    tags: Any = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    dataset_tags: Any = None,
+    dataset: Any = None,
+) -> None:
+    """Write the card into the output folder, from the record of the Trainer's weights.
+
+    Args:
+        trainer: An `ImmunizationTrainer`.
+        language: As the Trainer's.
+        license: Likewise.
+        tags: Likewise.
+        model_name: Likewise.
+        finetuned_from: Likewise.
+        dataset_tags: Ids of datasets on the Hub.
+        dataset: What to call the benign data.
+    """
+    record = make_record(trainer) or bare_record(trainer)
+    if finetuned_from:
+        record.base_model = describe_base_model(finetuned_from)
+    if dataset and record.benign is not None:
+        record.benign.name = ", ".join(public_name(name) for name in _listed(dataset))
+    options = CardOptions(
+        repo_id=trainer.hub_model_id,
+        model_name=model_name,
+        license=license,
+        language=language,
+        tags=_listed(tags),
+        datasets=_listed(dataset_tags),
+    )
+    os.makedirs(trainer.args.output_dir, exist_ok=True)
+    write_card(trainer.args.output_dir, record, options)
+
+
+def push_to_hub(
+    trainer: Any,
+    commit_message: str | None,
+    blocking: bool,
+    token: str | None,
+    revision: str | None,
+    private: bool | None,
+    **card: Any,
+) -> PushResult | Future[PushResult] | None:
+    """Save, write the card, and push what is allowed to leave.
+
+    Args:
+        trainer: An `ImmunizationTrainer`.
+        commit_message: As the Trainer's.
+        blocking: Likewise.
+        token: Likewise.
+        revision: Likewise.
+        private: Likewise.
+        **card: For `create_model_card`.
+
+    Returns:
+        What was pushed, or its future; None on other processes than the first.
+    """
+    args = trainer.args
+    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+    token = token if token is not None else args.hub_token
+    if trainer.hub_model_id is None:
+        trainer.init_hf_repo(token=token, private=private)
+    trainer.save_model(_internal_call=True)
+    if not trainer.is_world_process_zero():
+        return None
+    card["tags"] = [*_listed(card.get("tags")), *_listed(getattr(trainer.model, "model_tags", None))]
+    trainer.create_model_card(**card)
+    trainer._finish_current_push()
+    call = _push_call(trainer, commit_message or "End of training", token, revision, private)
+    return call() if blocking else HfApi().run_as_future(call)
+
+
+def push_from_checkpoint(trainer: Any, checkpoint: str) -> None:
+    """Push in the midst of training, in the background. What goes wrong is said, and training goes on.
+
+    With ``hub_strategy`` "checkpoint" or "all_checkpoints", what is needed to resume goes too, and nothing else of the
+    checkpoint's folder; the local path in the Trainer's state does not, and links, tokens and paths are refused.
+
+    Args:
+        trainer: An `ImmunizationTrainer`.
+        checkpoint: Folder of the checkpoint that was just written.
+    """
+    args = trainer.args
+    if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+        return
+    running = trainer.push_in_progress
+    if not args.hub_always_push and running is not None and not running.is_done():
+        return
+    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+    try:
+        _copy_model(checkpoint, args.output_dir)
+        trainer.create_model_card()
+        step = trainer.state.global_step
+        calls = [_push_call(trainer, f"Training in progress, step {step}", args.hub_token, args.hub_revision, None)]
+    except (ImmunizationError, OSError) as error:
+        logger.warning(f"The checkpoint {checkpoint} is saved, but was not pushed: {error}")
+        return
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        last = args.hub_strategy == HubStrategy.CHECKPOINT
+        path = "last-checkpoint" if last else Path(checkpoint).name
+        calls.append(partial(_push_checkpoint_files, trainer, checkpoint, path, step))
+    jobs = [HfApi().run_as_future(call) for call in calls]
+    for job in jobs:
+        job.add_done_callback(partial(_report, checkpoint))
+    if running is None or running.is_done():
+        trainer.push_in_progress = PushInProgress(jobs)
+    else:
+        running.jobs.extend(jobs)
+
+
+def _push_call(trainer: Any, message: str, token: str | None, revision: str | None, private: bool | None) -> Any:
+    folder, code = trainer.args.output_dir, type(without_wrapper(trainer.model)).__module__
+    # Here, since a model that is loaded in the background would disturb the training.
+    record = read_record(folder) if (Path(folder) / RECORD_NAME).is_file() else None
+    check_loads_back(folder, files_to_push(folder, record), token, code.startswith("transformers_modules"))
+    return partial(
+        push,
+        folder,
+        trainer.hub_model_id,
+        private=private if private is not None else trainer.args.hub_private_repo,
+        revision=revision if revision is not None else trainer.args.hub_revision,
+        token=token,
+        commit_message=message,
+        require_record=False,
+        refresh_card=False,
+        load_back=False,
+    )
+
+
+def _push_checkpoint_files(trainer: Any, checkpoint: str, path: str, step: int) -> Any:
+    root = Path(checkpoint)
+    api = HfApi(token=trainer.args.hub_token, library_name="hf_immunize")
+    record = read_record(root) if (root / RECORD_NAME).is_file() else None
+    resumed = [name for name in sorted(os.listdir(root)) if _RESUMED_FROM.fullmatch(name)]
+    refuse_links(root, [*resumed, STATE])
+    names = sorted({*files_to_push(root, record), *resumed})
+    check_private(root, names, trainer.args.hub_token)
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / STATE
+        told.write_text(_without_path(root / STATE), encoding="utf-8")
+        check_private(folder, [STATE], trainer.args.hub_token)
+        state = told.read_bytes()
+
+    def attempt() -> Any:
+        operations = [CommitOperationAdd(f"{path}/{name}", str(root / name)) for name in names]
+        operations.append(CommitOperationAdd(f"{path}/{STATE}", state))
+        message = f"Training in progress, step {step}, checkpoint"
+        return api.create_commit(
+            trainer.hub_model_id, operations, commit_message=message, revision=trainer.args.hub_revision
+        )
+
+    return retried(attempt, f"push of a checkpoint to {trainer.hub_model_id}")
+
+
+def _without_path(file: Path) -> str:
+    """The Trainer's state without the local path in it."""
+    state = json.loads(file.read_text(encoding="utf-8"))
+    if state.get("best_model_checkpoint"):
+        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+    return json.dumps(state, indent=2)
+
+
+def _copy_model(checkpoint: str, output_dir: str) -> None:
+    source, target = Path(checkpoint), Path(output_dir)
+    record = read_record(source) if (source / RECORD_NAME).is_file() else None
+    names = files_to_push(source, record)
+    with staged_directory(target) as staging:
+        for name in names:
+            shutil.copyfile(source / name, staging / name)
+    stale = {RECORD_NAME, "model.safetensors.index.json", *(file.name for file in target.glob("model*.safetensors"))}
+    for name in stale - set(names):
+        (target / name).unlink(missing_ok=True)
+
+
+def _report(checkpoint: str, job: Future[Any]) -> None:
+    error = None if job.cancelled() else job.exception()
+    if error is not None:
+        named = error if isinstance(error, ImmunizationError) else name_outcome(error, "push") or error
+        kind = f" ({named.outcome})" if isinstance(named, HubError) else ""
+        logger.warning(f"The checkpoint {Path(checkpoint).name} is saved, but was not pushed{kind}: {named}")
+
+
+def _listed(value: Any) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -1,0 +1,500 @@
+"""The input of the final classifier: the one notion of features that all Hugging Face vision models share.
+
+``pooler_output`` is absent in ViT, unpooled in ResNet, and half of what DINOv2's head sees; the head's input is what a
+linear probe would be trained on, whatever the family. It is captured by a hook, so the forward pass stays the model's
+own (and, under data parallelism, the wrapper's own).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_immunize.errors import ArgumentError, HeadError, ImmunizationError, ShapeError
+from hf_immunize.spectra.checks import as_matrix, as_values
+
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+
+logger = logging.get_logger(__name__)
+
+
+def half_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The floating-point parameters and buffers of a model that are narrower than float32.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Name to tensor.
+    """
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor for name, tensor in named.items() if tensor.is_floating_point() and tensor.itemsize < 4}
+
+
+def to_full_precision(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn weights of half precision into float32, in place, and say so; parameters stay the objects they are.
+
+    Args:
+        model: The model. One in float32 or float64 is left as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ArgumentError: If its weights are quantized, so that they cannot be trained.
+    """
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ArgumentError(
+            f"Expected weights in floating point, found a quantized {type(model).__name__}. Load the model without "
+            "quantization_config."
+        )
+    half = half_tensors(model)
+    if half:
+        logger.warning(
+            f"{type(model).__name__} was loaded in {_kinds(half)}: its weights are turned into float32, in which they "
+            "are trained, measured and saved. Use bf16=True for mixed precision."
+        )
+        model.float()
+    return model
+
+
+def check_full_precision(model: nn.Module) -> None:
+    """Refuse a model with weights of half precision, where it is too late to turn them into float32.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ArgumentError: If a weight or a statistic is narrower than float32.
+    """
+    half = half_tensors(model)
+    if half:
+        raise ArgumentError(
+            f"Expected weights in float32, found {_kinds(half)} in {type(model).__name__} ({next(iter(half))}): steps "
+            "and singular values would be lost in rounding. Load it with dtype=torch.float32; bf16=True trains in "
+            "mixed precision."
+        )
+
+
+def full_precision_forward(model: PreTrainedModel) -> Callable[..., Any]:
+    """The forward pass of a model with float32 weights at least and without what accelerate wrapped around it.
+
+    Weights of half precision are widened for the pass alone, exactly, and gradients reach them; the model itself
+    stays as it is. Call it outside of autocast.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A function of ``pixel_values``.
+
+    Examples:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        ...                    image_size=32, patch_size=16, num_labels=3)
+        >>> model = ViTForImageClassification(config).bfloat16()
+        >>> full_precision_forward(model)(torch.zeros(2, 3, 32, 32)).logits.dtype, model.dtype
+        (torch.float32, torch.bfloat16)
+    """
+    half = half_tensors(model)
+    if not half:
+        # accelerate prepares a model for mixed precision by putting a forward under autocast in place of the class's.
+        plain = type(model).forward.__get__(model) if "_original_forward" in vars(model) else model
+        return lambda pixel_values: plain(pixel_values=pixel_values)
+    logger.warning_once(
+        f"{type(model).__name__} has weights in {_kinds(half)}: it is measured in float32, to which they are widened."
+    )
+    wide = {name: tensor.to(torch.float32) for name, tensor in half.items()}
+
+    def forward(pixel_values: Tensor) -> Any:
+        pixel_values = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
+        return torch.func.functional_call(model, wide, (), {"pixel_values": pixel_values})
+
+    return forward
+
+
+def _kinds(tensors: dict[str, Tensor]) -> str:
+    return " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
+
+
+def without_wrapper(model: Any) -> PreTrainedModel:
+    """The transformers model inside a `peft.PeftModel`; any other model as it is.
+
+    Args:
+        model: A model, wrapped or not.
+
+    Returns:
+        The model that PEFT's layers were put into, with these layers.
+
+    Examples:
+        >>> model = nn.Linear(2, 2)
+        >>> without_wrapper(model) is model
+        True
+    """
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+        return model
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model.base_model.model
+
+
+def running_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Name the modules of a model as its author built it: without an adapter's matrices, or copies that do not run.
+
+    Of a layer with LoRA, its ``base_layer`` is given, which receives the layer's input; of a module in PEFT's
+    ``modules_to_save``, the copy of the active adapter. A module that stands under several names has all of them.
+
+    Args:
+        module: A model, wrapped by PEFT or not.
+        prefix: Put before every name.
+
+    Yields:
+        Names as in ``named_modules(remove_duplicate=False)``, and modules.
+
+    Examples:
+        >>> [name for name, _ in running_modules(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
+        ['', '0', '1']
+    """
+    inner = _that_runs(module)
+    if inner is not None:
+        name, part = inner
+        yield from running_modules(part, _joined(prefix, name))
+        return
+    yield prefix, module
+    for name, child in module._modules.items():  # named_children() would leave out a module's second name
+        if child is not None:
+            yield from running_modules(child, _joined(prefix, name))
+
+
+def adapter_parameters(model: Any) -> list[str] | None:
+    """Name the parameters that PEFT trains and saves with a model's active adapter.
+
+    Args:
+        model: A model, wrapped by PEFT or not.
+
+    Returns:
+        Names as in ``model.named_parameters()``; None for a model without wrapper.
+    """
+    if without_wrapper(model) is model:
+        return None
+    from peft import get_peft_model_state_dict
+
+    active = model.active_adapter
+    names = [active] if isinstance(active, str) else list(active)
+    parameters = dict(model.named_parameters())
+    state = parameters | dict(model.named_buffers())
+    saved: set[int] = set()
+    for name in names:
+        # PEFT renames what it saves; the objects are the same.
+        held = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
+        saved |= {id(parameter) for parameter in held.values()}
+    return [name for name, parameter in parameters.items() if id(parameter) in saved]
+
+
+def outermost_name(name: str) -> str:
+    """The name of the module that PEFT put in the place of another one.
+
+    Args:
+        name: A module's name, as `running_modules` gives it.
+
+    Returns:
+        The name of the outermost wrapper that PEFT put around it; the name itself where there is none.
+
+    Examples:
+        >>> outermost_name("base_model.model.classifier.modules_to_save.default.1"), outermost_name("classifier.1")
+        ('base_model.model.classifier', 'classifier.1')
+    """
+    return re.split(r"\.modules_to_save\.|\.original_module\b|\.base_layer\b", name)[0]
+
+
+def _that_runs(module: nn.Module) -> tuple[str, nn.Module] | None:
+    """Of one of PEFT's wrappers, the module that does the work of the one it replaced."""
+    peft = sys.modules.get("peft")
+    if peft is None:
+        return None
+    if isinstance(module, peft.utils.ModulesToSaveWrapper):
+        active = module.active_adapters
+        if active and active[0] in module.modules_to_save and not module.disable_adapters:
+            return f"modules_to_save.{active[0]}", module.modules_to_save[active[0]]
+        return "original_module", module.original_module
+    if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) and hasattr(module, "base_layer"):
+        return "base_layer", module.base_layer
+    return None
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def find_head(model: PreTrainedModel, head_module: str | None = None) -> tuple[str, nn.Linear]:
+    """Find the final classifier, the ``nn.Linear`` with one output a label.
+
+    A head of several linear layers is refused, unless ``head_module`` names the one that classifies: what it receives
+    is then what is measured. Layers without weights before it (dropout, activations) and norms are of no account.
+
+    Only modules outside ``model.base_model`` are candidates, so a block as wide as the number of labels is not taken
+    for the head. Models that are their own base model (CLIP, SigLIP) are searched whole; models of timm are asked.
+
+    In a model wrapped by PEFT, it is the linear layer that runs: the copy in ``modules_to_save`` where there is one,
+    the ``base_layer`` (which receives the same input) where the head has an adapter of its own.
+
+    Args:
+        model: An image classifier of transformers, wrapped by PEFT or not.
+        head_module: The head's name in ``model.named_modules()``, where it cannot be found without help.
+
+    Returns:
+        The head's name and the head.
+
+    Raises:
+        HeadError: If there is no head, more than one candidate, a head of several layers, or ``head_module`` names no
+            ``nn.Linear``; or if the head or its weight is also another part of the model.
+
+    Examples:
+        >>> from transformers import ResNetConfig, ResNetForImageClassification
+        >>> config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3)
+        >>> find_head(ResNetForImageClassification(config))
+        ('classifier.1', Linear(in_features=8, out_features=3, bias=True))
+    """
+    if not isinstance(model, nn.Module) or not hasattr(without_wrapper(model), "base_model"):
+        raise HeadError(
+            f"Expected an image classifier of transformers, found {type(model).__name__}. Load it with "
+            "AutoModelForImageClassification.from_pretrained."
+        )
+    name, head = _named_head(model, head_module) if head_module is not None else _only_head(model)
+    _check_unshared(model, name, head)
+    return name, head
+
+
+def _named_head(model: PreTrainedModel, head_module: str) -> tuple[str, nn.Linear]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not isinstance(modules.get(head_module), nn.Linear):
+        # A user knows the head by the name it had before PEFT wrapped it.
+        inside = {n: m for n, m in running_modules(model) if isinstance(m, nn.Linear)}
+        wrapped = [n for n in inside if outermost_name(n).endswith((f".{head_module}", head_module))]
+        if len(wrapped) == 1:
+            return wrapped[0], inside[wrapped[0]]
+        found = f"a {type(modules[head_module]).__name__}" if head_module in modules else "no module of that name"
+        raise HeadError(
+            f"head_module={head_module!r} should name the nn.Linear that classifies, but {_kind(model)} "
+            f"has {found}; the last nn.Linear modules are {_shown(list(inside)[-3:])}."
+        )
+    return head_module, modules[head_module]
+
+
+def _only_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
+    plain = without_wrapper(model)
+    base, num_labels = plain.base_model, plain.config.num_labels
+    inside = set() if base is plain else set(base.modules())
+    running = list(running_modules(model))
+    candidates: dict[str, nn.Linear] = {}
+    for name, module in running:
+        if not isinstance(module, nn.Linear) or module.out_features != num_labels or module in inside:
+            continue
+        if module not in candidates.values():
+            candidates[name] = module
+    if not candidates and callable(getattr(base, "get_classifier", None)):
+        # timm builds the classifier into what transformers calls the base model.
+        asked = base.get_classifier()
+        heads = asked if isinstance(asked, (tuple, list)) else [asked]
+        candidates = {n: m for n, m in running if isinstance(m, nn.Linear) and any(_holds(head, m) for head in heads)}
+    if not candidates:
+        if base is plain and not _classifies(plain):
+            raise HeadError(
+                f"{_kind(model)} is a bare backbone, without a classifier. Give it a linear one by "
+                f'hf_immunize.vision.bare.with_linear_head(model, num_labels=..., pooling="cls") (or, to the Trainer, '
+                f'pooling="cls" in its arguments), or load a classifier with AutoModelForImageClassification.'
+            )
+        raise HeadError(
+            f"{_kind(model)} has no classifier with {num_labels} outputs outside its backbone; load it with "
+            f"AutoModelForImageClassification and num_labels >= 1, or name the classifier with head_module=..."
+        )
+    if len(candidates) > 1:
+        raise HeadError(
+            f"{_kind(model)} has {len(candidates)} linear modules with {num_labels} outputs: "
+            f"{_shown(list(candidates))}; name the classifier with head_module=..."
+        )
+    name, head = next(iter(candidates.items()))
+    if base is not plain:
+        _check_single(plain, head, inside)
+    return name, head
+
+
+def _check_single(model: PreTrainedModel, head: nn.Linear, inside: set[nn.Module]) -> None:
+    """Features in the midst of a head are not those that a probe of the backbone is trained on."""
+    for top, part in model.named_children():
+        running = [(name, module) for name, module in running_modules(part, top) if module not in inside]
+        if all(module is not head for _, module in running):
+            continue
+        weighted = [(name, module) for name, module in running if isinstance(module, (nn.Linear, nn.Conv2d))]
+        if len(weighted) > 1:
+            raise HeadError(
+                f"Expected a head of one linear layer, found the {len(weighted)} of {top!r} in {_kind(model)}: "
+                f"{_shown([name for name, _ in weighted])}. Put all but the last into the backbone, or measure what "
+                f"that one receives with head_module={next(name for name, m in weighted if m is head)!r}."
+            )
+
+
+def _check_unshared(model: PreTrainedModel, name: str, head: nn.Linear) -> None:
+    """A head that is also another part of the model runs more than once, or moves what should be frozen."""
+    others = [other for other, module in running_modules(model) if module is head and other != name]
+    if others:
+        raise HeadError(
+            f"The head {name!r} of {_kind(model)} is the same module as {_shown(others)}, so it is not clear which "
+            f"input holds the features; give the classifier a module of its own (copy.deepcopy)."
+        )
+    own = {id(parameter) for parameter in head.parameters()}
+    tied = [
+        other
+        for other, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in own and other.rpartition(".")[0] != name
+    ]
+    if tied:
+        raise HeadError(
+            f"The head {name!r} of {_kind(model)} is tied to {_shown(tied)}: training one would move the other; give "
+            f"the classifier weights of its own (head.weight = nn.Parameter(head.weight.detach().clone()))."
+        )
+
+
+class HeadInput:
+    """Record what the head receives during one forward pass.
+
+    The hook is attached on entry and removed on exit, also after an exception.
+
+    Args:
+        head: The module whose input is recorded, as found by `find_head`.
+
+    Raises:
+        HeadError: If the head did not run, ran twice, or received anything but one feature row an image.
+
+    Examples:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> with HeadInput(model[2]) as captured:
+        ...     logits = model(torch.randn(5, 4))
+        >>> captured.features.shape, captured.features.requires_grad
+        (torch.Size([5, 8]), True)
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head
+        self._features: Tensor | None = None
+        self._handle: RemovableHandle | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """The head's input, ``(N, D)``, in the autograd graph of the forward pass."""
+        if self._features is None:
+            raise HeadError(
+                f"The head {self.head} did not run in the recorded forward pass; run the whole model inside the "
+                f"`with` block, or name the module that classifies with head_module=..."
+            )
+        return self._features
+
+    def __enter__(self) -> HeadInput:
+        if self._handle is not None:
+            raise HeadError(
+                "This HeadInput is already recording; use a HeadInput of its own for an inner `with` block."
+            )
+        self._features = None
+        self._handle = self.head.register_forward_pre_hook(self._record)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    # Not traced by torch.compile, which then ends a graph before the head: compiled as one, logits would not be a
+    # function of the features to autograd, and the hook of the first pass would stand for those of all others.
+    @torch.compiler.disable
+    def _record(self, head: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self._features is not None:
+            raise HeadError(
+                f"The head {head} ran twice within one HeadInput, so it is not clear which input holds the features; "
+                f"use one `with` block for each forward pass, or name another module with head_module=..."
+            )
+        features = inputs[0]
+        if features.dim() != 2:
+            raise HeadError(
+                f"The head {head} should receive one feature row an image, (N, D), but received the shape "
+                f"{tuple(features.shape)}; name the module that classifies with head_module=..."
+            )
+        self._features = features
+
+
+def penultimate_features(model: PreTrainedModel, pixel_values: Tensor, head_module: str | None = None) -> Tensor:
+    """Compute the features a linear probe sees: the input of the model's classifier.
+
+    The model's train or eval mode and the grad mode stay as they are. Weights of half precision are widened to float32
+    for the pass.
+
+    Args:
+        model: An image classifier of transformers.
+        pixel_values: Images, ``(N, C, H, W)``.
+        head_module: The classifier's name, where it cannot be found without help; see `find_head`.
+
+    Returns:
+        Features ``(N, D)``, in the autograd graph; of float32 at least, unless autocast is on.
+
+    Raises:
+        HeadError: If the classifier cannot be found or does not see one row an image.
+        ArgumentError: If the images are no floating-point numbers.
+        NonFiniteError: If they hold NaN or infinity.
+        ShapeError: If they are not images of the size that the model takes.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        ...                    image_size=32, patch_size=16, num_labels=3)
+        >>> penultimate_features(ViTForImageClassification(config), torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 16])
+    """
+    _, head = find_head(model, head_module)
+    images = as_values(pixel_values, "pixel_values")
+    if images.ndim != 4 or images.numel() == 0:
+        raise ShapeError(f"Expected images of shape (N, C, H, W), found {tuple(images.shape)}. Stack them first.")
+    as_matrix(images.flatten(1), "pixel_values")
+    try:
+        with HeadInput(head) as captured:
+            full_precision_forward(model)(images)
+    except ImmunizationError:
+        raise
+    except (ValueError, RuntimeError) as error:  # of the model, whose own words tell most
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        said = " ".join(str(error).split())
+        raise ShapeError(
+            f"Expected images that {_kind(model)} takes, found {tuple(images.shape)} of {images.dtype} on "
+            f"{images.device} ({said[:300]}). Prepare them with the model's image processor."
+        ) from error
+    return captured.features
+
+
+def _classifies(model: PreTrainedModel) -> bool:
+    return "labels" in inspect.signature(type(model).forward).parameters
+
+
+def _holds(head: object, module: nn.Module) -> bool:
+    return isinstance(head, nn.Module) and any(part is module for _, part in running_modules(head))
+
+
+def _kind(model: PreTrainedModel) -> str:
+    return type(without_wrapper(model)).__name__
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "absent"
