@@ -8,31 +8,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "hf_immunize"
 # Lowest first. A room imports from rooms of a lower level, from itself, and from errors.py.
-LEVEL = {
-    "text": -1,
-    "files": -1,
-    "spectra": 0,
-    "linear": 1,
-    "vision": 1,
-    "metrics": 1,
-    "hub": 2,
-    "training": 3,
-    "attacks": 4,
-}
-# What a person types, on top of all rooms.
-LEVEL |= {
-    "train_arguments": 8,
-    "train_data": 9,
-    "train_command": 10,
-    "ceiling_command": 10,
-    "hub_commands": 10,
-    "audit_command": 10,
-    "demo_digits": 10,
-    "demo_probing": 11,
-    "demo": 12,
-    "cli": 13,
-    "__main__": 14,
-}
+LEVEL = {"text": 0, "files": 0, "tensor_hash": 0, "spectra": 1, "linear": 2, "metrics": 2, "data": 2, "vision": 2}
+LEVEL |= {"features": 3, "attacks": 4, "hub": 4, "audit": 5, "training": 5, "cli": 6, "__main__": 7}
 
 
 def rooms_imported(file):

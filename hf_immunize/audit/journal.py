@@ -21,7 +21,7 @@ from hf_immunize.audit.result import Outcome
 from hf_immunize.errors import ArgumentError, CheckpointError
 from hf_immunize.features.extract import Extraction, Layer
 from hf_immunize.files import checked, flush, remove_leftovers, staged_directory, with_checksum, write_whole
-from hf_immunize.vision.tensor_hash import tensors_hash
+from hf_immunize.tensor_hash import tensors_hash
 
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hf_immunize.vision.tensor_hash import tensor_bytes
+from hf_immunize.tensor_hash import tensor_bytes
 
 
 # Hashes in a sketch: 4 KiB of text.

@@ -32,7 +32,7 @@ from hf_immunize.data.pairs import ONE_EACH, BatchSizes, PairedDataset, PairedSa
 from hf_immunize.errors import ArgumentError, DataError, DiskSpaceError, NonFiniteError
 from hf_immunize.features.ranks import ALONE, Processes
 from hf_immunize.files import UNFINISHED, checked, file_sha256, flush, with_checksum
-from hf_immunize.vision.tensor_hash import tensor_bytes, tensors_hash
+from hf_immunize.tensor_hash import tensor_bytes, tensors_hash
 
 
 if TYPE_CHECKING:

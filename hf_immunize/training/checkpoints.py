@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
-from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CheckpointError, HubError, NonFiniteError

@@ -50,12 +50,12 @@ from hf_immunize.hub.record import (
     write_record,
 )
 from hf_immunize.hub.weights import changed_weights, hash_weights
+from hf_immunize.tensor_hash import tensors_hash
 from hf_immunize.text import printable
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.checkpoints import STATE
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.head import without_wrapper
-from hf_immunize.vision.tensor_hash import tensors_hash
 
 
 logger = logging.get_logger(__name__)
