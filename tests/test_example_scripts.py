@@ -265,15 +265,15 @@ def test_accelerate_launches_the_train_command_from_a_file(folder):
 
 def test_the_page_of_an_audit_is_written_from_its_json(tmp_path, monkeypatch):
     from hf_immunize.audit.report import AuditReport
-    from hf_immunize.audit.result import AuditData, Outcome, Task
+    from hf_immunize.audit.result import AuditResult, Outcome, TaskSummary
 
-    task = Task("harmful", "cars", train_size=300, test_size=1000, num_classes=10, chance=0.1)
+    task = TaskSummary("harmful", "cars", train_size=300, test_size=1000, num_classes=10, chance=0.1)
     runs = [
         Outcome("ridge", "head_input", subject, "harmful", "classifier", seed, "float64", accuracy=accuracy)
         for subject, accuracy in (("reference", 0.812), ("immunized", 0.537))
         for seed in range(3)
     ]
-    data = AuditData("my/model", "my/base", "quick", 1, {"steps": 100}, {"harmful": task}, runs)
+    data = AuditResult("my/model", "my/base", "quick", 1, {"steps": 100}, {"harmful": task}, runs)
     report = AuditReport(data)
     report.write(tmp_path / "run")
     words = [

@@ -8,7 +8,7 @@ from examples.networks.data import Data
 from examples.networks.probes import joined
 from hf_immunize.attacks.presets import Preset, TuningBudget, find_preset
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.result import AuditData
+from hf_immunize.audit.result import AuditResult
 from hf_immunize.audit.run import audit
 from hf_immunize.audit.statistics import Summary, deviations, of_class, steps_ratios, strongest, summarize
 
@@ -136,7 +136,7 @@ def _both(summaries: list[Summary], task: str, access: str) -> dict[str, Any]:
     return sides
 
 
-def _tuning(data: AuditData) -> dict[str, Any]:
+def _tuning(data: AuditResult) -> dict[str, Any]:
     tuned = [one for one in summarize(data) if one.access == "fine_tuning" and one.task == "harmful"]
     ratios = {one.attacker: one for one in steps_ratios(data) if one.access == "fine_tuning" and one.share == HALF}
     signed = {one.attacker: one.signed for one in deviations(data)}

@@ -8,7 +8,7 @@ from typing import Any
 from examples.networks.data import Data
 from hf_immunize.attacks.presets import FINE_TUNING, PRESET_VERSION, RESTORING, Preset, find_preset
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.result import AuditData, Utility
+from hf_immunize.audit.result import AuditResult, Utility
 from hf_immunize.audit.run import audit
 from hf_immunize.audit.statistics import Summary, of_class, strongest, summarize
 from hf_immunize.errors import ArgumentError
@@ -83,7 +83,7 @@ def joined(before: AuditReport, after: AuditReport, names: tuple[str, str], util
     known = ("size", "immunized", "reference", "difference", "interval")
     reference = [replace(one, subject="reference") for one in before.data.outcomes]
     warnings = [one for one in data.warnings if not one.startswith("No reference was given")]
-    found = AuditData(
+    found = AuditResult(
         **{
             **vars(data),
             "reference": names[0],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_immunize.audit.result import Spectrum, Utility
+from hf_immunize.audit.result import FeatureSpectrum, Utility
 from hf_immunize.audit.statistics import paired_utility
 from hf_immunize.audit.tasks import AttackedTask
 from hf_immunize.data.columns import outputs_by_name
@@ -63,10 +63,12 @@ class Standing:
         """
         self._hits[subject] = logits.argmax(dim=1) == expected_outputs(model, task, self.warnings)
 
-    def spectra(self) -> list[Spectrum]:
+    def spectra(self) -> list[FeatureSpectrum]:
         """One for each subject and task seen."""
         return [
-            Spectrum(subject, task, self._sigma[subject, task], c.num_samples, c.rank, c.log10_kappa, c.is_bound)
+            FeatureSpectrum(
+                subject, task, self._sigma[subject, task], c.num_samples, c.rank, c.log10_kappa, c.is_bound
+            )
             for (subject, task), c in self._conditioning.items()
         ]
 

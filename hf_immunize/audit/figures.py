@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_immunize.audit.names import clean, label, percent
 from hf_immunize.audit.report import CLASSES
-from hf_immunize.audit.result import AuditData, Outcome, Spectrum
+from hf_immunize.audit.result import AuditResult, FeatureSpectrum, Outcome
 from hf_immunize.audit.statistics import (
     ACCESSES,
     SUBJECTS,
@@ -57,7 +57,7 @@ class Picture:
     height: int
 
 
-def draw_all(data: AuditData, layers: pandas.DataFrame, fine_tuning: pandas.DataFrame) -> list[Picture]:
+def draw_all(data: AuditResult, layers: pandas.DataFrame, fine_tuning: pandas.DataFrame) -> list[Picture]:
     """All figures for which there are numbers.
 
     Args:
@@ -163,7 +163,7 @@ def _bars(axes: Axes, rows: dict[str, dict[str, tuple[float, tuple[float, float]
     axes.figure.legend(handles=keys, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
 
 
-def draw_curves(data: AuditData, summaries: Sequence[Summary], task: str = "harmful") -> list[Picture]:
+def draw_curves(data: AuditResult, summaries: Sequence[Summary], task: str = "harmful") -> list[Picture]:
     """Accuracy against steps, a figure for each attacker that takes steps.
 
     An attacker of several precisions and layers is shown where it reads most from the immunized model.
@@ -268,7 +268,7 @@ def draw_operators(table: pandas.DataFrame) -> Picture | None:
     return _picture(figure, "fine_tuning", "Fine-tuning: best harmful accuracy in %, by operator and budget.", alt)
 
 
-def draw_spectra(spectra: Sequence[Spectrum], task: str) -> Picture | None:
+def draw_spectra(spectra: Sequence[FeatureSpectrum], task: str) -> Picture | None:
     """Singular values of a task's features before and after immunization, relative to the largest.
 
     Args:

@@ -17,7 +17,7 @@ import pandas
 from hf_immunize.audit import report as serialization
 from hf_immunize.audit import statistics as limit
 from hf_immunize.audit.names import clean, label, percent, points, ratio, signed
-from hf_immunize.audit.result import AuditData, Outcome, Spectrum, Task, Utility
+from hf_immunize.audit.result import AuditResult, FeatureSpectrum, Outcome, TaskSummary, Utility
 from hf_immunize.audit.statistics import (
     ACCESSES,
     SUBJECTS,
@@ -36,7 +36,7 @@ from hf_immunize.audit.statistics import (
     strongest,
     summarize,
 )
-from hf_immunize.audit.verdict import CLASS_KINDS, UTILITY_KINDS, Finding, Kind, judge
+from hf_immunize.audit.verdict import CLASS_KINDS, UTILITY_KINDS, Judgment, Kind, judge
 from hf_immunize.errors import DataError
 from hf_immunize.files import staged_directory
 from hf_immunize.text import csv_cell
@@ -53,7 +53,7 @@ _STATUSES = ("done", "diverged", "skipped")
 _NON_FINITE = "non_finite"
 
 
-def to_json(data: AuditData, measures: Mapping[str, Any] | None = None) -> str:
+def to_json(data: AuditResult, measures: Mapping[str, Any] | None = None) -> str:
     """Write what an audit found as JSON that every parser reads: numbers are finite.
 
     Args:
@@ -69,7 +69,7 @@ def to_json(data: AuditData, measures: Mapping[str, Any] | None = None) -> str:
     return json.dumps(content, indent=1, allow_nan=False)
 
 
-def from_json(text: str) -> AuditData:
+def from_json(text: str) -> AuditResult:
     """Read back what `to_json` wrote.
 
     Args:
@@ -95,13 +95,13 @@ def from_json(text: str) -> AuditData:
         )
     try:
         data = _decode(content["data"])
-        data["tasks"] = {name: Task(**task) for name, task in data["tasks"].items()}
+        data["tasks"] = {name: TaskSummary(**task) for name, task in data["tasks"].items()}
         data["outcomes"] = [Outcome(**one) for one in data["outcomes"]]
-        data["spectra"] = [Spectrum(**one) for one in data["spectra"]]
+        data["spectra"] = [FeatureSpectrum(**one) for one in data["spectra"]]
         if data["utility"] is not None:
             interval = data["utility"]["interval"]
             data["utility"] = Utility(**data["utility"] | {"interval": interval and tuple(interval)})
-        found = AuditData(**data)
+        found = AuditResult(**data)
         check(found)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"Expected the fields of an audit, found that {error}. {remedy}") from error
@@ -128,7 +128,7 @@ def _decode(value: Any) -> Any:
     return [_decode(item) for item in value] if isinstance(value, list) else value
 
 
-def without_local_paths(data: AuditData) -> AuditData:
+def without_local_paths(data: AuditResult) -> AuditResult:
     """The same, models and data sets from an absolute path called by their last part: reports are handed on.
 
     Args:
@@ -148,7 +148,7 @@ def _public(name: str) -> str:
     return PurePosixPath(name).name or name if name.startswith(("/", "~")) else name
 
 
-def check(data: AuditData) -> None:
+def check(data: AuditResult) -> None:
     """Refuse numbers that would make a report say what nobody measured.
 
     Args:
@@ -159,7 +159,7 @@ def check(data: AuditData) -> None:
             0 and 1; a curve without its steps.
     """
     if "harmful" not in data.tasks:
-        raise DataError("Expected the task 'harmful' among the tasks, found none; describe it in AuditData.tasks.")
+        raise DataError("Expected the task 'harmful' among the tasks, found none; describe it in AuditResult.tasks.")
     for task in data.tasks.values():
         _share(task.chance, f"as chance of the task {task.name!r}")
     for one in data.outcomes:
@@ -221,7 +221,7 @@ def times(one: StepsRatio) -> str:
     return f"{'at least ' if one.is_bound else ''}{ratio(one.ratio)} times"
 
 
-def sentences(data: AuditData) -> list[str]:
+def sentences(data: AuditResult) -> list[str]:
     """The verdict in plain language, the most important first.
 
     Args:
@@ -233,7 +233,7 @@ def sentences(data: AuditData) -> list[str]:
     return [sentence(one, data) for one in judge(data)]
 
 
-def sentence(finding: Finding, data: AuditData) -> str:
+def sentence(finding: Judgment, data: AuditResult) -> str:
     """A finding in plain language.
 
     Args:
@@ -274,7 +274,7 @@ _CLASS_KINDS = CLASS_KINDS | {
 }
 
 
-def _utility(kind: Kind, data: AuditData) -> str:
+def _utility(kind: Kind, data: AuditResult) -> str:
     utility = data.utility
     if utility is None:
         return (
@@ -309,7 +309,7 @@ def _utility(kind: Kind, data: AuditData) -> str:
     return f"The model keeps its benign accuracy: {now}."
 
 
-def _class(finding: Finding, data: AuditData) -> str:
+def _class(finding: Judgment, data: AuditResult) -> str:
     kind, worst, reference = finding.kind, finding.worst, finding.reference
     place, target = PLACES[finding.access], _TASKS.get(finding.task, f"the {finding.task} task")
     if worst is None:
@@ -344,7 +344,7 @@ def _class(finding: Finding, data: AuditData) -> str:
     return _comparison(finding, ours)
 
 
-def _comparison(finding: Finding, ours: str) -> str:
+def _comparison(finding: Judgment, ours: str) -> str:
     worst, reference, other = finding.worst, finding.reference, finding.other
     assert worst is not None
     if finding.kind is Kind.ONE_LAYER_AWAY:
@@ -392,7 +392,7 @@ def _listed(items: Iterable[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def _speed_words(finding: Finding) -> str:
+def _speed_words(finding: Judgment) -> str:
     listed = _listed(f"{label(one.attacker)} ({times(one)} the steps)" for one in finding.ratios)
     wide = _listed(f"{label(one.attacker)} ({times(one)} the steps{_wide(one)})" for one in finding.ratios)
     where = "in fine-tuning" if finding.access == "fine_tuning" else PLACES.get(finding.access, "")
@@ -424,7 +424,7 @@ def _wide(one: StepsRatio) -> str:
     return f", 95% interval {open_end}"
 
 
-def _caution(finding: Finding) -> str:
+def _caution(finding: Judgment) -> str:
     names = _attack_words(finding.attacks)
     if finding.kind is Kind.DIVERGED:
         return f"Diverged, listed and never counted as resistance: {names}."
@@ -445,7 +445,7 @@ def _attack_words(attacks: Sequence[Summary]) -> str:
     return _listed(map(name, attacks))
 
 
-def _ratio(finding: Finding, data: AuditData) -> str:
+def _ratio(finding: Judgment, data: AuditResult) -> str:
     assert finding.worst is not None
     value, bound = data.rir.get("rir"), data.rir.get("bound")
     if bound == "undetermined" or value is None or math.isnan(value):
@@ -483,7 +483,7 @@ _ATTACKS += ["diverged", "skipped", "last_step", "note"]
 _CURVES = ["attacker", "access", "subject", "task", "layer", "precision", "step", "accuracy", "low", "high", "seeds"]
 
 
-def make_tables(data: AuditData) -> dict[str, pandas.DataFrame]:
+def make_tables(data: AuditResult) -> dict[str, pandas.DataFrame]:
     """All tables of an audit; accuracies and differences between 0 and 1, missing numbers NaN.
 
     Args:
@@ -518,7 +518,7 @@ def make_tables(data: AuditData) -> dict[str, pandas.DataFrame]:
     }
 
 
-def headline_table(data: AuditData) -> pandas.DataFrame:
+def headline_table(data: AuditResult) -> pandas.DataFrame:
     """The worst case by class of attackers on the harmful task, one row a class, "not tested" ones included.
 
     Args:
@@ -549,7 +549,7 @@ def _ends(interval: tuple[float, float] | None) -> tuple[float | None, float | N
     return interval or (None, None)
 
 
-def _worst_cases(data: AuditData, summaries: Sequence[Summary], task: str) -> list[dict[str, Any]]:
+def _worst_cases(data: AuditResult, summaries: Sequence[Summary], task: str) -> list[dict[str, Any]]:
     rows = []
     # Of the whole verdict: a claim may be withheld.
     said = {(one.access, one.task): one.kind.value for one in judge(data) if one.kind in CLASS_KINDS}
@@ -607,7 +607,7 @@ def _layers(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     return rows
 
 
-def _budgets(data: AuditData) -> list[dict[str, Any]]:
+def _budgets(data: AuditResult) -> list[dict[str, Any]]:
     """Best accuracy that fine-tuning came to within an eighth, a quarter, a half and all of the steps."""
     runs = [one for one in data.outcomes if (one.access, one.task) == ("fine_tuning", "harmful")]
     runs = [one for one in runs if one.status == "done" and one.curve]
@@ -665,7 +665,7 @@ def _attacks_table(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     return rows
 
 
-def _curves(data: AuditData) -> list[dict[str, Any]]:
+def _curves(data: AuditResult) -> list[dict[str, Any]]:
     points: dict[tuple[Any, ...], list[float]] = {}
     images: dict[tuple[Any, ...], int] = {}
     for one in data.outcomes:
@@ -698,17 +698,17 @@ class AuditReport:
         DataError: If the numbers contradict themselves, such as an accuracy above 1.
 
     Example:
-        >>> from hf_immunize.audit.result import Outcome, Task
-        >>> task = Task("harmful", "cars", train_size=300, test_size=1000, num_classes=10, chance=0.1)
+        >>> from hf_immunize.audit.result import Outcome, TaskSummary
+        >>> task = TaskSummary("harmful", "cars", train_size=300, test_size=1000, num_classes=10, chance=0.1)
         >>> run = Outcome("ridge", "head_input", "immunized", "harmful", "classifier", 0, "float64", accuracy=0.8)
-        >>> report = AuditReport(AuditData("my/model", None, "quick", 1, {}, {"harmful": task}, [run]))
+        >>> report = AuditReport(AuditResult("my/model", None, "quick", 1, {}, {"harmful": task}, [run]))
         >>> report.for_card()["strongest"]["head_input"]["accuracy"]
         0.8
         >>> report.for_card()["strongest"]["fine_tuning"] is None
         True
     """
 
-    def __init__(self, data: AuditData) -> None:
+    def __init__(self, data: AuditResult) -> None:
         serialization.check(data)
         self.data = serialization.without_local_paths(data)
 

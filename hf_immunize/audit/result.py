@@ -49,7 +49,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskSummary:
     """A task that was attacked.
 
     Attributes:
@@ -89,7 +89,7 @@ class Utility:
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class FeatureSpectrum:
     """Singular values of the features of one data set through one subject.
 
     Attributes:
@@ -111,8 +111,8 @@ class Spectrum:
     is_bound: bool
 
 
-@dataclass
-class AuditData:
+@dataclass(frozen=True)
+class AuditResult:
     """Everything an audit found, from which `AuditReport` makes tables, figures and words.
 
     Attributes:
@@ -137,10 +137,10 @@ class AuditData:
     preset: str
     preset_version: int
     budget: dict[str, Any]
-    tasks: dict[str, Task]
+    tasks: dict[str, TaskSummary]
     outcomes: list[Outcome]
     utility: Utility | None = None
-    spectra: list[Spectrum] = field(default_factory=list)
+    spectra: list[FeatureSpectrum] = field(default_factory=list)
     rir: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)

@@ -35,7 +35,7 @@ from hf_immunize.audit.feature_metrics import Standing
 from hf_immunize.audit.journal import FeatureStore, Journal, View, fingerprint, key_of
 from hf_immunize.audit.passes import Pass, StoredPasses, make_folder
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.result import AuditData, Outcome
+from hf_immunize.audit.result import AuditResult, Outcome
 from hf_immunize.audit.tasks import AttackedTask, Images, load_task, overlaps
 from hf_immunize.data.sources import HeldOut
 from hf_immunize.errors import ArgumentError, RecordError, WeightsError
@@ -816,7 +816,7 @@ def _audit(
         standing = work.run()
     total = sum(outcome.seconds for outcome in journal.outcomes.values())
     return AuditReport(
-        AuditData(
+        AuditResult(
             model=names["immunized"],
             reference=names.get("reference"),
             preset=chosen.name,

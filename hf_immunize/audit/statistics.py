@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
-from hf_immunize.audit.result import AuditData, Outcome, Utility
+from hf_immunize.audit.result import AuditResult, Outcome, Utility
 from hf_immunize.errors import ShapeError
 
 
@@ -292,7 +292,7 @@ def relative_deviation(reference: Sequence[float], immunized: Sequence[float]) -
     return 100 * math.fsum(map(abs, parts)) / len(parts), 100 * math.fsum(parts) / len(parts)
 
 
-def deviations(data: AuditData, task: str = "harmful") -> list[Deviation]:
+def deviations(data: AuditResult, task: str = "harmful") -> list[Deviation]:
     """Relative deviation of every fine-tuning attack that was run on both models.
 
     Points are the steps, 0 left out, after which both curves of a seed were measured.
@@ -364,7 +364,7 @@ class StepsRatio:
     Attributes:
         attacker, access, task, layer, precision: As in `Outcome`.
         share: Of what the attacker reads on the reference above chance; defines the accuracy to reach. None where
-            that accuracy was given, as `AuditData.accuracies`.
+            that accuracy was given, as `AuditResult.accuracies`.
         target: That accuracy, mean over seeds.
         immunized, reference: Steps to it, mean over seeds; where `is_bound`, the immunized one is the budget.
         ratio: Geometric mean over seeds of immunized / reference.
@@ -419,7 +419,7 @@ def first_reaching(steps: Sequence[int], curve: Sequence[float], target: float) 
     return next((max(step, 1) for step, value in zip(steps, curve, strict=True) if value >= target), None)
 
 
-def steps_ratios(data: AuditData, task: str = "harmful") -> list[StepsRatio]:
+def steps_ratios(data: AuditResult, task: str = "harmful") -> list[StepsRatio]:
     """Steps on the immunized model over steps on the reference, for every attacker that takes steps on both.
 
     Args:
@@ -615,7 +615,7 @@ def reached(outcome: Outcome) -> float:
     return max([outcome.accuracy, *outcome.curve])
 
 
-def summarize(data: AuditData) -> list[Summary]:
+def summarize(data: AuditResult) -> list[Summary]:
     """Outcomes over seeds, in the order of the audit.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_immunize.audit.result import Task
+from hf_immunize.audit.result import TaskSummary
 from hf_immunize.data.columns import find_columns, is_transformed, listed, read_labels
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.data.sources import AS_USUAL, HeldOut, Parts, choose, divide
@@ -155,11 +155,11 @@ class AttackedTask:
         """Number of classes."""
         return len(self.classes)
 
-    def describe(self) -> Task:
+    def describe(self) -> TaskSummary:
         """The task as reports have it."""
         labels = self.test.labels if len(self.test) else self.utility.labels
         chance = float(torch.bincount(labels).max() / len(labels)) if len(labels) else 0.0
-        return Task(self.name, self.dataset, len(self.train), len(self.test), self.num_classes, chance)
+        return TaskSummary(self.name, self.dataset, len(self.train), len(self.test), self.num_classes, chance)
 
 
 def load_task(

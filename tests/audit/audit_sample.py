@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from hf_immunize.audit.result import AuditData, Outcome, Spectrum, Task, Utility
+from hf_immunize.audit.result import AuditResult, FeatureSpectrum, Outcome, TaskSummary, Utility
 
 
 CHANCE = 0.01
@@ -70,16 +70,16 @@ def fine_tuning(subject, accuracy, slow=1.0, **kwargs):
 
 def spectrum(subject, task, decades):
     values = np.logspace(0, -decades / 2, 64).tolist()
-    return Spectrum(subject, task, values, 3115, 64, decades, False)
+    return FeatureSpectrum(subject, task, values, 3115, 64, decades, False)
 
 
 def make(outcomes, utility=Utility(2000, 0.742, 0.75, -0.008, (-0.019, 0.003)), reference="org/base", **kwargs):  # noqa: B008
     """An audit around these outcomes."""
     tasks = {
-        "harmful": Task("harmful", "Cars-98", 3115, 2000, 98, CHANCE),
-        "benign": Task("benign", "ImageNet samples", 700, 2000, 1000, 0.001),
-        "unseen": Task("unseen", "the other 98 classes", 3000, 2000, 98, CHANCE),
-        "unrelated": Task("unrelated", "digits", 1000, 2000, 10, 0.1),
+        "harmful": TaskSummary("harmful", "Cars-98", 3115, 2000, 98, CHANCE),
+        "benign": TaskSummary("benign", "ImageNet samples", 700, 2000, 1000, 0.001),
+        "unseen": TaskSummary("unseen", "the other 98 classes", 3000, 2000, 98, CHANCE),
+        "unrelated": TaskSummary("unrelated", "digits", 1000, 2000, 10, 0.1),
     }
     used = {"harmful", "benign", *(one.task for one in outcomes)}
     data = {
@@ -95,7 +95,7 @@ def make(outcomes, utility=Utility(2000, 0.742, 0.75, -0.008, (-0.019, 0.003)), 
         "machine": {"processor": "2 cores", "torch": "2.13.0"},
         "seconds": 271.5,
     }
-    return AuditData(**data | kwargs)
+    return AuditResult(**data | kwargs)
 
 
 def sample_data(**kwargs):

@@ -7,7 +7,7 @@ from audit_sample import attack, make, sample_data
 
 from hf_immunize.audit.figures import draw_all, draw_curves, draw_spectra
 from hf_immunize.audit.report import make_tables
-from hf_immunize.audit.result import Spectrum
+from hf_immunize.audit.result import FeatureSpectrum
 from hf_immunize.audit.statistics import summarize
 
 
@@ -79,7 +79,7 @@ def test_no_name_breaks_a_figure(name):
 
 
 def test_a_spectrum_of_zeros_is_left_out():
-    assert draw_spectra([Spectrum("immunized", "harmful", [0.0, 0.0], 10, 0, 0.0, False)], "harmful") is None
+    assert draw_spectra([FeatureSpectrum("immunized", "harmful", [0.0, 0.0], 10, 0, 0.0, False)], "harmful") is None
 
 
 def test_one_seed_draws_a_curve_without_interval():

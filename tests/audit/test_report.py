@@ -11,7 +11,7 @@ import pytest
 from audit_sample import attack, lost, make, sample_data
 
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.result import Spectrum, Task, Utility
+from hf_immunize.audit.result import FeatureSpectrum, TaskSummary, Utility
 from hf_immunize.errors import CheckpointError, DataError
 
 
@@ -47,12 +47,14 @@ class Page(HTMLParser):
 def hostile_data():
     """An audit in which every string from outside is hostile."""
     data = sample_data(model=HOSTILE, reference=HOSTILE, preset=HOSTILE, budget={HOSTILE: HOSTILE}, warnings=[HOSTILE])
-    data.tasks = {name: dataclasses.replace(task, dataset=HOSTILE) for name, task in data.tasks.items()}
-    data.machine = {HOSTILE: HOSTILE}
     changed = {"attacker": HOSTILE, "layer": HOSTILE, "precision": HOSTILE, "note": HOSTILE}
-    data.outcomes = [dataclasses.replace(one, **changed, settings={HOSTILE: HOSTILE}) for one in data.outcomes]
-    data.spectra = [Spectrum(HOSTILE, "harmful", [1.0, 0.5], 10, 2, 0.6, False)]
-    return data
+    return dataclasses.replace(
+        data,
+        tasks={name: dataclasses.replace(task, dataset=HOSTILE) for name, task in data.tasks.items()},
+        machine={HOSTILE: HOSTILE},
+        outcomes=[dataclasses.replace(one, **changed, settings={HOSTILE: HOSTILE}) for one in data.outcomes],
+        spectra=[FeatureSpectrum(HOSTILE, "harmful", [1.0, 0.5], 10, 2, 0.6, False)],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +201,7 @@ def test_the_summary_is_short_plain_text(report):
 
 
 def test_the_summary_of_hostile_names_acts_on_no_terminal():
-    data = hostile_data()
-    data.model = "\x1b[2J\x07model"
+    data = dataclasses.replace(hostile_data(), model="\x1b[2J\x07model")
     assert all(line.isprintable() for line in AuditReport(data).summary().split("\n"))
 
 
@@ -298,7 +299,7 @@ def test_no_name_ends_a_report_or_acts_on_what_shows_it(tmp_path, name):
 
 def test_hostile_names_can_be_written(tmp_path):
     data = small_data(model="\ud800")
-    data.tasks["harmful"] = Task("harmful", "\ud800", 1, 1, 2, 0.5)
+    data.tasks["harmful"] = TaskSummary("harmful", "\ud800", 1, 1, 2, 0.5)
     AuditReport(data).write(tmp_path)
     assert AuditReport.load(tmp_path).data.model == "\ud800"
 

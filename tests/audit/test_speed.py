@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from audit_sample import STEPS, attack, make
 
-from hf_immunize.audit.result import Outcome, Task
+from hf_immunize.audit.result import Outcome, TaskSummary
 from hf_immunize.audit.statistics import first_reaching, late_rise, steps_ratios
 from hf_immunize.audit.verdict import Kind, judge
 
@@ -64,7 +64,7 @@ def test_one_test_image_makes_no_ratio():
         for seed in range(3)
     ]
     data = make(runs)
-    data.tasks["harmful"] = Task("harmful", "digits", 300, 100, 10, 0.1)
+    data.tasks["harmful"] = TaskSummary("harmful", "digits", 300, 100, 10, 0.1)
     (one,) = [one for one in steps_ratios(data) if one.share == 0.9]
     assert one.ratio == pytest.approx(24) and one.interval[0] <= 1
     assert not {found.kind for found in judge(data)} & {Kind.SLOWED, Kind.MAYBE_SLOWED}
@@ -87,7 +87,7 @@ def test_the_interval_of_equal_speeds_holds_one_nineteen_times_in_twenty():
                 for seed in range(3)
             ]
         data = make(runs)
-        data.tasks["harmful"] = Task("harmful", "digits", 300, 100, 10, 0.1)
+        data.tasks["harmful"] = TaskSummary("harmful", "digits", 300, 100, 10, 0.1)
         (one,) = [one for one in steps_ratios(data) if one.share == 0.9]
         held += one.interval[0] <= 1 <= one.interval[1]
     assert held >= 184  # 190 in the mean, less two standard deviations

@@ -10,7 +10,7 @@ from audit_sample import CHANCE, STEPS, attack, fine_tuning, layers, lost, make,
 from hf_immunize import immunize_linear, relative_immunization_ratio
 from hf_immunize.audit import statistics as limit
 from hf_immunize.audit.report import sentences
-from hf_immunize.audit.result import Outcome, Task, Utility
+from hf_immunize.audit.result import Outcome, TaskSummary, Utility
 from hf_immunize.audit.statistics import paired_interval
 from hf_immunize.audit.verdict import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind, judge
 
@@ -349,7 +349,7 @@ def linear_map_data():
             exact = torch.linalg.lstsq(z, target).solution
             outcomes.append(Outcome("ridge", **same, accuracy=accuracy(exact)))
     data = make(outcomes, rir={"rir": float(ratio.rir), "bound": ratio.bound})
-    data.tasks["harmful"] = Task("harmful", "a linear task", 2000, 2000, classes, 0.26)
+    data.tasks["harmful"] = TaskSummary("harmful", "a linear task", 2000, 2000, classes, 0.26)
     return data
 
 
@@ -467,7 +467,7 @@ def test_of_two_classes_one_is_chance_and_points_are_counted_from_it():
         return attack("ridge", "head_input", subject, accuracy, task="harmful")
 
     data = make([*two("immunized", 0.505), *two("reference", 0.95)])
-    data.tasks["harmful"] = Task("harmful", "cats against dogs", 500, 20000, 2, 0.5)
+    data.tasks["harmful"] = TaskSummary("harmful", "cats against dogs", 500, 20000, 2, 0.5)
     assert kinds(data, "head_input")[0] is Kind.PREVENTED
 
 
@@ -485,7 +485,7 @@ def test_a_model_that_gives_no_more_than_random_weights_is_told_so():
 def on_few_images(size, outcomes, chance=0.5, **kwargs):
     data = make(outcomes, **kwargs)
     for name in data.tasks:
-        data.tasks[name] = Task(name, "few images", 300, size, 2, chance)
+        data.tasks[name] = TaskSummary(name, "few images", 300, size, 2, chance)
     return data
 
 
