@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hub_server import TOKEN, Hub
+from vision_fixtures import *  # noqa: F403
 
 
 @pytest.fixture(autouse=True)

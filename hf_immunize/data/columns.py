@@ -22,23 +22,7 @@ logger = logging.get_logger(__name__)
 
 
 def outputs_by_name(names: Sequence[str], config: Any) -> list[int] | None:
-    """For each class, the output that bears its name.
-
-    Args:
-        names: Names of the classes, in the order of their labels.
-        config: The model's config; of its names, only ``id2label`` is read.
-
-    Returns:
-        Output numbers, −1 for a class that is none of the model's; None where the model's outputs have no names, or
-        none that the data know: then label i can only be output i.
-
-    Examples:
-        >>> from transformers import ViTConfig
-        >>> outputs_by_name(["dog", "eel", "cat"], ViTConfig(id2label={0: "cat", 1: "dog"}))
-        [1, -1, 0]
-        >>> outputs_by_name(["dog", "cat"], ViTConfig(num_labels=2)) is None
-        True
-    """
+    """For each class, the output that bears its name."""
     held = _model_names(config)
     count = Counter(held.values())
     # A name that two outputs bear tells nothing, unless the classes stand in the model's own order.
@@ -48,21 +32,7 @@ def outputs_by_name(names: Sequence[str], config: Any) -> list[int] | None:
 
 
 def label_outputs(dataset: Any, label_column: str, config: Any, name: str) -> list[int] | None:
-    """For each label of a data set, the output that stands for its class.
-
-    Args:
-        dataset: The data set; names are known of a `datasets.Dataset` alone.
-        label_column: Its label column.
-        config: The model's config.
-        name: What to call the data in an error.
-
-    Returns:
-        Output numbers; None where label i is output i.
-
-    Raises:
-        DataError: If some classes that occur are the model's and some are not, or none is and there are fewer classes
-            than outputs, so that they cannot be the model's in its order.
-    """
+    """For each label of a data set, the output that stands for its class."""
     features = getattr(dataset, "features", None) or {}
     names = getattr(features.get(label_column), "names", None)
     if not names:
@@ -119,28 +89,7 @@ LABEL_NAMES = ("labels", "label")
 def find_columns(
     dataset: Any, image_column: str | None = None, label_column: str | None = None, need_label: bool = True
 ) -> tuple[str, str | None]:
-    """Find the column with the images and the one with the labels.
-
-    Images are ``pixel_values`` where present (a dataset with a transform, a dataset of tensors), else the one column
-    of images. Labels are the one ``ClassLabel`` column, else the one named ``labels`` or ``label``.
-
-    Args:
-        dataset: A ``datasets.Dataset``, or any map-style dataset whose items are dictionaries.
-        image_column: The image column, where it cannot be found.
-        label_column: The label column, where it cannot be found.
-        need_label: Whether missing labels are an error.
-
-    Returns:
-        The image column and the label column; the latter is None where no label is needed and none was found.
-
-    Raises:
-        DataError: If a column is missing or ambiguous; the message lists the columns.
-
-    Examples:
-        >>> import torch
-        >>> find_columns([{"pixel_values": torch.zeros(3, 8, 8), "labels": 1}])
-        ('pixel_values', 'labels')
-    """
+    """Find the column with the images and the one with the labels."""
     kinds = _column_kinds(dataset)
     return (
         _find_image_column(kinds, image_column),
@@ -149,28 +98,7 @@ def find_columns(
 
 
 def validate_labels(dataset: Any, label_column: str, num_labels: int, name: str) -> None:
-    """Check that all labels are integers in ``range(num_labels)``.
-
-    Only the label column is read. Where labels exist only in items made on the fly (a transform, a torch dataset),
-    nothing is checked here, since that would load every image; `ImageRows` then checks each item as it comes.
-
-    Args:
-        dataset: The dataset.
-        label_column: Its label column.
-        num_labels: The number of the model's outputs.
-        name: How messages call the dataset, such as ``"train_dataset"``.
-
-    Raises:
-        DataError: If a label is missing, no integer or out of range; the message names the first such row.
-
-    Examples:
-        >>> from datasets import Dataset
-        >>> validate_labels(Dataset.from_dict({"label": [0, 1, 5]}), "label", num_labels=3, name="train_dataset")
-        Traceback (most recent call last):
-        ...
-        hf_immunize.errors.DataError: Row 2 of train_dataset has the label 5, but the model has 3 outputs, so labels
-        are integers from 0 to 2; load the model with num_labels=6, one for each class, or relabel the data.
-    """
+    """Check that all labels are integers in ``range(num_labels)``."""
     if not isinstance(dataset, datasets.Dataset) or is_transformed(dataset) or label_column not in dataset.features:
         return
     labels = read_labels(dataset, label_column)
@@ -182,15 +110,7 @@ def validate_labels(dataset: Any, label_column: str, num_labels: int, name: str)
 
 
 def check_label(label: Any, num_labels: int, name: str, row: int, classes: int | None = None) -> None:
-    """Check one label; see `validate_labels`, which says what is raised.
-
-    Args:
-        label: The label.
-        num_labels: The number of the model's outputs.
-        name: How messages call the dataset.
-        row: The row the label belongs to.
-        classes: The number of the data's classes, where it is known.
-    """
+    """Check one label; see `validate_labels`, which says what is raised."""
     is_integer = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
     if is_integer and 0 <= label < num_labels:
         return
@@ -211,70 +131,29 @@ def check_label(label: Any, num_labels: int, name: str, row: int, classes: int |
 
 
 def is_transformed(dataset: Any) -> bool:
-    """Tell whether a ``datasets.Dataset`` makes its items by ``with_transform``, whatever its stored columns.
-
-    Args:
-        dataset: Any dataset.
-
-    Returns:
-        Whether it is a ``datasets.Dataset`` with a transform.
-    """
+    """Tell whether a ``datasets.Dataset`` makes its items by ``with_transform``, whatever its stored columns."""
     return isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
 
 
 def is_stored_image(value: Any) -> bool:
-    """Tell whether a value is an image as `datasets` stores it: its bytes, or the path of its file.
-
-    Args:
-        value: A cell of a column.
-
-    Returns:
-        Whether it is.
-    """
+    """Tell whether a value is an image as `datasets` stores it: its bytes, or the path of its file."""
     return isinstance(value, dict) and value.keys() == {"bytes", "path"}
 
 
 def find_stored_label_column(dataset: datasets.Dataset, label_column: str | None = None) -> str:
-    """Find the label column among the stored columns, leaving aside a transform.
-
-    Args:
-        dataset: The dataset.
-        label_column: The column, where it cannot be found.
-
-    Returns:
-        The column's name.
-
-    Raises:
-        DataError: If it is missing or ambiguous.
-    """
+    """Find the label column among the stored columns, leaving aside a transform."""
     column = _find_label_column(_column_kinds(dataset.with_format(None)), label_column, needed=True)
     assert column is not None
     return column
 
 
 def read_labels(dataset: datasets.Dataset, column: str) -> list[Any]:
-    """Read one stored column whole, without the others and without a transform.
-
-    Args:
-        dataset: The dataset.
-        column: The column's name.
-
-    Returns:
-        Its values, one a row.
-    """
+    """Read one stored column whole, without the others and without a transform."""
     return dataset.with_format(None)[column][:]
 
 
 def listed(names: Any, limit: int = 20) -> str:
-    """Join names for an error message.
-
-    Args:
-        names: Any iterable of names.
-        limit: How many are written out.
-
-    Returns:
-        The names in quotes, or "none".
-    """
+    """Join names for an error message."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(repr(name) for name in names[:limit]) + more if names else "none"

@@ -25,21 +25,7 @@ _DIGITS = 16
 
 
 def image_hashes(dataset: Any, column: str) -> np.ndarray | None:
-    """A hash of every stored image or array, without decoding any.
-
-    Args:
-        dataset: A `datasets.Dataset` (its stored column, whatever its transform), or a list of dictionaries.
-        column: The column of images or pixel values.
-
-    Returns:
-        One 64-bit number a row, equal for equal bytes; None where rows are made on the fly, as by a torch dataset.
-
-    Examples:
-        >>> rows = [{"pixel_values": torch.zeros(3, 2, 2)}, {"pixel_values": torch.ones(3, 2, 2)}]
-        >>> one, two = image_hashes(rows, "pixel_values"), image_hashes(rows[1:], "pixel_values")
-        >>> len(one), bool(one[1] == two[0]), bool(one[0] == two[0])
-        (2, True, False)
-    """
+    """A hash of every stored image or array, without decoding any."""
     if isinstance(dataset, list):
         return _hashed(row.get(column) for row in dataset)
     if not isinstance(dataset, datasets.Dataset):
@@ -57,38 +43,13 @@ def image_hashes(dataset: Any, column: str) -> np.ndarray | None:
 
 
 def sketch_of(rows: Any) -> str | None:
-    """The sketch of a set of images.
-
-    Args:
-        rows: `ImageRows`, or anything else.
-
-    Returns:
-        Hexadecimal digits, the smallest hash first; None where images cannot be known again.
-    """
+    """The sketch of a set of images."""
     hashes = getattr(rows, "hashes", None)
     return None if hashes is None else "".join(f"{each:0{_DIGITS}x}" for each in np.unique(hashes)[:_SIZE].tolist())
 
 
 def count_trained(hashes: np.ndarray | None, train_sketch: str, sketch: str | None) -> int:
-    """How many images are known to be training images, those aside that training itself measured on.
-
-    A data set may hold an image twice, on either side of its split: those were not told apart in training either.
-
-    Args:
-        hashes: Of the images, from `image_hashes`; None where they cannot be known again.
-        train_sketch: Of the training images.
-        sketch: Of the images that training measured on.
-
-    Returns:
-        A number from below: all of them where the sketch holds all training images.
-
-    Examples:
-        >>> import types
-        >>> trained, measured, tested = (np.array(of, np.uint64) for of in ([1, 2, 3], [3, 4], [2, 3, 4, 5]))
-        >>> sketches = [sketch_of(types.SimpleNamespace(hashes=of)) for of in (trained, measured)]
-        >>> count_trained(tested, *sketches)
-        1
-    """
+    """How many images are known to be training images, those aside that training itself measured on."""
     if hashes is None:
         return 0
     trained, measured = _read(train_sketch), _read(sketch or "")

@@ -26,28 +26,7 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.Decompressio
 
 
 class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """View a dataset as rows of RGB images or pixel values, with errors that name the row.
-
-    Args:
-        dataset: A ``datasets.Dataset``, or any map-style dataset whose items are dictionaries.
-        name: How messages call the dataset, such as ``"train_dataset"``.
-        image_column: The column with images or pixel values, as found by `find_columns`.
-        label_column: The column with labels; without it, items have none.
-        num_labels: If given, each label is checked to be in ``range(num_labels)``.
-        outputs: If given, items have as label the output of the model that stands for it, ``outputs[label]``.
-
-    Items are ``{"image": PIL.Image in RGB, "labels": int}``, or ``{"pixel_values": Tensor (C, H, W), "labels": int}``
-    for what is no longer an image.
-
-    Raises:
-        ImageDecodeError: On access to a row whose image cannot be read.
-        DataError: On access to a row whose label is out of range.
-
-    Examples:
-        >>> rows = ImageRows([{"image": Image.new("L", (8, 8)), "label": 1}], "train_dataset", "image", "label")
-        >>> rows[0]["image"].mode, rows[0]["labels"]
-        ('RGB', 1)
-    """
+    """View a dataset as rows of RGB images or pixel values, with errors that name the row."""
 
     def __init__(
         self,
@@ -94,14 +73,7 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
         return read_labels(self.dataset, self.label_column) if stored else None
 
     def subset(self, numbers: list[int]) -> ImageRows:
-        """Some of the rows, which messages go on calling by the numbers they have here.
-
-        Args:
-            numbers: Row numbers.
-
-        Returns:
-            Rows in the order of the numbers.
-        """
+        """Some of the rows, which messages go on calling by the numbers they have here."""
         part = copy(self)
         part.__dict__.pop("hashes", None)
         if isinstance(self.dataset, datasets.Dataset):
@@ -146,33 +118,13 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class ImageCollator:
-    """Turn rows of `ImageRows` into a batch.
-
-    Args:
-        image_processor: A transformers image processor; not needed where all rows hold pixel values.
-
-    Examples:
-        >>> batch = ImageCollator()([{"pixel_values": torch.zeros(3, 8, 8), "labels": 1}] * 4)
-        >>> batch["pixel_values"].shape, batch["labels"]
-        (torch.Size([4, 3, 8, 8]), tensor([1, 1, 1, 1]))
-    """
+    """Turn rows of `ImageRows` into a batch."""
 
     def __init__(self, image_processor: Callable[..., Any] | None = None) -> None:
         self.image_processor = image_processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate N rows.
-
-        Args:
-            rows: Rows with ``"image"`` or ``"pixel_values"``, and with or without ``"labels"``.
-
-        Returns:
-            ``"pixel_values"``, ``(N, C, H, W)``, and where the rows have labels, ``"labels"``, ``(N,)``.
-
-        Raises:
-            ShapeError: If images differ in shape after processing.
-            DataError: If rows hold images and there is no processor.
-        """
+        """Collate N rows."""
         pixels = self._pixels(rows)
         odd = next((other for other in pixels if other.shape != pixels[0].shape), None)
         if odd is not None:
@@ -199,43 +151,14 @@ class ImageCollator:
 
 
 def decoded(value: Any) -> Any:
-    """An image that is stored as bytes or a path, as a `datasets.Image` without decoding gives it; all else as it is.
-
-    Args:
-        value: A cell of a column.
-
-    Returns:
-        The image; None where there is none.
-    """
+    """The image behind stored bytes or a path, None where there is neither; any other value unchanged."""
     if not is_stored_image(value):
         return value
     return None if value["bytes"] is None and value["path"] is None else datasets.Image().decode_example(value)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB.
-
-    What is transparent becomes white, as on a page. Of more than 8 bits a channel, an image does not say how many are
-    in use: the range is taken to be the least of 8, 12 and 16 bits that holds its brightest pixel, and of floating-
-    point pixels up to 1 it is 0 to 1.
-
-    Args:
-        image: Any image: greyscale, palette, with transparency, of 16 or 32 bits, or of floating-point pixels.
-
-    Returns:
-        The image with three channels of 8 bits.
-
-    Raises:
-        DataError: If pixels are negative, not finite, or beyond 16 bits, so that their range cannot be known.
-
-    Examples:
-        >>> to_rgb(Image.fromarray(np.full((2, 2), 32768, dtype=np.uint16))).getpixel((0, 0))
-        (128, 128, 128)
-        >>> to_rgb(Image.fromarray(np.full((2, 2), 0.5, dtype=np.float32))).getpixel((0, 0))
-        (127, 127, 127)
-        >>> to_rgb(Image.new("RGBA", (2, 2), (200, 0, 0, 0))).getpixel((0, 0))
-        (255, 255, 255)
-    """
+    """Convert an image of any mode to RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_eight_bits(np.asarray(image), floating=image.mode == "F"))
     elif image.mode in _ALPHA_MODES or "transparency" in image.info:

@@ -1,7 +1,7 @@
-"""Benign and harmful images, and images to distil on, side by side, from one DataLoader.
+"""Benign and harmful images, and images to distil on, paired in one DataLoader; and sides that no training can use.
 
-One loader keeps shuffling, sharding over processes and resuming the Trainer's own affair; two loaders zipped in the
-loss would not.
+One loader leaves shuffling, sharding over processes and resuming to the Trainer; two loaders zipped in the loss would
+not.
 """
 
 from __future__ import annotations
@@ -13,28 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
+from hf_immunize.data.columns import is_transformed
+from hf_immunize.data.images import ImageRows
 from hf_immunize.errors import ArgumentError, DataError, ShapeError
 
 
+logger = logging.get_logger(__name__)
+
 # A row, or a row and which of its stored views.
 Row = int | tuple[int, int]
-# A benign row with the harmful, the distillation and the held-out rows that come along with it.
+# A benign row with the harmful, the distillation and the held-out rows that come with it.
 Draw = tuple[Row, tuple[Row, ...], tuple[Row, ...], tuple[Row, ...]]
-# The sides that come beside the benign one, in this order.
+# The sides in addition to the benign one, in this order.
 BESIDE = ("harmful", "distillation", "held_out")
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """How many rows of each side one process takes in a micro-batch.
-
-    Attributes:
-        benign: Benign rows.
-        harmful: Harmful rows.
-        distillation: Rows of the distillation set; 0 without one.
-        held_out: Benign rows that are measured and not trained on; 0 without.
-    """
+    """Rows of each side in one process's micro-batch; 0 for a side without a set."""
 
     benign: int = 1
     harmful: int = 1
@@ -46,48 +44,22 @@ ONE_EACH = BatchSizes()
 
 
 class PairedSampler(torch.utils.data.Sampler[Draw]):
-    """Draw benign rows with the rows of the other sides beside them; an epoch is one pass over the benign data.
+    """Draw benign rows, each with rows of the other sides; an epoch is one pass over the benign data."""
 
-    The benign order depends on ``(seed, epoch)`` alone. The rows of the other sides run through permutations of their
-    own, on and on over the epochs, so that all are used equally often whichever set is larger. Where batches differ in
-    size, the other side's rows are spread over the benign rows of a batch. No global random state is used: every
-    process draws the same rows, and a resumed run the rows of the interrupted one. (With ``drop_last``, the rows of a
-    last partial batch are skipped, not moved to the next epoch.)
-
-    Accelerate 1.15 announces the epoch by `set_epoch`, as found by trying: ``DataLoaderShard.__iter__`` calls its own
-    ``set_epoch``, which looks for a sampler in ``batch_sampler`` and in ``batch_sampler.batch_sampler``. That reaches
-    a plain loader, a sharded one, and on one process a resumed one. With several processes, resuming within an epoch
-    adds a third layer (skip, shard, batch), and neither accelerate nor the Trainer (transformers 5.23) finds the
-    sampler: the rest of that epoch would follow the order of epoch 0. In that case accelerate does announce the epoch
-    to the dataset, and `PairedDataset.set_epoch` passes it on to the sampler made by `PairedDataset.make_sampler`.
-
-    Args:
-        num_benign: The number of benign rows.
-        num_harmful: The number of harmful rows; None for a stream, whose rows are then counted on and on.
-        seed: The seed of all orders.
-        shuffle: If False, all sets come in their stored order.
-        num_distillation: The number of distillation rows; None for a stream.
-        num_held_out: The number of held-out benign rows.
-        batch_sizes: Rows of each side in a batch.
-
-    Raises:
-        ArgumentError: If a set is empty.
-
-    Examples:
-        >>> sampler = PairedSampler(num_benign=3, num_harmful=2, seed=0, shuffle=False)
-        >>> list(sampler)
-        [(0, (0,), (), ()), (1, (1,), (), ()), (2, (0,), (), ())]
-        >>> sampler.set_epoch(1)
-        >>> list(sampler)
-        [(0, (1,), (), ()), (1, (0,), (), ()), (2, (1,), (), ())]
-        >>> list(PairedSampler(4, 9, seed=0, shuffle=False, batch_sizes=BatchSizes(benign=4, harmful=6)))
-        [(0, (0,), (), ()), (1, (1, 2), (), ()), (2, (3,), (), ()), (3, (4, 5), (), ())]
-    """
+    # The benign order depends on (seed, epoch) alone. The other sides run through permutations of their own, cycling
+    # across epochs, so that all rows are used equally often whichever set is larger; their rows are spread over the
+    # benign rows of a batch. No global random state: every process draws the same rows, and a resumed run those of
+    # the interrupted one. (With drop_last, the rows of a last partial batch are skipped, not moved on.)
+    #
+    # Accelerate calls `set_epoch` of a sampler found in `batch_sampler` or `batch_sampler.batch_sampler`. With several
+    # processes, resuming within an epoch adds a third layer, where neither accelerate 1.15 nor transformers 5.23 finds
+    # it, and the rest of the epoch would follow the order of epoch 0. Accelerate then announces the epoch to the
+    # dataset, and `PairedDataset.set_epoch` passes it on.
 
     def __init__(
         self,
         num_benign: int,
-        num_harmful: int | None,
+        num_harmful: int | None,  # None for a stream, whose rows are counted without end
         seed: int,
         shuffle: bool = True,
         *,
@@ -97,7 +69,7 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
     ) -> None:
         if num_benign < 1 or num_harmful == 0:
             raise ArgumentError(
-                f"Pairs need at least one benign and one harmful row, but there are {num_benign} and {num_harmful}."
+                f"Expected at least one benign and one harmful row, found {num_benign} and {num_harmful}. Give both."
             )
         self.num_benign = num_benign
         self.num_harmful = num_harmful
@@ -107,14 +79,10 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
-        self.views: tuple[int, ...] = (1, 1, 1, 1)  # of the benign rows and those beside them
+        self.views: tuple[int, ...] = (1, 1, 1, 1)  # of the benign rows and of `BESIDE`
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose rows the next iteration draws.
-
-        Args:
-            epoch: The epoch, counted from 0.
-        """
+        """Choose the epoch, counted from 0, whose rows the next iteration draws."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -162,43 +130,12 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
 
 
 def view_of(seed: int, turn: int, row: int, views: int) -> int:
-    """Choose the view of a row, so that over ``views`` turns each row shows all of its views.
-
-    Args:
-        seed: The run's seed.
-        turn: How many times all rows were drawn before; the epoch.
-        row: The row.
-        views: The number of views.
-
-    Returns:
-        The view, a function of the arguments alone.
-
-    Examples:
-        >>> [view_of(seed=0, turn=epoch, row=5, views=3) for epoch in range(4)]
-        [2, 0, 1, 2]
-    """
+    """Choose the view of a row, so that over ``views`` turns each row shows all of its views."""
     return (int(np.random.default_rng([seed, row]).integers(views)) + turn) % views if views > 1 else 0
 
 
 class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Benign rows with harmful, and maybe distillation rows beside them, indexed by what `PairedSampler` draws.
-
-    Args:
-        benign: A map-style dataset of benign rows, such as `ImageRows`.
-        harmful: A map-style dataset of harmful rows, or `StreamedRows`.
-        harmful_labels: Keep the harmful rows' labels, which most objectives do not use.
-        distillation: Rows of any images, whose labels are not used; likewise.
-        held_out: Benign rows to measure, which are not among `benign`.
-        batch_sizes: Rows of each side in a batch.
-
-    Raises:
-        DataError: If one of them is empty.
-
-    Examples:
-        >>> pairs = PairedDataset([{"image": "cat", "labels": 0}], [{"image": "gun", "labels": 0}])
-        >>> sorted(pairs[0, (0,), (), ()].items())  # doctest: +ELLIPSIS
-        [('benign', {'image': 'cat', 'labels': 0}), ('distillation', []), ('harmful', [{'image': 'gun'}]), ...]
-    """
+    """Benign rows with rows of the other sides, indexed by what `PairedSampler` draws."""
 
     def __init__(
         self,
@@ -212,7 +149,7 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         sides = {"benign": benign, "harmful": harmful, "distillation": distillation, "held-out": held_out}
         for name, data in sides.items():
             if data is not None and _length(data) == 0:
-                raise DataError(f"The {name} dataset is empty; immunization needs at least one {name} image.")
+                raise DataError(f"Expected at least one {name} image, found an empty {name} dataset. Give images.")
         self.benign = benign
         self.harmful = harmful
         self.harmful_labels = harmful_labels
@@ -227,9 +164,8 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         if not isinstance(draw, tuple):
             raise DataError(
-                f"Expected rows of all sides as PairedSampler draws them, found {draw!r}, as of a sampler of your "
-                "own, which does not say what harmful images go with it. Leave the Trainer's as it is; for your own "
-                "order, sort train_dataset and set train_sampling_strategy='sequential'."
+                f"Expected rows of all sides as PairedSampler draws them, found {draw!r}. Leave the Trainer's; for "
+                "your own order, sort train_dataset and set train_sampling_strategy='sequential'."
             )
         benign, harmful, distillation, held_out = draw
         harmful_rows = [self.harmful[row] for row in harmful]
@@ -241,15 +177,9 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         }
 
     def make_sampler(self, seed: int, shuffle: bool = True) -> PairedSampler:
-        """Make the sampler that draws this dataset's rows, and keep its epoch current; see `set_epoch`.
-
-        Args:
-            seed: The seed of all orders.
-            shuffle: If False, all sets come in their stored order.
-
-        Returns:
-            The sampler, to give to the DataLoader.
-        """
+        """Make the sampler that draws this dataset's rows, and keep its epoch current; see `set_epoch`."""
+        optional = {"distillation": self.distillation, "held_out": self.held_out}
+        absent = {side: 0 for side, rows in optional.items() if rows is None}
         self._sampler = PairedSampler(
             len(self.benign),
             _length(self.harmful),
@@ -257,54 +187,24 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             shuffle,
             num_distillation=0 if self.distillation is None else _length(self.distillation),
             num_held_out=0 if self.held_out is None else len(self.held_out),
-            batch_sizes=replace(
-                self.batch_sizes,
-                distillation=0 if self.distillation is None else self.batch_sizes.distillation,
-                held_out=0 if self.held_out is None else self.batch_sizes.held_out,
-            ),
+            batch_sizes=replace(self.batch_sizes, **absent),
         )
         return self._sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to the sampler, where accelerate announces it to the dataset alone.
-
-        Args:
-            epoch: The epoch, counted from 0.
-        """
+        """Pass the epoch on to the sampler, where accelerate announces it to the dataset alone."""
         if self._sampler is not None:
             self._sampler.set_epoch(epoch)
 
 
 class PairedCollator:
-    """Collate pairs as two batches, and rows that are not paired (in evaluation) as one.
-
-    Args:
-        inner: The collator of either side, such as `ImageCollator`.
-
-    Examples:
-        >>> from hf_immunize.data.images import ImageCollator
-        >>> row = {"pixel_values": torch.zeros(3, 8, 8)}
-        >>> batch = PairedCollator(ImageCollator())([{"benign": row, "harmful": [row]}] * 4)
-        >>> batch["harmful"]["pixel_values"].shape
-        torch.Size([4, 3, 8, 8])
-    """
+    """Collate pairs as a batch of each side, and rows that are not paired (in evaluation) as one."""
 
     def __init__(self, inner: Callable[[list[dict[str, Any]]], dict[str, Tensor]]) -> None:
         self.inner = inner
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate N rows.
-
-        Args:
-            rows: Pairs from a `PairedDataset`, or single rows.
-
-        Returns:
-            For pairs ``{"benign": {...}, "harmful": {...}}``, and those of `BESIDE` where there are such rows, else
-            what the inner collator returns.
-
-        Raises:
-            ShapeError: If benign and harmful images differ in shape, so that they could not pass the model together.
-        """
+        """Batches by side, ``{"benign": {...}, "harmful": {...}, ...}``."""
         if "benign" not in rows[0]:
             return self.inner(rows)
         batch = {"benign": self.inner([row["benign"] for row in rows])}
@@ -317,20 +217,12 @@ class PairedCollator:
 
 
 def check_one_shape(batch: dict[str, dict[str, Any]]) -> None:
-    """Check that the images of all sides can pass the model together.
-
-    Args:
-        batch: Side to its collated batch.
-
-    Raises:
-        DataError: If a side has no pixel values, or whole numbers.
-        ShapeError: If sides differ in shape.
-    """
+    """Check that the images of all sides can pass the model together."""
     for side, collated in batch.items():
         if "pixel_values" not in collated:
             raise DataError(
                 f"Expected pixel_values in a collated batch of {side} images, found {', '.join(collated) or 'none'}. "
-                "Let data_collator give them under that name, with labels beside them."
+                "Let data_collator give them under that name."
             )
         if not collated["pixel_values"].is_floating_point():
             raise DataError(
@@ -342,8 +234,8 @@ def check_one_shape(batch: dict[str, dict[str, Any]]) -> None:
         shape = tuple(batch[side]["pixel_values"].shape[1:])
         if shape != benign:
             raise ShapeError(
-                f"Benign and {side} images should have one shape (C, H, W), but have {benign} and {shape}; give both "
-                f"sets the same image processor."
+                f"Expected benign and {side} images of one shape (C, H, W), found {benign} and {shape}. Give both the "
+                "same image processor."
             )
 
 
@@ -354,3 +246,81 @@ def _length(data: Any) -> int | None:
 
 def _unlabelled(row: dict[str, Any]) -> dict[str, Any]:
     return {column: value for column, value in row.items() if column != "labels"}
+
+
+# Fewer different images have next to no spectrum; to read more rows than these would take too long.
+_FEWEST, _MOST = 2, 100_000
+# Images checked for whether they show anything.
+_CHECKED = 8
+
+
+def degenerate_sides(trained: Any, measured: Any) -> list[str]:
+    """Sentences, also logged, on images of which κ and RIR say nothing: those trained on, else those measured.
+
+    Only `ImageRows` that are stored are read, so that no random transform of a user's runs.
+    """
+    for kind, sides in (("", trained), (" evaluation", measured)):
+        benign, harmful = (sides or (None, None))[:2]
+        found = _of_both(f"benign{kind}", benign, f"harmful{kind}", harmful)
+        for sentence in found:
+            logger.warning(sentence)
+        if found:
+            return found
+    return []
+
+
+def _of_both(benign_name: str, benign: Any, harmful_name: str, harmful: Any) -> list[str]:
+    sentences: list[str] = []
+    different: list[np.ndarray] = []
+    for name, rows in ((benign_name, benign), (harmful_name, harmful)):
+        if isinstance(rows, ImageRows) and 0 < len(rows) <= _MOST and rows.hashes is not None:
+            different.append(np.unique(rows.hashes))
+            sentences += _of_one_side(name, rows, len(different[-1]))
+    if len(different) == 2 and (shared := np.intersect1d(different[0], different[1]).size):
+        count = len(different[1])
+        sentences.append(
+            f"{f'All {count}' if shared == count else f'{shared} of {count}'} {harmful_name} images are benign ones "
+            "too: the goals of the two sides contradict each other on them, and RIR stays near 1. Remove them from "
+            "one side."
+        )
+    labels = benign.all_labels() if isinstance(benign, ImageRows) else None
+    if labels and len(set(labels)) == 1:
+        sentences.append(
+            f"All {benign_name} images are of one class: whatever the weights, their accuracy says nothing about the "
+            "benign task. Give images of all of its classes."
+        )
+    return sentences
+
+
+def _of_one_side(side: str, rows: ImageRows, different: int) -> list[str]:
+    if different < _FEWEST:
+        return [
+            f"The {side} images are one single image ({len(rows)} times): κ of one image is 1, whatever the weights. "
+            "Give different images, at least as many as the features have dimensions."
+        ]
+    sentences = []
+    if 2 * different <= len(rows):
+        sentences.append(
+            f"Of {len(rows)} {side} images only {different} differ, and κ is of these few. Remove the duplicates, and "
+            "give more images."
+        )
+    if _shows_nothing(rows):
+        sentences.append(
+            f"The {side} images checked are of one colour each, such as all black: their features hardly differ. "
+            "Check how they were read and scaled."
+        )
+    return sentences
+
+
+def _shows_nothing(rows: ImageRows) -> bool:
+    if is_transformed(rows.dataset):
+        return False
+    plain = []
+    for index in np.linspace(0, len(rows) - 1, _CHECKED).astype(int):
+        try:
+            row = rows[index]
+        except DataError:  # reported by the step that reads it
+            continue
+        pixels = torch.from_numpy(np.array(row["image"])).permute(2, 0, 1) if "image" in row else row["pixel_values"]
+        plain.append(bool((pixels.flatten(1) == pixels.flatten(1)[:, :1]).all()))
+    return bool(plain) and all(plain)

@@ -32,26 +32,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
-    """Load one split of an image dataset.
-
-    Args:
-        source: A folder of images (one subfolder a class, below ``train/``, ``test/`` or directly), a folder written
-            by ``save_to_disk``, a parquet file or a folder of such, or the name of a dataset on the Hub.
-        split: The split. Where the data has no splits, all of it is ``"train"``.
-
-    Returns:
-        The dataset.
-
-    Raises:
-        DataError: If there is no such data, or no such split; the message lists the splits.
-
-    Examples:
-        >>> load_image_dataset("./no/such/folder")
-        Traceback (most recent call last):
-        ...
-        hf_immunize.errors.DataError: './no/such/folder' is neither an existing path nor the name of a dataset on the
-        Hub, such as 'user/name'; check the spelling.
-    """
+    """Load one split of an image dataset."""
     splits = load_image_splits(source)
     if split not in splits:
         found = ", ".join(repr(str(name)) for name in splits)
@@ -60,17 +41,7 @@ def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
 
 
 def load_image_splits(source: str) -> dict[str, datasets.Dataset]:
-    """Load all splits of an image dataset.
-
-    Args:
-        source: As for `load_image_dataset`.
-
-    Returns:
-        Name to split. Where the data has no splits, all of it is ``"train"``.
-
-    Raises:
-        DataError: If there is no such data.
-    """
+    """Load all splits of an image dataset."""
     path = Path(source).expanduser()
     try:
         if path.is_file():
@@ -149,12 +120,7 @@ MEASURED_SPLITS = ("validation", "test")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How images to measure on are held out where the data have no validation or test split.
-
-    Attributes:
-        fraction: The part held out.
-        seed: The seed of the draw; that of `TrainingArguments` by default.
-    """
+    """How images to measure on are held out where the data have no validation or test split."""
 
     fraction: float = 0.3
     seed: int = 42
@@ -165,14 +131,7 @@ AS_USUAL = HeldOut()
 
 @dataclass(frozen=True)
 class Parts:
-    """Images of one source.
-
-    Attributes:
-        train: Those to learn from.
-        test: Those to measure on.
-        held_out: How the latter were drawn from the training split; None where they are a split or a source of their
-            own.
-    """
+    """Images of one source."""
 
     train: Any
     test: Any
@@ -180,32 +139,7 @@ class Parts:
 
 
 def divide(source: Any, draw: HeldOut = AS_USUAL, *, test: Any = None, name: str = "images") -> Parts:
-    """Divide the images of a source into those to learn from and those to measure on.
-
-    The latter are `test` where it is given, else the source's validation split, else its test split, else a part of
-    the training split.
-
-    Args:
-        source: A name or path as `load_image_dataset` takes it, a ``DatasetDict``, a ``Dataset``, or what is divided.
-        draw: How that part is drawn.
-        test: Images to measure on that come from elsewhere: a name or path, or any data set.
-        name: What to call the images in an error.
-
-    Returns:
-        Both parts; nothing is decoded.
-
-    Raises:
-        DataError: If there is no such data, no training split, or a single image to divide.
-
-    Examples:
-        >>> data = datasets.Dataset.from_dict({"label": list(range(10))})
-        >>> parts = divide(data, HeldOut(0.3, seed=0))
-        >>> len(parts.train), len(parts.test), parts.held_out.fraction
-        (7, 3, 0.3)
-        >>> splits = datasets.DatasetDict({"train": data, "test": data.select([0]), "validation": data.select([1, 2])})
-        >>> len(divide(splits).test)
-        2
-    """
+    """Divide the images of a source into those to learn from and those to measure on."""
     if isinstance(source, Parts):
         return source
     splits = _splits_of(source)
@@ -229,19 +163,7 @@ def divide(source: Any, draw: HeldOut = AS_USUAL, *, test: Any = None, name: str
 
 
 def measured(source: str, draw: HeldOut | None = None, split: str | None = None) -> Any:
-    """The images of a source to measure on, where none are learned from.
-
-    Args:
-        source: As for `load_image_dataset`.
-        draw: How they were held out of the training split; None takes all of it where there is no other.
-        split: A split by name, or the one they were held out of.
-
-    Returns:
-        What `divide` gives as test images; with a `split`, that split or the part of it.
-
-    Raises:
-        DataError: If there is no such data or split.
-    """
+    """The images of a source to measure on, where none are learned from."""
     splits = load_image_splits(source)
     if split is not None:
         if split not in splits:
@@ -255,19 +177,7 @@ def measured(source: str, draw: HeldOut | None = None, split: str | None = None)
 def divide_classes(
     parts: Parts, harmful_classes: Sequence[str | int], label_column: str | None = None
 ) -> tuple[Parts, Parts]:
-    """Part the classes of divided images.
-
-    Args:
-        parts: From `divide`.
-        harmful_classes: The harmful classes as typed; see `class_keys`.
-        label_column: The label column, where it cannot be found.
-
-    Returns:
-        The benign and the harmful parts.
-
-    Raises:
-        DataError: If a class is not in the data, or none is left on a side.
-    """
+    """Part the classes of divided images."""
     keys = class_keys(parts.train, harmful_classes, label_column)
     # Both in one call, so that a class has the same number in both.
     both = datasets.DatasetDict({"train": parts.train, "test": parts.test})
@@ -276,22 +186,7 @@ def divide_classes(
 
 
 def class_keys(dataset: Any, asked: Sequence[str | int], label_column: str | None = None) -> list[str | int]:
-    """Classes as typed, told apart: a name where there is such a name, else several between commas, else a number.
-
-    Args:
-        dataset: A `datasets.Dataset`.
-        asked: What was typed; of names that hold commas themselves, the longest that exists is taken.
-        label_column: The label column, where it cannot be found.
-
-    Returns:
-        Names and numbers, as `split_benign_harmful` takes them; what is neither is left for it to refuse.
-
-    Examples:
-        >>> features = datasets.Features({"label": datasets.ClassLabel(names=["tench, Tinca", "rifle", "7"])})
-        >>> data = datasets.Dataset.from_dict({"label": [0]}, features=features)
-        >>> class_keys(data, ["tench, Tinca,rifle", "7", "1"])
-        ['tench, Tinca', 'rifle', '7', 1]
-    """
+    """Classes as typed, told apart: a name where there is such a name, else several between commas, else a number."""
     column = find_stored_label_column(dataset, label_column)
     names = getattr(dataset.features[column], "names", None) or set(read_labels(dataset, column))
     keys: list[str | int] = []
@@ -306,16 +201,7 @@ def class_keys(dataset: Any, asked: Sequence[str | int], label_column: str | Non
 
 
 def choose(count: int, limit: int | None, seed: int) -> list[int]:
-    """At most so many of the rows, the same for the same seed.
-
-    Args:
-        count: Number of rows.
-        limit: At most so many; None takes all of them in their order.
-        seed: Seed of the draw.
-
-    Returns:
-        Row numbers.
-    """
+    """At most so many of the rows, the same for the same seed."""
     if limit is None or count <= limit:
         return list(range(count))
     return np.random.default_rng(seed).permutation(count)[:limit].tolist()

@@ -13,46 +13,12 @@ from hf_immunize.errors import DataError
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether a data set can only be read from its beginning on.
-
-    Args:
-        dataset: Any data set.
-
-    Returns:
-        True for a ``datasets.IterableDataset`` and whatever else can be iterated but has no length.
-
-    Example:
-        >>> is_stream([1, 2]), is_stream(row for row in [1, 2])
-        (False, True)
-    """
+    """Whether a data set can only be read from its beginning on."""
     return dataset is not None and not hasattr(dataset, "__len__") and hasattr(dataset, "__iter__")
 
 
 class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """A stream as rows by position, which may only grow; it begins anew when it ends.
-
-    A resumed run skips to its position (`datasets.IterableDataset.skip`, where there is one). Shuffle the stream with
-    a seed before (`dataset.shuffle(seed=0)`): its order is taken as it comes. It is read in the main process alone,
-    since `datasets` would deal out its shards among the workers of a DataLoader, and positions with them.
-
-    Args:
-        dataset: A ``datasets.IterableDataset``, or any object whose iteration can be started again and gives
-            dictionaries.
-        name: How messages call it, such as ``"harmful_dataset"``.
-        image_column: The image column, where it cannot be found.
-        label_column: The label column, where it cannot be found.
-        raw: Give the stream's own rows, for a collator of the user's own, rather than items as of `ImageRows`.
-
-    Raises:
-        DataError: If it is empty, cannot be read a second time, or has no image column; when it is read in a worker.
-
-    Example:
-        >>> import datasets
-        >>> stored = datasets.Dataset.from_dict({"pixel_values": [[[[0.0]]], [[[1.0]]], [[[2.0]]]]})
-        >>> rows = StreamedRows(stored.to_iterable_dataset(), "harmful_dataset")
-        >>> [rows[position]["pixel_values"].item() for position in (0, 2, 3, 7)]
-        [0.0, 2.0, 0.0, 1.0]
-    """
+    """A stream as rows by position, which may only grow; it begins anew when it ends."""
 
     def __init__(
         self,
@@ -83,14 +49,7 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
         self._started = False
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """The row at a position, counted over all passes.
-
-        Args:
-            position: At least that of the last call, or reading starts again.
-
-        Returns:
-            As an item of `ImageRows`, or as the stream has it.
-        """
+        """The row at a position, counted over all passes."""
         if torch.utils.data.get_worker_info() is not None:
             raise DataError(
                 f"Expected dataloader_num_workers=0 with {self.name}, which is streamed, found workers, among which "

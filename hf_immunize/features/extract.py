@@ -19,8 +19,8 @@ from hf_immunize.data.images import ImageCollator
 from hf_immunize.errors import NonFiniteError, ScopeError
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.spectra.streaming import FeatureFactor
-from hf_immunize.vision.families import RECTIFIERS
 from hf_immunize.vision.head import HeadInput, find_head, full_precision_forward
+from hf_immunize.vision.relu import RELUS
 from hf_immunize.vision.scope import block_modules
 
 
@@ -339,7 +339,7 @@ def find_layers(
         return []
     first = next(iter(blocks))
     wanted = [Layer(first, True, ()), *(Layer(name, False, ()) for name in blocks)]
-    rectifiers = [Layer(name, True, ()) for name, module in model.named_modules() if isinstance(module, RECTIFIERS)]
+    rectifiers = [Layer(name, True, ()) for name, module in model.named_modules() if isinstance(module, RELUS)]
     with Readings(model, list(dict.fromkeys([*wanted, *rectifiers]))) as readings:
         run(model, pixel_values[:1])
     passed = {layer: tuple(value.shape[1:]) for layer, value in readings.values.items()}  # in the order of the pass

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from hf_immunize.errors import DataError
 from hf_immunize.training.distributed import any_process, gather_features, process_mean
-from hf_immunize.vision.families import choke_points, find_rectifiers
+from hf_immunize.vision.relu import choke_points, find_relus
 
 
 logger = logging.get_logger(__name__)
@@ -99,7 +99,7 @@ class RectifierChoice:
     def __init__(self, model: nn.Module, moving: list[str]) -> None:
         self.names: list[str] | None = None
         self._model = model
-        self._candidates = find_rectifiers(model, moving)
+        self._candidates = find_relus(model, moving)
 
     def seek(
         self,

@@ -36,8 +36,8 @@ from hf_immunize.training.distributed import (
 )
 from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
 from hf_immunize.training.weighting import Weighting, gradient_norm
-from hf_immunize.vision.families import RectifierInputs
 from hf_immunize.vision.head import HeadInput, check_full_precision, find_head, outermost_name
+from hf_immunize.vision.relu import ReluInputs
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
 
 
@@ -271,7 +271,7 @@ class ImmunizationStep:
         rest = [batch[side]["pixel_values"] for side in ("harmful", "distillation") if side in batch]
         others = {"pixel_values": torch.cat(rest)}
         rectifiers = self._rectifiers_of(batch)
-        with replayed(self.trunk, self._plain_model), RectifierInputs(self._plain_model, rectifiers) as inside:
+        with replayed(self.trunk, self._plain_model), ReluInputs(self._plain_model, rectifiers) as inside:
             features, logits, loss_features = forward_both(
                 model, self.head, batch["benign"], others, together=self.together
             )

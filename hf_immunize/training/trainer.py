@@ -14,9 +14,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from hf_immunize.data.degenerate import degenerate_sides
 from hf_immunize.data.images import ImageCollator
-from hf_immunize.data.pairs import PairedCollator
+from hf_immunize.data.pairs import PairedCollator, degenerate_sides
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.features.extract import Measurement, of_side, spectral_metrics
 from hf_immunize.files import check_writable, remove_leftovers, staged_directory

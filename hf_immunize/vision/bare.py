@@ -46,31 +46,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 
 
 def with_linear_head(backbone: PreTrainedModel, num_labels: int | None = None, pooling: str = "") -> PreTrainedModel:
-    """Put a new linear head on a bare backbone.
-
-    Args:
-        backbone: A vision model as `AutoModel` loads it; its weights are kept.
-        num_labels: Outputs of the head; the config's ``num_labels`` by default.
-        pooling: What the head sees: "head_input", "pooler", "cls" or "mean"; see this module's docstring.
-
-    Returns:
-        The family's own image classifier for "head_input", else a `LinearHeadForImageClassification`. In eval mode,
-        with the backbone's dtype and device.
-
-    Raises:
-        ArgumentError: If ``pooling`` is none of these.
-        HeadError: If the model is no bare vision backbone, or has no such output.
-
-    Examples:
-        >>> from transformers import ViTConfig, ViTModel
-        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        ...                    image_size=32, patch_size=16)
-        >>> model = with_linear_head(ViTModel(config), num_labels=3, pooling="cls")
-        >>> model(torch.zeros(2, 3, 32, 32)).logits.shape
-        torch.Size([2, 3])
-        >>> type(with_linear_head(ViTModel(config), num_labels=3, pooling="head_input")).__name__
-        'ViTForImageClassification'
-    """
+    """Put a new linear head on a bare backbone."""
     if pooling not in POOLINGS:
         raise ArgumentError(
             f"Expected pooling= out of {', '.join(POOLINGS)}, found {pooling!r}. For a vision transformer, 'cls' and "
@@ -84,16 +60,7 @@ def with_linear_head(backbone: PreTrainedModel, num_labels: int | None = None, p
 
 
 class LinearHeadForImageClassification(PreTrainedModel):
-    """A bare backbone, a pooling and a linear classifier.
-
-    Args:
-        backbone: As `AutoModel` loads it.
-        num_labels: Outputs of the classifier.
-        pooling: "pooler", "cls" or "mean".
-
-    Raises:
-        HeadError: If the backbone has no such output.
-    """
+    """A bare backbone, a pooling and a linear classifier."""
 
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
@@ -117,17 +84,7 @@ class LinearHeadForImageClassification(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
     ) -> ImageClassifierOutput | tuple[Tensor, ...]:
-        """Logits, and the loss where labels are given.
-
-        Args:
-            pixel_values: Images, ``(N, C, H, W)``.
-            labels: Class indices, ``(N,)``.
-            return_dict: False for a tuple.
-            **kwargs: Passed on to the backbone.
-
-        Returns:
-            ``loss``, ``logits`` ``(N, num_labels)``, and the backbone's ``hidden_states`` and ``attentions``.
-        """
+        """Logits, and the loss where labels are given."""
         outputs = self.backbone(pixel_values=pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(pooled(self.backbone, outputs, self.pooling))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
@@ -147,18 +104,7 @@ class LinearHeadForImageClassification(PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save the backbone's ordinary checkpoint, and the head beside it.
-
-        Args:
-            save_directory: The folder.
-            is_main_process: Whether this process writes.
-            state_dict: Weights in place of the model's own.
-            push_to_hub: Refused: the head would stay behind. Use the method ``push_to_hub``.
-            **kwargs: As for the backbone's ``save_pretrained``.
-
-        Raises:
-            ArgumentError: If ``push_to_hub`` is set.
-        """
+        """Save the backbone's ordinary checkpoint, and the head beside it."""
         if push_to_hub:
             raise ArgumentError("Expected push_to_hub=False, found True. Use model.push_to_hub(...) after saving.")
         state = self.state_dict() if state_dict is None else state_dict
@@ -202,13 +148,7 @@ class LinearHeadForImageClassification(PreTrainedModel):
 
 
 def write_head(folder: str | os.PathLike[str], about: Mapping[str, Any], head: Mapping[str, Tensor]) -> None:
-    """Write the files of a head beside the rest of a checkpoint.
-
-    Args:
-        folder: The checkpoint's folder.
-        about: What ``head_config.json`` says.
-        head: Weights of the linear layer; empty where they lie elsewhere.
-    """
+    """Write the files of a head beside the rest of a checkpoint."""
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
     (Path(folder) / HEAD_CONFIG_FILE).write_text(text, encoding="utf-8")
     if head:
@@ -217,19 +157,7 @@ def write_head(folder: str | os.PathLike[str], about: Mapping[str, Any], head: M
 
 
 def load_with_linear_head(folder: str | os.PathLike[str], *, output_loading_info: bool = False, **kwargs: Any) -> Any:
-    """Load a backbone and the linear head that was saved beside it.
-
-    Args:
-        folder: A folder or a repository on the Hub, as `LinearHeadForImageClassification.save_pretrained` wrote it.
-        output_loading_info: Also return what was missing, as Transformers does.
-        **kwargs: As for `AutoModel.from_pretrained`.
-
-    Returns:
-        A `LinearHeadForImageClassification` in eval mode, or it and the loading information.
-
-    Raises:
-        CheckpointError: If the head's files are missing, damaged, or contradict each other.
-    """
+    """Load a backbone and the linear head that was saved beside it."""
     # Said in so many words: where transformers is told nothing, it asks at the keyboard.
     kwargs.setdefault("trust_remote_code", False)
     try:
@@ -266,19 +194,7 @@ def load_with_linear_head(folder: str | os.PathLike[str], *, output_loading_info
 
 
 def pooled(backbone: PreTrainedModel, outputs: Any, pooling: str) -> Tensor:
-    """Features out of a backbone's outputs.
-
-    Args:
-        backbone: The model they are of.
-        outputs: With ``last_hidden_state``, ``(N, T, D)`` or ``(N, D, h, w)``, and perhaps ``pooler_output``.
-        pooling: "pooler", "cls" or "mean".
-
-    Returns:
-        Features ``(N, D)``.
-
-    Raises:
-        HeadError: If there is no such output.
-    """
+    """Features out of a backbone's outputs."""
     kind = type(backbone).__name__
     if pooling == "pooler":
         features = getattr(outputs, "pooler_output", None)

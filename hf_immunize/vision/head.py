@@ -31,30 +31,13 @@ logger = logging.get_logger(__name__)
 
 
 def half_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The floating-point parameters and buffers of a model that are narrower than float32.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Name to tensor.
-    """
+    """The floating-point parameters and buffers of a model that are narrower than float32."""
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: tensor for name, tensor in named.items() if tensor.is_floating_point() and tensor.itemsize < 4}
 
 
 def to_full_precision(model: PreTrainedModel) -> PreTrainedModel:
-    """Turn weights of half precision into float32, in place, and say so; parameters stay the objects they are.
-
-    Args:
-        model: The model. One in float32 or float64 is left as it is.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ArgumentError: If its weights are quantized, so that they cannot be trained.
-    """
+    """Turn weights of half precision into float32, in place, and say so; parameters stay the objects they are."""
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ArgumentError(
             f"Expected weights in floating point, found a quantized {type(model).__name__}. Load the model without "
@@ -71,14 +54,7 @@ def to_full_precision(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_full_precision(model: nn.Module) -> None:
-    """Refuse a model with weights of half precision, where it is too late to turn them into float32.
-
-    Args:
-        model: The model.
-
-    Raises:
-        ArgumentError: If a weight or a statistic is narrower than float32.
-    """
+    """Refuse a model with weights of half precision, where it is too late to turn them into float32."""
     half = half_tensors(model)
     if half:
         raise ArgumentError(
@@ -89,25 +65,7 @@ def check_full_precision(model: nn.Module) -> None:
 
 
 def full_precision_forward(model: PreTrainedModel) -> Callable[..., Any]:
-    """The forward pass of a model with float32 weights at least and without what accelerate wrapped around it.
-
-    Weights of half precision are widened for the pass alone, exactly, and gradients reach them; the model itself
-    stays as it is. Call it outside of autocast.
-
-    Args:
-        model: The model.
-
-    Returns:
-        A function of ``pixel_values``.
-
-    Examples:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        ...                    image_size=32, patch_size=16, num_labels=3)
-        >>> model = ViTForImageClassification(config).bfloat16()
-        >>> full_precision_forward(model)(torch.zeros(2, 3, 32, 32)).logits.dtype, model.dtype
-        (torch.float32, torch.bfloat16)
-    """
+    """The forward pass of a model with float32 weights at least and without what accelerate wrapped around it."""
     half = half_tensors(model)
     if not half:
         # accelerate prepares a model for mixed precision by putting a forward under autocast in place of the class's.
@@ -130,19 +88,7 @@ def _kinds(tensors: dict[str, Tensor]) -> str:
 
 
 def without_wrapper(model: Any) -> PreTrainedModel:
-    """The transformers model inside a `peft.PeftModel`; any other model as it is.
-
-    Args:
-        model: A model, wrapped or not.
-
-    Returns:
-        The model that PEFT's layers were put into, with these layers.
-
-    Examples:
-        >>> model = nn.Linear(2, 2)
-        >>> without_wrapper(model) is model
-        True
-    """
+    """The transformers model inside a `peft.PeftModel`; any other model as it is."""
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         return model
@@ -150,22 +96,7 @@ def without_wrapper(model: Any) -> PreTrainedModel:
 
 
 def running_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Name the modules of a model as its author built it: without an adapter's matrices, or copies that do not run.
-
-    Of a layer with LoRA, its ``base_layer`` is given, which receives the layer's input; of a module in PEFT's
-    ``modules_to_save``, the copy of the active adapter. A module that stands under several names has all of them.
-
-    Args:
-        module: A model, wrapped by PEFT or not.
-        prefix: Put before every name.
-
-    Yields:
-        Names as in ``named_modules(remove_duplicate=False)``, and modules.
-
-    Examples:
-        >>> [name for name, _ in running_modules(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
-        ['', '0', '1']
-    """
+    """Name the modules of a model as its author built it: without an adapter's matrices, or copies that do not run."""
     inner = _that_runs(module)
     if inner is not None:
         name, part = inner
@@ -178,14 +109,7 @@ def running_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def adapter_parameters(model: Any) -> list[str] | None:
-    """Name the parameters that PEFT trains and saves with a model's active adapter.
-
-    Args:
-        model: A model, wrapped by PEFT or not.
-
-    Returns:
-        Names as in ``model.named_parameters()``; None for a model without wrapper.
-    """
+    """Name the parameters that PEFT trains and saves with a model's active adapter."""
     if without_wrapper(model) is model:
         return None
     from peft import get_peft_model_state_dict
@@ -203,18 +127,7 @@ def adapter_parameters(model: Any) -> list[str] | None:
 
 
 def outermost_name(name: str) -> str:
-    """The name of the module that PEFT put in the place of another one.
-
-    Args:
-        name: A module's name, as `running_modules` gives it.
-
-    Returns:
-        The name of the outermost wrapper that PEFT put around it; the name itself where there is none.
-
-    Examples:
-        >>> outermost_name("base_model.model.classifier.modules_to_save.default.1"), outermost_name("classifier.1")
-        ('base_model.model.classifier', 'classifier.1')
-    """
+    """The name of the module that PEFT put in the place of another one."""
     return re.split(r"\.modules_to_save\.|\.original_module\b|\.base_layer\b", name)[0]
 
 
@@ -238,34 +151,7 @@ def _joined(prefix: str, name: str) -> str:
 
 
 def find_head(model: PreTrainedModel, head_module: str | None = None) -> tuple[str, nn.Linear]:
-    """Find the final classifier, the ``nn.Linear`` with one output a label.
-
-    A head of several linear layers is refused, unless ``head_module`` names the one that classifies: what it receives
-    is then what is measured. Layers without weights before it (dropout, activations) and norms are of no account.
-
-    Only modules outside ``model.base_model`` are candidates, so a block as wide as the number of labels is not taken
-    for the head. Models that are their own base model (CLIP, SigLIP) are searched whole; models of timm are asked.
-
-    In a model wrapped by PEFT, it is the linear layer that runs: the copy in ``modules_to_save`` where there is one,
-    the ``base_layer`` (which receives the same input) where the head has an adapter of its own.
-
-    Args:
-        model: An image classifier of transformers, wrapped by PEFT or not.
-        head_module: The head's name in ``model.named_modules()``, where it cannot be found without help.
-
-    Returns:
-        The head's name and the head.
-
-    Raises:
-        HeadError: If there is no head, more than one candidate, a head of several layers, or ``head_module`` names no
-            ``nn.Linear``; or if the head or its weight is also another part of the model.
-
-    Examples:
-        >>> from transformers import ResNetConfig, ResNetForImageClassification
-        >>> config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3)
-        >>> find_head(ResNetForImageClassification(config))
-        ('classifier.1', Linear(in_features=8, out_features=3, bias=True))
-    """
+    """Find the final classifier, the ``nn.Linear`` with one output a label."""
     if not isinstance(model, nn.Module) or not hasattr(without_wrapper(model), "base_model"):
         raise HeadError(
             f"Expected an image classifier of transformers, found {type(model).__name__}. Load it with "
@@ -367,24 +253,7 @@ def _check_unshared(model: PreTrainedModel, name: str, head: nn.Linear) -> None:
 
 
 class HeadInput:
-    """Record what the head receives during one forward pass.
-
-    The hook is attached on entry and removed on exit, also after an exception.
-
-    Args:
-        head: The module whose input is recorded, as found by `find_head`.
-
-    Raises:
-        HeadError: If the head did not run, ran twice, or received anything but one feature row an image.
-
-    Examples:
-        >>> import torch
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> with HeadInput(model[2]) as captured:
-        ...     logits = model(torch.randn(5, 4))
-        >>> captured.features.shape, captured.features.requires_grad
-        (torch.Size([5, 8]), True)
-    """
+    """Record what the head receives during one forward pass."""
 
     def __init__(self, head: nn.Module) -> None:
         self.head = head

@@ -47,30 +47,7 @@ _WRAPPERS = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+|\.origina
 
 
 def plain_names(model: Any, head_module: str | None = None) -> dict[str, str]:
-    """Names under which a model's class loads its weights, where they are not the model's own.
-
-    A linear head that a user put into a container of their own (``Sequential(Dropout, Linear)``) is saved as the
-    head of the class: in eval mode both give the same logits, which is checked.
-
-    Args:
-        model: An image classifier of transformers, wrapped by PEFT or not.
-        head_module: The classifier's name, where it cannot be found without help.
-
-    Returns:
-        Own name to plain name of the weights that differ; empty for most models.
-
-    Raises:
-        HeadError: If the model has parts that its class does not load.
-
-    Examples:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        ...                    image_size=32, patch_size=16, num_labels=3)
-        >>> model = ViTForImageClassification(config)
-        >>> model.classifier = nn.Sequential(nn.Dropout(), model.classifier)
-        >>> plain_names(model)
-        {'classifier.1.weight': 'classifier.weight', 'classifier.1.bias': 'classifier.bias'}
-    """
+    """Names under which a model's class loads its weights, where they are not the model's own."""
     plain = without_wrapper(model)
     expected = _expected_shapes(plain)
     own = _own_shapes(plain)
@@ -94,13 +71,7 @@ def plain_names(model: Any, head_module: str | None = None) -> dict[str, str]:
 
 
 def describe_adapter(folder: str | os.PathLike[str], model: Any, head_module: str | None = None) -> None:
-    """Write beside an adapter what its base may not know: the labels, the pooling, and a head that it does not hold.
-
-    Args:
-        folder: Where PEFT has saved the adapter.
-        model: The model, wrapped by PEFT.
-        head_module: The classifier's name, where it cannot be found without help.
-    """
+    """Write with an adapter what its base may not know: the labels, the pooling, and a head that it lacks."""
     plain, (name, head) = without_wrapper(model), find_head(model, head_module)
     about = {
         "pooling": getattr(plain, "pooling", "head_input"),
@@ -113,16 +84,7 @@ def describe_adapter(folder: str | os.PathLike[str], model: Any, head_module: st
 
 
 def difference_on_loading(folder: str | os.PathLike[str], model: Any, logits: bool = True) -> str | None:
-    """What a checkpoint that was just written has lost of the model in memory.
-
-    Args:
-        folder: Where it lies.
-        model: The model in memory, wrapped by PEFT or not.
-        logits: Whether to compare logits; without it, only that all weights are there (of a model in shards).
-
-    Returns:
-        What differs, in words; None where it is the same model.
-    """
+    """What a checkpoint that was just written has lost of the model in memory."""
     registered = type(without_wrapper(model).config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     kind = AutoModelForImageClassification if registered else type(without_wrapper(model))
     with torch.random.fork_rng(devices=[]):  # a resumed run draws what an uninterrupted one draws
@@ -139,15 +101,7 @@ def difference_on_loading(folder: str | os.PathLike[str], model: Any, logits: bo
 
 @torch.no_grad()
 def same_logits(one: Any, other: Any) -> bool:
-    """Whether two models give the same logits, up to rounding, on a few images of noise.
-
-    Args:
-        one: A model.
-        other: Another one, on any device and in any floating-point type.
-
-    Returns:
-        Whether they do.
-    """
+    """Whether two models give the same logits, up to rounding, on a few images of noise."""
     found = [_logits(model) for model in (one, other)]
     exact = all(p.dtype == torch.float32 and p.device.type == "cpu" for m in (one, other) for p in m.parameters())
     scale = max(float(logits.nan_to_num(0.0, 0.0, 0.0).abs().max()) for logits in found)
@@ -172,14 +126,7 @@ def _logits(model: nn.Module) -> Tensor:
 
 
 def noise_images(model: PreTrainedModel) -> Tensor:
-    """A few images of noise, of the size that a model takes, always the same.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Pixel values, ``(2, C, H, W)``.
-    """
+    """A few images of noise, of the size that a model takes, always the same."""
     config = model.config
     config = getattr(config, "vision_config", None) or config
     timm = getattr(config, "pretrained_cfg", None) or {}
@@ -255,22 +202,7 @@ _REMEDY = (
 def load_classifier(
     source: str | os.PathLike[str], *, new_head: bool = False, kind: Any = None, **options: Any
 ) -> PreTrainedModel:
-    """Load an image classifier with every one of its weights.
-
-    Args:
-        source: A folder or a repository on the Hub. With ``head_config.json`` it is a backbone with a linear head
-            beside it; with ``adapter_config.json`` an adapter, which is merged into its base.
-        new_head: Whether the classifier may be missing or of another size, since it will be trained anew.
-        kind: Class that loads a plain checkpoint; `AutoModelForImageClassification` by default.
-        **options: As for ``from_pretrained``; the type of the weights is float32 by default.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        WeightsError: If a weight is missing, has another shape, or has no place in the model.
-        CheckpointError: If a head's files are damaged.
-    """
+    """Load an image classifier with every one of its weights."""
     name, hub = os.fspath(source), {key: options[key] for key in HUB_OPTIONS if key in options}
     # Said in so many words: where transformers is told nothing about code, it asks at the keyboard.
     options = {"dtype": torch.float32, "trust_remote_code": False, **options}
@@ -286,33 +218,14 @@ def load_classifier(
 
 
 def checkpoint_form(folder: str | os.PathLike[str]) -> str:
-    """What a folder holds: "adapter", "pooled" (a backbone with a head beside it) or "plain".
-
-    Args:
-        folder: The checkpoint's folder.
-
-    Returns:
-        The form's name.
-    """
+    """What a folder holds: "adapter", "pooled" (a backbone with a head beside it) or "plain"."""
     if (Path(folder) / ADAPTER_CONFIG_FILE).is_file():
         return "adapter"
     return "pooled" if (Path(folder) / HEAD_CONFIG_FILE).is_file() else "plain"
 
 
 def load_backbone(source: str | os.PathLike[str], pooling: str, **options: Any) -> PreTrainedModel:
-    """Load a backbone that will get a head; the head of a classifier that it may come from is left behind.
-
-    Args:
-        source: A folder or a repository on the Hub.
-        pooling: What the new head will see, see `with_linear_head`; without "pooler", a pooler may be missing.
-        **options: As for ``from_pretrained``.
-
-    Returns:
-        The backbone.
-
-    Raises:
-        WeightsError: If one of its weights is missing or has another shape.
-    """
+    """Load a backbone that will get a head; the head of a classifier that it may come from is left behind."""
     options["ignore_mismatched_sizes"] = True
     backbone, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
     unread = [name for name in info["missing_keys"] if pooling != "pooler" and name.startswith("pooler.")]

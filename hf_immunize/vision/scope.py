@@ -29,32 +29,7 @@ _UNREAD = {
 
 
 def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[str]:
-    """Name the parameters of the last stage: the deepest blocks at one resolution, all that follows them, the head.
-
-    The blocks stand in the outermost ``nn.ModuleList`` of the base model (of several, the one with most parameters).
-    Where its children are stages, which hold block lists of their own (Swin, ConvNeXt), the last child is the stage.
-    Where they are blocks, the stage starts at the last one that downsamples by a strided convolution (MobileNetV2);
-    where none does (ViT, DINOv2, CLIP), it is the last block. What is registered after the list (final norms, poolers,
-    MobileNetV2's ``conv_1x1``) comes along, unless the classifier does not read it (SigLIP's attention pooling).
-
-    Args:
-        model: An image classifier of transformers.
-        head_module: The classifier's name, where it cannot be found without help.
-
-    Returns:
-        Parameter names, in the order of ``model.named_parameters()``.
-
-    Raises:
-        ScopeError: If the model has no list of blocks, or none of them is the last.
-        HeadError: If the classifier cannot be found.
-
-    Examples:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16,
-        ...                    image_size=32, patch_size=16, num_labels=3)
-        >>> [name for name in last_stage(ViTForImageClassification(config)) if "vit.layers.2." not in name]
-        ['vit.layernorm.weight', 'vit.layernorm.bias', 'classifier.weight', 'classifier.bias']
-    """
+    """Name the parameters of the last stage: the deepest blocks at one resolution, all that follows them, the head."""
     head_name, head = find_head(model, head_module)
     blocks = _block_list(without_wrapper(model), head)
     stage = blocks[_stage_start(blocks) :]
@@ -78,35 +53,7 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
 
 
 def select_trainable(model: PreTrainedModel, trainable: str, head_module: str | None = None) -> list[str]:
-    r"""Set ``requires_grad`` on all parameters of a model, so that the chosen ones move and the others do not.
-
-    In a model wrapped by PEFT, ``trainable`` chooses among the parameters that PEFT trains and saves with the active
-    adapter (its matrices, ``modules_to_save``, biases it was told to train): "all" leaves PEFT's choice as it is,
-    "last_stage" takes of them those in the last stage. No parameter of the base model moves, since the adapter's
-    files would not hold it.
-
-    Args:
-        model: An image classifier of transformers, wrapped by PEFT or not, changed in place.
-        trainable: ``"last_stage"`` (see `last_stage`), ``"all"``, or a regular expression that is searched for in the
-            parameters' names. An expression is taken at its word: a head that it does not match stays as it is.
-        head_module: The classifier's name, where it cannot be found without help.
-
-    Returns:
-        The names of the parameters that move.
-
-    Raises:
-        ScopeError: If the expression is invalid, matches nothing, everything, or the head alone, or matches nothing
-            that PEFT trains.
-        HeadError: If the classifier cannot be found.
-
-    Examples:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16,
-        ...                    image_size=32, patch_size=16, num_labels=3)
-        >>> model = ViTForImageClassification(config)
-        >>> select_trainable(model, r"vit\.layernorm|classifier")
-        ['vit.layernorm.weight', 'vit.layernorm.bias', 'classifier.weight', 'classifier.bias']
-    """
+    r"""Set ``requires_grad`` on all parameters of a model, so that the chosen ones move and the others do not."""
     head_name, _ = find_head(model, head_module)
     names = [name for name, _ in model.named_parameters()]
     if trainable == "all":
@@ -137,33 +84,7 @@ def modules_in_eval(
     freeze_batchnorm: bool = True,
     head_module: str | None = None,
 ) -> list[nn.Module]:
-    """List the modules to keep in eval mode while the chosen parameters train.
-
-    These are the modules of which nothing moves, so that the frozen part is one fixed function; all BatchNorm, where
-    their statistics are frozen; and the dropout directly before the head. A module without parameters (dropout,
-    stochastic depth) goes with its nearest ancestor that has some. The list is flat: set ``module.training = False``
-    on each after ``model.train()``, and do not call ``module.eval()``, which would recurse.
-
-    Args:
-        model: An image classifier of transformers.
-        trainable_names: The names of the parameters that move, as returned by `select_trainable`.
-        freeze_batchnorm: Keep the running statistics of every BatchNorm, also in the part that moves.
-        head_module: The classifier's name, where it cannot be found without help.
-
-    Returns:
-        Modules, without repetition.
-
-    Raises:
-        HeadError: If the classifier cannot be found.
-
-    Examples:
-        >>> from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
-        >>> config = MobileNetV2Config(image_size=32, depth_multiplier=0.25, num_labels=3)
-        >>> model = MobileNetV2ForImageClassification(config).train()
-        >>> still = modules_in_eval(model, select_trainable(model, "last_stage"))
-        >>> model.mobilenet_v2.conv_stem in still, model.dropout in still, model.classifier in still
-        (True, True, False)
-    """
+    """List the modules to keep in eval mode while the chosen parameters train."""
     _, head = find_head(model, head_module)
     chosen = set(trainable_names)
     moving = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in chosen}
@@ -187,22 +108,7 @@ def modules_in_eval(
 
 
 def has_batch_statistics(model: nn.Module, still: list[nn.Module]) -> bool:
-    """Tell whether any BatchNorm will normalize by the statistics of its batch.
-
-    If so, one forward pass over benign and harmful images together mixes their statistics, and is not two passes.
-
-    Args:
-        model: The model to train.
-        still: The modules that stay in eval mode, as returned by `modules_in_eval`.
-
-    Returns:
-        Whether features depend on the other images of the batch.
-
-    Examples:
-        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-        >>> has_batch_statistics(model, still=[]), has_batch_statistics(model, still=[model[1]])
-        (True, False)
-    """
+    """Tell whether any BatchNorm will normalize by the statistics of its batch."""
     frozen = set(still)
     # Without running statistics, a BatchNorm uses those of the batch in eval mode as well.
     return any(
@@ -212,26 +118,7 @@ def has_batch_statistics(model: nn.Module, still: list[nn.Module]) -> bool:
 
 
 def block_modules(model: PreTrainedModel, head_module: str | None = None) -> dict[str, nn.Module]:
-    """The blocks (or stages) of the backbone, in the order of the forward pass.
-
-    Args:
-        model: An image classifier of transformers.
-        head_module: The classifier's name, where it cannot be found without help.
-
-    Returns:
-        Name in ``model.named_modules()`` to module, of the children of the list that `last_stage` looks at.
-
-    Raises:
-        ScopeError: If the model has no list of blocks.
-        HeadError: If the classifier cannot be found.
-
-    Examples:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        ...                    image_size=32, patch_size=16, num_labels=3)
-        >>> list(block_modules(ViTForImageClassification(config)))
-        ['vit.layers.0', 'vit.layers.1']
-    """
+    """The blocks (or stages) of the backbone, in the order of the forward pass."""
     names = {id(module): name for name, module in model.named_modules()}
     _, head = find_head(model, head_module)
     return {names[id(block)]: block for block in _block_list(model, head)}

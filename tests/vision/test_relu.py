@@ -11,8 +11,8 @@ from transformers import (
 )
 
 from hf_immunize.errors import DataError
-from hf_immunize.vision.families import RectifierInputs, choke_points, find_rectifiers
 from hf_immunize.vision.head import HeadInput, find_head
+from hf_immunize.vision.relu import ReluInputs, choke_points, find_relus
 from hf_immunize.vision.scope import select_trainable
 
 
@@ -39,7 +39,7 @@ def chokes(model):
             model(pixel_values=pixels)
         return captured.features
 
-    return choke_points(model, find_rectifiers(model, moving), features)
+    return choke_points(model, find_relus(model, moving), features)
 
 
 def test_of_a_resnet_they_are_those_behind_the_shortcuts():
@@ -55,11 +55,11 @@ def test_of_a_mobilenet_blocks_with_a_shortcut_have_none():
 
 def test_frozen_rectifiers_are_left_alone():
     model = resnet()
-    assert all(".stages.1." in name for name in find_rectifiers(model, select_trainable(model, "last_stage")))
+    assert all(".stages.1." in name for name in find_relus(model, select_trainable(model, "last_stage")))
 
 
 def test_smooth_activations_are_no_rectifiers():
-    assert find_rectifiers(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.LeakyReLU()), ["0.weight"]) == []
+    assert find_relus(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.LeakyReLU()), ["0.weight"]) == []
 
 
 def test_a_rectifier_that_runs_twice_is_left_alone():
@@ -77,7 +77,7 @@ def test_images_that_look_the_same_tell_nothing_and_are_refused():
 
 def test_what_cannot_be_moved_is_not_recorded():
     model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.ReLU(), nn.Linear(2, 2))
-    with RectifierInputs(model, ["1"]) as inside:
+    with ReluInputs(model, ["1"]) as inside:
         model(torch.ones(2, 2))
     assert inside.values == {}
 
@@ -92,14 +92,14 @@ def test_hooks_are_gone_after_the_search():
 def test_what_enters_is_recorded_before_it_is_rectified(inplace):
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=inplace))
     images = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-    with RectifierInputs(model, ["1"]) as inside:
+    with ReluInputs(model, ["1"]) as inside:
         model(images)
     torch.testing.assert_close(inside.values["1"], model[0](images))
 
 
 def test_gradients_pass_through_what_is_recorded():
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
-    with RectifierInputs(model, ["1"]) as inside:
+    with ReluInputs(model, ["1"]) as inside:
         model(torch.ones(4, 2))
     inside.values["1"].sum().backward()
     assert model[0].weight.grad.eq(4).all()
@@ -107,6 +107,6 @@ def test_gradients_pass_through_what_is_recorded():
 
 def test_passes_without_gradients_are_left_out():
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    with RectifierInputs(model, ["1"]) as inside, torch.no_grad():
+    with ReluInputs(model, ["1"]) as inside, torch.no_grad():
         model(torch.ones(4, 2))
     assert inside.values == {}

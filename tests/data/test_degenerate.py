@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_immunize.data.degenerate import degenerate_sides
 from hf_immunize.data.images import ImageRows
+from hf_immunize.data.pairs import degenerate_sides
 
 
 def rows(numbers, scale=1.0, labels=None):
@@ -32,7 +32,7 @@ CASES = {
 @pytest.mark.parametrize("part", ["trained", "measured"])
 def test_each_is_told_once(case, part, monkeypatch):
     logged = []
-    monkeypatch.setattr("hf_immunize.data.degenerate.logger.warning", logged.append)
+    monkeypatch.setattr("hf_immunize.data.pairs.logger.warning", logged.append)
     benign, harmful, words = CASES[case]
     sides = {"trained": None, "measured": (BENIGN, HARMFUL)} | {part: (benign, harmful)}
     said = degenerate_sides(**sides)

@@ -1,3 +1,0 @@
-"""Fixtures shared with the tests of the neighbouring rooms."""
-
-from vision_fixtures import *  # noqa: F403
