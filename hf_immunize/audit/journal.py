@@ -21,7 +21,7 @@ from hf_immunize.audit.result import Outcome
 from hf_immunize.errors import ArgumentError, CheckpointError
 from hf_immunize.features.extract import Extraction, Layer
 from hf_immunize.files import checked, flush, remove_leftovers, staged_directory, with_checksum, write_whole
-from hf_immunize.tensor_hash import tensors_hash
+from hf_immunize.tensor_hash import tensors_hash, weights_fingerprint
 
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def fingerprint(models: dict[str, nn.Module], hashes: dict[str, list[bytes]], se
     total = hashlib.blake2b(digest_size=16)
     for name, model in sorted(models.items()):
         total.update(name.encode())
-        total.update(tensors_hash(model.state_dict().items()).encode())
+        total.update(weights_fingerprint(model).encode())
     for name, parts in sorted(hashes.items()):
         total.update(name.encode())
         for part in parts:

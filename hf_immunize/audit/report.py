@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.resources import files
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas
@@ -39,7 +38,7 @@ from hf_immunize.audit.statistics import (
 from hf_immunize.audit.verdict import CLASS_KINDS, UTILITY_KINDS, Judgment, Kind, judge
 from hf_immunize.errors import DataError
 from hf_immunize.files import staged_directory
-from hf_immunize.text import csv_cell
+from hf_immunize.text import csv_cell, public_name
 
 
 if TYPE_CHECKING:
@@ -137,15 +136,9 @@ def without_local_paths(data: AuditResult) -> AuditResult:
     Returns:
         A copy; names on the Hub and relative paths stay.
     """
-    tasks = {name: replace(task, dataset=_public(task.dataset)) for name, task in data.tasks.items()}
-    reference = None if data.reference is None else _public(data.reference)
-    return replace(data, model=_public(data.model), reference=reference, tasks=tasks)
-
-
-def _public(name: str) -> str:
-    if re.match(r"[A-Za-z]:[\\/]|\\\\", name):
-        return PureWindowsPath(name).name or name
-    return PurePosixPath(name).name or name if name.startswith(("/", "~")) else name
+    tasks = {name: replace(task, dataset=public_name(task.dataset)) for name, task in data.tasks.items()}
+    reference = None if data.reference is None else public_name(data.reference)
+    return replace(data, model=public_name(data.model), reference=reference, tasks=tasks)
 
 
 def check(data: AuditResult) -> None:

@@ -20,6 +20,7 @@ from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.data.sources import AS_USUAL, HeldOut, Parts, choose, divide
 from hf_immunize.errors import DataError
 from hf_immunize.features.ranks import ALONE, Processes
+from hf_immunize.text import public_name
 
 
 # Images in one forward pass; processes take whole batches, so that rounding is that of one process.
@@ -250,7 +251,7 @@ def load_task(
     typed = source[0] if isinstance(source, (tuple, list)) else source
     called = str(typed) if isinstance(typed, (str, Path)) else f"{name} images"
     return AttackedTask(
-        name, _public(called), train_images, test_images, [str(c) for c in classes], utility, label_names, problem
+        name, public_name(called), train_images, test_images, [str(c) for c in classes], utility, label_names, problem
     )
 
 
@@ -313,9 +314,3 @@ def _labels(dataset: Any, column: str, called: str) -> list[Any]:
 def _names(dataset: Any, column: str) -> list[str] | None:
     features = getattr(dataset, "features", None) or {}
     return getattr(features.get(column), "names", None)
-
-
-def _public(source: str | Path) -> str:
-    """A Hub name as it is, a local path by its last part, since it may tell more."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else str(source)

@@ -24,10 +24,10 @@ from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.files import check_writable, checked, with_checksum, write_whole
 from hf_immunize.hub import card as rows
 from hf_immunize.hub.card import metric_rows
-from hf_immunize.hub.collect import describe_base_model, is_hub_id, public_name
+from hf_immunize.hub.collect import describe_base_model, is_hub_id
 from hf_immunize.hub.record import BudgetRecord, DataRecord, from_plain, to_plain
 from hf_immunize.hub.verify import Measured, groups_ratio, measure
-from hf_immunize.text import library_words, printable
+from hf_immunize.text import library_words, printable, public_name
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.checks import as_classifier, image_rows
 from hf_immunize.training.spectrum_figure import draw_spectra, new_figure, save_figure

@@ -17,7 +17,7 @@ from hf_immunize.features.extract import Measurement
 from hf_immunize.hub.record import BaseModelRecord, ConditioningRecord, DataRecord, RatioRecord, SideRecord
 from hf_immunize.spectra.conditioning import Conditioning
 from hf_immunize.spectra.ratio import ImmunizationRatio, relative_immunization_ratio
-from hf_immunize.text import printable
+from hf_immunize.text import printable, public_name
 
 
 if TYPE_CHECKING:
@@ -27,27 +27,6 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]{40})/")
 _LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "safetensors")
-
-
-def public_name(source: Any) -> str:
-    """What records and cards call a source: an id on the Hub as it is, a local path by its last part.
-
-    A whole path may tell a user's name, or where secrets lie.
-
-    Example:
-        >>> public_name("user/name"), public_name("/home/me/data/pets"), public_name("~/x/../pets")
-        ('user/name', 'pets', 'pets')
-    """
-    text = str(source)
-    if "://" in text:
-        return printable(re.split(r"[?#]", text)[0].rstrip("/").rsplit("/", 1)[-1])
-    path = Path(text).expanduser()
-    if path.exists():
-        return printable(path.resolve().name or "root")
-    local = text.startswith(("/", "~", ".", "\\")) or bool(re.match(r"[A-Za-z]:[\\/]", text))
-    if local or text.count("/") > 1 or "\\" in text:
-        return printable(re.split(r"[\\/]", text.rstrip("\\/"))[-1].strip(".") or "unnamed")
-    return printable(text)
 
 
 def is_hub_id(source: Any) -> bool:

@@ -14,9 +14,8 @@ import huggingface_hub
 from PIL import Image
 
 from hf_immunize.errors import ArgumentError, RecordError
-from hf_immunize.hub.collect import public_name
 from hf_immunize.hub.record import PICTURES
-from hf_immunize.text import library_words, printable
+from hf_immunize.text import library_words, printable, public_name
 
 
 _TOKENS = re.compile(

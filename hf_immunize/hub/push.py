@@ -27,11 +27,11 @@ from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CardError, HubError, RecordError, WeightsError
 from hf_immunize.hub.card import CARD_NAME, CardOptions, write_card
-from hf_immunize.hub.collect import is_hub_id, public_name
+from hf_immunize.hub.collect import is_hub_id
 from hf_immunize.hub.outgoing import check_private, refuse_links
 from hf_immunize.hub.record import PICTURES, RECORD_NAME, ImmunizationRecord, read_record
 from hf_immunize.hub.weights import INDEX, changed_weights, weight_files
-from hf_immunize.text import library_words, printable
+from hf_immunize.text import library_words, printable, public_name
 from hf_immunize.vision.bare import HEAD_CONFIG_FILE
 from hf_immunize.vision.loading import ADAPTER_CONFIG_FILE, load_classifier, same_logits
 

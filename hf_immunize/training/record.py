@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from torch import Tensor, nn
+from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -31,7 +31,6 @@ from hf_immunize.hub.collect import (
     describe_dataset,
     describe_side,
     exact_ratio,
-    public_name,
     software_versions,
 )
 from hf_immunize.hub.outgoing import check_private, refuse_links
@@ -50,8 +49,8 @@ from hf_immunize.hub.record import (
     write_record,
 )
 from hf_immunize.hub.weights import changed_weights, hash_weights
-from hf_immunize.tensor_hash import tensors_hash
-from hf_immunize.text import printable
+from hf_immunize.tensor_hash import weights_fingerprint
+from hf_immunize.text import printable, public_name
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.checkpoints import STATE
 from hf_immunize.training.step import ImmunizationStep
@@ -244,18 +243,6 @@ class Evidence:
         if self._latest is not None and self._latest.weights == weights:
             return self._latest
         return self._adopted[1] if self._adopted is not None and self._adopted[0] == weights else None
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """A fingerprint of all weights and statistics, by their bytes.
-
-    Args:
-        model: The model.
-
-    Returns:
-        A hash; another one as soon as a bit of them has changed.
-    """
-    return tensors_hash((name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor))
 
 
 def make_record(trainer: Any) -> ImmunizationRecord | None:

@@ -4,8 +4,9 @@ import pytest
 from datasets import Dataset
 
 from hf_immunize.data.images import ImageRows
-from hf_immunize.hub.collect import describe_base_model, describe_dataset, describe_ratio, is_hub_id, public_name
+from hf_immunize.hub.collect import describe_base_model, describe_dataset, describe_ratio, is_hub_id
 from hf_immunize.spectra.ratio import ImmunizationRatio
+from hf_immunize.text import public_name
 
 
 @pytest.mark.parametrize(
