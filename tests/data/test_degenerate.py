@@ -23,7 +23,7 @@ CASES = {
     "one harmful image": (BENIGN, rows([7000]), "harmful images are one single image"),
     "one image many times": (BENIGN, rows([7000] * 20), "20 times"),
     "duplicates": (BENIGN, rows([*range(100, 105)] * 4), "only 5 differ"),
-    "one colour each": (BENIGN, FLAT, "harmful images looked at are of one colour"),
+    "one colour each": (BENIGN, FLAT, "are of one colour"),
     "one class": (rows(range(20), labels=[1] * 20), HARMFUL, "one class"),
 }
 

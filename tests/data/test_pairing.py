@@ -63,7 +63,7 @@ def test_epochs_seeds_and_sides_differ():
 
 
 def test_an_empty_side_has_no_sampler():
-    with pytest.raises(ArgumentError, match="there are 3 and 0"):
+    with pytest.raises(ArgumentError, match="3 and 0"):
         PairedSampler(3, 0, seed=0)
 
 
@@ -87,7 +87,7 @@ def test_the_length_is_the_benign_one():
 
 @pytest.mark.parametrize("benign, harmful, name", [(0, 2, "benign"), (2, 0, "harmful")])
 def test_an_empty_side_is_refused(benign, harmful, name):
-    with pytest.raises(DataError, match=f"The {name} dataset is empty"):
+    with pytest.raises(DataError, match=f"empty {name} dataset"):
         PairedDataset(rows(benign), rows(harmful))
 
 
