@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -130,7 +131,7 @@ class CandidateStep(ImmunizationStep):
                 loss = loss + balanced_weight(unit, gradient_norm(term, values), factor) * term
                 logged[f"{kind} {name}"] = term.detach()
         if self.candidate.tuner:
-            if self.trunk is not None:
+            if self.replayed is not nullcontext:
                 raise ArgumentError(
                     f"Expected cache_trunk='no' with the inner attacker {self.candidate.tuner!r}, which runs the "
                     "whole network, found stored activations. Change it in the experiment's file."

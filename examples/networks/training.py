@@ -17,7 +17,7 @@ from hf_immunize.training.checkpoints import last_whole_checkpoint
 ARGUMENTS, UNCLAIMED = "train.yaml", "_unclaimed-train.yaml"
 # What decides the weights that come out, beside the method's own settings.
 DECISIVE = ("trainable", "freeze_batchnorm", "head_module", "harmful_batch_size", "distillation_batch_size")
-DECISIVE += ("cache_trunk", "trunk_cache_views", "max_steps", "num_train_epochs", "per_device_train_batch_size")
+DECISIVE += ("cache_trunk", "max_steps", "num_train_epochs", "per_device_train_batch_size")
 DECISIVE += (
     "gradient_accumulation_steps",
     "learning_rate",
@@ -77,7 +77,7 @@ def write_arguments(run: Run, spec: dict[str, Any], data: Data, start: str) -> t
 def _trunk(run: Run, values: dict[str, Any], data: Data, start: str) -> Path:
     """The stored trunk's folder, the same for all runs that would store the same, so that none rewrites another's."""
     held_out = values.get("benign_budget", Method.benign_budget) is not None and values.get("budget_holdout")
-    names = ("cache_trunk", "trunk_cache_views", "trainable", "head_module", "per_device_train_batch_size")
+    names = ("cache_trunk", "trainable", "head_module", "per_device_train_batch_size")
     alike = {name: values.get(name) for name in names} | {"held out": held_out, "start": start, "seed": run.seed}
     alike |= {"loss": values.get("benign_loss"), "data": data.settings()}
     return Path(run.output_dir) / "shared" / "trunk" / f"{Path(run.experiment).stem}-seed{run.seed}-{digest(alike)}"

@@ -64,7 +64,7 @@ def frozen_part(
     shape = tuple(train.shape[1:])
     try:
         # In these attacks every module stays in eval mode.
-        split = split_trunk(model, moving, shape, still=list(model.modules()), head_module=head_module)
+        split = split_trunk(model, moving, shape, eval_modules=list(model.modules()), head_module=head_module)
     except (TrunkError, HeadError):
         return None
     if torch.Size(split.activation_shape).numel() > 2 * torch.Size(shape).numel():

@@ -794,14 +794,14 @@ def _audit(
             refuse_training_images(getattr(record, task.name, None), measured, f"{task.name} test")
         return *loaded, tasks
 
-    models, processor, names, tasks = processes.everywhere(load)
+    models, processor, names, tasks = processes.run_on_all_ranks(load)
     memory = memory_limit or int(0.6 * psutil.virtual_memory().available)
     memory = _load_images(tasks, processor, memory, progress, processes)
     warnings += overlaps(tasks)
     warnings += [f"{task.problem}; it was not attacked." for task in tasks if task.problem]
     hashes = {f"{t.name} {s}": [*i.hashes, i.labels.numpy().tobytes()] for t in tasks for s, i in _sides(t)}
     mark = fingerprint(models, hashes, {"preset": _without_choice(chosen), "version": PRESET_VERSION})
-    journal = processes.everywhere(lambda: Journal(run_dir if processes.first else None, mark, warnings))
+    journal = processes.run_on_all_ranks(lambda: Journal(run_dir if processes.first else None, mark, warnings))
     folder = None if run_dir is None or not processes.first else os.path.join(run_dir, "features")
     kept = FeatureStore(folder, keep_features, warnings)
     plan = Plan(chosen, models, tasks, processor, journal, head_module, memory)
@@ -840,7 +840,7 @@ def _audit(
 def _extracted_by_all(work: Work, processes: Processes, run_dir: Any) -> Iterator[StoredPasses]:
     """What the attacks will need of the models, each process's share on disk; removed in the end."""
     # The first one alone knows what the journal holds already.
-    passes, folder = processes.from_first(lambda: (work.ahead(), make_folder(run_dir)))
+    passes, folder = processes.broadcast_from_main(lambda: (work.ahead(), make_folder(run_dir)))
     stored = StoredPasses(folder, passes)
     try:
         for one in passes:

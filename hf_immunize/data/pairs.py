@@ -22,10 +22,8 @@ from hf_immunize.errors import ArgumentError, DataError, ShapeError
 
 logger = logging.get_logger(__name__)
 
-# A row, or a row and which of its stored views.
-Row = int | tuple[int, int]
 # A benign row with the harmful, the distillation and the held-out rows that come with it.
-Draw = tuple[Row, tuple[Row, ...], tuple[Row, ...], tuple[Row, ...]]
+Draw = tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 # The sides in addition to the benign one, in this order.
 BESIDE = ("harmful", "distillation", "held_out")
 
@@ -79,7 +77,6 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
-        self.views: tuple[int, ...] = (1, 1, 1, 1)  # of the benign rows and of `BESIDE`
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, counted from 0, whose rows the next iteration draws."""
@@ -89,20 +86,19 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         return self.num_benign
 
     def __iter__(self) -> Iterator[Draw]:
-        order = self._permutation(self.num_benign, kind=0, count=self.epoch)
-        benign = [self._shown(row, kind=0, turn=self.epoch) for row in order]
+        benign = self._permutation(self.num_benign, kind=0, count=self.epoch)
         harmful = self._beside(self.num_harmful, self.batch_sizes.harmful, kind=1)
         distillation = self._beside(self.num_distillation, self.batch_sizes.distillation, kind=2)
         held_out = self._beside(self.num_held_out, self.batch_sizes.held_out, kind=3)
         yield from zip(benign, harmful, distillation, held_out, strict=True)
 
-    def _beside(self, length: int | None, batch_size: int, kind: int) -> Iterator[tuple[Row, ...]]:
+    def _beside(self, length: int | None, batch_size: int, kind: int) -> Iterator[tuple[int, ...]]:
         """Rows of another side, for each benign row of this epoch."""
         position = self.epoch * self._drawn(self.num_benign, batch_size)
         order: list[int] = []
         cycle = -1
         for step in range(self.num_benign):
-            rows: list[Row] = []
+            rows: list[int] = []
             for _ in range(self._drawn(step + 1, batch_size) - self._drawn(step, batch_size)):
                 if length is None:
                     rows.append(position)
@@ -110,13 +106,9 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
                     if position // length != cycle:
                         cycle = position // length
                         order = self._permutation(length, kind, cycle)
-                    rows.append(self._shown(order[position % length], kind, cycle))
+                    rows.append(order[position % length])
                 position += 1
             yield tuple(rows)
-
-    def _shown(self, row: int, kind: int, turn: int) -> Row:
-        views = self.views[kind]
-        return (row, view_of(self.seed, turn, row, views)) if views > 1 else row
 
     def _drawn(self, steps: int, batch_size: int) -> int:
         """How many rows of another side go with so many benign rows."""
@@ -127,11 +119,6 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
             return list(range(length))
         # A generator of its own, seeded alike in every process; `kind` keeps the sets' orders apart.
         return np.random.default_rng([self.seed, kind, count]).permutation(length).tolist()
-
-
-def view_of(seed: int, turn: int, row: int, views: int) -> int:
-    """Choose the view of a row, so that over ``views`` turns each row shows all of its views."""
-    return (int(np.random.default_rng([seed, row]).integers(views)) + turn) % views if views > 1 else 0
 
 
 class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, get_int_from_env
 
 from hf_immunize.errors import ProcessError
+from hf_immunize.files import UNFINISHED
 
 
 T = TypeVar("T")
@@ -42,16 +43,8 @@ class Processes:
     def __init__(self, state: PartialState | None = None, owned: bool = False) -> None:
         self._state = state if state is not None and state.num_processes > 1 else None
         self._owned = owned
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return 1 if self._state is None else int(self._state.num_processes)
-
-    @property
-    def index(self) -> int:
-        """Which of them this is."""
-        return 0 if self._state is None else int(self._state.process_index)
+        self.count = 1 if self._state is None else int(self._state.num_processes)
+        self.index = 0 if self._state is None else int(self._state.process_index)
 
     @property
     def first(self) -> bool:
@@ -66,31 +59,17 @@ class Processes:
         return self._state.device
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of a list: parts are contiguous, in the order of processes, of sizes that differ by 1.
-
-        Args:
-            items: The same on all processes.
-
-        Returns:
-            The part; empty where there are fewer items than processes.
-        """
+        """This process's part of a list: contiguous, in the order of processes, of sizes that differ by 1."""
         if self._state is None:
             return list(items)
         with self._state.split_between_processes(list(items)) as part:
             return list(part)
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Do something on all processes at once, and tell all what came of it; collective.
+        """Do something on all processes at once, and report to all what came of it, in their order; a collective.
 
-        Args:
-            work: Does this process's part, without a collective of its own, and returns something small.
-
-        Returns:
-            What it returned on each process, in their order.
-
-        Raises:
-            ProcessError: If it failed on another process.
-            Exception: What it raised on this one.
+        The work does this process's part, without a collective of its own, and returns something small. What it raises
+        here is raised here; where it failed on another process, that is a `ProcessError`.
         """
         if self._state is None:
             return [work()]
@@ -111,46 +90,18 @@ class Processes:
                 )
         return [each for _, each in found]
 
-    def everywhere(self, work: Callable[[], T]) -> T:
-        """Do something on all processes, which has to succeed on all of them; collective.
-
-        Args:
-            work: As in `together`, but returns anything.
-
-        Returns:
-            What it returned on this process.
-
-        Raises:
-            ProcessError, Exception: As `together`.
-        """
+    def run_on_all_ranks(self, work: Callable[[], T]) -> T:
+        """As `together`, for work that returns something large, which stays on its process; a collective."""
         own: list[T] = []
         self.together(lambda: own.append(work()))
         return own[0]
 
-    def from_first(self, work: Callable[[], T]) -> T:
-        """Do something on the first process alone, and tell all what came of it; collective.
-
-        Args:
-            work: Returns something small.
-
-        Returns:
-            What it returned there.
-
-        Raises:
-            ProcessError: If it failed there and this is another process.
-            Exception: What it raised, on the first process.
-        """
+    def broadcast_from_main(self, work: Callable[[], T]) -> T:
+        """Do something on the first process alone, and report to all what came of it; a collective."""
         return self.together(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
 
     def share_folder(self, folder: str | os.PathLike[str]) -> bool:
-        """Whether what the first process writes into a folder is there for all of them; collective.
-
-        Args:
-            folder: Created where it is missing.
-
-        Returns:
-            False where machines have disks of their own.
-        """
+        """Whether all see what the first writes into a folder, not so on disks of their own; a collective."""
         if self._state is None:
             return True
         folder = Path(folder)
@@ -158,11 +109,11 @@ class Processes:
         def leave_a_mark() -> str:
             folder.mkdir(parents=True, exist_ok=True)
             # A name that no machine has asked for before, so that none remembers that it was missing.
-            mark = folder / f"_unfinished-{uuid.uuid4().hex}"
+            mark = folder / f"{UNFINISHED}{uuid.uuid4().hex}"
             mark.touch()
             return mark.name
 
-        mark = folder / self.from_first(leave_a_mark)
+        mark = folder / self.broadcast_from_main(leave_a_mark)
         seen = self.together(mark.exists)
         if self.first:
             mark.unlink(missing_ok=True)
@@ -179,18 +130,12 @@ ALONE = Processes()
 
 
 def launched() -> Processes:
-    """All processes that torchrun, ``accelerate launch`` or mpirun started, if they did; this one alone otherwise.
-
-    To be called on all of them: it joins their process group where there is none yet.
-
-    Returns:
-        The processes.
-    """
+    """All processes that torchrun, ``accelerate launch`` or mpirun started, else this one; to be called on all."""
     joined = dist.is_available() and dist.is_initialized()
     # A scheduler may set WORLD_SIZE for what it does not start in several processes; LOCAL_RANK is a launcher's.
     sizes = [*_MPI_SIZES, *(["WORLD_SIZE"] if "LOCAL_RANK" in os.environ else [])]
     if not joined and get_int_from_env(sizes, 1) < 2:
         return ALONE
-    # Without being told, accelerate takes several processes on CPUs for several runs of one.
+    # Unless it is set, accelerate takes several processes on CPUs for several runs of one.
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available()
     return Processes(PartialState(cpu=cpu, timeout=_PATIENCE), owned=not joined)

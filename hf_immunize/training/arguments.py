@@ -295,8 +295,6 @@ class ImmunizationArguments(TrainingArguments):
             in this type, and train on that; "no" to compute it in each step. Evaluation always runs the whole model.
         trunk_cache_dir: Folder for it, of one run at a time; by default ``_trunk`` in `output_dir`, which no push to
             the Hub takes along.
-        trunk_cache_views: How many draws of a random transform are kept of each image; training takes them in turn,
-            one an epoch.
 
     Raises:
         ArgumentError: If an option has an impossible value.
@@ -383,9 +381,6 @@ class ImmunizationArguments(TrainingArguments):
     )
     trunk_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder of the cached trunk; by default _trunk in output_dir."}
-    )
-    trunk_cache_views: int = field(
-        default=1, metadata={"help": "Draws of a random transform that the cached trunk keeps of each image."}
     )
 
     remove_unused_columns: bool = field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.errors import DataError, ImmunizationError, NonFiniteError, ScopeError, ShapeError
-from hf_immunize.features.trunk import TrunkSplit
 from hf_immunize.spectra.hessian_functions import Hessian
 from hf_immunize.training.arguments import Method
-from hf_immunize.training.cached_trunk import replayed
 from hf_immunize.training.checks import check_checkpointing, check_classifier
 from hf_immunize.training.choice import RectifierChoice
 from hf_immunize.training.distillation import (
@@ -225,8 +223,8 @@ class ImmunizationStep:
         self.start = StartingModel(model) if self.method.needs_start else None
         # Micro-batches so far: the Trainer sees by it that none goes past the method.
         self.calls = 0
-        # Where a cached trunk ends: batches then hold the activations at the entry of what moves.
-        self.trunk: TrunkSplit | None = None
+        # With a cached trunk, batches hold its activations, and within this context the model runs from them.
+        self.replayed: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
         self._plain_model = model
         size = self.method.queue_size
         self._choice = RectifierChoice(model, self.moving) if self.method.looks_inside else None
@@ -271,7 +269,7 @@ class ImmunizationStep:
         rest = [batch[side]["pixel_values"] for side in ("harmful", "distillation") if side in batch]
         others = {"pixel_values": torch.cat(rest)}
         rectifiers = self._rectifiers_of(batch)
-        with replayed(self.trunk, self._plain_model), ReluInputs(self._plain_model, rectifiers) as inside:
+        with self.replayed(self._plain_model), ReluInputs(self._plain_model, rectifiers) as inside:
             features, logits, loss_features = forward_both(
                 model, self.head, batch["benign"], others, together=self.together
             )
@@ -339,7 +337,7 @@ class ImmunizationStep:
         both = [batch[side]["pixel_values"] for side in ("benign", "harmful")]
 
         def features(images: Tensor) -> Tensor:
-            with torch.no_grad(), replayed(self.trunk, self._plain_model), HeadInput(self.head) as captured:
+            with torch.no_grad(), self.replayed(self._plain_model), HeadInput(self.head) as captured:
                 released_logits(self._plain_model, images)
             return captured.features
 
@@ -369,7 +367,7 @@ class ImmunizationStep:
         if self.start is None:
             return None, {}, None
         images = [batch[side]["pixel_values"] for side in ("benign", "distillation") if side in batch]
-        with replayed(self.trunk, self._plain_model):
+        with self.replayed(self._plain_model):
             start_features, start_logits = self.start(self._plain_model, self.head, torch.cat(images))
         rows = [slice(0, benign_end), slice(harmful_end, None)]
         kl = logit_divergence(torch.cat([logits[part] for part in rows]), start_logits)
@@ -394,7 +392,7 @@ class ImmunizationStep:
         logits, start_logits, labels = trained
         if held_out is not None:
             labels = held_out.get("labels")
-            with replayed(self.trunk, self._plain_model):
+            with self.replayed(self._plain_model):
                 logits = released_logits(self._plain_model, held_out["pixel_values"])
                 assert self.start is not None  # a budget needs the starting model
                 _, start_logits = self.start(self._plain_model, self.head, held_out["pixel_values"])

@@ -289,7 +289,7 @@ class ImmunizationTrainer(Trainer):
         options = {"processor": self.processing_class, "collate": own}
         try:
             # Here, since the weights of a checkpoint are loaded by now.
-            self._step.trunk, self.train_dataset = cached_pairs(
+            self._step.replayed, self.train_dataset = cached_pairs(
                 self.model, self.train_dataset, self._moving, self._step.still, self.args, **options
             )
             self.data_collator = PairedCollator(ImageCollator())

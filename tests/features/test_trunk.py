@@ -193,7 +193,7 @@ def test_dropout_that_is_live_in_the_trunk_is_refused():
     config = hf.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
     config.image_size, config.hidden_dropout_prob = 32, 0.1
     with pytest.raises(TrunkError, match="drops at random"):
-        split(hf.ViTForImageClassification(config), still=[])
+        split(hf.ViTForImageClassification(config), eval_modules=[])
 
 
 def test_dropout_that_is_kept_in_eval_mode_is_no_obstacle():

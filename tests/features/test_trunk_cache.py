@@ -177,7 +177,7 @@ def test_images_changed_behind_the_fingerprint_are_noticed(cache, tmp_path, writ
 def test_a_damaged_cache_is_computed_anew(damage, cache, setting, images):
     made = cache()
     open_or_write(made)
-    data = made.folder / "activations.arrow"
+    (data,) = made.folder.glob("*.arrow")
     if damage == "truncated":
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     else:
@@ -222,7 +222,7 @@ def free(monkeypatch):
 def test_a_full_disk_is_refused_before_anything_runs(cache, free, tmp_path):
     made = cache()
     free(made.nbytes - 1)
-    with pytest.raises(DiskSpaceError, match=r"found 8\d kB free .* Make room, choose another trunk_cache_dir"):
+    with pytest.raises(DiskSpaceError, match=r"found 0.\d+ MB free .* choose another trunk_cache_dir"):
         open_or_write(made)
     assert not made.folder.exists()
 
@@ -269,13 +269,6 @@ def test_images_of_unequal_size_are_refused(cache, images):
         open_or_write(cache([*images(2), {"pixel_values": torch.zeros(3, 64, 64), "labels": 0}], batch_size=1))
 
 
-# ---- views ----
-
-
-def noisy(image, generator):
-    return image + torch.randn(image.shape, generator=generator)
-
-
 class Flipped(torch.utils.data.Dataset):
     """Rows with a random flip of their own."""
 
@@ -290,53 +283,8 @@ class Flipped(torch.utils.data.Dataset):
         return {"pixel_values": image.flip(-1) if torch.rand(()) < 0.5 else image, "labels": index % 3}
 
 
-def test_the_first_view_is_not_augmented(cache, setting, images):
-    (rows,) = open_or_write(cache(views=3, augment=noisy))
-    torch.testing.assert_close(activations(rows), expected(setting, images()), rtol=1e-5, atol=1e-6)
-
-
-def test_the_other_views_differ(cache):
-    (rows,) = open_or_write(cache(views=3, augment=noisy))
-    views = [rows[4, view]["pixel_values"] for view in range(3)]
-    assert all(not torch.equal(views[i], views[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-
-
-def test_views_are_drawn_alike_again(cache, tmp_path):
-    (rows,) = open_or_write(cache(views=3, augment=noisy))
-    before = rows[6, 2]["pixel_values"]
-    shutil.rmtree(tmp_path / "trunk")
-    (rows,) = open_or_write(cache(views=3, augment=noisy, batch_size=5))
-    torch.testing.assert_close(rows[6, 2]["pixel_values"], before, rtol=1e-5, atol=1e-6)
-
-
-def test_another_augmentation_is_computed_anew(cache, written):
-    open_or_write(cache(views=2, augment=noisy))
-    open_or_write(cache(views=2, augment=lambda image, generator: noisy(image, generator) * 2))
-    assert len(written) == 2
-
-
-def test_views_of_random_rows_are_draws_of_them(cache, images, setting):
-    (rows,) = open_or_write(cache(Flipped(images()), views=4))
-    plain = expected(setting, images())
-    flipped = expected(setting, [{"pixel_values": row["pixel_values"].flip(-1)} for row in images()])
-    kinds = set()
-    for row in range(7):
-        for view in range(4):
-            found = rows[row, view]["pixel_values"]
-            kinds.add(
-                next(i for i, each in enumerate((plain, flipped)) if torch.allclose(found, each[row], atol=1e-4))
-            )
-    assert kinds == {0, 1}
-
-
-def test_random_rows_are_found_again(cache, images, written):
-    open_or_write(cache(Flipped(images()), views=2))
-    open_or_write(cache(Flipped(images()), views=2))
-    assert len(written) == 1
-
-
-def test_one_view_of_random_rows_is_refused(cache, images):
-    with pytest.raises(DataError, match=r"freeze one draw.*trunk_cache_views"):
+def test_random_rows_are_refused(cache, images):
+    with pytest.raises(DataError, match="freeze one draw"):
         cache(Flipped(images()))
 
 
@@ -347,11 +295,6 @@ def test_a_random_transform_is_refused_alike(cache, image_dataset):
     rows = ImageRows(image_dataset.with_transform(transform), "train_dataset", "pixel_values", "label")
     with pytest.raises(DataError, match="freeze one draw"):
         cache(rows)
-
-
-def test_views_that_would_be_alike_are_refused(cache):
-    with pytest.raises(ArgumentError, match="no randomness"):
-        cache(views=2)
 
 
 def test_columns_that_cannot_be_stored_are_refused(cache):
@@ -366,11 +309,11 @@ def test_soft_labels_are_refused(cache):
     def collate(rows):
         return {"pixel_values": torch.stack([r["pixel_values"] for r in rows]), "labels": torch.ones(len(rows), 3)}
 
-    with pytest.raises(DataError, match="one class a row"):
+    with pytest.raises(DataError, match=r"labels of the shape \(1, 3\)"):
         cache(collate=collate)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"views": 0}])
+@pytest.mark.parametrize("options", [{"dtype": "int8"}])
 def test_impossible_options_are_refused(options, cache):
     with pytest.raises(ArgumentError):
         cache(**options)

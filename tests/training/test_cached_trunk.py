@@ -102,22 +102,8 @@ def test_each_image_passes_the_trunk_once(trainer, trunk_runs):
     assert sum(trunk_runs) == 32
 
 
-@pytest.mark.parametrize("views", [1, 3])
-def test_a_resumed_run_is_the_straight_run(views, trainer, images, tmp_path):
-    class Noisy(torch.utils.data.Dataset):
-        def __init__(self, rows):
-            self.rows = rows
-
-        def __len__(self):
-            return len(self.rows)
-
-        def __getitem__(self, index):
-            row = self.rows[index]
-            return row | {"pixel_values": row["pixel_values"] + (views > 1) * torch.randn(3, 8, 8)}
-
+def test_a_resumed_run_is_the_straight_run(trainer, tmp_path):
     options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "cache_trunk": "float32"}
-    options |= {"train_dataset": Noisy(images(16, 1)), "harmful_dataset": Noisy(images(9, 2, labels=False))}
-    options["trunk_cache_views"] = views
     straight = trainer("resnet", output_dir=str(tmp_path / "straight"), **options)
     straight.train()
     shutil.copytree(tmp_path / "straight" / "checkpoint-6", tmp_path / "resumed" / "checkpoint-6")
@@ -143,26 +129,6 @@ def test_a_second_run_finds_the_trunk_of_the_first(trainer, trunk_runs):
     first = sum(trunk_runs)
     trainer("resnet", cache_trunk="float32").train()
     assert first == 32 and sum(trunk_runs) - first <= 6  # a few rows of each side are computed again, as a check
-
-
-def test_epochs_take_the_views_in_turn(trainer, images):
-    class Flat(torch.utils.data.Dataset):
-        """Images of one random shade."""
-
-        def __len__(self):
-            return 8
-
-        def __getitem__(self, index):
-            return {"pixel_values": torch.full((3, 8, 8), float(torch.randn(()))), "labels": index % 2}
-
-    run = trainer("resnet", train_dataset=Flat(), harmful_dataset=Flat(), cache_trunk="float32", trunk_cache_views=2)
-    loader = run.get_train_dataloader()
-    seen = []
-    for epoch in range(3):
-        loader.set_epoch(epoch)
-        rows = torch.cat([batch["benign"]["pixel_values"] for batch in loader]).flatten(1)
-        seen.append({tuple(row.tolist()) for row in rows})
-    assert len(seen[0]) == 8 and not seen[0] & seen[1] and seen[0] == seen[2]
 
 
 def test_a_collator_of_ones_own_is_taken(trainer):
@@ -220,7 +186,7 @@ def test_a_model_without_a_trunk_is_refused(trainer):
         trainer("resnet", trainable="all", cache_trunk="float32").train()
 
 
-def test_random_images_with_one_view_are_refused(trainer):
+def test_random_images_are_refused(trainer):
     class Random(torch.utils.data.Dataset):
         def __len__(self):
             return 16
@@ -236,7 +202,6 @@ def test_random_images_with_one_view_are_refused(trainer):
     ("options", "named"),
     [
         ({"cache_trunk": "int8"}, "cache_trunk="),
-        ({"trunk_cache_views": 0}, "trunk_cache_views="),
         ({"cache_trunk": "float32", "torch_compile": True}, "without torch_compile"),
     ],
 )
