@@ -1,19 +1,23 @@
 """``immunization.json``: what was done to a checkpoint, on which data, and what was measured.
 
-The file lies beside the weights and names them by their hashes. It holds finite JSON only, κ therefore as its decimal
+The file lies with the weights and names them by their hashes. It holds finite JSON only, so κ is stored as its decimal
 logarithm. Fields that a later minor version adds survive being read and written by this one; a later major version is
 refused by name. Data are described, never included.
+
+From top to bottom: the rules that fields follow, the parts of a record, the record, its files, and the reader.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import re
 import types
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -26,240 +30,63 @@ from hf_immunize.text import library_words, printable
 
 
 T = TypeVar("T")
-# Name of the field of every class here that holds what this version does not know.
-UNKNOWN = "unknown"
-_KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number"}
-# Bounds of all that a record may hold: what lies beyond is damage, or made to take time and memory.
-_DEPTH, _TEXT, _NAME, _ITEMS, _WHOLE = 24, 2**16, 256, 2**16, 2**64
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """The numbers that a field may hold, both ends among them, as in ``Annotated[float, Range(0, 1)]``.
-
-    Attributes:
-        least, most: The ends.
-    """
-
-    least: float
-    most: float
-
-
-Share = Annotated[float, Range(0, 1)]
-Count = Annotated[int, Range(0, 2**53)]
-Size = Annotated[float, Range(0, math.inf)]
-# Of a condition number of float64 matrices, and of quotients of such.
-Log10 = Annotated[float, Range(-10_000, 10_000)]
-Log10Kappa = Annotated[float, Range(0, 10_000)]
-# What numpy, which draws splits by it, takes for one.
-Seed = Annotated[int, Range(0, 2**32 - 1)]
-
-
-def to_plain(value: Any, depth: int = 0) -> Any:
-    """Dataclasses as dictionaries, with their unknown fields where they were found.
-
-    Args:
-        value: A dataclass, or anything JSON knows.
-        depth: In how many others it lies.
-
-    Returns:
-        Dictionaries, lists, texts, numbers, booleans and None.
-
-    Raises:
-        RecordError: If a number is not finite, or a value is of another type or nested too deep.
-    """
-    if depth > 2 * _DEPTH:  # what lies within is checked by its own measure when the fields are
-        raise _unexpected("a value", f"nested less than {2 * _DEPTH} deep", value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        plain = {
-            item.name: to_plain(getattr(value, item.name), depth + 1)
-            for item in dataclasses.fields(value)
-            if item.name != UNKNOWN
-        }
-        return {**plain, **to_plain(getattr(value, UNKNOWN, {}), depth + 1)}
-    if isinstance(value, dict):
-        return {str(key): to_plain(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(item, depth + 1) for item in value]
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, str):
-        return _text(value, "a text")
-    if isinstance(value, float) and math.isfinite(value):
-        return float(value)
-    raise RecordError(f"Expected text, finite numbers and lists of them in a record, found {value!r}. Leave it out.")
-
-
-def from_plain(kind: type[T], value: Any, where: str) -> T:
-    """Read a dataclass from a dictionary, checking the type of every field.
-
-    Args:
-        kind: The dataclass.
-        value: What was read from JSON.
-        where: What to call it in an error.
-
-    Returns:
-        The dataclass; fields it does not know are in its field ``unknown``.
-
-    Raises:
-        RecordError: If a field is missing, of another type or out of its range; the message names it.
-
-    Example:
-        >>> @dataclasses.dataclass
-        ... class Point:
-        ...     x: float
-        ...     name: str | None = None
-        ...     unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
-        >>> point = from_plain(Point, {"x": 1, "colour": "red"}, "point")
-        >>> point, to_plain(point)
-        (Point(x=1.0, name=None, unknown={'colour': 'red'}), {'x': 1.0, 'name': None, 'colour': 'red'})
-    """
-    if not isinstance(value, dict):
-        raise _unexpected(where, "names and values", value)
-    _check_size(value, where)
-    hints = {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if name != UNKNOWN}
-    known = {item.name: item for item in dataclasses.fields(kind) if item.name != UNKNOWN}  # type: ignore[arg-type]
-    given = {name: _value(hints[name], value[name], f"{where}.{name}") for name in known if name in value}
-    for name, item in known.items():
-        optional = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
-        if name not in given and not optional:
-            raise RecordError(
-                f"Expected {_place(where)}.{name} in the record, found none. The record is damaged or not whole."
-            )
-    further = {_name(name, where): item for name, item in value.items() if name not in known}
-    unknown = {name: _anything(item, f"{where}.{name}") for name, item in further.items()}
-    return kind(**given, **{UNKNOWN: unknown})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return _anything(value, where)
-    if origin is Annotated:
-        found, span = _value(arguments[0], value, where), arguments[1]
-        if not span.least <= found <= span.most:
-            raise _unexpected(where, f"between {span.least} and {span.most}", value)
-        return found
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        options = [option for option in arguments if option is not type(None)]
-        for option in options[:-1]:
-            try:
-                return _value(option, value, where)
-            except RecordError:
-                continue
-        return _value(options[-1], value, where)
-    if origin is list:
-        if not isinstance(value, list):
-            raise _unexpected(where, "a list", value)
-        _check_size(value, where)
-        return [_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _unexpected(where, "names and values", value)
-        _check_size(value, where)
-        return {_name(key, where): _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return from_plain(hint, value, where)  # type: ignore[arg-type]
-    return _plain_value(hint, value, where)
-
-
-def _plain_value(hint: type, value: Any, where: str) -> Any:
-    # For Python, True is an int; for a reader of the record it is not.
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and isinstance(value, int) and abs(value) > _WHOLE:
-        raise _unexpected(where, f"between -{_WHOLE} and {_WHOLE}", value)
-    if hint is float and number and math.isfinite(value):
-        return float(value)
-    if hint is int and number and isinstance(value, int):
-        return value
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, str):
-        return _text(value, where)
-    raise _unexpected(where, _KINDS[hint], value)
-
-
-def _anything(value: Any, where: str, depth: int = 0) -> Any:
-    if depth > _DEPTH:
-        raise _unexpected(where, f"nested less than {_DEPTH} deep", value)
-    if isinstance(value, dict | list):
-        _check_size(value, where)
-    if isinstance(value, dict):
-        return {_name(key, where): _anything(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_anything(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return _plain_value(type(value), value, where)
-    return _text(value, where) if isinstance(value, str) else value
-
-
-def _name(value: str, where: str) -> str:
-    if len(value) > _NAME:
-        raise _unexpected(where, f"names of at most {_NAME} characters", value)
-    return _text(value, where)
-
-
-def _text(value: str, where: str) -> str:
-    if len(value) > _TEXT:
-        raise _unexpected(where, f"at most {_TEXT} characters", value)
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise RecordError(
-            f"Expected {_place(where)} to be Unicode text, found half of a surrogate pair. Correct the text."
-        )
-    return value
-
-
-def _check_size(value: dict[Any, Any] | list[Any], where: str) -> None:
-    if len(value) > _ITEMS:
-        raise RecordError(
-            f"Expected at most {_ITEMS} items in {_place(where)} of the record, found {len(value)}. The record is "
-            "damaged, or was not written by this library."
-        )
-
-
-def _unexpected(where: str, expected: str, value: Any) -> RecordError:
-    return RecordError(
-        f"Expected {_place(where)} to be {expected}, found {_shown(value)}. The record is damaged, or was not written "
-        "by this library."
-    )
-
-
-def _place(where: str) -> str:
-    """Names of fields are as foreign as their values."""
-    words = printable(where[:1000])
-    return words if len(words) <= 120 else words[:117] + "..."
-
-
-def _shown(value: Any) -> str:
-    """The beginning of a value; of one that is nested or has thousands of digits, what it is."""
-    if isinstance(value, dict | list) or (isinstance(value, int) and abs(value) > _WHOLE):
-        return f"{type(value).__name__} of {len(value)}" if isinstance(value, dict | list) else "a larger number"
-    found = repr(value[:100] if isinstance(value, str) else value)
-    return found if len(found) <= 60 else found[:57] + "..."
-
-
+SCHEMA_VERSION = "1.0"
+RECORD_NAME = "immunization.json"
+# Kinds of access that an attacker may have, as an audit names them.
 ACCESS = ("head_input", "any_layer", "fine_tuning")
+# What a figure may be: the endings of its name, and what it then is.
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
+# What lies beyond these is damage, or made to take time and memory.
+_MAX_BYTES, _MAX_DEPTH, _MAX_TEXT, _MAX_NAME, _MAX_ITEMS, _MAX_WHOLE = 2**24, 24, 2**16, 256, 2**16, 2**64
+# Rows of features in all groups together: each group is decomposed when its ratio is verified.
+_MAX_DRAWN = 10_000_000
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a field may hold, as in ``Annotated[float, Rule(...)]``; `words` complete "expected it to be …"."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def _between(least: float, most: float) -> Rule:
+    return Rule(lambda value: least <= value <= most, f"between {least} and {most}")
+
+
+def _form(pattern: str, words: str) -> Rule:
+    compiled = re.compile(pattern)
+    return Rule(lambda value: bool(compiled.fullmatch(value)), words)
+
+
+_FILE = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+Share = Annotated[float, _between(0, 1)]
+Count = Annotated[int, _between(0, 2**53)]
+Size = Annotated[float, _between(0, math.inf)]
+# Of a condition number of float64 matrices, and of quotients of such.
+Log10 = Annotated[float, _between(-10_000, 10_000)]
+Log10Kappa = Annotated[float, _between(0, 10_000)]
+# What numpy, which draws splits by it, takes for one.
+Seed = Annotated[int, _between(0, 2**32 - 1)]
+Bound = Annotated[str, _form("lower|upper|undetermined", "lower, upper or undetermined")]
+Sketch = Annotated[str, _form(r"(?:[0-9a-f]{16}){0,256}", "at most 256 hashes of 16 hexadecimal digits")]
+FileName = Annotated[str, _form(_FILE, "the name of a file beside the record")]
+Digest = Annotated[str, _form(r"[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
+_ENDINGS = "|".join(re.escape(ending) for ending in PICTURES)
+Picture = Annotated[str, _form(f"{_FILE}(?:{_ENDINGS})", f"the name of a picture beside the record ({_ENDINGS})")]
 # What a later version wrote and this one does not know.
 Unknown = dict[str, Any]
+UNKNOWN = "unknown"
 
 
 @dataclass
 class BudgetRecord:
-    """What became of the benign budget (``benign_budget``).
-
-    Attributes:
-        limit: The budget.
-        measure: What it is in: "total_variation", "kl" or "loss".
-        spent: How far the benign side had moved, as a running mean over the last steps.
-        weight: The multiplier on the regularizers' weights over its value at the start.
-    """
+    """What became of the benign budget (``benign_budget``)."""
 
     limit: float
-    measure: str
-    spent: float
-    weight: float
+    measure: str  # "total_variation", "kl" or "loss"
+    spent: float  # how far the benign side has moved, as a running mean over the last steps
+    weight: float  # the multiplier on the regularizers' weights over its value at the start
     unknown: Unknown = field(default_factory=dict, repr=False)
 
     @property
@@ -270,144 +97,89 @@ class BudgetRecord:
 
 @dataclass
 class MethodRecord:
-    """How the checkpoint was made.
+    """How the checkpoint was made."""
 
-    Attributes:
-        objective: Name of what was minimized, such as "kappa".
-        trainable: What moved: "last_stage", "all", or a regular expression on parameter names.
-        steps: Optimizer steps.
-        seed: Seed of the run.
-        benign_weight, harmful_weight: Weights of the regularizers: numbers, or "auto" (by gradient norm).
-        freeze_batchnorm: Whether BatchNorm statistics stayed as they were.
-        settings: All further settings of the objective and its weights, by the names of `ImmunizationArguments`.
-        budget: What became of the benign budget, where there was one.
-    """
-
-    objective: str
-    trainable: str
-    steps: Count
+    objective: str  # what was minimized, such as "kappa"
+    trainable: str  # "last_stage", "all", or a regular expression on parameter names
+    steps: Count  # optimizer steps
     seed: Seed
-    benign_weight: float | str | None = None
+    benign_weight: float | str | None = None  # of the regularizers: numbers, or "auto" (by gradient norm)
     harmful_weight: float | str | None = None
     freeze_batchnorm: bool | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # all further ones, as `ImmunizationArguments` names them
     budget: BudgetRecord | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
 class BaseModelRecord:
-    """The model before immunization.
+    """The model before immunization."""
 
-    Attributes:
-        name: Id on the Hub, or the last part of a local path.
-        revision: Branch, tag or commit.
-        on_hub: Whether `name` is an id on the Hub.
-    """
-
-    name: str
+    name: str  # id on the Hub, or the last part of a local path
     revision: str | None = None
-    on_hub: bool = False
+    on_hub: bool = False  # whether `name` is an id on the Hub
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
 class DataRecord:
-    """One task's data.
+    """One task's data."""
 
-    Attributes:
-        name: What the data are called; an id on the Hub where `on_hub`.
-        on_hub: Whether `name` is an id on the Hub.
-        revision: Its commit.
-        split: Its split that was measured on.
-        classes: Names of the classes, where they were chosen out of a larger set.
-        fingerprint: The `datasets` fingerprint of what was measured on.
-        train_size: Images trained on.
-        size: Images measured on, N.
-        checksum: Of the pixel values measured on, in whatever order, after the image processor (see `Measurement`).
-        held_out_fraction, held_out_seed: How the images measured on were held out of the training split (see
-            `hf_immunize.data.sources`); None where they are a split or a source of their own.
-        train_sketch, sketch: By which to know images trained on and measured on again, whatever they are called (see
-            `hf_immunize.data.identity`).
-    """
-
-    name: str
+    name: str  # an id on the Hub where `on_hub`
     on_hub: bool = False
-    revision: str | None = None
-    split: str | None = None
-    classes: list[str] | None = None
-    fingerprint: str | None = None
-    train_size: Count | None = None
-    size: Count | None = None
-    checksum: float | None = None
-    held_out_fraction: float | None = None
-    held_out_seed: int | None = None
-    train_sketch: str | None = None
-    sketch: str | None = None
+    revision: str | None = None  # its commit
+    split: str | None = None  # that was measured on
+    classes: list[str] | None = None  # where they were chosen out of a larger set
+    fingerprint: str | None = None  # of `datasets`, of what was measured on
+    train_size: Count | None = None  # images trained on
+    size: Count | None = None  # images measured on, N
+    checksum: float | None = None  # of the pixel values measured on, after the image processor (see `Measurement`)
+    # How the images measured on were held out of the training split; None where they are a split of their own.
+    held_out_fraction: Annotated[float, Rule(lambda part: 0 < part < 1, "between 0 and 1")] | None = None
+    held_out_seed: Annotated[int, _between(0, 2**64 - 1)] | None = None
+    # By which to recognize images trained on and measured on (see `hf_immunize.data.identity`).
+    train_sketch: Sketch | None = None
+    sketch: Sketch | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
 class ConditioningRecord:
-    """Conditioning of ``ZᵀZ`` over all images measured on (see `Conditioning`), Z the classifier's inputs.
+    """Conditioning of ``ZᵀZ`` over all images measured on (see `Conditioning`), Z the classifier's inputs."""
 
-    Attributes:
-        log10_kappa: Decimal logarithm of κ, or of the bound from below where `is_bound`.
-        rank: Numerical rank of Z.
-        num_samples: N. With N < D the number describes the sample, not the task.
-        dim: D.
-        effective_rank: exp of the entropy of the normalized singular values.
-        is_bound: Whether the rank fell below the reference's.
-        reference_rank: That rank.
-        sigma_max, sigma_min, cutoff: Largest singular value of Z, smallest above the rank rule's threshold, and that.
-    """
-
-    log10_kappa: Log10Kappa
-    rank: Count
-    num_samples: Count
-    dim: Count
-    effective_rank: Size | None = None
-    is_bound: bool = False
+    log10_kappa: Log10Kappa  # or the bound from below, where `is_bound`
+    rank: Count  # numerical rank of Z
+    num_samples: Count  # N; with N < D the number describes the sample, not the task
+    dim: Count  # D
+    effective_rank: Size | None = None  # exp of the entropy of the normalized singular values
+    is_bound: bool = False  # whether the rank fell below `reference_rank`
     reference_rank: Count | None = None
     sigma_max: Size | None = None
-    sigma_min: Size | None = None
+    sigma_min: Size | None = None  # the smallest singular value above `cutoff`, the rank rule's threshold
     cutoff: Size | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, conditioning: Conditioning) -> ConditioningRecord:
         """What a record keeps of a measured conditioning."""
-        names = [item.name for item in fields(cls) if item.name != "unknown"]
+        names = [item.name for item in dataclasses.fields(cls) if item.name != UNKNOWN]
         return cls(**{name: getattr(conditioning, name) for name in names})
 
     def conditioning(self) -> Conditioning:
         """The conditioning this was taken from; NaN where the record does not know a number."""
         log_kappa = self.log10_kappa * math.log(10.0)
-        numbers = (self.effective_rank, self.sigma_max, self.sigma_min, self.cutoff)
-        effective_rank, sigma_max, sigma_min, cutoff = (math.nan if x is None else x for x in numbers)
-        return Conditioning(
-            kappa=math.exp(min(log_kappa, 709.0)),
-            log_kappa=log_kappa,
-            rank=self.rank,
-            num_samples=self.num_samples,
-            dim=self.dim,
-            effective_rank=effective_rank,
-            sigma_max=sigma_max,
-            sigma_min=sigma_min,
-            cutoff=cutoff,
-            is_bound=self.is_bound,
-            reference_rank=self.reference_rank,
-        )
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)[1:-1]}
+        values |= {
+            name: math.nan
+            for name in ("effective_rank", "sigma_max", "sigma_min", "cutoff")
+            if getattr(self, name) is None
+        }
+        return Conditioning(kappa=math.exp(min(log_kappa, 709.0)), log_kappa=log_kappa, **values)
 
 
 @dataclass
 class SideRecord:
-    """Conditioning of one task's features through the model before immunization and after.
-
-    Attributes:
-        before: Through the reference weights.
-        after: Through the weights beside the record.
-    """
+    """Conditioning of one task's features, through the reference weights and through those beside the record."""
 
     before: ConditioningRecord | None = None
     after: ConditioningRecord | None = None
@@ -416,176 +188,52 @@ class SideRecord:
 
 @dataclass
 class RatioRecord:
-    """The relative immunization ratio under one protocol (see `relative_immunization_ratio`).
+    """The relative immunization ratio under one protocol (see `relative_immunization_ratio`)."""
 
-    Attributes:
-        log10_rir: Decimal logarithm of RIR (of its mean over groups); None where it is undetermined.
-        log10_harmful_ratio: Of its part (i).
-        log10_benign_ratio: Of its part (ii).
-        bound: What RIR is of the true value: None (itself), "lower", "upper" or "undetermined".
-        relative_std: Standard deviation over groups, divided by the mean.
-        num_groups, group_size, seed: How the groups were drawn.
-    """
-
-    log10_rir: Log10 | None
-    log10_harmful_ratio: Log10 | None = None
-    log10_benign_ratio: Log10 | None = None
-    bound: str | None = None
-    relative_std: Annotated[float, Range(0, 1000)] | None = None
-    num_groups: Annotated[int, Range(1, 10_000)] | None = None
-    group_size: Annotated[int, Range(2, 10_000_000)] | None = None
-    seed: Annotated[int, Range(-(2**63), 2**64 - 1)] | None = None
+    log10_rir: Log10 | None  # of the mean over groups; None where it is undetermined
+    log10_harmful_ratio: Log10 | None = None  # of its part (i)
+    log10_benign_ratio: Log10 | None = None  # of its part (ii)
+    bound: Bound | None = None  # what RIR is of the true value; None: itself
+    relative_std: Annotated[float, _between(0, 1000)] | None = None  # over groups, divided by the mean
+    num_groups: Annotated[int, _between(1, 10_000)] | None = None
+    group_size: Annotated[int, _between(2, 10_000_000)] | None = None
+    seed: Annotated[int, _between(-(2**63), 2**64 - 1)] | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
 class MetricRecord:
-    """The benign task's metric on the images measured on.
+    """The benign task's metric on the images measured on."""
 
-    Attributes:
-        name: Such as "accuracy".
-        after: Through the weights beside the record.
-        before: Through the starting weights, where they were evaluated.
-        precision: Mixed precision of the evaluation: "no", "bf16" or "fp16".
-    """
-
-    name: str
-    after: float
-    before: float | None = None
-    precision: str | None = None
+    name: str  # such as "accuracy"
+    after: float  # through the weights beside the record
+    before: float | None = None  # through the starting weights, where they were evaluated
+    precision: str | None = None  # mixed precision of the evaluation: "no", "bf16" or "fp16"
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
 class AttackRecord:
-    """The strongest attacker of one kind of access, on the harmful task's held-out images.
-
-    Attributes:
-        attacker: Its name.
-        accuracy: What it reaches on the immunized model, between 0 and 1.
-        reference_accuracy: What the strongest of its kind reaches on the model before immunization.
-        chance: Accuracy of always naming the most frequent class.
-        layer: Where it probes, or what it fine-tunes.
-    """
+    """The strongest attacker of one kind of access, on the harmful task's held-out images."""
 
     attacker: str
     accuracy: Share
-    reference_accuracy: Share | None = None
-    chance: Share | None = None
-    layer: str | None = None
+    reference_accuracy: Share | None = None  # of the strongest of its kind, on the model before immunization
+    chance: Share | None = None  # accuracy of always naming the most frequent class
+    layer: str | None = None  # where it probes, or what it fine-tunes
     unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
 class AuditRecord:
-    """What an audit found, in short.
-
-    Attributes:
-        preset: Which attackers and budgets.
-        preset_version: Raised whenever the preset changes.
-        strongest: By access: "head_input", "any_layer", "fine_tuning"; what is absent was not attacked.
-        utility: Benign accuracy, as the audit measured it.
-        verdict: What the audit's report says, in sentences; names of data in them are the user's own.
-    """
+    """What an audit found, in short."""
 
     preset: str
-    preset_version: Count = 1
-    strongest: dict[str, AttackRecord | None] = field(default_factory=dict)
-    utility: dict[str, Any] | None = None
-    verdict: list[str] = field(default_factory=list)
+    preset_version: Count = 1  # raised whenever the preset changes
+    strongest: dict[str, AttackRecord | None] = field(default_factory=dict)  # by `ACCESS`; others were not attacked
+    utility: dict[str, Any] | None = None  # benign accuracy, as the audit measured it
+    verdict: list[str] = field(default_factory=list)  # the report's sentences; names in them are the user's own
     unknown: Unknown = field(default_factory=dict, repr=False)
-
-
-SCHEMA_VERSION = "1.0"
-RECORD_NAME = "immunization.json"
-BOUNDS = (None, "lower", "upper", "undetermined")
-# What a figure may be: the endings of its name, and what it then is.
-PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
-# Rows of features in all groups together: each group is decomposed when its ratio is verified.
-_MOST_DRAWN = 10_000_000
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_SKETCH = re.compile(r"(?:[0-9a-f]{16}){0,256}")
-
-
-def check_version(version: Any) -> None:
-    """Refuse what a newer major version wrote.
-
-    Args:
-        version: "major.minor", as found.
-
-    Raises:
-        RecordVersionError: If its major part is larger than this library's.
-        RecordError: If it is no version.
-    """
-    if not isinstance(version, str) or not re.fullmatch(r"\d{1,6}\.\d{1,6}", version):
-        raise RecordError(
-            f"Expected schema_version 'major.minor' in {RECORD_NAME}, found {version!r:.60}. It is damaged, or was "
-            "not written by this library."
-        )
-    if int(version.split(".")[0]) > int(SCHEMA_VERSION.split(".")[0]):
-        raise RecordVersionError(
-            f"Expected a record of schema {SCHEMA_VERSION} or of another minor version, found {version}, which is "
-            "newer. Update hf_immunize."
-        )
-
-
-def validate(record: ImmunizationRecord) -> None:
-    """Check what types alone do not say.
-
-    Args:
-        record: Read or about to be written.
-
-    Raises:
-        RecordError: If a value is out of its range; the message names it.
-    """
-    for name, digest in record.weights.items():
-        _check(bool(_FILE_NAME.fullmatch(name)), f"weights.{name}", "the name of a file beside the record", name)
-        _check(bool(_SHA256.fullmatch(digest)), f"weights.{name}", "a SHA-256 in hexadecimal", digest)
-    for name in record.figures:
-        picture = bool(_FILE_NAME.fullmatch(name)) and name.endswith(tuple(PICTURES))
-        _check(picture, "figures", f"names of pictures beside the record ({', '.join(PICTURES)})", name)
-    for protocol, ratio in record.ratios.items():
-        _check(ratio.bound in BOUNDS, f"ratios.{protocol}.bound", f"one of {BOUNDS}", ratio.bound)
-        told = ratio.log10_rir is not None
-        _check(told or ratio.bound == "undetermined", f"ratios.{protocol}.log10_rir", "a number", ratio.log10_rir)
-        drawn = (ratio.num_groups or 1) * (ratio.group_size or 1)
-        _check(drawn <= _MOST_DRAWN, f"ratios.{protocol}.num_groups", f"at most {_MOST_DRAWN} rows in all", drawn)
-    for side in ("benign", "harmful"):
-        features: SideRecord = getattr(record, f"{side}_features")
-        for moment in ("before", "after"):
-            part: ConditioningRecord | None = getattr(features, moment)
-            where = f"{side}_features.{moment}"
-            if part is not None:
-                most = min(part.num_samples, part.dim)
-                least = 0 if part.is_bound else 1  # 0: all of it is lost
-                _check(
-                    least <= part.rank <= most, f"{where}.rank", f"between {least} and min(N, D) = {most}", part.rank
-                )
-        data: DataRecord | None = getattr(record, side)
-        if data is not None:
-            part_of = data.held_out_fraction
-            _check(part_of is None or 0 < part_of < 1, f"{side}.held_out_fraction", "between 0 and 1", part_of)
-            seed = data.held_out_seed
-            _check(seed is None or 0 <= seed < 2**64, f"{side}.held_out_seed", "from 0 to 2**64 - 1", seed)
-            for name in ("train_sketch", "sketch"):
-                text = getattr(data, name)
-                known = text is None or bool(_SKETCH.fullmatch(text))
-                _check(known, f"{side}.{name}", "at most 256 hashes of 16 hexadecimal digits", text and text[:40])
-    metric = record.metric
-    if metric is not None and metric.name == "accuracy":
-        for name, share in (("after", metric.after), ("before", metric.before)):
-            _check(share is None or 0 <= share <= 1, f"metric.{name}", "between 0 and 1", share)
-
-
-def _check(holds: bool, where: str, expected: str, found: Any) -> None:
-    if not holds:
-        raise RecordError(
-            f"Expected {printable(where)} in the record to be {expected}, found {found!r:.60}. The record is damaged."
-        )
-
-
-_MAX_BYTES = 2**24
 
 
 @dataclass
@@ -623,11 +271,11 @@ class ImmunizationRecord:
     harmful_features: SideRecord = field(default_factory=SideRecord)
     ratios: dict[str, RatioRecord] = field(default_factory=dict)
     audit: AuditRecord | None = None
-    weights: dict[str, str] = field(default_factory=dict)
+    weights: dict[FileName, Digest] = field(default_factory=dict)
     image_processor: str | None = None
     software: dict[str, str] = field(default_factory=dict)
     license: str | None = None
-    figures: list[str] = field(default_factory=list)
+    figures: list[Picture] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     schema_version: str = SCHEMA_VERSION
     unknown: Unknown = field(default_factory=dict, repr=False)
@@ -638,11 +286,13 @@ class ImmunizationRecord:
         Raises:
             RecordError: If it holds what is not finite, or what cannot be.
         """
-        plain = to_plain(self)
-        validate(from_plain(ImmunizationRecord, plain, "record"))
-        return (
-            json.dumps({"schema_version": plain.pop("schema_version"), **plain}, indent=2, ensure_ascii=False) + "\n"
-        )
+        try:
+            plain = to_plain(self)
+        except RecursionError as error:
+            raise RecordError("Expected plain values in a record, found endless nesting. Leave it out.") from error
+        _check_together(from_plain(ImmunizationRecord, plain, "record"))
+        ordered = {"schema_version": plain.pop("schema_version"), **plain}
+        return json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ImmunizationRecord:
@@ -656,34 +306,52 @@ class ImmunizationRecord:
             RecordError: If it is truncated, damaged, or says what cannot be; the message names the field.
         """
         try:
-            plain = json.loads(text, parse_constant=_refuse_constant)
-        except RecordError:
-            raise
+            plain = json.loads(text)
         except (ValueError, RecursionError) as error:  # no JSON, thousands of digits, nested without end
             raise RecordError(
                 f"Expected {RECORD_NAME} to be JSON, found: {library_words(error)}. It is truncated or damaged; "
                 "fetch it again, or measure and save the model again."
             ) from error
         if isinstance(plain, dict):
-            check_version(plain.get("schema_version"))
+            _check_version(plain.get("schema_version"))
         record = from_plain(cls, plain, "record")
-        validate(record)
+        _check_together(record)
         return record
 
 
+def _check_version(version: Any) -> None:
+    if not isinstance(version, str) or not re.fullmatch(r"\d{1,6}\.\d{1,6}", version):
+        raise _unexpected("schema_version", "'major.minor'", version)
+    if int(version.split(".")[0]) > int(SCHEMA_VERSION.split(".")[0]):
+        raise RecordVersionError(
+            f"Expected a record of schema {SCHEMA_VERSION} or of another minor version, found {version}, which is "
+            "newer. Update hf_immunize."
+        )
+
+
+def _check_together(record: ImmunizationRecord) -> None:
+    """What no field alone says."""
+    for protocol, ratio in record.ratios.items():
+        if ratio.log10_rir is None and ratio.bound != "undetermined":
+            raise _unexpected(f"ratios.{protocol}.log10_rir", "a number", None)
+        drawn = (ratio.num_groups or 1) * (ratio.group_size or 1)
+        if drawn > _MAX_DRAWN:
+            raise _unexpected(f"ratios.{protocol}.num_groups", f"at most {_MAX_DRAWN} rows in all", drawn)
+    for side, features in (("benign", record.benign_features), ("harmful", record.harmful_features)):
+        for moment, part in (("before", features.before), ("after", features.after)):
+            if part is not None:
+                least, most = 0 if part.is_bound else 1, min(part.num_samples, part.dim)  # 0: all of it is lost
+                if not least <= part.rank <= most:
+                    words = f"between {least} and min(N, D) = {most}"
+                    raise _unexpected(f"{side}_features.{moment}.rank", words, part.rank)
+    if record.metric is not None and record.metric.name == "accuracy":
+        for moment, share in (("after", record.metric.after), ("before", record.metric.before)):
+            if share is not None and not 0 <= share <= 1:
+                raise _unexpected(f"metric.{moment}", "between 0 and 1", share)
+
+
 def read_record(folder: str | os.PathLike[str]) -> ImmunizationRecord:
-    """Read the record of a checkpoint.
-
-    Args:
-        folder: The checkpoint's folder.
-
-    Returns:
-        The record.
-
-    Raises:
-        RecordVersionError: If a newer major version of the schema wrote it.
-        RecordError: If there is none, or it is truncated, damaged, or says what cannot be.
-    """
+    """The record of a checkpoint's folder; `RecordError` where there is none that can be read."""
     path = Path(folder) / RECORD_NAME
     if not path.is_file():
         raise RecordError(
@@ -695,57 +363,143 @@ def read_record(folder: str | os.PathLike[str]) -> ImmunizationRecord:
     try:
         return ImmunizationRecord.from_json(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise RecordError(
-            f"Expected {RECORD_NAME} in UTF-8, found: {error}. It is damaged; fetch it again."
-        ) from error
+        raise RecordError(f"Expected {RECORD_NAME} in UTF-8, found: {error}. Fetch it again.") from error
 
 
 def find_record(model: Any, revision: str | None = None) -> ImmunizationRecord | None:
-    """The record of a model that may have none.
-
-    Args:
-        model: A folder, a name on the Hub, or a model in memory, which has none.
-        revision: Branch, tag or commit on the Hub.
-
-    Returns:
-        The record; None where there is none.
-
-    Raises:
-        RecordError: If there is one, and it cannot be read.
-    """
+    """The record of a folder or a name on the Hub; None where there is none, as of a model in memory."""
     if not isinstance(model, (str, os.PathLike)):
         return None
     names = ("gated_repo", "missing_entries", "connection_errors")
+    quiet = {f"_raise_exceptions_for_{name}": False for name in names}
     try:
-        path = cached_file(
-            os.path.expanduser(model),
-            RECORD_NAME,
-            revision=revision,
-            **{f"_raise_exceptions_for_{name}": False for name in names},
-        )
+        path = cached_file(os.path.expanduser(model), RECORD_NAME, revision=revision, **quiet)
     except OSError:  # there is no such model, which loading it says
         return None
     return None if path is None else read_record(Path(path).parent)
 
 
 def write_record(folder: str | os.PathLike[str], record: ImmunizationRecord) -> Path:
-    """Write a record, whole or not at all.
-
-    Args:
-        folder: The checkpoint's folder.
-        record: What to write.
-
-    Returns:
-        The file.
-
-    Raises:
-        RecordError: If it holds what is not finite, or what cannot be.
-        CheckpointError: If it cannot be written.
-    """
+    """Write a record, whole or not at all."""
     return write_whole(Path(folder) / RECORD_NAME, record.to_json())
 
 
-def _refuse_constant(name: str) -> Any:
-    raise RecordError(
-        f"Expected finite numbers in {RECORD_NAME}, found {name}, which is no JSON. The record is damaged."
+def to_plain(value: Any) -> Any:
+    """Dataclasses as dictionaries, with their unknown fields where they were found; `from_plain` checks the values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [item.name for item in dataclasses.fields(value) if item.name != UNKNOWN]
+        return {name: to_plain(getattr(value, name)) for name in names} | to_plain(getattr(value, UNKNOWN, {}))
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def from_plain(kind: type[T], value: Any, where: str) -> T:
+    """Read a dataclass from a dictionary, checking every field; `RecordError` names the one that cannot be.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Point:
+        ...     x: float
+        ...     name: str | None = None
+        ...     unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
+        >>> point = from_plain(Point, {"x": 1, "colour": "red"}, "point")
+        >>> point, to_plain(point)
+        (Point(x=1.0, name=None, unknown={'colour': 'red'}), {'x': 1.0, 'name': None, 'colour': 'red'})
+    """
+    value = _sized(value, dict, where)
+    hints = _hints(kind)
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in value:
+            raise _unexpected(f"{where}.{item.name}", "there", "none")
+    known = {name: _read(hints[name], value[name], f"{where}.{name}") for name in hints if name in value}
+    further = {_text(name, where, _MAX_NAME): item for name, item in value.items() if name not in hints}
+    return kind(**known, **{UNKNOWN: {name: _read(Any, item, f"{where}.{name}") for name, item in further.items()}})
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if name != UNKNOWN}
+
+
+def _read(hint: Any, value: Any, where: str, depth: int = 0) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        if depth > _MAX_DEPTH:
+            raise _unexpected(where, f"nested less than {_MAX_DEPTH} deep", value)
+        if value is None:
+            return None
+        hint = {dict: dict[str, Any], list: list[Any]}.get(type(value), type(value))
+        return _read(hint, value, where, depth + 1)
+    if origin is Annotated:
+        found, rule = _read(arguments[0], value, where), arguments[1]
+        if not rule.holds(found):
+            raise _unexpected(where, rule.words, value)
+        return found
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        *others, last = (option for option in arguments if option is not type(None))
+        for option in others:
+            try:
+                return _read(option, value, where)
+            except RecordError:
+                continue
+        return _read(last, value, where)
+    if origin is list:
+        items = enumerate(_sized(value, list, where))
+        return [_read(arguments[0], item, f"{where}[{index}]", depth) for index, item in items]
+    if origin is dict:
+        return {
+            _read(arguments[0], _text(name, where, _MAX_NAME), where): _read(
+                arguments[1], item, f"{where}.{name}", depth
+            )
+            for name, item in _sized(value, dict, where).items()
+        }
+    return from_plain(hint, value, where) if dataclasses.is_dataclass(hint) else _read_leaf(hint, value, where)
+
+
+def _read_leaf(hint: type, value: Any, where: str) -> Any:
+    # For Python, True is an int; for a reader of the record it is not.
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole and abs(value) > _MAX_WHOLE:
+        raise _unexpected(where, f"between -{_MAX_WHOLE} and {_MAX_WHOLE}", value)
+    if issubclass(hint, str) and isinstance(value, str):
+        return _text(value, where)
+    if issubclass(hint, float) and (is_whole or isinstance(value, float)) and math.isfinite(value):
+        return float(value)
+    if (hint is bool and isinstance(value, bool)) or (hint is not bool and issubclass(hint, int) and is_whole):
+        return value
+    kinds = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number"}
+    raise _unexpected(where, kinds.get(hint, "text, finite numbers and lists of them"), value)
+
+
+def _text(value: Any, where: str, most: int = _MAX_TEXT) -> str:
+    if not isinstance(value, str) or len(value) > most:
+        raise _unexpected(where, f"text of at most {most} characters", value)
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _unexpected(where, "Unicode text", "half of a surrogate pair")
+    return value
+
+
+def _sized(value: Any, kind: type, where: str) -> Any:
+    if not isinstance(value, kind) or len(value) > _MAX_ITEMS:
+        words = "names and values" if kind is dict else "a list"
+        raise _unexpected(where, f"{words}, at most {_MAX_ITEMS}", value)
+    return value
+
+
+def _unexpected(where: str, expected: str, value: Any) -> RecordError:
+    """Names of fields are as foreign as their values; of a long value the beginning, of a nested one its kind."""
+    place = printable(where[:1000])
+    if isinstance(value, dict | list):
+        found = f"{type(value).__name__} of {len(value)}"
+    elif isinstance(value, int) and abs(value) > _MAX_WHOLE:
+        found = "a larger number"
+    else:
+        found = f"{value[:100] if isinstance(value, str) else value!r:.60}"
+    return RecordError(
+        f"Expected {place if len(place) <= 120 else place[:117] + '...'} in {RECORD_NAME} to be {expected}, found "
+        f"{printable(found)}. The record is damaged, or was not written by this library."
     )
