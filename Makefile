@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two threads saturate the two cores CI has; more only fight for them.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test fast test-portable test-lowest test-newest quality style bench install install-dev clean
+.PHONY: demo test fast test-portable test-lowest test-newest quality style bench cards install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -74,6 +74,9 @@ style: install-dev  ## Put the code into that form
 
 bench: install  ## All benchmarks; `make bench PARTS='regularizers streaming'` for some
 	$(BIN)/python -m benchmarks $(PARTS)
+
+cards: install  ## The committed cards, written anew from their records
+	for folder in model_cards/*/; do $(BIN)/hf-immunize card $$folder || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-newest runs build dist

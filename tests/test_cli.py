@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 from typer.testing import CliRunner
 
-from hf_immunize.cli.main import main as cli
+from hf_immunize.cli import main as cli
 from hf_immunize.errors import DataError
 
 
@@ -18,7 +18,7 @@ def test_help_names_the_commands():
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys; from typer.testing import CliRunner; from hf_immunize import cli\n"
+        "import sys; from typer.testing import CliRunner; from hf_immunize.cli import main as cli\n"
         "CliRunner().invoke(cli.app, ['--help'])\n"
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_immunize import load_immunized, verify
-from hf_immunize.cli.main import main as cli
+from hf_immunize.cli import main as cli
 from hf_immunize.errors import ImmunizationError
 from hf_immunize.vision.bare import load_with_linear_head
 

@@ -8,7 +8,7 @@ import pytest
 from hub_server import USER
 from typer.testing import CliRunner
 
-from hf_immunize.cli.main import main as cli
+from hf_immunize.cli import main as cli
 
 
 sys.path.insert(0, str(Path(__file__).parent / "hub"))

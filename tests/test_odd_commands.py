@@ -12,7 +12,7 @@ import yaml
 from hub_server import USER
 
 from hf_immunize import __version__
-from hf_immunize.cli.main import main as cli
+from hf_immunize.cli import main as cli
 
 
 sys.path.insert(0, str(Path(__file__).parent / "hub"))

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from hf_immunize import verify
 from hf_immunize.audit.run import audit
+from hf_immunize.cli import main as cli
 from hf_immunize.cli.audit import _data, _draw
 from hf_immunize.cli.hub import _images
-from hf_immunize.cli.main import main as cli
 from hf_immunize.cli.train import load_splits, parse_arguments, run_train
 from hf_immunize.data.identity import image_hashes
 from hf_immunize.errors import RecordError, TrainingImagesError

@@ -14,7 +14,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from hf_immunize.cli.main import main as cli
+from hf_immunize.cli import main as cli
 from hf_immunize.cli.train import load_splits, parse_arguments, run_train, summary_sentence
 from hf_immunize.errors import ArgumentError, DataError, WeightsError
 from hf_immunize.hub.record import read_record

@@ -15,7 +15,6 @@ import typer
 
 from hf_immunize.errors import ArgumentError, ImmunizationError, RankError
 from hf_immunize.files import check_writable, staged_directory
-from hf_immunize.linear.optimum import Ceiling
 
 
 if TYPE_CHECKING:

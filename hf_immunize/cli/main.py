@@ -116,7 +116,7 @@ def main() -> None:
 def _printable_record(*args: Any, **options: Any) -> logging.LogRecord:
     """A record of a log in which no name of a file or a class commands the terminal."""
     record = logging.LogRecord(*args, **options)
-    if record.name.split(".")[0] == __package__:
+    if record.name.split(".")[0] == "hf_immunize":
         record.msg, record.args = printable(record.getMessage()), ()
     return record
 

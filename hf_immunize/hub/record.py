@@ -408,7 +408,7 @@ def from_plain(kind: type[T], value: Any, where: str) -> T:
         (Point(x=1.0, name=None, unknown={'colour': 'red'}), {'x': 1.0, 'name': None, 'colour': 'red'})
     """
     value = _sized(value, dict, where)
-    hints = _hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and item.name not in value:
@@ -430,8 +430,8 @@ def _read(hint: Any, value: Any, where: str, depth: int = 0) -> Any:
             raise _unexpected(where, f"nested less than {_MAX_DEPTH} deep", value)
         if value is None:
             return None
-        hint = {dict: dict[str, Any], list: list[Any]}.get(type(value), type(value))
-        return _read(hint, value, where, depth + 1)
+        nested: dict[type, Any] = {dict: dict[str, Any], list: list[Any]}
+        return _read(nested.get(type(value), type(value)), value, where, depth + 1)
     if origin is Annotated:
         found, rule = _read(arguments[0], value, where), arguments[1]
         if not rule.holds(found):
@@ -457,7 +457,8 @@ def _read(hint: Any, value: Any, where: str, depth: int = 0) -> Any:
             )
             for name, item in _sized(value, dict, where).items()
         }
-    return from_plain(hint, value, where) if dataclasses.is_dataclass(hint) else _read_leaf(hint, value, where)
+    reader: Callable[[type, Any, str], Any] = from_plain if dataclasses.is_dataclass(hint) else _read_leaf
+    return reader(hint, value, where)
 
 
 def _read_leaf(hint: type, value: Any, where: str) -> Any:
@@ -483,7 +484,7 @@ def _text(value: Any, where: str, most: int = _MAX_TEXT) -> str:
     return value
 
 
-def _sized(value: Any, kind: type, where: str) -> Any:
+def _sized(value: Any, kind: type[dict[Any, Any]] | type[list[Any]], where: str) -> Any:
     if not isinstance(value, kind) or len(value) > _MAX_ITEMS:
         words = "names and values" if kind is dict else "a list"
         raise _unexpected(where, f"{words}, at most {_MAX_ITEMS}", value)

@@ -1,5 +1,6 @@
 """A tiny immunized checkpoint with its record."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,9 +29,14 @@ def reference():
     return reference_model()
 
 
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("made"))[0]
+
+
 @pytest.fixture
-def checkpoint(tmp_path):
-    return write_checkpoint(tmp_path / "checkpoint")[0]
+def checkpoint(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "checkpoint")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from examples.networks import cards, data, models, probes, training
 from examples.networks.__main__ import main
-from hf_immunize.cli.main import main as cli
+from hf_immunize.cli import main as cli
 from hf_immunize.errors import NonFiniteError
 from hf_immunize.hub.record import read_record
 
