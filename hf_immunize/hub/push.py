@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,7 +124,16 @@ def name_outcome(error: BaseException, what: str) -> HubError | CardError | None
             return _outcome("unreachable", what, f"no answer ({type(each).__name__})")
     if type(error) is RuntimeError:  # as the client's upload by hf_xet raises
         return _outcome("unreachable", what, _words(error))
+    odd = isinstance(error, LookupError | TypeError | AttributeError) or type(error) is ValueError
+    if odd and _raised_by_client(error):
+        return _outcome("unreachable", what, f"JSON of another shape than its own ({type(error).__name__})")
     return None
+
+
+def _raised_by_client(error: BaseException) -> bool:
+    """Whether the innermost frame is the client's, which takes the shape of an answer for granted."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("huggingface_hub.")
 
 
 def retried(
@@ -163,7 +173,7 @@ def retried(
 
 
 def _limit_waiting() -> None:
-    """Have the client give each request a time limit, where its caller chose none."""
+    """Have the client give each request a time limit; its own goes up to a minute, six times for each file."""
     hooks = get_session().event_hooks["request"]
     if _limit not in hooks:
         hooks.append(_limit)
@@ -172,7 +182,7 @@ def _limit_waiting() -> None:
 def _limit(request: Any) -> None:
     limits = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {
-        name: TIME_LIMIT if limits.get(name) is None else limits[name] for name in ("connect", "read", "write", "pool")
+        name: min(TIME_LIMIT, limits.get(name) or TIME_LIMIT) for name in ("connect", "read", "write", "pool")
     }
 
 

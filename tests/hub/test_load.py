@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 import warnings
 
 import pytest
@@ -103,6 +104,28 @@ def test_refusal_of_the_hub_has_a_name(status, outcome, api, online):
     with pytest.raises(HubError) as failed:
         fetch(REPO, api=api)
     assert failed.value.outcome == outcome
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize(("method", "path"), [("GET", "/api/models/"), ("HEAD", "/resolve/"), ("GET", "/resolve/")])
+def test_a_server_that_never_answers_is_left(method, path, checkpoint, api, online, impatient):
+    push(checkpoint, REPO, api=api)
+    online.fail(method, path, "silent", times=1000)
+    started = time.monotonic()
+    with pytest.raises(HubError) as failed:
+        fetch(REPO, api=api)
+    assert failed.value.outcome in ("timed_out", "unreachable")
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("page", [b"<html><body>Log in to the network</body></html>", b"", b"[]", b"{}"])
+def test_another_answer_than_the_hubs_is_named(page, checkpoint, api, online):
+    push(checkpoint, REPO, api=api)
+    online.fail("GET", "/api/models/", page, times=1000)
+    with pytest.raises(HubError) as failed:
+        fetch(REPO, api=api)
+    assert failed.value.outcome == "unreachable"
 
 
 @pytest.mark.hub

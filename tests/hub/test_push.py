@@ -287,7 +287,7 @@ def test_metadata_that_the_hub_refuses_is_named(checkpoint, api):
 
 STEPS = [("POST", "/api/repos/create"), ("GET", "/api/models/"), ("POST", "/preupload/")]
 STEPS += [("POST", "/info/lfs/objects/batch"), ("POST", "/commit/")]
-PAGES = [b"<html><body>Log in to the network</body></html>", b""]
+PAGES = [b"<html><body>Log in to the network</body></html>", b"", b"[]", b"{}"]
 
 
 @pytest.mark.parametrize(("method", "path"), [*STEPS, ("PUT", "/lfs/")])

@@ -203,9 +203,7 @@ def test_what_are_no_images_is_a_named_error(images):
         penultimate_features(hf.ViTForImageClassification(config), images)
 
 
-@pytest.mark.parametrize(
-    "model", [None, "name", object(), torch.nn.Linear(2, 2)], ids=lambda given: type(given).__name__
-)
+@pytest.mark.parametrize("model", [None, "name", object(), torch.nn.Linear(2, 2)], ids=kind)
 def test_what_is_no_classifier_is_a_named_error(model):
     with pytest.raises(HeadError):
         penultimate_features(model, torch.ones(1, 3, 8, 8))
