@@ -203,6 +203,10 @@ def test_what_are_no_images_is_a_named_error(images):
         penultimate_features(hf.ViTForImageClassification(config), images)
 
 
+def kind(given):
+    return type(given).__name__
+
+
 @pytest.mark.parametrize("model", [None, "name", object(), torch.nn.Linear(2, 2)], ids=kind)
 def test_what_is_no_classifier_is_a_named_error(model):
     with pytest.raises(HeadError):
