@@ -8,156 +8,18 @@ The models have their usual sizes and no weights (the meta device), so that noth
 import argparse
 import itertools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor
 
+from hf_immunize.vision.families import FAMILIES, Family, classifier_class
 from hf_immunize.vision.head import find_head
 from hf_immunize.vision.scope import last_stage
 
 
-@dataclass(frozen=True)
-class Family:
-    """One row.
-
-    Attributes:
-        size: The checkpoint whose sizes these are.
-        build: Builds the model.
-        head_input: What the head's input is, in words.
-        features: The same as a function of the model and its backbone's output; a test compares it with what the head
-            receives.
-    """
-
-    size: str
-    build: Callable[[], Any]
-    head_input: str
-    features: Callable[[Any, Any], Tensor]
-
-
-LABELS = {"num_labels": 1000}
-EFFICIENTNET_B0 = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 224, "hidden_dim": 1280}
-DINOV2 = {"patch_size": 14, "image_size": 518}
-
-
-def mean_map(model: Any, outputs: Any) -> Tensor:
-    return outputs.last_hidden_state.mean((2, 3))
-
-
-def mean_token(model: Any, outputs: Any) -> Tensor:
-    return outputs.last_hidden_state.mean(1)
-
-
-def class_token(model: Any, outputs: Any) -> Tensor:
-    return outputs.last_hidden_state[:, 0]
-
-
-def mean_patch(model: Any, outputs: Any) -> Tensor:
-    return outputs.last_hidden_state[:, 1:].mean(1)
-
-
-def normed_mean_patch(model: Any, outputs: Any) -> Tensor:
-    return model.base_model.pooler.layernorm(mean_patch(model, outputs))
-
-
-def normed_mean_map(model: Any, outputs: Any) -> Tensor:
-    return model.base_model.layernorm(mean_map(model, outputs))
-
-
-def class_and_mean_patch(model: Any, outputs: Any) -> Tensor:
-    leading = 1 + getattr(model.config, "num_register_tokens", 0)
-    hidden = outputs.last_hidden_state
-    return torch.cat([hidden[:, 0], hidden[:, leading:].mean(1)], dim=1)
-
-
-MEAN_MAP, MEAN_TOKEN = (
-    ("mean of the last feature map", mean_map),
-    ("mean of the tokens after the last norm", mean_token),
-)
-CLASS_TOKEN = ("class token after the last norm", class_token)
-NORMED_MAP = ("norm of the mean of the last feature map", normed_mean_map)
-BOTH = "class token beside the mean of the patches, after the last norm"
-FAMILIES = {
-    "ViT": Family(
-        "google/vit-base-patch16-224", lambda: hf.ViTForImageClassification(hf.ViTConfig(**LABELS)), *CLASS_TOKEN
-    ),
-    "DeiT": Family(
-        "facebook/deit-base-patch16-224", lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**LABELS)), *CLASS_TOKEN
-    ),
-    "BEiT": Family(
-        "microsoft/beit-base-patch16-224",
-        lambda: hf.BeitForImageClassification(hf.BeitConfig(**LABELS)),
-        "norm of the mean of the patches",
-        normed_mean_patch,
-    ),
-    "DINOv2": Family(
-        "facebook/dinov2-base",
-        lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**DINOV2, **LABELS)),
-        BOTH,
-        class_and_mean_patch,
-    ),
-    "DINOv2 with registers": Family(
-        "facebook/dinov2-with-registers-base",
-        lambda: hf.Dinov2WithRegistersForImageClassification(hf.Dinov2WithRegistersConfig(**DINOV2, **LABELS)),
-        f"{BOTH}; registers left out",
-        class_and_mean_patch,
-    ),
-    "CLIP": Family(
-        "openai/clip-vit-base-patch32",
-        lambda: hf.CLIPForImageClassification(hf.CLIPConfig(**LABELS)),
-        "mean of the patches, before the last norm",
-        mean_patch,
-    ),
-    "SigLIP": Family(
-        "google/siglip-base-patch16-224",
-        lambda: hf.SiglipForImageClassification(hf.SiglipConfig(**LABELS)),
-        "mean of the patches after the last norm",
-        mean_token,
-    ),
-    "Swin": Family(
-        "microsoft/swin-tiny-patch4-window7-224",
-        lambda: hf.SwinForImageClassification(hf.SwinConfig(**LABELS)),
-        *MEAN_TOKEN,
-    ),
-    "SwinV2": Family(
-        "microsoft/swinv2-tiny-patch4-window8-256",
-        lambda: hf.Swinv2ForImageClassification(hf.Swinv2Config(image_size=256, window_size=8, **LABELS)),
-        *MEAN_TOKEN,
-    ),
-    "FocalNet": Family(
-        "microsoft/focalnet-tiny", lambda: hf.FocalNetForImageClassification(hf.FocalNetConfig(**LABELS)), *MEAN_TOKEN
-    ),
-    "ResNet": Family(
-        "microsoft/resnet-50", lambda: hf.ResNetForImageClassification(hf.ResNetConfig(**LABELS)), *MEAN_MAP
-    ),
-    "RegNet": Family(
-        "facebook/regnet-y-040", lambda: hf.RegNetForImageClassification(hf.RegNetConfig(**LABELS)), *MEAN_MAP
-    ),
-    "ConvNeXt": Family(
-        "facebook/convnext-tiny-224",
-        lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(**LABELS)),
-        *NORMED_MAP,
-    ),
-    "ConvNeXtV2": Family(
-        "facebook/convnextv2-tiny-1k-224",
-        lambda: hf.ConvNextV2ForImageClassification(hf.ConvNextV2Config(**LABELS)),
-        *NORMED_MAP,
-    ),
-    "MobileNetV2": Family(
-        "google/mobilenet_v2_1.0_224",
-        lambda: hf.MobileNetV2ForImageClassification(hf.MobileNetV2Config(**LABELS)),
-        *MEAN_MAP,
-    ),
-    "EfficientNet": Family(
-        "google/efficientnet-b0",
-        lambda: hf.EfficientNetForImageClassification(hf.EfficientNetConfig(**EFFICIENTNET_B0, **LABELS)),
-        *MEAN_MAP,
-    ),
-}
+SHOWN = {kind: family for kind, family in FAMILIES.items() if family.checkpoint}
 
 NOTES = """\
 The features of an image are the input of the classifier, D numbers, found by a hook. `trainable="last_stage"` moves
@@ -213,16 +75,17 @@ def whole_modules(model: Any, names: list[str]) -> list[str]:
     return ranges
 
 
-def row(name: str, family: Family) -> list[str]:
+def row(kind: str, family: Family) -> list[str]:
     """The cells of one family."""
+    config = hf.AutoConfig.for_model(kind, num_labels=1000, **family.sizes)
     with torch.device("meta"):
-        model = family.build()
+        model = classifier_class(config)(config)
     sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
     stage = last_stage(model)
     moves, total = sum(sizes[key] for key in stage), sum(sizes.values())
     return [
-        name,
-        f"`{family.size}`",
+        family.name,
+        f"`{family.checkpoint}`",
         ", ".join(f"`{part}`" for part in whole_modules(model, stage)),
         f"{moves / 1e6:.2f} M",
         f"{total / 1e6:.2f} M",
@@ -237,7 +100,7 @@ def page() -> str:
     """The whole page."""
     columns = ["family", "sizes of", "last stage", "moves", "of", "share", "D", "the head sees", "checkpointing"]
     rows = [columns, ["---", "---", "---", "---:", "---:", "---:", "---:", "---", "---"]]
-    rows += [row(name, family) for name, family in FAMILIES.items()]
+    rows += [row(kind, family) for kind, family in SHOWN.items()]
     lines = [
         "# Model families",
         "",
@@ -258,7 +121,7 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(), encoding="utf-8")
-    print(f"{path}: {len(FAMILIES)} families")
+    print(f"{path}: {len(SHOWN)} families")
 
 
 if __name__ == "__main__":

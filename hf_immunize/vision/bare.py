@@ -26,22 +26,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPConfig, PreTrainedModel, SiglipConfig
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import cached_file
 
 from hf_immunize.errors import ArgumentError, CheckpointError, HeadError
 from hf_immunize.text import library_words
+from hf_immunize.vision.families import FAMILIES, classifier_class, family_of, image_shape
+from hf_immunize.vision.head import in_eval_mode
 
 
 POOLINGS = ("head_input", "pooler", "cls", "mean")
 HEAD_FILES = HEAD_FILE, HEAD_CONFIG_FILE = "head.safetensors", "head_config.json"
-# The towers of two-tower models, whose classifiers are configured for both.
-_TOWERS = {"clip_vision_model": CLIPConfig, "siglip_vision_model": SiglipConfig}
-# What makes ``pooler_output`` out of ``last_hidden_state``, where it is not called so.
-_POOLERS = {"clip_vision_model": "post_layernorm", "siglip_vision_model": "head"}
-_POOLERS |= {"convnext": "layernorm", "convnextv2": "layernorm"}
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -120,10 +117,8 @@ class LinearHeadForImageClassification(PreTrainedModel):
 
     @property
     def unread_modules(self) -> tuple[str, ...]:
-        """Names of modules that make the pooled output, where the head does not see it."""
-        if self.pooling == "pooler":
-            return ()
-        return (f"backbone.{_POOLERS.get(self.config.model_type, 'pooler')}",)
+        """Names of modules that make the pooled output, where the head does not read it."""
+        return () if self.pooling == "pooler" else (f"backbone.{family_of(self.config).pooler}",)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -132,19 +127,11 @@ class LinearHeadForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def _feature_dim(self) -> int:
-        """Width of the features, found by a look at one; configs have no common name for it."""
-        size = getattr(self.config, "image_size", None) or 224
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        channels = getattr(self.config, "num_channels", 3)
-        pixels = torch.zeros(1, channels, height, width, device=self.backbone.device, dtype=self.backbone.dtype)
-        modes = [(module, module.training) for module in self.backbone.modules()]
-        self.backbone.eval()
-        try:
-            features = pooled(self.backbone, self.backbone(pixel_values=pixels, return_dict=True), self.pooling)
-        finally:
-            for module, training in modes:
-                module.training = training
-        return features.shape[1]
+        """Width of the features, found by running one image; configs have no common name for it."""
+        shape = image_shape(self.config, default=224)
+        pixels = torch.zeros(1, *shape, device=self.backbone.device, dtype=self.backbone.dtype)
+        with in_eval_mode(self.backbone):
+            return pooled(self.backbone, self.backbone(pixel_values=pixels, return_dict=True), self.pooling).shape[1]
 
 
 def write_head(folder: str | os.PathLike[str], about: Mapping[str, Any], head: Mapping[str, Tensor]) -> None:
@@ -229,38 +216,41 @@ def _leading_tokens(backbone: PreTrainedModel) -> int:
 def _check_bare(backbone: PreTrainedModel) -> None:
     kind, arguments = type(backbone).__name__, inspect.signature(type(backbone).forward).parameters
     if "labels" in arguments:
-        raise HeadError(f"{kind} has a classifier already; leave out pooling=, or give the bare AutoModel.")
+        raise HeadError(
+            f"Expected a bare backbone, found {kind} with a classifier. Leave out pooling=, or load AutoModel."
+        )
     usual = MODEL_MAPPING.get(type(backbone.config), None)
     usual = usual if isinstance(usual, tuple) or usual is None else (usual,)
     if usual is not None and not isinstance(backbone, usual):
-        raise HeadError(f"Expected a backbone as AutoModel loads it, {usual[0].__name__}, found {kind}.")
+        raise HeadError(f"Expected a backbone as AutoModel loads it, found {kind}. Load a {usual[0].__name__}.")
     if "pixel_values" not in arguments or "input_ids" in arguments or "spatial_shapes" in arguments:
         raise HeadError(
             f"Expected a backbone that takes pixel_values alone, found {kind}, which takes "
-            f"{', '.join(list(arguments)[1:4])}; of a model of images and text, give its vision model."
+            f"{', '.join(list(arguments)[1:4])}. Give the vision model of a model of images and text."
         )
 
 
 def _own_classifier(backbone: PreTrainedModel, num_labels: int) -> PreTrainedModel:
-    config, both = copy.deepcopy(backbone.config), _TOWERS.get(backbone.config.model_type)
-    if both is not None:
-        config = both(vision_config=config.to_dict())
-    kind = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    """The family's own classifier with the weights of a backbone."""
+    config, remedy = copy.deepcopy(backbone.config), f"Choose pooling= out of {', '.join(POOLINGS[1:])}."
+    two_towers = next((kind for kind, row in FAMILIES.items() if row.backbone == config.model_type), None)
+    if two_towers is not None:
+        config = AutoConfig.for_model(two_towers, vision_config=config.to_dict())
+    kind = classifier_class(config)
     if kind is None:
         raise HeadError(
-            f"{type(backbone).__name__} has no image classifier of its own in transformers, so pooling='head_input' "
-            f"says nothing; choose one out of {', '.join(POOLINGS[1:])}."
+            f"Expected a backbone whose family has an image classifier in transformers, for pooling='head_input', "
+            f"found {type(backbone).__name__}. {remedy}"
         )
-    kind = kind[0] if isinstance(kind, tuple) else kind
     if config.num_labels != num_labels:
         config.num_labels = num_labels
     model = kind._from_config(config, dtype=backbone.dtype).to(backbone.device)
-    inner = model.vision_model if both is not None else model.base_model
+    inner = model.base_model if two_towers is None else model.vision_model
     # A pooler that the classifier does not have is left behind.
     missing = inner.load_state_dict(backbone.state_dict(), strict=False).missing_keys
     if missing:
         raise HeadError(
-            f"{kind.__name__} needs weights that this {type(backbone).__name__} has not: {', '.join(missing[:3])}; "
-            f"choose pooling= out of {', '.join(POOLINGS[1:])}."
+            f"Expected a {type(backbone).__name__} with all weights of a {type(model).__name__}, found none for "
+            f"{', '.join(missing[:3])}. {remedy}"
         )
     return model.eval()

@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,18 @@ def full_precision_forward(model: PreTrainedModel) -> Callable[..., Any]:
         return torch.func.functional_call(model, wide, (), {"pixel_values": pixel_values})
 
     return forward
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode; every module gets its own mode back at the end."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _kinds(tensors: dict[str, Tensor]) -> str:

@@ -33,7 +33,8 @@ from hf_immunize.vision.bare import (
     with_linear_head,
     write_head,
 )
-from hf_immunize.vision.head import adapter_parameters, find_head, running_modules, without_wrapper
+from hf_immunize.vision.families import image_shape
+from hf_immunize.vision.head import adapter_parameters, find_head, in_eval_mode, running_modules, without_wrapper
 
 
 if TYPE_CHECKING:
@@ -114,26 +115,15 @@ def same_logits(one: Any, other: Any) -> bool:
 def _logits(model: nn.Module) -> Tensor:
     plain, weight = without_wrapper(model), next(p for p in model.parameters() if p.is_floating_point())
     pixels = noise_images(plain).to(weight.device, weight.dtype)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.autocast(weight.device.type, enabled=False):
-            # The class's own: what accelerate put in its place runs under autocast.
-            return type(model).forward(model, pixel_values=pixels).logits.float().cpu()
-    finally:
-        for module, training in modes:
-            module.training = training
+    with in_eval_mode(model), torch.autocast(weight.device.type, enabled=False):
+        # The class's own: what accelerate put in its place runs under autocast.
+        return type(model).forward(model, pixel_values=pixels).logits.float().cpu()
 
 
 def noise_images(model: PreTrainedModel) -> Tensor:
     """A few images of noise, of the size that a model takes, always the same."""
-    config = model.config
-    config = getattr(config, "vision_config", None) or config
-    timm = getattr(config, "pretrained_cfg", None) or {}
-    size = getattr(config, "image_size", None) or (timm.get("input_size") or [_ANY_SIZE])[-1]
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    channels = getattr(config, "num_channels", 3)
-    return torch.randn(_IMAGES, channels, height, width, generator=torch.Generator().manual_seed(0))
+    shape = image_shape(model.config, default=_ANY_SIZE)
+    return torch.randn(_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def _own_shapes(plain: Any) -> dict[str, torch.Size]:

@@ -11,6 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers.utils import logging
 
 from hf_immunize.errors import ScopeError
+from hf_immunize.vision.families import family_of
 from hf_immunize.vision.head import adapter_parameters, find_head, outermost_name, without_wrapper
 
 
@@ -19,13 +20,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.get_logger(__name__)
-
-# These classifiers take the mean of the last hidden states; the parts that make the pooled output stay aside.
-_UNREAD = {
-    "clip": ("vision_model.post_layernorm",),
-    "metaclip_2": ("vision_model.post_layernorm",),
-    "siglip": ("vision_model.head",),
-}
 
 
 def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[str]:
@@ -146,7 +140,7 @@ def _block_list(model: PreTrainedModel, head: nn.Module) -> list[nn.Module]:
 
 def _unread(model: PreTrainedModel) -> list[nn.Module]:
     """Modules behind the blocks of which no path leads to the head; they would wait for a gradient in vain."""
-    names = getattr(model, "unread_modules", _UNREAD.get(model.config.model_type, ()))
+    names = getattr(model, "unread_modules", family_of(model.config).unread)
     modules = dict(model.named_modules())
     return [modules[name] for name in names if name in modules]
 

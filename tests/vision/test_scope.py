@@ -6,65 +6,14 @@ import transformers as hf
 from torch import nn
 
 from hf_immunize.errors import HeadError, ScopeError
-from hf_immunize.vision.head import find_head, penultimate_features
+from hf_immunize.vision.head import penultimate_features
 from hf_immunize.vision.scope import has_batch_statistics, last_stage, modules_in_eval, select_trainable
-
-
-# The modules that hold the last stage's parameters: blocks of the stage, what follows, the head.
-LAST_STAGE = {
-    "vit": ["vit.layers.2.", "vit.layernorm.", "classifier."],
-    "deit": ["deit.layers.2.", "deit.layernorm.", "classifier."],
-    "beit": ["beit.layers.2.", "beit.pooler.", "classifier."],
-    "dinov2": ["dinov2.encoder.layer.2.", "dinov2.layernorm.", "classifier."],
-    "dinov2_with_registers": [
-        "dinov2_with_registers.encoder.layer.2.",
-        "dinov2_with_registers.layernorm.",
-        "classifier.",
-    ],
-    "clip": ["vision_model.encoder.layers.2.", "classifier."],
-    "siglip": [
-        "vision_model.encoder.layers.2.",
-        "vision_model.post_layernorm.",
-        "classifier.",
-    ],
-    "swin": ["swin.encoder.layers.1.", "swin.layernorm.", "classifier."],
-    "swinv2": ["swinv2.encoder.layers.1.", "swinv2.layernorm.", "classifier."],
-    "focalnet": ["focalnet.encoder.stages.1.", "focalnet.layernorm.", "classifier."],
-    "resnet": ["resnet.encoder.stages.1.", "classifier."],
-    "regnet": ["regnet.encoder.stages.1.", "classifier."],
-    "convnext": ["convnext.encoder.stages.1.", "convnext.layernorm.", "classifier."],
-    "convnextv2": ["convnextv2.encoder.stages.1.", "convnextv2.layernorm.", "classifier."],
-    "mobilenet_v2": [*(f"mobilenet_v2.layer.{i}." for i in range(12, 16)), "mobilenet_v2.conv_1x1.", "classifier."],
-    "efficientnet": [
-        *(f"efficientnet.encoder.blocks.{i}." for i in range(1, 3)),
-        "efficientnet.encoder.top_conv.",
-        "efficientnet.encoder.top_bn.",
-        "classifier.",
-    ],
-}
 
 
 def train(model, still):
     model.train()
     for module in still:
         module.training = False
-
-
-def test_last_stage_of_each_family(family, tiny):
-    model = tiny(family)
-    prefixes = LAST_STAGE[family]
-    expected = [name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))]
-    assert last_stage(model) == expected
-    assert all(any(name.startswith(prefix) for name in expected) for prefix in prefixes)
-
-
-def test_last_stage_moves_the_features(family, tiny, pixels):
-    model = tiny(family)
-    moving = set(select_trainable(model, "last_stage"))
-    penultimate_features(model, pixels).square().sum().backward()
-    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    head_name, _ = find_head(model)
-    assert with_gradient == {name for name in moving if not name.startswith(f"{head_name}.")}
 
 
 def test_blocks_of_pvt_are_stages_although_their_attention_strides():
@@ -223,12 +172,6 @@ def test_running_statistics_stay(tiny, pixels):
     train(model, modules_in_eval(model, select_trainable(model, "last_stage")))
     model(pixel_values=pixels)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-
-
-def test_modules_are_listed_once(family, tiny):
-    model = tiny(family)
-    still = modules_in_eval(model, last_stage(model))
-    assert len(still) == len(set(still))
 
 
 @pytest.mark.parametrize(
