@@ -9,8 +9,8 @@ from datetime import date
 from pathlib import Path
 
 from hf_immunize.audit.figures import draw_headline
-from hf_immunize.audit.names import label, percent, ratio, signed
-from hf_immunize.audit.report import CLASSES, AuditReport
+from hf_immunize.audit.names import CLASSES, label, percent, ratio, signed
+from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.statistics import TARGET_SHARES, summarize
 
 

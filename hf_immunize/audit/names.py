@@ -1,12 +1,17 @@
-"""Names and numbers as text for people."""
+"""Names, numbers and prose of an audit, as text for people."""
 
 from __future__ import annotations
 
 import math
 import re
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from hf_immunize.text import printable
 
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 LABELS = {
     "adam": "Adam",
@@ -29,17 +34,15 @@ LABELS = {
     "whitening": "least squares on whitened features",
     "whole_network": "fine-tuning of the whole network",
 }
+CLASSES = {
+    "head_input": "Probes at the classifier's input",
+    "any_layer": "Probes at any layer",
+    "fine_tuning": "Fine-tuning",
+}
 
 
 def clean(text: object, length: int = 80) -> str:
-    r"""Text from outside as one short printable line.
-
-    Args:
-        text: Anything a user chose.
-        length: Most characters.
-
-    Returns:
-        The text without control and formatting characters, shortened in the middle.
+    r"""Text from outside as one printable line, shortened in the middle.
 
     Example:
         >>> clean("a\n b\x1b[31m")
@@ -62,32 +65,17 @@ def label(attacker: str) -> str:
 
 
 def percent(value: float | None) -> str:
-    """An accuracy in per cent with one decimal; "–" for None.
-
-    Example:
-        >>> percent(0.4857)
-        '48.6%'
-    """
+    """An accuracy with one decimal, such as "48.6%"; "–" for None."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.1%}"
 
 
 def points(value: float) -> str:
-    """A difference of accuracies in points, without sign.
-
-    Example:
-        >>> points(-0.0123)
-        '1.2 points'
-    """
+    """A difference of accuracies without sign, such as "1.2 points"."""
     return f"{abs(100 * value):.1f} points"
 
 
 def signed(value: float | None) -> str:
-    """A difference of accuracies in points, with its sign; "–" for None.
-
-    Example:
-        >>> signed(0.0123)
-        '+1.2'
-    """
+    """A difference of accuracies in points with its sign, such as "+1.2"; "–" for None."""
     return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
 
 
@@ -103,3 +91,30 @@ def ratio(value: float) -> str:
     if 10 <= value < 1e6:
         return f"{float(f'{value:.2g}'):,.0f}"
     return f"{value:.1f}" if value < 10 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+
+
+def spread(low: float | None, high: float | None) -> str:
+    """An interval of accuracies, such as "48.1 to 50.2%"; "–" for None."""
+    return "–" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}%"
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this room with its values; HTML escapes them."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("hf_immunize.audit"),
+        autoescape=lambda name: bool(name) and ".html" in str(name),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"clean": clean, "label": label, "percent": percent, "points": points, "signed": signed}
+    environment.filters |= {"ratio": ratio, "range": spread, "deviation": lambda value: f"{signed(value / 100)}%"}
+    environment.filters |= {"percent0": "{:.0%}".format, "points0": lambda value: f"{100 * value:.0f} points"}
+    return environment

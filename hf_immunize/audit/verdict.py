@@ -1,4 +1,4 @@
-"""What an audit found, as typed findings: what is prevented, what is slowed, what is not.
+"""What an audit found, as typed judgments and their sentences: what is prevented, what is slowed, what is not.
 
 A verdict must not flatter by accident, nor take the noise of seeds and test images for a finding: a difference is
 called one where its interval is clear of zero. A finding against the immunization needs one attacker that reads the
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from hf_immunize.audit import statistics as limit
-from hf_immunize.audit.result import AuditResult, Utility
+from hf_immunize.audit.names import CLASSES, render
+from hf_immunize.audit.result import ACCESSES, AuditResult
 from hf_immunize.audit.statistics import (
-    ACCESSES,
     StepsRatio,
     Summary,
     gap,
@@ -33,7 +33,7 @@ from hf_immunize.audit.statistics import (
 
 
 class Kind(str, Enum):
-    """What a finding says; the value is the word for it."""
+    """What a judgment says; the value is the word for it, and its sentence stands in ``templates/verdict.jinja``."""
 
     BROKEN = "broken"
     MAYBE_BROKEN = "possibly broken"
@@ -79,11 +79,7 @@ CLASS_KINDS = frozenset(
     {Kind.NOT_TESTED, Kind.NOTHING_TO_PROTECT, Kind.INCONCLUSIVE, Kind.PREVENTED, Kind.REDUCED, Kind.NOT_PREVENTED}
     | {Kind.WITHHELD}
 )
-# What is said of the released classifier's benign accuracy, and where that forbids any claim of resistance.
-UTILITY_KINDS = frozenset(
-    {Kind.BROKEN, Kind.MAYBE_BROKEN, Kind.SERIOUS_DROP, Kind.MAYBE_SERIOUS, Kind.UTILITY_KEPT}
-    | {Kind.UTILITY_UNKNOWN, Kind.NO_UTILITY}
-)
+# Where benign accuracy forbids any claim of resistance.
 WITHHOLDING = frozenset({Kind.BROKEN, Kind.MAYBE_BROKEN, Kind.UTILITY_UNKNOWN, Kind.NO_UTILITY})
 # What is not said of a model that may be broken, or whose benign accuracy nobody compared.
 CLAIMS = frozenset({Kind.PREVENTED, Kind.REDUCED})
@@ -92,29 +88,17 @@ SIDE_CLAIMS = frozenset({Kind.SLOWED, Kind.AT_RANDOM, Kind.RATIO})
 
 @dataclass(frozen=True)
 class Judgment:
-    """One finding.
-
-    Attributes:
-        kind: What it says.
-        access: Class of attackers, or "".
-        task: Task that was attacked.
-        worst: The strongest attack on the immunized model.
-        reference: The strongest of the same attacks on the reference.
-        other: Another attack that the finding compares with: the class before, or random weights.
-        attacks: Attacks it is about.
-        ratios: Ratios of steps it is about.
-        reason: Why it is so, a clause; or "".
-    """
+    """One thing that the verdict says."""
 
     kind: Kind
     access: str = ""
     task: str = "harmful"
-    worst: Summary | None = None
-    reference: Summary | None = None
-    other: Summary | None = None
+    worst: Summary | None = None  # the strongest attack on the immunized model
+    reference: Summary | None = None  # the strongest of the same attacks on the reference
+    other: Summary | None = None  # what it is compared with: the class before, or random weights
     attacks: tuple[Summary, ...] = ()
     ratios: tuple[StepsRatio, ...] = ()
-    reason: str = ""
+    reason: str = ""  # a clause, or the kind that withholds a claim
 
     @property
     def tone(self) -> str:
@@ -122,50 +106,42 @@ class Judgment:
         return "good" if self.kind in GOOD else "bad" if self.kind in BAD else "neutral"
 
 
+def sentences(data: AuditResult) -> list[str]:
+    """The verdict in plain language, the most important first."""
+    return [sentence(one, data) for one in judge(data)]
+
+
+def sentence(judgment: Judgment, data: AuditResult) -> str:
+    """A judgment in plain language: one sentence or two."""
+    values = {"one": judgment, "kind": judgment.kind.name, "data": data, "limit": limit, "classes": CLASSES}
+    return " ".join(render("verdict.jinja", **values).split())
+
+
 def judge(data: AuditResult) -> list[Judgment]:
-    """Everything the verdict says, the most important first.
-
-    Args:
-        data: What the audit found.
-
-    Returns:
-        Findings: benign accuracy, then the classes of attackers, then speed, other tasks and cautions.
-    """
+    """Benign accuracy, then the classes of attackers, then speed, other tasks and cautions."""
     summaries = summarize(data)
-    utility = judge_utility(data)
+    utility = Judgment(_utility_kind(data), task="benign")
     findings = []
     if not any(one.subject == "reference" and one.mean is not None for one in summaries):
         findings.append(Judgment(Kind.NO_REFERENCE))
-    classes = {access: judge_class(data, summaries, access) for access in ACCESSES}
+    classes = {access: _class(data, summaries, access, "harmful") for access in ACCESSES}
     # Of what is prevented, no speed is worth a word.
-    moving = [access for access in ("head_input", "fine_tuning") if classes[access].kind is not Kind.PREVENTED]
-    slowing = [one for access in moving for one in judge_slowing(data, summaries, access)]
+    open_ = [access for access in ("head_input", "fine_tuning") if classes[access].kind is not Kind.PREVENTED]
+    slowing = [one for access in open_ for one in _slowing(data, summaries, access)]
     tested = [one for one in classes.values() if one.kind is not Kind.NOT_TESTED]
     slowed = any(one.kind in (Kind.SLOWED, Kind.MAYBE_SLOWED, Kind.FEW_SEEDS) for one in slowing)
-    # Of speeds that cannot be told apart, those that look slowed may be.
+    # Of speeds that are not distinguishable, those that look slowed may be.
     slowed |= any(ratio.ratio >= limit.SLOWED_RATIO for one in slowing for ratio in one.ratios)
     if tested and not slowed and all(one.kind is Kind.NOT_PREVENTED and one.reference for one in tested):
         findings.append(Judgment(Kind.NOTHING_STOPPED))
     findings += [*classes.values(), *_one_layer_away(classes), *slowing, *_at_random(summaries, classes)]
     if "unseen" in data.tasks:
-        unseen = [judge_class(data, summaries, access, "unseen") for access in ACCESSES]
+        unseen = [_class(data, summaries, access, "unseen") for access in ACCESSES]
         findings += [one for one in unseen if one.worst or one.attacks]
     findings += [*_ratio(data, classes), *_other_tasks(data, summaries), *_cautions(summaries)]
     if utility.kind in WITHHOLDING:
         findings = [_withhold(one, utility) for one in findings if one.kind not in SIDE_CLAIMS]
     return [utility, *findings]
-
-
-def judge_utility(data: AuditResult) -> Judgment:
-    """Whether the model still does what it is for.
-
-    Args:
-        data: What the audit found.
-
-    Returns:
-        One finding of `UTILITY_KINDS`.
-    """
-    return Judgment(_utility_kind(data), task="benign")
 
 
 def _utility_kind(data: AuditResult) -> Kind:
@@ -178,7 +154,8 @@ def _utility_kind(data: AuditResult) -> Kind:
         return Kind.BROKEN if at_chance else Kind.UTILITY_UNKNOWN
     drop, before = -utility.difference, utility.reference - chance
     lost_share = before >= limit.SIGNAL and utility.immunized - chance <= (1 - limit.BROKEN_SHARE) * before
-    low, high = _interval(utility)
+    # Without an interval paired by image, as if the two were measured on images of their own.
+    low, high = utility.interval or newcombe_interval(utility.immunized, utility.size, utility.reference, utility.size)
     lost = drop >= limit.BROKEN_DROP or lost_share
     if lost and high < 0:
         return Kind.BROKEN
@@ -191,25 +168,8 @@ def _utility_kind(data: AuditResult) -> Kind:
     return Kind.MAYBE_SERIOUS if low <= -limit.SERIOUS_DROP else Kind.UTILITY_KEPT
 
 
-def _interval(utility: Utility) -> tuple[float, float]:
-    """Of the difference: paired where the audit gave it, otherwise as if of images of their own."""
-    if utility.interval is not None:
-        return utility.interval
-    return newcombe_interval(utility.immunized, utility.size, utility.reference or 0.0, utility.size)
-
-
-def judge_class(data: AuditResult, summaries: Sequence[Summary], access: str, task: str = "harmful") -> Judgment:
-    """What the strongest attacker of a class reads.
-
-    Args:
-        data: What the audit found.
-        summaries: Its outcomes over seeds.
-        access: Class of attackers.
-        task: "harmful" or "unseen".
-
-    Returns:
-        One finding of the kinds NOT_TESTED, NOTHING_TO_PROTECT, INCONCLUSIVE, PREVENTED, REDUCED, NOT_PREVENTED.
-    """
+def _class(data: AuditResult, summaries: Sequence[Summary], access: str, task: str) -> Judgment:
+    """What the strongest attacker of a class reads, one of `CLASS_KINDS`."""
     own = of_class(summaries, "immunized", task, access)
     worst = strongest(own)
     if worst is None or worst.mean is None:
@@ -297,18 +257,8 @@ def _unclear(own: Sequence[Summary], worst: Summary, theirs: Summary) -> str:
     return ""
 
 
-def judge_slowing(data: AuditResult, summaries: Sequence[Summary], access: str) -> list[Judgment]:
-    """Which attackers of a class need more steps, which do not, and which need none.
-
-    Args:
-        data: What the audit found.
-        summaries: Its outcomes over seeds.
-        access: Class of attackers.
-
-    Returns:
-        Findings of the kinds SLOWED, MAYBE_SLOWED, FEW_SEEDS, NOT_SLOWED, SPEED_UNKNOWN and NO_STEPS_NEEDED; each at
-        most once.
-    """
+def _slowing(data: AuditResult, summaries: Sequence[Summary], access: str) -> list[Judgment]:
+    """Which attackers of a class need more steps, which do not, and which need none: each kind at most once."""
     by_attack: dict[tuple[str, str], StepsRatio] = {}
     for one in steps_ratios(data):
         if one.access == access and one.share == limit.TARGET_SHARES[-1]:

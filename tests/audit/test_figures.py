@@ -8,12 +8,10 @@ from audit_sample import attack, make, sample_data
 from hf_immunize.audit.figures import draw_all, draw_curves, draw_spectra
 from hf_immunize.audit.report import make_tables
 from hf_immunize.audit.result import FeatureSpectrum
-from hf_immunize.audit.statistics import summarize
 
 
 def draw(data):
-    tables = make_tables(data)
-    return draw_all(data, tables["layers"], tables["fine_tuning"])
+    return draw_all(data, make_tables(data))
 
 
 def parsed(picture):
@@ -64,7 +62,7 @@ def test_an_attacker_is_drawn_where_it_reads_most():
         *attack("lora_r8", "fine_tuning", "immunized", 0.4, half=10, layer="all"),
     ]
     data = make(runs)
-    (picture,) = draw_curves(data, summarize(data))
+    (picture,) = draw_curves(make_tables(data)["attacks"], make_tables(data)["curves"], 0.01)
     assert "immunized 40." in picture.alt or "immunized 39." in picture.alt
 
 
@@ -84,7 +82,7 @@ def test_a_spectrum_of_zeros_is_left_out():
 
 def test_one_seed_draws_a_curve_without_interval():
     data = make(attack("gd_line_search", "head_input", "immunized", 0.4, half=10, seeds=1))
-    assert len(draw_curves(data, summarize(data))) == 1
+    assert len(draw_curves(make_tables(data)["attacks"], make_tables(data)["curves"], 0.01)) == 1
 
 
 def test_one_seed_is_drawn_without_intervals():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from audit_sample import attack, lost, make, sample_data
 
-from hf_immunize.audit.report import check, from_json, to_json, without_local_paths
+from hf_immunize.audit.result import check, from_json, to_json
 from hf_immunize.errors import DataError
 
 
@@ -67,12 +67,12 @@ def test_half_a_file_is_refused():
 
 @pytest.mark.parametrize("name", ["/home/alice/secret/model", "~/secret/model", r"C:\Users\alice\model"])
 def test_local_paths_are_called_by_their_last_part(name):
-    data = without_local_paths(make([], model=name, reference=name))
+    data = make([], model=name, reference=name).without_local_paths()
     assert (data.model, data.reference) == ("model", "model")
 
 
 def test_names_on_the_hub_stay():
-    assert without_local_paths(make([], model="org/model")).model == "org/model"
+    assert make([], model="org/model").without_local_paths().model == "org/model"
 
 
 def run(**changes):

@@ -18,11 +18,12 @@ def test_a_curve_of_one_point_is_not_known_to_rise():
 
 
 def test_a_target_never_met_is_reached_at_no_step():
-    assert first_reaching([1, 2], [0.1, 0.2], 0.3) is None
+    steps, reached = first_reaching([1, 2], [[0.1, 0.2]], [0.3])
+    assert (steps, reached) == (2, False)
 
 
 def test_step_zero_counts_as_one():
-    assert first_reaching([0, 2], [0.3, 0.4], 0.2) == 1
+    assert first_reaching([0, 2], [[0.3, 0.4]], [0.2])[0] == 1
 
 
 def ratio_of(immunized_half, reference_half, **kwargs):

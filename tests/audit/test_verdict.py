@@ -8,11 +8,9 @@ import torch
 from audit_sample import CHANCE, STEPS, attack, fine_tuning, layers, lost, make, probes, rising, sample_data
 
 from hf_immunize import immunize_linear, relative_immunization_ratio
-from hf_immunize.audit import statistics as limit
-from hf_immunize.audit.report import sentences
 from hf_immunize.audit.result import Outcome, TaskSummary, Utility
 from hf_immunize.audit.statistics import paired_interval
-from hf_immunize.audit.verdict import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind, judge
+from hf_immunize.audit.verdict import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind, judge, sentences
 
 
 def kinds(data, access=None, task="harmful"):
@@ -558,11 +556,6 @@ def test_one_layer_away_is_farther_than_the_noise_of_the_test_images():
 def test_no_kind_speaks_both_for_and_against():
     assert not GOOD & BAD
     assert CLAIMS <= GOOD
-
-
-@pytest.mark.parametrize("word", ["prevented", "slowed", "reduced", "broken", "not tested", "out of budget"])
-def test_every_word_is_explained_by_a_number_or_a_rule(word):
-    assert len(dict(limit.explain())[word]) > 40
 
 
 def test_the_sample_curves_rise():

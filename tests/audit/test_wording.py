@@ -3,8 +3,8 @@ import math
 import pytest
 from audit_sample import make, probes, sample_data
 
-from hf_immunize.audit.report import sentences
 from hf_immunize.audit.result import Utility
+from hf_immunize.audit.verdict import sentences
 
 
 HOSTILE = "<script>alert(1)</script>\n\"'\x1b[31m\u202e\x00"
