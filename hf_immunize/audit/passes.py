@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from hf_immunize.audit.journal import read_kept, save_kept
 from hf_immunize.errors import CheckpointError, DiskSpaceError
 from hf_immunize.features.extract import Extraction, Layer
+from hf_immunize.files import UNFINISHED
 
 
-_UNFINISHED = "_unfinished-features-"
+_PREFIX = f"{UNFINISHED}features-"
 
 
 @dataclass(frozen=True)
@@ -42,37 +43,14 @@ class Pass:
 
 
 class StoredPasses:
-    """Extractions on disk, in a folder for each pass with a file for each process.
-
-    Args:
-        folder: An empty one, made by `make_folder`.
-        passes: All of them; a pass is found by its place in this list.
-
-    Example:
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     stored = StoredPasses(folder, [Pass("immunized", "harmful", "test")])
-        ...     for process in (1, 0):
-        ...         rows = torch.full((2, 3), float(process))
-        ...         stored.write(stored.passes[0], Extraction(rows, rows + 1), process)
-        ...     stored.read(Pass("immunized", "harmful", "test")).features[:, 0]
-        tensor([0., 0., 1., 1.])
-    """
+    """Extractions on disk, in a folder for each pass (by its place in the list) with a file for each process."""
 
     def __init__(self, folder: str | Path, passes: list[Pass]) -> None:
         self.folder = Path(folder)
         self.passes = passes
 
     def write(self, wanted: Pass, extraction: Extraction | None, process: int) -> None:
-        """Keep what a process found.
-
-        Args:
-            wanted: The pass.
-            extraction: Of this process's images; None if it has none.
-            process: Its number.
-
-        Raises:
-            DiskSpaceError: If the disk fills up.
-        """
+        """Keep what a process found; nothing where it had no images."""
         if extraction is None:
             return
         tensors = {"features": extraction.features, "logits": extraction.logits}
@@ -88,17 +66,7 @@ class StoredPasses:
             ) from error
 
     def read(self, wanted: Pass) -> Extraction:
-        """What all processes found, in their order.
-
-        Args:
-            wanted: The pass.
-
-        Returns:
-            The extraction.
-
-        Raises:
-            CheckpointError: If it is not what was written.
-        """
+        """What all processes found, in their order."""
         try:
             files = sorted(self._place(wanted).iterdir())
             with safe_open(files[0], framework="pt") as first:
@@ -118,17 +86,9 @@ class StoredPasses:
 
 
 def make_folder(parent: str | Path | None) -> Path:
-    """A folder for `StoredPasses`; what an audit that was killed left there is removed.
-
-    Args:
-        parent: The run directory; None for one of the system's own for temporary files.
-
-    Returns:
-        The folder.
-    """
-    if parent is None:
-        return Path(tempfile.mkdtemp(prefix=_UNFINISHED))
-    Path(parent).mkdir(parents=True, exist_ok=True)
-    for leftover in Path(parent).glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=parent))
+    """An empty folder for `StoredPasses` in a run directory, from which what a killed audit left is removed."""
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+        for leftover in Path(parent).glob(f"{_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))

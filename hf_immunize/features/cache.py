@@ -33,13 +33,15 @@ from transformers.utils import logging
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.errors import ArgumentError, DataError, DiskSpaceError, NonFiniteError
 from hf_immunize.features.ranks import ALONE, Processes
-from hf_immunize.features.trunk import TrunkSplit, evaluating
 from hf_immunize.files import UNFINISHED, checked, file_sha256, flush, with_checksum
 from hf_immunize.tensor_hash import tensors_hash
+from hf_immunize.vision.scope import evaluating
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from hf_immunize.features.trunk import TrunkSplit
 
 
 logger = logging.get_logger(__name__)

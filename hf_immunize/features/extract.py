@@ -1,11 +1,14 @@
-"""Features at the classifier's input and at the output of every stage, pooled and flattened, in one pass."""
+"""One loop of a model over images: the classifier's input and output, and earlier layers, for whoever measures.
+
+What is measured of it: the spectrum of a data set (`Measurement`), and views of earlier layers (`extract_views`).
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +24,38 @@ from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.spectra.streaming import FeatureFactor
 from hf_immunize.vision.head import HeadInput, find_head, full_precision_forward
 from hf_immunize.vision.relu import RELUS
-from hf_immunize.vision.scope import block_modules
+from hf_immunize.vision.scope import block_modules, evaluating
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# ---- the loop ----
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A place in the network where features are read: a module's output, or its input.
+
+    Attributes:
+        name: The module's name.
+        before: Whether its input is read in place of its output.
+        shape: Of one image there, without the batch.
+    """
+
+    name: str
+    before: bool
+    shape: tuple[int, ...]
+
+    @property
+    def entries(self) -> int:
+        """Values per image."""
+        return math.prod(self.shape)
+
+    def label(self, view: str) -> str:
+        """What outcomes call it, such as ``"vit.layers.0 (pooled)"``."""
+        return f"{'input of ' if self.before else ''}{self.name} ({view})"
 
 
 @dataclass(frozen=True)
@@ -37,12 +67,39 @@ class ExtractedBatch:
         logits: Classifier outputs, shape ``(n, C)``.
         pixel_values: The images, shape ``(n, C, H, W)``.
         labels: Class indices, shape ``(n,)``, or None where the rows have none.
+        layers: What passed at the layers asked for, in the order of the pass.
     """
 
     features: Tensor
     logits: Tensor
     pixel_values: Tensor
     labels: Tensor | None
+    layers: dict[Layer, Tensor]
+
+
+@torch.no_grad()
+def run_batches(
+    model: nn.Module,
+    head: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    layers: Iterable[Layer] = (),
+    forward: Callable[..., Any] | None = None,
+) -> Iterator[ExtractedBatch]:
+    """Run a model over batches in eval mode, without gradients and autocast, by default in float32 at least."""
+    weight = next(model.parameters())
+    device = weight.device
+    forward = forward or full_precision_forward(model)
+    with evaluating(model):
+        for batch in batches:
+            given = batch["pixel_values"]
+            pixel_values = given.to(device, torch.promote_types(given.dtype, weight.dtype))
+            exact = torch.autocast(device.type, enabled=False)
+            with exact, HeadInput(head) as captured, _read_layers(model, layers) as passed:
+                logits = forward(pixel_values=pixel_values).logits
+            labels = batch.get("labels")
+            labels = None if labels is None else labels.to(device)
+            yield ExtractedBatch(captured.features, logits, pixel_values, labels, passed)
 
 
 def extract(
@@ -55,23 +112,7 @@ def extract(
     description: str = "features",
     progress: bool = True,
 ) -> Iterator[ExtractedBatch]:
-    """Run a model over a data set in eval mode, in float32 at least and without gradients, in the set's order.
-
-    Args:
-        model: An image classifier; its train or eval mode is restored at the end.
-        rows: A map-style dataset of rows with ``"image"`` or ``"pixel_values"``, such as `ImageRows`.
-        image_processor: Needed where the rows hold images.
-        batch_size: Images in one forward pass.
-        head_module: The classifier's name, where it cannot be found without help.
-        description: What the progress bar calls it.
-        progress: Whether to show a progress bar.
-
-    Yields:
-        Batches; the last one may be short.
-
-    Raises:
-        DataError, ShapeError, ImageDecodeError: See `ImageCollator` and `ImageRows`.
-        HeadError: See `find_head`.
+    """Run a model over a map-style dataset of rows with ``"image"`` or ``"pixel_values"``, in the set's order.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -82,61 +123,82 @@ def extract(
         >>> [tuple(batch.features.shape) for batch in batches]
         [(4, 16), (1, 16)]
     """
-    _, head = find_head(model, head_module)
-    device = next(model.parameters()).device
-    forward = full_precision_forward(model)
     loader = torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=ImageCollator(image_processor))
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in tqdm(loader, desc=description, disable=not progress, leave=False):
-            pixel_values = batch["pixel_values"].to(device)
-            labels = batch.get("labels")
-            with torch.no_grad(), torch.autocast(device.type, enabled=False), HeadInput(head) as captured:
-                logits = forward(pixel_values=pixel_values).logits
-            yield ExtractedBatch(
-                captured.features, logits, pixel_values, None if labels is None else labels.to(device)
-            )
-    finally:
-        model.train(was_training)
+    shown = tqdm(loader, desc=description, disable=not progress, leave=False)
+    yield from run_batches(model, find_head(model, head_module)[1], shown)
+
+
+@contextmanager
+def _read_layers(model: nn.Module, layers: Iterable[Layer]) -> Iterator[dict[Layer, Tensor]]:
+    """What passes at some layers in a forward pass, in its order."""
+    found: dict[Layer, Tensor] = {}
+
+    def note(layer: Layer, values: Any, in_place: bool = False) -> None:
+        tensor = next((value for value in values if isinstance(value, Tensor)), None)
+        if tensor is not None:
+            found[layer] = tensor.clone() if in_place else tensor
+
+    def before(layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            # In place it writes over what entered.
+            note(layer, (*inputs, *named.values()), getattr(module, "inplace", False))
+
+        return hook
+
+    def after(layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            note(layer, output if isinstance(output, (tuple, list)) else (output,))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            module = model.get_submodule(layer.name)
+            if layer.before:
+                handle = module.register_forward_pre_hook(before(layer), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(after(layer))
+            hooks.callback(handle.remove)
+        yield found
+
+
+def pass_size(model: nn.Module) -> int:
+    """Images in a batch of a pass without gradients: 64 on an accelerator, 8 on a CPU.
+
+    Activations of many take tens of megabytes each, which the C library gives back to the system and has to be given
+    anew at every layer: 64 images of 160 pixels through MobileNetV2 cost 40 ms each on a CPU, 8 cost 22.
+    """
+    return 8 if next(model.parameters()).device.type == "cpu" else 64
+
+
+# ---- the spectrum of a data set ----
 
 
 @dataclass
 class Measurement:
     """Features of one data set through one state of the model, as a QR factor, with a checksum of the images.
 
-    The checksum tells whether two measurements are of the same images, whatever the weights, the order of the images,
-    and the processes they were dealt out to.
+    The checksum shows whether two measurements are of the same images, whatever the weights, the order of the images,
+    and the processes among which they were divided.
     """
 
     factor: FeatureFactor = field(default_factory=FeatureFactor)
     checksum: float = 0.0
 
-    def update(self, features: Tensor, pixel_values: Tensor, produced_dtype: torch.dtype | None = None) -> None:
-        """Fold in a batch.
-
-        Args:
-            features: Shape ``(n, D)``.
-            pixel_values: The images they came from, shape ``(n, C, H, W)``.
-            produced_dtype: See `FeatureFactor.update`.
-        """
+    def update(self, features: Tensor, pixel_values: Tensor) -> None:
+        """Fold in a batch: features ``(n, D)``, and the images they came from, ``(n, C, H, W)``."""
         self.checksum += images_checksum(pixel_values)
-        self.factor.update(features, produced_dtype)
+        self.factor.update(features)
 
     def merge(self, other: Measurement) -> None:
-        """Take in the measurement of other images through the same weights, as of another process.
-
-        Args:
-            other: It is left as it is.
-        """
+        """Fold in the measurement of other images through the same weights, as of another process."""
         self.checksum += other.checksum
         self.factor.merge(other.factor)
 
     def same_data(self, other: Measurement) -> bool:
         """Whether both measurements are of the same images, in whatever order."""
-        return self.factor.num_samples == other.factor.num_samples and math.isclose(
-            self.checksum, other.checksum, rel_tol=1e-6
-        )
+        same_number = self.factor.num_samples == other.factor.num_samples
+        return same_number and math.isclose(self.checksum, other.checksum, rel_tol=1e-6)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `from_state_dict` restores."""
@@ -150,14 +212,7 @@ class Measurement:
 
 @contextmanager
 def of_side(name: str) -> Iterator[None]:
-    """Within, an error about features that are not finite says whose images they are of.
-
-    Args:
-        name: What to call the images, such as "harmful".
-
-    Raises:
-        NonFiniteError: As raised within.
-    """
+    """Within, an error about features that are not finite names their images, such as "harmful"."""
     try:
         yield
     except NonFiniteError as error:
@@ -169,12 +224,6 @@ def images_checksum(pixel_values: Tensor) -> float:
 
     Each adds ``e + e²``, with e its mean squared pixel, where the weight of pixels rises from 1 to 2 over the image so
     that a flipped one is another one, and the square so that the sum says more than the mean of all images together.
-
-    Args:
-        pixel_values: Shape ``(n, C, H, W)``.
-
-    Returns:
-        The sum; that of two sets of images is the sum of their checksums.
 
     Example:
         >>> images = torch.arange(24.0).reshape(2, 3, 2, 2)
@@ -200,16 +249,7 @@ def spectral_metrics(
     ``benign_log10_kappa``, ``benign_is_bound`` (1.0 where rank was lost, so that κ is only bounded from below),
     ``benign_rank``, ``benign_effective_rank``, the same for ``harmful``, and against the references ``rir``,
     ``log10_rir``, ``harmful_ratio``, ``benign_ratio`` with ``rir_is_lower_bound`` and ``rir_is_upper_bound``
-    (both 1.0: no statement, and ``rir`` is NaN).
-
-    Args:
-        benign: The benign set now.
-        benign_reference: The same set through the starting weights, if known; ignored if it is of other data.
-        harmful: The harmful set now, if there is one.
-        harmful_reference: The same set through the starting weights, if known; ignored if it is of other data.
-
-    Returns:
-        Name to number.
+    (both 1.0: no statement, and ``rir`` is NaN). A reference of other data, through the starting weights, is ignored.
     """
     metrics: dict[str, float] = {}
     conditionings = {}
@@ -238,12 +278,7 @@ def spectral_metrics(
 
 
 def save_measurements(path: str | os.PathLike[str], measurements: dict[str, Measurement]) -> None:
-    """Write measurements by name, as safetensors.
-
-    Args:
-        path: File to write.
-        measurements: Name to measurement.
-    """
+    """Write measurements by name, as safetensors."""
     tensors = {
         f"{name}/{key}": value.cpu()
         for name, measurement in measurements.items()
@@ -253,14 +288,7 @@ def save_measurements(path: str | os.PathLike[str], measurements: dict[str, Meas
 
 
 def load_measurements(path: str | os.PathLike[str]) -> dict[str, Measurement]:
-    """Read what `save_measurements` wrote.
-
-    Args:
-        path: File to read.
-
-    Returns:
-        Name to measurement.
-    """
+    """Read what `save_measurements` wrote."""
     states: dict[str, dict[str, Tensor]] = {}
     for full_name, value in load_file(path).items():
         name, key = full_name.rsplit("/", 1)
@@ -268,39 +296,12 @@ def load_measurements(path: str | os.PathLike[str]) -> dict[str, Measurement]:
     return {name: Measurement.from_state_dict(state) for name, state in states.items()}
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A place in the network where features are read.
-
-    Attributes:
-        name: The module's name.
-        before: Whether its input is read in place of its output.
-        shape: Of one image there, without the batch.
-    """
-
-    name: str
-    before: bool
-    shape: tuple[int, ...]
-
-    @property
-    def entries(self) -> int:
-        """Values an image."""
-        return int(np.prod(self.shape))
-
-    def label(self, view: str) -> str:
-        """What outcomes call it, such as ``"vit.layers.0 (pooled)"``."""
-        return f"{'input of ' if self.before else ''}{self.name} ({view})"
+# ---- views of earlier layers ----
 
 
 @dataclass
 class Extraction:
-    """One task through one model.
-
-    Attributes:
-        features: Classifier inputs, ``(N, D)``.
-        logits: Classifier outputs, ``(N, C)``.
-        views: Label of layer and view to features, ``(N, d)``.
-    """
+    """Images through one model: classifier inputs ``(N, D)``, outputs ``(N, C)``, and views, ``(N, d)``, by label."""
 
     features: Tensor
     logits: Tensor
@@ -310,20 +311,12 @@ class Extraction:
 def find_layers(
     model: PreTrainedModel, pixel_values: Tensor, max_layers: int, head_module: str | None = None
 ) -> list[Layer]:
-    """The layers to probe: what enters the blocks, the output of every stage, and what enters rectifiers.
+    """The layers to probe, in the order of the pass: what enters the blocks, every stage's output, what enters ReLUs.
 
-    A stage ends where the resolution changes; where it never does (ViT), every block is one. A rectifier that is off
-    hides what enters it from all that follows, and an attacker has only to look there: at the first one up to the end
-    of each stage, before which nothing of the stage is hidden, and at the last.
-
-    Args:
-        model: An image classifier of transformers.
-        pixel_values: One image or more, ``(n, C, H, W)``.
-        max_layers: At most so many, evenly spaced, the last among them; what enters rectifiers comes on top.
-        head_module: The classifier's name, where it cannot be found without help.
-
-    Returns:
-        Layers in the order of the forward pass; none where the model has no list of blocks.
+    A stage ends where the resolution changes; where it never does (ViT), every block is one. A dead ReLU hides what
+    enters it from all that follows, and an attacker has only to look there: at the first one up to the end of each
+    stage, before which nothing of the stage is hidden, and at the last. Stages are at most `max_layers`, evenly
+    spaced, the last among them. A model without a list of blocks has no such layers.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -337,31 +330,29 @@ def find_layers(
         blocks = block_modules(model, head_module)
     except ScopeError:
         return []
-    first = next(iter(blocks))
-    wanted = [Layer(first, True, ()), *(Layer(name, False, ()) for name in blocks)]
-    rectifiers = [Layer(name, True, ()) for name, module in model.named_modules() if isinstance(module, RELUS)]
-    with Readings(model, list(dict.fromkeys([*wanted, *rectifiers]))) as readings:
-        run(model, pixel_values[:1])
-    passed = {layer: tuple(value.shape[1:]) for layer, value in readings.values.items()}  # in the order of the pass
-    found = [layer for layer in wanted if len(passed.get(layer, ())) in (2, 3)]
+    wanted = [Layer(next(iter(blocks)), True, ()), *(Layer(name, False, ()) for name in blocks)]
+    relus = [Layer(name, True, ()) for name, module in model.named_modules() if isinstance(module, RELUS)]
+    head = find_head(model, head_module)[1]
+    (batch,) = run_batches(model, head, [{"pixel_values": pixel_values[:1]}], layers={*wanted, *relus})
+    shapes = {layer: tuple(value.shape[1:]) for layer, value in batch.layers.items() if value.dim() in (3, 4)}
+    found = [layer for layer in wanted if layer in shapes]
     # (C, h, w) or (T, C): what changes between stages is the grid.
-    grids = [passed[layer][1:] if len(passed[layer]) == 3 else passed[layer][:1] for layer in found]
+    grids = [shapes[layer][1:] if len(shapes[layer]) == 3 else shapes[layer][:1] for layer in found]
     ends = [i for i in range(len(found)) if i + 1 == len(found) or grids[i] != grids[i + 1]]
     if len(ends) > 1:
         found = [found[i] for i in ends]
     if len(found) > max_layers:
         chosen = np.unique(np.linspace(0, len(found) - 1, max_layers).round().astype(int))
         found = [found[i] for i in chosen]
-    places = _with_rectifiers(found, [layer for layer in passed if len(passed[layer]) in (2, 3)], set(rectifiers))
-    return [Layer(layer.name, layer.before, passed[layer]) for layer in places]
+    return [Layer(layer.name, layer.before, shapes[layer]) for layer in _with_relus(found, list(shapes), set(relus))]
 
 
-def _with_rectifiers(found: list[Layer], passed: list[Layer], rectifiers: set[Layer]) -> list[Layer]:
-    """Layers found, with the first and the last rectifier before each and behind all; in the order of the pass."""
+def _with_relus(found: list[Layer], passed: list[Layer], relus: set[Layer]) -> list[Layer]:
+    """Layers found, with the first and the last ReLU before each and after all; in the order of the pass."""
     chosen: list[Layer] = []
     between: list[Layer] = []
     for layer in passed:
-        if layer in rectifiers:
+        if layer in relus:
             between.append(layer)
         if layer in found:
             chosen += [*between[:1], *between[-1:], layer]
@@ -372,17 +363,14 @@ def _with_rectifiers(found: list[Layer], passed: list[Layer], rectifiers: set[La
 def choose_views(
     layers: list[Layer], rows: int, limit: int, memory: int, flattened: bool
 ) -> tuple[list[tuple[Layer, str]], dict[str, str]]:
-    """Which layers are read in which form, within the memory there is.
+    """Which layers are read in which form, within the memory there is; and for those left out a sentence why.
 
     Args:
         layers: From `find_layers`.
         rows: Images.
-        limit: Values an image, at most, of a flattened layer.
+        limit: Values per image, at most, of a flattened layer.
         memory: Bytes that all views together may take; deep layers come first.
         flattened: Whether to read layers flattened too.
-
-    Returns:
-        The views, and for those left out a sentence why.
     """
     chosen = [(layer, "pooled") for layer in layers]
     left_out = {}
@@ -392,11 +380,11 @@ def choose_views(
         need = 4 * rows * layer.entries
         if layer.entries > limit:
             left_out[layer.label("flattened")] = (
-                f"{layer.entries:,} values an image, more than the preset's {limit:,}; choose a larger preset."
+                f"{layer.entries:,} values per image, more than the preset's {limit:,}; choose a larger preset."
             )
         elif spent + need > memory:
             left_out[layer.label("flattened")] = (
-                f"needs {need / 2**30:.1f} GiB beside the {spent / 2**30:.1f} GiB of what is already held, of "
+                f"needs {need / 2**30:.1f} GiB in addition to the {spent / 2**30:.1f} GiB already kept, of "
                 f"{memory / 2**30:.1f} GiB there are; use fewer images or a larger machine."
             )
         else:
@@ -412,62 +400,28 @@ def extract_views(
     views: list[tuple[Layer, str]],
     head_module: str | None = None,
 ) -> Extraction:
-    """Run a model over images once, in eval mode and without gradients, and read all views.
-
-    Args:
-        model: An image classifier; its train or eval mode is restored.
-        batches: Pixel values, ``(n, C, H, W)`` each.
-        views: From `choose_views`.
-        head_module: The classifier's name, where it cannot be found without help.
-
-    Returns:
-        The extraction, on the CPU; half precision becomes float32, which holds the same numbers.
-    """
-    _, head = find_head(model, head_module)
+    """Run a model over pixel values once, and read all views; on the CPU, in float32 at least."""
+    head = find_head(model, head_module)[1]
+    layers = dict.fromkeys(layer for layer, _ in views)
     parts: dict[str, list[Tensor]] = {"features": [], "logits": []}
-    was_training = model.training
-    model.eval()
-    try:
-        for pixel_values in batches:
-            with Readings(model, list({layer: None for layer, _ in views})) as readings, HeadInput(head) as captured:
-                logits = run(model, pixel_values)
-            parts["features"].append(_host(captured.features))
-            parts["logits"].append(_host(logits))
-            for layer, view in views:
-                parts.setdefault(layer.label(view), []).append(_host(_viewed(readings.values[layer], view)))
-    finally:
-        model.train(was_training)
-    joined: dict[str, Tensor] = {}
-    for name in list(parts):  # one at a time, so that no more than one is held twice
-        joined[name] = torch.cat(parts.pop(name))
+    for batch in run_batches(model, head, ({"pixel_values": pixels} for pixels in batches), layers=layers):
+        parts["features"].append(_host(batch.features))
+        parts["logits"].append(_host(batch.logits))
+        for layer, view in views:
+            value = batch.layers[layer]
+            if view == "flattened":
+                value = value.flatten(1)
+            else:
+                value = value.mean(dim=(2, 3)) if value.dim() == 4 else value.mean(dim=1)
+            parts.setdefault(layer.label(view), []).append(_host(value))
+    # One at a time, so that no more than one is kept twice.
+    joined = {name: torch.cat(parts.pop(name)) for name in list(parts)}
     return Extraction(joined.pop("features"), joined.pop("logits"), joined)
 
 
-def pass_size(model: nn.Module) -> int:
-    """Images in a batch of a pass without gradients.
-
-    On a CPU few: activations of many take tens of megabytes each, which the C library gives back to the system and
-    has to be given anew at every layer. 64 images of 160 pixels through MobileNetV2 cost 40 ms each, 8 cost 22.
-
-    Args:
-        model: The model.
-
-    Returns:
-        64 on an accelerator, 8 on a CPU.
-
-    Example:
-        >>> pass_size(nn.Linear(2, 2))
-        8
-    """
-    return 8 if next(model.parameters()).device.type == "cpu" else 64
-
-
-def run(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    """Logits, without gradients and autocast, on the model's device and in its precision."""
-    parameter = next(model.parameters())
-    with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
-        logits: Tensor = model(pixel_values=pixel_values.to(parameter.device, parameter.dtype)).logits
-    return logits
+def _host(value: Tensor) -> Tensor:
+    value = value.detach().cpu()
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def dual_coordinates(Z: Tensor, Z_test: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
@@ -475,15 +429,8 @@ def dual_coordinates(Z: Tensor, Z_test: Tensor, chunk: int = 8192) -> tuple[Tens
 
     ``K = ZZᵀ = QΛQᵀ`` gives ``Z = QΛ^½·Bᵀ`` with orthonormal ``B``, so any probe that commutes with rotations and
     starts at zero (ridge, gradient descent, L-BFGS with a penalty on ‖W‖²) finds the same scores on ``QΛ^½`` and
-    ``K_test QΛ^-½``. In float64; directions below 1e-8 of the largest are lost to the square.
-
-    Args:
-        Z: Training features, ``(N, D)``.
-        Z_test: Test features, ``(M, D)``.
-        chunk: Columns turned into float64 at a time.
-
-    Returns:
-        Both in the new coordinates, ``(N, r)`` and ``(M, r)``; as they were, in float64, where D ≤ N.
+    ``K_test QΛ^-½``. In float64; directions below 1e-8 of the largest are lost to the square. Where D ≤ N, features
+    stay as they are. Columns become float64 in chunks.
 
     Example:
         >>> Z = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
@@ -503,64 +450,3 @@ def dual_coordinates(Z: Tensor, Z_test: Tensor, chunk: int = 8192) -> tuple[Tens
     keep = values > values[-1].clamp_min(0) * 1e-16
     root = values[keep].sqrt()
     return Q[:, keep] * root, K_test @ (Q[:, keep] / root)
-
-
-class Readings:
-    """Record what passes at some layers during forward passes; the hooks are removed on exit.
-
-    Args:
-        model: The model.
-        layers: Where to read.
-    """
-
-    def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
-        self.modules = dict(model.named_modules())
-        self.layers = layers
-        self.values: dict[Layer, Tensor] = {}
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> Readings:
-        for layer in self.layers:
-            module = self.modules[layer.name]
-            if layer.before:
-                hook = self._before(layer)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                self._handles.append(module.register_forward_hook(self._after(layer)))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _before(self, layer: Layer) -> Any:
-        def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            values = (*inputs, *named.values())
-            # In place it writes over what entered.
-            in_place = getattr(module, "inplace", False)
-            self._note(layer, (value.clone() if in_place else value for value in values))
-
-        return record
-
-    def _after(self, layer: Layer) -> Any:
-        def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            self._note(layer, output if isinstance(output, (tuple, list)) else (output,))
-
-        return record
-
-    def _note(self, layer: Layer, values: Iterable[Any]) -> None:
-        tensor = next((value for value in values if isinstance(value, Tensor)), None)
-        if tensor is not None:
-            self.values[layer] = tensor
-
-
-def _viewed(value: Tensor, view: str) -> Tensor:
-    if view == "flattened":
-        return value.flatten(1)
-    return value.mean(dim=(2, 3)) if value.dim() == 4 else value.mean(dim=1)
-
-
-def _host(value: Tensor) -> Tensor:
-    value = value.detach().cpu()
-    return value if value.dtype == torch.float64 else value.float()

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.errors import ShapeError, TrunkError
 from hf_immunize.vision.head import HeadInput, find_head
-from hf_immunize.vision.scope import modules_in_eval
+from hf_immunize.vision.scope import evaluating, modules_in_eval
 
 
 if TYPE_CHECKING:
@@ -443,18 +443,6 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 
 # ---- a model for a while ----
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -22,9 +22,8 @@ from transformers import EvalPrediction
 from transformers.utils import logging
 
 from hf_immunize.errors import NonFiniteError
-from hf_immunize.features.extract import Measurement, spectral_metrics
+from hf_immunize.features.extract import Measurement, run_batches, spectral_metrics
 from hf_immunize.training.distributed import process_mean, world_size
-from hf_immunize.vision.head import HeadInput
 
 
 logger = logging.get_logger(__name__)
@@ -260,37 +259,22 @@ def add_metrics(
     metrics.update({f"{prefix}_{metric}": value for metric, value in found.items()})
 
 
-@torch.no_grad()
 def measure(
-    forward: Callable[..., Any],
+    model: nn.Module,
     head: nn.Module,
     loader: Iterable[Any],
     accelerator: Accelerator,
     *,
+    forward: Callable[..., Any],
     prepare: Callable[[Any], Any],
-    description: str = "features",
-    quiet: bool = False,
+    description: str,
+    quiet: bool,
 ) -> Measurement:
-    """Features of a data set through one state of a model; of all processes' images, the same on every process.
-
-    Args:
-        forward: Runs the model in eval mode on ``pixel_values=``.
-        head: Its classifier.
-        loader: Of batches with ``pixel_values``; prepared by accelerate, where there are several processes.
-        accelerator: The Trainer's.
-        prepare: Brings a batch to the device.
-        description: What the progress bar calls it.
-        quiet: Whether to show none.
-
-    Returns:
-        The measurement.
-    """
+    """Features of a data set through one state of a model; of all processes' images, the same on every process."""
     measurement = Measurement()
-    for inputs in tqdm(loader, desc=description, disable=quiet, leave=False):
-        pixel_values = prepare(inputs)["pixel_values"]
-        with HeadInput(head) as captured:
-            forward(pixel_values=pixel_values)
-        fold(measurement, captured.features, pixel_values, accelerator)
+    batches = map(prepare, tqdm(loader, desc=description, disable=quiet, leave=False))
+    for batch in run_batches(model, head, batches, forward=forward):
+        fold(measurement, batch.features, batch.pixel_values, accelerator)
     return merged(measurement, accelerator.device)
 
 

@@ -511,23 +511,20 @@ class ImmunizationTrainer(Trainer):
 
     def _measure(self, dataloader: Any, name: str) -> Measurement:
         """Features of a data set through the model in full precision."""
-        was_training = self.model.training
-        self.model.eval()
         self._move_model_to_device(self.model, self.args.device)
         # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
         forward = self.model if self._is_sharded else partial(type(self.model).forward, self.model)
         with of_side(f"{name.replace('eval', 'benign')} evaluation"):
-            found = measure(
-                forward,
+            return measure(
+                self.model,
                 self._step.head,
                 dataloader,
                 self.accelerator,
+                forward=forward,
                 prepare=self._prepare_inputs,
                 description=f"κ of {name} features",
                 quiet=self.args.disable_tqdm or not self.is_world_process_zero(),
             )
-        self.model.train(was_training)
-        return found
 
     @property
     def last_spectra(self) -> dict[tuple[str, str], Tensor]:
