@@ -30,14 +30,7 @@ _CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 def flush(path: str | os.PathLike[str]) -> None:
-    """Wait until a file's content, or the names in a folder, are on disk, where a power cut leaves them.
-
-    Args:
-        path: A file, or a folder.
-
-    Raises:
-        OSError: If the disk does not take them.
-    """
+    """Wait until a file's content, or the names in a folder, are on disk, where a power cut leaves them."""
     windows = os.name == "nt"
     if windows and os.path.isdir(path):  # has no such call
         return
@@ -53,24 +46,7 @@ def flush(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory within the target to write into; its files replace the target's only when all are on disk.
-
-    Args:
-        target: The directory that the files are for; other files in it stay.
-
-    Yields:
-        The directory to write into, on the same file system.
-
-    Raises:
-        CheckpointError: If writing fails (a full disk, say); the target is then as it was.
-
-    Example:
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with staged_directory(f"{folder}/model") as staging:
-        ...         _ = (staging / "config.json").write_text("{}", encoding="utf-8")
-        ...     os.listdir(f"{folder}/model")
-        ['config.json']
-    """
+    """A directory within the target to write into; its files replace the target's only when all are on disk."""
     target = Path(target)
     new = [folder for folder in (target, *target.parents) if not folder.exists()]
     staging: Path | None = None
@@ -111,18 +87,7 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text file in UTF-8, whole or not at all; it is on disk when this returns.
-
-    Args:
-        path: The file.
-        text: What goes in.
-
-    Returns:
-        The file.
-
-    Raises:
-        CheckpointError: If it cannot be written; what was there before is untouched.
-    """
+    """Write a text file in UTF-8, whole or not at all; it is on disk when this returns."""
     path = Path(path)
     with staged_directory(path.parent) as staging:
         (staging / path.name).write_text(text, encoding="utf-8")
@@ -130,11 +95,7 @@ def write_whole(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove what killed processes were writing into a folder; what is being written now stays.
-
-    Args:
-        folder: May be missing.
-    """
+    """Remove what killed processes were writing into a folder; what is being written now stays."""
     for leftover in Path(folder).glob(f"{UNFINISHED}*"):
         # The operating system lets go of a lock when its process ends, however that happens.
         with suppress(Timeout, NotImplementedError, OSError), FileLock(leftover / _LOCK, timeout=0):
@@ -142,15 +103,7 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
 
 
 def check_writable(folder: str | os.PathLike[str], option: str) -> None:
-    """Make sure, before any work is done, that files can be written into a folder, or into the one it will be made in.
-
-    Args:
-        folder: The folder.
-        option: What the user calls it, such as ``"--output-dir"``.
-
-    Raises:
-        ArgumentError: If they cannot.
-    """
+    """Make sure, before any work is done, that files can be written into a folder, which may not exist yet."""
     place = Path(folder)
     try:
         while not place.exists() and place != place.parent:
@@ -174,36 +127,12 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def with_checksum(values: Mapping[str, Any]) -> str:
-    """Plain values as one line of JSON that `checked` can tell from a damaged one.
-
-    Args:
-        values: Name to value; the name "checksum" is taken.
-
-    Returns:
-        The line, without an end.
-
-    Example:
-        >>> checked(with_checksum({"accuracy": 0.5}))
-        {'accuracy': 0.5}
-        >>> checked(with_checksum({"accuracy": 0.5}).replace("0.5", "0.7"))
-        Traceback (most recent call last):
-        ValueError: the checksum is of other values
-    """
+    """Plain values as one line of JSON that `checked` can tell from a damaged one."""
     return json.dumps({**values, _CHECKSUM: _checksum(values)})
 
 
 def checked(line: str) -> dict[str, Any]:
-    """The values in a line that `with_checksum` made.
-
-    Args:
-        line: The line.
-
-    Returns:
-        Name to value.
-
-    Raises:
-        ValueError: If it is damaged, or has no checksum.
-    """
+    """The values in a line that `with_checksum` made."""
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError("no JSON object")

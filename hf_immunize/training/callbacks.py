@@ -10,18 +10,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CheckpointError
-from hf_immunize.training.checkpoints import (
-    benign_drops,
-    best_checkpoint,
-    by_step,
-    check_restorable,
-    load_into,
-    rir_successes,
-)
+from hf_immunize.training.checkpoints import History, best_checkpoint, by_step, check_restorable, load_weights
 from hf_immunize.training.distributed import any_process, first_process_step
 
 
@@ -31,10 +24,10 @@ logger = logging.get_logger(__name__)
 
 
 class _EvaluationCallback(TrainerCallback):
-    """What the two below share: they look at evaluations in training, and all processes decide alike."""
+    """Looks at evaluations during training; all processes decide alike."""
 
-    def __init__(self, *metrics: str) -> None:
-        self._needed = metrics
+    def __init__(self, *needed_metrics: str) -> None:
+        self._needed = needed_metrics
         self._training = False
         self._lacking: str | None = None
 
@@ -42,9 +35,7 @@ class _EvaluationCallback(TrainerCallback):
         """Why to stop after the last evaluation, None to go on."""
         raise NotImplementedError
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check the settings; stop a resumed run that had already come to its end."""
         if args.eval_strategy == "no":
             raise ArgumentError(
@@ -57,9 +48,7 @@ class _EvaluationCallback(TrainerCallback):
             control.should_training_stop = True
             _warn(state, f"This run was already at its end, and stops after one more step: {reason or _ELSEWHERE}.")
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Decide whether to go on."""
         if not self._training:
             return
@@ -74,9 +63,7 @@ class _EvaluationCallback(TrainerCallback):
                 _warn(state, f"Stopping at step {state.global_step}: {reason or _ELSEWHERE}.")
             control.should_training_stop = True
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse to train on without the metric that the decision needs."""
         if self._lacking is not None:
             found = sorted({key for entry in state.log_history for key in entry if key.startswith("eval_")})
@@ -86,9 +73,7 @@ class _EvaluationCallback(TrainerCallback):
                 "accuracy; ImmunizationTrainer with harmful_eval_dataset for RIR)."
             )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave the evaluations that follow the training alone."""
         self._training = False
 
@@ -165,9 +150,7 @@ class BenignUtilityCallback(_EvaluationCallback):
         step, drop = list(drops.items())[-1]
         return f"{self.metric} fell {drop:.3g} points by step {step}, more than the {self.max_drop_points:g} allowed"
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check the settings; stop a resumed run that was already beyond the limit."""
         if self.action == "restore":
             check_restorable(args, state)
@@ -180,17 +163,13 @@ class BenignUtilityCallback(_EvaluationCallback):
             )
         super().on_train_begin(args, state, control, **kwargs)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Decide whether to go on; weights that will be given up are not saved."""
         super().on_evaluate(args, state, control, **kwargs)
         if self._training and self.action == "restore" and any_process(self._reason(state) is not None, args.device):
             control.should_save = False
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Go back, where that was asked for and the last evaluation was beyond the limit."""
         super().on_train_end(args, state, control, **kwargs)
         reason = self._reason(state)
@@ -209,7 +188,7 @@ class BenignUtilityCallback(_EvaluationCallback):
                 "evaluate more often, lower the learning rate or the harmful weight, or use action='stop'."
             )
         folder = f"{args.output_dir}/checkpoint-{step}"
-        load_into(kwargs["model"], folder)
+        load_weights(kwargs["model"], folder)
         state.best_model_checkpoint, state.best_global_step = folder, step
         state.best_metric = by_step(state.log_history, rank_by).get(step) if rank_by else state.best_metric
         state.log_history.append({"returned_to_step": step, "step": state.global_step})
@@ -291,9 +270,7 @@ class TargetRIRCallback(_EvaluationCallback):
         value = by_step(state.log_history, self.metric)[last[-1]]
         return f"log10 RIR was {value:.3f} at step {last[-1]}, at or above the target of {math.log10(self.target):.3f}"
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check the settings; stop a resumed run that had already reached the target."""
         if args.load_best_model_at_end and "rir" not in (args.metric_for_best_model or ""):
             _warn(
@@ -302,6 +279,31 @@ class TargetRIRCallback(_EvaluationCallback):
                 "be those that reached the target. Set metric_for_best_model='log10_rir'.",
             )
         super().on_train_begin(args, state, control, **kwargs)
+
+
+def benign_drops(
+    history: History, metric: str = "eval_accuracy", baseline: float | None = None, percent: bool = False
+) -> dict[int, float]:
+    """How many points benign accuracy lies below its starting value, by step; infinite where it is NaN."""
+    values = by_step(history, metric)
+    top = 100.0 if percent else 1.0
+    for value in values.values():
+        if value < 0 or value > top:
+            raise ArgumentError(
+                f"Expected {metric} between 0 and {top:g}, found {value:g}. "
+                + ("Leave percent= out if it is a fraction." if percent else "Pass percent=True if it is in percent.")
+            )
+    start = next(iter(values.values()), math.nan) if baseline is None else baseline
+    # The last digits of a difference of fractions are rounding: 0.90 - 0.88 is no more than two points.
+    drops = {step: round((start - value) * 100.0 / top, 9) for step, value in values.items()}
+    return {step: math.inf if math.isnan(drop) else drop for step, drop in drops.items()}
+
+
+def rir_successes(history: History, target: float, metric: str = "eval_log10_rir") -> dict[int, bool]:
+    """Whether RIR is known to have reached a target, by step: below an upper bound, the true one may lie under it."""
+    uppers = by_step(history, metric.removesuffix("log10_rir") + "rir_is_upper_bound")
+    found = by_step(history, metric)
+    return {step: value >= math.log10(target) and not uppers.get(step) for step, value in found.items()}
 
 
 def _check_limit(max_drop_points: float, baseline: float | None, percent: bool) -> None:

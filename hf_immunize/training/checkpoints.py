@@ -1,4 +1,4 @@
-"""Going back to an earlier checkpoint while the model is in memory."""
+"""Checkpoints: written whole or passed over, resumed from, and gone back to."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CheckpointError, HubError, NonFiniteError
+from hf_immunize.features.extract import Measurement, load_measurements, save_measurements
 from hf_immunize.files import (
     UNFINISHED,
     WRITE_ERRORS,
@@ -32,92 +32,15 @@ from hf_immunize.files import (
     write_whole,
 )
 from hf_immunize.hub.weights import INDEX, WEIGHT_PATTERNS
+from hf_immunize.training.distributed import sharded_weights, world_size
+from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.bare import HEAD_FILES
 from hf_immunize.vision.loading import ADAPTER_FILES, plain_names
 
 
 logger = logging.get_logger(__name__)
 
-
 History = Sequence[Mapping[str, Any]]
-
-
-def by_step(history: History, metric: str) -> dict[int, float]:
-    """Values of a metric, one a step; of several at one step (a resumed run may repeat one), the last.
-
-    Args:
-        history: ``trainer.state.log_history``.
-        metric: A key of its entries.
-
-    Returns:
-        Step to value, in the order of the steps' first appearance.
-
-    Example:
-        >>> by_step([{"step": 0, "eval_accuracy": 0.9}, {"step": 5, "loss": 1.0}], "eval_accuracy")
-        {0: 0.9}
-    """
-    return {entry["step"]: float(entry[metric]) for entry in history if metric in entry and "step" in entry}
-
-
-def benign_drops(
-    history: History, metric: str = "eval_accuracy", baseline: float | None = None, percent: bool = False
-) -> dict[int, float]:
-    """How many points benign accuracy lies below its starting value, at every evaluation.
-
-    Args:
-        history: ``trainer.state.log_history``.
-        metric: The accuracy, as the history calls it.
-        baseline: The starting value; by default the first one in the history.
-        percent: Whether the accuracy is logged between 0 and 100, not between 0 and 1.
-
-    Returns:
-        Step to points (negative where it rose, infinite where it is NaN).
-
-    Raises:
-        ArgumentError: If a value lies outside of the range that `percent` says.
-
-    Example:
-        >>> history = [{"step": 0, "eval_accuracy": 0.75}, {"step": 5, "eval_accuracy": 0.625}]
-        >>> benign_drops(history)
-        {0: 0.0, 5: 12.5}
-    """
-    values = by_step(history, metric)
-    top = 100.0 if percent else 1.0
-    for value in values.values():
-        if value < 0 or value > top:
-            raise ArgumentError(
-                f"Expected {metric} between 0 and {top:g}, found {value:g}. "
-                + ("Leave percent= out if it is a fraction." if percent else "Pass percent=True if it is in percent.")
-            )
-    start = next(iter(values.values()), math.nan) if baseline is None else baseline
-    # The last digits of a difference of fractions are rounding: 0.90 - 0.88 is no more than two points.
-    drops = {step: round((start - value) * 100.0 / top, 9) for step, value in values.items()}
-    return {step: math.inf if math.isnan(drop) else drop for step, drop in drops.items()}
-
-
-def rir_successes(history: History, target: float, metric: str = "eval_log10_rir") -> dict[int, bool]:
-    """Whether RIR is known to have reached a target, at every evaluation.
-
-    A lower bound at or above the target counts. An upper bound does not, nor does an undetermined RIR: the true one
-    may be below.
-
-    Args:
-        history: ``trainer.state.log_history``.
-        target: The RIR to reach, dimensionless.
-        metric: The decimal logarithm of RIR, as the history calls it; ``…rir_is_upper_bound`` beside it is heeded.
-
-    Returns:
-        Step to whether it is reached.
-
-    Example:
-        >>> rir_successes([{"step": 5, "eval_log10_rir": 3.1, "eval_rir_is_upper_bound": 0.0}], target=1000.0)
-        {5: True}
-    """
-    bound = metric.removesuffix("log10_rir") + "rir_is_upper_bound"
-    uppers = by_step(history, bound)
-    found = by_step(history, metric)
-    return {step: value >= math.log10(target) and not uppers.get(step) for step, value in found.items()}
-
 
 STATE = "trainer_state.json"
 # Names the other files of a checkpoint, with their sizes and checksums.
@@ -125,19 +48,16 @@ MANIFEST = "checkpoint_files.json"
 # Made anew for the Hub, or read by nobody.
 _NOT_READ = ("README.md", "immunization.json", "training_args.bin")
 _NUMBERS = (".safetensors", ".pt", ".pth", ".bin", ".distcp")
+_STEP_FILE = "immunization_step.safetensors"
+_REFERENCES_FILE = "immunization_state.safetensors"
+
+
+# ---- writing ----
 
 
 def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
-    """Refuse to save weights that are lost, so that the last checkpoint is sound.
-
-    A loss term that is not finite is seen in the step after the weights were lost, or on a GPU when it is logged.
-
-    Args:
-        weights: Name to weight, of those that moved.
-
-    Raises:
-        NonFiniteError: If a weight is NaN or infinite; the first is named.
-    """
+    """Refuse to save weights that are not finite, so that the last checkpoint is sound."""
+    # A loss term that is not finite is seen in the step after the weights were lost, or on a GPU when it is logged.
     for name, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError(
@@ -147,19 +67,11 @@ def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def whole_or_passed_over(checkpoint: str | os.PathLike[str], state: TrainerState, writes: bool) -> Iterator[None]:
+def atomic_checkpoint(checkpoint: str | os.PathLike[str], state: TrainerState, writes: bool) -> Iterator[None]:
     """Write a checkpoint within, which `last_whole_checkpoint` passes over unless all of it was written.
 
     The Trainer writes its state after all other files and before it removes older checkpoints. At that moment the
     others are flushed to the disk and listed with their checksums, and only then the state appears.
-
-    Args:
-        checkpoint: Its folder.
-        state: The Trainer's.
-        writes: Whether this process writes it.
-
-    Raises:
-        CheckpointError: If writing fails.
     """
     try:
         if writes:
@@ -171,7 +83,6 @@ def whole_or_passed_over(checkpoint: str | os.PathLike[str], state: TrainerState
     except HubError:  # an OSError too, but of a push: the checkpoint itself is written
         raise
     except WRITE_ERRORS as error:
-        # What a staged file of the checkpoint says of itself, it need not say twice.
         reason = error.__cause__ or error if isinstance(error, CheckpointError) else error
         raise CheckpointError(
             f"Expected to write {checkpoint}, found: {reason}. Earlier checkpoints are untouched: make room and "
@@ -179,139 +90,6 @@ def whole_or_passed_over(checkpoint: str | os.PathLike[str], state: TrainerState
         ) from error
     finally:
         vars(state).pop("save_to_json", None)
-
-
-def load_weights(model: PreTrainedModel, folder: str) -> None:
-    """Load saved weights into a model, under whatever names they were saved.
-
-    Many families (ViT among them) are saved under the names of older versions. The Trainer, as of transformers 5.23,
-    looks for the present names, and of the others says no more than a warning: a resumed ViT went on from its starting
-    blocks. ``from_pretrained`` knows both.
-
-    Args:
-        model: Model to load into.
-        folder: Where ``save_pretrained`` put the weights.
-
-    Raises:
-        CheckpointError: If a weight is missing there or has another shape.
-    """
-    try:
-        saved, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
-        if info["missing_keys"]:
-            raise ValueError(f"no {', '.join(sorted(info['missing_keys'])[:3])}")
-        names = plain_names(model)
-        state = saved.state_dict()
-        model.load_state_dict({name: state[names.get(name, name)] for name in model.state_dict()})
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"Expected the weights of this {type(model).__name__} in {folder}, found: {error}. Resume from another "
-            "checkpoint, or with the model that was trained."
-        ) from error
-
-
-def remove_other_forms(target: str | os.PathLike[str], staging: str | os.PathLike[str]) -> None:
-    """Remove from a folder what an earlier save of another form left, which would make something else of the new one.
-
-    Args:
-        target: The folder.
-        staging: What is about to be moved there.
-    """
-    for name in ("config.json", WEIGHT_PATTERNS[0], INDEX, *ADAPTER_FILES, *HEAD_FILES):
-        if not (Path(staging) / name).is_file():
-            (Path(target) / name).unlink(missing_ok=True)
-
-
-def last_whole_checkpoint(output_dir: str) -> tuple[str | None, dict[str, str]]:
-    """The last checkpoint of a run that is as it was written (see `flaw`).
-
-    Args:
-        output_dir: The run's folder.
-
-    Returns:
-        Its path, or None; and the paths of later ones, with what is wrong with each.
-    """
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    broken: dict[str, str] = {}
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        wrong = flaw(path)
-        if wrong is None:
-            return str(path), broken
-        broken[str(path)] = wrong
-    return None, broken
-
-
-def checkpoint_to_resume(output_dir: str) -> str:
-    """The last whole checkpoint of a run; says which later ones are passed over, and why.
-
-    Args:
-        output_dir: The run's folder.
-
-    Returns:
-        Its path.
-
-    Raises:
-        CheckpointError: If there is none.
-    """
-    path, broken = last_whole_checkpoint(output_dir)
-    for other, wrong in broken.items():
-        logger.warning(f"Passing over {other}: {wrong}.")
-    if path is None:
-        raise CheckpointError(
-            f"Expected a whole checkpoint in {output_dir}, found none. Start without resume_from_checkpoint."
-        )
-    return path
-
-
-def check_whole(checkpoint: str) -> None:
-    """Refuse a checkpoint to resume from that is not as it was written.
-
-    Args:
-        checkpoint: Its folder.
-
-    Raises:
-        CheckpointError: With the file that is missing or has changed.
-    """
-    if not os.path.isdir(checkpoint):
-        found = f"none at {checkpoint}"
-    elif wrong := flaw(checkpoint):
-        found = f"{checkpoint}, in which {wrong}"
-    else:
-        return
-    raise CheckpointError(
-        f"Expected the folder of a checkpoint as it was written, found {found}. Give True for the last whole one "
-        "in output_dir, or check the spelling."
-    )
-
-
-def flaw(checkpoint: str | os.PathLike[str]) -> str | None:
-    """What tells that a checkpoint is not as it was written.
-
-    Each file has to have the size and the checksum of the list beside it; what people add or change for the Hub (the
-    card, the record) does not count. Where an older version or a plain Trainer left no list, the files have to be
-    there and not empty.
-
-    Args:
-        checkpoint: Its folder.
-
-    Returns:
-        A phrase that names a file; None if nothing is wrong.
-    """
-    folder = Path(checkpoint)
-    name = STATE
-    try:
-        TrainerState.load_from_json(str(folder / STATE))
-        if not (folder / MANIFEST).is_file():
-            return _flaw_without_list(folder)
-        name = MANIFEST
-        listed = checked((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, (size, digest) in listed.items():
-            if (folder / name).stat().st_size != size or file_sha256(folder / name) != digest:
-                return f"{name} is not what was written"
-    except FileNotFoundError:
-        return f"{name} is missing"
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        return f"{name} cannot be read ({type(error).__name__})"
-    return None
 
 
 def _seal(path: Path, state: TrainerState) -> None:
@@ -333,19 +111,96 @@ def _resumed_from(folder: Path) -> list[Path]:
     return [path for path in found if not any(part.startswith(UNFINISHED) for part in path.relative_to(folder).parts)]
 
 
+def remove_other_forms(target: str | os.PathLike[str], staging: str | os.PathLike[str]) -> None:
+    """Remove from a folder what an earlier save of another form left, which would change what the new one loads as."""
+    for name in ("config.json", WEIGHT_PATTERNS[0], INDEX, *ADAPTER_FILES, *HEAD_FILES):
+        if not (Path(staging) / name).is_file():
+            (Path(target) / name).unlink(missing_ok=True)
+
+
+def save_step(step: ImmunizationStep, path: str | os.PathLike[str], about: dict[str, Any] | None = None) -> None:
+    """Write what a resumed run needs of a step, the settings it was made with, and plain values about the run."""
+    metadata = {**(about or {}), "method": asdict(step.method), "moving": step.moving}
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in step.state_dict().items()}
+    save_file(tensors, path, {name: json.dumps(value) for name, value in metadata.items()})
+
+
+def save_run_state(folder: str, step: ImmunizationStep, references: dict[str, Measurement], batch: int) -> None:
+    """Write the step and the measurements through the starting weights; `batch` is one process's benign images."""
+    save_step(step, os.path.join(folder, _STEP_FILE), {"batch": [batch, world_size()]})
+    if references:
+        save_measurements(os.path.join(folder, _REFERENCES_FILE), references)
+
+
+# ---- finding one that is whole ----
+
+
+def checkpoint_to_resume(given: str | Literal[True], output_dir: str) -> str:
+    """The given checkpoint, or the last whole one of a run; refuses one that is not as it was written."""
+    if given is not True:
+        wrong = flaw(given) if os.path.isdir(given) else "nothing is"
+        if wrong:
+            raise CheckpointError(
+                f"Expected the folder of a checkpoint as it was written, found {given}, where {wrong}. Give True for "
+                "the last whole one in output_dir, or check the spelling."
+            )
+        return given
+    path, broken = last_whole_checkpoint(output_dir)
+    for other, wrong in broken.items():
+        logger.warning(f"Passing over {other}: {wrong}.")
+    if path is None:
+        raise CheckpointError(
+            f"Expected a whole checkpoint in {output_dir}, found none. Start without resume_from_checkpoint."
+        )
+    return path
+
+
+def last_whole_checkpoint(output_dir: str) -> tuple[str | None, dict[str, str]]:
+    """The last checkpoint of a run without a `flaw`; and the paths of later ones, with the flaw of each."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    broken: dict[str, str] = {}
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        wrong = flaw(path)
+        if wrong is None:
+            return str(path), broken
+        broken[str(path)] = wrong
+    return None, broken
+
+
+def flaw(checkpoint: str | os.PathLike[str]) -> str | None:
+    """What tells that a checkpoint is not as it was written, as a phrase that names a file; None if nothing does.
+
+    What people add or change for the Hub (the card, the record) does not count.
+    """
+    folder = Path(checkpoint)
+    name = STATE
+    try:
+        TrainerState.load_from_json(str(folder / STATE))
+        if not (folder / MANIFEST).is_file():
+            return _flaw_without_list(folder)
+        name = MANIFEST
+        listed = checked((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, (size, digest) in listed.items():
+            if (folder / name).stat().st_size != size or file_sha256(folder / name) != digest:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return f"{name} cannot be read ({type(error).__name__})"
+    return None
+
+
 def _flaw_without_list(folder: Path) -> str | None:
-    """As `flaw`, by names and sizes alone."""
-    files = _resumed_from(folder)
-    names = [path.relative_to(folder).as_posix() for path in files]
-    for path, name in zip(files, names, strict=True):
+    """As `flaw`, by names and sizes: an older version and a plain Trainer leave no list."""
+    files = {path.relative_to(folder).as_posix(): path for path in _resumed_from(folder)}
+    for name, path in files.items():
         if not path.stat().st_size and path.suffix in _NUMBERS:
             return f"{name} is empty"
 
     def found(pattern: str) -> bool:
-        return any(re.match(pattern, name) for name in names)
+        return any(re.match(pattern, name) for name in files)
 
-    # Of DeepSpeed, which may keep all in a folder of its own; and a sharded model of FSDP.
-    if found("global_step"):
+    if found("global_step"):  # of DeepSpeed, which may keep everything in a folder of its own
         return None
     if not found(r"(.*/)?(model|adapter_model|pytorch_model)"):
         return "the weights are missing"
@@ -356,40 +211,118 @@ def _flaw_without_list(folder: Path) -> str | None:
     return None
 
 
-def save_tensors(
-    tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
-) -> None:
-    """Write named tensors as safetensors, from any device and with any sharing of memory.
+# ---- loading ----
 
-    Args:
-        tensors: Name to tensor.
-        path: File to write.
-        metadata: Text that goes into the file's header.
+
+def load_weights(model: nn.Module, folder: str) -> None:
+    """Load saved weights into a model of transformers, of peft, or any other, under whatever names they were saved."""
+    try:
+        if isinstance(model, PreTrainedModel):
+            _load_pretrained(model, folder)
+        elif hasattr(model, "load_adapter"):  # of peft models, the adapters alone are saved
+            load_adapter: Any = model.load_adapter
+            load_adapter(folder, model.active_adapter, is_trainable=True)
+        else:
+            load_model(model, Path(folder) / "model.safetensors", strict=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Expected the weights of this {type(model).__name__} in {folder}, found: {error}. Load another "
+            "checkpoint, or into the model that was trained."
+        ) from error
+
+
+def _load_pretrained(model: PreTrainedModel, folder: str) -> None:
+    # Many families (ViT among them) are saved under the names of older versions, which `from_pretrained` knows. The
+    # Trainer, as of transformers 5.23, does not: a resumed ViT went on from its starting blocks, with a warning.
+    saved, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"no {', '.join(sorted(info['missing_keys'])[:3])}")
+    names = plain_names(model)
+    state = saved.state_dict()
+    model.load_state_dict({name: state[names.get(name, name)] for name in model.state_dict()})
+
+
+def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Go on from what `save_step` wrote; returns what it wrote about the run.
+
+    Settings that have changed since are used as they are now, and named in a warning. Without a file, a step that
+    needs no starting weights begins anew.
     """
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    folder, name = os.path.split(path)
+    if not os.path.isfile(path):
+        if step.start is not None:
+            raise CheckpointError(
+                f"Expected {name} in {folder}, found none: the starting model, to which the benign side is held, is "
+                "lost. Resume from a checkpoint that this Trainer wrote without save_only_model, or start anew."
+            )
+        logger.warning(f"{folder} has no {name}: running means, multiplier and queue of the weights start anew.")
+        return {}
+    try:
+        state = load_file(path)
+        with safe_open(path, "pt") as file:
+            about = {key: json.loads(text) for key, text in (file.metadata() or {}).items() if key != "format"}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Expected the state of the immunization in {path}, found: {error}. Resume from another checkpoint."
+        ) from error
+    saved = about.get("moving", step.moving)
+    if saved != step.moving:
+        raise ArgumentError(
+            f"Expected the {len(saved)} parameters that were trainable when {folder} was written, from {saved[0]} on, "
+            f"found {len(step.moving)}, from {step.moving[0]} on. Resume with its trainable= and its model."
+        )
+    step.load_state_dict(state)
+    now, then = asdict(step.method), about.get("method", {})
+    changed = [f"{key}={now[key]} (was {then[key]})" for key in now if key in then and then[key] != now[key]]
+    if changed:
+        logger.warning(f"Resuming {folder} with other settings than it was written with: {', '.join(changed)}.")
+    return about
+
+
+def load_run_state(folder: str, step: ImmunizationStep, batch: int) -> dict[str, Measurement]:
+    """Go on from what `save_run_state` wrote, on however many processes; returns the measurements."""
+    before = load_step(step, os.path.join(folder, _STEP_FILE)).get("batch")
+    if before is not None:
+        old_batch, old_processes = before
+        _warn_of_other_batches(int(old_batch), int(old_processes), batch, world_size())
+    path = os.path.join(folder, _REFERENCES_FILE)
+    return load_measurements(path) if os.path.isfile(path) else {}
+
+
+def _warn_of_other_batches(old_batch: int, old_processes: int, batch: int, processes: int) -> None:
+    old, new = old_batch * old_processes, batch * processes
+    if old != new:
+        same = f"With per_device_train_batch_size={old // processes} it goes on as it was."
+        other = f"On a number of processes that divides {old} it can go on as it was."
+        logger.warning(
+            f"The run was interrupted at batches of {old} benign images ({old_batch} on each of {old_processes} "
+            f"processes) and goes on at {new} ({batch} on each of {processes}): κ is of batches of another size, and "
+            f"the place in the epoch is counted in the new ones. {other if old % processes else same}"
+        )
+    elif old_processes != processes:
+        logger.warning(
+            f"The run was interrupted on {old_processes} processes and goes on on {processes}, at the same batches: "
+            "random numbers within the model (dropout) and the images of the budget's hold-out are drawn otherwise."
+        )
+
+
+# ---- going back to an earlier one ----
+
+
+def by_step(history: History, metric: str) -> dict[int, float]:
+    """Values of a metric, one per step; of several at one step (a resumed run may repeat one), the last."""
+    return {entry["step"]: float(entry[metric]) for entry in history if metric in entry and "step" in entry}
 
 
 def check_restorable(args: TrainingArguments, state: TrainerState) -> None:
-    """Make sure, before training, that there will be checkpoints to go back to.
-
-    Args:
-        args: The Trainer's.
-        state: The Trainer's, as training begins.
-
-    Raises:
-        ArgumentError: If there will be none, or none that can be loaded into the model in memory.
-    """
+    """Make sure, before training, that there will be checkpoints that can be loaded into the model in memory."""
     wrong = None
     if args.save_strategy == "no":
         wrong = "checkpoints to go back to", "save_strategy='no'", "Save as often as you evaluate"
     elif args.save_strategy == "best" and args.save_total_limit == 1:
         wrong = "room for two checkpoints", "save_strategy='best' with save_total_limit=1", "Raise save_total_limit"
     elif state.is_hyper_param_search:
-        wrong = (
-            "a single run",
-            "a search for hyperparameters, whose runs have folders of their own",
-            "Train once with what it found",
-        )
+        wrong = "a single run", "a search for hyperparameters, with a folder per trial", "Train once with its result"
     elif sharded_weights():
         wrong = "whole weights in each process", "weights sharded by FSDP or DeepSpeed", "Load the checkpoint yourself"
     if wrong:
@@ -402,57 +335,10 @@ def check_restorable(args: TrainingArguments, state: TrainerState) -> None:
         )
 
 
-def sharded_weights() -> bool:
-    """Whether processes hold parts of the weights, so that none can run or load the model by itself."""
-    # Without an accelerator, of a Trainer or another, there is nothing to be sharded.
-    if not AcceleratorState._shared_state:
-        return False
-    return AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
-def load_into(model: nn.Module, folder: str) -> None:
-    """Load a checkpoint's weights into the model in memory: of transformers, of peft, or any other module.
-
-    Args:
-        model: The model, not wrapped for several processes.
-        folder: The checkpoint, as the Trainer saved it.
-
-    Raises:
-        CheckpointError: If the weights are not there or do not fit.
-    """
-    if isinstance(model, PreTrainedModel):
-        load_weights(model, folder)
-        return
-    # Of peft models, the adapters alone are saved.
-    load_adapter: Any = getattr(model, "load_adapter", None)
-    try:
-        if load_adapter is not None:
-            load_adapter(folder, model.active_adapter, is_trainable=True)
-        else:
-            load_model(model, Path(folder) / "model.safetensors", strict=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"Expected the weights of this {type(model).__name__} in {folder}, found: {error}. The model in memory is "
-            "as training left it; load the checkpoint by hand."
-        ) from error
-
-
 def best_checkpoint(
     output_dir: str, history: History, metric: str, steps: Iterable[int], rank_by: str | None, greater_is_better: bool
 ) -> int | None:
-    """The best saved checkpoint out of some steps.
-
-    Args:
-        output_dir: The run's folder.
-        history: ``trainer.state.log_history``.
-        metric: The metric by whose evaluation at that very step a checkpoint was found good.
-        steps: Those steps.
-        rank_by: The metric that says which is best; without one it is the latest.
-        greater_is_better: Of that metric.
-
-    Returns:
-        The step of the best whole checkpoint of this run, None if there is none.
-    """
+    """The step, of those given, with the best whole checkpoint by `rank_by`; without it the last."""
     found = [step for step in sorted(steps) if _is_of_this_run(Path(output_dir), step, history, metric)]
     if not found:
         return None
@@ -464,15 +350,13 @@ def best_checkpoint(
 
 def _is_of_this_run(output_dir: Path, step: int, history: History, metric: str) -> bool:
     """Whether a checkpoint is whole and its log holds this run's evaluation of that step, not an earlier run's."""
-    try:
-        theirs = TrainerState.load_from_json(str(output_dir / f"checkpoint-{step}" / STATE)).log_history
-    except (OSError, ValueError, TypeError):
+    folder = output_dir / f"checkpoint-{step}"
+    if flaw(folder) is not None:
         return False
+
     # As text, in which NaN equals itself; it holds the evaluation's run time, which no other run repeats.
-    of_step = {_text(entry) for entry in history if entry.get("step") == step and metric in entry}
-    of_this_run = any(_text(entry) in of_step for entry in theirs if entry.get("step") == step and metric in entry)
-    return of_this_run and flaw(output_dir / f"checkpoint-{step}") is None
+    def evaluations(log: History) -> set[str]:
+        found = (entry for entry in log if entry.get("step") == step and metric in entry)
+        return {json.dumps(entry, sort_keys=True, default=str) for entry in found}
 
-
-def _text(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry, sort_keys=True, default=str)
+    return bool(evaluations(history) & evaluations(TrainerState.load_from_json(str(folder / STATE)).log_history))

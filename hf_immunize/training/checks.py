@@ -18,8 +18,7 @@ from hf_immunize.data.streams import StreamedRows, is_stream
 from hf_immunize.errors import ArgumentError, DataError, HeadError
 from hf_immunize.text import library_words
 from hf_immunize.training.arguments import ImmunizationArguments, Method
-from hf_immunize.training.checkpoints import sharded_weights
-from hf_immunize.training.distributed import world_size
+from hf_immunize.training.distributed import sharded_weights, world_size
 from hf_immunize.vision.bare import with_linear_head
 from hf_immunize.vision.head import to_full_precision, without_wrapper
 

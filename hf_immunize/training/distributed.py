@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -212,3 +214,11 @@ def first_process_step(step: int | None, device: torch.device) -> int | None:
     choice = torch.tensor(-1 if step is None else step, device=device)
     dist.broadcast(choice, src=0)
     return None if choice < 0 else int(choice)
+
+
+def sharded_weights() -> bool:
+    """Whether processes hold parts of the weights, so that none can run or load the model by itself."""
+    # Without an accelerator, of a Trainer or another, there is nothing to be sharded.
+    if not AcceleratorState._shared_state:
+        return False
+    return AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)

@@ -1,4 +1,4 @@
-"""Immunization beside someone else's Trainer: the regularizers as a callback."""
+"""Immunization added to someone else's Trainer: the regularizers as a callback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.images import ImageCollator, ImageRows
@@ -16,11 +16,10 @@ from hf_immunize.data.streams import StreamedRows, is_stream
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.files import staged_directory
 from hf_immunize.training.arguments import Method
-from hf_immunize.training.checkpoints import load_weights, sharded_weights
-from hf_immunize.training.distributed import world_size
+from hf_immunize.training.checkpoints import load_step, load_weights, save_step
+from hf_immunize.training.distributed import sharded_weights, world_size
 from hf_immunize.training.evaluation import RunningMeans
 from hf_immunize.training.record import BudgetWatch
-from hf_immunize.training.run_state import load_step, save_step
 from hf_immunize.training.step import ImmunizationStep
 
 
@@ -109,9 +108,7 @@ class ImmunizationCallback(TrainerCallback):
 
     # ---- the Trainer's events ----
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Find the head, keep the starting weights, make the data ready; on resuming, take up where it was left."""
         if args.deepspeed or getattr(args, "fsdp", None) or sharded_weights():
             raise ArgumentError(
@@ -122,21 +119,18 @@ class ImmunizationCallback(TrainerCallback):
         self._step = ImmunizationStep(kwargs["model"], self.method, head_module=self.head_module)
         self._prepare_data(args, kwargs.get("train_dataloader"))
         if state.global_step > 0:
-            path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", _STEP_FILE)
-            if not os.path.isfile(path):
+            folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+            if not os.path.isfile(os.path.join(folder, _STEP_FILE)):
                 raise CheckpointError(
-                    f"Expected {_STEP_FILE} in checkpoint-{state.global_step} of {args.output_dir}, found none: the "
-                    "starting weights and the state of the immunization are lost. Resume from a checkpoint that was "
-                    "written with this callback, in its place, or start anew."
+                    f"Expected {_STEP_FILE} in {folder}, found none: the starting weights and the state of the "
+                    "immunization are lost. Resume from a checkpoint written with this callback, or start anew."
                 )
-            load_step(self._step, path)
+            load_step(self._step, os.path.join(folder, _STEP_FILE))
             # As of transformers 5.23 a plain Trainer leaves whole blocks of a ViT at the values they had before.
             if isinstance(kwargs["model"], PreTrainedModel):
-                load_weights(kwargs["model"], os.path.dirname(path))
+                load_weights(kwargs["model"], folder)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the gradient of this step, before the Trainer's own backward passes."""
         assert self._step is not None  # training has begun
         model: nn.Module = kwargs["model"]
@@ -152,15 +146,8 @@ class ImmunizationCallback(TrainerCallback):
         loss.backward()
         self._means.update(result.logged, state.global_step + 1, result.finite)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Put the means of all terms beside the Trainer's loss."""
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        """Log the means of all terms with the Trainer's loss."""
         if logs is not None and "loss" in logs:
             means = self._means.take(state.global_step)
             if self._step is not None:
@@ -169,7 +156,7 @@ class ImmunizationCallback(TrainerCallback):
             # The Trainer has put its own copy there before it calls the callbacks.
             state.log_history[-1].update(means)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write what a resumed run needs into the checkpoint."""
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         if self._step is not None and state.is_world_process_zero and os.path.isdir(folder):
@@ -178,7 +165,7 @@ class ImmunizationCallback(TrainerCallback):
 
     # ---- data ----
 
-    def _prepare_data(self, args: TrainingArguments, train_dataloader: Any) -> None:
+    def _prepare_data(self, args: Any, train_dataloader: Any) -> None:
         benign, harmful, distillation = self._datasets
         batch = self.batch_size or args.per_device_train_batch_size
         if batch < 2:
@@ -239,10 +226,8 @@ class ImmunizationCallback(TrainerCallback):
             self._draws, self._epoch = list(self._sampler), epoch
         items = [self._data[draw] for draw in self._draws[within * size : (within + 1) * size]]
         batch = {"benign": self._collate_benign([item["benign"] for item in items])}
-        for side in ("harmful", "distillation"):
-            rows = [row for item in items for row in item[side]]
-            if rows:
-                batch[side] = self._collator(rows)
+        sides = {side: [row for item in items for row in item[side]] for side in ("harmful", "distillation")}
+        batch |= {side: self._collator(rows) for side, rows in sides.items() if rows}
         check_one_shape(batch)
         return batch
 

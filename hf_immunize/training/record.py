@@ -1,4 +1,4 @@
-"""What a Trainer tells the world of its model: the card, the push, and the pushes during training."""
+"""What a Trainer publishes of its model: budget, record, card, the push, and pushes during training."""
 
 from __future__ import annotations
 
@@ -60,15 +60,11 @@ from hf_immunize.vision.head import without_wrapper
 logger = logging.get_logger(__name__)
 
 
+# ---- the budget ----
+
+
 def describe_budget(step: ImmunizationStep) -> BudgetRecord | None:
-    """The state of a run's budget.
-
-    Args:
-        step: What the run computes in a step.
-
-    Returns:
-        Its part of the record; None where there is no budget, or no step was taken.
-    """
+    """The state of a run's budget."""
     spent, limit = step.weighting.spent(), step.method.benign_budget
     if spent is None or limit is None or step.calls == 0:
         return None
@@ -76,21 +72,13 @@ def describe_budget(step: ImmunizationStep) -> BudgetRecord | None:
 
 
 class BudgetWatch:
-    """Say in the log when a run begins to exceed its budget, and when it is back within; not in every step."""
+    """Logs when a run begins to exceed its budget and when it is back within, not in every step."""
 
     def __init__(self) -> None:
         self._exceeded = False
 
     def look(self, step: ImmunizationStep, steps: int) -> dict[str, float]:
-        """Look at the budget where a log is written.
-
-        Args:
-            step: What the run computes in a step.
-            steps: Optimizer steps so far.
-
-        Returns:
-            What to log: ``budget_spent``, the part of the budget that is spent; nothing without a budget.
-        """
+        """What to log: ``budget_spent``, the part of the budget that is spent; nothing without a budget."""
         state = describe_budget(step)
         if state is None:
             return {}
@@ -100,13 +88,12 @@ class BudgetWatch:
         return {"budget_spent": state.spent / state.limit}
 
 
-# Settings of the method that have fields of their own in the record.
-_NAMED = ("objective", "benign_weight", "harmful_weight")
+# ---- what is known of the weights ----
 
 
 @dataclass(frozen=True)
 class _Evaluated:
-    weights: str
+    weights: str  # their fingerprint
     step: int
     prefix: str
     metrics: dict[str, float]
@@ -117,24 +104,15 @@ class _Evaluated:
 
 @dataclass
 class Evidence:
-    """What is known about a model in training, for its record.
+    """What is known about a model in training, for its record."""
 
-    Attributes:
-        base_model: What it started from, where the model's config does not say it.
-        benign, harmful: Names, revisions and splits of the data, where the data sets do not say them; what is None is
-            taken from the data sets.
-        license: Licence of the weights.
-        before: Metrics of the starting weights, where they were not evaluated by this Trainer.
-        figures: Names of figures in the output folder.
-        remarks: Plain sentences that the figures need to be understood.
-    """
-
-    base_model: BaseModelRecord | None = None
+    base_model: BaseModelRecord | None = None  # where the model's config does not say it
+    # Names, revisions and splits of the data, where the data sets do not say them.
     benign: DataRecord | None = None
     harmful: DataRecord | None = None
     license: str | None = None
-    before: dict[str, float | None] | None = None
-    figures: list[str] = field(default_factory=list)
+    before: dict[str, float | None] | None = None  # metrics of the starting weights
+    figures: list[str] = field(default_factory=list)  # names of files in the output folder
     remarks: list[str] = field(default_factory=list)
     _latest: _Evaluated | None = None
     _adopted: tuple[str, ImmunizationRecord] | None = None
@@ -157,18 +135,7 @@ class Evidence:
         references: dict[str, Measurement],
         budget: BudgetRecord | None = None,
     ) -> None:
-        """Keep what an evaluation of the constructor's data found.
-
-        Args:
-            model: The weights it was made of.
-            prefix: Of its metrics; of several benign sets, the first one counts.
-            step: Optimizer steps so far.
-            metrics: With the prefix.
-            benign: Features of the benign set.
-            harmful: Of the harmful set.
-            references: Features through the starting weights, by prefix and "harmful".
-            budget: What became of the benign budget so far.
-        """
+        """Keep what an evaluation of the constructor's data found; of several benign sets, the first one counts."""
         weights = weights_fingerprint(model)
         step, budget = self._seen.setdefault(weights, (step, budget))
         last = self._latest
@@ -182,12 +149,7 @@ class Evidence:
         self._latest = _Evaluated(weights, step, prefix, dict(metrics), *sides, budget)
 
     def know_before(self, metrics: dict[str, float], benign: Measurement) -> None:
-        """Keep what the starting weights were found to do.
-
-        Args:
-            metrics: With the prefix "eval".
-            benign: Features of the benign set through them.
-        """
+        """Keep what the starting weights were found to do."""
         self.before, self._before_of = dict(metrics), (benign.factor.num_samples, benign.checksum)
 
     @property
@@ -208,22 +170,11 @@ class Evidence:
         )
 
     def attach(self, model: nn.Module, *, groups: RatioRecord | None = None, audit: AuditRecord | None = None) -> None:
-        """Keep what was measured outside the Trainer, for these weights only.
-
-        Args:
-            model: The weights it was made of.
-            groups: RIR over groups of images.
-            audit: What an audit found.
-        """
+        """Keep what was measured outside the Trainer, for these weights only."""
         self._attached = weights_fingerprint(model), groups, audit
 
     def adopt(self, model: nn.Module, folder: str | None) -> None:
-        """Take over the record of a checkpoint whose weights were just loaded.
-
-        Args:
-            model: With those weights.
-            folder: The checkpoint's folder.
-        """
+        """Take over the record of a checkpoint whose weights were just loaded."""
         if folder is None or not (Path(folder) / RECORD_NAME).is_file():
             return
         try:
@@ -245,18 +196,17 @@ class Evidence:
         return self._adopted[1] if self._adopted is not None and self._adopted[0] == weights else None
 
 
+# ---- the record ----
+
+# Settings of the method that have fields of their own in the record.
+_NAMED = ("objective", "benign_weight", "harmful_weight")
+
+
 def make_record(trainer: Any) -> ImmunizationRecord | None:
-    """The record of the Trainer's weights, without their hashes.
-
-    Args:
-        trainer: An `ImmunizationTrainer`.
-
-    Returns:
-        The record; None where these weights were not evaluated.
-    """
+    """The record of the Trainer's weights, without their hashes; None where these weights were not evaluated."""
     evidence: Evidence = trainer.evidence
     if evidence._latest is None and evidence._adopted is None:
-        return None
+        return None  # without hashing the weights
     weights = weights_fingerprint(trainer.model)
     known = evidence.of(weights)
     if known is None:
@@ -278,16 +228,7 @@ def make_record(trainer: Any) -> ImmunizationRecord | None:
 
 
 def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> ImmunizationRecord:
-    """What can be said of the Trainer's model without a measurement: method, base model and data.
-
-    Args:
-        trainer: An `ImmunizationTrainer`.
-        prefix: Which of several benign sets is meant.
-        step: Optimizer steps; by default those taken so far.
-
-    Returns:
-        A record without figures.
-    """
+    """What can be said of the Trainer's model without a measurement: method, base model and data."""
     args, evidence = trainer.args, trainer.evidence
     settings = dataclasses.asdict(Method.of(args))
     train = trainer.train_dataset
@@ -321,13 +262,7 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
 
 
 def save_record(trainer: Any, staging: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Write the record beside weights that were just written, with their hashes; or take an outdated one away.
-
-    Args:
-        trainer: An `ImmunizationTrainer`.
-        staging: Where the weights lie now.
-        target: Where they will lie; a record there that is not of these weights is removed.
-    """
+    """Write the record next to weights that were just written, with their hashes; or remove an outdated one."""
     evidence, record = trainer.evidence, make_record(trainer)
     evidence._saved = None
     if record is not None:
@@ -345,11 +280,7 @@ def save_record(trainer: Any, staging: str | os.PathLike[str], target: str | os.
 
 
 def record_saved(trainer: Any) -> None:
-    """Write the record of weights that were saved first and evaluated now, if they still lie where they were saved.
-
-    Args:
-        trainer: An `ImmunizationTrainer`.
-    """
+    """Write the record of weights that were saved first and evaluated now, if they still lie where they were saved."""
     evidence: Evidence = trainer.evidence
     if evidence._saved is None:
         return
@@ -387,56 +318,34 @@ def _metric(before: dict[str, Any], after: dict[str, float], prefix: str) -> Met
 
 def _merged(given: DataRecord | None, found: DataRecord | None) -> DataRecord | None:
     if given is None or found is None:
-        return given if found is None else found
+        return given or found
     named = {item.name: getattr(given, item.name) for item in dataclasses.fields(given)}
-    kept = {name: value for name, value in named.items() if value is not None}
-    return dataclasses.replace(found, **kept)
+    return dataclasses.replace(found, **{name: value for name, value in named.items() if value is not None})
 
 
-# What a run resumes from, beside the model and the Trainer's state. All else in a checkpoint's folder stays:
-# training_args.bin, which holds local paths and the token, the list of files, which is of the state with its local
-# paths, what callbacks and people put there, unfinished folders.
-_RESUMED_FROM = re.compile(
-    r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|immunization_(state|step)\.safetensors"
-)
+def _record_in(folder: str | os.PathLike[str]) -> ImmunizationRecord | None:
+    return read_record(folder) if (Path(folder) / RECORD_NAME).is_file() else None
+
+
+# ---- the card and the push ----
 
 
 def create_model_card(
     trainer: Any,
     *,
-    language: Any = None,
-    license: str | None = None,
-    tags: Any = None,
-    model_name: str | None = None,
     finetuned_from: str | None = None,
-    dataset_tags: Any = None,
     dataset: Any = None,
+    dataset_tags: Any = None,
+    tags: Any = None,
+    **words: Any,
 ) -> None:
-    """Write the card into the output folder, from the record of the Trainer's weights.
-
-    Args:
-        trainer: An `ImmunizationTrainer`.
-        language: As the Trainer's.
-        license: Likewise.
-        tags: Likewise.
-        model_name: Likewise.
-        finetuned_from: Likewise.
-        dataset_tags: Ids of datasets on the Hub.
-        dataset: What to call the benign data.
-    """
+    """Write the card into the output folder, from the record of the Trainer's weights; arguments as the Trainer's."""
     record = make_record(trainer) or bare_record(trainer)
     if finetuned_from:
         record.base_model = describe_base_model(finetuned_from)
     if dataset and record.benign is not None:
         record.benign.name = ", ".join(public_name(name) for name in _listed(dataset))
-    options = CardOptions(
-        repo_id=trainer.hub_model_id,
-        model_name=model_name,
-        license=license,
-        language=language,
-        tags=_listed(tags),
-        datasets=_listed(dataset_tags),
-    )
+    options = CardOptions(repo_id=trainer.hub_model_id, tags=_listed(tags), datasets=_listed(dataset_tags), **words)
     os.makedirs(trainer.args.output_dir, exist_ok=True)
     write_card(trainer.args.output_dir, record, options)
 
@@ -450,20 +359,7 @@ def push_to_hub(
     private: bool | None,
     **card: Any,
 ) -> PushResult | Future[PushResult] | None:
-    """Save, write the card, and push what is allowed to leave.
-
-    Args:
-        trainer: An `ImmunizationTrainer`.
-        commit_message: As the Trainer's.
-        blocking: Likewise.
-        token: Likewise.
-        revision: Likewise.
-        private: Likewise.
-        **card: For `create_model_card`.
-
-    Returns:
-        What was pushed, or its future; None on other processes than the first.
-    """
+    """Save, write the card, and push what is allowed to leave; None on other processes than the first."""
     args = trainer.args
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
     token = token if token is not None else args.hub_token
@@ -479,15 +375,43 @@ def push_to_hub(
     return call() if blocking else HfApi().run_as_future(call)
 
 
+def _push_call(trainer: Any, message: str, token: str | None, revision: str | None, private: bool | None) -> Any:
+    folder, code = trainer.args.output_dir, type(without_wrapper(trainer.model)).__module__
+    # Here, since a model that is loaded in the background would disturb the training.
+    check_loads_back(folder, files_to_push(folder, _record_in(folder)), token, code.startswith("transformers_modules"))
+    return partial(
+        push,
+        folder,
+        trainer.hub_model_id,
+        private=private if private is not None else trainer.args.hub_private_repo,
+        revision=revision if revision is not None else trainer.args.hub_revision,
+        token=token,
+        commit_message=message,
+        require_record=False,
+        refresh_card=False,
+        load_back=False,
+    )
+
+
+def _listed(value: Any) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+# ---- pushes during training ----
+
+# What a run resumes from, in addition to the model and the Trainer's state. All else in a checkpoint's folder stays:
+# training_args.bin, which holds local paths and the token, the list of files, which is of the state with its local
+# paths, what callbacks and people put there, unfinished folders.
+_RESUMED_FROM = re.compile(
+    r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|immunization_(state|step)\.safetensors"
+)
+
+
 def push_from_checkpoint(trainer: Any, checkpoint: str) -> None:
-    """Push in the midst of training, in the background. What goes wrong is said, and training goes on.
+    """Push during training, in the background. What goes wrong is logged, and training goes on.
 
-    With ``hub_strategy`` "checkpoint" or "all_checkpoints", what is needed to resume goes too, and nothing else of the
-    checkpoint's folder; the local path in the Trainer's state does not, and links, tokens and paths are refused.
-
-    Args:
-        trainer: An `ImmunizationTrainer`.
-        checkpoint: Folder of the checkpoint that was just written.
+    With ``hub_strategy`` "checkpoint" or "all_checkpoints", what is needed to resume goes too; links, tokens and
+    local paths are refused, and the path in the Trainer's state is left out.
     """
     args = trainer.args
     if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
@@ -517,38 +441,29 @@ def push_from_checkpoint(trainer: Any, checkpoint: str) -> None:
         running.jobs.extend(jobs)
 
 
-def _push_call(trainer: Any, message: str, token: str | None, revision: str | None, private: bool | None) -> Any:
-    folder, code = trainer.args.output_dir, type(without_wrapper(trainer.model)).__module__
-    # Here, since a model that is loaded in the background would disturb the training.
-    record = read_record(folder) if (Path(folder) / RECORD_NAME).is_file() else None
-    check_loads_back(folder, files_to_push(folder, record), token, code.startswith("transformers_modules"))
-    return partial(
-        push,
-        folder,
-        trainer.hub_model_id,
-        private=private if private is not None else trainer.args.hub_private_repo,
-        revision=revision if revision is not None else trainer.args.hub_revision,
-        token=token,
-        commit_message=message,
-        require_record=False,
-        refresh_card=False,
-        load_back=False,
-    )
+def _copy_model(checkpoint: str, output_dir: str) -> None:
+    source, target = Path(checkpoint), Path(output_dir)
+    names = files_to_push(source, _record_in(source))
+    with staged_directory(target) as staging:
+        for name in names:
+            shutil.copyfile(source / name, staging / name)
+    stale = {RECORD_NAME, "model.safetensors.index.json", *(file.name for file in target.glob("model*.safetensors"))}
+    for name in stale - set(names):
+        (target / name).unlink(missing_ok=True)
 
 
 def _push_checkpoint_files(trainer: Any, checkpoint: str, path: str, step: int) -> Any:
     root = Path(checkpoint)
     api = HfApi(token=trainer.args.hub_token, library_name="hf_immunize")
-    record = read_record(root) if (root / RECORD_NAME).is_file() else None
     resumed = [name for name in sorted(os.listdir(root)) if _RESUMED_FROM.fullmatch(name)]
     refuse_links(root, [*resumed, STATE])
-    names = sorted({*files_to_push(root, record), *resumed})
+    names = sorted({*files_to_push(root, _record_in(root)), *resumed})
     check_private(root, names, trainer.args.hub_token)
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / STATE
-        told.write_text(_without_path(root / STATE), encoding="utf-8")
+        public = Path(folder) / STATE
+        public.write_text(_without_path(root / STATE), encoding="utf-8")
         check_private(folder, [STATE], trainer.args.hub_token)
-        state = told.read_bytes()
+        state = public.read_bytes()
 
     def attempt() -> Any:
         operations = [CommitOperationAdd(f"{path}/{name}", str(root / name)) for name in names]
@@ -569,25 +484,9 @@ def _without_path(file: Path) -> str:
     return json.dumps(state, indent=2)
 
 
-def _copy_model(checkpoint: str, output_dir: str) -> None:
-    source, target = Path(checkpoint), Path(output_dir)
-    record = read_record(source) if (source / RECORD_NAME).is_file() else None
-    names = files_to_push(source, record)
-    with staged_directory(target) as staging:
-        for name in names:
-            shutil.copyfile(source / name, staging / name)
-    stale = {RECORD_NAME, "model.safetensors.index.json", *(file.name for file in target.glob("model*.safetensors"))}
-    for name in stale - set(names):
-        (target / name).unlink(missing_ok=True)
-
-
 def _report(checkpoint: str, job: Future[Any]) -> None:
     error = None if job.cancelled() else job.exception()
     if error is not None:
         named = error if isinstance(error, ImmunizationError) else name_outcome(error, "push") or error
         kind = f" ({named.outcome})" if isinstance(named, HubError) else ""
         logger.warning(f"The checkpoint {Path(checkpoint).name} is saved, but was not pushed{kind}: {named}")
-
-
-def _listed(value: Any) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -6,15 +6,17 @@ import math
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
 from hf_immunize.data.columns import find_columns
@@ -22,7 +24,8 @@ from hf_immunize.data.images import ImageRows
 from hf_immunize.errors import ArgumentError, CheckpointError, NonFiniteError, RankError
 from hf_immunize.features.extract import Measurement, extract, load_measurements, save_measurements, spectral_metrics
 from hf_immunize.files import staged_directory
-from hf_immunize.training.checkpoints import History, by_step, sharded_weights
+from hf_immunize.training.checkpoints import History, by_step
+from hf_immunize.training.distributed import sharded_weights
 
 
 if TYPE_CHECKING:
@@ -33,21 +36,16 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-# Blue for benign, vermilion for harmful (Okabe and Ito's palette, told apart by colour-blind readers too).
+# ---- drawing ----
+
+# Blue for benign, vermilion for harmful (Okabe and Ito's palette, separable for colour-blind readers too).
 COLOURS = {"benign": "#0072B2", "harmful": "#D55E00"}
 STYLES = {"before": "--", "after": "-"}
+_DASHES = ("-", "--", ":", "-.")
 
 
 def new_figure(panels: int, columns: int | None = None) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side, drawn without a display.
-
-    Args:
-        panels: How many.
-        columns: How many to a row; by default all.
-
-    Returns:
-        The figure and its axes, left to right, row by row.
-    """
+    """A figure with panels row by row, by default in one row, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -55,136 +53,96 @@ def new_figure(panels: int, columns: int | None = None) -> tuple[Figure, list[Ax
     rows = -(-panels // columns)
     figure = Figure(figsize=(5.2 * columns, 4.0 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(panels)]
-    return figure, axes
+    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(panels)]
 
 
 def draw_spectra(axes: Axes, spectra: Mapping[tuple[str, str], Tensor]) -> None:
-    """Singular values of the features relative to the largest, on a logarithmic scale.
-
-    Args:
-        axes: Where to draw.
-        spectra: (side, moment), with side "benign" or "harmful" and moment "before" or "after", to the singular
-            values of Z, descending.
-    """
-    for (side, moment), sigma in spectra.items():
-        relative = (sigma / sigma[0]).clamp_min(1e-16).cpu().numpy()
-        index = np.arange(1, len(relative) + 1)
-        axes.semilogy(index, relative, STYLES[moment], color=COLOURS[side], label=f"{side}, {moment}")
-    axes.set_xlabel("index i of singular value")
-    axes.set_ylabel("σ_i(Z) / σ_1(Z)")
-    axes.set_title("Spectra of the features")
-    axes.grid(True, alpha=0.3)
-    axes.legend(frameon=False)
+    """Draw, for (side, moment), the descending singular values of the features relative to the largest."""
+    relative = {key: (sigma / sigma[0]).clamp_min(1e-16) for key, sigma in spectra.items()}
+    _draw_sides(axes, relative)
+    axes.set_yscale("log")
+    _finish(axes, "Spectra of the features", "index i of singular value", "σ_i(Z) / σ_1(Z)")
 
 
 def draw_curves(
     axes: Axes, curves: Mapping[tuple[str, str], Tensor], *, title: str, ylabel: str, log: bool = False
 ) -> None:
-    """Curves over the steps of gradient descent, both axes' meaning written at them.
-
-    Args:
-        axes: Where to draw.
-        curves: (side, moment) to values for steps 1, 2, ….
-        title: Title of the panel.
-        ylabel: Name of the values.
-        log: Whether the values' axis is logarithmic.
-    """
-    for (side, moment), values in curves.items():
-        steps = np.arange(1, len(values) + 1)
-        axes.plot(steps, values.cpu().numpy(), STYLES[moment], color=COLOURS[side], label=f"{side}, {moment}")
+    """Draw, for (side, moment), values over the steps 1, 2, … of gradient descent."""
+    _draw_sides(axes, curves)
     axes.set_xscale("log")
     if log:
         axes.set_yscale("log")
-    axes.set_xlabel("steps of gradient descent (exact line search)")
+    _finish(axes, title, "steps of gradient descent (exact line search)", ylabel)
+
+
+def _draw_sides(axes: Axes, curves: Mapping[tuple[str, str], Tensor]) -> None:
+    for (side, moment), values in curves.items():
+        index = np.arange(1, len(values) + 1)
+        axes.plot(index, values.cpu().numpy(), STYLES[moment], color=COLOURS[side], label=f"{side}, {moment}")
+
+
+def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.set_title(title)
     axes.grid(True, alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG.
-
-    Args:
-        figure: The figure.
-        path: File to write.
-    """
+    """Write a figure as PNG, whole or not at all."""
     path = Path(path)
     with staged_directory(path.parent) as staging:
         figure.savefig(staging / path.name, dpi=130)
 
 
-_KAPPA = re.compile(r"(?P<source>.+)_(?P<side>benign|harmful)_log10_kappa")
-_RIR = re.compile(r".+_log10_rir")
+# ---- the curves of a log ----
+
+Curves = dict[str, dict[int, float]]
 # Of a training log, what is neither a loss nor a term.
 _NO_TERM = re.compile(
     r"step|epoch|learning_rate|grad_norm|num_input_tokens_seen|total_flos|train_.*|.*_weight|.*runtime"
 )
-_DASHES = ("-", "--", ":", "-.")
 
 
 def history_panels(history: History) -> list[Callable[[Axes], None]]:
-    """What there is to draw of a log history: one function for each panel, none for what was not logged.
-
-    Args:
-        history: ``trainer.state.log_history``.
-
-    Returns:
-        Functions that each draw into the axes they are given.
-
-    Example:
-        >>> history = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}, {"step": 2, "eval_accuracy": 0.9}]
-        >>> len(history_panels(history))
-        2
-    """
-    panels: list[Callable[[Axes], None]] = []
-    terms = _terms(history)
-    kappas = _of_the_whole_set(_curves(history, _KAPPA))
+    """What there is to draw of a log history: functions that each draw one panel; none for what was not logged."""
     accuracies = _curves(history, r"eval_.*accuracy", alias=r"eval_(.*_)?benign_accuracy")
-    rirs = _of_the_whole_set(_curves(history, _RIR))
-    if terms:
-        panels.append(lambda axes: _draw_terms(axes, terms))
-    if kappas:
-        panels.append(lambda axes: _draw_kappas(axes, history, kappas))
-    if accuracies:
-        panels.append(lambda axes: _draw_accuracies(axes, accuracies))
-    if rirs:
-        panels.append(lambda axes: _draw_rir(axes, history, rirs))
-    return panels
+    found = [
+        (_draw_terms, _terms(history)),
+        (_draw_kappas, _of_the_whole_set(_curves(history, r".+_(benign|harmful)_log10_kappa"))),
+        (_draw_accuracies, accuracies),
+        (_draw_rirs, _of_the_whole_set(_curves(history, r".+_log10_rir"))),
+    ]
+    return [partial(draw, history=history, curves=curves) for draw, curves in found if curves]
 
 
-def _names(history: History) -> list[str]:
-    return list(dict.fromkeys(key for entry in history for key in entry))
-
-
-def _finite(values: dict[int, float]) -> dict[int, float]:
-    return {step: value for step, value in sorted(values.items()) if math.isfinite(value)}
-
-
-def _curves(history: History, pattern: str | re.Pattern[str], alias: str = "(?!)") -> dict[str, dict[int, float]]:
+def _curves(history: History, pattern: str, alias: str = "(?!)") -> Curves:
     """Curves of names that match; those of another name for the same values only where there is no other."""
-    names = [name for name in _names(history) if re.fullmatch(pattern, name)]
-    names = [name for name in names if not re.fullmatch(alias, name)] or names
-    curves = {name: _finite(by_step(history, name)) for name in names}
-    return {name: curve for name, curve in curves.items() if curve}
+    logged = dict.fromkeys(key for entry in history for key in entry)
+    names = [name for name in logged if re.fullmatch(pattern, name)]
+    return _finite(history, [name for name in names if not re.fullmatch(alias, name)] or names)
 
 
-def _terms(history: History) -> dict[str, dict[int, float]]:
+def _terms(history: History) -> Curves:
     logs = [entry for entry in history if "loss" in entry]
-    numbers = {k for entry in logs for k, value in entry.items() if isinstance(value, (int, float))}
-    names = [name for name in _names(logs) if name in numbers and not _NO_TERM.fullmatch(name)]
-    curves = {name: _finite(by_step(logs, name)) for name in names}
-    curves |= _curves(history, r"eval_(.+_)?loss", alias=r"eval_(.*_)?benign_loss")
-    return {name: curve for name, curve in curves.items() if curve}
+    numbers = dict.fromkeys(key for log in logs for key, value in log.items() if isinstance(value, (int, float)))
+    terms = _finite(logs, [name for name in numbers if not _NO_TERM.fullmatch(name)])
+    return terms | _curves(history, r"eval_(.+_)?loss", alias=r"eval_(.*_)?benign_loss")
 
 
-def _of_the_whole_set(curves: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
-    # Beside those of the whole evaluation set, those that a callback measured on a sample say nothing more.
+def _finite(history: History, names: list[str]) -> Curves:
+    curves = {name: sorted(by_step(history, name).items()) for name in names}
+    finite = {name: {step: value for step, value in curve if math.isfinite(value)} for name, curve in curves.items()}
+    return {name: curve for name, curve in finite.items() if curve}
+
+
+def _of_the_whole_set(curves: Curves) -> Curves:
+    # In addition to those of the whole evaluation set, those that a callback measured on a sample say nothing more.
     return {name: curve for name, curve in curves.items() if name.startswith("eval_")} or curves
 
 
-def _draw_terms(axes: Axes, curves: dict[str, dict[int, float]]) -> None:
+def _draw_terms(axes: Axes, history: History, curves: Curves) -> None:
     for index, (name, curve) in enumerate(curves.items()):
         dash = _DASHES[index // 10 % len(_DASHES)]
         axes.plot(list(curve), list(curve.values()), dash, marker=".", label=name)
@@ -194,69 +152,47 @@ def _draw_terms(axes: Axes, curves: dict[str, dict[int, float]]) -> None:
     else:
         smallest = min((abs(value) for value in values if value), default=1.0)
         axes.set_yscale("symlog", linthresh=max(smallest, 1e-6))
-    _finish(axes, "Losses and terms", "value in the log")
+    _finish(axes, "Losses and terms", "step", "value in the log")
 
 
-def _draw_kappas(axes: Axes, history: History, curves: dict[str, dict[int, float]]) -> None:
-    seen: dict[str, int] = {}
-    kinds: set[str] = set()
-    for name, curve in curves.items():
-        match = _KAPPA.fullmatch(name)
-        assert match is not None  # chosen by this
-        side = match["side"]
-        dash = _DASHES[seen.get(side, 0) % len(_DASHES)]
-        seen[side] = seen.get(side, 0) + 1
-        axes.plot(list(curve), list(curve.values()), dash, color=COLOURS[side], label=name)
-        bound = by_step(history, name.removesuffix("log10_kappa") + "is_bound")
-        kinds |= _mark(axes, curve, COLOURS[side], lower=bound)
-    _explain(axes, kinds)
-    _finish(axes, "Condition numbers of linear probing", "log10 κ(ZᵀZ)")
-
-
-def _draw_accuracies(axes: Axes, curves: dict[str, dict[int, float]]) -> None:
+def _draw_accuracies(axes: Axes, history: History, curves: Curves) -> None:
     for index, (name, curve) in enumerate(curves.items()):
         dash = _DASHES[index % len(_DASHES)]
         axes.plot(list(curve), list(curve.values()), dash, marker="o", color=COLOURS["benign"], label=name)
-    _finish(axes, "Accuracy", "as logged")
+    _finish(axes, "Accuracy", "step", "as logged")
 
 
-def _draw_rir(axes: Axes, history: History, curves: dict[str, dict[int, float]]) -> None:
-    kinds: set[str] = set()
-    for index, (name, curve) in enumerate(curves.items()):
-        axes.plot(list(curve), list(curve.values()), _DASHES[index % len(_DASHES)], color="black", label=name)
-        lower, upper = (
-            by_step(history, name.removesuffix("log10_rir") + f"rir_is_{kind}_bound") for kind in ("lower", "upper")
-        )
-        kinds |= _mark(axes, curve, "black", lower, upper)
-    _explain(axes, kinds)
-    _finish(axes, "RIR (of linear probing; no attack was run)", "log10 RIR")
+def _draw_kappas(axes: Axes, history: History, curves: Curves) -> None:
+    _draw_with_bounds(axes, history, curves)
+    _finish(axes, "Condition numbers of linear probing", "step", "log10 κ(ZᵀZ)")
 
 
-def _mark(
-    axes: Axes, curve: dict[int, float], colour: str, lower: dict[int, float], upper: dict[int, float] | None = None
-) -> set[str]:
-    """Mark each value as exact or as a bound, with an arrow to where the true one lies; the kinds there were."""
+def _draw_rirs(axes: Axes, history: History, curves: Curves) -> None:
+    _draw_with_bounds(axes, history, curves)
+    _finish(axes, "RIR (of linear probing; no attack was run)", "step", "log10 RIR")
+
+
+def _draw_with_bounds(axes: Axes, history: History, curves: Curves) -> None:
+    """Mark each value as exact or as a bound, with an arrow to where the true one lies."""
+    drawn: Counter[str] = Counter()
     kinds = set()
-    for step, value in curve.items():
-        kind = "^" if lower.get(step) else "v" if (upper or {}).get(step) else "o"
-        kinds.add(kind)
-        axes.plot([step], [value], kind, color=colour, fillstyle="full" if kind == "o" else "none")
-    return kinds
-
-
-def _explain(axes: Axes, kinds: set[str]) -> None:
+    for name, curve in curves.items():
+        stem, what = name.rsplit("log10_", 1)
+        side = COLOURS[stem.split("_")[-2]] if what == "kappa" else "black"
+        axes.plot(list(curve), list(curve.values()), _DASHES[drawn[side] % len(_DASHES)], color=side, label=name)
+        drawn[side] += 1
+        lower = by_step(history, f"{stem}is_bound" if what == "kappa" else f"{stem}rir_is_lower_bound")
+        upper = {} if what == "kappa" else by_step(history, f"{stem}rir_is_upper_bound")
+        for step, value in curve.items():
+            kind = "^" if lower.get(step) else "v" if upper.get(step) else "o"
+            kinds.add(kind)
+            axes.plot([step], [value], kind, color=side, fillstyle="full" if kind == "o" else "none")
     for kind, words in (("^", "lower bound"), ("v", "upper bound")):
         if kind in kinds:
             axes.plot([], [], kind, color="black", fillstyle="none", label=words)
 
 
-def _finish(axes: Axes, title: str, ylabel: str) -> None:
-    axes.set_xlabel("step")
-    axes.set_ylabel(ylabel)
-    axes.set_title(title)
-    axes.grid(True, alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-
+# ---- the callback ----
 
 _REFERENCE = "starting_spectra.safetensors"
 
@@ -332,9 +268,7 @@ class SpectrumFigureCallback(TrainerCallback):
         self._now: tuple[int, dict[str, Measurement]] | None = None
         self._training = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure the starting weights, or take what was measured of them before the run was stopped."""
         self._training, self._now = True, None
         if self._data and sharded_weights():
@@ -366,9 +300,7 @@ class SpectrumFigureCallback(TrainerCallback):
         """Forget the spectra, since other weights may have been loaded."""
         self._training, self._now = False, None
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure and draw."""
         if not state.is_world_process_zero:
             return
@@ -404,17 +336,15 @@ class SpectrumFigureCallback(TrainerCallback):
             # A figure is not worth the run.
             logger.warning(f"Passing over the figure of step {state.global_step}: {error}")
 
-    def _folder(self, args: TrainingArguments) -> Path:
+    def _folder(self, args: Any) -> Path:
         return Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir) / "spectrum"
 
-    def _measured_now(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> dict[str, Measurement]:
+    def _measured_now(self, args: Any, state: TrainerState, **kwargs: Any) -> dict[str, Measurement]:
         if self._now is None or self._now[0] != state.global_step or not self._training:
             self._now = (state.global_step, self._measure(args, **kwargs))
         return self._now[1]
 
-    def _measure(
-        self, args: TrainingArguments, model: Any = None, processing_class: Any = None, **kwargs: Any
-    ) -> dict[str, Measurement]:
+    def _measure(self, args: Any, model: Any, processing_class: Any = None, **kwargs: Any) -> dict[str, Measurement]:
         processor = self.processing_class if self.processing_class is not None else processing_class
         found = {}
         with _undisturbed(model):

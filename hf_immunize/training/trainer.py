@@ -26,12 +26,13 @@ from hf_immunize.training import record as publishing
 from hf_immunize.training.arguments import ImmunizationArguments, Method
 from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
 from hf_immunize.training.checkpoints import (
+    atomic_checkpoint,
     check_finite_weights,
-    check_whole,
     checkpoint_to_resume,
+    load_run_state,
     load_weights,
     remove_other_forms,
-    whole_or_passed_over,
+    save_run_state,
 )
 from hf_immunize.training.checks import (
     as_classifier,
@@ -56,12 +57,11 @@ from hf_immunize.training.evaluation import (
     add_metrics,
     fold,
     is_filled_up,
-    measure,
+    measure_features,
     merged,
     own_images,
 )
 from hf_immunize.training.record import BudgetWatch, Evidence, describe_budget, record_saved, save_record
-from hf_immunize.training.run_state import load_run_state, save_run_state
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.head import HeadInput, without_wrapper
 from hf_immunize.vision.loading import describe_adapter, difference_on_loading, plain_names
@@ -515,7 +515,7 @@ class ImmunizationTrainer(Trainer):
         # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
         forward = self.model if self._is_sharded else partial(type(self.model).forward, self.model)
         with of_side(f"{name.replace('eval', 'benign')} evaluation"):
-            return measure(
+            return measure_features(
                 self.model,
                 self._step.head,
                 dataloader,
@@ -565,10 +565,8 @@ class ImmunizationTrainer(Trainer):
             CheckpointError: If the checkpoint is not as it was written, or none is.
             ArgumentError: If checkpoints cannot be written to ``output_dir``.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir)
-        elif resume_from_checkpoint:
-            check_whole(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if self.args.should_save:
             if self.args.save_strategy != "no":  # rather than at the first checkpoint
                 check_writable(self.args.output_dir, "output_dir")
@@ -632,7 +630,7 @@ class ImmunizationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        with whole_or_passed_over(folder, self.state, self.args.should_save):
+        with atomic_checkpoint(folder, self.state, self.args.should_save):
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -1,9 +1,12 @@
 """Tiny trainers: a ViT, a ResNet or a MobileNetV2 on images of 8 to 32 pixels."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers as hf
 
+from hf_immunize.training import callbacks, checkpoints, record, spectrum_figure
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.trainer import ImmunizationTrainer
 
@@ -22,7 +25,7 @@ MODELS = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """Build a seeded tiny classifier of two labels."""
 
@@ -46,7 +49,7 @@ def tiny():
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def images():
     """Make rows of seeded pixel values with labels 0 and 1 in turn."""
 
@@ -58,37 +61,37 @@ def images():
     return make
 
 
+def arguments_of(output_dir, **options):
+    defaults = {
+        "output_dir": str(output_dir),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        # The paper's objective with the task's own loss: what most tests are about holds for any method.
+        "objective": "kappa",
+        "benign_loss": "task",
+        "benign_budget": None,
+    }
+    return ImmunizationArguments(**(defaults | options))
+
+
 @pytest.fixture
 def arguments(tmp_path):
     """Make arguments for a short quiet run on the CPU into a temporary folder."""
-
-    def make(**options):
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-            "learning_rate": 1e-2,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            # The paper's objective beside the task's own loss: what most tests are about holds for any method.
-            "objective": "kappa",
-            "benign_loss": "task",
-            "benign_budget": None,
-        }
-        return ImmunizationArguments(**(defaults | options))
-
-    return make
+    return partial(arguments_of, tmp_path / "run")
 
 
-@pytest.fixture
-def trainer(tiny, images, arguments):
-    """Make a trainer; options that are the Trainer's go to it, all others to its arguments."""
+@pytest.fixture(scope="session")
+def trainer_in(tiny, images):
+    """Make a trainer that writes to a folder; options that are the Trainer's go to it, all others to its arguments."""
 
-    def make(model=None, **options):
+    def make(folder, model=None, **options):
         if model is None or isinstance(model, str):
             model = tiny(model or "vit")
         size = 32 if model.config.model_type == "mobilenet_v2" else 8
@@ -102,10 +105,55 @@ def trainer(tiny, images, arguments):
         names += ("distillation_dataset",)
         names += ("optimizers", "model_init")
         given |= {name: options.pop(name) for name in names if name in options}
-        args = options.pop("args", None) or arguments(**options)
+        args = options.pop("args", None) or arguments_of(options.pop("output_dir", folder), **options)
         return ImmunizationTrainer(None if "model_init" in given else model, args, **given)
 
     return make
+
+
+@pytest.fixture
+def trainer(trainer_in, tmp_path):
+    """As `trainer_in`, in the test's own folder."""
+    return partial(trainer_in, tmp_path / "run")
+
+
+@pytest.fixture
+def plain(tiny, images, tmp_path):
+    """Make a plain Trainer with dropout that evaluates and saves after each step."""
+
+    def make(callback=None, folder=None, model=None, **options):
+        defaults = {
+            "output_dir": str(folder or tmp_path / "run"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "logging_steps": 1,
+        }
+        data = {"train_dataset": images(16, 1), "eval_dataset": images(8, 3)}
+        names = ("compute_metrics", "train_dataset", "eval_dataset")
+        data |= {name: options.pop(name) for name in names if name in options}
+        args = hf.TrainingArguments(**(defaults | options))
+        each = callback if isinstance(callback, list) else [] if callback is None else [callback]
+        return hf.Trainer(model or tiny("vit", hidden_dropout_prob=0.2), args, **data, callbacks=each)
+
+    return make
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What loggers of the training modules warn of, once a test asks for it."""
+    said = []
+    for module in (callbacks, checkpoints, record, spectrum_figure):
+        for name in ("warning", "warning_once"):
+            monkeypatch.setattr(module.logger, name, said.append)
+    return said
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """Runs stop where they should, go back where they should, and do the same after an interruption."""
 
 import json
+import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -9,56 +11,31 @@ import transformers as hf
 
 from hf_immunize import BenignUtilityCallback, TargetRIRCallback
 from hf_immunize.errors import ArgumentError, CheckpointError
-from hf_immunize.training import callbacks
+from hf_immunize.training.callbacks import benign_drops, rir_successes
 from hf_immunize.training.checkpoints import by_step
 
 
 FALLING = [0.90, 0.90, 0.89, 0.885, 0.86, 0.80, 0.95]  # more than two points lost at step 4
 RISING = [0.0, 1.0, 3.1, 2.0, 3.2, 3.3, 3.4]
 
+stop = BenignUtilityCallback
+restore = partial(BenignUtilityCallback, action="restore")
+
 
 @pytest.fixture
-def plain(tiny, images, tmp_path):
+def scripted(plain):
     """Make a plain Trainer whose evaluation at step k says what a script says."""
 
-    def make(callback, accuracy=FALLING, rir=None, folder=None, model=None, **options):
-        defaults = {
-            "output_dir": str(folder or tmp_path / "run"),
-            "max_steps": 6,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "eval_strategy": "steps",
-            "eval_steps": 1,
-            "eval_on_start": True,
-            "save_strategy": "steps",
-            "save_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "logging_steps": 1,
-        }
-
-        def scripted(prediction):
+    def make(callback, accuracy=FALLING, rir=None, **options):
+        def metrics(prediction):
             step = trainer.state.global_step
             found = {} if accuracy is None else {"accuracy": accuracy[step]}
             return found | ({} if rir is None else {"log10_rir": rir[step], "rir_is_upper_bound": 0.0})
 
-        data = {"train_dataset": images(16, 1), "eval_dataset": images(8, 3)}
-        each = callback if isinstance(callback, list) else [callback]
-        args = hf.TrainingArguments(**(defaults | options))
-        model = model if model is not None else tiny("vit", hidden_dropout_prob=0.2)
-        trainer = hf.Trainer(model, args, **data, compute_metrics=scripted, callbacks=each)
+        trainer = plain(callback, compute_metrics=metrics, **{"max_steps": 6, "eval_on_start": True} | options)
         return trainer
 
     return make
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    """What the callbacks warn of."""
-    said = []
-    monkeypatch.setattr(callbacks.logger, "warning", lambda message: said.append(message))
-    return said
 
 
 def same(model, folder):
@@ -66,293 +43,266 @@ def same(model, folder):
     return all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
-def stop(**options):
-    return BenignUtilityCallback(**options)
+# ---- what the log says ----
 
 
-def restore(**options):
-    return BenignUtilityCallback(action="restore", **options)
+def accuracies(*values):
+    return [{"step": step, "eval_accuracy": value} for step, value in enumerate(values)]
 
 
-# ---- stopping when benign accuracy falls ----
+def test_of_several_values_at_one_step_the_last_counts():
+    assert by_step([{"step": 2, "x": 1.0}, {"step": 2, "x": 3.0}, {"x": 5.0}], "x") == {2: 3.0}
 
 
-def test_a_run_stops_when_accuracy_has_fallen_too_far(plain, warnings):
-    run = plain(stop())
+@pytest.mark.parametrize(
+    ("values", "options", "drops"),
+    [
+        ((0.9, 0.88, 0.95), {}, {0: 0.0, 1: 2.0, 2: -5.0}),
+        ((0.5,), {"baseline": 0.75}, {0: 25.0}),
+        ((90.0, 88.5), {"percent": True}, {0: 0.0, 1: 1.5}),
+        ((0.9, math.nan), {}, {0: 0.0, 1: math.inf}),
+        ((), {}, {}),
+    ],
+)
+def test_drops_are_in_points_below_the_start(values, options, drops):
+    assert benign_drops(accuracies(*values), **options) == drops
+
+
+@pytest.mark.parametrize(("value", "percent"), [(90.0, False), (101.0, True)])
+def test_an_accuracy_in_another_unit_is_refused(value, percent):
+    with pytest.raises(ArgumentError, match="percent="):
+        benign_drops(accuracies(value), percent=percent)
+
+
+@pytest.mark.parametrize(
+    ("value", "lower", "upper", "counts"),
+    [
+        (3, 0, 0, True),
+        (2.9, 0, 0, False),
+        (4, 1, 0, True),
+        (4, 0, 1, False),
+        (4, 1, 1, False),
+        (math.nan, 0, 0, False),
+    ],
+)
+def test_a_lower_bound_counts_and_an_upper_bound_does_not(value, lower, upper, counts):
+    bounds = {"eval_rir_is_lower_bound": lower, "eval_rir_is_upper_bound": upper}
+    assert rir_successes([{"step": 0, "eval_log10_rir": value} | bounds], 1000.0) == {0: counts}
+
+
+# ---- stopping ----
+
+
+STOPS = {
+    "too far": (stop, {}, 4),
+    "at the limit": (stop, {"accuracy": [0.90] + [0.88] * 6}, 6),
+    "metric without prefix": (partial(stop, metric="accuracy", max_drop_points=0.5), {}, 2),
+    "given baseline": (partial(stop, baseline=0.93), {"eval_on_start": False}, 1),
+    "target": (TargetRIRCallback, {"rir": RISING}, 2),
+    "target with patience": (partial(TargetRIRCallback, patience=2), {"rir": RISING}, 5),
+    "target within the limit": (
+        partial(TargetRIRCallback, max_drop_points=2.0),
+        {"rir": RISING, "accuracy": [0.9, 0.9, 0.8, 0.8, 0.8, 0.89, 0.9]},
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(STOPS))
+def test_a_run_stops_at_its_step_and_says_so_once(case, scripted, warnings):
+    callback, script, step = STOPS[case]
+    run = scripted(callback(), **script)
+    run.train()
+    assert run.state.global_step == step
+    assert [f"step {step}" in each for each in warnings] == ([] if step == 6 else [True])
+
+
+def test_the_accuracy_of_one_of_several_evaluation_sets_is_found(scripted, images):
+    sets = {"first": images(4, 5), "second": images(4, 6)}
+    run = scripted(stop(metric="eval_second_accuracy"), eval_dataset=sets)
     run.train()
     assert run.state.global_step == 4
-    assert warnings == ["Stopping at step 4: eval_accuracy fell 4 points by step 4, more than the 2 allowed."]
 
 
-def test_a_run_goes_on_while_accuracy_lies_at_the_limit(plain):
-    run = plain(stop(), accuracy=[0.90] + [0.88] * 6)
-    run.train()
-    assert run.state.global_step == 6
+def test_an_evaluation_outside_of_training_stops_nothing(scripted, warnings):
+    run = scripted(stop(baseline=0.95))
+    run.evaluate()
+    assert warnings == [] and not run.control.should_training_stop
 
 
-def test_the_metric_may_be_named_as_for_the_best_model(plain):
-    run = plain(stop(metric="accuracy", max_drop_points=0.5))
-    run.train()
-    assert run.state.global_step == 2
+@pytest.mark.parametrize(
+    ("callback", "options", "remedy"),
+    [
+        (stop, {"eval_on_start": False}, "eval_on_start=True or pass baseline="),
+        (TargetRIRCallback, {"rir": RISING, "load_best_model_at_end": True}, "metric_for_best_model='log10_rir'"),
+    ],
+)
+def test_it_is_said_when_the_start_or_the_target_may_be_lost(callback, options, remedy, scripted, warnings):
+    scripted(callback(), **options, max_steps=1).train()
+    assert len(warnings) == 1 and remedy in warnings[0]
 
 
-def test_a_given_baseline_takes_the_place_of_the_first_evaluation(plain):
-    run = plain(stop(baseline=0.93), eval_on_start=False)
-    run.train()
-    assert run.state.global_step == 1
-
-
-def test_it_is_said_when_the_starting_value_is_not_known(plain, warnings):
-    plain(stop(), eval_on_start=False, max_steps=1).train()
-    assert len(warnings) == 1 and "eval_on_start=True or pass baseline=" in warnings[0]
-
-
-def test_an_accuracy_that_is_not_logged_is_missed_before_the_first_step(plain):
-    run = plain(stop(), accuracy=None)
-    with pytest.raises(ArgumentError, match=r"Expected eval_accuracy in the evaluations.*found .*eval_loss"):
+@pytest.mark.parametrize(
+    ("callback", "options", "found"),
+    [
+        (stop, {"eval_strategy": "no"}, "eval_strategy='no'"),
+        (TargetRIRCallback, {"eval_strategy": "no"}, "eval_strategy='no'"),
+        (stop, {"accuracy": None}, r"Expected eval_accuracy.*eval_loss"),
+        (TargetRIRCallback, {}, r"Expected eval_log10_rir.*eval_loss"),
+        (restore, {"save_strategy": "no"}, "save_strategy='no'"),
+        (
+            restore,
+            {"save_strategy": "best", "save_total_limit": 1, "metric_for_best_model": "accuracy"},
+            "save_total_limit=1",
+        ),
+    ],
+)
+def test_what_a_callback_needs_is_missed_before_the_first_step(callback, options, found, scripted):
+    run = scripted(callback(), **options)
+    with pytest.raises(ArgumentError, match=found):
         run.train()
     assert run.state.global_step == 0
 
 
-def test_the_accuracy_of_one_of_several_evaluation_sets_is_found(plain, images):
-    run = plain(stop(metric="eval_second_accuracy"))
-    run.eval_dataset = {"first": images(4, 5), "second": images(4, 6)}
-    run.train()
-    assert run.state.global_step == 4
-
-
-@pytest.mark.parametrize("callback", [stop(), TargetRIRCallback()])
-def test_a_run_without_evaluations_is_refused(callback, plain):
-    with pytest.raises(ArgumentError, match="Expected evaluations"):
-        plain(callback, eval_strategy="no").train()
-
-
 @pytest.mark.parametrize(
-    "options",
+    ("callback", "options"),
     [
-        {"max_drop_points": -1.0},
-        {"max_drop_points": float("nan")},
-        {"action": "pause"},
-        {"baseline": 90.0},
-        {"baseline": 101.0, "percent": True},
+        (stop, {"max_drop_points": -1.0}),
+        (stop, {"max_drop_points": math.nan}),
+        (stop, {"action": "pause"}),
+        (stop, {"baseline": 90.0}),
+        (stop, {"baseline": 101.0, "percent": True}),
+        (TargetRIRCallback, {"target": 0.0}),
+        (TargetRIRCallback, {"target": math.inf}),
+        (TargetRIRCallback, {"patience": 0}),
+        (TargetRIRCallback, {"patience": 1.5}),
+        (TargetRIRCallback, {"metric": "eval_rir"}),
+        (TargetRIRCallback, {"max_drop_points": -1.0}),
     ],
 )
-def test_impossible_limits_are_refused_at_once(options):
-    with pytest.raises(ArgumentError, match="Expected"):
-        BenignUtilityCallback(**options)
-
-
-def test_an_evaluation_outside_of_training_stops_nothing(plain, warnings):
-    run = plain(stop(baseline=0.95))
-    run.evaluate()
-    assert warnings == [] and not run.control.should_training_stop
+def test_impossible_values_are_refused_at_once(callback, options):
+    with pytest.raises(ArgumentError):
+        callback(**options)
 
 
 # ---- going back ----
 
 
-def test_going_back_loads_the_last_checkpoint_within_the_limit(plain, tmp_path):
-    run = plain(restore())
+def test_going_back_loads_the_last_checkpoint_within_the_limit_and_the_state_says_so(scripted, tmp_path):
+    run = scripted(restore(), save_total_limit=1)
     run.train()
-    assert run.state.global_step == 4 and same(run.model, tmp_path / "run" / "checkpoint-3")
-
-
-def test_what_is_saved_after_going_back_are_the_good_weights(plain, tmp_path):
-    run = plain(restore())
-    run.train()
-    run.save_model(str(tmp_path / "final"))
-    assert same(type(run.model).from_pretrained(tmp_path / "final"), tmp_path / "run" / "checkpoint-3")
-
-
-def test_the_state_says_where_the_weights_are_from(plain, tmp_path):
-    run = plain(restore())
-    run.train()
-    assert run.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-3")
+    good = tmp_path / "run" / "checkpoint-3"
+    assert run.state.global_step == 4 and same(run.model, good)
+    assert run.state.best_model_checkpoint == str(good)
     assert run.state.log_history[-1] == {"returned_to_step": 3, "step": 4}
+    # The weights beyond the limit are not saved as a checkpoint.
+    assert list((tmp_path / "run").glob("checkpoint-*")) == [good]
+    run.save_model(str(tmp_path / "final"))
+    assert same(type(run.model).from_pretrained(tmp_path / "final"), good)
 
 
-def test_weights_beyond_the_limit_are_not_saved_as_a_checkpoint(plain, tmp_path):
-    plain(restore(), save_total_limit=1).train()
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+BY_RIR = {"metric_for_best_model": "log10_rir"}
+EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 3}
+RETURNS = {
+    "by the user's metric": ({"rir": [0, 1.0, 3.0, 2.0, 9.0, 9.0, 9.0], **BY_RIR}, 2),
+    "over a best model beyond the limit": (
+        {"rir": [0, 1.0, 2.0, 3.0, 9.0, 9.0, 9.0], **BY_RIR, "load_best_model_at_end": True},
+        3,
+    ),
+    "over a best model, all that is saved": (
+        {"rir": [0, 1.0, 2.0, 3.0, 9.0, 9.0, 9.0], **BY_RIR, "load_best_model_at_end": True, "save_strategy": "best"},
+        3,
+    ),
+    "by epoch": ({"accuracy": [0.9] * 5 + [0.5] * 8, **EPOCHS}, 4),
+    "to one that was evaluated": ({"eval_steps": 2}, 2),
+}
 
 
-def test_going_back_takes_the_best_by_the_users_metric(plain, tmp_path):
-    run = plain(restore(), rir=[0, 1.0, 3.0, 2.0, 9.0, 9.0, 9.0], metric_for_best_model="log10_rir")
+@pytest.mark.parametrize("case", list(RETURNS))
+def test_a_run_goes_back_to_the_best_evaluated_checkpoint(case, scripted, tmp_path):
+    options, step = RETURNS[case]
+    run = scripted(restore(), **options)
     run.train()
-    assert same(run.model, tmp_path / "run" / "checkpoint-2") and run.state.best_metric == 3.0
+    assert same(run.model, tmp_path / "run" / f"checkpoint-{step}")
+    if "rir" in options:
+        assert run.state.best_metric == options["rir"][step]
 
 
-@pytest.mark.parametrize("strategy", ["steps", "best"])
-def test_going_back_overrules_a_best_model_beyond_the_limit(strategy, plain, tmp_path):
-    options = {"metric_for_best_model": "log10_rir", "load_best_model_at_end": True, "save_strategy": strategy}
-    run = plain(restore(), rir=[0, 1.0, 2.0, 3.0, 9.0, 9.0, 9.0], **options)
-    run.train()
-    assert run.state.global_step == 4 and same(run.model, tmp_path / "run" / "checkpoint-3")
-
-
-def test_by_epoch_a_run_goes_back_too(plain, tmp_path):
-    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 3}
-    run = plain(restore(), accuracy=[0.9] * 5 + [0.5] * 8, **options)
-    run.train()
-    assert run.state.global_step == 8 and same(run.model, tmp_path / "run" / "checkpoint-4")
-
-
-def test_checkpoints_that_were_not_evaluated_are_passed_over(plain, tmp_path):
-    run = plain(restore(), eval_steps=2)
-    run.train()
-    assert run.state.global_step == 4 and same(run.model, tmp_path / "run" / "checkpoint-2")
-
-
-def test_a_checkpoint_that_was_cut_off_is_passed_over(plain, tmp_path):
+def test_a_checkpoint_that_was_cut_off_is_passed_over(scripted, tmp_path):
     class CutOff(hf.TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
             if state.global_step == 3:
                 (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").unlink()
 
-    run = plain([CutOff(), restore()])
+    run = scripted([CutOff(), restore()])
     run.train()
     assert same(run.model, tmp_path / "run" / "checkpoint-2")
 
 
-def test_a_checkpoint_of_an_earlier_run_is_passed_over(plain, tmp_path):
-    plain(stop(), max_steps=3).train()
-    run = plain(restore(), save_steps=2, eval_steps=1)
+def test_a_checkpoint_of_an_earlier_run_is_passed_over(scripted, tmp_path):
+    scripted(stop(), max_steps=3).train()
+    run = scripted(restore(), save_steps=2, eval_steps=1)
     run.train()
     assert same(run.model, tmp_path / "run" / "checkpoint-2")
 
 
-def test_without_a_checkpoint_to_go_back_to_the_run_ends_with_an_error(plain):
-    with pytest.raises(CheckpointError, match=r"Expected a checkpoint in .* found none, while eval_accuracy fell"):
-        plain(restore(), accuracy=[0.9] + [0.5] * 6).train()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"save_strategy": "no"},
-        {"save_strategy": "best", "save_total_limit": 1, "metric_for_best_model": "accuracy"},
-    ],
-)
-def test_going_back_without_checkpoints_to_go_back_to_is_refused_before_training(options, plain):
-    run = plain(restore(), **options)
-    with pytest.raises(ArgumentError, match="action='restore'"):
-        run.train()
-    assert run.state.global_step == 0
-
-
-# ---- stopping at a target ----
-
-
-def test_a_run_stops_when_rir_has_reached_the_target(plain, warnings):
-    run = plain(TargetRIRCallback(1000.0), rir=RISING)
-    run.train()
-    assert run.state.global_step == 2
-    assert warnings == ["Stopping at step 2: log10 RIR was 3.100 at step 2, at or above the target of 3.000."]
-
-
-def test_with_patience_the_target_must_be_held(plain):
-    run = plain(TargetRIRCallback(1000.0, patience=2), rir=RISING)
-    run.train()
-    assert run.state.global_step == 5
-
-
-def test_a_target_reached_at_the_cost_of_accuracy_does_not_count(plain):
-    accuracy = [0.9, 0.9, 0.8, 0.8, 0.8, 0.89, 0.9]
-    run = plain(TargetRIRCallback(1000.0, max_drop_points=2.0), rir=RISING, accuracy=accuracy)
-    run.train()
-    assert run.state.global_step == 5
-
-
-def test_a_run_that_logs_no_rir_is_refused_before_the_first_step(plain):
-    run = plain(TargetRIRCallback())
-    with pytest.raises(ArgumentError, match="Expected eval_log10_rir in the evaluations"):
-        run.train()
-    assert run.state.global_step == 0
-
-
-def test_it_is_said_when_the_best_model_is_chosen_by_another_metric(plain, warnings):
-    plain(TargetRIRCallback(), rir=RISING, max_steps=1, load_best_model_at_end=True).train()
-    assert len(warnings) == 1 and "metric_for_best_model='log10_rir'" in warnings[0]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target": 0.0},
-        {"target": float("inf")},
-        {"patience": 0},
-        {"patience": 1.5},
-        {"metric": "eval_rir"},
-        {"max_drop_points": -1.0},
-    ],
-)
-def test_impossible_targets_are_refused_at_once(options):
-    with pytest.raises(ArgumentError, match="Expected"):
-        TargetRIRCallback(**options)
+def test_without_a_checkpoint_to_go_back_to_the_run_ends_with_an_error(scripted):
+    with pytest.raises(CheckpointError, match="eval_accuracy fell"):
+        scripted(restore(), accuracy=[0.9] + [0.5] * 6).train()
 
 
 # ---- interrupted and resumed ----
 
 
-CASES = {
-    "stop": (stop, 4),
-    "restore": (restore, 4),
-    "target": (lambda: TargetRIRCallback(1000.0, patience=2), 5),
-}
+@pytest.fixture
+def copied(tmp_path):
+    """The folder as it was when the run stopped after a step."""
+
+    def copy(last):
+        for step in range(1, last + 1):
+            shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
+        return {"folder": tmp_path / "again"}, str(tmp_path / "again" / f"checkpoint-{last}")
+
+    return copy
 
 
-@pytest.mark.parametrize("given_back", [False, True])
-@pytest.mark.parametrize("last", [1, 3])
+CASES = {"stop": (stop, 4), "restore": (restore, 4), "target": (partial(TargetRIRCallback, patience=2), 5)}
+
+
+@pytest.mark.parametrize(("last", "given_back"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("case", list(CASES))
-def test_a_resumed_run_stops_where_the_whole_run_did(case, last, given_back, plain, tmp_path):
+def test_a_resumed_run_stops_where_the_whole_run_did(case, last, given_back, scripted, copied, tmp_path):
     make, expected = CASES[case]
     script = {"rir": RISING, "accuracy": FALLING if case != "target" else [0.9] * 7}
-    whole = plain(make(), **script)
+    whole = scripted(make(), **script)
     whole.train()
-    for step in range(1, last + 1):
-        shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
+    folder, checkpoint = copied(last)
     options = {"restore_callback_states_from_checkpoint": given_back, "eval_on_start": False}
-    resumed = plain(make(), folder=tmp_path / "again", **script, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "again" / f"checkpoint-{last}"))
+    resumed = scripted(make(), **folder, **script, **options)
+    resumed.train(resume_from_checkpoint=checkpoint)
     assert whole.state.global_step == resumed.state.global_step == expected
+    # Other weights are not resumed bit by bit: of a ViT, a plain Trainer leaves whole blocks as they were.
+    if (case, last) == ("restore", 3):
+        assert same(resumed.model, tmp_path / "run" / "checkpoint-3")
+    state = json.loads((tmp_path / "run" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert list(state["stateful_callbacks"]) == ["TrainerControl"]
 
 
-def test_a_resumed_run_goes_back_to_the_same_weights(plain, tmp_path):
-    whole = plain(restore())
-    whole.train()
-    shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
-    resumed = plain(restore(), folder=tmp_path / "again")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-3"))
-    assert same(resumed.model, tmp_path / "run" / "checkpoint-3")
-
-
-def test_evaluating_again_on_resuming_is_not_counted_twice(plain, tmp_path):
+def test_evaluating_again_on_resuming_is_not_counted_twice(scripted, tmp_path):
     options = {"rir": [0.0, 3.1, 2.0, 3.2, 3.3, 3.4, 3.5], "accuracy": [0.9] * 7}
-    plain(TargetRIRCallback(patience=2), **options, max_steps=1).train()
-    resumed = plain(TargetRIRCallback(patience=2), **options)
+    scripted(TargetRIRCallback(patience=2), **options, max_steps=1).train()
+    resumed = scripted(TargetRIRCallback(patience=2), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert resumed.state.global_step == 4
 
 
-def test_a_run_resumed_beyond_the_limit_ends_after_one_step(plain, tmp_path, warnings):
-    plain(stop()).train()
+def test_a_run_resumed_beyond_the_limit_ends_after_one_step_and_goes_back(scripted, tmp_path, warnings):
+    scripted(stop()).train()
     warnings.clear()
-    resumed = plain(stop())
+    resumed = scripted(restore(), accuracy=[*FALLING[:5], 0.5, 0.5])
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert resumed.state.global_step == 5 and "already at its end" in warnings[0]
-
-
-def test_a_run_resumed_beyond_the_limit_goes_back_from_there(plain, tmp_path):
-    plain(stop()).train()
-    resumed = plain(restore(), accuracy=[*FALLING[:5], 0.5, 0.5])
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert same(resumed.model, tmp_path / "run" / "checkpoint-3")
-
-
-def test_nothing_is_added_to_the_stateful_callbacks_of_a_checkpoint(plain, tmp_path):
-    plain([stop(), TargetRIRCallback()], rir=RISING, max_steps=1).train()
-    state = json.loads((tmp_path / "run" / "checkpoint-1" / "trainer_state.json").read_text())
-    assert list(state["stateful_callbacks"]) == ["TrainerControl"]
 
 
 # ---- with the ImmunizationTrainer ----

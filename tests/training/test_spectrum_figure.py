@@ -1,5 +1,6 @@
-"""Figures are written at every evaluation, of the right spectra, and training does not notice."""
+"""Figures are written at every evaluation, of the right spectra and curves, and training does not notice."""
 
+import math
 import os
 import random
 
@@ -13,36 +14,80 @@ from hf_immunize import SpectrumFigureCallback
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.training import spectrum_figure
-from hf_immunize.training.evaluation import accuracy
+from hf_immunize.training.spectrum_figure import history_panels, new_figure
 from hf_immunize.vision.head import penultimate_features
 
 
-@pytest.fixture
-def plain(tiny, images, tmp_path):
-    """Make a plain Trainer that evaluates after each of two steps."""
+# ---- the curves of a log ----
 
-    def make(callback, folder="run", model=None, **options):
-        defaults = {
-            "output_dir": str(tmp_path / folder),
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "eval_strategy": "steps",
-            "eval_steps": 1,
-            "save_strategy": "steps",
-            "save_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "logging_steps": 1,
+LOG = [
+    {"step": 0, "eval_loss": 0.7, "eval_accuracy": 0.9, "eval_benign_accuracy": 0.9, "eval_benign_loss": 0.7},
+    {"step": 1, "loss": 0.6, "grad_norm": 2.0, "learning_rate": 1e-3, "r_ill": 0.2, "harmful_weight": 3.0, "epoch": 1},
+    {"step": 2, "eval_accuracy": 0.8, "eval_benign_log10_kappa": 3.0, "eval_harmful_log10_kappa": 5.0},
+    {"step": 2, "eval_log10_rir": 1.5, "eval_rir_is_lower_bound": 1.0, "eval_rir_is_upper_bound": 0.0},
+    {"step": 2, "train_runtime": 3.0, "train_loss": 0.6},
+]
+
+
+def drawn(history):
+    """Title to the labelled lines of its panel."""
+    panels = history_panels(history)
+    _, axes = new_figure(max(len(panels), 1))
+    for panel, draw in zip(axes, panels, strict=False):
+        draw(panel)
+    return {
+        panel.get_title(): {
+            line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+            for line in panel.get_lines()
+            if not line.get_label().startswith("_")
         }
-        args = hf.TrainingArguments(**(defaults | options))
-        data = {"train_dataset": images(16, 1), "eval_dataset": images(8, 3)}
-        each = [] if callback is None else [callback]
-        model = model or tiny("vit", hidden_dropout_prob=0.2)
-        return hf.Trainer(model, args, **data, compute_metrics=accuracy, callbacks=each)
+        for panel in axes[: len(panels)]
+    }
 
-    return make
+
+def test_each_quantity_has_its_panel_with_the_logs_steps_and_values():
+    assert [set(lines) for lines in drawn(LOG).values()] == [
+        {"loss", "r_ill", "eval_loss"},
+        {"eval_benign_log10_kappa", "eval_harmful_log10_kappa"},
+        {"eval_accuracy"},
+        {"eval_log10_rir", "lower bound"},
+    ]
+    assert drawn(LOG)["Accuracy"]["eval_accuracy"] == ([0, 2], [0.9, 0.8])
+    assert list(drawn(LOG[1:2])) == ["Losses and terms"] and history_panels([]) == []
+
+
+@pytest.mark.parametrize(
+    ("log", "lines"),
+    [
+        ([{"eval_a_accuracy": 0.5}, {"eval_b_accuracy": 0.6}], {"eval_a_accuracy", "eval_b_accuracy"}),
+        # Of the evaluation set rather than of a sample.
+        ([{"eval_benign_log10_kappa": 3.0, "spectrum_benign_log10_kappa": 3.1}], {"eval_benign_log10_kappa"}),
+        ([{"spectrum_log10_rir": 2.0}], {"spectrum_log10_rir"}),
+        ([{"eval_log10_rir": 2.0, "eval_rir_is_upper_bound": 1.0}], {"eval_log10_rir", "upper bound"}),
+        ([{"eval_harmful_log10_kappa": 9.0, "eval_harmful_is_bound": 0.0}], {"eval_harmful_log10_kappa"}),
+        (
+            [{"eval_harmful_log10_kappa": 9.0, "eval_harmful_is_bound": 1.0}],
+            {"eval_harmful_log10_kappa", "lower bound"},
+        ),
+    ],
+)
+def test_curves_are_of_each_set_once_and_bounds_are_marked(log, lines):
+    (found,) = drawn([{"step": 1} | entry for entry in log]).values()
+    assert set(found) == lines
+
+
+def test_what_is_not_a_number_is_left_out():
+    log = [{"step": 1, "eval_log10_rir": math.nan}, {"step": 2, "eval_log10_rir": 1.0}]
+    (lines,) = drawn(log).values()
+    assert lines["eval_log10_rir"] == ([2], [1.0])
+
+
+@pytest.mark.parametrize("loss", [-0.5, 0.0, 0.5])
+def test_losses_of_any_sign_are_drawn(loss):
+    assert drawn([{"step": 1, "loss": loss}])["Losses and terms"]["loss"] == ([1], [loss])
+
+
+# ---- the callback ----
 
 
 @pytest.fixture
@@ -71,15 +116,6 @@ def spectra(monkeypatch, unpainted):
     return drawn
 
 
-@pytest.fixture
-def warnings(monkeypatch):
-    """What the callback warns of."""
-    said = []
-    monkeypatch.setattr(spectrum_figure.logger, "warning", lambda message: said.append(message))
-    monkeypatch.setattr(spectrum_figure.logger, "warning_once", lambda message: said.append(message))
-    return said
-
-
 def sigmas(model, rows):
     pixels = torch.stack([row["pixel_values"] for row in rows])
     with torch.no_grad():
@@ -90,35 +126,31 @@ def logged(run, name):
     return {entry["step"]: entry[name] for entry in run.state.log_history if name in entry}
 
 
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_figure_is_written_and_can_be_opened(plain, figures, tmp_path):
-    plain(figures()).train()
+    plain(figures(), max_steps=1).train()
     with Image.open(tmp_path / "run" / "spectrum" / "spectrum.png") as image:
         assert image.format == "PNG" and image.width > image.height
 
 
-def test_figures_of_all_steps_are_kept_if_asked_for(plain, figures, unpainted, tmp_path):
-    plain(figures(output_dir=str(tmp_path / "here"), keep_all=True)).train()
-    steps = [f"spectrum-{step:06d}.png" for step in (1, 2)]
-    assert sorted(os.listdir(tmp_path / "here")) == [*steps, "starting_spectra.safetensors"]
-
-
-def test_the_spectra_are_those_of_the_starting_and_of_the_present_weights(plain, figures, images, spectra):
-    run = plain(figures())
+def test_the_figure_and_the_log_are_of_the_starting_and_of_the_present_weights(
+    plain, figures, images, spectra, tmp_path
+):
+    run = plain(figures(output_dir=str(tmp_path / "here"), keep_all=True))
     before = sigmas(run.model, images(24, 5))
     run.train()
-    after = sigmas(run.model, images(24, 5))
-    torch.testing.assert_close(spectra[-1]["benign", "before"], before, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(spectra[-1]["benign", "after"], after, rtol=1e-4, atol=1e-5)
-
-
-def test_what_was_measured_is_in_the_log_history(plain, figures, images, unpainted):
-    run = plain(figures())
-    run.train()
+    close(spectra[-1]["benign", "before"], before)
+    close(spectra[-1]["benign", "after"], sigmas(run.model, images(24, 5)))
     pixels = torch.stack([row["pixel_values"] for row in images(24, 6)])
     with torch.no_grad():
         expected = feature_conditioning(penultimate_features(run.model.eval(), pixels)).log10_kappa
     assert logged(run, "spectrum_harmful_log10_kappa")[2] == pytest.approx(expected, rel=1e-4)
     assert set(logged(run, "spectrum_log10_rir")) == {1, 2}
+    steps = [f"spectrum-{step:06d}.png" for step in (1, 2)]
+    assert sorted(os.listdir(tmp_path / "here")) == [*steps, "starting_spectra.safetensors"]
 
 
 def test_harmful_images_alone_will_do(plain, figures, spectra):
@@ -134,18 +166,15 @@ def test_without_images_the_curves_are_drawn_alone(plain, spectra, tmp_path):
 
 
 def test_an_immunizing_run_has_its_figure(trainer, figures, spectra, tmp_path):
-    run = trainer(eval_strategy="steps", eval_steps=1, callbacks=[figures()])
-    run.train()
+    trainer(eval_strategy="steps", eval_steps=1, callbacks=[figures()]).train()
     assert (tmp_path / "run" / "spectrum" / "spectrum.png").is_file() and len(spectra) == 2
 
 
 def test_several_evaluation_sets_are_measured_once(plain, figures, images, monkeypatch, unpainted):
-    run = plain(figures(), max_steps=1)
-    run.eval_dataset = {"a": images(4, 7), "b": images(4, 8)}
     times = []
     extract = spectrum_figure.extract
     monkeypatch.setattr(spectrum_figure, "extract", lambda *args, **rest: (times.append(1), extract(*args, **rest))[1])
-    run.train()
+    plain(figures(), max_steps=1, eval_dataset={"a": images(4, 7), "b": images(4, 8)}).train()
     assert len(times) == 4  # two sides, before and after
 
 
@@ -163,8 +192,7 @@ def test_images_are_processed_by_the_trainers_processor(plain, spectra):
 
 
 def test_a_sample_is_drawn_from_all_over_the_set(images):
-    rows = images(100)
-    (chosen,) = SpectrumFigureCallback(benign=rows, max_samples=20)._data.values()
+    (chosen,) = SpectrumFigureCallback(benign=images(100), max_samples=20)._data.values()
     assert len(chosen) == 20 and max(chosen.indices) > 60 and {i % 2 for i in chosen.indices} == {0, 1}
 
 
@@ -189,8 +217,7 @@ def test_training_goes_on_as_if_nothing_had_been_drawn(plain, figures, images, u
     weights = []
     for callback in (None, figures(benign=Noisy(images(24, 5)))):
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
-        run = plain(callback, folder=f"run-{callback is None}")
-        run.train_dataset = [{"labels": i % 2} | row for i, row in enumerate(images(16, 1))]
+        run = plain(callback)
         run.train()
         weights.append((dict(run.model.state_dict()), random.random(), np.random.rand(), torch.rand(())))
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
@@ -210,7 +237,7 @@ def test_under_mixed_precision_the_spectra_are_those_of_full_precision(plain, fi
     run.train()
     model = type(run.model)(run.model.config)
     model.load_state_dict(run.model.state_dict())
-    torch.testing.assert_close(spectra[-1]["harmful", "after"], sigmas(model, images(24, 6)), rtol=1e-4, atol=1e-5)
+    close(spectra[-1]["harmful", "after"], sigmas(model, images(24, 6)))
 
 
 # ---- interrupted and resumed ----
@@ -226,32 +253,31 @@ def test_a_resumed_run_keeps_the_starting_spectra(given_back, plain, figures, im
     resumed = plain(figures(), model=tiny("resnet"), restore_callback_states_from_checkpoint=given_back)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert len(spectra) == 1
-    torch.testing.assert_close(spectra[-1]["benign", "before"], before, rtol=1e-4, atol=1e-5)
+    close(spectra[-1]["benign", "before"], before)
     assert logged(resumed, "spectrum_log10_rir") == pytest.approx(logged(run, "spectrum_log10_rir"), nan_ok=True)
 
 
-def test_starting_spectra_of_other_images_are_left_out(plain, figures, images, spectra, warnings, tmp_path):
+@pytest.mark.parametrize("lost", [True, False])
+def test_starting_spectra_that_are_lost_or_of_other_images_are_left_out(
+    lost, plain, figures, images, spectra, warnings, tmp_path
+):
     plain(figures()).train()
-    resumed = plain(figures(benign=images(24, 9)))
+    if lost:
+        (tmp_path / "run" / "spectrum" / "starting_spectra.safetensors").unlink()
+    resumed = plain(figures() if lost else figures(benign=images(24, 9)))
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
-    assert set(spectra[-1]) == {("benign", "after"), ("harmful", "before"), ("harmful", "after")}
-    assert "are of other images" in warnings[-1] and "spectrum_log10_rir" not in resumed.state.log_history[-2]
-
-
-def test_it_is_said_when_the_starting_spectra_are_lost(plain, figures, spectra, warnings, tmp_path):
-    plain(figures()).train()
-    (tmp_path / "run" / "spectrum" / "starting_spectra.safetensors").unlink()
-    plain(figures()).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
-    assert set(spectra[-1]) == {("benign", "after"), ("harmful", "after")} and "found no such file" in warnings[0]
+    kept = set() if lost else {("harmful", "before")}
+    assert set(spectra[-1]) == {("benign", "after"), ("harmful", "after")} | kept
+    assert "starting spectra" in " ".join(warnings) and "spectrum_log10_rir" not in resumed.state.log_history[-2]
 
 
 def test_a_new_run_in_the_same_folder_has_starting_spectra_of_its_own(plain, figures, images, spectra):
-    plain(figures()).train()
-    second = plain(figures())
+    plain(figures(), max_steps=1).train()
+    second = plain(figures(), max_steps=1)
     second.model.vit.layernorm.bias.data.mul_(3.0)
     before = sigmas(second.model, images(24, 5))
     second.train()
-    torch.testing.assert_close(spectra[-1]["benign", "before"], before, rtol=1e-4, atol=1e-5)
+    close(spectra[-1]["benign", "before"], before)
 
 
 # ---- what goes wrong ----
@@ -265,14 +291,14 @@ def test_a_figure_that_cannot_be_written_does_not_end_the_run(plain, figures, wa
     monkeypatch.setattr(spectrum_figure, "save_figure", full)
     run = plain(figures())
     run.train()
-    assert run.state.global_step == 2 and "Passing over the figure of step 1" in warnings[0]
+    assert run.state.global_step == 2 and "No space left" in warnings[0]
     assert os.listdir(tmp_path / "run" / "spectrum") == ["starting_spectra.safetensors"]
 
 
 def test_starting_spectra_that_cannot_be_written_are_an_error_before_the_first_step(plain, figures, tmp_path):
     (tmp_path / "file").write_text("")
     run = plain(figures(output_dir=str(tmp_path / "file" / "below")))
-    with pytest.raises(CheckpointError, match="Expected to write"):
+    with pytest.raises(CheckpointError):
         run.train()
     assert run.state.global_step == 0
 
@@ -283,25 +309,26 @@ def test_features_that_are_lost_cost_the_spectra_and_not_the_run(plain, figures,
             for parameter in model.vit.layernorm.parameters():
                 parameter.data.fill_(float("nan"))
 
-    run = plain(figures())
-    run.add_callback(Kill())
+    run = plain([figures(), Kill()])
     run.train()
-    assert run.state.global_step == 2 and spectra == [] and "No spectra in the figure of step 1" in warnings[0]
+    assert run.state.global_step == 2 and spectra == [] and "step 1" in warnings[0]
 
 
-@pytest.mark.parametrize("options", [{"max_samples": 0}, {"batch_size": 0}])
-def test_impossible_numbers_are_refused_at_once(options):
-    with pytest.raises(ArgumentError, match="at least 1"):
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_samples": 0}, ArgumentError),
+        ({"batch_size": 0}, ArgumentError),
+        ({"benign": []}, DataError),
+        ({"benign": [{"text": "no image"}]}, DataError),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_at_once(options, error):
+    with pytest.raises(error):
         SpectrumFigureCallback(**options)
-
-
-@pytest.mark.parametrize("rows", [[], [{"text": "no image"}]])
-def test_data_without_images_are_refused_at_once(rows):
-    with pytest.raises(DataError):
-        SpectrumFigureCallback(benign=rows)
 
 
 def test_images_are_refused_where_weights_are_sharded(plain, figures, monkeypatch):
     monkeypatch.setattr(spectrum_figure, "sharded_weights", lambda: True)
-    with pytest.raises(ArgumentError, match="Leave benign= and harmful= out"):
+    with pytest.raises(ArgumentError, match="sharded"):
         plain(figures()).train()

@@ -1,5 +1,6 @@
 """What one process and two should agree on: ``torchrun ... two_ranks.py FOLDER FOLDER_OF_ONE FOLDER_OF_KILLED``."""
 
+import gc
 import json
 import shutil
 import sys
@@ -265,6 +266,7 @@ def measured(folder):
 
 
 def everything(folder):
+    gc.freeze()  # or each Trainer collects what was imported, for most of a second
     folder = Path(folder)
     of_sums, sums = summed(folder)
     return {

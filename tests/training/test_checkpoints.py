@@ -1,0 +1,465 @@
+"""Checkpoints are whole or passed over, and what they lack or hold of another run is said."""
+
+import os
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from safetensors import SafetensorError
+
+from hf_immunize import files
+from hf_immunize.errors import ArgumentError, CheckpointError, NonFiniteError
+from hf_immunize.training import checkpoints
+from hf_immunize.training.arguments import Method
+from hf_immunize.training.checkpoints import (
+    MANIFEST,
+    STATE,
+    check_restorable,
+    last_whole_checkpoint,
+    load_run_state,
+    load_weights,
+    save_run_state,
+)
+from hf_immunize.training.step import ImmunizationStep
+
+
+FULL = OSError(28, "No space left on device")
+FAILURES = [FULL, SafetensorError("I/O error: No space left on device"), RuntimeError("PytorchStreamWriter failed")]
+CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+DISTILLED = {"benign_loss": "distillation", "benign_budget": 0.05, "objective": "concentration"}
+STEP_FILE, REFERENCES_FILE = "immunization_step.safetensors", "immunization_state.safetensors"
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+# ---- saving a model ----
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "mobilenet_v2"])
+def test_what_is_saved_is_loaded_by_the_auto_class(name, trainer, tmp_path):
+    processor = hf.ViTImageProcessor(size={"height": 8, "width": 8})
+    run = trainer(name, processing_class=processor)
+    run.train()
+    run.save_model(str(tmp_path / "model"))
+    loaded = hf.AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(loaded.state_dict(), run.model.state_dict(), rtol=0, atol=0)
+    assert hf.AutoImageProcessor.from_pretrained(tmp_path / "model").size == processor.size
+
+
+def fail_midway(monkeypatch, error):
+    """Writing weights leaves half a file and then fails."""
+
+    def save_pretrained(self, folder, **options):
+        os.makedirs(folder, exist_ok=True)
+        Path(folder, "config.json").write_text("{")
+        Path(folder, "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", save_pretrained)
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_failed_save_leaves_the_saved_model_whole(error, trainer, tmp_path, monkeypatch):
+    run = trainer()
+    run.save_model(str(tmp_path / "model"))
+    before = content(tmp_path)
+    fail_midway(monkeypatch, error)
+    for folder in ("model", "new/model"):
+        with pytest.raises(CheckpointError, match=f"{folder}, found"):
+            run.save_model(str(tmp_path / folder))
+        assert content(tmp_path) == before and not list(tmp_path.rglob("_unfinished-*"))
+    assert not (tmp_path / "new" / "model").exists()
+
+
+# ---- writing checkpoints ----
+
+
+class FailAt(hf.TrainerCallback):
+    """Let everything that is written from a step on fail."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_failed_checkpoint_leaves_the_one_before_from_which_the_run_goes_on(error, trainer, monkeypatch):
+    run = trainer(**CHECKPOINTS, callbacks=[FailAt(2, lambda: fail_midway(monkeypatch, error))])
+    with pytest.raises(CheckpointError, match="checkpoint-2") as caught:
+        run.train()
+    assert str(caught.value).count("Expected") == 1 and str(error) in str(caught.value)
+    monkeypatch.undo()
+    folder = Path(run.args.output_dir)
+    assert last_whole_checkpoint(str(folder))[0] == str(folder / "checkpoint-1")
+    assert not list(folder.rglob("_unfinished-*"))
+    assert trainer(**CHECKPOINTS).train(resume_from_checkpoint=True).global_step == 3
+
+
+def test_half_of_a_new_checkpoint_over_an_old_one_is_not_taken_for_whole(trainer, monkeypatch):
+    trainer(**CHECKPOINTS | {"max_steps": 1}).train()
+
+    def fail(*args):
+        raise SafetensorError("I/O error")
+
+    monkeypatch.setattr(checkpoints, "save_measurements", fail)
+    again = trainer(**CHECKPOINTS, learning_rate=0.5)
+    with pytest.raises(CheckpointError, match="checkpoint-1"):
+        again.train()
+    last, broken = last_whole_checkpoint(again.args.output_dir)
+    assert last is None and list(broken) == [str(Path(again.args.output_dir) / "checkpoint-1")]
+
+
+class Ruin(hf.TrainerCallback):
+    """Let a step leave a NaN in the weights, as an overflowing gradient would."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            model.classifier.weight.data[0, 0] = float("nan")
+
+
+def test_weights_that_are_not_finite_are_not_saved(trainer):
+    run = trainer(**CHECKPOINTS, callbacks=[Ruin()])
+    with pytest.raises(NonFiniteError, match=r"classifier.weight"):
+        run.train()
+    last, _ = last_whole_checkpoint(run.args.output_dir)
+    assert last is not None and last.endswith("checkpoint-1")
+    sound = hf.AutoModelForImageClassification.from_pretrained(last)
+    assert all(torch.isfinite(parameter).all() for parameter in sound.parameters())
+
+
+class Disk:
+    """What was asked of the disk, in order: ("flush", path), ("replace", path) or ("remove", path)."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        flush, replace, rmtree = files.flush, os.replace, shutil.rmtree
+        for module in (files, checkpoints):
+            monkeypatch.setattr(module, "flush", lambda path: (self.note("flush", path), flush(path)))
+        monkeypatch.setattr(os, "replace", lambda a, b: (self.note("replace", b), replace(a, b)))
+        monkeypatch.setattr(
+            shutil, "rmtree", lambda p, *a, **k: (self.calls.append(("remove", str(p))), rmtree(p, *a, **k))
+        )
+
+    def note(self, what, path):
+        # What is staged counts as what it becomes.
+        self.calls.append((what, "/".join(p for p in str(path).split("/") if not p.startswith("_unfinished-"))))
+
+    def all(self, what, path):
+        return [i for i, call in enumerate(self.calls) if call == (what, str(path))]
+
+
+@pytest.mark.parametrize("options", [{}, {"save_only_model": True}], ids=["all", "model"])
+def test_a_checkpoint_is_on_disk_before_its_state_and_that_before_an_older_one_goes(options, trainer, monkeypatch):
+    run = trainer(save_strategy="steps", save_steps=1, max_steps=2, save_total_limit=1, **options)
+    disk = Disk(monkeypatch)
+    run.train()
+    old, new = (Path(run.args.output_dir) / f"checkpoint-{step}" for step in (1, 2))
+    (appears,), (goes,) = disk.all("replace", new / STATE), disk.all("remove", old)
+    written = [path for path in new.iterdir() if path.name not in (STATE, "training_args.bin")]
+    assert {"model.safetensors", MANIFEST} <= {path.name for path in written} and not old.exists()
+    flushed = [disk.all("flush", path)[-1] for path in written]
+    names = disk.all("flush", new)
+    assert any(max(flushed) < each < appears for each in names) and disk.all("flush", new / STATE)[0] < appears
+    assert any(appears < each < goes for each in names)
+
+
+def test_a_run_that_starts_removes_what_a_killed_one_was_writing(trainer):
+    run = trainer(**CHECKPOINTS | {"max_steps": 1})
+    left = [Path(run.args.output_dir) / name / "_unfinished-x" for name in (".", "checkpoint-1")]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    run.train()
+    assert not any(folder.exists() for folder in left)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(trainer):
+    run = trainer(**CHECKPOINTS)
+    shutil.rmtree(run.args.output_dir)
+    Path(run.args.output_dir).write_text("no folder", encoding="utf-8")
+    with pytest.raises(ArgumentError, match=r"output_dir.*run"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+# ---- finding one that is whole ----
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(trainer_in, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    trainer_in(folder, **CHECKPOINTS | {"max_steps": 2}).train()
+    return folder
+
+
+@pytest.fixture
+def saved(two_checkpoints, tmp_path):
+    """The folder of a run with two checkpoints, where `trainer` has its runs."""
+    return Path(shutil.copytree(two_checkpoints, tmp_path / "run"))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+RESUMED_FROM = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STEP_FILE, REFERENCES_FILE]
+RESUMED_FROM += [STATE, MANIFEST]
+DAMAGES = {"missing": Path.unlink, "emptied": lambda path: path.write_bytes(b""), "flipped": flip}
+CASES = [(name, damage) for name in RESUMED_FROM for damage in DAMAGES if (name, damage) != (MANIFEST, "missing")]
+
+
+@pytest.mark.parametrize(("name", "damage"), CASES)
+def test_a_checkpoint_that_is_not_what_was_written_is_passed_over(name, damage, saved):
+    DAMAGES[damage](saved / "checkpoint-2" / name)
+    last, broken = last_whole_checkpoint(str(saved))
+    assert last == str(saved / "checkpoint-1") and list(broken) == [str(saved / "checkpoint-2")]
+    assert name in broken[str(saved / "checkpoint-2")]
+
+
+def test_a_run_says_which_checkpoint_it_passes_over_and_refuses_to_resume_from_it(saved, trainer, warnings):
+    (saved / "checkpoint-2" / "optimizer.pt").unlink()
+    run = trainer(**CHECKPOINTS)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2.*optimizer\.pt"):
+        run.train(resume_from_checkpoint=str(saved / "checkpoint-2"))
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 3
+    assert [str(saved / "checkpoint-2") in each and "optimizer.pt" in each for each in warnings] == [True]
+
+
+def test_card_and_record_may_change(saved):
+    for name in ("README.md", "immunization.json"):
+        (saved / "checkpoint-2" / name).write_text("{}")
+    assert last_whole_checkpoint(str(saved)) == (str(saved / "checkpoint-2"), {})
+
+
+@pytest.mark.parametrize("given", [True, "checkpoint-7"])
+def test_a_checkpoint_that_is_not_there_is_refused(given, trainer):
+    with pytest.raises(CheckpointError, match="found"):
+        trainer().train(resume_from_checkpoint=given)
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        hf.TrainerState().save_to_json(str(tmp_path / f"checkpoint-{step}" / STATE))
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "checkpoint-old").mkdir()
+    (tmp_path / "checkpoint-100" / STATE).write_text("[]")
+    last, broken = last_whole_checkpoint(str(tmp_path))
+    assert (last, list(broken)) == (str(tmp_path / "checkpoint-10"), [str(tmp_path / "checkpoint-100")])
+
+
+OLDER = [
+    # Files of a checkpoint without a list, and the one that is missed.
+    (["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STEP_FILE], None),
+    (["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"], None),
+    (["model.safetensors"], None),
+    (["adapter_model.safetensors"], None),
+    (["pytorch_model_fsdp_0/0.distcp", "optimizer_0/0.distcp", "scheduler.pt", "rng_state_0.pth"], None),
+    (["optimizer.bin", "pytorch_model_fsdp.bin", "scheduler.pt", "rng_state_0.pth"], None),
+    (["global_step2/mp_rank_00_model_states.pt", "latest", "rng_state_0.pth"], None),
+    (["model.safetensors", STEP_FILE], "optimizer.pt"),
+    (["model.safetensors", "optimizer.pt", "rng_state.pth"], "scheduler.pt"),
+    (["model.safetensors", "optimizer.pt", "scheduler.pt"], "rng_state.pth"),
+    (["optimizer.pt", "scheduler.pt", "rng_state.pth"], "weights"),
+    ([], "weights"),
+]
+
+
+@pytest.mark.parametrize(("names", "missed"), OLDER)
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_checkpoint_without_a_list_is_judged_by_its_files(names, missed, emptied, tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    for name in names:
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_bytes(b"numbers")
+    checkpoint.mkdir(exist_ok=True)
+    if emptied and names:
+        (checkpoint / names[0]).write_bytes(b"")
+        missed = names[0]
+    hf.TrainerState().save_to_json(str(checkpoint / STATE))
+    last, broken = last_whole_checkpoint(str(tmp_path))
+    assert (last is None) == (missed is not None)
+    assert missed is None or missed in broken[str(checkpoint)]
+
+
+# ---- resuming ----
+
+
+@pytest.fixture
+def stopped(trainer, tmp_path):
+    """Make a run of one step, and give the folder of its checkpoint."""
+
+    def make(*without, **options):
+        trainer(**CHECKPOINTS | {"max_steps": 1}, **options).train()
+        folder = tmp_path / "run" / "checkpoint-1"
+        for name in without:
+            (folder / name).unlink()
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("without", "options"), [((STEP_FILE, MANIFEST), {}), ((), {"save_only_model": True})], ids=["plain", "weights"]
+)
+def test_a_checkpoint_without_the_starting_model_is_refused(without, options, stopped, trainer):
+    folder = stopped(*without, **DISTILLED, **options)
+    with pytest.raises(CheckpointError, match=rf"{STEP_FILE} in .*checkpoint-1"):
+        trainer(max_steps=2, **DISTILLED).train(resume_from_checkpoint=folder)
+
+
+def test_where_no_starting_model_is_needed_the_loss_is_said(stopped, trainer, warnings):
+    folder = stopped(STEP_FILE, MANIFEST)
+    run = trainer(max_steps=2)
+    run.train(resume_from_checkpoint=folder)
+    assert run.state.global_step == 2 and any(STEP_FILE in each for each in warnings)
+
+
+@pytest.mark.parametrize("options", [{}, {"save_only_model": True}], ids=["all", "model"])
+def test_a_run_goes_on_from_a_checkpoint_without_a_list(options, stopped, trainer):
+    again = trainer(max_steps=2, **options)
+    again.train(resume_from_checkpoint=stopped(MANIFEST, **options))
+    assert again.state.global_step == 2
+
+
+def test_the_chosen_rectifiers_are_not_sought_anew(stopped, trainer, monkeypatch):
+    chosen = {**DISTILLED, "objective": "auto"}
+    folder = stopped(model="resnet", **chosen)
+
+    def sought(*args):
+        raise AssertionError("a resumed run knows its rectifiers")
+
+    monkeypatch.setattr("hf_immunize.training.choice.choke_points", sought)
+    run = trainer("resnet", max_steps=2, **chosen)
+    run.train(resume_from_checkpoint=folder)
+    assert run.objective == "silence"
+
+
+def test_a_damaged_state_is_named(stopped, trainer):
+    folder = stopped(MANIFEST)
+    Path(folder, STEP_FILE).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=STEP_FILE):
+        trainer(max_steps=2).train(resume_from_checkpoint=folder)
+
+
+def test_other_settings_are_named_and_used(stopped, trainer, warnings):
+    folder = stopped(objective="kappa", queue_size=8, harmful_weight="0.3")
+    trainer(max_steps=2, queue_size=8, harmful_weight=0.3).train(resume_from_checkpoint=folder)
+    assert not warnings
+    run = trainer(max_steps=2, objective="r_ill", queue_size=6, harmful_weight=0.3)
+    run.train(resume_from_checkpoint=folder)
+    assert "objective=r_ill (was kappa), queue_size=6 (was 8)" in warnings[0]
+    assert "r_well" not in run.state.log_history[-2]
+
+
+@pytest.mark.parametrize("options", [{}, DISTILLED])
+def test_another_scope_is_refused(options, stopped, trainer):
+    folder = stopped(**options)
+    with pytest.raises(ArgumentError, match=r"checkpoint-1.*trainable="):
+        trainer(max_steps=2, trainable="all", **options).train(resume_from_checkpoint=folder)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ((4, 2), (4, 2), None),
+        ((4, 2), (8, 1), "on 2 processes and goes on on 1, at the same batches"),
+        ((4, 2), (4, 1), "With per_device_train_batch_size=8 it goes on as it was"),
+        ((4, 2), (3, 3), "On a number of processes that divides 8 it can go on"),
+    ],
+)
+def test_other_batches_and_processes_are_said(before, now, words, tiny, tmp_path, monkeypatch, warnings):
+    """Images of a process and number of processes, when the run was stopped and when it goes on."""
+    step = ImmunizationStep(tiny(), Method())
+    monkeypatch.setattr(checkpoints, "world_size", lambda: before[1])
+    save_run_state(str(tmp_path), step, {}, before[0])
+    monkeypatch.setattr(checkpoints, "world_size", lambda: now[1])
+    assert load_run_state(str(tmp_path), step, now[0]) == {}
+    assert not warnings if words is None else words in warnings[0]
+
+
+# ---- loading into the model in memory ----
+
+
+class Own(torch.nn.Module):
+    """A model that is none of transformers'."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3 * 8 * 8, 2)
+
+    def forward(self, pixel_values, labels):
+        logits = self.linear(pixel_values.flatten(1))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def with_adapter(model):
+    targets = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:2]
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, modules_to_save=["classifier"]))
+
+
+KINDS = {"transformers": lambda tiny: tiny(), "peft": lambda tiny: with_adapter(tiny()), "own": lambda tiny: Own()}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_weights_of_an_earlier_checkpoint_come_back_and_the_trainable_ones_stay_so(kind, tiny, plain, tmp_path):
+    model, kept = KINDS[kind](tiny), []
+
+    class Keep(hf.TrainerCallback):
+        def on_save(self, args, state, control, model=None, **kwargs):
+            kept.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    plain(Keep(), model=model, eval_strategy="no").train()
+    assert any(not torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    load_weights(model, str(tmp_path / "run" / "checkpoint-1"))
+    torch.testing.assert_close(dict(model.state_dict()), kept[0], rtol=0, atol=0)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_folder_without_weights_is_refused(kind, tiny, tmp_path):
+    with pytest.raises(CheckpointError, match="Expected the weights of this"):
+        load_weights(KINDS[kind](tiny), str(tmp_path))
+
+
+def test_weights_of_another_model_are_refused(tiny, tmp_path):
+    tiny("resnet").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="ViTForImageClassification"):
+        load_weights(tiny(), str(tmp_path))
+
+
+def restorable(folder, searching=False, **options):
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
+    args = hf.TrainingArguments(str(folder), report_to="none", use_cpu=True, **(steps | options))
+    state = hf.TrainerState(save_steps=args.save_steps, eval_steps=args.eval_steps)
+    state.is_hyper_param_search = searching
+    check_restorable(args, state)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({}, 0), ({"save_steps": 3}, 1), ({"save_strategy": "epoch"}, 1), ({"save_strategy": "best"}, 0)],
+)
+def test_it_is_said_when_checkpoints_will_not_be_evaluated(options, said, tmp_path, warnings):
+    restorable(tmp_path, **options)
+    assert len(warnings) == said
+
+
+def test_sharded_weights_and_searches_have_nothing_to_go_back_to(tmp_path, monkeypatch):
+    with pytest.raises(ArgumentError, match="search"):
+        restorable(tmp_path, searching=True)
+    monkeypatch.setattr(checkpoints, "sharded_weights", lambda: True)
+    with pytest.raises(ArgumentError, match="sharded by FSDP or DeepSpeed"):
+        restorable(tmp_path)
