@@ -1,0 +1,232 @@
+"""Figures are written next to the weights they were measured on, and to no others; the budget is logged."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from hf_immunize.hub.record import AttackRecord, AuditRecord, DataRecord, RatioRecord, read_record
+from hf_immunize.hub.weights import hash_weights
+from hf_immunize.tensor_hash import weights_fingerprint
+from hf_immunize.training.record import describe_budget
+
+
+BUDGET = {"benign_loss": "distillation", "benign_budget": 0.01, "budget_measure": "kl", "max_steps": 12}
+CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Save a run's model, and read the record there."""
+
+    def save(run):
+        run.save_model(str(tmp_path / "model"))
+        return read_record(tmp_path / "model")
+
+    return save
+
+
+def finished(run):
+    run.evaluate()
+    run.train()
+    return run.evaluate()
+
+
+# ---- the record of a run ----
+
+
+def test_the_record_holds_what_was_before_and_after_with_method_sizes_and_hashes(trainer, saved, tmp_path):
+    run = trainer(harmful_weight=2.5, seed=7)
+    before = run.evaluate()
+    run.train()
+    after = run.evaluate()
+    record = saved(run)
+    assert (record.metric.before, record.metric.after) == (before["eval_accuracy"], after["eval_accuracy"])
+    assert record.ratios["exact"].log10_rir == pytest.approx(after["eval_log10_rir"])
+    assert record.harmful_features.before.log10_kappa == pytest.approx(before["eval_harmful_log10_kappa"])
+    assert record.harmful_features.after.log10_kappa == pytest.approx(after["eval_harmful_log10_kappa"])
+    assert record.benign_features.after.rank == after["eval_benign_rank"]
+    assert record.weights == hash_weights(tmp_path / "model")
+    method = record.method
+    assert (method.objective, method.harmful_weight, method.benign_weight) == ("kappa", 2.5, "auto")
+    assert (method.steps, method.seed) == (2, 7)
+    assert [(data.train_size, data.size) for data in (record.benign, record.harmful)] == [(16, 24), (16, 24)]
+
+
+def test_the_record_names_the_objective_that_auto_stands_for(trainer, saved):
+    run = trainer("resnet", objective="auto", benign_loss="distillation", benign_budget=0.05)
+    finished(run)
+    assert saved(run).method.objective == "silence"
+
+
+def test_weights_that_were_not_evaluated_have_no_record(trainer, tmp_path):
+    run = trainer()
+    run.train()
+    run.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model" / "immunization.json").exists()
+    run.evaluate()  # of the weights that were saved: written after all
+    assert read_record(tmp_path / "model").weights == hash_weights(tmp_path / "model")
+    run.model.classifier.weight.data += 1.0
+    run.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model" / "immunization.json").exists()
+
+
+def test_other_data_leave_no_trace_in_the_record(trainer, images, saved):
+    run = trainer()
+    metrics = finished(run)
+    run.evaluate(images(24, 99))
+    assert saved(run).metric.after == metrics["eval_accuracy"]
+
+
+def test_of_several_benign_sets_the_first_counts(trainer, images, saved):
+    run = trainer(eval_dataset={"near": images(24, 3), "far": images(20, 5)})
+    metrics = finished(run)
+    record = saved(run)
+    assert record.metric.after == metrics["eval_near_accuracy"] and record.benign.size == 24
+
+
+def test_names_that_were_given_are_kept(trainer, saved):
+    run = trainer()
+    run.evidence.benign = DataRecord("user/pets", on_hub=True, revision="abc")
+    finished(run)
+    benign = saved(run).benign
+    assert (benign.name, benign.revision, benign.size) == ("user/pets", "abc", 24)
+
+
+def test_what_was_attached_belongs_to_its_weights_only(trainer, saved):
+    run = trainer()
+    finished(run)
+    audit = AuditRecord("quick", strongest={"head_input": AttackRecord("ridge", 0.5)})
+    run.evidence.attach(run.model, groups=RatioRecord(1.0, relative_std=0.1), audit=audit)
+    record = saved(run)
+    assert (record.audit, record.ratios["groups"].log10_rir) == (audit, 1.0)
+    run.model.classifier.weight.data += 0.5
+    run.evaluate()
+    record = saved(run)
+    assert (record.audit, set(record.ratios)) == (None, {"exact"})
+
+
+def test_the_path_of_the_base_model_does_not_get_in(trainer, tiny, saved, tmp_path):
+    tiny().save_pretrained(tmp_path / "alice" / "base")
+    run = trainer(AutoModelForImageClassification.from_pretrained(tmp_path / "alice" / "base"))
+    finished(run)
+    assert saved(run).base_model.name == "base"
+    for name in ("immunization.json", "config.json"):
+        assert "alice" not in json.dumps(json.loads((tmp_path / "model" / name).read_text()))
+
+
+# ---- checkpoints ----
+
+
+def test_every_checkpoint_has_its_own_figures(trainer):
+    run = trainer(**CHECKPOINTS)
+    run.train()
+    logged = {entry["step"]: entry["eval_log10_rir"] for entry in run.state.log_history if "eval_log10_rir" in entry}
+    for step in (1, 2, 3):
+        record = read_record(Path(run.args.output_dir) / f"checkpoint-{step}")
+        assert record.ratios["exact"].log10_rir == pytest.approx(logged[step]) and record.method.steps == step
+
+
+def test_the_best_model_gets_the_best_steps_figures_evaluated_again_or_not(trainer, saved, tmp_path):
+    # The least log10 κ of harmful features: of the first step, since training raises it.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_log10_rir", "greater_is_better": False}
+    run = trainer(**CHECKPOINTS, **best)
+    run.train()
+    step = run.state.best_global_step
+    assert step != 3, "the last step is the best one: the test shows nothing"
+    for expected in (lambda: run.state.best_metric, lambda: run.evaluate()["eval_log10_rir"]):
+        rir = expected()
+        record = saved(run)
+        assert record.method.steps == step and record.ratios["exact"].log10_rir == pytest.approx(rir)
+        assert record.weights == hash_weights(tmp_path / "model")
+
+
+def test_a_resumed_run_still_knows_what_was_before(trainer, saved):
+    run = trainer(**CHECKPOINTS)
+    before = run.evaluate()
+    run.train()
+    resumed = trainer(**(CHECKPOINTS | {"max_steps": 4}))
+    resumed.train(resume_from_checkpoint=True)
+    record = saved(resumed)
+    assert record.metric.before == before["eval_accuracy"] and record.benign_features.before is not None
+
+
+@pytest.mark.parametrize("options", [{"benign_loss": "distillation"}, {}], ids=["with start", "without"])
+def test_a_run_resumed_with_other_images_claims_nothing_of_those_before(options, trainer, images, saved):
+    first = trainer(**CHECKPOINTS, **options)
+    first.evaluate()
+    first.train()
+    other = images(20, 7)
+    expected = trainer(eval_dataset=other).evaluate()
+    assert expected["eval_accuracy"] != first.evidence.before["eval_accuracy"]
+    resumed = trainer(**(CHECKPOINTS | {"max_steps": 4}), **options, eval_dataset=other)
+    resumed.train(resume_from_checkpoint=True)
+    resumed.evaluate()
+    record = saved(resumed)
+    if not options:  # the starting weights were not kept
+        assert record.metric.before is None and record.benign_features.before is None
+        return
+    assert record.metric.before == expected["eval_accuracy"]
+    assert record.benign_features.before.log10_kappa == pytest.approx(expected["eval_benign_log10_kappa"])
+    known = resumed.starting_metrics
+    assert known["eval_accuracy"] == expected["eval_accuracy"] and known["eval_rir"] == 1.0
+    assert known["eval_benign_log10_kappa"] == pytest.approx(expected["eval_benign_log10_kappa"])
+
+
+# ---- the budget ----
+
+
+def test_a_budget_that_is_exceeded_is_said_once_and_stands_in_the_record(trainer, saved, warnings):
+    run = trainer(**BUDGET, learning_rate=0.3)
+    finished(run)
+    spent = [entry["budget_spent"] for entry in run.state.log_history if "budget_spent" in entry]
+    beyond = [step for step, part in enumerate(spent, 1) if part > 1.25]
+    assert len(spent) == 12 and len(beyond) > 2
+    assert [each.startswith(f"Step {beyond[0]}:") for each in warnings] == [True]
+    weights, state = run._step.weighting.state_dict(), describe_budget(run._step)
+    assert state.spent == pytest.approx(float(weights["divergence"]))
+    assert state.weight == pytest.approx(float(weights["multiplier"]) / 0.02)  # where it starts
+    # The multiplier falls by a tenth in each step beyond the budget.
+    assert spent[-1] == pytest.approx(state.spent / 0.01) and state.exceeded and state.weight < 1
+    kept = saved(run).method.budget
+    assert (kept.limit, kept.measure, kept.spent) == (0.01, "kl", pytest.approx(state.spent))
+
+
+def test_within_the_budget_nothing_is_said(trainer, warnings):
+    run = trainer(**BUDGET, learning_rate=1e-5)
+    run.train()
+    spent = [entry["budget_spent"] for entry in run.state.log_history if "budget_spent" in entry]
+    assert 0 < max(spent) < 1 and not warnings
+
+
+def test_without_a_budget_there_is_no_state(trainer):
+    run = trainer()
+    run.train()
+    assert describe_budget(run._step) is None
+    assert not any("budget_spent" in entry for entry in run.state.log_history)
+
+
+# ---- the fingerprint ----
+
+
+def one_weight(model):
+    model.classifier[1].weight.data[0, 0] += 1e-3
+
+
+def two_change_places(model):  # with the same sum and norm
+    model.classifier[1].weight.data = model.classifier[1].weight.data.flip(1)
+
+
+def batch_statistics(model):
+    next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)).running_mean += 0.1
+
+
+@pytest.mark.parametrize("change", [one_weight, two_change_places, batch_statistics])
+def test_the_fingerprint_sees_every_change(change, tiny):
+    model = tiny("resnet")
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(model) == before
+    change(model)
+    assert weights_fingerprint(model) != before
