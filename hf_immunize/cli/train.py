@@ -52,25 +52,7 @@ Hub. Harmful images need no labels. Every flag of transformers.TrainingArguments
 
 @dataclass
 class DataArguments:
-    """What to immunize and on which images.
-
-    Args:
-        model: Hub id or folder of an image classifier.
-        benign: Benign images with labels.
-        harmful: Harmful images.
-        dataset: One data set with both, in place of `benign` and `harmful`.
-        harmful_classes: Its harmful classes, by name or number.
-        distillation: Any images, whose labels are not used, on which the model shall stay what it was; the more
-            varied, the better benign accuracy is kept.
-        benign_eval, harmful_eval: Images to measure on; by default the source's validation or test split, else a part
-            held out by `eval_fraction`.
-        eval_fraction: That part.
-        model_revision: Branch, tag or commit on the Hub.
-        new_head: Replace the classifier by a new one for the benign classes.
-        trust_remote_code: Run code that comes with the model.
-        max_images: At most so many images of each set (for a first try).
-        groups: Measure RIR over groups of 100 images too, for the record; four more passes over the images.
-    """
+    """What to immunize and on which images."""
 
     model: str = field(default="", metadata={"help": "Hub id or folder of an image classifier."})
     benign: str | None = field(default=None, metadata={"help": "Benign images with labels: folder, file or Hub id."})
@@ -131,17 +113,7 @@ class _Parser(HfArgumentParser):
 
 
 def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArguments]:
-    """Arguments from flags and, with ``--config FILE``, from a YAML or JSON file that flags override.
-
-    Args:
-        words: What was typed after ``train``.
-
-    Returns:
-        Data arguments and training arguments.
-
-    Raises:
-        ArgumentError: If the file cannot be read or holds an unknown name.
-    """
+    """Arguments from flags and, with ``--config FILE``, from a YAML or JSON file that flags override."""
     parser = _Parser(
         (DataArguments, ImmunizationArguments),
         prog="hf-immunize train",
@@ -229,15 +201,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def load_splits(data: DataArguments, args: ImmunizationArguments) -> tuple[Parts, Parts]:
-    """Benign and harmful images, each to train on and to measure on.
-
-    Args:
-        data: Where they come from.
-        args: For the seed and the names of columns.
-
-    Returns:
-        The benign and the harmful ones.
-    """
+    """Benign and harmful images, each to train on and to measure on."""
     draw = HeldOut(data.eval_fraction, args.seed)
     if data.dataset is not None:
         whole = divide(data.dataset, draw)
@@ -325,14 +289,7 @@ def _load(data: DataArguments, args: ImmunizationArguments, **options: Any) -> A
 
 
 def run_train(words: list[str]) -> dict[str, Any]:
-    """Load, measure, immunize, measure again, and write everything to ``output_dir``.
-
-    Args:
-        words: What was typed after ``train``.
-
-    Returns:
-        What ``results.json`` holds.
-    """
+    """Load, measure, immunize, measure again, and write everything to ``output_dir``."""
     data, args = parse_arguments(words)
     check_writable(args.output_dir, "--output_dir")
     set_seed(args.seed)
@@ -403,15 +360,7 @@ def run_train(words: list[str]) -> dict[str, Any]:
 
 
 def before_resuming(trainer: ImmunizationTrainer, path: Path) -> dict[str, Any]:
-    """Metrics of the starting weights of a resumed run, on the images that it is measured on now.
-
-    Args:
-        trainer: After an evaluation.
-        path: Where the interrupted run wrote its metrics, which may be of other images, or damaged.
-
-    Returns:
-        What was written, or where that is of other images, what the Trainer knows of the present ones.
-    """
+    """Metrics of the starting weights of a resumed run, on the images that it is measured on now."""
     known = trainer.starting_metrics
     try:
         written = checked(path.read_text(encoding="utf-8"))
@@ -428,14 +377,7 @@ def describe(
     before: dict[str, float | None],
     held_out: dict[str, HeldOut | None],
 ) -> None:
-    """Tell the Trainer, for its record, what the typed names stand for.
-
-    Args:
-        trainer: The Trainer.
-        data: What was typed.
-        before: Metrics of the starting weights, which a resumed Trainer has not measured.
-        held_out: By side, how the images measured on were drawn.
-    """
+    """Tell the Trainer, for its record, what the typed names stand for."""
     evidence = trainer.evidence
     evidence.before = before
     evidence.base_model = describe_base_model(data.model, data.model_revision)
@@ -451,14 +393,7 @@ def describe(
 
 
 def measure_groups(trainer: ImmunizationTrainer, data: DataArguments, benign: Any, harmful: Any) -> None:
-    """RIR over groups of images, against the model loaded once more as it was.
-
-    Args:
-        trainer: With the immunized model.
-        data: For the model before.
-        benign: Benign images to measure on.
-        harmful: Harmful images to measure on.
-    """
+    """RIR over groups of images, against the model loaded once more as it was."""
     reference = as_classifier(load_model(data, benign, trainer.args), trainer.args).to(trainer.args.device)
     found: dict[str, tuple[Measured, Measured]] = {}
     for side, images in (("benign", benign), ("harmful", harmful)):
@@ -475,14 +410,7 @@ def measure_groups(trainer: ImmunizationTrainer, data: DataArguments, benign: An
 
 
 def summary_sentence(results: dict[str, Any]) -> str:
-    """What was achieved, and in the last sentence what was not, from the figures alone.
-
-    Args:
-        results: With metrics "before" and "after", and maybe the state of the "budget".
-
-    Returns:
-        The sentences.
-    """
+    """What was achieved, and in the last sentence what was not, from the figures alone."""
     budget = results.get("budget")
     return rows.summary_sentence(
         results["before"], results["after"], None if budget is None else from_plain(BudgetRecord, budget, "budget")
@@ -490,12 +418,7 @@ def summary_sentence(results: dict[str, Any]) -> str:
 
 
 def write_figure(folder: Path, trainer: ImmunizationTrainer) -> None:
-    """The spectra before and after, as a figure that the record names.
-
-    Args:
-        folder: The run's folder.
-        trainer: For the spectra.
-    """
+    """The spectra before and after, as a figure that the record names."""
     figure, (axes,) = new_figure(1)
     draw_spectra(axes, trainer.last_spectra)
     save_figure(figure, folder / "spectra.png")
@@ -503,13 +426,7 @@ def write_figure(folder: Path, trainer: ImmunizationTrainer) -> None:
 
 
 def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str, Any]) -> None:
-    """Results as JSON, a card, and a table in the terminal.
-
-    Args:
-        folder: The run's folder.
-        trainer: For the card.
-        results: What to write.
-    """
+    """Results as JSON, a card, and a table in the terminal."""
     sentence = summary_sentence(results)
     write_whole(folder / "results.json", json.dumps({**results, "summary": sentence}, indent=2))
     trainer.create_model_card()

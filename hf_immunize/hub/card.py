@@ -78,11 +78,10 @@ _FADED = 0.1
 def plain(text: str) -> str:
     r"""Text as one line without meaning in Markdown or HTML, the same to the eye.
 
-    Example:
-        >>> print(plain("<b>a|b</b>\n--- www.x.org"))
-        &lt;b&gt;a\|b&lt;/b&gt; --- www&#46;x.org
-        >>> print(plain("- 1. item"), plain("3. item"))
-        \- 1. item 3\. item
+    >>> print(plain("<b>a|b</b>\n--- www.x.org"))
+    &lt;b&gt;a\|b&lt;/b&gt; --- www&#46;x.org
+    >>> print(plain("- 1. item"), plain("3. item"))
+    \- 1. item 3\. item
     """
     escaped = re.sub(r"([\\`*_{}\[\]()#!|~$])", r"\\\1", html.escape(printable(text), quote=False))
     # What opens a list, a heading's underline or a rule does so at the beginning of a line only.
@@ -96,9 +95,8 @@ def plain(text: str) -> str:
 def slug(text: str) -> str:
     """Text as an identifier of letters, digits and ``-._/``, as dataset types and licences are on the Hub.
 
-    Example:
-        >>> slug("scikit-learn digits 0 to 4"), slug("日本"), slug("user/name")
-        ('scikit-learn-digits-0-to-4', 'unnamed', 'user/name')
+    >>> slug("scikit-learn digits 0 to 4"), slug("日本"), slug("user/name")
+    ('scikit-learn-digits-0-to-4', 'unnamed', 'user/name')
     """
     if HUB_ID.fullmatch(text):
         return text
@@ -112,9 +110,8 @@ def slug(text: str) -> str:
 def metric_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name, before and after of the metrics of `ImmunizationTrainer.evaluate`, as text, bounds with their direction.
 
-    Example:
-        >>> metric_rows({"eval_rir": 1.0}, {"eval_rir": 50.0, "eval_rir_is_lower_bound": 1.0})[-1]
-        ('RIR (exact)', '1', '≥ 50')
+    >>> metric_rows({"eval_rir": 1.0}, {"eval_rir": 50.0, "eval_rir_is_lower_bound": 1.0})[-1]
+    ('RIR (exact)', '1', '≥ 50')
     """
 
     def cell(metrics: dict[str, Any], key: str, form: str, below: str | None, above: str | None) -> str:
@@ -182,10 +179,9 @@ def _power(exponent: float) -> float:
 def summary_sentence(before: dict[str, Any], after: dict[str, Any], budget: BudgetRecord | None = None) -> str:
     """What was achieved by the metrics of `ImmunizationTrainer.evaluate`, and what went wrong, and why.
 
-    Example:
-        >>> before, after = {"eval_accuracy": 0.5}, {"eval_accuracy": 0.4, "eval_rir": 9.0}
-        >>> summary_sentence(before, after).split("fine-tuning. ")[1]
-        'This run cost 10.0 points of benign accuracy.'
+    >>> before, after = {"eval_accuracy": 0.5}, {"eval_accuracy": 0.4, "eval_rir": 9.0}
+    >>> summary_sentence(before, after).split("fine-tuning. ")[1]
+    'This run cost 10.0 points of benign accuracy.'
     """
     rir, old, new = after.get("eval_rir"), before.get("eval_accuracy"), after.get("eval_accuracy")
     lower, upper = after.get("eval_rir_is_lower_bound"), after.get("eval_rir_is_upper_bound")
@@ -238,9 +234,8 @@ def _outcome(failed: str, lost: bool, budget: BudgetRecord | None) -> str:
 def budget_words(budget: BudgetRecord) -> str:
     """The state of a benign budget and what it means, as one sentence.
 
-    Example:
-        >>> budget_words(BudgetRecord(limit=0.05, measure="total_variation", spent=0.04, weight=1.0))
-        'The benign side moved 0.04 of its budget of 0.05 (total variation).'
+    >>> budget_words(BudgetRecord(limit=0.05, measure="total_variation", spent=0.04, weight=1.0))
+    'The benign side moved 0.04 of its budget of 0.05 (total variation).'
     """
     measure = plain(budget.measure.replace("_", " "))
     if not budget.exceeded:
@@ -362,10 +357,7 @@ def _union(first: Any, second: Any) -> list[str]:
 def render_card(
     record: ImmunizationRecord, options: CardOptions | None = None, existing: str | None = None
 ) -> ModelCard:
-    """The card, with metadata that `huggingface_hub` reads back; of an existing one, all that is not ours is kept.
-
-    Names that users chose are escaped: none can open a tag, a link, a table cell or a metadata block.
-    """
+    """The card, with metadata that `huggingface_hub` reads back; of an existing one, all that is not ours is kept."""
     options = options or CardOptions()
     old = _read_card(existing) if existing and existing.strip() else None
     name = printable(options.model_name or "") or (old and old.data.get("model_name"))

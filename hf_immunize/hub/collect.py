@@ -32,23 +32,14 @@ _LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "safetenso
 def is_hub_id(source: Any) -> bool:
     """Whether a source is the id of a repository rather than a path.
 
-    Example:
-        >>> is_hub_id("google/vit-base-patch16-224"), is_hub_id("./runs/mine"), is_hub_id("runs")
-        (True, False, False)
+    >>> is_hub_id("google/vit-base-patch16-224"), is_hub_id("./runs/mine"), is_hub_id("runs")
+    (True, False, False)
     """
     return bool(HUB_ID.fullmatch(str(source))) and not Path(str(source)).expanduser().exists()
 
 
 def describe_base_model(name: Any, revision: str | None = None) -> BaseModelRecord:
-    """The model before immunization, from what was given to ``from_pretrained``.
-
-    Args:
-        name: Id on the Hub or folder; empty for a model that was made in memory.
-        revision: Branch, tag or commit.
-
-    Returns:
-        Its part of the record.
-    """
+    """The model before immunization, from what was given to ``from_pretrained``."""
     if not str(name or ""):
         return BaseModelRecord("a model made in memory")
     on_hub = is_hub_id(name)
@@ -56,16 +47,7 @@ def describe_base_model(name: Any, revision: str | None = None) -> BaseModelReco
 
 
 def describe_dataset(dataset: Any, name: str | None = None, *, train: Any = None) -> DataRecord | None:
-    """One task's data, from what `datasets` knows of them.
-
-    Args:
-        dataset: What κ is measured on; rows of it, or a wrapper that holds it as ``dataset``.
-        name: What to call it in place of its own name.
-        train: What is trained on.
-
-    Returns:
-        Its part of the record; None where there is neither.
-    """
+    """One task's data, from what `datasets` knows of them."""
     inner = innermost(dataset if dataset is not None else train)
     if inner is None:
         return None
@@ -95,33 +77,14 @@ def recorded_draw(data: DataRecord | None) -> HeldOut | None:
 
 
 def draw_like(record: ImmunizationRecord | None, side: str, fraction: float | None, seed: int | None) -> HeldOut:
-    """How training held out images to measure on, by its record, save for what is given.
-
-    Args:
-        record: Of the model; None if it has none.
-        side: "benign" or "harmful"; of other data the record knows only the run's seed.
-        fraction: In place of the recorded one.
-        seed: Likewise.
-
-    Returns:
-        The draw.
-    """
+    """How training held out images to measure on, by its record, save for what is given."""
     usual = HeldOut() if record is None else HeldOut(seed=record.method.seed)
     draw = recorded_draw(getattr(record, side, None)) or usual
     return HeldOut(draw.fraction if fraction is None else fraction, draw.seed if seed is None else seed)
 
 
 def refuse_training_images(data: DataRecord | None, rows: Any, name: str) -> None:
-    """Refuse to measure a model on images that it was trained on, by its record.
-
-    Args:
-        data: The record's part on these data; nothing is known without its sketches.
-        rows: `ImageRows` to measure on.
-        name: What to call them.
-
-    Raises:
-        TrainingImagesError: If some are training images and were not measured on in training either.
-    """
+    """Refuse to measure a model on images that it was trained on, by its record."""
     if data is None or data.train_sketch is None:
         return
     found = count_trained(rows.hashes, data.train_sketch, data.sketch)
@@ -134,15 +97,7 @@ def refuse_training_images(data: DataRecord | None, rows: Any, name: str) -> Non
 
 
 def describe_side(now: Measurement | None, before: Measurement | None) -> SideRecord:
-    """κ of one task before and after.
-
-    Args:
-        now: Its features through the immunized weights.
-        before: Its features through the starting weights; ignored if they are of other data.
-
-    Returns:
-        Its part of the record.
-    """
+    """κ of one task before and after."""
     if now is None:
         return SideRecord()
     start = before.factor.conditioning() if before is not None and now.same_data(before) else None
@@ -151,15 +106,7 @@ def describe_side(now: Measurement | None, before: Measurement | None) -> SideRe
 
 
 def exact_ratio(benign: SideRecord, harmful: SideRecord) -> RatioRecord | None:
-    """RIR over all images, from the conditionings of both tasks.
-
-    Args:
-        benign: Conditioning before and after.
-        harmful: Conditioning before and after.
-
-    Returns:
-        The ratio; None unless all four are known.
-    """
+    """RIR over all images, from the conditionings of both tasks."""
     if None in (benign.before, benign.after, harmful.before, harmful.after):
         return None
     parts = [part.conditioning() for side in (harmful, benign) for part in (side.after, side.before) if part]
@@ -174,17 +121,7 @@ def ratio_of(h: Conditioning, h0: Conditioning, b: Conditioning, b0: Conditionin
 def describe_ratio(
     ratio: ImmunizationRatio, *, num_groups: int | None = None, group_size: int | None = None, seed: int | None = None
 ) -> RatioRecord:
-    """A ratio as a record keeps it: logarithms, which stay finite.
-
-    Args:
-        ratio: As measured.
-        num_groups: Number of groups, for protocol "groups".
-        group_size: Their size.
-        seed: Seed of their draw.
-
-    Returns:
-        Its part of the record.
-    """
+    """A ratio as a record keeps it: logarithms, which stay finite."""
     told = ratio.bound != "undetermined" and math.isfinite(ratio.log10_rir)
     spread = None if ratio.std is None or not told or not ratio.rir > 0 else ratio.std / ratio.rir
     return RatioRecord(
@@ -211,14 +148,7 @@ def software_versions() -> dict[str, str]:
 
 
 def innermost(dataset: Any) -> Any:
-    """The data set within wrappers such as `ImageRows`.
-
-    Args:
-        dataset: A data set, or rows of one.
-
-    Returns:
-        The first that has a fingerprint, or holds no other.
-    """
+    """The data set within wrappers such as `ImageRows`."""
     for _ in range(8):
         inner = getattr(dataset, "dataset", None)
         if inner is None or hasattr(dataset, "_fingerprint"):

@@ -75,23 +75,7 @@ def fetch(
     with_code: bool = False,
     api: HfApi | None = None,
 ) -> Path:
-    """The folder of a checkpoint, fetched from the Hub if need be.
-
-    Args:
-        repo_or_folder: Id on the Hub, or a folder.
-        revision: Branch, tag or commit on the Hub.
-        token: In place of the one you are logged in with.
-        with_code: Whether to fetch Python files too.
-        api: A client of your own.
-
-    Returns:
-        The folder, which holds allowed files and safetensors only when it was fetched.
-
-    Raises:
-        ArgumentError: If it is neither a folder nor an id.
-        WeightsError: If the repository has pickled weights only.
-        HubError: If the Hub does not give it.
-    """
+    """The folder of a checkpoint, fetched from the Hub if need be."""
     path = Path(repo_or_folder).expanduser()
     if path.is_dir():
         return path

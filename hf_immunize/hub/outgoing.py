@@ -40,17 +40,7 @@ _LONGEST_HEADER = 2**27
 
 
 def refuse_links(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Refuse symbolic links: what they lead to is no part of the folder.
-
-    The Hub cache's own links, from a snapshot to the blobs of the same repository, are no others' files.
-
-    Args:
-        folder: The folder.
-        names: Of files in it.
-
-    Raises:
-        ArgumentError: With the first link.
-    """
+    """Refuse symbolic links: what they lead to is no part of the folder."""
     root = Path(folder)
     here = root.resolve()
     blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else None
@@ -64,20 +54,7 @@ def refuse_links(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
 
 
 def check_private(folder: str | os.PathLike[str], names: Iterable[str], token: str | None = None) -> None:
-    """Refuse to publish tokens and local paths, in whatever form a file holds its text.
-
-    Text is searched as it stands, as UTF-16 and with its escapes resolved; of weights the header, of a picture its
-    comments and all of its bytes, of what torch saved the pickle.
-
-    Args:
-        folder: The checkpoint's folder.
-        names: Files that are about to be pushed.
-        token: A token given for this push, looked for beside the one that is logged in.
-
-    Raises:
-        ArgumentError: With the file and what was found, a token itself left out.
-        RecordError: If a picture is none.
-    """
+    """Refuse to publish tokens and local paths, in whatever form a file holds its text."""
     root = Path(folder)
     tokens = {token, huggingface_hub.get_token(), *(os.environ.get(name) for name in _TOKEN_VARIABLES)}
     secrets = [value for value in tokens if value and len(value) >= 8]

@@ -68,15 +68,7 @@ _REMEDY = {
 
 @contextmanager
 def named_outcomes(what: str) -> Iterator[None]:
-    """Turn whatever the client raises within into a named outcome.
-
-    Args:
-        what: What is being done, as in "push to user/model".
-
-    Raises:
-        HubError: With its outcome by name.
-        CardError: If the Hub refuses the card's metadata.
-    """
+    """Turn whatever the client raises within into a named outcome."""
     _limit_waiting()
     try:
         yield
@@ -88,15 +80,7 @@ def named_outcomes(what: str) -> Iterator[None]:
 
 
 def name_outcome(error: BaseException, what: str) -> HubError | CardError | None:
-    """The named outcome behind an exception of the client.
-
-    Args:
-        error: As raised; its causes are looked at too.
-        what: What was being done.
-
-    Returns:
-        The named error; None where the exception has nothing to do with the Hub.
-    """
+    """The named outcome behind an exception of the client."""
     if isinstance(error, HubError | CardError):
         return error
     chain: list[BaseException] = []
@@ -144,21 +128,7 @@ def retried(
     wait: float = 1.0,
     sleep: Callable[[float], Any] | None = None,
 ) -> T:
-    """Call until it succeeds, or fails for a reason that trying again does not mend.
-
-    Args:
-        call: What to do; must bear being done twice.
-        what: What is being done, for messages.
-        attempts: At most so many calls.
-        wait: Seconds before the second, doubled before each further one; longer where the Hub says so.
-        sleep: How to wait; by default `time.sleep`.
-
-    Returns:
-        What the call returns.
-
-    Raises:
-        HubError: With its outcome by name.
-    """
+    """Call until it succeeds, or fails for a reason that trying again does not mend."""
     for attempt in range(1, attempts + 1):
         try:
             with named_outcomes(what):
@@ -213,16 +183,7 @@ def _retry_after(error: HubError) -> float:
 def load_model(
     folder: str | os.PathLike[str], trust_remote_code: bool = False, token: str | None = None
 ) -> PreTrainedModel:
-    """The model of a folder, whole and from safetensors alone, in eval mode and float32.
-
-    Args:
-        folder: The checkpoint's folder.
-        trust_remote_code: Run code that comes with the model.
-        token: For the base of an adapter, in place of the one you are logged in with.
-
-    Raises:
-        WeightsError: If weights are pickled, missing, damaged, without a place, or no image classifier's.
-    """
+    """The model of a folder, whole and from safetensors alone, in eval mode and float32."""
     weight_files(folder)
     try:
         return load_classifier(
@@ -240,17 +201,7 @@ def load_model(
 def check_loads_back(
     folder: str | os.PathLike[str], names: list[str], token: str | None = None, trust_remote_code: bool = False
 ) -> None:
-    """Refuse to publish files that others could not load as the model that lies here.
-
-    Args:
-        folder: The checkpoint's folder.
-        names: Files that are about to be pushed.
-        token: For the base of an adapter, in place of the one you are logged in with.
-        trust_remote_code: Run code that comes with the model.
-
-    Raises:
-        WeightsError: If they do not load, or give other logits.
-    """
+    """Refuse to publish files that others could not load as the model that lies here."""
     root = Path(folder).resolve()
     if ADAPTER_CONFIG_FILE in names:
         about = json.loads((root / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
@@ -298,15 +249,7 @@ _WEIGHTS = re.compile(
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push did, or in a dry run would do.
-
-    Attributes:
-        repo_id: The repository.
-        files: Name to size in bytes.
-        commit: The repository's commit after the push; None in a dry run.
-        url: Where to look at it; None in a dry run.
-        changed: Whether the push made a new commit.
-    """
+    """What a push did, or in a dry run would do."""
 
     repo_id: str
     files: dict[str, int]
@@ -316,19 +259,7 @@ class PushResult:
 
 
 def files_to_push(folder: str | os.PathLike[str], record: ImmunizationRecord | None) -> list[str]:
-    """Names of the files of a checkpoint that are pushed; everything else stays.
-
-    Args:
-        folder: The checkpoint's folder.
-        record: Its record, which names its figures.
-
-    Returns:
-        Sorted names.
-
-    Raises:
-        WeightsError: If weights are pickled or missing.
-        ArgumentError: If one of them is a symbolic link.
-    """
+    """Names of the files of a checkpoint that are pushed; everything else stays."""
     root = Path(folder)
     refuse_links(root, _may_leave(root))
     weights = weight_files(root)
@@ -359,38 +290,7 @@ def push(
     trust_remote_code: bool = False,
     api: HfApi | None = None,
 ) -> PushResult:
-    """Push a checkpoint to the Hub: card, record, weights, config, processor and figures, nothing else.
-
-    All files go in one commit: a push that is cut off leaves the repository as it was, and the next one sends only
-    what has not arrived. Pushing again without a change makes no commit. Weight files of the repository that the
-    checkpoint no longer has are removed, so that nobody loads them by mistake; its other files stay.
-
-    Before anything is sent, the model is loaded from the files to be pushed alone, and compared by its logits.
-
-    Args:
-        folder: The checkpoint's folder.
-        repo_id: "user/name", or "name" for a repository of your own.
-        private: Whether to create it as private; a public one that exists is then refused.
-        revision: Branch to push to, created if need be.
-        token: In place of the one you are logged in with.
-        commit_message: Message of the commit.
-        dry_run: Only say what would be pushed; asks nothing of the network and writes nothing.
-        require_record: Whether to refuse a checkpoint without a record.
-        refresh_card: Whether to write the card anew from the record, with the repository's name in its code.
-        load_back: Whether to see that the files to be pushed load as the whole model (`check_loads_back`).
-        trust_remote_code: Whether to run code that comes with the model for that. Read it first.
-        api: A client of your own.
-
-    Returns:
-        `PushResult`.
-
-    Raises:
-        RecordError: If the record is missing, damaged, or not of these weights.
-        WeightsError: If weights are pickled or missing, or what is pushed does not load as this model.
-        CardError: If the card's metadata cannot be read.
-        ArgumentError: If a file is a symbolic link or holds a token or a local path, or the repository's name is none.
-        HubError: If the Hub does not take it; nothing local is lost.
-    """
+    """Push a checkpoint to the Hub: card, record, weights, config, processor and figures, nothing else."""
     root = Path(folder)
     if not _REPO.fullmatch(repo_id) or ".." in repo_id:
         raise ArgumentError(f"Expected a repository 'user/name', found {repo_id!r}. Correct the name.")
@@ -451,19 +351,6 @@ def _commit(
 
 
 def create_repository(api: HfApi, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Create a repository, or find it there.
-
-    Args:
-        api: The client.
-        repo_id: Its name.
-        private: Whether to create it as private.
-        token: In place of the client's.
-
-    Returns:
-        Its full id.
-
-    Raises:
-        HubError: If the Hub does not.
-    """
+    """Create a repository, or find it there."""
     with named_outcomes(f"creation of {repo_id}"):
         return api.create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id

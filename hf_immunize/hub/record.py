@@ -397,15 +397,14 @@ def to_plain(value: Any) -> Any:
 def from_plain(kind: type[T], value: Any, where: str) -> T:
     """Read a dataclass from a dictionary, checking every field; `RecordError` names the one that cannot be.
 
-    Example:
-        >>> @dataclasses.dataclass
-        ... class Point:
-        ...     x: float
-        ...     name: str | None = None
-        ...     unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
-        >>> point = from_plain(Point, {"x": 1, "colour": "red"}, "point")
-        >>> point, to_plain(point)
-        (Point(x=1.0, name=None, unknown={'colour': 'red'}), {'x': 1.0, 'name': None, 'colour': 'red'})
+    >>> @dataclasses.dataclass
+    ... class Point:
+    ...     x: float
+    ...     name: str | None = None
+    ...     unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
+    >>> point = from_plain(Point, {"x": 1, "colour": "red"}, "point")
+    >>> point, to_plain(point)
+    (Point(x=1.0, name=None, unknown={'colour': 'red'}), {'x': 1.0, 'name': None, 'colour': 'red'})
     """
     value = _sized(value, dict, where)
     hints = _hints(kind)  # type: ignore[arg-type]

@@ -50,14 +50,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Measured:
-    """One data set through one model.
-
-    Attributes:
-        measurement: Its features' QR factor and the images' checksum.
-        accuracy: Top-1 accuracy; None where the rows have no labels that are the model's.
-        features: The features, shape ``(N, D)``, where they were asked for.
-        fingerprint: The `datasets` fingerprint of the rows, if they have one.
-    """
+    """One data set through one model."""
 
     measurement: Measurement = field(default_factory=Measurement)
     accuracy: float | None = None
@@ -76,21 +69,7 @@ def measure(
     keep_features: bool = False,
     progress: bool = True,
 ) -> Measured:
-    """Run a data set through a model and fold up its features.
-
-    Args:
-        model: An image classifier.
-        rows: As `image_rows` gives them.
-        image_processor: Turns images into pixel values.
-        name: What to call the data at the progress bar.
-        batch_size: Images a batch.
-        head_module: The classifier's name, where it cannot be found.
-        keep_features: Whether to keep all features, N·D numbers.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        `Measured`.
-    """
+    """Run a data set through a model and fold up its features."""
     found = Measured(fingerprint=getattr(innermost(rows), "_fingerprint", None))
     kept: list[Tensor] = []
     right = seen = 0
@@ -118,18 +97,7 @@ def groups_ratio(
     group_size: int = 100,
     seed: int = 0,
 ) -> RatioRecord | None:
-    """RIR over random groups of images, with its spread (protocol "groups").
-
-    Args:
-        harmful: Through the immunized and the reference model, with features.
-        benign: Likewise.
-        num_groups: Number of groups; by default 20, or as many disjoint ones as the rows give.
-        group_size: Images a group.
-        seed: Seed of the draw.
-
-    Returns:
-        The ratio; None where there are fewer images than a group needs.
-    """
+    """RIR over random groups of images, with its spread (protocol "groups")."""
     fewest = min(harmful[0].measurement.factor.num_samples, benign[0].measurement.factor.num_samples)
     if fewest < group_size:
         return None
@@ -148,20 +116,7 @@ def groups_ratio(
 
 
 def image_rows(data: Any, name: str, model: PreTrainedModel, labels: bool = True) -> Any:
-    """Rows to measure on, from a data set.
-
-    Args:
-        data: A `datasets.Dataset` with images, or rows of ``pixel_values``.
-        name: What to call it in an error.
-        model: Its class names number the labels where the data have the same names.
-        labels: Whether they are wanted.
-
-    Returns:
-        Rows for `measure`; labels that are not the model's are left out.
-
-    Raises:
-        DataError: If it is empty or lacks images.
-    """
+    """Rows to measure on, from a data set."""
     if isinstance(data, ImageRows):
         return data
     if hasattr(data, "__len__") and len(data) == 0:
@@ -240,17 +195,7 @@ def compare(
     harmful: tuple[Measured, Measured | None],
     changed: list[str],
 ) -> Verification:
-    """Compare what was measured with what a record claims.
-
-    Args:
-        record: The claim.
-        benign: Through the immunized model, and through the reference where there is one.
-        harmful: Likewise.
-        changed: Differences of the weights, as `changed_weights` gives them.
-
-    Returns:
-        The verification.
-    """
+    """Compare what was measured with what a record claims."""
     figures: list[Figure] = []
     reasons: list[str] = []
     sides: dict[str, SideRecord] = {}
@@ -290,20 +235,10 @@ def compare(
 def rounding_allowance(conditioning: Conditioning) -> float:
     """How far log10 κ of the same weights and images may differ between machines.
 
-    Features carry rounding noise of the dtype they were computed in, which moves a singular value by at most its norm;
-    the rank rule's cut-off bounds that norm (see `rank_cutoff`). A smallest singular value near it moves a lot.
-
-    Args:
-        conditioning: As measured.
-
-    Returns:
-        A difference of log10 κ; next to nothing for healthy features.
-
-    Example:
-        >>> import torch
-        >>> from hf_immunize import feature_conditioning
-        >>> round(rounding_allowance(feature_conditioning(torch.eye(3))), 5)
-        0.0
+    >>> import torch
+    >>> from hf_immunize import feature_conditioning
+    >>> round(rounding_allowance(feature_conditioning(torch.eye(3))), 5)
+    0.0
     """
     # A bound is taken at the cut-off, which follows from the features' size and is as good as that.
     return 0.0 if conditioning.is_bound else 2 * math.log10(1 + conditioning.cutoff / conditioning.sigma_min)

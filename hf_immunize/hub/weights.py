@@ -22,17 +22,7 @@ _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.p
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[str]:
-    """The weight files of a checkpoint.
-
-    Args:
-        folder: The checkpoint's folder.
-
-    Returns:
-        Their names, sorted: those of the index where there is one and no single file.
-
-    Raises:
-        WeightsError: If weights are pickled, missing, or in another folder.
-    """
+    """The weight files of a checkpoint."""
     root = Path(folder)
     single = (root / WEIGHT_PATTERNS[0]).is_file()
     if (root / INDEX).is_file() and not single:
@@ -57,41 +47,19 @@ def weight_files(folder: str | os.PathLike[str]) -> list[str]:
 def pickled_weights(names: list[str]) -> list[str]:
     """Those of some files that hold pickled weights.
 
-    Example:
-        >>> pickled_weights(["model.safetensors", "pytorch_model.bin", "training_args.bin"])
-        ['pytorch_model.bin']
+    >>> pickled_weights(["model.safetensors", "pytorch_model.bin", "training_args.bin"])
+    ['pytorch_model.bin']
     """
     return [name for name in names if name.endswith(_PICKLED) and Path(name).name not in _NO_WEIGHTS]
 
 
 def hash_weights(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """SHA-256 of every weight file of a checkpoint.
-
-    Args:
-        folder: The checkpoint's folder.
-
-    Returns:
-        Name to hash.
-
-    Raises:
-        WeightsError: If weights are pickled or missing.
-    """
+    """SHA-256 of every weight file of a checkpoint."""
     return {name: file_sha256(Path(folder) / name) for name in weight_files(folder)}
 
 
 def changed_weights(folder: str | os.PathLike[str], recorded: Mapping[str, str]) -> list[str]:
-    """What differs between a checkpoint's weights and those a record was made for.
-
-    Args:
-        folder: The checkpoint's folder.
-        recorded: Name to SHA-256.
-
-    Returns:
-        One phrase a difference; empty where there is none.
-
-    Raises:
-        WeightsError: If weights are pickled or missing.
-    """
+    """What differs between a checkpoint's weights and those a record was made for."""
     found = hash_weights(folder)
     phrases = [f"{name} has changed" for name in found if name in recorded and found[name] != recorded[name]]
     phrases += [f"{name} is not in the record" for name in found if name not in recorded]
