@@ -7,21 +7,23 @@ import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_immunize import __version__
 from hf_immunize.data.identity import count_trained, sketch_of
 from hf_immunize.data.sources import HeldOut
 from hf_immunize.errors import TrainingImagesError
 from hf_immunize.features.extract import Measurement
-from hf_immunize.hub.record import BaseModelRecord, ConditioningRecord, DataRecord, RatioRecord, SideRecord
-from hf_immunize.spectra.conditioning import Conditioning
+from hf_immunize.hub.record import (
+    BaseModelRecord,
+    ConditioningRecord,
+    DataRecord,
+    ImmunizationRecord,
+    RatioRecord,
+    SideRecord,
+)
 from hf_immunize.spectra.ratio import ImmunizationRatio, relative_immunization_ratio
 from hf_immunize.text import printable, public_name
-
-
-if TYPE_CHECKING:
-    from hf_immunize.hub.record import ImmunizationRecord
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -106,16 +108,12 @@ def describe_side(now: Measurement | None, before: Measurement | None) -> SideRe
 
 
 def exact_ratio(benign: SideRecord, harmful: SideRecord) -> RatioRecord | None:
-    """RIR over all images, from the conditionings of both tasks."""
-    if None in (benign.before, benign.after, harmful.before, harmful.after):
+    """RIR over all images, from the conditionings of both tasks; None unless all four are known."""
+    known = [part.conditioning() for side in (harmful, benign) for part in (side.after, side.before) if part]
+    if len(known) < 4:
         return None
-    parts = [part.conditioning() for side in (harmful, benign) for part in (side.after, side.before) if part]
-    return describe_ratio(ratio_of(*parts))
-
-
-def ratio_of(h: Conditioning, h0: Conditioning, b: Conditioning, b0: Conditioning) -> ImmunizationRatio:
-    """Exact RIR of four conditionings: harmful after and before, benign after and before."""
-    return relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0)
+    h, h0, b, b0 = known
+    return describe_ratio(relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0))
 
 
 def describe_ratio(

@@ -1,4 +1,9 @@
-"""Pushing a checkpoint: an allow-list of files in one commit, which is made whole or not at all."""
+"""Pushing a checkpoint: an allow-list of files in one commit, which is made whole or not at all.
+
+First what the Hub may answer, by name, and trying again; then the model, which must load from the files that are
+pushed alone; then the push. It names its files one by one (`create_commit`): the patterns of `upload_folder` would be
+as long, and would match names that were never looked at.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +50,7 @@ logger = logging.get_logger(__name__)
 
 
 T = TypeVar("T")
-PASSING = ("rate_limited", "server_error", "unreachable")
+_PASSING = ("rate_limited", "server_error", "unreachable")
 _LONGEST_WAIT = 60.0
 # Seconds without a byte after which a server counts as one that does not answer. The client's own default is to wait.
 TIME_LIMIT = 30.0
@@ -80,37 +85,45 @@ def named_outcomes(what: str) -> Iterator[None]:
 
 
 def name_outcome(error: BaseException, what: str) -> HubError | CardError | None:
-    """The named outcome behind an exception of the client."""
+    """The named outcome behind an exception of the client; None where it has nothing to do with the Hub."""
     if isinstance(error, HubError | CardError):
         return error
+    if isinstance(error, ValueError) and "Invalid metadata in README.md" in str(error):
+        return CardError(f"Expected metadata that the Hub accepts, found: {_words(error)}. Correct README.md.")
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, ValueError) and "Invalid metadata in README.md" in str(error):
-        return CardError(f"Expected metadata that the Hub accepts, found: {_words(error)}. Correct README.md.")
-    for each in chain:
-        if isinstance(each, OfflineModeIsEnabled):
-            return _outcome("offline", what, "HF_HUB_OFFLINE is set")
-        if isinstance(each, LocalTokenNotFoundError):
-            return _outcome("unauthorized", what, "no token")
-        if isinstance(each, HfHubHTTPError) and getattr(each, "response", None) is not None:
-            return _of_status(each, what)
-    for each in chain:
-        if isinstance(each, TimeoutError) or (isinstance(each, _HTTPError) and "Timeout" in type(each).__name__):
-            return _outcome("timed_out", what, f"no answer in time ({type(each).__name__})")
-        if isinstance(each, json.JSONDecodeError):
-            return _outcome("unreachable", what, "something else than its JSON (a proxy's or a login page, say)")
-    transport = (_HTTPError, ConnectionError, TimeoutError, RevisionResolutionError)
-    for each in chain:
-        if isinstance(each, transport):
-            return _outcome("unreachable", what, f"no answer ({type(each).__name__})")
+    known = [named for each in chain if (named := _outcome_of(each)) is not None]
     if type(error) is RuntimeError:  # as the client's upload by hf_xet raises
-        return _outcome("unreachable", what, _words(error))
+        known.append((3, "unreachable", _words(error)))
     odd = isinstance(error, LookupError | TypeError | AttributeError) or type(error) is ValueError
     if odd and _raised_by_client(error):
-        return _outcome("unreachable", what, f"JSON of another shape than its own ({type(error).__name__})")
+        known.append((3, "unreachable", f"JSON of another shape than its own ({type(error).__name__})"))
+    if not known:
+        return None
+    _, kind, found = min(known, key=lambda named: named[0])
+    return HubError(f"Expected the Hub to answer the {what}, found {found}. {_REMEDY[kind]}", kind)
+
+
+def _outcome_of(error: BaseException) -> tuple[int, str, str] | None:
+    """Rank, outcome and words of one exception of a chain; the one of the lowest rank says most."""
+    name = type(error).__name__
+    if isinstance(error, OfflineModeIsEnabled):
+        return 0, "offline", "HF_HUB_OFFLINE is set"
+    if isinstance(error, LocalTokenNotFoundError):
+        return 0, "unauthorized", "no token"
+    if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
+        status, said = error.response.status_code, _words(getattr(error, "server_message", None) or "")
+        kind = "rate_limited" if status == 429 else "server_error" if status >= 500 else "rejected"
+        return 0, _BY_STATUS.get(status, kind), f"{status}{f' ({said})' if said else ''}"
+    if isinstance(error, TimeoutError) or (isinstance(error, _HTTPError) and "Timeout" in name):
+        return 1, "timed_out", f"no answer in time ({name})"
+    if isinstance(error, json.JSONDecodeError):
+        return 1, "unreachable", "something else than its JSON (a proxy's or a login page, say)"
+    if isinstance(error, _HTTPError | ConnectionError | RevisionResolutionError):
+        return 2, "unreachable", f"no answer ({name})"
     return None
 
 
@@ -120,25 +133,18 @@ def _raised_by_client(error: BaseException) -> bool:
     return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("huggingface_hub.")
 
 
-def retried(
-    call: Callable[[], T],
-    what: str,
-    *,
-    attempts: int = 4,
-    wait: float = 1.0,
-    sleep: Callable[[float], Any] | None = None,
-) -> T:
+def retried(call: Callable[[], T], what: str) -> T:
     """Call until it succeeds, or fails for a reason that trying again does not mend."""
-    for attempt in range(1, attempts + 1):
+    for wait in (1.0, 2.0, 4.0, None):
         try:
             with named_outcomes(what):
                 return call()
         except HubError as error:
-            if error.outcome not in PASSING or attempt == attempts:
+            if error.outcome not in _PASSING or wait is None:
                 raise
-            pause = min(max(wait * 2 ** (attempt - 1), _retry_after(error)), _LONGEST_WAIT)
-            logger.warning(f"{error} Trying again in {pause:.0f} s ({attempt} of {attempts - 1}).")
-            (sleep or time.sleep)(pause)
+            pause = min(max(wait, _retry_after(error)), _LONGEST_WAIT)
+            logger.warning(f"{error} Trying again in {pause:.0f} s.")
+            time.sleep(pause)
     raise AssertionError("unreachable")
 
 
@@ -154,17 +160,6 @@ def _limit(request: Any) -> None:
     request.extensions["timeout"] = {
         name: min(TIME_LIMIT, limits.get(name) or TIME_LIMIT) for name in ("connect", "read", "write", "pool")
     }
-
-
-def _of_status(error: HfHubHTTPError, what: str) -> HubError:
-    status = error.response.status_code
-    kind = "rate_limited" if status == 429 else "server_error" if status >= 500 else _BY_STATUS.get(status, "rejected")
-    said = _words(getattr(error, "server_message", None) or "")
-    return _outcome(kind, what, f"{status}{f' ({said})' if said else ''}")
-
-
-def _outcome(kind: str, what: str, found: str) -> HubError:
-    return HubError(f"Expected the Hub to answer the {what}, found {found}. {_REMEDY[kind]}", kind)
 
 
 def _words(text: Any) -> str:
@@ -313,18 +308,15 @@ def push(
         return PushResult(repo_id, sizes)
     api = api or HfApi(token=token, library_name="hf_immunize")
 
-    def attempt() -> PushResult:
-        # Operations can be committed only once; a new attempt needs new ones.
-        operations: list[Any] = [CommitOperationAdd(name, str(root / name)) for name in names]
-        return _commit(api, repo_id, operations, sizes, private, revision, printable(commit_message))
-
-    return retried(attempt, f"push to {repo_id}")
+    return retried(
+        lambda: _commit(api, repo_id, root, sizes, private, revision, printable(commit_message)), f"push to {repo_id}"
+    )
 
 
 def _commit(
     api: HfApi,
     repo_id: str,
-    operations: list[Any],
+    root: Path,
     sizes: dict[str, int],
     private: bool | None,
     revision: str | None,
@@ -345,12 +337,8 @@ def _commit(
     stale = sorted(name for name in there - set(sizes) if _WEIGHTS.fullmatch(name) or name in forms)
     for name in stale:
         logger.warning(f"Removing {name} from {repo_id}: the pushed checkpoint does not have it.")
+    # Operations can be committed only once; a new attempt needs new ones.
+    operations: list[Any] = [CommitOperationAdd(name, str(root / name)) for name in sizes]
     operations += [CommitOperationDelete(name) for name in stale]
     commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return PushResult(repo_id, sizes, commit.oid, str(commit.repo_url), changed=commit.oid != info.sha)
-
-
-def create_repository(api: HfApi, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Create a repository, or find it there."""
-    with named_outcomes(f"creation of {repo_id}"):
-        return api.create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id

@@ -1,10 +1,12 @@
-"""Measuring an immunized checkpoint again and comparing with its record."""
+"""Measuring an immunized checkpoint again and comparing with its record: what is reported, measuring, comparing."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +14,16 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor
 
+from hf_immunize.data import sources
 from hf_immunize.data.columns import find_columns, label_outputs
 from hf_immunize.data.images import ImageRows
-from hf_immunize.data.sources import measured
 from hf_immunize.errors import DataError
 from hf_immunize.features.extract import Measurement, extract, of_side
 from hf_immunize.hub.collect import (
     describe_ratio,
     describe_side,
+    exact_ratio,
     innermost,
-    ratio_of,
     recorded_draw,
     refuse_training_images,
 )
@@ -45,120 +47,32 @@ from hf_immunize.text import library_words
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    pass
-
-
-@dataclass
-class Measured:
-    """One data set through one model."""
-
-    measurement: Measurement = field(default_factory=Measurement)
-    accuracy: float | None = None
-    features: Tensor | None = None
-    fingerprint: str | None = None
-
-
-def measure(
-    model: PreTrainedModel,
-    rows: Any,
-    image_processor: Any = None,
-    *,
-    name: str = "images",
-    batch_size: int = 64,
-    head_module: str | None = None,
-    keep_features: bool = False,
-    progress: bool = True,
-) -> Measured:
-    """Run a data set through a model and fold up its features."""
-    found = Measured(fingerprint=getattr(innermost(rows), "_fingerprint", None))
-    kept: list[Tensor] = []
-    right = seen = 0
-    description = f"κ of {name} features"
-    options = {"batch_size": batch_size, "head_module": head_module, "progress": progress}
-    for batch in extract(model, rows, image_processor, description=description, **options):  # type: ignore[arg-type]
-        with of_side(name):
-            found.measurement.update(batch.features, batch.pixel_values)
-        if batch.labels is not None:
-            right += int((batch.logits.argmax(-1) == batch.labels).sum())
-            seen += len(batch.labels)
-        if keep_features:
-            kept.append(batch.features.cpu())
-    if seen and seen == found.measurement.factor.num_samples:
-        found.accuracy = right / seen
-    found.features = torch.cat(kept) if keep_features else None
-    return found
-
-
-def groups_ratio(
-    harmful: tuple[Measured, Measured],
-    benign: tuple[Measured, Measured],
-    *,
-    num_groups: int | None = None,
-    group_size: int = 100,
-    seed: int = 0,
-) -> RatioRecord | None:
-    """RIR over random groups of images, with its spread (protocol "groups")."""
-    fewest = min(harmful[0].measurement.factor.num_samples, benign[0].measurement.factor.num_samples)
-    if fewest < group_size:
-        return None
-    count = max(1, min(20, fewest // group_size)) if num_groups is None else num_groups
-    ratio = relative_immunization_ratio(
-        harmful=harmful[0].features,
-        harmful_reference=harmful[1].features,
-        benign=benign[0].features,
-        benign_reference=benign[1].features,
-        protocol="groups",
-        num_groups=count,
-        group_size=group_size,
-        seed=seed,
-    )
-    return describe_ratio(ratio, num_groups=count, group_size=group_size, seed=seed)
-
-
-def image_rows(data: Any, name: str, model: PreTrainedModel, labels: bool = True) -> Any:
-    """Rows to measure on, from a data set."""
-    if isinstance(data, ImageRows):
-        return data
-    if hasattr(data, "__len__") and len(data) == 0:
-        raise DataError(f"Expected at least one image in the {name} data, found none. Check the split.")
-    image, label = find_columns(data, None, None, False)
-    if label is None or not labels:
-        return ImageRows(data, name, image)
-    try:
-        outputs = label_outputs(data, label, model.config, name)
-    except DataError:
-        return ImageRows(data, name, image)
-    return ImageRows(data, name, image, label, outputs=outputs)
-
 
 AGREES, DIFFERS, CANNOT_SAY = "agrees", "differs", "cannot say"
 # 2 is what every command of the library ends with on an error.
 EXIT_CODES = {AGREES: 0, DIFFERS: 3, CANNOT_SAY: 4}
+_SENTENCES = {
+    AGREES: "Measured again, the figures agree with the record.",
+    DIFFERS: "Measured again, the figures or the weights differ from the record.",
+    CANNOT_SAY: "Whether the record holds cannot be said from these images.",
+}
 LOG10_TOLERANCE = 1e-3
 # Of the accuracy: half a point, or one image where that is more; two points where it was evaluated in half precision.
-_ACCURACY_TOLERANCE = 0.005
-_HALF_PRECISION_TOLERANCE = 0.02
+_ACCURACY_TOLERANCE, _HALF_PRECISION_TOLERANCE = 0.005, 0.02
+_GROUP_SIZE = 100
+_BOUND_WORDS = {None: "", "lower": "a bound from below", "upper": "a bound from above", "undetermined": "undetermined"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One claim against one measurement.
-
-    Attributes:
-        name: What it is.
-        claimed: By the record; None where it claims nothing.
-        measured: Now; None where it could not be measured.
-        tolerance: How far they may lie apart.
-        outcome: "agrees", "differs" or "cannot say".
-        note: Why it cannot be said, or what else to know.
-    """
+    """One claim against one measurement; None where nothing is claimed, or nothing could be measured."""
 
     name: str
     claimed: float | None
     measured: float | None
-    tolerance: float
-    outcome: str
-    note: str = ""
+    tolerance: float  # how far they may lie apart
+    outcome: str  # "agrees", "differs" or "cannot say"
+    note: str = ""  # why it cannot be said, or what else to know
 
 
 @dataclass(frozen=True)
@@ -181,168 +95,7 @@ class Verification:
         return EXIT_CODES[self.outcome]
 
     def __str__(self) -> str:
-        sentence = {
-            AGREES: "Measured again, the figures agree with the record.",
-            DIFFERS: "Measured again, the figures or the weights differ from the record.",
-            CANNOT_SAY: "Whether the record holds cannot be said from these images.",
-        }[self.outcome]
-        return " ".join([sentence, *self.reasons])
-
-
-def compare(
-    record: ImmunizationRecord,
-    benign: tuple[Measured, Measured | None],
-    harmful: tuple[Measured, Measured | None],
-    changed: list[str],
-) -> Verification:
-    """Compare what was measured with what a record claims."""
-    figures: list[Figure] = []
-    reasons: list[str] = []
-    sides: dict[str, SideRecord] = {}
-    same = True
-    for side, (now, then) in (("benign", benign), ("harmful", harmful)):
-        other = _other_data(getattr(record, side), now)
-        same = same and other is None
-        if other is not None:
-            reasons.append(f"The {side} images are not those of the record: {other}.")
-        claimed: SideRecord = getattr(record, f"{side}_features")
-        sides[side] = _measured_side(now, then, claimed)
-        parts = [("before", claimed.before, sides[side].before)] * (then is not None)
-        for moment, claim, part in [*parts, ("after", claimed.after, sides[side].after)]:
-            figures.append(_conditioning_figure(f"log10 κ of {side} features, {moment}", claim, part, other))
-    if record.metric is not None and record.metric.name == "accuracy":
-        figures.insert(0, _accuracy_figure(record.metric, benign[0], _other_data(record.benign, benign[0])))
-    figures.append(_exact_figure(record.ratios.get("exact"), sides, same))
-    if "groups" in record.ratios:
-        figures.append(_groups_figure(record.ratios["groups"], benign, harmful, same))
-    if harmful[1] is None:
-        reasons.append(
-            "The κ's before immunization are the record's own, taken on trust; give the reference model to measure "
-            "them too."
-        )
-    if changed:
-        reasons.insert(0, f"The weights are not those of the record: {'; '.join(changed)}.")
-    decisive = [figure for figure in figures if figure.claimed is not None and not figure.name.startswith("groups")]
-    if changed or any(figure.outcome == DIFFERS for figure in figures):
-        outcome = DIFFERS
-    elif decisive and all(figure.outcome == AGREES for figure in decisive):
-        outcome = AGREES
-    else:
-        outcome = CANNOT_SAY
-    return Verification(outcome, figures, reasons)
-
-
-def rounding_allowance(conditioning: Conditioning) -> float:
-    """How far log10 κ of the same weights and images may differ between machines.
-
-    >>> import torch
-    >>> from hf_immunize import feature_conditioning
-    >>> round(rounding_allowance(feature_conditioning(torch.eye(3))), 5)
-    0.0
-    """
-    # A bound is taken at the cut-off, which follows from the features' size and is as good as that.
-    return 0.0 if conditioning.is_bound else 2 * math.log10(1 + conditioning.cutoff / conditioning.sigma_min)
-
-
-def _other_data(data: DataRecord | None, now: Measured) -> str | None:
-    """Why these are not the record's images; None where they are."""
-    if data is None or data.checksum is None or data.size is None:
-        return "it does not say by which checksum to know them"
-    count = now.measurement.factor.num_samples
-    if count != data.size:
-        return f"{data.size} images then, {count} now"
-    if not math.isclose(now.measurement.checksum, data.checksum, rel_tol=1e-6):
-        if data.fingerprint is not None and data.fingerprint == now.fingerprint:
-            return "the same data set, but with other pixel values, as another image processor makes them"
-        return "as many, but with other pixel values (other images, or another image processor)"
-    return None
-
-
-def _measured_side(now: Measured, then: Measured | None, claimed: SideRecord) -> SideRecord:
-    if then is not None:
-        return describe_side(now.measurement, then.measurement)
-    factor = now.measurement.factor
-    before = claimed.before
-    usable = before is not None and (before.num_samples, before.dim) == (factor.num_samples, factor.dim)
-    start = before.conditioning() if before is not None and usable else None
-    return SideRecord(before if usable else None, ConditioningRecord.of(factor.conditioning(start)))
-
-
-def _conditioning_figure(
-    name: str, claim: ConditioningRecord | None, part: ConditioningRecord | None, other: str | None
-) -> Figure:
-    claimed = None if claim is None else claim.log10_kappa
-    measured = None if part is None else part.log10_kappa
-    if claimed is None or measured is None or claim is None or part is None:
-        return Figure(name, claimed, measured, LOG10_TOLERANCE, CANNOT_SAY, "one of the two is missing")
-    note = f"rank {part.rank} of {min(part.num_samples, part.dim)}"
-    note += "" if claim.rank == part.rank else f", {claim.rank} by the record"
-    note += ", a bound from below" if part.is_bound else ""
-    if other is not None:
-        return Figure(name, claimed, measured, LOG10_TOLERANCE, CANNOT_SAY, "other images")
-    return _judged(name, claimed, measured, rounding_allowance(part.conditioning()), note)
-
-
-def _judged(name: str, claimed: float, measured: float, allowance: float, note: str) -> Figure:
-    apart = abs(claimed - measured)
-    if apart <= LOG10_TOLERANCE:
-        return Figure(name, claimed, measured, LOG10_TOLERANCE, AGREES, note)
-    if apart <= allowance:
-        note += f"; so near rounding noise that machines may differ by {allowance:.2g}"
-        return Figure(name, claimed, measured, LOG10_TOLERANCE, CANNOT_SAY, note)
-    return Figure(name, claimed, measured, LOG10_TOLERANCE, DIFFERS, note)
-
-
-def _accuracy_figure(claim: MetricRecord, now: Measured, other: str | None) -> Figure:
-    name, claimed = "benign accuracy", claim.after
-    least = _ACCURACY_TOLERANCE if claim.precision in (None, "no") else _HALF_PRECISION_TOLERANCE
-    tolerance = max(least, 1.0 / max(now.measurement.factor.num_samples, 1))
-    if now.accuracy is None:
-        return Figure(name, None, None, tolerance, CANNOT_SAY, f"{claimed:.4f} claimed; the images have no labels")
-    if other is not None:
-        return Figure(name, claimed, now.accuracy, tolerance, CANNOT_SAY, "other images")
-    outcome = AGREES if abs(claimed - now.accuracy) <= tolerance + 1e-12 else DIFFERS
-    return Figure(name, claimed, now.accuracy, tolerance, outcome)
-
-
-def _exact_figure(claim: RatioRecord | None, sides: dict[str, SideRecord], same: bool) -> Figure:
-    name = "log10 RIR (exact)"
-    claimed = None if claim is None else claim.log10_rir
-    h, h0, b, b0 = (part for side in ("harmful", "benign") for part in (sides[side].after, sides[side].before))
-    if h is None or h0 is None or b is None or b0 is None:
-        return Figure(name, claimed, None, LOG10_TOLERANCE, CANNOT_SAY, "no κ before immunization to divide by")
-    now = ratio_of(h.conditioning(), h0.conditioning(), b.conditioning(), b0.conditioning())
-    words = {None: "", "lower": "a bound from below", "upper": "a bound from above", "undetermined": "undetermined"}
-    note = words[now.bound]
-    if now.bound == "undetermined" or not math.isfinite(now.log10_rir):
-        agreed = claim is not None and claim.bound == "undetermined" and same
-        return Figure(name, claimed, None, LOG10_TOLERANCE, AGREES if agreed else CANNOT_SAY, note or "undetermined")
-    if claim is None or claimed is None or not same:
-        note = "other images" if claim is not None and not same else note or "not claimed"
-        return Figure(name, claimed, now.log10_rir, LOG10_TOLERANCE, CANNOT_SAY, note)
-    if claim.bound != now.bound:
-        note = f"{note or 'a number'} now, {words.get(claim.bound, '') or 'a number'} by the record"
-        return Figure(name, claimed, now.log10_rir, LOG10_TOLERANCE, DIFFERS, note)
-    allowance = sum(rounding_allowance(part.conditioning()) for part in (h, b))
-    return _judged(name, claimed, now.log10_rir, allowance, note)
-
-
-def _groups_figure(
-    claim: RatioRecord, benign: tuple[Measured, Measured | None], harmful: tuple[Measured, Measured | None], same: bool
-) -> Figure:
-    name = "groups: mean RIR"
-    claimed = None if claim.log10_rir is None else 10.0 ** min(claim.log10_rir, 300)
-    spread = (claimed or 0.0) * (claim.relative_std or 0.0)
-    if benign[1] is None or harmful[1] is None:
-        return Figure(name, claimed, None, spread, CANNOT_SAY, "needs the reference model")
-    drawn = {"num_groups": claim.num_groups, "group_size": claim.group_size or 100, "seed": claim.seed or 0}
-    now = groups_ratio((harmful[0], harmful[1]), (benign[0], benign[1]), **drawn)  # type: ignore[arg-type]
-    if now is None or now.log10_rir is None or claimed is None or not same:
-        return Figure(name, claimed, None, spread, CANNOT_SAY, "other images" if not same else "undetermined")
-    measured = 10.0 ** min(now.log10_rir, 300)
-    # With one group there is no spread; then the figure must be met as an exact one is.
-    close = abs(measured - claimed) <= max(spread, claimed * (10**LOG10_TOLERANCE - 1))
-    return Figure(name, claimed, measured, spread, AGREES if close else DIFFERS, f"within ± {spread:.3g}")
+        return " ".join([_SENTENCES[self.outcome], *self.reasons])
 
 
 def verify(
@@ -407,7 +160,7 @@ def verify(
     for side, data in (("benign", benign), ("harmful", harmful)):
         claimed: DataRecord | None = getattr(record, side)
         if isinstance(data, (str, os.PathLike)):
-            data = measured(str(data), recorded_draw(claimed))
+            data = sources.measured(str(data), recorded_draw(claimed))
         rows = image_rows(data, side, model, labels=side == "benign")
         refuse_training_images(claimed, rows, side)
         if processor is None and "pixel_values" not in rows[0]:
@@ -432,3 +185,244 @@ def _processor(folder: Path, trust_remote_code: bool) -> Any:
             f"Expected an image processor beside the weights, found: {library_words(error)}. Pass image_processor=, "
             "the one the model was trained with."
         ) from error
+
+
+# ---- measuring ----
+
+
+@dataclass
+class Measured:
+    """One data set through one model."""
+
+    measurement: Measurement = field(default_factory=Measurement)
+    accuracy: float | None = None  # top-1; None where the rows have no labels that are the model's
+    features: Tensor | None = None  # shape (N, D), where they were asked for
+    fingerprint: str | None = None  # of `datasets`, if the rows have one
+
+
+# Through the immunized model, and through the reference where there is one.
+Pair = tuple[Measured, Measured | None]
+
+
+def image_rows(data: Any, name: str, model: PreTrainedModel, labels: bool = True) -> Any:
+    """Rows for `measure` from a data set; labels that are not the model's are left out."""
+    if isinstance(data, ImageRows):
+        return data
+    if hasattr(data, "__len__") and len(data) == 0:
+        raise DataError(f"Expected at least one image in the {name} data, found none. Check the split.")
+    image, label = find_columns(data, None, None, False)
+    if label is None or not labels:
+        return ImageRows(data, name, image)
+    try:
+        outputs = label_outputs(data, label, model.config, name)
+    except DataError:
+        return ImageRows(data, name, image)
+    return ImageRows(data, name, image, label, outputs=outputs)
+
+
+def measure(
+    model: PreTrainedModel,
+    rows: Any,
+    image_processor: Any = None,
+    *,
+    name: str = "images",
+    batch_size: int = 64,
+    head_module: str | None = None,
+    keep_features: bool = False,
+    progress: bool = True,
+) -> Measured:
+    """Run rows through a model and fold up its features; `keep_features` keeps all N·D numbers."""
+    found = Measured(fingerprint=getattr(innermost(rows), "_fingerprint", None))
+    kept: list[Tensor] = []
+    right = seen = 0
+    description = f"κ of {name} features"
+    options = {"batch_size": batch_size, "head_module": head_module, "progress": progress}
+    for batch in extract(model, rows, image_processor, description=description, **options):  # type: ignore[arg-type]
+        with of_side(name):
+            found.measurement.update(batch.features, batch.pixel_values)
+        if batch.labels is not None:
+            right += int((batch.logits.argmax(-1) == batch.labels).sum())
+            seen += len(batch.labels)
+        if keep_features:
+            kept.append(batch.features.cpu())
+    if seen and seen == found.measurement.factor.num_samples:
+        found.accuracy = right / seen
+    found.features = torch.cat(kept) if keep_features else None
+    return found
+
+
+def groups_ratio(
+    harmful: tuple[Measured, Measured],
+    benign: tuple[Measured, Measured],
+    *,
+    num_groups: int | None = None,
+    group_size: int = _GROUP_SIZE,
+    seed: int = 0,
+) -> RatioRecord | None:
+    """RIR over random groups of images, with its spread; None where there are fewer images than a group needs.
+
+    Each task is given through the immunized model and the reference, with features. By default there are 20 groups, or
+    as many disjoint ones as the rows give.
+    """
+    fewest = min(harmful[0].measurement.factor.num_samples, benign[0].measurement.factor.num_samples)
+    if fewest < group_size:
+        return None
+    count = max(1, min(20, fewest // group_size)) if num_groups is None else num_groups
+    drawn = {"num_groups": count, "group_size": group_size, "seed": seed}
+    ratio = relative_immunization_ratio(
+        harmful=harmful[0].features,
+        harmful_reference=harmful[1].features,
+        benign=benign[0].features,
+        benign_reference=benign[1].features,
+        protocol="groups",
+        **drawn,
+    )
+    return describe_ratio(ratio, **drawn)
+
+
+# ---- comparing ----
+
+
+def compare(record: ImmunizationRecord, benign: Pair, harmful: Pair, changed: list[str]) -> Verification:
+    """Compare what was measured with what a record claims; `changed` are differences of the weights."""
+    reasons = [f"The weights are not those of the record: {'; '.join(changed)}."] if changed else []
+    found = {"benign": benign, "harmful": harmful}
+    other = {side: _other_data(getattr(record, side), now) for side, (now, _) in found.items()}
+    reasons += [f"The {side} images are not those of the record: {why}." for side, why in other.items() if why]
+    if harmful[1] is None:
+        reasons.append(
+            "The κ's before immunization are the record's own, taken on trust; give the reference model to measure "
+            "them too."
+        )
+    figures = list(_figures(record, found, other))
+    decisive = [figure for figure in figures if figure.claimed is not None and not figure.name.startswith("groups")]
+    if changed or any(figure.outcome == DIFFERS for figure in figures):
+        outcome = DIFFERS
+    elif decisive and all(figure.outcome == AGREES for figure in decisive):
+        outcome = AGREES
+    else:
+        outcome = CANNOT_SAY
+    return Verification(outcome, figures, reasons)
+
+
+def _figures(record: ImmunizationRecord, found: dict[str, Pair], other: dict[str, str | None]) -> Iterator[Figure]:
+    """Every claim against its measurement, in the order in which they are reported."""
+    if record.metric is not None and record.metric.name == "accuracy":
+        yield _accuracy_figure(record.metric, found["benign"][0], other["benign"] is None)
+    sides: dict[str, SideRecord] = {}
+    for side, (now, then) in found.items():
+        claimed: SideRecord = getattr(record, f"{side}_features")
+        sides[side] = _measured_side(now, then, claimed)
+        for moment in ("before", "after") if then is not None else ("after",):
+            claim, part = getattr(claimed, moment), getattr(sides[side], moment)
+            yield _conditioning_figure(f"log10 κ of {side} features, {moment}", claim, part, other[side] is None)
+    same = not any(other.values())
+    yield _exact_figure(record.ratios.get("exact"), sides, same)
+    if (groups := record.ratios.get("groups")) is not None:
+        yield _groups_figure(groups, found["benign"], found["harmful"], same)
+
+
+def rounding_allowance(conditioning: Conditioning) -> float:
+    """How far log10 κ of the same weights and images may differ between machines; about 0 for healthy features.
+
+    Features carry rounding noise of the dtype they were computed in, which moves a singular value by at most its norm;
+    the rank rule's cut-off bounds that norm (see `rank_cutoff`). A smallest singular value near it moves a lot.
+    """
+    # A bound is taken at the cut-off, which follows from the features' size and is as good as that.
+    return 0.0 if conditioning.is_bound else 2 * math.log10(1 + conditioning.cutoff / conditioning.sigma_min)
+
+
+def _other_data(data: DataRecord | None, now: Measured) -> str | None:
+    """Why these are not the record's images; None where they are."""
+    if data is None or data.checksum is None or data.size is None:
+        return "it does not say by which checksum to know them"
+    count = now.measurement.factor.num_samples
+    if count != data.size:
+        return f"{data.size} images then, {count} now"
+    if math.isclose(now.measurement.checksum, data.checksum, rel_tol=1e-6):
+        return None
+    if data.fingerprint is not None and data.fingerprint == now.fingerprint:
+        return "the same data set, but with other pixel values, as another image processor makes them"
+    return "as many, but with other pixel values (other images, or another image processor)"
+
+
+def _measured_side(now: Measured, then: Measured | None, claimed: SideRecord) -> SideRecord:
+    """κ before and after; without a reference model, the κ before is the record's, if it is of as many images."""
+    if then is not None:
+        return describe_side(now.measurement, then.measurement)
+    factor, before = now.measurement.factor, claimed.before
+    if before is None or (before.num_samples, before.dim) != (factor.num_samples, factor.dim):
+        return SideRecord(None, ConditioningRecord.of(factor.conditioning(None)))
+    return SideRecord(before, ConditioningRecord.of(factor.conditioning(before.conditioning())))
+
+
+def _judged(name: str, claimed: float, measured: float, allowance: float, note: str) -> Figure:
+    apart, outcome = abs(claimed - measured), AGREES
+    if LOG10_TOLERANCE < apart <= allowance:
+        outcome = CANNOT_SAY
+        note += f"; so near rounding noise that machines may differ by {allowance:.2g}"
+    elif apart > LOG10_TOLERANCE:
+        outcome = DIFFERS
+    return Figure(name, claimed, measured, LOG10_TOLERANCE, outcome, note)
+
+
+def _conditioning_figure(
+    name: str, claim: ConditioningRecord | None, part: ConditioningRecord | None, same: bool
+) -> Figure:
+    if claim is None or part is None:
+        claimed, measured = (None if each is None else each.log10_kappa for each in (claim, part))
+        return Figure(name, claimed, measured, LOG10_TOLERANCE, CANNOT_SAY, "one of the two is missing")
+    if not same:
+        return Figure(name, claim.log10_kappa, part.log10_kappa, LOG10_TOLERANCE, CANNOT_SAY, "other images")
+    note = f"rank {part.rank} of {min(part.num_samples, part.dim)}"
+    note += "" if claim.rank == part.rank else f", {claim.rank} by the record"
+    note += ", a bound from below" if part.is_bound else ""
+    return _judged(name, claim.log10_kappa, part.log10_kappa, rounding_allowance(part.conditioning()), note)
+
+
+def _accuracy_figure(claim: MetricRecord, now: Measured, same: bool) -> Figure:
+    least = _ACCURACY_TOLERANCE if claim.precision in (None, "no") else _HALF_PRECISION_TOLERANCE
+    tolerance = max(least, 1.0 / max(now.measurement.factor.num_samples, 1))
+    if now.accuracy is None:
+        note = f"{claim.after:.4f} claimed; the images have no labels"
+        return Figure("benign accuracy", None, None, tolerance, CANNOT_SAY, note)
+    outcome = AGREES if abs(claim.after - now.accuracy) <= tolerance + 1e-12 else DIFFERS
+    outcome, note = (outcome, "") if same else (CANNOT_SAY, "other images")
+    return Figure("benign accuracy", claim.after, now.accuracy, tolerance, outcome, note)
+
+
+def _exact_figure(claim: RatioRecord | None, sides: dict[str, SideRecord], same: bool) -> Figure:
+    claimed = None if claim is None else claim.log10_rir
+    figure = partial(Figure, "log10 RIR (exact)", claimed, tolerance=LOG10_TOLERANCE)
+    now = exact_ratio(sides["benign"], sides["harmful"])
+    if now is None:
+        return figure(measured=None, outcome=CANNOT_SAY, note="no κ before immunization to divide by")
+    note = _BOUND_WORDS[now.bound]
+    if now.log10_rir is None:
+        agreed = claim is not None and claim.bound == "undetermined" and same
+        return figure(measured=None, outcome=AGREES if agreed else CANNOT_SAY, note=note)
+    if claim is None or claimed is None or not same:
+        note = "other images" if claim is not None and not same else note or "not claimed"
+        return figure(measured=now.log10_rir, outcome=CANNOT_SAY, note=note)
+    if claim.bound != now.bound:
+        note = f"{note or 'a number'} now, {_BOUND_WORDS[claim.bound] or 'a number'} by the record"
+        return figure(measured=now.log10_rir, outcome=DIFFERS, note=note)
+    parts = [sides[side].after for side in ("harmful", "benign")]
+    allowance = sum(rounding_allowance(part.conditioning()) for part in parts if part is not None)
+    return _judged("log10 RIR (exact)", claimed, now.log10_rir, allowance, note)
+
+
+def _groups_figure(claim: RatioRecord, benign: Pair, harmful: Pair, same: bool) -> Figure:
+    claimed = None if claim.log10_rir is None else 10.0 ** min(claim.log10_rir, 300)
+    spread = (claimed or 0.0) * (claim.relative_std or 0.0)
+    figure = partial(Figure, "groups: mean RIR", claimed, tolerance=spread)
+    if benign[1] is None or harmful[1] is None:
+        return figure(measured=None, outcome=CANNOT_SAY, note="needs the reference model")
+    drawn = {"group_size": claim.group_size or _GROUP_SIZE, "seed": claim.seed or 0}
+    now = groups_ratio((harmful[0], harmful[1]), (benign[0], benign[1]), num_groups=claim.num_groups, **drawn)
+    if now is None or now.log10_rir is None or claimed is None or not same:
+        return figure(measured=None, outcome=CANNOT_SAY, note="undetermined" if same else "other images")
+    mean = 10.0 ** min(now.log10_rir, 300)
+    # With one group there is no spread; then the figure must be met as an exact one is.
+    close = abs(mean - claimed) <= max(spread, claimed * (10**LOG10_TOLERANCE - 1))
+    return figure(measured=mean, outcome=AGREES if close else DIFFERS, note=f"within ± {spread:.3g}")
