@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_immunize.linear.definition import factor_definition
+from hf_immunize.linear.definition import check_definition
 from hf_immunize.linear.optimum import row_factor
 from hf_immunize.spectra.ratio import reference_condition_number
 
@@ -36,20 +36,19 @@ class Measure:
     def __init__(self, X_benign: torch.Tensor, X_harmful: torch.Tensor, y: torch.Tensor | None = None) -> None:
         self.benign, self.harmful = X_benign, X_harmful
         self.P, self.H = row_factor(X_benign), row_factor(X_harmful)
-        self.inside = None if y is None else X_benign @ self.P.V
-        self.targets = None if y is None else y.reshape(len(y), -1)
+        self.targets = y
         self.before = reference_condition_number(X_harmful), reference_condition_number(X_benign)
 
     def __call__(self, theta: torch.Tensor) -> dict[str, Any]:
         """Everything the tables show of one map ``(D, D)``."""
-        found = factor_definition(self.P, self.H, theta, self.inside, self.targets)
+        found = check_definition(self.P, self.H, theta, self.targets, rows=self.benign)
         harmful = reference_condition_number(self.harmful @ theta) / self.before[0]
         benign = reference_condition_number(self.benign @ theta) / self.before[1]
         return {
-            "i": found.harmful_ratio,
-            "ii": found.benign_ratio,
-            "rir": found.rir,
-            "bound": found.bound,
+            "i": found.ratio.harmful_ratio,
+            "ii": found.ratio.benign_ratio,
+            "rir": found.ratio.rir,
+            "bound": found.ratio.bound,
             "a": found.slower_harmful,
             "b": found.benign_kept,
             "c": found.utility_kept,

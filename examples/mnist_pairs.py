@@ -20,7 +20,7 @@ from linear_common import FIGURES, Measure, Store, hub_dataset, number, table, w
 
 from hf_immunize.linear.algorithm import immunize_linear
 from hf_immunize.linear.definition import map_ratio
-from hf_immunize.linear.optimum import common_basis, factor_ceiling, optimal_map, rir_ceiling, row_factor
+from hf_immunize.linear.optimum import common_basis, optimal_map, rir_ceiling, row_factor
 
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, the usual constants
@@ -141,7 +141,7 @@ def sanity(X):
     generator = torch.Generator().manual_seed(0)
     P, H = row_factor(X), row_factor(X[torch.randperm(len(X), generator=generator)])
     theta = torch.randn(P.dim, P.dim, dtype=torch.float64, generator=generator)
-    return {"rir": map_ratio(P, H, theta).rir, "ceiling": factor_ceiling(P, H).value}
+    return {"rir": map_ratio(P, H, theta).rir, "ceiling": rir_ceiling(P, H).value}
 
 
 def draw(results, pairs, path):

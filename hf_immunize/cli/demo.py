@@ -61,29 +61,13 @@ def all_digits() -> datasets.Dataset:
 
 
 def digit_splits(seed: int) -> tuple[datasets.DatasetDict, datasets.DatasetDict]:
-    """The digits as image datasets, benign and harmful, 30 % held out.
-
-    Args:
-        seed: Seed of the split.
-
-    Returns:
-        Benign and harmful, each with "train" and "test".
-    """
+    """The digits as image datasets, benign and harmful, 30 % held out."""
     parts = all_digits().train_test_split(0.3, seed=seed, stratify_by_column="label")
     return split_benign_harmful(parts, HARMFUL_DIGITS)
 
 
 def train_benign(folder: Path, benign: dict[str, list[dict[str, Any]]], seed: int) -> ViTForImageClassification:
-    """A small ViT trained on the benign digits with a plain Trainer.
-
-    Args:
-        folder: For what the Trainer writes.
-        benign: Rows to train on and held out.
-        seed: Seed of weights and training.
-
-    Returns:
-        The model.
-    """
+    """A small ViT trained on the benign digits with a plain Trainer."""
     set_seed(seed)
     config = ViTConfig(
         image_size=8,
@@ -138,14 +122,7 @@ def immunization_arguments(folder: Path, seed: int) -> ImmunizationArguments:
 
 
 def shifted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each image and its shifts by one pixel, so that training on a few hundred images carries over to others.
-
-    Args:
-        rows: Rows with "pixel_values" of shape ``(C, H, W)``.
-
-    Returns:
-        Five times as many rows.
-    """
+    """Each image and its shifts by one pixel, so that training on a few hundred images carries over to others."""
     padded = [(row, torch.nn.functional.pad(row["pixel_values"], (1, 1, 1, 1), value=-1.0)) for row in rows]
     corners = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
     return [
@@ -184,14 +161,7 @@ RIDGES = [10.0**power for power in range(-12, 5)]
 
 @dataclass(frozen=True)
 class Probing:
-    """What linear probes make of the harmful digits, on held-out images.
-
-    Attributes:
-        curve: Accuracy of gradient descent with exact line search after steps 1..`PROBE_STEPS`.
-        convergence: ``‖w_t − w*‖²/‖w_0 − w*‖²`` for the same steps.
-        least_squares: Accuracy of the best least-squares probe over ridge strengths of 17 decades.
-        size: Number of held-out images.
-    """
+    """What linear probes make of the harmful digits, on held-out images."""
 
     curve: Tensor
     convergence: Tensor
@@ -209,15 +179,7 @@ class Probing:
 
 
 def probe_harmful(model: PreTrainedModel, harmful: dict[str, list[dict[str, Any]]]) -> Probing:
-    """Attack: fit linear probes to the harmful training images' features, test on held-out ones.
-
-    Args:
-        model: The model whose classifier input is probed.
-        harmful: Rows to fit and to test on.
-
-    Returns:
-        `Probing`.
-    """
+    """Attack: fit linear probes to the harmful training images' features, test on held-out ones."""
     (z, y), (z_test, y_test) = (_features(model, harmful[split]) for split in ("train", "test"))
     targets = torch.nn.functional.one_hot(y).double()
     hits = [
@@ -238,15 +200,7 @@ def probe_harmful(model: PreTrainedModel, harmful: dict[str, list[dict[str, Any]
 
 @dataclass(frozen=True)
 class Slowing:
-    """How many times the steps gradient descent takes after, to what it reads of the held-out images.
-
-    Attributes:
-        target: The accuracy to reach: nine tenths of what least squares reads before.
-        before, after: Steps to it; None where `PROBE_STEPS` do not reach it.
-        low, high: The least and the most times the steps, with the target moved by the noise of the images at 95 %;
-            None where gradient descent reaches none of these targets before.
-        is_bound: Whether some of these targets are not reached after, so that ``high`` is a lower bound.
-    """
+    """How many times the steps gradient descent takes after, to what it reads of the held-out images."""
 
     target: float
     before: int | None
@@ -275,15 +229,7 @@ class Slowing:
 
 
 def slowing(old: Probing, new: Probing) -> Slowing:
-    """Compare gradient descent before and after.
-
-    Args:
-        old: Probing before.
-        new: Probing after.
-
-    Returns:
-        `Slowing`.
-    """
+    """Compare gradient descent before and after."""
     target = 0.9 * old.least_squares
     targets = [target, *wilson_interval(target, old.size)]
     pairs = [(old.steps_to(one), new.steps_to(one)) for one in targets]
@@ -301,19 +247,7 @@ def demo_sentence(
     old: Probing,
     new: Probing,
 ) -> str:
-    """The plain sentences under the table, from the figures and their noise alone, whichever way they came out.
-
-    Args:
-        after: Metrics after.
-        harmful_growth: Factor by which κ of the harmful features grew, on held-out images.
-        utility: Benign accuracy before and after, on the same images.
-        groups: RIR over groups of images.
-        old: Probing before.
-        new: Probing after.
-
-    Returns:
-        The sentences.
-    """
+    """The plain sentences under the table, from the figures and their noise alone, whichever way they came out."""
     low, high = utility.interval or (0.0, 0.0)
     rir = {name: value for name, _, value in metric_rows({}, finite(after))}["RIR (exact)"]
     if groups is not None and groups.log10_rir is not None and groups.relative_std is not None:
@@ -336,15 +270,7 @@ def demo_sentence(
 
 
 def audit_record(old: Probing, new: Probing) -> AuditRecord:
-    """The demo's two attackers as the record of a small audit: the stronger one counts.
-
-    Args:
-        old: Probing before.
-        new: Probing after.
-
-    Returns:
-        The record.
-    """
+    """The demo's two attackers as the record of a small audit: the stronger one counts."""
     descent = f"gradient descent, the best of {PROBE_STEPS:,} steps"
     least_squares = f"least squares, the best of {len(RIDGES)} ridges"
     best = [{descent: float(probing.curve.max()), least_squares: probing.least_squares} for probing in (old, new)]
@@ -408,10 +334,7 @@ CHOSEN = (
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within, sums are added in one order however many cores there are, of which training makes much.
-
-    So small a net is no slower.
-    """
+    """Within, sums are added in one order however many cores there are, of which training makes much."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -422,15 +345,7 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
-    """Train a small ViT on benign digits, immunize it against the harmful ones, measure, and report.
-
-    Args:
-        output_dir: Where checkpoint, card, figure and ``results.json`` go.
-        seed: Seed of the split, the weights and the training.
-
-    Returns:
-        What ``results.json`` holds.
-    """
+    """Train a small ViT on benign digits, immunize it against the harmful ones, measure, and report."""
     # The table at the end is the log.
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -526,14 +441,7 @@ _NAMES = (("train", "train"), ("eval", "test"))
 
 
 def describe(trainer: ImmunizationTrainer, results: dict[str, Any], old: Probing, new: Probing) -> None:
-    """Tell the Trainer, for its record, what the data and the model are.
-
-    Args:
-        trainer: The Trainer.
-        results: What ``results.json`` holds.
-        old: Probing before.
-        new: Probing after.
-    """
+    """Tell the Trainer, for its record, what the data and the model are."""
     evidence = trainer.evidence
     evidence.base_model = BaseModelRecord(results["model"].removeprefix("a "))
     for side in ("benign", "harmful"):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_immunize.errors import ArgumentError, NonFiniteError, ShapeError
 from hf_immunize.linear.definition import map_ratio
-from hf_immunize.linear.inputs import as_data, as_targets, same_columns
-from hf_immunize.linear.optimum import Factor, factor_map, row_factor
+from hf_immunize.linear.inputs import as_data, as_targets
+from hf_immunize.linear.optimum import Factor, factors, optimal_map
 from hf_immunize.linear.steps import (
     Direction,
-    direction,
     directions,
     feature_spectrum,
     ill_step,
@@ -58,37 +59,26 @@ class LinearSettings:
     growth: float = 1.2
     benign_weight: float | str = "balanced"
     harmful_weight: float | str = "balanced"
-    theta_init: str | torch.Tensor = "identity"
+    theta_init: str | Tensor = "identity"
     inner_steps: int = 5
     record_every: int = 1
     seed: int = 0
 
     def check(self, method: str) -> None:
-        """Refuse impossible values.
-
-        Raises:
-            ArgumentError: Names the option, what it may be and what it is.
-        """
+        """Refuse impossible values."""
         check_count(self.epochs, "epochs")
-        check_number(self.lr, "lr", 0)
         if self.batch_size is not None:
             check_count(self.batch_size, "batch_size", least=2)
-        check_number(self.share, "share", 0, 1)
-        check_number(self.growth, "growth", 1)
         check_count(self.inner_steps, "inner_steps")
         check_count(self.record_every, "record_every", least=0)
         check_count(self.seed, "seed", least=-(2**63), most=2**63 - 1)
-        for name, fine, wanted in (
-            ("lr", self.lr > 0, "above 0"),
-            ("share", self.share < 1, "below 1"),
-            ("growth", self.growth > 1, "above 1"),
-        ):
-            if not fine:
-                raise ArgumentError(f"{name} must be {wanted}, found {getattr(self, name)!r}.")
+        for name, least, most, excluded in (("lr", 0, math.inf, 0), ("share", 0, 1, 1), ("growth", 1, math.inf, 1)):
+            if check_number(getattr(self, name), name, least, most) == excluded:
+                raise ArgumentError(f"Expected {name} other than {excluded}, found {excluded}.")
         if self.step not in ("fixed", "rule"):
-            raise ArgumentError(f"step must be 'fixed' or 'rule', found {self.step!r}.")
+            raise ArgumentError(f"Expected step as 'fixed' or 'rule', found {self.step!r}.")
         if self.step == "rule" and method not in ("kappa", "r_ill"):
-            raise ArgumentError(f"step='rule' is proved for methods 'kappa' and 'r_ill' alone, found {method!r}.")
+            raise ArgumentError(f"Expected step='rule' with 'kappa' or 'r_ill', where it is proved, found {method!r}.")
         for name in ("benign_weight", "harmful_weight"):
             weight = getattr(self, name)
             if not (isinstance(weight, str) and weight == "balanced"):
@@ -97,63 +87,38 @@ class LinearSettings:
 
 @dataclass(frozen=True)
 class Task:
-    """Benign data with targets, for squared error or cross-entropy.
+    """Benign data ``(N, D)`` with targets: mean squared error, summed over the C targets, or softmax cross-entropy."""
 
-    Attributes:
-        X: ``(N, D)``.
-        targets: ``(N, C)`` real targets, or one-hot rows.
-        classify: Softmax cross-entropy, otherwise mean squared error (summed over the C targets).
-    """
-
-    X: torch.Tensor
-    targets: torch.Tensor
+    X: Tensor
+    targets: Tensor  # (N, C), real or one-hot
     classify: bool
-
-    @property
-    def width(self) -> int:
-        """C."""
-        return self.targets.shape[1]
 
     @property
     def curvature(self) -> float:
         """Largest second derivative of :meth:`loss` along one score, times what features contribute."""
         return (0.5 if self.classify else 2.0) / len(self.X)
 
-    def rows(self, index: torch.Tensor) -> Task:
+    def rows(self, index: Tensor) -> Task:
         """The same task on some rows."""
         index = index.to(self.X.device)
         return Task(self.X[index], self.targets[index], self.classify)
 
-    def loss(self, scores: torch.Tensor) -> torch.Tensor:
+    def loss(self, scores: Tensor) -> Tensor:
         """Mean loss of scores ``(N, C)``."""
         if self.classify:
             return -(self.targets * scores.log_softmax(1)).sum(1).mean()
         return (scores - self.targets).square().sum(1).mean()
 
-    def slope(self, scores: torch.Tensor) -> torch.Tensor:
+    def slope(self, scores: Tensor) -> Tensor:
         """Gradient of :meth:`loss` with respect to the scores, ``(N, C)``."""
         if self.classify:
             return (scores.softmax(1) - self.targets) / len(scores)
         return 2 * (scores - self.targets) / len(scores)
 
 
-def benign_task(X: torch.Tensor, y: Any) -> Task:
-    """Read targets: whole numbers in one dimension are classes, everything else is regression.
-
-    A single class is allowed (one digit's images, say) and gets a second output, so that cross-entropy is defined.
-
-    Args:
-        X: ``(N, D)`` float64.
-        y: ``(N,)`` class numbers from 0 or real targets, or ``(N, C)`` real targets.
-
-    Raises:
-        ShapeError: Another number of targets than rows, or negative class numbers.
-
-    Example:
-        >>> benign_task(torch.ones(2, 1).double(), torch.tensor([0, 0])).targets
-        tensor([[1., 0.],
-                [1., 0.]], dtype=torch.float64)
-    """
+def benign_task(X: Tensor, y: Any) -> Task:
+    """Read targets: whole numbers in one dimension are classes, everything else is regression."""
+    # A single class is allowed (one digit's images, say) and gets a second output, so that cross-entropy is defined.
     values = as_values(y, "y_benign").detach().to(X.device)
     targets = as_targets(values, len(X), "y_benign").to(X.device)
     if values.ndim == 2 or values.is_floating_point():
@@ -163,42 +128,21 @@ def benign_task(X: torch.Tensor, y: Any) -> Task:
     return Task(X, onehot.to(torch.float64), classify=True)
 
 
-def log_kappa_gradient(X: torch.Tensor, Z: torch.Tensor) -> Direction:
-    """``∇_θ log κ(θᵀXᵀXθ)``, the direction of the baseline "Opt κ".
-
-    ``log κ = 2 log s_1 − 2 log s_k`` over the singular values of ``Z = Xθ``, so the gradient is
-    ``2Xᵀ(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k)Z``: both extreme pairs, no preconditioner.
-
-    Args:
-        X: ``(n, D)`` data.
-        Z: ``(n, D)`` features ``Xθ``.
-
-    Returns:
-        The ``(D, D)`` gradient, of rank two, as its factors.
-    """
+def log_kappa_gradient(X: Tensor, Z: Tensor) -> Direction:
+    """``∇_θ log κ(θᵀXᵀXθ)``, the direction of the baseline "Opt κ": ``2Xᵀ(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k)Z``."""
     values, left = feature_spectrum(Z)
     ends = left[:, [0, -1]]
     weights = torch.stack([1 / values[0], -1 / values[-1]])
     return Direction(2 * (X.T @ ends), weights[:, None] * (ends.T @ Z))
 
 
-def adapted_loss(theta: torch.Tensor, X: torch.Tensor, targets: torch.Tensor, steps: int) -> torch.Tensor:
-    """The harmful squared loss after an attacker has fitted a head for some steps, differentiable in ``θ``.
+def adapted_loss(theta: Tensor, X: Tensor, targets: Tensor, steps: int) -> Tensor:
+    """The harmful squared loss after an attacker has fitted a head for some steps from zero, differentiable in ``θ``.
 
-    The inner problem of IMMA (Zheng & Yeh, ECCV 2024) in the linear setting: ``w ← w − α∇_w L_H(w, θ)`` from
-    ``w = 0``, with the graph kept through every step. ``α`` is one over the curvature at the current ``θ``, a constant
-    for the outer gradient, so that the attacker always descends.
-
-    Args:
-        theta: ``(D, D)``, requires grad.
-        X: ``(n, D)`` harmful data.
-        targets: ``(n, C)`` harmful targets.
-        steps: Inner steps.
-
-    Returns:
-        Scalar.
+    The inner problem of IMMA (Zheng & Yeh, ECCV 2024) in the linear setting, with the graph kept through every step.
     """
     Z = X @ theta
+    # One over the curvature, a constant for the outer gradient, so that the attacker always descends.
     rate = len(Z) / (2 * torch.linalg.matrix_norm(Z.detach(), 2).square())
     weight = Z.new_zeros(Z.shape[1], targets.shape[1])
     for _ in range(steps):
@@ -220,7 +164,7 @@ class LinearImmunization:
 
     Attributes:
         theta: ``(D, D)`` float64, the map: immunized features are ``X @ theta``.
-        omega: ``(D, C)``, the benign classifier trained beside it; None for the optimum.
+        omega: ``(D, C)``, the benign classifier trained with it; None for the optimum.
         history: One dict a record: ``epoch``, ``step``, ``loss`` (benign, over all data), ``kappa_benign``,
             ``kappa_harmful``, ``benign_ratio`` (ii), ``harmful_ratio`` (i), ``rir``, ``bound``. The last one is the
             result's.
@@ -228,8 +172,8 @@ class LinearImmunization:
         settings: The constants used.
     """
 
-    theta: torch.Tensor
-    omega: torch.Tensor | None
+    theta: Tensor
+    omega: Tensor | None
     history: list[dict[str, Any]] = field(repr=False)
     method: str = "optimum"
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -290,23 +234,24 @@ def immunize_linear(
         16.0
     """
     if method not in METHODS:
-        raise ArgumentError(f"method must be one of {', '.join(METHODS)}, found {method!r}.")
+        raise ArgumentError(f"Expected method out of {', '.join(METHODS)}, found {method!r}.")
     chosen = _settings(settings, options)
-    P, H = row_factor(X_benign, "X_benign"), row_factor(X_harmful, "X_harmful")
-    same_columns(P.V.T, H.V.T, ("X_benign", "X_harmful"))
+    P, H = factors(X_benign, X_harmful)
     if method == "optimum":
-        theta = factor_map(P, H, t=t, harmful_gain=harmful_gain, tolerance=tolerance)
+        theta = optimal_map(P, H, t=t, harmful_gain=harmful_gain, tolerance=tolerance)
         used: dict[str, Any] = {"t": t, "harmful_gain": harmful_gain, "tolerance": tolerance}
         return LinearImmunization(theta, None, [{"epoch": 0, "step": 0} | _measure(P, H, theta)], method, used)
     chosen.check(method)
     if y_benign is None:
-        raise ArgumentError(f"method={method!r} trains a benign classifier and needs y_benign; 'optimum' does not.")
+        raise ArgumentError(
+            f"Expected y_benign for the classifier of method {method!r}, found None. 'optimum' needs none."
+        )
     task = benign_task(as_data(X_benign, "X_benign"), y_benign)
     X_H = as_data(X_harmful, "X_harmful")
     y_H = None
     if method == "imma":
         if y_harmful is None:
-            raise ArgumentError("method='imma' simulates the attacker's fit and needs y_harmful.")
+            raise ArgumentError("Expected y_harmful, which the simulated attacker of 'imma' fits, found None.")
         y_H = as_targets(y_harmful, len(X_H), "y_harmful").to(X_H.device)
     return _descend_all(_Run(method, chosen, P, H, task, X_H, y_H))
 
@@ -315,13 +260,13 @@ def _settings(settings: LinearSettings | None, options: dict[str, Any]) -> Linea
     known = LinearSettings.__dataclass_fields__
     for name in options:
         if name not in known:
-            raise ArgumentError(f"Unknown option {name!r}; there are {', '.join(known)}.")
+            raise ArgumentError(f"Expected options out of {', '.join(known)}, found {name!r}.")
     if settings is not None and not isinstance(settings, LinearSettings):
         raise ArgumentError(f"Expected settings as LinearSettings, found {type(settings).__name__}.")
     return replace(settings or LinearSettings(), **options)
 
 
-def _measure(P: Factor, H: Factor, theta: torch.Tensor) -> dict[str, Any]:
+def _measure(P: Factor, H: Factor, theta: Tensor) -> dict[str, Any]:
     ratio = map_ratio(P, H, theta)
     assert ratio.benign is not None and ratio.harmful is not None
     return {
@@ -343,14 +288,17 @@ class _Run:
     P: Factor
     H: Factor
     task: Task
-    X_H: torch.Tensor
-    y_H: torch.Tensor | None
+    X_H: Tensor
+    y_H: Tensor | None
 
-    def start(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def start(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """θ and ω before the first step."""
         dim, like = self.P.dim, self.X_H
         init = self.settings.theta_init
-        omega = torch.randn(dim, self.task.width, generator=generator, dtype=torch.float64).to(like.device) / dim**0.5
+        omega = (
+            torch.randn(dim, self.task.targets.shape[1], generator=generator, dtype=torch.float64).to(like.device)
+            / dim**0.5
+        )
         if not isinstance(init, str):
             # A copy: the descent works in place.
             theta = as_data(init, "theta_init").to(like.device).clone()
@@ -361,10 +309,10 @@ class _Run:
         elif init == "random":
             theta = torch.randn(dim, dim, generator=generator, dtype=torch.float64).to(like.device) / dim**0.5
         else:
-            raise ArgumentError(f"theta_init must be 'identity', 'random' or a tensor, found {init!r}.")
+            raise ArgumentError(f"Expected theta_init as 'identity', 'random' or a tensor, found {init!r}.")
         return theta, omega
 
-    def batches(self, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, ...]]:
+    def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
         """Row numbers of both tasks, step by step, for one epoch; whole batches only, as long as the shorter lasts."""
         size, n_p, n_h = self.settings.batch_size, len(self.task.X), len(self.X_H)
         if size is None:
@@ -394,17 +342,15 @@ def _descend_all(run: _Run) -> LinearImmunization:
             # NaN fails the comparison too; beyond 1e100 the squares of the next step overflow.
             if not float(theta.abs().max()) < 1e100:
                 raise NonFiniteError(
-                    f"θ stopped being finite at step {step} of method {run.method!r}: the descent diverges on data of "
-                    "this size; lower lr, or scale the data down."
+                    f"Expected a finite θ, found a descent of method {run.method!r} that diverges at step {step}. "
+                    "Lower lr, or scale the data down."
                 )
         if epoch == epochs or (every and epoch % every == 0):
             history.append(record(epoch, step))
     return LinearImmunization(theta, omega, history, run.method, asdict(run.settings))
 
 
-def _update(
-    run: _Run, theta: torch.Tensor, omega: torch.Tensor, rows_p: torch.Tensor, rows_h: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _update(run: _Run, theta: Tensor, omega: Tensor, rows_p: Tensor, rows_h: Tensor) -> tuple[Tensor, Tensor]:
     s, batch = run.settings, run.task.rows(rows_p)
     Z = batch.X @ theta
     slope = batch.slope(Z @ omega)
@@ -438,22 +384,20 @@ def _update(
     return subtract_(theta, [(s.lr, task), *parts]), omega_next
 
 
-def _top(A: torch.Tensor) -> float:
+def _top(A: Tensor) -> float:
     """``σ_1(A)²``, from the smaller Gram matrix."""
     gram = A @ A.T if A.shape[0] <= A.shape[1] else A.T @ A
     return float(torch.linalg.eigvalsh(gram)[-1])
 
 
-def _attack_gradient(run: _Run, theta: torch.Tensor, rows_h: torch.Tensor) -> torch.Tensor:
+def _attack_gradient(run: _Run, theta: Tensor, rows_h: Tensor) -> Tensor:
     assert run.y_H is not None
-    moving = theta.clone().requires_grad_(True)
-    loss = adapted_loss(moving, run.X_H[rows_h], run.y_H[rows_h], run.settings.inner_steps)
-    return torch.autograd.grad(loss, moving)[0]
+    leaf = theta.clone().requires_grad_(True)
+    loss = adapted_loss(leaf, run.X_H[rows_h], run.y_H[rows_h], run.settings.inner_steps)
+    return torch.autograd.grad(loss, leaf)[0]
 
 
-def _directions(
-    run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.Tensor
-) -> list[tuple[float | str, Direction]]:
+def _directions(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> list[tuple[float | str, Direction]]:
     """The regularizers' directions with their weights, all to be subtracted."""
     s = run.settings
     # One product for both tasks reads the large θ once.
@@ -470,23 +414,25 @@ def _directions(
     return list(zip((s.harmful_weight, s.benign_weight), directions(theta, parts), strict=False))
 
 
-def _ruled(run: _Run, theta: torch.Tensor, benign: torch.Tensor, harmful: torch.Tensor) -> torch.Tensor:
+def _ruled(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> Tensor:
+    """Steps of R_well and R_ill by the rules."""
     s, dim = run.settings, theta.shape[0]
     growth = s.growth
     if run.method == "kappa":
         Z = benign @ theta
         spectrum = feature_spectrum(Z)
-        step = well_step(spectrum.values, dim)
-        weights = well_weights(spectrum.values, dim)
+        step, weights = well_step(spectrum.values, dim), well_weights(spectrum.values, dim)
         scale = (1 - 2 * step * weights * spectrum.values).square() * spectrum.values
-        gain = float(spectrum.values[0] / spectrum.values[-1]) / float(scale.max() / scale.min())
-        theta = subtract_(theta, [(step, direction(theta, Z, spectrum.left, weights))])
+        gain = spectrum.kappa / float(scale.max() / scale.min())
+        (part,) = directions(theta, [(Z, spectrum.left, weights)])
+        theta = subtract_(theta, [(step, part)])
         growth = min(gain**s.share, s.growth)
     if growth <= 1 + 1e-9:
         return theta
     Z = harmful @ theta
     spectrum = feature_spectrum(Z)
-    if float(spectrum.values[0] / spectrum.values[-1]) > _KAPPA_LIMIT:
+    if spectrum.kappa > _KAPPA_LIMIT:
         return theta
-    step = ill_step(spectrum.values, growth)
-    return subtract_(theta, [(step, direction(theta, Z, spectrum.left, ill_weights(spectrum.values)))])
+    step, weights = ill_step(spectrum.values, growth), ill_weights(spectrum.values)
+    (part,) = directions(theta, [(Z, spectrum.left, weights)])
+    return subtract_(theta, [(step, part)])

@@ -28,25 +28,7 @@ from hf_immunize.spectra.conditioning import grid_cutoff, rank_cutoff
 
 
 def as_data(values: Any, name: str = "Z") -> torch.Tensor:
-    """Return data as a float64 matrix, or say in one sentence why it cannot be one.
-
-    Args:
-        values: ``(N, D)`` tensor, array or nested list, one row a sample, real or whole numbers.
-        name: What the caller calls it, for the message.
-
-    Returns:
-        ``(N, D)`` float64 tensor, detached, on the device it came from (the CPU where that device has no float64).
-
-    Raises:
-        ShapeError: Not two-dimensional, fewer than two rows, or no column.
-        NonFiniteError: A cell holds NaN or infinity; the message names its row and column.
-        ArgumentError: They are no numbers, or complex.
-
-    Example:
-        >>> as_data([[1.0, 2.0], [3.0, float("nan")]], "X_benign")
-        Traceback (most recent call last):
-        hf_immunize.errors.NonFiniteError: Expected finite values in X_benign, found nan in row 1, column 1 ...
-    """
+    """Return data as a float64 matrix, or say in one sentence why it cannot be one."""
     matrix = as_values(values, name).detach()
     if matrix.is_complex():
         raise ArgumentError(
@@ -61,18 +43,7 @@ def as_data(values: Any, name: str = "Z") -> torch.Tensor:
 
 
 def as_targets(values: Any, rows: int, name: str = "y") -> torch.Tensor:
-    """Return regression targets as a float64 ``(rows, C)`` matrix.
-
-    Args:
-        values: ``(N,)`` or ``(N, C)`` targets.
-        rows: The number of samples they belong to.
-        name: What the caller calls them, for the message.
-
-    Raises:
-        ShapeError: One-dimensional or two-dimensional targets were expected, or their number is not ``rows``.
-        NonFiniteError: A target is NaN or infinite.
-        ArgumentError: The targets are no numbers, or complex.
-    """
+    """Return regression targets as a float64 ``(rows, C)`` matrix."""
     targets = as_values(values, name).detach()
     if targets.ndim not in (1, 2) or targets.shape[0] != rows or targets.numel() == 0:
         raise ShapeError(
@@ -82,69 +53,21 @@ def as_targets(values: Any, rows: int, name: str = "y") -> torch.Tensor:
     return as_data(targets.reshape(rows, -1), name)
 
 
-def same_columns(first: torch.Tensor, second: torch.Tensor, names: tuple[str, str]) -> None:
-    """Refuse two matrices that are not over the same features.
-
-    Raises:
-        ShapeError: The numbers of columns differ.
-    """
-    if first.shape[1] != second.shape[1]:
-        raise ShapeError(
-            f"{names[0]} and {names[1]} must have the same columns, one map θ serves both; "
-            f"found {first.shape[1]} and {second.shape[1]}: encode both tasks with the same features."
-        )
-
-
 def dtype_of_origin(values: Any, produced_dtype: torch.dtype | None = None) -> torch.dtype:
-    """The dtype in which the data were computed, which decides what is rounding noise in them.
-
-    Whole numbers are exact and count as float64.
-
-    Args:
-        values: The data as the caller gave them, before any cast.
-        produced_dtype: Overrides the dtype they carry, for float32 features that were saved as float64.
-    """
+    """The dtype in which the data were computed, which decides what is rounding noise in them."""
     dtype = check_dtype(produced_dtype) or as_values(values, "the data").dtype
     return dtype if dtype.is_floating_point else torch.float64
 
 
 def keep_above_noise(sigma: torch.Tensor, shape: Sequence[int], produced_dtype: torch.dtype) -> torch.Tensor:
-    """Which singular values of data of this shape the rank rule keeps.
-
-    Args:
-        sigma: ``(min(N, D),)`` singular values, falling.
-        shape: ``(N, D)``.
-        produced_dtype: :func:`dtype_of_origin` of the data.
-
-    Returns:
-        ``(min(N, D),)`` boolean.
-    """
+    """Which singular values of data of this shape the rank rule keeps."""
     norm = check_result(math.hypot(*sigma.tolist()), "the norm of the data")
     cutoff = rank_cutoff(float(sigma[0]), norm, shape[0], shape[1], produced_dtype)
     return sigma > max(cutoff, grid_cutoff(shape[0], shape[1], produced_dtype))
 
 
 def standardize(X: Any, name: str = "X") -> tuple[torch.Tensor, list[int]]:
-    """Centre and scale every column by its standard deviation.
-
-    A column whose values differ by rounding only is constant: it becomes exactly 0 and is reported.
-
-    Args:
-        X: ``(N, D)`` data.
-        name: What the caller calls them.
-
-    Returns:
-        ``(N, D)`` float64, and the numbers of the constant columns.
-
-    Raises:
-        ShapeError: Not a matrix of at least two rows.
-        NonFiniteError: A cell is NaN or infinite.
-
-    Example:
-        >>> standardize([[1.0, 5.0], [3.0, 5.0]])
-        (tensor([[-0.7071,  0.0000],
-                [ 0.7071,  0.0000]], dtype=torch.float64), [1])
-    """
+    """Centre and scale every column by its standard deviation."""
     matrix = as_data(X, name)
     # Each column by a power of two near its size, so that no square leaves the range.
     matrix = torch.ldexp(matrix, -torch.frexp(matrix.abs().amax(0)).exponent)
@@ -184,31 +107,7 @@ def read_pair(
     image_size: int = 28,
     notes: list[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read two data sets with the same columns.
-
-    Text columns of tables are coded by the order of their values, taken from both files together, so that one value
-    has one code. A column of numbers with a few cells of text among them is an error instead.
-
-    Args:
-        benign: A file or a folder of images.
-        harmful: Another.
-        key: Array of an .npz or .safetensors file; without it there must be a single one.
-        columns: Columns of a table to take, all by default.
-        drop: Columns of a table to leave out.
-        fill: Value for missing cells.
-        image_size: Side in pixels of images, which are made grey.
-        notes: A list to which a sentence is added that names the text columns that were coded.
-
-    Returns:
-        ``(N_P, D)`` and ``(N_H, D)``.
-
-    Raises:
-        DataError: A file is missing, damaged, of an unknown kind, holds no numbers, or lacks the key or a column; or
-            a column of numbers holds text.
-        ImageDecodeError: A file is no image.
-        NonFiniteError: A cell is infinite, or missing and no fill value is given.
-        ArgumentError: The fill value is not finite.
-    """
+    """Read two data sets with the same columns."""
     if image_size < 1:
         raise ArgumentError(f"Expected images of at least one pixel a side, found {image_size}; use --image-size 28.")
     if fill is not None and not math.isfinite(fill):

@@ -1,4 +1,17 @@
-"""What the ceiling of RIR means for somebody about to train, in one plain sentence."""
+"""The ceiling of RIR over all linear maps, the map that reaches it, and what both mean for somebody about to train.
+
+Let ``K_P``, ``K_H`` be the Gram matrices of the benign and the harmful data and ``A = K_P^{1/2} θ``. Then
+``κ(H_P) = κ(A)²`` and, with ``M = K_P^{-1/2} K_H K_P^{-1/2}``, ``κ(H_H) ≤ κ(M) κ(A)²``. So every invertible ``θ`` has
+
+    RIR(θ)  ≤  κ(M) · κ(K_P) / κ(K_H)
+
+and ``θ = K_P^{-1/2} Q diag(s)`` with ``M = Q diag(μ) Qᵀ`` attains it for any ``s`` that increases with ``μ``. With
+``s_i² = (μ_i/μ_min)^{log t / log κ(M)}`` one dial ``t`` runs along the frontier: ``κ(H_P) = t``, ``κ(H_H) = κ(M) t``.
+This bound is this library's, not the paper's.
+
+Nothing here squares a matrix: ``M`` enters through the singular values of ``X_H K_P^{-1/2}``, so ratios up to the
+inverse of rounding keep their digits. Every function takes data ``(N, D)`` or their `Factor`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_immunize.errors import ArgumentError, RankError, ShapeError
-from hf_immunize.linear.inputs import as_data, dtype_of_origin, keep_above_noise, same_columns
-from hf_immunize.spectra.checks import binary_scale, check_count, check_number, check_result, decomposing, times_power
+from hf_immunize.linear.inputs import as_data, dtype_of_origin, keep_above_noise
+from hf_immunize.spectra.checks import binary_scale, check_count, check_number, check_result, decomposing
 
 
 class Factor(NamedTuple):
@@ -18,18 +31,12 @@ class Factor(NamedTuple):
 
     ``K = XᵀX = V diag(s²) Vᵀ``, so every Hessian ``θᵀKθ`` of the linear setting is that of :attr:`rows`. They have
     full row rank: no null direction of the data can come back as rounding noise through a large ``θ``.
-
-    Attributes:
-        s: ``(r,)`` singular values, falling.
-        V: ``(D, r)`` orthonormal basis of the row space.
-        num_samples: ``N`` of the data.
-        eps: Machine epsilon of the dtype that produced the data.
     """
 
-    s: torch.Tensor
-    V: torch.Tensor
+    s: torch.Tensor  # (r,) singular values, falling
+    V: torch.Tensor  # (D, r) orthonormal basis of the row space
     num_samples: int
-    eps: float
+    eps: float  # of the dtype that produced the data
 
     @property
     def rank(self) -> int:
@@ -58,50 +65,35 @@ class Factor(NamedTuple):
 
 
 def row_factor(X: Any, name: str = "X", *, produced_dtype: torch.dtype | None = None) -> Factor:
-    """Reduce data ``(N, D)`` to its factor.
-
-    Args:
-        X: ``(N, D)`` data or features.
-        name: What the caller calls them.
-        produced_dtype: The dtype they were computed in, where it is not the one they carry.
-
-    Raises:
-        ShapeError: Not a matrix of at least two rows.
-        NonFiniteError: A cell is NaN or infinite.
-        RankError: All cells are zero.
-
-    Example:
-        >>> factor = row_factor([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
-        >>> factor.rank, factor.dim, factor.s
-        (1, 3, tensor([5.], dtype=torch.float64))
-    """
+    """Reduce data ``(N, D)`` to its factor; a factor is returned as it is."""
+    if isinstance(X, Factor):
+        return X
     matrix = as_data(X, name)
     origin = dtype_of_origin(X, produced_dtype)
     with decomposing(name):
-        s, Vh = _right_decomposition(matrix)
+        # A tall matrix loses nothing by a QR first, and the decomposition that follows no longer sees N.
+        tall = matrix.shape[0] > matrix.shape[1]
+        _, s, Vh = torch.linalg.svd(torch.linalg.qr(matrix, mode="r").R if tall else matrix, full_matrices=False)
     keep = keep_above_noise(s, matrix.shape, origin)
     if not keep.any():
-        raise RankError(f"{name} is zero in every cell, so it has no spectrum; check how it was loaded.")
+        raise RankError(f"Expected {name} with a spectrum, found zero in every cell. Check how it was loaded.")
     return Factor(s[keep], Vh[keep].T, matrix.shape[0], torch.finfo(origin).eps)
 
 
-def _right_decomposition(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # A tall matrix loses nothing by a QR first, and the decomposition that follows no longer sees N.
-    if matrix.shape[0] > matrix.shape[1]:
-        matrix = torch.linalg.qr(matrix, mode="r").R
-    _, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return s, Vh
+def factors(X_benign: Any, X_harmful: Any, produced_dtype: torch.dtype | None = None) -> tuple[Factor, Factor]:
+    """The factors of both tasks, over the same columns."""
+    P = row_factor(X_benign, "X_benign", produced_dtype=produced_dtype)
+    H = row_factor(X_harmful, "X_harmful", produced_dtype=produced_dtype)
+    if P.dim != H.dim:
+        raise ShapeError(
+            f"Expected X_benign and X_harmful of the same columns, one map θ serves both, found {P.dim} and {H.dim}. "
+            "Encode both tasks with the same features."
+        )
+    return P, H
 
 
 def null_basis(V: torch.Tensor) -> torch.Tensor:
-    """Orthonormal basis of the directions that the columns of ``V`` miss.
-
-    Args:
-        V: ``(D, r)`` orthonormal.
-
-    Returns:
-        ``(D, D − r)``.
-    """
+    """Orthonormal basis of the directions that the columns of ``V`` miss."""
     if V.shape[1] == 0:
         return torch.eye(V.shape[0], dtype=V.dtype, device=V.device)
     return torch.linalg.qr(V, mode="complete").Q[:, V.shape[1] :]
@@ -201,20 +193,12 @@ def rir_ceiling(
         >>> round(ceiling.value, 4), ceiling.harmful_only  # κ(M) = 36, κ(K_P) = 4, κ(K_H) = 9
         (16.0, 0)
     """
-    P = row_factor(X_benign, "X_benign", produced_dtype=produced_dtype)
-    H = row_factor(X_harmful, "X_harmful", produced_dtype=produced_dtype)
-    return factor_ceiling(P, H, tolerance)
-
-
-def factor_ceiling(P: Factor, H: Factor, tolerance: float | None = None) -> Ceiling:
-    """:func:`rir_ceiling` of factors computed before."""
-    same_columns(P.V.T, H.V.T, ("X_benign", "X_harmful"))
+    P, H = factors(X_benign, X_harmful, produced_dtype)
     tolerance = _tolerance(P, H, tolerance)
     (P, _), (H, _) = P.unit(), H.unit()  # of which the ceiling does not depend
     common = common_basis(P, H, tolerance)
     outside = H.rank - common.shape[1]
-    common_kappas = _projected(P, H, common) if common.shape[1] else (math.nan,) * 3
-    m, kp, kh = common_kappas
+    m, kp, kh = _projected(P, H, common) if common.shape[1] else (math.nan,) * 3
     pencil = m
     if outside == 0:
         pencil = _kappa(torch.linalg.svdvals(H.rows @ whitener(P))[: H.rank])
@@ -245,11 +229,11 @@ def factor_ceiling(P: Factor, H: Factor, tolerance: float | None = None) -> Ceil
 
 def _tolerance(P: Factor, H: Factor, given: float | None) -> float:
     """The sine from which a harmful direction counts as outside, strictly between 0 and 1."""
-    tolerance = (
-        max(P.eps, H.eps) ** 0.5 if given is None else check_number(given, "tolerance, the sine of an angle,", 0, 1)
-    )
-    if not 0 < tolerance < 1:
-        raise ArgumentError(f"tolerance is the sine of an angle, so it lies between 0 and 1, found {tolerance!r}.")
+    if given is None:
+        return max(P.eps, H.eps) ** 0.5
+    tolerance = check_number(given, "tolerance, the sine of an angle,", 0, 1)
+    if tolerance in (0, 1):
+        raise ArgumentError(f"Expected tolerance, the sine of an angle, between 0 and 1, found {given!r}.")
     return tolerance
 
 
@@ -287,47 +271,19 @@ def optimal_map(
     t: float | None = None,
     harmful_gain: float = 1e3,
     tolerance: float | None = None,
-    produced_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The ``θ`` that attains the ceiling, in closed form.
+    """The ``θ`` that attains the ceiling, in closed form: ``(D, D)`` float64, invertible.
 
-    Where the harmful data have directions of their own the ceiling is infinite and no ``θ`` attains it. The map then
-    puts them above the rest: their smallest singular value is ``harmful_gain`` times the largest one of the shared
-    directions. The shared part stays optimal in what those directions leave of the harmful features.
+    The dial ``t`` is the benign ``κ(H_P)`` after the map; by default ``κ(K_P)``, as it was. Where the harmful data
+    have directions of their own the ceiling is infinite and no ``θ`` attains it: the map then lifts their smallest
+    singular value to ``harmful_gain`` times the largest of the shared ones, and the shared part stays optimal.
 
-    Args:
-        X_benign: ``(N_P, D)``.
-        X_harmful: ``(N_H, D)``.
-        t: The dial, at least 1: the benign condition number ``κ(H_P)`` after the map. 1 makes benign probing perfectly
-            conditioned; the default, ``κ(K_P)``, leaves it as it was and puts everything into the harmful task.
-            Without effect where ``κ(M) = 1`` or nothing is shared: there only whitening is left to do.
-        harmful_gain: At least 1; above. Without effect where there are no such directions.
-        tolerance: As in :func:`rir_ceiling`.
-        produced_dtype: As in :func:`rir_ceiling`.
-
-    Returns:
-        ``(D, D)`` float64, invertible.
-
-    Raises:
-        ArgumentError: A dial or a gain below 1.
-        ShapeError: As in :func:`rir_ceiling`.
-
-    Example:
-        >>> theta = optimal_map(torch.diag(torch.tensor([2.0, 1.0])), torch.diag(torch.tensor([1.0, 3.0])), t=1.0)
-        >>> (theta.T @ torch.diag(torch.tensor([4.0, 1.0]).double()) @ theta).round(decimals=6)  # K_P is whitened
-        tensor([[1., 0.],
-                [0., 1.]], dtype=torch.float64)
+    >>> theta = optimal_map(torch.diag(torch.tensor([2.0, 1.0])), torch.diag(torch.tensor([1.0, 3.0])), t=1.0)
+    >>> (theta.T @ torch.diag(torch.tensor([4.0, 1.0]).double()) @ theta).round(decimals=6)  # K_P is whitened
+    tensor([[1., 0.],
+            [0., 1.]], dtype=torch.float64)
     """
-    P = row_factor(X_benign, "X_benign", produced_dtype=produced_dtype)
-    H = row_factor(X_harmful, "X_harmful", produced_dtype=produced_dtype)
-    return factor_map(P, H, t=t, harmful_gain=harmful_gain, tolerance=tolerance)
-
-
-def factor_map(
-    P: Factor, H: Factor, *, t: float | None = None, harmful_gain: float = 1e3, tolerance: float | None = None
-) -> torch.Tensor:
-    """:func:`optimal_map` of factors computed before."""
-    same_columns(P.V.T, H.V.T, ("X_benign", "X_harmful"))
+    P, H = factors(X_benign, X_harmful)
     t = P.kappa if t is None else check_number(t, "t, the benign condition number to end with,", 1)
     check_number(harmful_gain, "harmful_gain", 1)
     tolerance = _tolerance(P, H, tolerance)
@@ -376,33 +332,9 @@ def _outer(
 def principal_angles(X_benign: Any, X_harmful: Any, leading: int = 10) -> torch.Tensor:
     """Angles between the leading eigenspaces of the two Gram matrices, in degrees, rising.
 
-    All near 0: both tasks live on the same directions, and slowing one slows the other. Near 90: each has its own. The
-    angles come from sines where they are small and cosines where they are large (Björck & Golub, 1973), so both ends
-    keep their digits.
-
-    Args:
-        X_benign: ``(N_P, D)``.
-        X_harmful: ``(N_H, D)``.
-        leading: How many leading eigenvectors of each; cut to the smaller rank.
-
-    Returns:
-        ``(min(leading, ranks),)`` float64.
-
-    Raises:
-        ArgumentError: ``leading`` below 1.
-        ShapeError: Different numbers of columns.
-
-    Example:
-        >>> principal_angles([[2.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [0.0, 0.0]], leading=1)
-        tensor([45.0000], dtype=torch.float64)
+    The angles come from sines where they are small and cosines where they are large (Björck & Golub, 1973).
     """
-    P, H = row_factor(X_benign, "X_benign"), row_factor(X_harmful, "X_harmful")
-    return factor_angles(P, H, leading)
-
-
-def factor_angles(P: Factor, H: Factor, leading: int = 10) -> torch.Tensor:
-    """:func:`principal_angles` of factors computed before."""
-    same_columns(P.V.T, H.V.T, ("X_benign", "X_harmful"))
+    P, H = factors(X_benign, X_harmful)
     check_count(leading, "leading")
     count = min(leading, P.rank, H.rank)
     A, B = P.V[:, :count], H.V[:, :count]
@@ -411,48 +343,12 @@ def factor_angles(P: Factor, H: Factor, leading: int = 10) -> torch.Tensor:
     return torch.rad2deg(torch.where(sines < 0.5, sines.asin(), cosines.acos()))
 
 
-def proposition_diagonal(X: Any, theta: Any) -> torch.Tensor:
-    """The diagonal of ``VᵀHV`` that Proposition 3.2 takes for the singular values of ``H``: ``σ_θ,i² u_iᵀKu_i``.
-
-    Args:
-        X: ``(N, D)`` data, ``K = XᵀX``.
-        theta: ``(D, D)`` map with singular value decomposition ``UΣVᵀ``.
-
-    Returns:
-        ``(D,)``, falling. Majorized by the true eigenvalues, equal to them where ``U`` diagonalizes ``K``.
-
-    Raises:
-        ShapeError: ``θ`` has another number of rows than the data have columns.
-
-    Example:
-        >>> proposition_diagonal([[1.0, 1.0], [0.0, 1.0]], torch.eye(2))  # the eigenvalues are 2.618 and 0.382
-        tensor([2., 1.], dtype=torch.float64)
-    """
-    data, matrix = as_data(X, "X"), as_data(theta, "theta")
-    if matrix.shape[0] != data.shape[1]:
-        raise ShapeError(f"Expected theta with {data.shape[1]} rows, one a column of X, found {matrix.shape[0]}.")
-    U, sigma, _ = torch.linalg.svd(matrix.to(data.device), full_matrices=False)
-    scale = binary_scale(data)
-    # Each factor brings its own size; the square of their product may be at hand where that of one is not.
-    values = times_power((data / scale @ U).square().sum(0) * (sigma / sigma[0]).square(), scale * float(sigma[0]), 2)
-    return check_result(values, "the diagonal").sort(descending=True).values
-
-
 # From which ceiling on immunization by conditioning is worth trying; the paper's own results start at 3 and reach 350.
 _HARDLY, _WORTHWHILE = 2.0, 10.0
 
 
 def advice(ceiling: Ceiling) -> str:
-    """One sentence: can these two tasks be told apart by conditioning at all, and what limits it.
-
-    Args:
-        ceiling: Of the two tasks.
-
-    Example:
-        >>> from hf_immunize.linear.optimum import rir_ceiling
-        >>> advice(rir_ceiling([[2.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]))
-        'No linear map can immunize here: both tasks use the same directions in the same proportions (ceiling 1), ...'
-    """
+    """One sentence: are these two tasks separable by conditioning at all, and what limits it."""
     if math.isinf(ceiling.value):
         share = ceiling.harmful_only / ceiling.harmful_rank
         text = (

@@ -11,15 +11,17 @@ update multiplies ``θv_i`` by ``1 − 2η b_i σ_i``, where only the weights ``
 
 (``m`` multiplicity of the largest eigenvalue, ``k`` the rank, ``d = ‖H‖_F²/2k − σ_k²/2``.) In features the whole
 update is ``θ ← θ − 2η (θZᵀ) U diag(b) Uᵀ Z``: products with ``n`` rows, and one decomposition of the ``n × n`` Gram
-matrix.
+matrix. Eigenvalues ``(k,)`` are falling throughout.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from hf_immunize.errors import ArgumentError, PerfectConditioningError, RankError
+from hf_immunize.spectra.regularizers import ill_denominator
 
 
 # Below this ratio the small eigenvalues of the Gram matrix carry too few digits, and the SVD of the features decides.
@@ -29,50 +31,35 @@ _GRAM_IS_ENOUGH = 1e-10
 TIE = 0.3
 
 
-class Spectrum(NamedTuple):
-    """Non-zero eigenvalues of ``H = ZᵀZ`` and the left singular vectors of ``Z``.
+class RowSpectrum(NamedTuple):
+    """Non-zero eigenvalues of ``H = ZᵀZ`` and the left singular vectors of ``Z``."""
 
-    Attributes:
-        values: ``(k,)``, falling.
-        left: ``(n, k)``.
-    """
+    values: Tensor  # (k,), falling
+    left: Tensor  # (n, k)
 
-    values: torch.Tensor
-    left: torch.Tensor
+    @property
+    def kappa(self) -> float:
+        """Of H."""
+        return float(self.values[0] / self.values[-1])
 
 
-def feature_spectrum(Z: torch.Tensor) -> Spectrum:
-    """Decompose features ``(n, D)``, at best with ``n ≤ D`` rows.
-
-    The Gram matrix serves while its smallest eigenvalue keeps six digits; below that, or with dependent rows, the
-    singular value decomposition of ``Z`` itself.
-
-    Args:
-        Z: ``(n, D)`` features in float64.
-
-    Raises:
-        RankError: All features are zero.
-
-    Example:
-        >>> feature_spectrum(torch.diag(torch.tensor([1.0, 3.0, 0.0]).double())).values
-        tensor([9., 1.], dtype=torch.float64)
-    """
+def feature_spectrum(Z: Tensor) -> RowSpectrum:
+    """Decompose features ``(n, D)`` in float64, at best with ``n ≤ D`` rows."""
     if Z.shape[0] <= Z.shape[1]:
         values, left = torch.linalg.eigh(Z @ Z.T)
         if values[0] > _GRAM_IS_ENOUGH * values[-1]:
-            return Spectrum(values.flip(0), left.flip(1))
+            return RowSpectrum(values.flip(0), left.flip(1))
     left, sigma, _ = torch.linalg.svd(Z, full_matrices=False)
     # Ten units of rounding, as in the rank rule; features here are computed in the same float64.
     keep = sigma > 10 * torch.finfo(Z.dtype).eps * sigma[0]
     if not keep.any():
-        raise RankError(
-            "All features are zero, so they have no condition number; θ has collapsed or the data are zero."
-        )
-    return Spectrum(sigma[keep].square(), left[:, keep])
+        raise RankError("Expected features with a spectrum, found all zero: θ has collapsed or the data are zero.")
+    return RowSpectrum(sigma[keep].square(), left[:, keep])
 
 
-def tied(values: torch.Tensor, tie: float = TIE) -> int:
-    """How many of the falling eigenvalues count as the largest one: all within ``tie``, or a smaller distance."""
+def tied(values: Tensor) -> int:
+    """How many of the eigenvalues count as the largest one: all within `TIE`, or a smaller distance."""
+    tie = TIE
     top = int((values >= (1 - tie) * values[0]).sum())
     while top == len(values) and tie > 1e-12:
         tie /= 10
@@ -80,22 +67,16 @@ def tied(values: torch.Tensor, tie: float = TIE) -> int:
     return top
 
 
-def well_weights(values: torch.Tensor, dim: int, tie: float = TIE) -> torch.Tensor:
-    """The weights ``b`` of ``R_well`` (module docstring), averaged over the top eigenspace where it is repeated.
-
-    Args:
-        values: ``(k,)`` falling eigenvalues of ``H``.
-        dim: ``D``, the ``p`` of Eq. 3.
-        tie: Relative distance within which eigenvalues count as repeated.
-    """
-    top = tied(values, tie)
+def well_weights(values: Tensor, dim: int) -> Tensor:
+    """The weights ``b`` of ``R_well``, averaged over the top eigenspace where it is repeated; D is the p of Eq. 3."""
+    top = tied(values)
     weights = values.new_full(values.shape, -1 / dim)
     weights[:top] += 1 / top
     return weights
 
 
-def well_step(values: torch.Tensor, dim: int, tie: float = TIE) -> float:
-    """The largest step of ``R_well`` for which κ(H_P) provably falls (or stays, at κ = 1).
+def well_step(values: Tensor, dim: int) -> float:
+    """The largest step of ``R_well`` for which κ(H_P) provably falls (or stays, at κ = 1, where it is 0).
 
     The top eigenspace of ``m`` values must not sink below the next eigenvalue, nor change order within itself:
 
@@ -104,89 +85,50 @@ def well_step(values: torch.Tensor, dim: int, tie: float = TIE) -> float:
 
     Then every eigenvalue outside the top eigenspace grows and the largest falls. (The range of the paper's Theorem 4.3
     lets the largest eigenvalue be annihilated, after which κ jumps up; tests keep such cases.)
-
-    Args:
-        values: ``(k,)`` falling eigenvalues of ``H``.
-        dim: ``D``.
-        tie: As in :func:`well_weights`.
-
-    Returns:
-        The step, 0 where the whole spectrum is one eigenspace of full rank, which leaves nothing to gain.
-
-    Example:
-        >>> round(well_step(torch.tensor([4.0, 1.0]), 2), 4)
-        0.1111
     """
-    top = tied(values, tie)
+    top = tied(values)
     share = 1 / top - 1 / dim
-    if share <= 0:
+    if share <= 0 or top == len(values):
         return 0.0
-    first, last = float(values[0]), float(values[top - 1])
-    limit = 1 / (6 * first * share) if top > 1 else float("inf")
-    if top < len(values):
-        after = float(values[top])
-        r = (after / last) ** 0.5
-        limit = min(limit, (1 - r) / (2 * last * share + 2 * r * after / dim))
-    return limit if top < len(values) else 0.0
+    last, after = float(values[top - 1]), float(values[top])
+    r = (after / last) ** 0.5
+    limit = (1 - r) / (2 * last * share + 2 * r * after / dim)
+    return min(limit, 1 / (6 * float(values[0]) * share)) if top > 1 else limit
 
 
-def ill_denominator(values: torch.Tensor) -> float:
-    """``d = ‖H‖_F²/2k − σ_k²/2`` of Eq. 12, summed as differences so that nothing cancels.
-
-    Raises:
-        PerfectConditioningError: κ(H) = 1, where ``R_ill`` is undefined.
-    """
-    spread = (values - values[-1]) * (values + values[-1])
-    d = float(spread.sum()) / (2 * len(values))
+def _denominator(values: Tensor) -> float:
+    d = float(ill_denominator(values, values[-1], len(values)))
     if d <= 1e-14 * float(values[0].square()):
         raise PerfectConditioningError(
-            "R_ill is undefined where the harmful features are perfectly conditioned (κ = 1, its denominator is 0); "
-            "start from another θ than one that whitens them, for example theta_init='random'."
+            "Expected harmful features with κ > 1, found κ = 1, where R_ill is undefined. Start from another θ than "
+            "one that whitens them, for example theta_init='random'."
         )
     return d
 
 
-def ill_weights(values: torch.Tensor) -> torch.Tensor:
-    """The weights ``b`` of ``R_ill`` (module docstring).
-
-    Args:
-        values: ``(k,)`` falling eigenvalues of ``H``.
-
-    Raises:
-        PerfectConditioningError: κ(H) = 1.
-    """
+def ill_weights(values: Tensor) -> Tensor:
+    """The weights ``b`` of ``R_ill``."""
     weights = values.new_full(values.shape, -1 / len(values))
     weights[-1] += 1
-    return weights / ill_denominator(values) ** 2
+    return weights / _denominator(values) ** 2
 
 
-def ill_step_limit(values: torch.Tensor) -> float:
+def ill_step_limit(values: Tensor) -> float:
     """``d²/(2(1 − 1/k)σ_k)``: below it the smallest eigenvalue shrinks but stays, so κ(H_H) rises.
 
     At the limit it is annihilated, the rank drops, and a κ over the non-zero spectrum *falls*.
-
-    Raises:
-        PerfectConditioningError: κ(H) = 1.
     """
-    return ill_denominator(values) ** 2 / (2 * (1 - 1 / len(values)) * float(values[-1]))
+    return _denominator(values) ** 2 / (2 * (1 - 1 / len(values)) * float(values[-1]))
 
 
-def ill_step(values: torch.Tensor, growth: float) -> float:
+def ill_step(values: Tensor, growth: float) -> float:
     """The step of ``R_ill`` after which κ(H_H) is ``growth`` times what it was, always inside the provable range.
 
     With ``a`` the fraction of :func:`ill_step_limit`, the extremes are multiplied by ``(1 − a)²`` and
     ``(1 + aκ/(k−1))²``; setting their ratio to ``growth`` is linear in ``a``.
-
-    Args:
-        values: ``(k,)`` falling eigenvalues of ``H``.
-        growth: Above 1.
-
-    Raises:
-        ArgumentError: ``growth`` is not above 1.
-        PerfectConditioningError: κ(H) = 1.
     """
     if not growth > 1:
-        raise ArgumentError(f"growth must be above 1, found {growth!r}: it is the factor by which κ(H_H) rises.")
+        raise ArgumentError(f"Expected growth, the factor by which κ(H_H) rises, above 1, found {growth!r}.")
     limit = ill_step_limit(values)
     q = float(values[0] / values[-1]) / (len(values) - 1)
     root = growth**0.5
@@ -194,15 +136,10 @@ def ill_step(values: torch.Tensor, growth: float) -> float:
 
 
 class Direction(NamedTuple):
-    """A ``(D, D)`` direction as the product of its thin factors: never formed, only subtracted.
+    """A ``(D, D)`` direction as the product of its thin factors: never formed, only subtracted."""
 
-    Attributes:
-        tall: ``(D, k)``.
-        flat: ``(k, D)``.
-    """
-
-    tall: torch.Tensor
-    flat: torch.Tensor
+    tall: Tensor  # (D, k)
+    flat: Tensor  # (k, D)
 
     def norm(self) -> float:
         """Frobenius norm, from ``k × k`` products."""
@@ -210,27 +147,9 @@ class Direction(NamedTuple):
         return float(square.clamp(min=0)) ** 0.5
 
 
-def direction(theta: torch.Tensor, Z: torch.Tensor, left: torch.Tensor, weights: torch.Tensor) -> Direction:
-    """The direction ``2θ ∇_H R = 2(θZᵀ) U diag(b) Uᵀ Z`` that the update subtracts.
-
-    Args:
-        theta: ``(D, D)``.
-        Z: ``(n, D)`` features ``Xθ``.
-        left: ``(n, k)`` left singular vectors.
-        weights: ``(k,)`` the ``b`` of a regularizer.
-    """
-    return directions(theta, [(Z, left, weights)])[0]
-
-
-def directions(
-    theta: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-) -> list[Direction]:
-    """:func:`direction` of several features at once, so that the large ``θ`` is read a single time.
-
-    Args:
-        theta: ``(D, D)``.
-        parts: ``Z``, ``left`` and ``weights`` of each.
-    """
+def directions(theta: Tensor, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Direction]:
+    """``2θ ∇_H R = 2(θZᵀ) U diag(b) Uᵀ Z``, which the update subtracts, for each ``Z``, ``U`` and ``b``."""
+    # All at once, so that the large θ is read a single time.
     inner = [left.T @ Z for Z, left, _ in parts]
     tall = (torch.cat(inner) @ theta.T).mul_(2).T
     pieces = tall.split([len(rows) for rows in inner], dim=1)
@@ -240,15 +159,7 @@ def directions(
     ]
 
 
-def subtract_(theta: torch.Tensor, parts: Sequence[tuple[float, Direction]]) -> torch.Tensor:
-    """``θ ← θ − Σ step · direction``, in place, as one product without a ``D × D`` temporary.
-
-    Args:
-        theta: ``(D, D)``, changed.
-        parts: Steps and directions.
-
-    Returns:
-        ``theta``.
-    """
+def subtract_(theta: Tensor, parts: Sequence[tuple[float, Direction]]) -> Tensor:
+    """``θ ← θ − Σ step · direction``, in place, as one product without a ``D × D`` temporary."""
     tall = torch.cat([step * part.tall for step, part in parts], dim=1)
     return theta.addmm_(tall, torch.cat([part.flat for _, part in parts]), alpha=-1)

@@ -20,16 +20,7 @@ _MOST_CLASSES = 2**20
 
 
 def as_values(value: Any, name: str, *, readable: bool = True) -> Tensor:
-    """A dense tensor.
-
-    Args:
-        value: Tensor, or anything ``torch.as_tensor`` takes.
-        name: What to call it in an error.
-        readable: Whether it must have values, which it has not on the meta device.
-
-    Raises:
-        ArgumentError: If it is none, or sparse, quantized, or without values.
-    """
+    """A dense tensor."""
     if isinstance(value, Tensor):
         tensor = value
     else:
@@ -47,21 +38,7 @@ def as_values(value: Any, name: str, *, readable: bool = True) -> Tensor:
 
 
 def as_matrix(value: Any, name: str = "matrix", *, check_finite: bool = True) -> Tensor:
-    """Check that `value` is a finite, non-empty, real floating-point matrix, and return it as a tensor.
-
-    Args:
-        value: Tensor, or anything ``torch.as_tensor`` takes, of shape ``(N, D)``.
-        name: What to call it in an error.
-        check_finite: Whether to look at the entries; the caller does where this is False.
-
-    Returns:
-        The tensor of shape ``(N, D)``, neither copied nor moved when it already was one.
-
-    Raises:
-        ShapeError: If it is not two-dimensional or has no entries.
-        ArgumentError: If it is not of a real floating-point dtype.
-        NonFiniteError: If an entry is NaN or infinite; the first one is named.
-    """
+    """Check that `value` is a finite, non-empty, real floating-point matrix, and return it as a tensor."""
     matrix = as_values(value, name, readable=check_finite)
     if matrix.ndim != 2:
         raise ShapeError(
@@ -89,16 +66,7 @@ def as_matrix(value: Any, name: str = "matrix", *, check_finite: bool = True) ->
 
 
 def as_labels(value: Any, rows: int, name: str) -> Tensor:
-    """Class numbers from 0, one a row, as int64.
-
-    Args:
-        value: Whole numbers, of any dtype.
-        rows: How many are expected.
-        name: What to call them in an error.
-
-    Raises:
-        ShapeError: If they are not one a row, or no class numbers.
-    """
+    """Class numbers from 0, one a row, as int64."""
     numbers = as_values(value, name).detach()
     if numbers.is_complex() or numbers.ndim != 1 or len(numbers) != rows or rows == 0:
         raise ShapeError(
@@ -120,11 +88,7 @@ def as_labels(value: Any, rows: int, name: str) -> Tensor:
 def check_count(
     value: Any, name: str, least: int = 1, most: int = 10**7, error: type[ImmunizationError] = ArgumentError
 ) -> int:
-    """A whole number within bounds that count as inside; what is counted beyond them would not end.
-
-    Raises:
-        ArgumentError: If it is none, or the error that is given.
-    """
+    """A whole number within bounds that count as inside; what is counted beyond them would not end."""
     try:
         number = None if isinstance(value, bool) else value.__index__()
     except (AttributeError, TypeError, ValueError, RuntimeError):  # of what is no whole number, and tensors of many
@@ -135,11 +99,7 @@ def check_count(
 
 
 def check_number(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> float:
-    """A finite number within bounds that count as inside.
-
-    Raises:
-        ArgumentError: If it is none.
-    """
+    """A finite number within bounds that count as inside."""
     try:
         number = math.nan if isinstance(value, bool | str | bytes) else float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -152,11 +112,7 @@ def check_number(value: Any, name: str, least: float = -math.inf, most: float = 
 
 
 def check_result(value: Any, name: str) -> Any:
-    """What was computed, a number or a tensor, where its dtype holds it.
-
-    Raises:
-        NonFiniteError: If it does not.
-    """
+    """What was computed, a number or a tensor, where its dtype holds it."""
     if isinstance(value, Tensor):
         # As in `as_matrix`: one pass without a copy in the common case.
         finite = bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
@@ -172,11 +128,7 @@ def check_result(value: Any, name: str) -> Any:
 
 
 def check_dtype(value: Any, name: str = "produced_dtype") -> torch.dtype | None:
-    """A real floating-point dtype of torch, or None.
-
-    Raises:
-        ArgumentError: If it is neither.
-    """
+    """A real floating-point dtype of torch, or None."""
     if value is not None and value not in FLOATS:
         raise ArgumentError(f"Expected {name} out of {', '.join(map(str, FLOATS))}, or None, found {value!r}.")
     return value
@@ -195,10 +147,7 @@ def decomposing(name: str) -> Iterator[None]:
 
 
 def binary_scale(matrix: Tensor) -> float:
-    """The power of two above the largest absolute value, by which to divide rounds nothing; 1 of zeros, NaN, infinity.
-
-    Of what is divided, sums of squares and their squares neither overflow nor vanish.
-    """
+    """The power of two above the largest absolute value, which rounds nothing; 1 of zeros, NaN, infinity."""
     lowest, highest = torch.aminmax(matrix.detach())
     largest = max(-float(lowest), float(highest))
     # Kept among normal numbers, whose inverse is finite.

@@ -121,24 +121,7 @@ def summarize_spectrum(
     name: str = "features",
     folds: int = 1,
 ) -> Conditioning:
-    """Apply the rank rule to singular values of ``Z`` and describe the conditioning of ``ZᵀZ``.
-
-    Args:
-        sigma: Singular values of ``Z``, descending, float64.
-        num_samples: N.
-        dim: D.
-        produced_dtype: The dtype in which the features were computed.
-        reference: Conditioning of the same data through the reference weights.
-        name: What to call the features in an error.
-        folds: How many decompositions the singular values went through (see `rank_cutoff`).
-
-    Returns:
-        The conditioning; a lower bound where the rank fell below the reference's.
-
-    Raises:
-        RankError: If the rank is zero, without a reference that it fell from.
-        ShapeError: If the reference describes another number of samples or features.
-    """
+    """Apply the rank rule to singular values of ``Z`` and describe the conditioning of ``ZᵀZ``."""
     values = sigma.tolist()
     sigma_max = values[0]
     frobenius = check_result(math.hypot(*values), f"the norm of {name}")

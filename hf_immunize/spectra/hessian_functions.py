@@ -198,24 +198,7 @@ def scale_free(form: Form, degree: int) -> Form:
 
 
 def hessian_function(features: Tensor | Hessian, form: Form, *, degree: int = 0, raises: bool | None = None) -> Tensor:
-    """A function of ``H = ZᵀZ``, differentiable once with respect to what is given, features or Hessian.
-
-    Args:
-        features: Z of shape ``(N, D)``, or their `Hessian`.
-        form: The function.
-        degree: In H, of which it is homogeneous.
-        raises: Whether a value that is not finite is an error; by default on the CPU alone.
-
-    Returns:
-        0-D tensor, in the dtype of the features, float32 at least.
-
-    Raises:
-        ShapeError: If the features are not ``(N, D)``.
-        ArgumentError: If they are no numbers of a real floating-point dtype.
-        NonFiniteError: If they hold NaN or infinity, or the dtype does not hold the result.
-        RankError: If they are zero.
-        PerfectConditioningError: If the function is undefined at κ = 1 and this is κ.
-    """
+    """A function of ``H = ZᵀZ``, differentiable once with respect to what is given, features or Hessian."""
     # Shape and dtype only: that the features are finite and not zero is seen in the Gram matrix.
     matrix = features.matrix if isinstance(features, Hessian) else as_matrix(features, "features", check_finite=False)
     if raises is None:
@@ -291,13 +274,7 @@ def _rescaled(given: Tensor | Hessian) -> tuple[Tensor | Hessian, float]:
 
 
 def _spectrum(given: Tensor | Hessian, dtype: torch.dtype, scale: float) -> tuple[Spectrum, Tensor]:
-    """The spectrum of the small side, and whether it is finite and not zero; of the identity where it is not.
-
-    Args:
-        given: Features or their Hessian, divided by the scale.
-        dtype: Of the features as they were.
-        scale: The scale.
-    """
+    """The spectrum of the small side, and whether it is finite and not zero; of the identity where it is not."""
     if isinstance(given, Hessian):
         features, gram = None, given.matrix
         rows, dim = given.rows, gram.shape[0]

@@ -160,22 +160,7 @@ def relative_immunization_ratio(
 
 
 def reference_condition_number(features: Any) -> float:
-    """κ of ``ZᵀZ`` by the recipe of the paper's code: noise-floored, for comparison with its tables only.
-
-    The largest over the smallest eigenvalue above 1e-6 of ``ZᵀZ + 1e-6·I`` in float64. Where ``ZᵀZ`` is singular the
-    latter is 1e-6 plus rounding noise, whatever the data.
-
-    Args:
-        features: Z, shape ``(N, D)``.
-
-    Returns:
-        The number, to about three digits where ``ZᵀZ`` is singular.
-
-    Example:
-        >>> import torch
-        >>> f"{reference_condition_number(torch.eye(3)[:, :2]):.6f}"
-        '1.000000'
-    """
+    """κ of ``ZᵀZ`` by the recipe of the paper's code: noise-floored, for comparison with its tables only."""
     return _reference_kappa(as_matrix(features, "features"))
 
 
@@ -220,11 +205,7 @@ def _exact_ratio(h: Conditioning, h0: Conditioning, b: Conditioning, b0: Conditi
 
 
 def _growth(now: Conditioning, before: Conditioning) -> tuple[float, bool, bool]:
-    """``log κ`` now less before, and whether that bounds the truth from below, and from above.
-
-    Rank gained is the mirror of rank lost: the directions that the reference lacked counted as lying at its cut-off
-    make κ of the reference a bound from below, hence its growth one from above.
-    """
+    """``log κ`` now less before, and whether that bounds the truth from below, and from above."""
     gained = now.rank > before.rank
     log_before = 2 * math.log(before.sigma_max / before.cutoff) if gained else before.log_kappa
     return now.log_kappa - log_before, now.is_bound, gained or before.is_bound

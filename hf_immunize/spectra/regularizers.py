@@ -163,29 +163,7 @@ def spectral_concentration(features: Tensor | Hessian) -> Tensor:
 
 
 def hessian_log_kappa(features: Tensor | Hessian) -> Tensor:
-    """``log κ(H) = log σ_1 − log σ_k`` of the probing Hessian ``H = ZᵀZ``, σ_k its smallest non-zero eigenvalue.
-
-    The natural logarithm of Eq. 1 of Zheng et al. 2025 (arXiv:2505.23760), on the smaller of ``ZᵀZ`` and ``ZZᵀ``.
-    Gradient with respect to Z: ``2(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k) Z`` (N ≤ D, or from the right), averaged over the
-    eigenspaces of repeated extremes. It depends on the extreme pairs alone, so that it says nothing of the values
-    between them, and it jumps where another pair becomes extreme.
-
-    Args:
-        features: Z, shape ``(N, D)``, any real floating-point dtype, or their `Hessian`; computed in float64.
-
-    Returns:
-        0-D tensor, non-negative and dimensionless; differentiable once.
-
-    Raises:
-        ShapeError: If the features are not ``(N, D)``.
-        NonFiniteError: If they hold NaN or infinity.
-        RankError: If they are zero.
-
-    Example:
-        >>> import torch
-        >>> round(hessian_log_kappa(torch.diag(torch.tensor([10.0, 1.0]))).item(), 4)  # log 100
-        4.6052
-    """
+    """``log κ(H) = log σ_1 − log σ_k`` of the probing Hessian ``H = ZᵀZ``, σ_k its smallest non-zero eigenvalue."""
     return hessian_function(features, log_kappa_form)
 
 
@@ -197,10 +175,15 @@ def well_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     return differences / (2 * spectrum.dim), 2 * (values[0] * spectrum.top() - spectrum.gram / spectrum.dim)
 
 
+def ill_denominator(values: Tensor, smallest: Tensor, count: int | Tensor) -> Tensor:
+    """``Σσ_i²/2k − σ_k²/2`` of Eq. 12, summed as differences so that nothing cancels."""
+    return ((values - smallest) * (values + smallest)).sum() / (2 * count)
+
+
 def ill_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     """``1/d``, ``d = Σσ_i²/(2k) − ½σ_k²``, with ``2(σ_k·uuᵀ − G/k)/d²``; homogeneous of degree −2, NaN at κ = 1."""
     k, smallest = spectrum.kept.sum(), spectrum.smallest
-    d = torch.where(spectrum.kept, spectrum.values.square() - smallest.square(), 0.0).sum() / (2 * k)
+    d = ill_denominator(torch.where(spectrum.kept, spectrum.values, smallest), smallest, k)
     d = torch.where(spectrum.all_equal(), torch.nan, d)
     return 1 / d, (2 / d.square()) * (smallest * spectrum.bottom() - spectrum.gram / k)
 
@@ -265,7 +248,7 @@ def _r_ill(s: Tensor, dtype: torch.dtype, noise: float) -> tuple[Tensor, Tensor]
     k, width = len(kept), _tie_width(sigma)
     if kept[0] - kept[-1] <= max(width, rounding(dtype) * float(kept[0])):
         raise perfect_conditioning(f"all {k}")
-    denominator = (kept.square() - kept[-1].square()).sum() / (2 * k)
+    denominator = ill_denominator(kept, kept[-1], k)
     first = int((kept > kept[-1] + width).sum())
     extreme = (kept[-1] / (k - first)) * (u[:, first:k] @ vh[first:k])
     return 1 / denominator, (extreme - s / k) / denominator**2
@@ -276,15 +259,7 @@ def _tie_width(sigma: Tensor) -> float:
 
 
 def kappa_floor(concentration: float, rank: int) -> float:
-    """Lower bound of ``log κ(H)`` from the spectral concentration: ``log(k − 1) − C(Z)``, k = rank(H) ≥ 2.
-
-    Args:
-        concentration: Value of `spectral_concentration`.
-        rank: k.
-
-    Returns:
-        The bound on the natural logarithm of κ(H).
-    """
+    """Lower bound of ``log κ(H)`` from the spectral concentration: ``log(k − 1) − C(Z)``, k = rank(H) ≥ 2."""
     check_number(concentration, "concentration")
     if check_count(rank, "rank", least=0, most=2**62) < 2:
         raise RankError(f"Expected a rank of at least 2 for the bound, found {rank}.")

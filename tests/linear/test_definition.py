@@ -3,7 +3,7 @@ import torch
 
 from hf_immunize.errors import ArgumentError, ShapeError
 from hf_immunize.linear.definition import check_definition
-from hf_immunize.linear.optimum import optimal_map, rir_ceiling
+from hf_immunize.linear.optimum import optimal_map, rir_ceiling, row_factor
 
 
 def tasks():
@@ -16,14 +16,15 @@ def test_the_identity_keeps_the_benign_task_and_immunizes_nothing():
     P, H, y = tasks()
     found = check_definition(P, H, torch.eye(5), y)
     assert (found.slower_harmful, found.benign_kept, found.utility_kept, found.immunized) == (False, True, True, False)
-    assert found.rir == pytest.approx(1.0) and found.loss_after == pytest.approx(found.loss_before)
+    assert found.ratio.rir == pytest.approx(1.0) and found.loss_after == pytest.approx(found.loss_before)
 
 
 def test_the_optimum_meets_all_three_parts():
     P, H, y = tasks()
     found = check_definition(P, H, optimal_map(P, H), y)
-    assert found.immunized and found.rir == pytest.approx(rir_ceiling(P, H).value)
-    assert found.benign_ratio == pytest.approx(1.0) and found.loss_after == pytest.approx(found.loss_before)
+    assert found == check_definition(row_factor(P), row_factor(H), optimal_map(P, H), y, rows=P)
+    assert found.immunized and found.ratio.rir == pytest.approx(rir_ceiling(P, H).value)
+    assert found.ratio.benign_ratio == pytest.approx(1.0) and found.loss_after == pytest.approx(found.loss_before)
     assert "(a)" in str(found) and "no" not in str(found)
 
 
@@ -32,7 +33,7 @@ def test_a_collapsed_map_fails_what_it_destroys():
     theta = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]))
     found = check_definition(P, H, theta, y)
     assert not found.benign_kept and not found.utility_kept and found.benign_rank_lost == 1
-    assert found.bound == "undetermined"
+    assert found.ratio.bound == "undetermined"
     assert not check_definition(P, H, theta).utility_kept  # by the rank, without targets
 
 
@@ -46,7 +47,7 @@ def test_a_lost_direction_that_carries_no_target_keeps_the_utility():
 def test_maps_to_more_or_fewer_columns():
     P, H, y = tasks()
     wide = torch.cat([torch.eye(5), torch.eye(5)], 1)
-    assert check_definition(P, H, wide, y).rir == pytest.approx(1.0)
+    assert check_definition(P, H, wide, y).ratio.rir == pytest.approx(1.0)
     assert check_definition(P, H, torch.eye(5)[:, :3], y).benign_rank_lost == 2
 
 

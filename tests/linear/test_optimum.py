@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_immunize import immunize_linear, rir_ceiling
-from hf_immunize.errors import ArgumentError, NonFiniteError, ShapeError
-from hf_immunize.linear.optimum import common_basis, optimal_map, row_factor
+from hf_immunize.errors import ArgumentError, NonFiniteError, RankError, ShapeError
+from hf_immunize.linear.optimum import advice, common_basis, null_basis, optimal_map, principal_angles, row_factor
 
 
 def kappa(Z, rank):
@@ -151,36 +151,6 @@ def test_float32_features_of_low_rank_stay_finite():
     assert ceiling.benign_rank == ceiling.harmful_rank == ceiling.common_rank == 4 and math.isfinite(ceiling.value)
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "words"),
-    [
-        (lambda: rir_ceiling(torch.ones(3, 2), torch.ones(3, 4)), ShapeError, "2 and 4"),
-        (lambda: rir_ceiling(torch.ones(3, 2), torch.full((3, 2), float("nan"))), NonFiniteError, "X_harmful"),
-        (lambda: rir_ceiling(torch.eye(3), torch.eye(3), tolerance=2.0), ArgumentError, "sine"),
-        (lambda: optimal_map(torch.eye(3), torch.eye(3), t=0.5), ArgumentError, "at least 1"),
-        (lambda: optimal_map(torch.eye(3), torch.eye(3), t=math.inf), ArgumentError, "at least 1"),
-        (lambda: optimal_map(torch.eye(3), torch.eye(3), harmful_gain=0.1), ArgumentError, "harmful_gain"),
-    ],
-)
-def test_bad_input_is_named(call, error, words):
-    with pytest.raises(error, match=words):
-        call()
-
-
-def test_speed_of_a_small_solve():
-    import time
-
-    P, H = data(11, 300, 79), data(12, 1100, 79)
-    rir_ceiling(P, H), optimal_map(P, H)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        rir_ceiling(P, H), optimal_map(P, H)
-        times.append(time.perf_counter() - start)
-    # 10 ms on a free core; the limit leaves room for a busy machine.
-    assert min(times) < 0.2
-
-
 def test_frontier_of_singular_harmful_data_inside_the_benign_ones_ends_at_the_ceiling():
     P = data(11, 40, 5)
     H = torch.randn(30, 2, dtype=torch.float64) @ torch.randn(2, 5, dtype=torch.float64)
@@ -198,3 +168,99 @@ def test_frontier_of_one_harmful_direction_is_flat():
     assert ceiling.value == pytest.approx(9)
     points = ceiling.frontier(3)
     assert [point[2] for point in points] == [1, 1, 1] and points[0][1] == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize("shape", [(50, 6), (4, 9)])
+def test_rows_have_the_gram_matrix_of_the_data(shape):
+    X = torch.randn(shape, dtype=torch.float64)
+    factor = row_factor(X)
+    torch.testing.assert_close(factor.rows.T @ factor.rows, X.T @ X)
+    assert factor.rank == min(shape) and factor.dim == shape[1] and factor.num_samples == shape[0]
+
+
+def test_constant_and_dependent_columns_lower_the_rank():
+    X = torch.randn(40, 5, dtype=torch.float64)
+    X = torch.cat([X, X[:, :1] + X[:, 1:2], torch.zeros(40, 1, dtype=torch.float64)], 1)
+    assert row_factor(X).rank == 5
+
+
+def test_float32_noise_is_no_direction_even_after_a_cast():
+    X = torch.randn(300, 3) @ torch.randn(3, 8)
+    assert row_factor(X).rank == 3
+    assert row_factor(X.double(), produced_dtype=torch.float32).rank == 3
+
+
+def test_uncentred_images_do_not_gain_rank_from_rounding():
+    # Many equal columns and a dominant mean: the decomposition's own noise exceeds ten units of rounding.
+    X = (torch.randint(0, 2, (3000, 60)).double().repeat(1, 4) / 255 - 0.1307) / 0.3081
+    assert row_factor(X).rank <= 61
+
+
+def test_null_basis_completes():
+    V = torch.linalg.qr(torch.randn(7, 3, dtype=torch.float64)).Q
+    N = null_basis(V)
+    assert N.shape == (7, 4) and (V.T @ N).abs().max() < 1e-14
+    assert null_basis(torch.zeros(3, 0, dtype=torch.float64)).shape == (3, 3)
+
+
+def test_angles_between_known_planes():
+    angle = torch.tensor(0.3, dtype=torch.float64)
+    e = torch.eye(4, dtype=torch.float64)
+    P = torch.stack([2 * e[0], e[1]])
+    H = torch.stack([2 * e[0], angle.cos() * e[1] + angle.sin() * e[2]])
+    found = torch.deg2rad(principal_angles(P, H))
+    assert found.tolist() == pytest.approx([0.0, 0.3], abs=1e-12)
+    assert torch.rad2deg(angle) == pytest.approx(float(principal_angles(P, H, leading=2)[1]))
+
+
+def test_small_and_right_angles_keep_their_digits():
+    e = torch.eye(3, dtype=torch.float64)
+    tilted = torch.stack([e[0] + 1e-9 * e[1], 1e-3 * e[2]])
+    plain = torch.stack([e[0], 1e-3 * e[2]])
+    assert float(torch.deg2rad(principal_angles(plain, tilted, leading=1))[0]) == pytest.approx(1e-9, rel=1e-6)
+    assert float(principal_angles(plain, torch.stack([e[1], 0 * e[1]]))[0]) == 90.0
+
+
+X3 = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("P", "H", "said"),
+    [
+        (X3, X3, "the same directions in the same"),
+        (X3, torch.diag(torch.tensor([3.0, 2.2, 1.0])), "almost the same"),
+        (X3, torch.diag(torch.tensor([2.0, 2.0, 1.0])), "only weakly"),
+        (X3, torch.diag(torch.tensor([1.0, 2.0, 9.0])), "can immunize here"),
+        (data(0, 9, 4) @ torch.diag(torch.tensor([1.0, 1, 1, 0]).double()), data(1, 9, 4), "that both use"),
+        (torch.eye(4)[[0, 1, 0, 1]], torch.eye(4)[[2, 3]], "share no direction"),
+        (data(0, 3, 8), data(1, 20, 8), "add benign data"),
+    ],
+)
+def test_advice_is_one_sentence_for_every_kind_of_pair(P, H, said):
+    text = advice(rir_ceiling(P, H))
+    assert said in text and text.endswith(".") and "\n" not in text
+
+
+def test_whole_numbers_are_data_too():
+    assert row_factor(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)).rank == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: rir_ceiling(torch.ones(3, 2), torch.ones(3, 4)), ShapeError, "2 and 4"),
+        (lambda: rir_ceiling(torch.ones(3, 2), torch.full((3, 2), float("nan"))), NonFiniteError, "X_harmful"),
+        (lambda: rir_ceiling(torch.eye(3), torch.eye(3), tolerance=2.0), ArgumentError, "sine"),
+        (lambda: optimal_map(torch.eye(3), torch.eye(3), t=0.5), ArgumentError, "at least 1"),
+        (lambda: optimal_map(torch.eye(3), torch.eye(3), t=math.inf), ArgumentError, "at least 1"),
+        (lambda: optimal_map(torch.eye(3), torch.eye(3), harmful_gain=0.1), ArgumentError, "harmful_gain"),
+        (lambda: principal_angles(torch.eye(3), torch.eye(3), leading=0), ArgumentError, "leading"),
+        (lambda: row_factor(torch.tensor([[1.0, 2.0], [3.0, math.inf]])), NonFiniteError, "row 1, column 1"),
+        (lambda: row_factor(torch.ones(1, 4)), ShapeError, "two rows"),
+        (lambda: row_factor(torch.ones(3, 2, 2)), ShapeError, "shape"),
+        (lambda: row_factor(torch.zeros(3, 2)), RankError, "zero"),
+    ],
+)
+def test_bad_input_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from hf_immunize.errors import ArgumentError, DataError, ImageDecodeError, NonFiniteError
-from hf_immunize.linear.inputs import read_pair
+from hf_immunize.linear.inputs import read_pair, standardize
 
 
 def test_arrays_of_all_kinds(tmp_path):
@@ -142,3 +142,21 @@ def test_numbers_in_one_file_and_text_in_the_other_are_no_categories(tmp_path):
     pandas.DataFrame({"a": ["x", "y", "z", "x", "y"]}).to_csv(tmp_path / "h.csv", index=False)
     with pytest.raises(DataError, match=r"'x' in .*h\.csv, row 0"):
         read_pair(tmp_path / "p.csv", tmp_path / "h.csv")
+
+
+def test_columns_have_mean_zero_and_deviation_one():
+    scaled, constant = standardize(3 + 5 * torch.randn(100, 4, dtype=torch.float64))
+    assert constant == [] and scaled.mean(0).abs().max() < 1e-12
+    torch.testing.assert_close(scaled.std(0), torch.ones(4, dtype=torch.float64))
+
+
+def test_constant_columns_are_zero_and_reported():
+    X = torch.randn(50, 3, dtype=torch.float64)
+    X[:, 1] = 0.1  # its mean rounds
+    scaled, constant = standardize(X)
+    assert constant == [1] and not scaled[:, 1].any() and torch.isfinite(scaled).all()
+
+
+def test_a_missing_cell_is_named():
+    with pytest.raises(NonFiniteError, match="row 2, column 0"):
+        standardize(torch.tensor([[1.0], [2.0], [float("nan")]]))
