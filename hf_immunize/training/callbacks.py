@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CheckpointError
@@ -35,7 +35,7 @@ class _EvaluationCallback(TrainerCallback):
         """Why to stop after the last evaluation, None to go on."""
         raise NotImplementedError
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Check the settings; stop a resumed run that had already come to its end."""
         if args.eval_strategy == "no":
             raise ArgumentError(
@@ -48,7 +48,7 @@ class _EvaluationCallback(TrainerCallback):
             control.should_training_stop = True
             _warn(state, f"This run was already at its end, and stops after one more step: {reason or _ELSEWHERE}.")
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Decide whether to go on."""
         if not self._training:
             return
@@ -63,17 +63,16 @@ class _EvaluationCallback(TrainerCallback):
                 _warn(state, f"Stopping at step {state.global_step}: {reason or _ELSEWHERE}.")
             control.should_training_stop = True
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Refuse to train on without the metric that the decision needs."""
         if self._lacking is not None:
             found = sorted({key for entry in state.log_history for key in entry if key.startswith("eval_")})
             raise ArgumentError(
                 f"Expected {self._lacking} in the evaluations for {type(self).__name__}, found {', '.join(found)}. "
-                "Name one of these, or give the Trainer what it needs to compute it (compute_metrics for an "
-                "accuracy; ImmunizationTrainer with harmful_eval_dataset for RIR)."
+                "Name one of these, or have it computed: by compute_metrics=, RIR by ImmunizationTrainer."
             )
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Leave the evaluations that follow the training alone."""
         self._training = False
 
@@ -84,14 +83,10 @@ class BenignUtilityCallback(_EvaluationCallback):
     The starting value is the first evaluation in the log history: set ``eval_on_start=True``, or pass it as
     ``baseline``. An evaluation before ``train()`` is not in the history, since the Trainer begins a new one.
 
-    With ``action="restore"`` the weights of the best checkpoint within the limit are loaded at the end of training,
-    after those of ``load_best_model_at_end``, so that what is saved afterwards are they. Best is what
-    ``metric_for_best_model`` says; without it, the latest. A checkpoint counts when it was evaluated at its very step:
-    save as often as you evaluate, or less often by a whole factor. The weights beyond the limit are not written as a
-    checkpoint (``save_strategy="best"`` may yet write them). ``state.best_model_checkpoint`` names the one gone back
-    to, and ``{"returned_to_step": …}`` is added to the log history.
-
-    A run that is resumed from a checkpoint beyond the limit takes one step, which the Trainer cannot leave out.
+    ``action="restore"`` loads, at the end of training and after ``load_best_model_at_end``, the best checkpoint within
+    the limit: best by ``metric_for_best_model``, without it the latest. A checkpoint counts if it was evaluated at its
+    step: save as often as you evaluate, or less often by a whole factor. ``state.best_model_checkpoint`` names it, and
+    ``{"returned_to_step": …}`` is added to the log history. A run that is resumed beyond the limit takes one step.
 
     Args:
         max_drop_points: Percentage points of accuracy that may be lost.
@@ -106,20 +101,15 @@ class BenignUtilityCallback(_EvaluationCallback):
         CheckpointError: At the end of training, where there is no checkpoint to go back to.
 
     Example:
-        >>> import tempfile, torch
-        >>> from transformers import ViTConfig, ViTForImageClassification, Trainer, TrainingArguments
-        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-        ...                    image_size=8, patch_size=4, num_labels=2)
-        >>> rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 2} for i in range(8)]
-        >>> args = TrainingArguments(tempfile.mkdtemp(), max_steps=4, eval_strategy="steps", eval_steps=1,
-        ...     report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no")
-        >>> trainer = Trainer(ViTForImageClassification(config), args, train_dataset=rows, eval_dataset=rows,
-        ...     compute_metrics=lambda prediction: {"accuracy": 0.5},
-        ...     callbacks=[BenignUtilityCallback(max_drop_points=2.0, baseline=0.9)])
-        >>> _ = trainer.train()  # doctest: +ELLIPSIS
-        {'eval_loss': ...
-        >>> trainer.state.global_step
-        1
+        >>> callback = BenignUtilityCallback(max_drop_points=2.0, baseline=0.9)
+        >>> from transformers import TrainerControl
+        >>> state, control = TrainerState(), TrainerControl()
+        >>> args = TrainingArguments(eval_strategy="steps", eval_steps=5, report_to="none", use_cpu=True)
+        >>> callback.on_train_begin(args, state, control)
+        >>> state.log_history.append({"step": 5, "eval_accuracy": 0.87})
+        >>> callback.on_evaluate(args, state, control)
+        >>> control.should_training_stop
+        True
     """
 
     def __init__(
@@ -150,7 +140,7 @@ class BenignUtilityCallback(_EvaluationCallback):
         step, drop = list(drops.items())[-1]
         return f"{self.metric} fell {drop:.3g} points by step {step}, more than the {self.max_drop_points:g} allowed"
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Check the settings; stop a resumed run that was already beyond the limit."""
         if self.action == "restore":
             check_restorable(args, state)
@@ -163,13 +153,13 @@ class BenignUtilityCallback(_EvaluationCallback):
             )
         super().on_train_begin(args, state, control, **kwargs)
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Decide whether to go on; weights that will be given up are not saved."""
         super().on_evaluate(args, state, control, **kwargs)
         if self._training and self.action == "restore" and any_process(self._reason(state) is not None, args.device):
             control.should_save = False
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Go back, where that was asked for and the last evaluation was beyond the limit."""
         super().on_train_end(args, state, control, **kwargs)
         reason = self._reason(state)
@@ -198,12 +188,12 @@ class BenignUtilityCallback(_EvaluationCallback):
 class TargetRIRCallback(_EvaluationCallback):
     """Stop when the exact RIR has reached a target in successive evaluations.
 
-    A lower bound (harmful rank was lost) counts; an upper bound and an undetermined RIR do not. RIR speaks of linear
-    probing by gradient descent, not of fine-tuning: audit the result. The weights stay those of the last evaluation,
+    A lower bound (harmful rank was lost) counts; an upper bound and an undetermined RIR do not. RIR describes linear
+    probing by gradient descent, not fine-tuning: audit the result. The weights stay those of the last evaluation,
     unless ``load_best_model_at_end`` replaces them: set ``metric_for_best_model="log10_rir"`` with it.
 
-    `ImmunizationTrainer` logs RIR; a plain Trainer can be given it by ``compute_metrics`` or a subclass.
-    A run that is resumed after it had reached the target takes one step, which the Trainer cannot leave out.
+    `ImmunizationTrainer` logs RIR; a plain Trainer can get it from ``compute_metrics``. A run that is resumed after it
+    had reached the target takes one step.
 
     Args:
         target: The RIR to reach, dimensionless.
@@ -221,6 +211,7 @@ class TargetRIRCallback(_EvaluationCallback):
 
     Example:
         >>> callback = TargetRIRCallback(target=1000.0, patience=2, max_drop_points=2.0)
+        >>> from transformers import TrainerControl
         >>> state, control = TrainerState(), TrainerControl()
         >>> args = TrainingArguments(eval_strategy="steps", eval_steps=5, report_to="none", use_cpu=True)
         >>> callback.on_train_begin(args, state, control)
@@ -270,7 +261,7 @@ class TargetRIRCallback(_EvaluationCallback):
         value = by_step(state.log_history, self.metric)[last[-1]]
         return f"log10 RIR was {value:.3f} at step {last[-1]}, at or above the target of {math.log10(self.target):.3f}"
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Check the settings; stop a resumed run that had already reached the target."""
         if args.load_best_model_at_end and "rir" not in (args.metric_for_best_model or ""):
             _warn(

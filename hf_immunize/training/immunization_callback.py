@@ -33,11 +33,11 @@ class ImmunizationCallback(TrainerCallback):
     benign and harmful images of its own through the model and adds the gradient of regularizers and distillation to
     ``.grad``, before the Trainer's own backward passes add theirs: once a step whatever the accumulation, within what
     gradient clipping sees, at the scale of fp16's loss scaler, and averaged over processes with the rest by DDP. The
-    Trainer keeps the task's own loss. What moves is what the user lets require a gradient (see `select_trainable`);
-    BatchNorm stays in eval mode in the callback's passes, so that no harmful image reaches running statistics.
+    Trainer keeps the task's own loss. What requires a gradient is trained (see `select_trainable`); BatchNorm stays in
+    eval mode in the callback's passes, so that no harmful image reaches running statistics.
 
     Compared with `ImmunizationTrainer` it costs a forward and backward pass over benign images more, reads its images
-    in the main process, and does not measure κ in evaluations; terms are in ``trainer.state.log_history`` beside the
+    in the main process, and does not measure κ in evaluations; terms are in ``trainer.state.log_history`` with the
     Trainer's loss. DeepSpeed and FSDP, which own the gradients, are refused.
 
     Args:
@@ -109,7 +109,7 @@ class ImmunizationCallback(TrainerCallback):
     # ---- the Trainer's events ----
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Find the head, keep the starting weights, make the data ready; on resuming, take up where it was left."""
+        """Find the head, keep the starting weights, prepare the data; on resuming, load the state of the run."""
         if args.deepspeed or getattr(args, "fsdp", None) or sharded_weights():
             raise ArgumentError(
                 "Expected plain or distributed data parallel training with ImmunizationCallback, found DeepSpeed or "

@@ -212,7 +212,7 @@ def make_record(trainer: Any) -> ImmunizationRecord | None:
     if known is None:
         return None
     if isinstance(known, ImmunizationRecord):
-        return _completed(dataclasses.replace(known), trainer, weights)
+        return _completed(dataclasses.replace(known), evidence, weights)
     record = bare_record(trainer, known.prefix, known.step)
     record.method.budget = known.budget
     record.metric = _metric(evidence.before or {}, known.metrics, known.prefix)
@@ -224,7 +224,7 @@ def make_record(trainer: Any) -> ImmunizationRecord | None:
             data.size, data.checksum = measurement.factor.num_samples, measurement.checksum
     exact = exact_ratio(record.benign_features, record.harmful_features)
     record.ratios = {} if exact is None else {"exact": exact}
-    return _completed(record, trainer, weights)
+    return _completed(record, evidence, weights)
 
 
 def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> ImmunizationRecord:
@@ -295,9 +295,8 @@ def record_saved(trainer: Any) -> None:
             write_record(folder, record)
 
 
-def _completed(record: ImmunizationRecord, trainer: Any, weights: str) -> ImmunizationRecord:
+def _completed(record: ImmunizationRecord, evidence: Evidence, weights: str) -> ImmunizationRecord:
     """With what was given from outside for these very weights."""
-    evidence: Evidence = trainer.evidence
     record.figures, record.remarks = list(evidence.figures), [printable(remark) for remark in evidence.remarks]
     record.license = evidence.license or record.license
     if evidence._attached is not None and evidence._attached[0] == weights:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
@@ -201,13 +201,13 @@ class SpectrumFigureCallback(TrainerCallback):
     """At every evaluation, draw the spectra of benign and harmful features, before and after, and the log's curves.
 
     The curves (losses and terms, log10 κ, accuracy, log10 RIR over the steps) are those of the log history. The
-    spectra need images: with ``benign`` or ``harmful``, a sample of each is run through the model when training begins
-    and at every evaluation, in full precision and in eval mode; training goes on as if this had not happened, random
-    numbers included. What is found is added to the evaluation's entry of the log history, as
-    ``spectrum_benign_log10_kappa``, ``spectrum_log10_rir``, … (see `spectral_metrics`); it is of the sample.
+    spectra need images: a sample of ``benign`` and ``harmful`` is run through the model when training begins and at
+    every evaluation, in full precision and in eval mode; training goes on as if this had not happened, random numbers
+    included. What is found is added to the log history, as ``spectrum_benign_log10_kappa``,
+    ``spectrum_log10_rir``, … (see `spectral_metrics`); it is of the sample.
 
-    The starting spectra are kept beside the figures, in ``starting_spectra.safetensors``, from where a resumed run
-    takes them; the callback itself has no state. Files are written whole or not at all, by the first process alone.
+    The starting spectra are kept next to the figures, in ``starting_spectra.safetensors``, from where a resumed run
+    reads them. Files are written whole or not at all, by the first process alone.
 
     Args:
         output_dir: Where the figures go; by default ``spectrum`` within the Trainer's output_dir.
@@ -226,19 +226,8 @@ class SpectrumFigureCallback(TrainerCallback):
             written later on is passed over with a warning.
 
     Example:
-        >>> import os, tempfile
-        >>> from transformers import ViTConfig, ViTForImageClassification, Trainer
-        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-        ...                    image_size=8, patch_size=4, num_labels=2)
-        >>> rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 2} for i in range(16)]
-        >>> args = TrainingArguments(tempfile.mkdtemp(), max_steps=2, eval_strategy="steps", eval_steps=1,
-        ...     report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_steps=1)
-        >>> trainer = Trainer(ViTForImageClassification(config), args, train_dataset=rows, eval_dataset=rows,
-        ...     callbacks=[SpectrumFigureCallback(benign=rows[:8], harmful=rows[8:])])
-        >>> _ = trainer.train()  # doctest: +ELLIPSIS
-        {'loss': ...
-        >>> sorted(os.listdir(f"{args.output_dir}/spectrum"))
-        ['spectrum.png', 'starting_spectra.safetensors']
+        >>> rows = [{"pixel_values": torch.randn(3, 8, 8)} for _ in range(16)]
+        >>> callback = SpectrumFigureCallback("figures", benign=rows[:8], harmful=rows[8:], keep_all=True)
     """
 
     def __init__(
@@ -288,8 +277,8 @@ class SpectrumFigureCallback(TrainerCallback):
         else:
             self._references = {}
             logger.warning(
-                f"Expected the starting spectra in {path}, found no such file: the figures will show those of the "
-                "weights now alone. Copy it from where the run began."
+                f"Expected the starting spectra in {path}, found no such file: the figures will show the present ones "
+                "alone. Copy it from where the run began."
             )
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -305,7 +294,9 @@ class SpectrumFigureCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         try:
-            now = self._measured_now(args, state, **kwargs) if self._data else {}
+            if self._now is None or self._now[0] != state.global_step or not self._training:
+                self._now = state.global_step, self._measure(args, **kwargs)
+            now = self._now[1]
             before = {side: m for side, m in self._references.items() if side in now and now[side].same_data(m)}
             if set(self._references) & set(now) - set(before):
                 logger.warning_once(
@@ -318,16 +309,18 @@ class SpectrumFigureCallback(TrainerCallback):
             now, before, metrics = {}, {}, {}
         if state.log_history and metrics:
             state.log_history[-1].update({f"spectrum_{name}": value for name, value in metrics.items()})
+        moment = "after" if state.global_step else "before"
         panels = history_panels(state.log_history)
         if now:
-            panels.insert(0, _spectra_panel(now, before, metrics, "after" if state.global_step else "before"))
-        if not panels:
-            return
+            panels.insert(0, partial(_draw_measured, now=now, before=before, metrics=metrics, moment=moment))
+        if panels:
+            self._draw(args, state, panels, f"Step {state.global_step}" if self._training else f"{moment} training")
+
+    def _draw(self, args: Any, state: TrainerState, panels: list[Callable[[Axes], None]], title: str) -> None:
         figure, axes = new_figure(len(panels), columns=3 if len(panels) > 4 else 2)
         for panel, draw in zip(axes, panels, strict=True):
             draw(panel)
-        outside = "After training" if state.global_step else "Before training"
-        figure.suptitle(f"Step {state.global_step}" if self._training else outside)
+        figure.suptitle(title.capitalize())
         name = f"spectrum-{state.global_step:06d}.png" if self.keep_all else "spectrum.png"
         try:
             with staged_directory(self._folder(args)) as staging:
@@ -339,15 +332,10 @@ class SpectrumFigureCallback(TrainerCallback):
     def _folder(self, args: Any) -> Path:
         return Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir) / "spectrum"
 
-    def _measured_now(self, args: Any, state: TrainerState, **kwargs: Any) -> dict[str, Measurement]:
-        if self._now is None or self._now[0] != state.global_step or not self._training:
-            self._now = (state.global_step, self._measure(args, **kwargs))
-        return self._now[1]
-
     def _measure(self, args: Any, model: Any, processing_class: Any = None, **kwargs: Any) -> dict[str, Measurement]:
         processor = self.processing_class if self.processing_class is not None else processing_class
         found = {}
-        with _undisturbed(model):
+        with _same_random_numbers(next(model.parameters()).device):
             for side, rows in self._data.items():
                 found[side] = Measurement()
                 batches = extract(
@@ -383,20 +371,16 @@ def _metrics(now: dict[str, Measurement], before: dict[str, Measurement]) -> dic
     return {}
 
 
-def _spectra_panel(
-    now: dict[str, Measurement], before: dict[str, Measurement], metrics: dict[str, float], moment: str
-) -> Callable[[Axes], None]:
+def _draw_measured(
+    axes: Axes, now: dict[str, Measurement], before: dict[str, Measurement], metrics: dict[str, float], moment: str
+) -> None:
     spectra = {}
     for side, measurement in now.items():
         if moment == "after" and side in before:
             spectra[side, "before"] = before[side].factor.singular_values()
         spectra[side, moment] = measurement.factor.singular_values()
-
-    def draw(axes: Axes) -> None:
-        draw_spectra(axes, spectra)
-        axes.set_title(f"Spectra of the features{_rir_words(metrics)}")
-
-    return draw
+    draw_spectra(axes, spectra)
+    axes.set_title(f"Spectra of the features{_rir_words(metrics)}")
 
 
 def _rir_words(metrics: dict[str, float]) -> str:
@@ -410,12 +394,8 @@ def _rir_words(metrics: dict[str, float]) -> str:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model in full precision, and leave modes and random numbers as they were."""
-    device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
-    # What accelerate put in place of the class's own forward runs under autocast, whatever is set around it.
-    patched = vars(model).pop("forward", None)
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leave the random numbers that follow as they would have been."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -423,7 +403,3 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        if patched is not None:
-            model.forward = patched
-        for module, training in modes.items():
-            module.training = training

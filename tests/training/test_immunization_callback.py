@@ -13,18 +13,15 @@ PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}
 
 
 @pytest.fixture
-def plain(tiny, images, tmp_path):
-    """Make a plain Trainer with the callback on a tiny ViT whose last stage moves."""
+def beside(plain, tiny, images):
+    """Make a plain Trainer with the callback on a tiny model whose last stage is trainable."""
 
-    def make(callback, extra=(), count=4, model="vit", **options):
+    def make(callback, *extra, count=4, model="vit", **options):
         model = tiny(model) if isinstance(model, str) else model
         select_trainable(model, "last_stage")
         size = 32 if model.config.model_type == "mobilenet_v2" else 8
-        defaults = {"output_dir": str(tmp_path / "plain"), "max_steps": 2, "per_device_train_batch_size": 4}
-        defaults |= {"learning_rate": 1e-2, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-        defaults |= {"logging_steps": 1, "save_strategy": "no"}
-        args = hf.TrainingArguments(**(defaults | options))
-        return hf.Trainer(model, args, train_dataset=images(count, 1, size), callbacks=[callback, *extra])
+        options = {"save_strategy": "no", "eval_strategy": "no"} | options
+        return plain([callback, *extra], model=model, train_dataset=images(count, 1, size), **options)
 
     return make
 
@@ -37,11 +34,11 @@ def largest_difference(first, second):
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 1e-3}])
-def test_gradients_are_those_of_the_immunization_trainer(options, plain, trainer, images, gradients, tiny):
+def test_gradients_are_those_of_the_immunization_trainer(options, beside, trainer, images, gradients, tiny):
     """All four images of a side are in each batch, so both see the same whatever their order."""
     harmful = images(4, 2, labels=False)
     callback = ImmunizationCallback(harmful, **PAPER, **FIXED)
-    run = plain(callback, [gradients], max_steps=1, max_grad_norm=options.get("max_grad_norm", 0.0))
+    run = beside(callback, gradients, max_steps=1, max_grad_norm=options.get("max_grad_norm", 0.0))
     run.train()
     own = trainer(
         train_dataset=images(4, 1),
@@ -57,127 +54,107 @@ def test_gradients_are_those_of_the_immunization_trainer(options, plain, trainer
     assert largest_difference(*gradients.steps) < 1e-6
 
 
-def test_accumulation_adds_the_regularizers_once(plain, images, gradients):
+def test_accumulation_adds_the_regularizers_once(beside, images, gradients):
     harmful = images(4, 2, labels=False)
     for accumulation in (1, 2):
         callback = ImmunizationCallback(harmful, **PAPER, **FIXED)
         options = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
         callback.batch_size = 4
-        plain(callback, [gradients], max_steps=1, max_grad_norm=0.0, **options).train()
+        beside(callback, gradients, max_steps=1, max_grad_norm=0.0, **options).train()
     assert largest_difference(*gradients.steps) < 1e-6
 
 
-def test_the_defaults_hold_the_model_at_its_start(plain, images):
-    run = plain(ImmunizationCallback(images(8, 2, labels=False)))
+@pytest.mark.parametrize(
+    ("options", "labels", "terms"),
+    [
+        ({}, False, {"kl", "feature_error", "spread", "concentration", "multiplier"}),
+        (PAPER, False, {"r_well", "r_ill", "harmful_weight"}),
+        ({"objective": "imma"}, True, {"negative_adapted_loss"}),
+    ],
+)
+def test_terms_are_in_the_log(options, labels, terms, beside, images):
+    run = beside(ImmunizationCallback(images(4, 2, labels=labels), **options))
     run.train()
-    assert {"kl", "feature_error", "spread", "concentration", "multiplier"} <= set(run.state.log_history[0])
+    assert terms <= set(run.state.log_history[0])
 
 
-def test_terms_are_in_the_log(plain, images):
-    run = plain(ImmunizationCallback(images(4, 2, labels=False), **PAPER))
-    run.train()
-    assert {"r_well", "r_ill", "harmful_weight"} <= set(run.state.log_history[0])
-
-
-def test_running_statistics_are_those_of_the_plain_run(plain, images, tiny):
-    runs = [
-        plain(ImmunizationCallback(images(4, 2, 32, labels=False), **PAPER, **FIXED), model="mobilenet_v2"),
-        plain(hf.TrainerCallback(), model="mobilenet_v2"),
-    ]
+def test_running_statistics_are_those_of_the_plain_run_and_so_are_modes(beside, images):
+    harmful = images(4, 2, 32, labels=False)
     first = []
-    for run in runs:
-        run.args.learning_rate = 0.0
+    for callback in (ImmunizationCallback(harmful, **PAPER, **FIXED), hf.TrainerCallback()):
+        run = beside(callback, model="mobilenet_v2", learning_rate=0.0)
         run.train()
         first.append(dict(run.model.named_buffers()))
+        assert all(module.training for module in run.model.modules())
     assert largest_difference(*first) == 0
 
 
-def test_the_model_trains_on_in_its_own_mode(plain, images, tiny):
-    run = plain(ImmunizationCallback(images(4, 2, 32, labels=False), **PAPER), model="mobilenet_v2")
-    run.train()
-    assert all(module.training for module in run.model.modules())
-
-
 @pytest.mark.parametrize("stopped", [1, 3])
-def test_a_resumed_run_ends_where_the_straight_one_does(stopped, plain, images, tmp_path):
+def test_a_resumed_run_ends_where_the_straight_one_does(stopped, beside, images, tmp_path):
     class Stop(hf.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == stopped
 
-    def run(folder, extra=()):
+    def run(folder, *extra):
         callback = ImmunizationCallback(
             images(7, 2, labels=False), distillation_dataset=images(5, 3, labels=False), queue_size=6
         )
-        return plain(callback, extra, count=12, max_steps=5, save_strategy="steps", save_steps=1, output_dir=folder)
+        return beside(callback, *extra, count=12, max_steps=5, save_strategy="steps", folder=folder)
 
-    straight, interrupted = run(str(tmp_path / "a")), run(str(tmp_path / "b"), [Stop()])
+    straight, interrupted = run(tmp_path / "a"), run(tmp_path / "b", Stop())
     straight.train()
     interrupted.train()
-    resumed = run(str(tmp_path / "b"))
+    resumed = run(tmp_path / "b")
     resumed.train(resume_from_checkpoint=True)
     assert largest_difference(straight.model.state_dict(), resumed.model.state_dict()) == 0
 
 
-def test_a_checkpoint_without_its_state_is_refused(plain, images):
+def test_a_checkpoint_without_its_state_is_refused(beside, images):
     options = {"save_strategy": "steps", "save_steps": 1}
-    plain(hf.TrainerCallback(), **options).train()
-    run = plain(ImmunizationCallback(images(4, 2, labels=False)), max_steps=4, **options)
+    beside(hf.TrainerCallback(), **options).train()
+    run = beside(ImmunizationCallback(images(4, 2, labels=False)), max_steps=4, **options)
     with pytest.raises(CheckpointError, match="written with this callback"):
         run.train(resume_from_checkpoint=True)
 
 
-def test_unknown_settings_are_named(images):
-    with pytest.raises(ArgumentError, match="found objectives"):
-        ImmunizationCallback(images(4), objectives="kappa")
+@pytest.mark.parametrize("options", [{"objectives": "kappa"}, {"budget_holdout": 0.2}])
+def test_settings_that_it_has_not_are_named(options, images):
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        ImmunizationCallback(images(4), **options)
 
 
-def test_a_batch_of_one_is_refused(plain, images):
-    with pytest.raises(DataError, match="at least 2, found 1"):
-        plain(ImmunizationCallback(images(4)), per_device_train_batch_size=1).train()
+@pytest.mark.parametrize(("harmful", "options"), [(4, {"per_device_train_batch_size": 1}), (0, {})])
+def test_too_few_images_are_refused(harmful, options, beside, images):
+    with pytest.raises(DataError):
+        beside(ImmunizationCallback(images(harmful)), **options).train()
 
 
-def test_benign_images_need_no_labels_for_distillation(plain, images):
-    run = plain(ImmunizationCallback(images(4, 2, labels=False), images(8, 5, labels=False)))
+def test_benign_images_need_no_labels_for_distillation(beside, images):
+    run = beside(ImmunizationCallback(images(4, 2, labels=False), images(8, 5, labels=False)))
     run.train()
     assert "kl" in run.state.log_history[0]
 
 
-def test_benign_images_without_the_labels_of_the_tasks_loss_are_named(plain, images):
+def test_benign_images_without_the_labels_of_the_tasks_loss_are_named(beside, images):
     callback = ImmunizationCallback(images(4, 2, labels=False), images(8, 5, labels=False), **PAPER)
     with pytest.raises(DataError, match=r"In benign_dataset: .*label.*found none"):
-        plain(callback).train()
+        beside(callback).train()
 
 
-def test_columns_can_be_named(plain, images):
+def test_columns_can_be_named(beside, images):
     rows = [{"photo": row["pixel_values"], "kind": row["labels"]} for row in images(8, 2)]
     names = {"image_column_name": "photo", "label_column_name": "kind"}
-    run = plain(ImmunizationCallback(rows, rows, objective="imma", benign_loss="task", benign_budget=None, **names))
+    run = beside(ImmunizationCallback(rows, rows, objective="imma", benign_loss="task", benign_budget=None, **names))
     run.train()
     assert "negative_adapted_loss" in run.state.log_history[0]
 
 
-def test_a_model_that_the_trainer_refuses_is_refused(plain, images, tiny):
+def test_a_model_that_the_trainer_refuses_is_refused(beside, images, tiny):
     model = tiny(problem_type="multi_label_classification")
     with pytest.raises(HeadError, match="one label an image"):
-        plain(ImmunizationCallback(images(4)), model=model).train()
+        beside(ImmunizationCallback(images(4)), model=model).train()
 
 
 def test_a_trainer_that_immunizes_already_is_refused(trainer, images):
     with pytest.raises(ArgumentError, match="Leave ImmunizationCallback out"):
         trainer(callbacks=[ImmunizationCallback(images(4))]).train()
-
-
-def test_a_part_held_out_is_refused_since_the_trainer_trains_on_it(images):
-    with pytest.raises(ArgumentError, match=r"no budget_holdout=.*found 0\.2"):
-        ImmunizationCallback(images(4), budget_holdout=0.2)
-
-
-def test_an_empty_harmful_set_is_refused(plain):
-    with pytest.raises(DataError, match="harmful_dataset, found none"):
-        plain(ImmunizationCallback([])).train()
-
-
-def test_harmful_labels_reach_imma(plain, images):
-    run = plain(ImmunizationCallback(images(4, 2), objective="imma"))
-    run.train()
-    assert "negative_adapted_loss" in run.state.log_history[0]
