@@ -1,4 +1,4 @@
-"""From stored images to batches of pixel values."""
+"""Stored images as rows, and rows as batches of pixel values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.Decompressio
 
 
 class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """View a dataset as rows of RGB images or pixel values, with errors that name the row."""
+    """A dataset as rows ``{"image": PIL.Image in RGB, "labels": int}``, or with ``"pixel_values"`` ``(C, H, W)``.
+
+    Errors name the row. With ``outputs``, the label of an item is the model's output for it, ``outputs[label]``.
+    """
 
     def __init__(
         self,
@@ -42,15 +45,15 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
         self.label_column = label_column
         self.num_labels = num_labels if outputs is None else len(outputs)
         self.outputs = outputs
-        self._numbers: list[int] | None = None  # of the rows, where these are some of another's
-        # A transform is the user's own code; its ValueError is no damaged image.
+        self._numbers: list[int] | None = None  # in the whole, of a subset's rows
+        # A transform is the user's code; its ValueError is no damaged image.
         self._damage: tuple[type[Exception], ...] = (OSError, DataError)
         if isinstance(dataset, datasets.Dataset) and not is_transformed(dataset):
             columns = [image_column] + ([label_column] if label_column is not None else [])
-            dataset = dataset.select_columns(columns)  # Other columns may hold images, which would be decoded in vain.
+            dataset = dataset.select_columns(columns)  # images in other columns would be decoded for nothing
             if isinstance(dataset.features[image_column], datasets.Image):
                 self._damage = _DECODE_ERRORS
-                dataset = dataset.with_format(None)  # As a tensor, an image could no longer be resized.
+                dataset = dataset.with_format(None)  # a tensor could no longer be resized
                 if not dataset.features[image_column].decode:
                     dataset = dataset.cast_column(image_column, datasets.Image())
         self.dataset = dataset
@@ -60,11 +63,11 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     @cached_property
     def hashes(self) -> np.ndarray | None:
-        """By which to know stored images again, one number a row; see `image_hashes`."""
+        """A hash per stored image; see `image_hashes`."""
         return image_hashes(self.dataset, self.image_column)
 
     def all_labels(self) -> list[Any] | None:
-        """Labels of all rows as they are stored; None where they are not, or there are none."""
+        """Labels of all rows as stored; None where they are not stored."""
         if self.label_column is None:
             return None
         if isinstance(self.dataset, list):
@@ -73,7 +76,7 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
         return read_labels(self.dataset, self.label_column) if stored else None
 
     def subset(self, numbers: list[int]) -> ImageRows:
-        """Some of the rows, which messages go on calling by the numbers they have here."""
+        """Some of the rows; errors name them by their numbers here."""
         part = copy(self)
         part.__dict__.pop("hashes", None)
         if isinstance(self.dataset, datasets.Dataset):
@@ -94,20 +97,17 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
             image = to_rgb(value) if isinstance(value, Image.Image) else None
         except self._damage as error:
             raise ImageDecodeError(
-                f"The image in row {index} of {self.name} cannot be read: {type(error).__name__}: {error}; repair the "
-                f"file or drop the row, for example with dataset.select."
+                f"Expected an image in row {index} of {self.name}, found what cannot be read ({type(error).__name__}: "
+                f"{error}). Repair the file or drop the row, for example with dataset.select."
             ) from error
         if value is None:
-            raise ImageDecodeError(f"Row {index} of {self.name} holds no image; drop the rows without an image.")
-
-        row: dict[str, Any] = {"image": image}
-        if image is None:
-            row = {"pixel_values": torch.as_tensor(value)}
-            if not row["pixel_values"].is_floating_point():
-                raise DataError(
-                    f"Expected floating-point pixel values in row {index} of {self.name}, as an image processor makes "
-                    f"them, found {row['pixel_values'].dtype}. Give images and the processor, or normalise the values."
-                )
+            raise ImageDecodeError(f"Expected an image in row {index} of {self.name}, found none. Drop such rows.")
+        row: dict[str, Any] = {"image": image} if image is not None else {"pixel_values": torch.as_tensor(value)}
+        if image is None and not row["pixel_values"].is_floating_point():
+            raise DataError(
+                f"Expected floating-point pixel values in row {index} of {self.name}, found "
+                f"{row['pixel_values'].dtype}. Give images and their processor, or normalise the values."
+            )
         if self.label_column is not None:
             label = item[self.label_column]
             label = label.item() if isinstance(label, (Tensor, np.generic)) else label
@@ -118,36 +118,33 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class ImageCollator:
-    """Turn rows of `ImageRows` into a batch."""
+    """Rows of `ImageRows` to a batch: ``"pixel_values"`` ``(N, C, H, W)`` and, where rows have them, ``"labels"``."""
 
     def __init__(self, image_processor: Callable[..., Any] | None = None) -> None:
         self.image_processor = image_processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate N rows."""
-        pixels = self._pixels(rows)
+        """The batch of N rows."""
+        if "pixel_values" in rows[0]:
+            pixels = [torch.as_tensor(row["pixel_values"]) for row in rows]
+        elif self.image_processor is None:
+            raise DataError(
+                "Expected an image processor, as the dataset yields images, found none. Pass "
+                "processing_class=AutoImageProcessor.from_pretrained(...)."
+            )
+        else:  # asked for one tensor, the processor would fail on unequal shapes without saying which
+            processed = self.image_processor(images=[row["image"] for row in rows])["pixel_values"]
+            pixels = [torch.as_tensor(image) for image in processed]
         odd = next((other for other in pixels if other.shape != pixels[0].shape), None)
         if odd is not None:
             raise ShapeError(
-                f"The images of a batch should have one shape (C, H, W), but some have {tuple(pixels[0].shape)} and "
-                f"some {tuple(odd.shape)}; use an image processor that resizes and crops to one size."
+                f"Expected images of one shape (C, H, W), found {tuple(pixels[0].shape)} and {tuple(odd.shape)}. Use "
+                "an image processor that resizes and crops to one size."
             )
         batch = {"pixel_values": torch.stack(pixels)}
         if "labels" in rows[0]:
             batch["labels"] = torch.tensor([int(row["labels"]) for row in rows])
         return batch
-
-    def _pixels(self, rows: list[dict[str, Any]]) -> list[Tensor]:
-        if "pixel_values" in rows[0]:
-            return [torch.as_tensor(row["pixel_values"]) for row in rows]
-        if self.image_processor is None:
-            raise DataError(
-                "The dataset yields images, but there is no image processor to turn them into pixel values; pass "
-                "processing_class=AutoImageProcessor.from_pretrained(...)."
-            )
-        # Asked for one tensor, the processor itself fails on unequal shapes, and without saying which.
-        processed = self.image_processor(images=[row["image"] for row in rows])["pixel_values"]
-        return [torch.as_tensor(pixels) for pixels in processed]
 
 
 def decoded(value: Any) -> Any:
@@ -158,12 +155,16 @@ def decoded(value: Any) -> Any:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB."""
+    """An image of any mode as RGB; what is transparent becomes white, as on a page.
+
+    More than 8 bits per channel say nothing of their range: it is the least of 8, 12 and 16 bits that holds the
+    brightest pixel, and 0 to 1 for floating-point pixels up to 1.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_eight_bits(np.asarray(image), floating=image.mode == "F"))
     elif image.mode in _ALPHA_MODES or "transparency" in image.info:
         image = image.convert("RGBA")
-        # Beneath what cannot be seen there may be any colour.
+        # Transparent pixels may have any colour.
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -173,15 +174,13 @@ def _eight_bits(shades: np.ndarray, floating: bool) -> np.ndarray:
     whole = next((bits for bits in (8, 12, 16) if high < 2**bits), None)
     if not (low >= 0 and whole is not None):  # NaN is neither
         raise DataError(
-            f"Expected pixels from 0 to 65535, or from 0 to 1, found some from {low:g} to {high:g}. Scale them to one "
-            "of these ranges."
+            f"Expected pixels from 0 to 65535, or from 0 to 1, found {low:g} to {high:g}. Scale them to one of these."
         )
     if floating and high <= 1:
         return (shades * 255).astype(np.uint8)
     if whole > 8:
         logger.warning_once(
-            "Some images have more than 8 bits a channel: the range of each is taken to be the least of 8, 12 and 16 "
-            "bits that holds its brightest pixel. Where images are to be compared by brightness, convert them to 8 "
-            "bits by one scale."
+            "Some images have more than 8 bits per channel: the range of each is the least of 8, 12 and 16 bits that "
+            "holds its brightest pixel. To compare images by brightness, convert them to 8 bits by one scale."
         )
     return (shades / 2 ** (whole - 8)).astype(np.uint8)

@@ -1,4 +1,7 @@
-"""Splitting labelled images into benign and harmful classes, without reading the images."""
+"""Where images come from: loaded, divided into those to learn from and to measure on, and split by class.
+
+Training, audit and verification all divide here, so that they measure on the same images. No image is decoded.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +35,20 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
-    """Load one split of an image dataset."""
-    splits = load_image_splits(source)
+    """One split of an image dataset; where the data has no splits, all of it is "train"."""
+    return _split(load_image_splits(source), split, repr(source))
+
+
+def _split(splits: dict[str, Any], split: str, name: str) -> Any:
     if split not in splits:
-        found = ", ".join(repr(str(name)) for name in splits)
-        raise DataError(f"{source!r} has no split {split!r}; choose one of {found}.")
+        raise DataError(
+            f"Expected a split {split!r} in {name}, found {listed(map(str, splits))}. Name or give that split."
+        )
     return splits[split]
 
 
 def load_image_splits(source: str) -> dict[str, datasets.Dataset]:
-    """Load all splits of an image dataset."""
+    """All splits of an image dataset: a folder of images, what save_to_disk writes, parquet files, a Hub name."""
     path = Path(source).expanduser()
     try:
         if path.is_file():
@@ -54,14 +61,14 @@ def load_image_splits(source: str) -> dict[str, datasets.Dataset]:
     # Of datasets and pyarrow, on what is damaged, unfinished or of another kind.
     except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{source!r} holds no image dataset that can be read ({_first_line(error)}); expected images in one "
-            "subfolder a class, parquet files, or what save_to_disk writes."
+            f"Expected images in one subfolder per class, parquet files, or what save_to_disk writes in {source!r}, "
+            f"found none that can be read ({_first_line(error)}). Check the data."
         ) from error
 
 
 def _load_file(path: Path) -> dict[str, datasets.Dataset]:
     if path.suffix != ".parquet":
-        raise DataError(f"{str(path)!r} should be a parquet file or a folder; convert it, or give its folder.")
+        raise DataError(f"Expected a parquet file or a folder, found {str(path)!r}. Convert it, or give its folder.")
     return datasets.load_dataset("parquet", data_files={"train": str(path)})
 
 
@@ -70,14 +77,14 @@ def _load_folder(path: Path) -> dict[str, datasets.Dataset]:
         return datasets.load_from_disk(str(path))
     if (path / "state.json").is_file():
         dataset = datasets.load_from_disk(str(path))
-        # Saved alone, a split has often kept its name; that no other is asked for by mistake matters more.
+        # A split saved alone has often kept its name, so that no other is used by mistake.
         return {"train" if dataset.split is None else str(dataset.split): dataset}
     if any(path.rglob("*.parquet")):
         return datasets.load_dataset(str(path))
 
     folders = {child.name: child for child in sorted(path.iterdir()) if child.is_dir()}
     splits = {SPLIT_FOLDERS[name]: folder for name, folder in folders.items() if name in SPLIT_FOLDERS}
-    # Given as they are, folders would be split by any "train" or "test" in a class's or an image's name.
+    # By itself the builder would split by any "train" or "test" in the name of a class or an image.
     places = splits or {"train": path}
     data_files = {split: f"{folder}/**" for split, folder in places.items()}
     loaded = datasets.load_dataset("imagefolder", data_files=data_files)
@@ -98,15 +105,15 @@ def _one_class(folders: list[Path]) -> bool:
 def _load_from_hub(source: str) -> dict[str, datasets.Dataset]:
     if not _HUB_ID.fullmatch(source):
         raise DataError(
-            f"{source!r} is neither an existing path nor the name of a dataset on the Hub, such as 'user/name'; check "
-            f"the spelling."
+            f"Expected an existing path or the name of a dataset on the Hub, such as 'user/name', found {source!r}. "
+            "Check the spelling."
         )
     try:
         return datasets.load_dataset(source)
     except (FileNotFoundError, ConnectionError) as error:
         raise DataError(
-            f"{source!r} is no existing path, and no dataset of that name could be loaded from the Hub "
-            f"({_first_line(error)}); check the spelling, the connection, and the access."
+            f"Expected a path or a dataset on the Hub, found neither under {source!r} ({_first_line(error)}). Check "
+            "the spelling, the connection, and the access."
         ) from error
 
 
@@ -120,10 +127,10 @@ MEASURED_SPLITS = ("validation", "test")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How images to measure on are held out where the data have no validation or test split."""
+    """How images to measure on are drawn where the data have no validation or test split."""
 
     fraction: float = 0.3
-    seed: int = 42
+    seed: int = 42  # the default of `TrainingArguments`
 
 
 AS_USUAL = HeldOut()
@@ -131,27 +138,28 @@ AS_USUAL = HeldOut()
 
 @dataclass(frozen=True)
 class Parts:
-    """Images of one source."""
+    """Images of one source: to learn from, and to measure on."""
 
     train: Any
     test: Any
-    held_out: HeldOut | None = None
+    held_out: HeldOut | None = None  # how the latter were drawn; None where they are a split or a source of their own
 
 
 def divide(source: Any, draw: HeldOut = AS_USUAL, *, test: Any = None, name: str = "images") -> Parts:
-    """Divide the images of a source into those to learn from and those to measure on."""
+    """Images of a source to learn from, and to measure on: `test`, else its validation or test split, else a draw."""
     if isinstance(source, Parts):
         return source
-    splits = _splits_of(source)
+    splits = load_image_splits(str(source)) if isinstance(source, (str, Path)) else source
+    splits = {"train": source} if isinstance(source, datasets.Dataset) else splits
     if test is not None:
-        train = _training(splits, name) if isinstance(splits, dict) else source
-        return Parts(train, _training(load_image_splits(str(test)), name) if _is_place(test) else test)
+        train = _split(splits, "train", f"the {name}") if isinstance(splits, dict) else source
+        return Parts(train, load_image_dataset(str(test)) if isinstance(test, (str, Path)) else test)
     if not isinstance(splits, dict):
         raise DataError(
-            f"Expected the {name} as a path, a name on the Hub, a datasets.Dataset, a DatasetDict, or with images to "
-            f"measure on beside them, found {type(source).__name__}. Give one of these."
+            f"Expected the {name} as a path, a name on the Hub, a datasets.Dataset or a DatasetDict, found "
+            f"{type(source).__name__}. Give one of these, or images to measure on as well."
         )
-    train = _training(splits, name)
+    train = _split(splits, "train", f"the {name}")
     found = next((split for split in MEASURED_SPLITS if split in splits), None)
     if found is not None:
         return Parts(train, splits[found])
@@ -163,12 +171,10 @@ def divide(source: Any, draw: HeldOut = AS_USUAL, *, test: Any = None, name: str
 
 
 def measured(source: str, draw: HeldOut | None = None, split: str | None = None) -> Any:
-    """The images of a source to measure on, where none are learned from."""
+    """The images of a source to measure on, of one split or as `divide` finds them; without a draw, all of it."""
     splits = load_image_splits(source)
     if split is not None:
-        if split not in splits:
-            raise DataError(f"Expected a split {split!r} in {source!r}, found {listed(splits)}. Choose one of these.")
-        splits = {"train": splits[split]}
+        splits = {"train": _split(splits, split, repr(source))}
     if draw is not None:
         return divide(datasets.DatasetDict(splits), draw).test
     return next(splits[name] for name in (*MEASURED_SPLITS, *splits) if name in splits)
@@ -177,7 +183,7 @@ def measured(source: str, draw: HeldOut | None = None, split: str | None = None)
 def divide_classes(
     parts: Parts, harmful_classes: Sequence[str | int], label_column: str | None = None
 ) -> tuple[Parts, Parts]:
-    """Part the classes of divided images."""
+    """The benign and the harmful parts of divided images; classes as typed, see `class_keys`."""
     keys = class_keys(parts.train, harmful_classes, label_column)
     # Both in one call, so that a class has the same number in both.
     both = datasets.DatasetDict({"train": parts.train, "test": parts.test})
@@ -186,7 +192,7 @@ def divide_classes(
 
 
 def class_keys(dataset: Any, asked: Sequence[str | int], label_column: str | None = None) -> list[str | int]:
-    """Classes as typed, told apart: a name where there is such a name, else several between commas, else a number."""
+    """Classes as typed: a name where there is such a name, else several between commas, else a number."""
     column = find_stored_label_column(dataset, label_column)
     names = getattr(dataset.features[column], "names", None) or set(read_labels(dataset, column))
     keys: list[str | int] = []
@@ -201,26 +207,10 @@ def class_keys(dataset: Any, asked: Sequence[str | int], label_column: str | Non
 
 
 def choose(count: int, limit: int | None, seed: int) -> list[int]:
-    """At most so many of the rows, the same for the same seed."""
+    """Numbers of at most ``limit`` rows, the same for the same seed."""
     if limit is None or count <= limit:
         return list(range(count))
     return np.random.default_rng(seed).permutation(count)[:limit].tolist()
-
-
-def _is_place(source: Any) -> bool:
-    return isinstance(source, (str, Path))
-
-
-def _splits_of(source: Any) -> Any:
-    if _is_place(source):
-        return load_image_splits(str(source))
-    return {"train": source} if isinstance(source, datasets.Dataset) else source
-
-
-def _training(splits: dict[str, Any], name: str) -> Any:
-    if "train" not in splits:
-        raise DataError(f"Expected a split 'train' in the {name}, found {listed(splits)}. Name or give that split.")
-    return splits["train"]
 
 
 SplitData = TypeVar("SplitData", datasets.Dataset, datasets.DatasetDict)
@@ -260,8 +250,8 @@ def split_benign_harmful(
         splits = dict(dataset)
     else:
         raise DataError(
-            f"split_benign_harmful expects a datasets.Dataset or a DatasetDict with splits, but got "
-            f"{type(dataset).__name__}; load the data without streaming."
+            f"Expected a datasets.Dataset or a DatasetDict with splits, found {type(dataset).__name__}. Load the data "
+            "without streaming."
         )
 
     column = find_stored_label_column(next(iter(splits.values())), label_column)
@@ -272,8 +262,8 @@ def split_benign_harmful(
     harmful = _harmful_codes(harmful_classes, names, present)
     if not present - harmful:
         raise DataError(
-            f"All {len(present)} classes of the data are harmful, so no benign one is left to keep useful; "
-            f"leave at least one class out of harmful_classes."
+            f"Expected at least one benign class, found all {len(present)} classes among the harmful ones. Leave one "
+            "out of harmful_classes."
         )
 
     parts: tuple[dict[str, datasets.Dataset], dict[str, datasets.Dataset]] = ({}, {})
@@ -292,7 +282,7 @@ def _class_names(dataset: datasets.Dataset, column: str, values: dict[str, list[
         return dict(enumerate(feature.names))
     found = {value for labels in values.values() for value in labels if value is not None}
     if not all(isinstance(value, (int, str)) for value in found):
-        raise DataError(f"The label column {column!r} should hold integers or names, but has the type {feature}.")
+        raise DataError(f"Expected integers or names in the column {column!r}, found {feature}. Convert the labels.")
     return {value: str(value) for value in sorted(found)}
 
 
@@ -302,8 +292,8 @@ def _codes(labels: list[Any], names: dict[Any, str], split: str) -> np.ndarray:
         if label not in order:
             where = f" of split {split!r}" if split else ""
             raise DataError(
-                f"Row {row}{where} has the label {label!r}, which is none of {listed(names.values())}; drop the rows "
-                f"without a valid label before splitting."
+                f"Expected labels out of {listed(names.values())}, found {label!r} in row {row}{where}. Drop the rows "
+                "without a valid label."
             )
     return np.array([order[label] for label in labels], dtype=np.int64)
 
@@ -313,20 +303,18 @@ def _harmful_codes(harmful_classes: Sequence[str | int], names: dict[Any, str], 
     harmful_classes = list(harmful_classes) if listed_classes else harmful_classes
     if not isinstance(harmful_classes, list) or not harmful_classes:
         raise DataError(
-            f"harmful_classes should be a list with at least one class, but is {harmful_classes!r}; the classes are "
-            f"{listed(names.values())}."
+            f"Expected harmful_classes as a list out of {listed(names.values())}, found {harmful_classes!r}. Give at "
+            "least one."
         )
     by_name = {name: code for code, name in enumerate(names.values())}
     by_label = {label: code for code, label in enumerate(names)}
     harmful = set()
     for wanted in harmful_classes:
-        if isinstance(wanted, str):
-            code = by_name.get(wanted)
-        else:
-            code = by_label.get(wanted) if isinstance(wanted, Hashable) else None
-        if code is None or code not in present:
+        known = by_name if isinstance(wanted, str) else by_label
+        code = known.get(wanted) if isinstance(wanted, Hashable) else None
+        if code not in present:
             there = [name for code, name in enumerate(names.values()) if code in present]
-            raise DataError(f"The class {wanted!r} is not in the data; the classes there are {listed(there)}.")
+            raise DataError(f"Expected harmful classes out of {listed(there)}, found {wanted!r}. Choose one of these.")
         harmful.add(code)
     return harmful
 

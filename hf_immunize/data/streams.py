@@ -1,4 +1,4 @@
-"""Streamed data sets, read by position so that sampling, sharding and resuming stay as for stored ones."""
+"""Streamed datasets, read by position, so that sampling, sharding and resuming work as for stored ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from hf_immunize.errors import DataError
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether a data set can only be read from its beginning on."""
+    """Whether a dataset can be iterated but has no length."""
     return dataset is not None and not hasattr(dataset, "__len__") and hasattr(dataset, "__iter__")
 
 
 class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """A stream as rows by position, which may only grow; it begins anew when it ends."""
+    """A stream as rows by position over all passes; going back reads it again.
+
+    Its order is kept: shuffle the stream with a seed before. With ``raw``, rows come as the stream has them, else as
+    `ImageRows` gives them.
+    """
 
     def __init__(
         self,
@@ -31,8 +35,8 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
     ) -> None:
         if iter(dataset) is dataset:
             raise DataError(
-                f"Expected {name} to be readable more than once, found an iterator, which is used up by one pass. "
-                "Give a datasets.IterableDataset, for example from load_dataset(..., streaming=True)."
+                f"Expected {name} to be readable more than once, found an iterator. Give a datasets.IterableDataset, "
+                "for example from load_dataset(..., streaming=True)."
             )
         first = next(iter(dataset), None)
         if first is None:
@@ -42,8 +46,8 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
         self._raw = raw
         if not raw:
             self._image, self._label = find_columns([first], image_column, label_column, need_label=False)
-        self._length: int | None = None  # known once the end was seen
-        self._position = 0  # of the row that comes next, counted from the beginning of this pass
+        self._length: int | None = None  # known after the first pass
+        self._position = 0  # of the next row in this pass
         self._pass = 0
         self._rows: Iterator[dict[str, Any]] = iter(())
         self._started = False

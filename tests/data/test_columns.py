@@ -1,101 +1,69 @@
-"""Columns are found and labels are checked, before any image is read."""
+"""Columns and class names are found, and labels are checked, before any image is read."""
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import ViTConfig
 
-from hf_immunize.data.columns import find_columns, validate_labels
+from hf_immunize.data.columns import find_columns, label_outputs, outputs_by_name, validate_labels
 from hf_immunize.errors import DataError
 
 
-def dataset_of(**columns):
-    """Make an empty dataset with columns of these features."""
+CLASSES, IMAGE, INTEGER = datasets.ClassLabel(names=["a", "b"]), datasets.Image(), datasets.Value("int64")
+
+
+def empty(**columns):
     return datasets.Dataset.from_dict({name: [] for name in columns}, features=datasets.Features(columns))
 
 
-CLASSES = datasets.ClassLabel(names=["a", "b"])
-INTEGER = datasets.Value("int64")
+@pytest.mark.parametrize(
+    ("data", "options", "found"),
+    [
+        (empty(photo=IMAGE, kind=CLASSES, label=INTEGER), {}, ("photo", "kind")),
+        (empty(img=IMAGE, label=INTEGER), {}, ("img", "label")),
+        (empty(img=IMAGE, labels=INTEGER), {}, ("img", "labels")),
+        (empty(img=IMAGE, label=CLASSES, coarse=CLASSES), {}, ("img", "label")),
+        (empty(img=IMAGE, fine=CLASSES, coarse=CLASSES), {"label_column": "fine"}, ("img", "fine")),
+        (empty(img=IMAGE, mask=IMAGE, label=CLASSES), {"image_column": "img"}, ("img", "label")),
+        (empty(img=IMAGE), {"need_label": False}, ("img", None)),
+        ([{"x": Image.new("L", (4, 4)), "label": 0}], {}, ("x", "label")),
+        ([{"pixel_values": torch.zeros(3, 8, 8), "labels": 1}], {}, ("pixel_values", "labels")),
+    ],
+)
+def test_columns_are_found(data, options, found):
+    assert find_columns(data, **options) == found
 
 
-def test_the_image_and_the_class_column_are_found_by_type():
-    assert find_columns(dataset_of(photo=datasets.Image(), kind=CLASSES, label=INTEGER)) == ("photo", "kind")
-
-
-@pytest.mark.parametrize("name", ["label", "labels"])
-def test_integer_labels_are_found_by_name(name):
-    assert find_columns(dataset_of(img=datasets.Image(), **{name: INTEGER})) == ("img", name)
-
-
-def test_of_several_class_columns_the_one_named_label_is_taken():
-    assert find_columns(dataset_of(img=datasets.Image(), label=CLASSES, coarse=CLASSES))[1] == "label"
-
-
-def test_several_class_columns_are_refused():
-    data = dataset_of(img=datasets.Image(), fine_label=CLASSES, coarse_label=CLASSES)
-    with pytest.raises(DataError, match=r"several: 'fine_label', 'coarse_label'.*label_column="):
-        find_columns(data)
-    assert find_columns(data, label_column="fine_label") == ("img", "fine_label")
-
-
-def test_missing_labels_matter_only_where_needed():
-    data = dataset_of(img=datasets.Image())
-    assert find_columns(data, need_label=False) == ("img", None)
-    with pytest.raises(DataError, match="found none among 'img'"):
-        find_columns(data)
-
-
-def test_two_image_columns_are_refused():
-    data = dataset_of(img=datasets.Image(), mask=datasets.Image(), label=CLASSES)
-    with pytest.raises(DataError, match=r"2 image columns among 'img', 'mask', 'label'"):
-        find_columns(data)
-    assert find_columns(data, image_column="img") == ("img", "label")
-
-
-def test_no_image_column_lists_what_there_is():
-    with pytest.raises(DataError, match=r"no image column.*'text', 'label'"):
-        find_columns(dataset_of(text=datasets.Value("string"), label=CLASSES))
-
-
-@pytest.mark.parametrize("option", ["image_column", "label_column"])
-def test_a_column_that_is_not_there_is_refused(option):
-    with pytest.raises(DataError, match=rf"{option}='nope' is not in the dataset; its columns are 'img', 'label'"):
-        find_columns(dataset_of(img=datasets.Image(), label=CLASSES), **{option: "nope"})
-
-
-def test_a_transform_is_taken_by_what_it_yields(image_dataset):
+def test_a_transform_is_read_by_what_it_yields(image_dataset):
     data = image_dataset.with_transform(lambda rows: {"pixel_values": rows["image"], "labels": rows["label"]})
     assert find_columns(data) == ("pixel_values", "labels")
 
 
-def test_a_torch_dataset_of_images_is_taken_by_its_items():
-    assert find_columns([{"x": Image.new("L", (4, 4)), "label": 0}]) == ("x", "label")
+SPLIT = empty(img=IMAGE, label=CLASSES)
 
 
-def test_splits_are_refused(image_dataset):
-    with pytest.raises(DataError, match="choose one of 'train', 'test'"):
-        find_columns(datasets.DatasetDict(train=image_dataset, test=image_dataset))
-
-
-def test_several_datasets_by_name_are_refused(image_dataset):
-    with pytest.raises(DataError, match="a dictionary with 'a', 'b'; give one of its values"):
-        find_columns({"a": image_dataset, "b": image_dataset})
-
-
-def test_a_streamed_dataset_is_refused(image_dataset):
-    with pytest.raises(DataError, match="got IterableDataset; load the data without streaming"):
-        find_columns(image_dataset.to_iterable_dataset())
-
-
-def test_an_empty_torch_dataset_is_refused():
-    with pytest.raises(DataError, match="empty"):
-        find_columns([])
-
-
-def test_items_that_are_no_dictionaries_are_refused():
-    with pytest.raises(DataError, match="a tuple"):
-        find_columns([(torch.zeros(3, 4, 4), 0)])
+@pytest.mark.parametrize(
+    ("data", "options", "named"),
+    [
+        (empty(img=IMAGE, fine=CLASSES, coarse=CLASSES), {}, "'fine', 'coarse'"),
+        (empty(img=IMAGE), {}, "found none among 'img'"),
+        (empty(img=IMAGE, mask=IMAGE, label=CLASSES), {}, "found 2 among 'img', 'mask', 'label'"),
+        (empty(text=datasets.Value("string"), label=CLASSES), {}, "found 0 among 'text', 'label'"),
+        (SPLIT, {"image_column": "nope"}, "image_column= out of 'img', 'label', found 'nope'"),
+        (SPLIT, {"label_column": "nope"}, "label_column= out of 'img', 'label', found 'nope'"),
+        (datasets.DatasetDict(train=SPLIT, test=SPLIT), {}, "'train', 'test'"),
+        ({"a": SPLIT, "b": SPLIT}, {}, "'a', 'b'"),
+        (datasets.Dataset.from_dict({"label": [0]}).to_iterable_dataset(), {}, "IterableDataset"),
+        ("name", {}, "str"),
+        ([], {}, "empty"),
+        ([(torch.zeros(3, 4, 4), 0)], {}, "tuple"),
+    ],
+)
+def test_columns_that_cannot_be_found_are_refused(data, options, named):
+    with pytest.raises(DataError, match=named):
+        find_columns(data, **options)
 
 
 def labelled(values, feature=None):
@@ -104,52 +72,89 @@ def labelled(values, feature=None):
 
 
 @pytest.mark.parametrize(
-    "values, message",
+    ("data", "found", "remedy"),
     [
-        ([0, 1, 3], r"Row 2 of train_dataset has the label 3.*num_labels=4"),
-        ([0, 3, 7], r"Row 1 of train_dataset has the label 3.*num_labels=8"),
-        ([0, -1], r"Row 1 of train_dataset has the label -1.*drop"),
-        ([None, 1], r"Row 0 of train_dataset has the label None.*drop"),
-        (["cat"], r"Row 0 of train_dataset has the label 'cat'.*class_encode_column"),
-        ([0.5], r"Row 0 of train_dataset has the label 0.5.*integers"),
-        ([True], r"Row 0 of train_dataset has the label True.*integers"),
+        (labelled([0, 1, 3]), "3 in row 2", "num_labels=4"),
+        (labelled([0, 3, 7]), "3 in row 1", "num_labels=8"),
+        (labelled([0, 3], datasets.ClassLabel(num_classes=8)), "3 in row 1", "num_labels=8"),
+        (labelled([0, 7]).with_format("torch"), "7 in row 1", "num_labels=8"),
+        (labelled([0, -1]), "-1 in row 1", "Drop"),
+        (labelled([None, 1]), "None in row 0", "Drop"),
+        (labelled(["cat"]), "'cat' in row 0", "class_encode_column"),
+        (labelled([0.5]), "0.5 in row 0", "integers"),
+        (labelled([True]), "True in row 0", "integers"),
     ],
 )
-def test_a_bad_label_is_named_with_its_row(values, message):
-    with pytest.raises(DataError, match=message):
-        validate_labels(labelled(values), "label", 3, "train_dataset")
-
-
-def test_good_labels_pass():
-    validate_labels(labelled([0, 1, 2]), "label", 3, "train_dataset")
-
-
-def test_the_remedy_fits_all_classes_that_have_names():
-    data = labelled([0, 3], datasets.ClassLabel(num_classes=8))
-    with pytest.raises(DataError, match="num_labels=8"):
+def test_a_bad_label_is_named_with_its_row(data, found, remedy):
+    with pytest.raises(DataError, match=f"{found} of train_dataset.*{remedy}"):
         validate_labels(data, "label", 3, "train_dataset")
 
 
-def test_labels_are_checked_whatever_the_format():
-    with pytest.raises(DataError, match="Row 1"):
-        validate_labels(labelled([0, 7]).with_format("torch"), "label", 3, "train_dataset")
+class Refusing(torch.utils.data.Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        raise AssertionError("an item was read")
 
 
-def test_images_are_not_read_to_check_labels(image_dataset, with_damaged):
-    validate_labels(with_damaged(image_dataset, 0, b"no image"), "label", 3, "train_dataset")
+def test_good_labels_pass_and_no_image_is_read(image_dataset, with_damaged):
+    unsigned = datasets.Dataset.from_dict({"label": np.arange(3, dtype=np.uint8)})
+    for data in (labelled([0, 1, 2]), unsigned, with_damaged(image_dataset, 0, b"no image"), Refusing()):
+        validate_labels(data, "label", 3, "train_dataset")
 
 
-def test_items_made_on_the_fly_are_not_read():
-    class Refusing(torch.utils.data.Dataset):
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, index):
-            raise AssertionError("an item was read")
-
-    validate_labels(Refusing(), "labels", 3, "train_dataset")
+def model_of(names):
+    return ViTConfig(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
 
 
-def test_labels_may_be_numpy_integers():
-    data = datasets.Dataset.from_dict({"label": np.arange(3, dtype=np.uint8)})
-    validate_labels(data, "label", 3, "train_dataset")
+PETS = model_of([f"pet {i}" for i in range(8)])
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "config", "expected"),
+    [
+        (["ant", "bee", "cat"], [0, 1, 2], model_of(["cat", "gun", "bee", "ant"]), [3, 2, 0]),
+        (["cat", "gun"], [0, 1], model_of(["cat", "gun", "bee"]), None),  # in the model's order
+        (["gun", "cat", "tank"], [0, 1], model_of(["cat", "gun"]), [1, 0, -1]),  # no row of the unknown class
+        (["gun", "cat", "tank"], [0, 2], model_of(["cat", "gun"]), "'tank'"),
+        (["cat", "dog"], [0, 1], ViTConfig(num_labels=8), "num_labels=2"),
+        (["cat", "dog"], [0, 1], PETS, "num_labels=2"),
+        (["ant", "bee"], [0, 1], ViTConfig(num_labels=2), None),
+        (["ant", "bee"], [0, 1], model_of(["eel", "fox"]), None),
+    ],
+)
+def test_labels_follow_the_models_names_and_are_numbers_only_where_they_can_be(names, labels, config, expected):
+    data = labelled(labels, datasets.ClassLabel(names=names))
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=expected):
+            label_outputs(data, "label", config, "train_dataset")
+    else:
+        assert label_outputs(data, "label", config, "train_dataset") == expected
+
+
+def test_data_without_names_are_read_by_number():
+    assert label_outputs([{"label": 1}], "label", model_of(["cat", "gun"]), "train_dataset") is None
+
+
+def test_a_name_of_two_outputs_counts_in_the_models_order_alone():
+    config = model_of(["crane", "cat", "crane"])
+    assert outputs_by_name(["crane", "cat", "crane"], config) == [0, 1, 2]
+    assert outputs_by_name(["cat", "crane"], config) == [1, -1]
+
+
+@pytest.mark.parametrize("field", ["label2id", "id2label"])
+def test_a_config_without_its_names_is_read(field):
+    config = model_of(["cat", "dog"])
+    names = {"label2id": config.label2id, "id2label": config.id2label}
+    fields = type("Config", (), names | {field: None, "num_labels": 2})
+    assert outputs_by_name(["dog", "cat"], fields) == ([1, 0] if field == "label2id" else None)
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], ["dog", "cat"]])
+def test_another_order_is_warned_of_where_a_transform_makes_the_labels(names, monkeypatch):
+    warned = []
+    monkeypatch.setattr("hf_immunize.data.columns.logger.warning_once", warned.append)
+    data = labelled([0, 1], datasets.ClassLabel(names=names)).with_transform(lambda rows: {"labels": rows["label"]})
+    assert label_outputs(data, "labels", model_of(["cat", "dog"]), "train_dataset") is None
+    assert len(warned) == (names != ["cat", "dog"])

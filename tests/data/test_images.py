@@ -66,7 +66,7 @@ def test_labels_of_a_torch_dataset_may_be_tensors():
 def test_a_label_out_of_range_is_named_on_access():
     items = [{"pixel_values": torch.zeros(3, 4, 4), "labels": label} for label in (0, 9)]
     rows = ImageRows(items, "train_dataset", "pixel_values", "labels", num_labels=3)
-    with pytest.raises(DataError, match="Row 1 of train_dataset has the label 9"):
+    with pytest.raises(DataError, match="9 in row 1 of train_dataset"):
         rows[1]
 
 
@@ -84,7 +84,7 @@ def test_a_damaged_image_is_named_with_its_row(image_dataset, with_damaged, dama
 
 def test_a_missing_image_is_named_with_its_row(image_dataset, with_damaged):
     rows = ImageRows(with_damaged(image_dataset, 3, None), "harmful_dataset", "image", "label")
-    with pytest.raises(ImageDecodeError, match="Row 3 of harmful_dataset holds no image"):
+    with pytest.raises(ImageDecodeError, match="row 3 of harmful_dataset, found none"):
         rows[3]
 
 
@@ -201,7 +201,7 @@ def test_rows_without_labels_give_a_batch_without():
 
 
 def test_unequal_images_are_refused_with_both_shapes():
-    with pytest.raises(ShapeError, match=r"\(3, 8, 8\) and some \(3, 12, 9\).*resizes and crops"):
+    with pytest.raises(ShapeError, match=r"\(3, 8, 8\) and \(3, 12, 9\)"):
         ImageCollator(ViTImageProcessorPil(do_resize=False))(images((8, 8), (9, 12)))
 
 

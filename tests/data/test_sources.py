@@ -1,16 +1,27 @@
-"""Image data loads from what a newcomer types."""
+"""Images load from what a newcomer types, and are divided alike in every form, by part and by class."""
 
 import datasets
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from hf_immunize.data.columns import find_columns
-from hf_immunize.data.sources import load_image_dataset
+from hf_immunize.data.sources import (
+    HeldOut,
+    choose,
+    class_keys,
+    divide,
+    divide_classes,
+    load_image_dataset,
+    measured,
+    split_benign_harmful,
+)
 from hf_immunize.errors import DataError
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -19,114 +30,253 @@ def write_images(folder, **classes):
         (folder / name).mkdir(parents=True)
         for i, shade in enumerate(shades):
             Image.new("L", (8, 8), shade).save(folder / name / f"image_{i}.png")
-    return str(folder)
 
 
-def test_a_folder_of_classes(tmp_path):
-    data = load_image_dataset(write_images(tmp_path / "data", cat=[1, 2], dog=[3]))
-    assert data.features["label"].names == ["cat", "dog"] and sorted(data["label"][:]) == [0, 0, 1]
+# Folder of splits -> splits and how many images of what classes they have.
+FOLDERS = {
+    ("",): {"train": 3},
+    ("train", "test"): {"train": 3, "test": 3},
+    ("training", "val"): {"train": 3, "validation": 3},
+}
 
 
-def test_a_folder_of_splits(tmp_path):
-    write_images(tmp_path / "data" / "train", cat=[1, 2], dog=[3])
-    write_images(tmp_path / "data" / "test", cat=[4], dog=[5])
-    source = str(tmp_path / "data")
-    assert len(load_image_dataset(source)) == 3 and len(load_image_dataset(source, "test")) == 2
-
-
-def test_a_folder_val_is_the_split_validation(tmp_path):
-    write_images(tmp_path / "data" / "train", cat=[1], dog=[3])
-    write_images(tmp_path / "data" / "val", cat=[4], dog=[5])
-    assert len(load_image_dataset(str(tmp_path / "data"), "validation")) == 2
-
-
-@pytest.mark.parametrize("splits", [("",), ("train", "test")])
-def test_a_single_class_keeps_its_name(tmp_path, splits):
-    for split in splits:
-        write_images(tmp_path / "data" / split, gun=[1, 2])
-    data = load_image_dataset(str(tmp_path / "data"), splits[-1] or "train")
-    assert data.features["label"].names == ["gun"] and data["label"][:] == [0, 0]
-
-
-def test_images_at_several_depths_are_no_classes_and_the_remedy_says_so(tmp_path):
-    write_images(tmp_path / "data", cat=[1, 2], dog=[3])
-    write_images(tmp_path / "data" / "dog", puppy=[4])
-    data = load_image_dataset(str(tmp_path / "data"))
-    with pytest.raises(DataError, match="give each class a subfolder of its own"):
-        find_columns(data)
-
-
-def test_a_flat_folder_has_no_class(tmp_path):
-    (tmp_path / "data").mkdir()
-    Image.new("L", (8, 8)).save(tmp_path / "data" / "one.png")
-    assert list(load_image_dataset(str(tmp_path / "data")).features) == ["image"]
-
-
-def test_words_such_as_test_in_a_class_make_no_split(tmp_path):
-    data = load_image_dataset(write_images(tmp_path / "data", crash_test=[1, 2], dog=[3]))
-    assert len(data) == 3 and data.features["label"].names == ["crash_test", "dog"]
-
-
-def test_a_saved_dataset(tmp_path, image_dataset):
-    image_dataset.save_to_disk(tmp_path / "saved")
-    assert load_image_dataset(str(tmp_path / "saved"))["label"][:] == [0, 1, 2, 0, 1, 2]
-
-
-def test_saved_splits(tmp_path, image_dataset):
-    datasets.DatasetDict(train=image_dataset, test=image_dataset.select([0])).save_to_disk(tmp_path / "saved")
-    assert len(load_image_dataset(str(tmp_path / "saved"), "test")) == 1
-
-
-def test_a_parquet_file(tmp_path, image_dataset):
-    image_dataset.to_parquet(tmp_path / "some.parquet")
-    data = load_image_dataset(str(tmp_path / "some.parquet"))
-    assert data.features == image_dataset.features and data[3]["image"].getpixel((0, 0)) == 60
-
-
-def test_a_folder_of_parquet(tmp_path, image_dataset):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    image_dataset.to_parquet(folder / "train-00000-of-00001.parquet")
-    image_dataset.select([0, 1]).to_parquet(folder / "test-00000-of-00001.parquet")
-    assert len(load_image_dataset(str(folder))) == 6 and len(load_image_dataset(str(folder), "test")) == 2
-
-
-def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folders", list(FOLDERS))
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("crash_test", "dog"), ("gun",)])
+@pytest.mark.usefixtures("own_cache")
+def test_folders_of_classes_below_folders_of_splits(tmp_path, folders, classes, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    write_images(tmp_path / "data", cat=[1], dog=[3])
-    assert len(load_image_dataset("~/data")) == 2
+    for folder in folders:
+        write_images(tmp_path / "data" / folder, **{name: [1, 2, 3][: 3 - i] for i, name in enumerate(classes)})
+    count = sum(range(4 - len(classes), 4))
+    for split in FOLDERS[folders]:
+        data = load_image_dataset("~/data", split)
+        assert data.features["label"].names == list(classes) and len(data) == count
 
 
-def test_a_missing_split_lists_those_there_are(tmp_path):
-    source = write_images(tmp_path / "data", cat=[1], dog=[3])
-    with pytest.raises(DataError, match="no split 'test'; choose one of 'train'"):
-        load_image_dataset(source, "test")
+@pytest.mark.usefixtures("own_cache")
+def test_images_at_several_depths_are_no_classes(tmp_path):
+    write_images(tmp_path, cat=[1, 2], dog=[3])
+    write_images(tmp_path / "dog", puppy=[4])
+    with pytest.raises(DataError, match="each class a subfolder"):
+        find_columns(load_image_dataset(str(tmp_path)))
 
 
-def test_a_dataset_saved_alone_keeps_its_split(tmp_path, image_dataset):
+@pytest.mark.usefixtures("own_cache")
+def test_a_flat_folder_has_no_class(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "one.png")
+    assert list(load_image_dataset(str(tmp_path)).features) == ["image"]
+
+
+@pytest.mark.parametrize("form", ["saved", "saved splits", "one.parquet", "parquet folder"])
+@pytest.mark.usefixtures("own_cache")
+def test_stored_data_sets_load_as_they_were(tmp_path, image_dataset, form):
+    place, test = tmp_path / form, image_dataset.select([0])
+    if form == "saved":
+        image_dataset.save_to_disk(place)
+    elif form == "saved splits":
+        datasets.DatasetDict(train=image_dataset, test=test).save_to_disk(place)
+    elif form == "one.parquet":
+        image_dataset.to_parquet(place)
+    else:
+        place.mkdir()
+        image_dataset.to_parquet(place / "train-00000-of-00001.parquet")
+        test.to_parquet(place / "test-00000-of-00001.parquet")
+    data = load_image_dataset(str(place))
+    assert data.features == image_dataset.features and data["label"][:] == [0, 1, 2, 0, 1, 2]
+    assert data[3]["image"].getpixel((0, 0)) == 60
+    if form in ("saved splits", "parquet folder"):
+        assert len(load_image_dataset(str(place), "test")) == 1
+    else:
+        with pytest.raises(DataError, match=r"split 'test'.*found 'train'"):
+            load_image_dataset(str(place), "test")
+
+
+def test_a_data_set_saved_alone_keeps_its_split(tmp_path, image_dataset):
     datasets.Dataset(image_dataset.data, split="test").save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match="choose one of 'test'"):
+    with pytest.raises(DataError, match="found 'test'"):
         load_image_dataset(str(tmp_path / "saved"))
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./no", "a/b/c", "what is this?"])
-def test_no_path_and_no_name_is_refused(source):
-    with pytest.raises(DataError, match="neither an existing path nor the name of a dataset on the Hub"):
+@pytest.mark.parametrize(
+    "source", ["/no/such/folder", "./no", "a/b/c", "what is this?", "nobody/nothing", "", "a.csv"]
+)
+@pytest.mark.usefixtures("own_cache")
+def test_what_is_no_data_set_is_named(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("image,label\n")
+    with pytest.raises(DataError, match=source.replace("?", ".")):
         load_image_dataset(source)
 
 
-def test_a_name_that_the_hub_does_not_serve_is_refused():
-    with pytest.raises(DataError, match=r"'nobody/nothing' is no existing path.*Hub.*check the spelling"):
-        load_image_dataset("nobody/nothing")
+def rows(dataset):
+    return dataset["row"][:]
 
 
-def test_an_empty_folder_is_refused(tmp_path):
-    (tmp_path / "data").mkdir()
-    with pytest.raises(DataError, match="holds no image dataset that can be read"):
-        load_image_dataset(str(tmp_path / "data"))
+@pytest.fixture
+def many():
+    names = ["cat", "tench, Tinca tinca", "gun", "3"]
+    features = datasets.Features({"row": datasets.Value("int64"), "label": datasets.ClassLabel(names=names)})
+    return datasets.Dataset.from_dict({"row": range(40), "label": [i % 4 for i in range(40)]}, features=features)
 
 
-def test_another_file_is_refused(tmp_path):
-    (tmp_path / "labels.csv").write_text("image,label\n")
-    with pytest.raises(DataError, match="a parquet file or a folder"):
-        load_image_dataset(str(tmp_path / "labels.csv"))
+@pytest.mark.parametrize("given", [("validation", "test"), ("test", "validation"), ("test",), ("validation",)])
+def test_images_are_measured_on_the_validation_split_else_the_test_split(many, tmp_path, given):
+    sizes = {"validation": 5, "test": 7}
+    data = datasets.DatasetDict({"train": many} | {split: many.select(range(sizes[split])) for split in given})
+    data.save_to_disk(tmp_path / "data")
+    wanted = sizes["validation" if "validation" in given else "test"]
+    forms = (divide(data), divide(str(tmp_path / "data")))
+    found = [(parts.test, parts.held_out) for parts in forms] + [(measured(str(tmp_path / "data")), None)]
+    assert [(len(test), draw) for test, draw in found] == [(wanted, None)] * 3
+
+
+def test_what_is_held_out_is_the_same_in_every_form(many, tmp_path):
+    many.save_to_disk(tmp_path / "data")
+    draw = HeldOut(0.25, seed=3)
+    forms = [divide(source, draw).test for source in (many, datasets.DatasetDict(train=many), tmp_path / "data")]
+    forms += [measured(str(tmp_path / "data"), draw), measured(str(tmp_path / "data"), draw, "train")]
+    assert len({tuple(rows(form)) for form in forms}) == 1
+    assert set(rows(forms[0])) | set(rows(divide(many, draw).train)) == set(range(40))
+    assert len(forms[0]) == 10 and rows(divide(many, HeldOut(0.25, seed=4)).test) != rows(forms[0])
+
+
+def test_images_to_measure_on_may_come_from_elsewhere(many, tmp_path):
+    many.select([7]).save_to_disk(tmp_path / "test")
+    for test in (many.select([7]), str(tmp_path / "test")):
+        parts = divide(many, test=test)
+        assert (len(parts.train), rows(parts.test), parts.held_out) == (40, [7], None) and divide(parts) is parts
+
+
+def test_classes_are_split_after_the_images(many):
+    draw = HeldOut(0.25, seed=3)
+    benign, harmful = divide_classes(divide(many, draw), ["gun", "3"])
+    assert {*rows(benign.test), *rows(harmful.test)} == {*rows(divide(many, draw).test)}
+    assert {row % 4 for row in rows(harmful.train)} == {2, 3} and harmful.held_out == draw
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["tench, Tinca tinca"], ["tench, Tinca tinca"]),
+        (["gun,tench, Tinca tinca, cat"], ["gun", "tench, Tinca tinca", "cat"]),
+        (["3"], ["3"]),  # a name before a number
+        (["gun, 1", 0], ["gun", 1, 0]),
+        (["tench, Tinca"], ["tench", "Tinca"]),  # names of nothing, which the split refuses
+    ],
+)
+def test_classes_are_found_as_they_are_typed(many, typed, meant):
+    assert class_keys(many, typed) == meant
+
+
+def test_names_with_commas_may_be_stored_as_text():
+    data = datasets.Dataset.from_dict({"label": ["tench, Tinca", "gun"]})
+    assert class_keys(data, ["tench, Tinca,gun"]) == ["tench, Tinca", "gun"]
+
+
+def test_a_limit_draws_the_same_rows_as_a_shuffle_of_the_data_set(many):
+    assert choose(40, 10, seed=5) == rows(many.shuffle(seed=5).select(range(10)))
+    assert choose(4, 10, seed=5) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("source", [7, datasets.DatasetDict(), datasets.Dataset.from_dict({"row": [1]})])
+def test_what_cannot_be_divided_is_one_sentence(source):
+    with pytest.raises(DataError, match="Expected"):
+        divide(source)
+
+
+def labelled(values, feature=None, column="label"):
+    features = None if feature is None else datasets.Features({column: feature, "row": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({column: values, "row": list(range(len(values)))}, features=features)
+
+
+ABC = datasets.ClassLabel(names=["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("data", "harmful", "sides"),
+    [
+        # Each side: rows, labels, names of the classes.
+        (labelled([0, 1, 2, 1], ABC), ["b"], (([0, 2], [0, 1], "ac"), ([1, 3], [0, 0], "b"))),
+        (labelled([2, 1, 0, 1], ABC), ["a"], (([0, 1, 3], [1, 0, 0], "bc"), ([2], [0], "a"))),
+        (labelled([0, 1, 2], ABC), ["c", "a"], (([1], [0], "b"), ([0, 2], [0, 1], "ac"))),
+        (labelled([0, 1, 2], ABC), [1], (([0, 2], [0, 1], "ac"), ([1], [0], "b"))),
+        (labelled([0, 1, 2], ABC), [1, "b"], (([0, 2], [0, 1], "ac"), ([1], [0], "b"))),
+        (labelled([7, 3, 5, 3]), [3], (([0, 2], [1, 0], "57"), ([1, 3], [0, 0], "3"))),
+        (labelled(["g", "d", "c"]), ["g"], (([1, 2], [1, 0], "cd"), ([0], [0], "g"))),
+    ],
+)
+def test_rows_go_to_the_side_of_their_class_with_new_numbers(data, harmful, sides):
+    found = split_benign_harmful(data, harmful)
+    assert tuple((rows(side), side["label"][:], "".join(side.features["label"].names)) for side in found) == sides
+
+
+def test_a_label_column_of_another_name_can_be_given():
+    benign, _ = split_benign_harmful(labelled([0, 1], column="kind"), [1], label_column="kind")
+    assert benign.features["kind"].names == ["0"]
+
+
+def test_the_splits_of_a_dict_share_their_labels():
+    data = datasets.DatasetDict(train=labelled([0, 1, 2], ABC), test=labelled([2, 2], ABC))
+    benign, harmful = split_benign_harmful(data, ["b"])
+    assert isinstance(benign, datasets.DatasetDict) and benign["test"]["label"][:] == [1, 1]
+    assert len(harmful["train"]) == 1 and len(harmful["test"]) == 0
+    numbers = datasets.DatasetDict(train=labelled([0, 1]), test=labelled([2]))
+    assert split_benign_harmful(numbers, [1])[0]["test"].features["label"].names == ["0", "2"]
+
+
+def test_images_stay_with_their_rows_and_are_not_decoded(image_dataset, with_damaged):
+    for data, classes, shades in ((image_dataset, ["b"], [20, 80]), (image_dataset.select([5, 4, 0]), ["c"], [100])):
+        _, harmful = split_benign_harmful(data, classes)
+        assert [row["image"].getpixel((0, 0)) for row in harmful] == shades
+    benign, harmful = split_benign_harmful(with_damaged(image_dataset, 0, b"no image"), ["a"])
+    assert len(benign) == 4 and len(harmful) == 2
+
+
+def test_a_transform_is_not_run_and_stays(image_dataset):
+    calls = []
+
+    def transform(batch):
+        calls.append(len(batch["image"]))
+        return {"pixel_values": batch["image"], "labels": batch["label"]}
+
+    benign, _ = split_benign_harmful(image_dataset.with_transform(transform), ["a"])
+    assert calls == []
+    assert benign[0]["labels"] == 0 and calls == [1]
+
+
+ODD_CLASSES = [None, 3, 1.5, "abc", b"gun", {}, [], [None], [[]], [1.5], object()]
+
+
+@pytest.mark.parametrize(
+    ("data", "classes", "named"),
+    [
+        *((labelled([0, 1, 2], ABC), [wanted], f"'a', 'b', 'c', found {wanted!r}") for wanted in ("d", 3, "0")),
+        (labelled([0, 1], ABC), ["c"], "'a', 'b', found 'c'"),  # declared, without a row
+        *((labelled([0, 1, 2], ABC), odd, "'a', 'b', 'c', found ") for odd in ODD_CLASSES),
+        (labelled([0, 1, 2], ABC), ["a", "b", "c"], "all 3"),
+        (datasets.Dataset.from_dict({"text": ["x"]}), ["a"], "'text'"),
+        (labelled([0.5, 1.5]), ["a"], "float"),
+        (
+            datasets.DatasetDict(train=labelled([0], ABC), test=labelled([-1], ABC)),
+            ["a"],
+            "-1 in row 0.* 'test'",
+        ),
+        (labelled([0]).to_iterable_dataset(), ["a"], "IterableDataset"),
+    ],
+)
+def test_what_cannot_be_split_is_named(data, classes, named):
+    with pytest.raises(DataError, match=named):
+        split_benign_harmful(data, classes)
+
+
+@settings(deadline=None, max_examples=50)
+@given(labels=st.lists(st.integers(0, 4), min_size=2, max_size=20), harmful=st.sets(st.integers(0, 4), min_size=1))
+def test_every_row_is_kept_once_with_its_class(labels, harmful):
+    harmful &= set(labels)
+    if not harmful or harmful >= set(labels):
+        return
+    found = {}
+    for part in split_benign_harmful(labelled(labels), sorted(harmful)):
+        names = part.features["label"].names
+        found |= {row: int(names[label]) for row, label in zip(part["row"][:], part["label"][:], strict=True)}
+    assert found == dict(enumerate(labels))
