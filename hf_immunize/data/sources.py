@@ -310,7 +310,7 @@ def _harmful_codes(harmful_classes: Sequence[str | int], names: dict[Any, str], 
     by_label = {label: code for code, label in enumerate(names)}
     harmful = set()
     for wanted in harmful_classes:
-        known = by_name if isinstance(wanted, str) else by_label
+        known: dict[Any, int] = by_name if isinstance(wanted, str) else by_label
         code = known.get(wanted) if isinstance(wanted, Hashable) else None
         if code not in present:
             there = [name for code, name in enumerate(names.values()) if code in present]

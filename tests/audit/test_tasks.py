@@ -74,7 +74,7 @@ def test_splits_of_a_dataset_dict_are_used():
 def test_missing_label_names_its_row():
     rows = rows_of(*pictures(4, 0))
     rows[2]["labels"] = None
-    with pytest.raises(DataError, match="row 2 of the harmful training data"):
+    with pytest.raises(DataError, match="Row 2 of the harmful training data"):
         load_task("harmful", (rows, rows_of(*pictures(4, 1))), [])
 
 

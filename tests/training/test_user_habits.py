@@ -81,7 +81,7 @@ def of(kind, images, arguments, tiny, **options):
     ("kind", "found"),
     [
         (PlainLoader, "pixel_values"),
-        (OwnSampler, "sampler of your own"),
+        (OwnSampler, "PairedSampler"),
         (PopsLabels, "PopsLabels.compute_loss"),
         (UnpacksInputs, "UnpacksInputs.compute_loss"),
         (GoesPast, "GoesPast.compute_loss"),
