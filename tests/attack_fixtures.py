@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 from attacked import CLASSES, clusters, pictures, rows_of
 
-from hf_immunize.attacks.presets import ProbeBudget, TuningBudget, find_preset
+from hf_immunize.attacks.attacker import ProbeBudget, TuningBudget
+from hf_immunize.attacks.presets import find_preset
 from hf_immunize.attacks.probe_data import ProbeData
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from examples.networks.data import Data
 from examples.networks.probes import joined
-from hf_immunize.attacks.presets import Preset, TuningBudget, find_preset
+from hf_immunize.attacks.attacker import TuningBudget
+from hf_immunize.attacks.presets import Preset, find_preset
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import AuditResult
 from hf_immunize.audit.run import audit

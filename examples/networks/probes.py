@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.networks.data import Data
-from hf_immunize.attacks.presets import FINE_TUNING, PRESET_VERSION, RESTORING, Preset, find_preset
+from hf_immunize.attacks.presets import ATTACKERS, PRESET_VERSION, Preset, find_preset
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import AuditResult, Utility
 from hf_immunize.audit.run import audit
@@ -34,7 +34,7 @@ def settings(spec: dict[str, Any] | None, attackers: list[str] | None) -> dict[s
         ArgumentError: If an attacker is unknown, or puts public weights back.
     """
     found = {**DEFAULTS, **(spec or {}), **({"attackers": attackers} if attackers else {})}
-    if restoring := set(found["attackers"]) & set(RESTORING):
+    if restoring := [name for name in found["attackers"] if name in ATTACKERS and ATTACKERS[name].shares]:
         raise ArgumentError(
             f"Expected probes and fine-tuning, found {', '.join(sorted(restoring))}: whoever has the public weights "
             "has the starting model, whose figures stand beside in every row."
@@ -107,7 +107,7 @@ def strongest_by_class(report: AuditReport) -> dict[str, Any]:
         ``any_layer`` (at any layer, linear), and ``by_class`` (all attackers), each with ``before`` and ``after``.
     """
     summaries, found = summarize(report.data), {}
-    linear = [one for one in summaries if one.attacker not in (*NOT_LINEAR, *FINE_TUNING, *RESTORING)]
+    linear = [one for one in summaries if one.access != "fine_tuning" and one.attacker not in NOT_LINEAR]
     for name, task in report.data.tasks.items():
         found[name] = {
             "chance": task.chance,

@@ -1,1 +1,1 @@
-"""Attackers, the audit that runs them, and its report."""
+"""What an adversary does with a model: each attack is one `Attacker`, and `presets` has the list of them."""

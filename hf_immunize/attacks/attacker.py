@@ -1,34 +1,150 @@
-"""All attackers on fixed features, by name."""
+"""One attack: its name, what it may spend, how it runs, and what it found."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
-from hf_immunize.attacks import descent as first_order
-from hf_immunize.attacks import direct as nonlinear
-from hf_immunize.attacks import direct as second_order
-from hf_immunize.attacks import direct as softmax
-from hf_immunize.attacks.presets import ProbeBudget
-from hf_immunize.attacks.probe_data import Finding, ProbeData
+from hf_immunize.errors import ArgumentError
 
 
-Probe = Callable[[ProbeData, int, torch.dtype, ProbeBudget], Finding]
+Access = Literal["head_input", "fine_tuning"]
 
-PROBES: dict[str, Probe] = {
-    "ridge": second_order.ridge,
-    "whitening": second_order.whitening,
-    "lda": second_order.lda,
-    "conjugate_gradient": second_order.conjugate_gradient,
-    "gd_line_search": first_order.gd_line_search,
-    "sgd": first_order.sgd,
-    "momentum": first_order.momentum,
-    "adam": first_order.adam,
-    "adamw": first_order.adamw,
-    "batchnorm_adamw": first_order.batchnorm_adamw,
-    "lbfgs": softmax.lbfgs,
-    "logistic_regression": softmax.logistic_regression,
-    "knn": nonlinear.knn,
-    "mlp": nonlinear.mlp,
-}
+
+@dataclass(frozen=True)
+class Attacker:
+    """One attacker. Its module lists it in ``ATTACKERS``; presets, labels, tables and the report read that list.
+
+    Attributes:
+        name: In commands and files.
+        label: In reports.
+        access: What it has: the features at the classifier's input, or the weights.
+        closed_form: Whether it takes no gradient steps, which ill-conditioning slows.
+        run: ``(ProbeData, ProbeBudget, seed)`` for features. For fine-tuning ``(model, Part, TuningBudget, seed)``
+            with ``head_module`` and ``chosen``. Where `shares` are given ``({share: ProbeData}, ProbeBudget, seed)``.
+        preset: The smallest preset that runs it: "quick", "standard" or "full".
+        where: What it trains, for attackers with weights.
+        shares: Shares of the public starting weights that it tries; the audit makes the features of each mixture.
+    """
+
+    name: str
+    label: str
+    access: Access
+    closed_form: bool
+    run: Callable[..., Found]
+    preset: str = "full"
+    where: str = ""
+    shares: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one attack found; `Outcome` has the meaning of the fields."""
+
+    accuracy: float | None
+    steps: list[int] = field(default_factory=list)
+    curve: list[float] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    trials: int = 1
+    status: str = "done"
+    note: str = ""
+    validation: float | None = None  # by which the settings were chosen, where it is known
+
+
+@dataclass(frozen=True)
+class ProbeBudget:
+    """What one probe may spend, tuning included.
+
+    Attributes:
+        descent_steps: Steps of gradient descent with exact line search (each over all data).
+        iterations: Iterations of conjugate gradient; a third as many of L-BFGS for each penalty.
+        steps: Steps of optimizers on mini-batches; half as many for each learning rate tried.
+        batch_size: Images in a mini-batch.
+        rates: Learning rates tried, as multiples of a natural one on features scaled to a mean square of 1:
+            ``C/λ_max(ZᵀZ/N)`` for SGD and momentum (C classes), 0.01 for Adam and AdamW.
+        ridge_decades: How many decades below ``σ_max²`` the ridge strengths reach.
+        validation_fraction: Part of the training images on which settings are chosen.
+        seconds: Wall-clock time of an attack on mini-batches, half of it for the search of its settings. None: as long
+            as its steps take. Closed forms, solvers and neighbours run to their end.
+    """
+
+    descent_steps: int = 10_000
+    iterations: int = 100
+    steps: int = 300
+    batch_size: int = 128
+    rates: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
+    ridge_decades: int = 18
+    validation_fraction: float = 0.2
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        counts = {name: getattr(self, name) for name in ("descent_steps", "iterations", "steps", "batch_size")}
+        check_positive("{name} of probes", **counts, seconds=self.seconds)
+
+
+@dataclass(frozen=True)
+class TuningBudget:
+    """What one fine-tuning attack may spend.
+
+    Attributes:
+        steps: Steps of the attack with the settings chosen.
+        trial_steps: Steps of each setting tried.
+        batch_size: Images in a batch.
+        optimizers: Optimizer to the learning rates tried.
+        max_images: Training images at most.
+        max_test_images: Test images at most.
+        evaluations: How often accuracy is measured along the way.
+        seconds: Wall-clock time of an attack, half of it for the search of its settings. None: as long as its steps
+            take. Copying the model, and the one pass through a frozen part, come on top.
+    """
+
+    steps: int = 300
+    trial_steps: int = 100
+    batch_size: int = 32
+    optimizers: dict[str, tuple[float, ...]] | None = None
+    max_images: int = 5000
+    max_test_images: int = 2000
+    evaluations: int = 8
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        names = ("steps", "trial_steps", "batch_size", "max_images", "max_test_images", "evaluations", "seconds")
+        check_positive("{name} of fine-tuning", **{name: getattr(self, name) for name in names})
+
+
+# More steps or seeds than this never end, and their numbers fill all memory before the first.
+_MOST, _MOST_SEEDS = 100_000_000, 10_000
+
+
+def check_positive(what: str, **numbers: Any) -> None:
+    """Refuse numbers of a budget that are not positive, or not whole; seconds may be fractions."""
+    for name, value in numbers.items():
+        seconds = name == "seconds"
+        kinds, most = ((int, float), math.inf) if seconds else ((int,), _MOST_SEEDS if "seeds" in name else _MOST)
+        if value is None:
+            continue
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value <= most or value == math.inf:
+            whole = "" if seconds else f", a whole number up to {most:,}"
+            raise ArgumentError(f"Expected {what.format(name=name)} above 0{whole}, found {value!r}.")
+
+
+def guarded(attack: Callable[[], Found]) -> Found:
+    """Run an attack; if memory runs out or its decomposition fails, that is what it found.
+
+    >>> def attack():
+    ...     raise MemoryError("12 GiB")
+    >>> guarded(attack).status, guarded(attack).note
+    ('skipped', 'not enough memory: 12 GiB')
+    """
+    try:
+        return attack()
+    except torch.linalg.LinAlgError as error:
+        return Found(None, status="diverged", note=f"the decomposition failed: {str(error).splitlines()[0]}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        return Found(None, status="skipped", note=f"not enough memory: {str(error).partition(chr(10))[0]}")

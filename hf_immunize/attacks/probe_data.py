@@ -1,9 +1,11 @@
-"""Features under attack: the split an attacker tunes on, and the decompositions that its probes share."""
+"""Features under attack: the split on which an attacker tunes, and the decompositions that its probes share."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,90 +18,57 @@ from hf_immunize.errors import DataError, NonFiniteError
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What one attack found; `Outcome` has the meaning of the fields.
-
-    `validation` is the accuracy by which the settings were chosen, where it is known.
-    """
-
-    accuracy: float | None
-    steps: list[int] = field(default_factory=list)
-    curve: list[float] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    trials: int = 1
-    status: str = "done"
-    note: str = ""
-    validation: float | None = None
-
-
 class Spectrum(NamedTuple):
-    """``Z = U diag(s) Vᵀ`` with the directions at rounding level left out."""
+    """``Z = U diag(s) Vᵀ`` without the directions at rounding level."""
 
     U: Tensor  # (N, r)
     s: Tensor  # (r,)
     V: Tensor  # (D, r)
 
 
-class Part(NamedTuple):
-    """Rows to learn from and rows to measure on."""
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Rows to learn from and rows to measure on: features, or pixel values."""
 
-    Z: Tensor  # (n, D)
+    Z: Tensor  # (n, …)
     y: Tensor  # (n,)
-    Z_test: Tensor  # (m, D)
+    Z_test: Tensor  # (m, …)
     y_test: Tensor  # (m,)
+    num_classes: int
 
+    @cached_property
+    def targets(self) -> Tensor:
+        """One-hot labels of the rows to learn from, ``(n, C)``."""
+        return torch.nn.functional.one_hot(self.y, self.num_classes).to(self.Z.dtype)
 
-def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to fit on and rows to choose settings on, class by class.
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Decomposition of the rows to learn from."""
+        return decompose(self.Z)
 
-    A class of one image is fitted on. Where no class has two, both parts are all rows.
+    def mapped(self, shift: Tensor | float, scale: Tensor | float) -> Part:
+        """The same with ``(Z − shift)/scale`` on both sides."""
+        return Part((self.Z - shift) / scale, self.y, (self.Z_test - shift) / scale, self.y_test, self.num_classes)
 
-    Args:
-        labels: Class numbers, ``(N,)``.
-        fraction: Part of each class to choose settings on, rounded, at least one of two or more.
-        seed: Seed of the draw.
+    def standardized(self) -> Part:
+        """Every feature with mean 0 and variance 1 over the rows to learn from; constant features become 0."""
+        mean, std = self.Z.mean(dim=0), self.Z.std(dim=0, unbiased=False)
+        # Below this a feature is its own rounding.
+        return self.mapped(mean, torch.where(std > 4 * torch.finfo(self.Z.dtype).eps * mean.abs(), std, torch.inf))
 
-    Returns:
-        Indices of both parts, in ascending order.
-
-    Example:
-        >>> fit, validation = stratified_split(torch.tensor([0, 0, 0, 0, 0, 1]), 0.2, seed=0)
-        >>> len(fit), len(validation), 5 in fit
-        (5, 1, True)
-    """
-    generator = np.random.default_rng(seed)
-    values = labels.cpu().numpy()
-    held = np.zeros(len(values), dtype=bool)
-    for label in np.unique(values):
-        rows = generator.permutation(np.flatnonzero(values == label))
-        if len(rows) > 1:
-            held[rows[: max(1, min(len(rows) - 1, round(fraction * len(rows))))]] = True
-    everything = torch.arange(len(values))
-    if not held.any():
-        return everything, everything
-    mask = torch.from_numpy(held)
-    return everything[~mask], everything[mask]
+    def scaled(self) -> Part:
+        """Divided by one number, such that the mean square is 1: the rate of the bias then fits the others."""
+        size = float(self.Z.square().mean().sqrt())
+        return self if size == 0 else self.mapped(0.0, size)
 
 
 class ProbeData:
-    """Features and labels of one task at one layer of one model.
+    """Features ``(N, D)`` and class numbers of one task at one layer of one model, and what attacks computed of them.
 
-    Args:
-        Z: Training features, ``(N, D)``.
-        y: Their class numbers, ``(N,)``.
-        Z_test: Test features, ``(M, D)``.
-        y_test: Their class numbers, ``(M,)``.
-        num_classes: Number of classes.
-
-    Raises:
-        DataError: If sizes do not fit.
-        NonFiniteError: If a feature is NaN or infinite.
-
-    Example:
-        >>> data = ProbeData(torch.randn(6, 2), torch.tensor([0, 1] * 3), torch.randn(2, 2), torch.tensor([0, 1]), 2)
-        >>> [tuple(part.shape) for part in data.tuning(0, 0.34, torch.float64)]
-        [(4, 2), (4,), (2, 2), (2,)]
+    >>> data = ProbeData(torch.randn(6, 2), torch.tensor([0, 1] * 3), torch.randn(2, 2), torch.tensor([0, 1]), 2)
+    >>> part = data.tuning(0, 0.34)
+    >>> tuple(part.Z.shape), tuple(part.Z_test.shape)
+    ((4, 2), (2, 2))
     """
 
     def __init__(self, Z: Tensor, y: Tensor, Z_test: Tensor, y_test: Tensor, num_classes: int) -> None:
@@ -114,54 +83,39 @@ class ProbeData:
                     f"Expected finite {name} features, found NaN or infinity. Check the model's weights and precision."
                 )
         self.Z, self.y, self.Z_test, self.y_test, self.num_classes = Z, y, Z_test, y_test, num_classes
-        self._kept: dict[Any, Any] = {}
-        self._seed: int | None = None
-        self._kept_of_seed: dict[Any, Any] = {}
+        self.dtype = torch.float64  # of all arithmetic on them
+        self._kept: dict[int | None, dict[Any, Any]] = {}
 
-    def whole(self, dtype: torch.dtype) -> Part:
+    def at(self, dtype: torch.dtype) -> ProbeData:
+        """The same data for arithmetic in another precision; what is kept is shared."""
+        view = copy.copy(self)
+        view.dtype = dtype
+        return view
+
+    def whole(self) -> Part:
         """All training rows, and the test rows."""
-        return self.keep(
-            None, ("whole", dtype), lambda: Part(self.Z.to(dtype), self.y, self.Z_test.to(dtype), self.y_test)
-        )
 
-    def tuning(self, seed: int, fraction: float, dtype: torch.dtype) -> Part:
+        def make() -> Part:
+            return Part(self.Z.to(self.dtype), self.y, self.Z_test.to(self.dtype), self.y_test, self.num_classes)
+
+        return self.keep(None, ("whole", self.dtype), make)
+
+    def tuning(self, seed: int, fraction: float) -> Part:
         """The training rows divided by a seed: what settings are tried on."""
 
         def divide() -> Part:
             fit, validation = stratified_split(self.y, fraction, seed)
-            return Part(self.Z[fit].to(dtype), self.y[fit], self.Z[validation].to(dtype), self.y[validation])
+            Z, Z_test = self.Z[fit].to(self.dtype), self.Z[validation].to(self.dtype)
+            return Part(Z, self.y[fit], Z_test, self.y[validation], self.num_classes)
 
-        return self.keep(seed, ("tuning", fraction, dtype), divide)
-
-    def spectrum(self, part: Part, seed: int | None, dtype: torch.dtype) -> Spectrum:
-        """Singular value decomposition of a part's training rows, computed once.
-
-        Args:
-            part: What `whole` or `tuning` returned.
-            seed: The seed of `tuning`; None for `whole`.
-            dtype: Precision of the computation.
-
-        Returns:
-            The decomposition.
-        """
-        return self.keep(seed, ("spectrum", dtype), lambda: decompose(part.Z))
+        return self.keep(seed, ("tuning", fraction, self.dtype), divide)
 
     def keep(self, seed: int | None, key: Any, make: Callable[[], T]) -> T:
-        """What was made before under this key, else what `make` makes.
-
-        Args:
-            seed: Whose draw it depends on; things of one seed are dropped when the next one comes. None: of none.
-            key: Anything hashable.
-            make: Called when there is none yet.
-
-        Returns:
-            The thing.
-        """
-        store = self._kept
-        if seed is not None:
-            if seed != self._seed:
-                self._seed, self._kept_of_seed = seed, {}
-            store = self._kept_of_seed
+        """What was made under this key, else what `make` makes; things of one seed go when the next seed comes."""
+        if seed is not None and seed not in self._kept:
+            for other in [one for one in self._kept if one is not None]:
+                del self._kept[other]
+        store = self._kept.setdefault(seed, {})
         if key not in store:
             store[key] = make()
         found: T = store[key]
@@ -169,24 +123,33 @@ class ProbeData:
 
     def forget(self) -> None:
         """Drop what was kept for later attacks."""
-        self._kept, self._kept_of_seed, self._seed = {}, {}, None
+        self._kept.clear()
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to fit on and rows to choose settings on, class by class; a class of one row is fitted on.
+
+    >>> fit, validation = stratified_split(torch.tensor([0, 0, 0, 0, 0, 1]), 0.2, seed=0)
+    >>> len(fit), len(validation), 5 in fit
+    (5, 1, True)
+    """
+    generator = np.random.default_rng(seed)
+    values = labels.cpu().numpy()
+    validation = torch.zeros(len(values), dtype=torch.bool)
+    for label in np.unique(values):
+        rows = generator.permutation(np.flatnonzero(values == label))
+        if len(rows) > 1:
+            validation[rows[: max(1, min(len(rows) - 1, round(fraction * len(rows))))]] = True
+    every = torch.arange(len(values))
+    # Where no class has two rows, both parts are all rows.
+    return (every[~validation], every[validation]) if validation.any() else (every, every)
 
 
 def decompose(Z: Tensor) -> Spectrum:
-    """Thin singular value decomposition, without the directions below the rounding of the arithmetic itself.
+    """Thin singular value decomposition, cut at ``eps·sqrt(max(N, D))·σ_max``: the rounding of its own arithmetic.
 
-    An attacker keeps directions as small as his arithmetic can tell: the cut is at ``eps·sqrt(max(N, D))·σ_max`` of
-    the precision computed in, not at the noise of the features.
-
-    Args:
-        Z: Features, ``(N, D)``.
-
-    Returns:
-        ``U``, ``s``, ``V``; of rank 0 where all features are zero.
-
-    Example:
-        >>> decompose(torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0]])).s
-        tensor([3., 1.])
+    >>> decompose(torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0]])).s
+    tensor([3., 1.])
     """
     n, d = Z.shape
     if n > d:
@@ -200,13 +163,8 @@ def decompose(Z: Tensor) -> Spectrum:
     return Spectrum(U[:, keep], s[keep], Vh[keep].mT.contiguous())
 
 
-def one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """One-hot rows, ``(N, C)``."""
-    return torch.nn.functional.one_hot(labels, num_classes).to(dtype)
-
-
 def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy of scores ``(M, C)``; not a number among them counts as a miss."""
+    """Top-1 accuracy of scores ``(M, C)``; NaN among them counts as a miss."""
     hits = (scores.argmax(dim=1) == labels) & torch.isfinite(scores).all(dim=1)
     return float(hits.double().mean())
 
@@ -214,9 +172,8 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 def log_steps(last: int, per_decade: int = 8) -> list[int]:
     """Whole numbers from 1 to `last`, evenly spaced in logarithm.
 
-    Example:
-        >>> log_steps(100, per_decade=3)
-        [1, 2, 5, 10, 22, 46, 100]
+    >>> log_steps(100, per_decade=3)
+    [1, 2, 5, 10, 22, 46, 100]
     """
     count = max(2, round(per_decade * np.log10(max(last, 1))) + 1)
     return sorted({round(step) for step in np.geomspace(1, last, count)})
@@ -225,37 +182,9 @@ def log_steps(last: int, per_decade: int = 8) -> list[int]:
 def best_index(accuracies: list[float]) -> int:
     """The best of settings in order of strength; of ties, which are frequent on few images, the middle one.
 
-    Example:
-        >>> best_index([0.1, 0.5, 0.5, 0.5, 0.2])
-        2
+    >>> best_index([0.1, 0.5, 0.5, 0.5, 0.2])
+    2
     """
     top = max(accuracies)
     tied = [index for index, value in enumerate(accuracies) if value == top]
     return tied[len(tied) // 2]
-
-
-def guarded(attack: Callable[[], Finding]) -> Finding:
-    """Run an attack whose failure, for want of memory or of an algorithm that converges, is a finding.
-
-    Args:
-        attack: The attack.
-
-    Returns:
-        What it found; "skipped" or "diverged" where it failed so. Other errors are raised.
-
-    Example:
-        >>> def attack():
-        ...     raise MemoryError("12 GiB")
-        >>> guarded(attack).status, guarded(attack).note
-        ('skipped', 'not enough memory: 12 GiB')
-    """
-    try:
-        return attack()
-    except MemoryError as error:
-        return Finding(None, status="skipped", note=f"not enough memory: {error}")
-    except torch.linalg.LinAlgError as error:
-        return Finding(None, status="diverged", note=f"the decomposition failed: {str(error).splitlines()[0]}")
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        return Finding(None, status="skipped", note=f"not enough memory: {str(error).splitlines()[0]}")

@@ -1,4 +1,4 @@
-"""An attacker who has the public weights that immunization started from puts them back, wholly or in part."""
+"""An attacker who has the public weights that immunization started from restores them, wholly or in part."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_immunize.attacks.attacker import Attacker, Found, ProbeBudget
 from hf_immunize.attacks.direct import ridge
-from hf_immunize.attacks.presets import ProbeBudget
-from hf_immunize.attacks.probe_data import Finding, ProbeData
+from hf_immunize.attacks.probe_data import ProbeData
 from hf_immunize.errors import DataError
 
 
@@ -17,23 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Shares of the public weights that the interpolating attacker tries.
-SHARES = (0.5, 0.8)
-
-
-def moved_parameters(model: PreTrainedModel, reference: PreTrainedModel) -> list[str]:
-    """Names of the tensors in which two checkpoints of one architecture differ.
-
-    Args:
-        model: The immunized model.
-        reference: The model before.
-
-    Returns:
-        Names, of parameters and buffers.
-
-    Raises:
-        DataError: If their tensors have other names or shapes.
-    """
+def changed_parameters(model: PreTrainedModel, reference: PreTrainedModel) -> list[str]:
+    """Names of the parameters and buffers in which two checkpoints of one architecture differ."""
     ours, theirs = model.state_dict(), reference.state_dict()
     shared = [name for name in ours if name in theirs and ours[name].shape == theirs[name].shape]
     odd = [name for name in {**ours, **theirs} if name not in set(shared)]
@@ -47,19 +32,10 @@ def moved_parameters(model: PreTrainedModel, reference: PreTrainedModel) -> list
 
 
 def interpolate(model: PreTrainedModel, reference: PreTrainedModel, share: float) -> PreTrainedModel:
-    """A copy of the immunized model whose moved tensors are brought back towards the public ones.
-
-    Args:
-        model: The immunized model.
-        reference: The model before.
-        share: Of the public weights, between 0 (none) and 1 (swapped).
-
-    Returns:
-        The copy.
-    """
+    """A copy of the model whose weights are mixed with a share of the reference's: 0 none, 1 all."""
     restored = copy.deepcopy(model)
     state, theirs = restored.state_dict(), reference.state_dict()
-    for name in moved_parameters(model, reference):
+    for name in changed_parameters(model, reference):
         ours = state[name]
         if ours.is_floating_point():
             mixed = (1 - share) * ours.double() + share * theirs[name].to(ours.device).double()
@@ -70,23 +46,28 @@ def interpolate(model: PreTrainedModel, reference: PreTrainedModel, share: float
     return restored
 
 
-def best_share(candidates: dict[float, ProbeData], seed: int, budget: ProbeBudget) -> Finding:
-    """The ridge probe behind the mixture of weights that validation prefers.
-
-    Args:
-        candidates: Share of the public weights to the features of that mixture.
-        seed: Draws the rows that share and strength are chosen on.
-        budget: Of the probe.
-
-    Returns:
-        The finding; diverged where there is no candidate.
-    """
+def best_share(candidates: dict[float, ProbeData], budget: ProbeBudget, seed: int) -> Found:
+    """The ridge probe on the mixture of weights that validation prefers."""
     if not candidates:
-        return Finding(None, status="diverged", note="every mixture of the weights gave features that are not finite")
-    found = {share: ridge(data, seed, torch.float64, budget) for share, data in candidates.items()}
+        return Found(None, status="diverged", note="every mixture of the weights gave features that are not finite")
+    found = {share: ridge(data, budget, seed) for share, data in candidates.items()}
     best = max(found, key=lambda share: found[share].validation or 0.0)
-    return Finding(
+    return Found(
         found[best].accuracy,
         settings={"share_of_public_weights": best, **found[best].settings},
-        trials=sum(finding.trials for finding in found.values()),
+        trials=sum(one.trials for one in found.values()),
     )
+
+
+ATTACKERS = (
+    Attacker("restore_swap", "restoring the public weights", "fine_tuning", True, best_share, "quick", shares=(1.0,)),
+    Attacker(
+        "restore_interpolation",
+        "mixing the public weights back in",
+        "fine_tuning",
+        True,
+        best_share,
+        "quick",
+        shares=(0.5, 0.8),
+    ),
+)

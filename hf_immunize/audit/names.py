@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from hf_immunize.attacks.presets import find_attacker
 from hf_immunize.text import printable
 
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-LABELS = {
-    "adam": "Adam",
-    "adamw": "AdamW",
-    "batchnorm_adamw": "AdamW behind a BatchNorm",
-    "bias_only": "fine-tuning of the biases",
-    "conjugate_gradient": "conjugate gradient",
-    "gd_line_search": "gradient descent with exact line search",
-    "knn": "k nearest neighbours",
-    "last_stage": "fine-tuning of the last stage",
-    "lbfgs": "L-BFGS",
-    "lda": "linear discriminant analysis",
-    "logistic_regression": "scikit-learn's logistic regression",
-    "mlp": "an MLP head",
-    "momentum": "SGD with momentum",
-    "restore_interpolation": "mixing the public weights back in",
-    "restore_swap": "putting the public weights back",
-    "ridge": "closed-form least squares (ridge)",
-    "sgd": "SGD",
-    "whitening": "least squares on whitened features",
-    "whole_network": "fine-tuning of the whole network",
-}
 CLASSES = {
     "head_input": "Probes at the classifier's input",
     "any_layer": "Probes at any layer",
@@ -53,15 +32,14 @@ def clean(text: object, length: int = 80) -> str:
 
 
 def label(attacker: str) -> str:
-    """An attacker's name for people: without underscores, unless a better one is known.
+    """An attacker's name for people; of one that is unknown, its own without underscores.
 
     Example:
         >>> label("gd_line_search"), label("lora_r8"), label("head_first")
         ('gradient descent with exact line search', 'LoRA of rank 8', 'head first')
     """
-    if rank := re.fullmatch(r"lora_r(\d{1,6})", attacker):
-        return f"LoRA of rank {rank.group(1)}"
-    return LABELS.get(attacker) or clean(attacker).replace("_", " ")
+    known = find_attacker(attacker)
+    return known.label if known else clean(attacker).replace("_", " ")
 
 
 def percent(value: float | None) -> str:

@@ -26,11 +26,10 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 from transformers.utils import logging
 
-from hf_immunize.attacks.attacker import PROBES
-from hf_immunize.attacks.finetune import fine_tune
-from hf_immunize.attacks.presets import PRESET_VERSION, RESTORING, Preset, find_preset
-from hf_immunize.attacks.probe_data import Finding, ProbeData, guarded
-from hf_immunize.attacks.restore import SHARES, best_share, interpolate, moved_parameters
+from hf_immunize.attacks.attacker import Attacker, Found, guarded
+from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_attacker, find_preset
+from hf_immunize.attacks.probe_data import Part, ProbeData
+from hf_immunize.attacks.restore import changed_parameters, interpolate
 from hf_immunize.audit.feature_metrics import Standing
 from hf_immunize.audit.journal import FeatureStore, Journal, View, fingerprint, key_of
 from hf_immunize.audit.passes import Pass, StoredPasses, make_folder
@@ -151,8 +150,8 @@ def _check_attackers(preset: Any, attackers: Any, has_reference: bool) -> Preset
             raise _wrong("preset", "attackers", "none", "An audit without attackers would report nothing.")
         if not has_reference:
             raise ArgumentError(
-                f"Expected a reference for {' and '.join(RESTORING)}, which put its weights back, found none. Give "
-                "the model before immunization, or name other attackers."
+                f"Expected a reference for {' and '.join(chosen.restoring)}, which put its weights back, found "
+                "none. Give the model before immunization, or name other attackers."
             )
     return chosen
 
@@ -271,7 +270,7 @@ class Plan:
 
     def restore_outcomes(self, attacker: str, task: AttackedTask, subject: str) -> list[Outcome]:
         """What is to be found by putting public weights back, not yet filled in."""
-        names = moved_parameters(self.models["immunized"], self.models["reference"])
+        names = changed_parameters(self.models["immunized"], self.models["reference"])
         where = f"{len(names)} tensors that immunization moved"
         return [
             Outcome(attacker, "fine_tuning", subject, task.name, where, seed, "float64")
@@ -283,10 +282,10 @@ class Plan:
 
         In the reference they are in place already.
         """
-        if not moved_parameters(self.models["immunized"], self.models["reference"]):
+        if not changed_parameters(self.models["immunized"], self.models["reference"]):
             return []
         return [
-            (attacker, (1.0,) if attacker == "restore_swap" or subject == "reference" else SHARES)
+            (attacker, (1.0,) if subject == "reference" else _attacker(attacker).shares)
             for attacker in self.preset.restoring
             if any(key_of(one) not in self.journal.outcomes for one in self.restore_outcomes(attacker, task, subject))
         ]
@@ -475,9 +474,9 @@ class Work:
         seed: int,
         dtype: torch.dtype,
     ) -> None:
-        def attack() -> Finding:
+        def attack() -> Found:
             assert data is not None  # None only where all outcomes are there
-            return PROBES[attacker](data, seed, dtype, self.preset.probe_budget)
+            return _attacker(attacker).run(data.at(dtype), self.preset.probe_budget, seed)
 
         outcome = Outcome(attacker, access, subject, task.name, layer, seed, str(dtype).removeprefix("torch."))
         self._attack(outcome, attack, 1.0 if access == "head_input" else 0.0)
@@ -492,7 +491,7 @@ class Work:
             for seed in range(self.preset.tuning_seeds):
                 precision = str(torch.float32).removeprefix("torch.")
                 outcome = Outcome(
-                    attacker, "fine_tuning", subject, task.name, _WHERE[attacker.split("_r")[0]], seed, precision
+                    attacker, "fine_tuning", subject, task.name, _attacker(attacker).where, seed, precision
                 )
                 if key_of(outcome) not in self.journal.outcomes and pixels is None:
                     pixels = self._pixels(task, budget.max_images, budget.max_test_images)
@@ -504,13 +503,10 @@ class Work:
                     settings: Any = settings,
                     attacker: str = attacker,
                     model: PreTrainedModel = model,
-                ) -> Finding:
+                ) -> Found:
                     if isinstance(held, str):
-                        return Finding(None, status="skipped", note=held)
-                    train, test = held
-                    return fine_tune(
-                        model, attacker, train, test, task.num_classes, seed, budget, self.head_module, settings
-                    )
+                        return Found(None, status="skipped", note=held)
+                    return _attacker(attacker).run(model, held, budget, seed, self.head_module, settings)
 
                 self._attack(outcome, attack, TUNING_WEIGHT)
                 # The first seed chooses the optimizer and the rate for the others.
@@ -530,8 +526,8 @@ class Work:
             )
         for images, limit in ((task.train, most), (task.test, most_test)):
             rows = torch.randperm(len(images), generator=generator)[:limit].sort().values
-            parts.append((images.pixels(self.processor, rows), images.labels[rows]))
-        return parts
+            parts += [images.pixels(self.processor, rows), images.labels[rows]]
+        return Part(*parts, task.num_classes)
 
     def _restore(self, task: AttackedTask, subject: str) -> None:
         """The public weights put back; in the reference they are already, so that it is read as it is."""
@@ -557,15 +553,12 @@ class Work:
                         features[0], task.train.labels, features[1], task.test.labels, task.num_classes
                     )
             for outcome in outcomes:
-
-                def attack(candidates: Any = candidates, seed: int = outcome.seed) -> Finding:
-                    return best_share(candidates, seed, self.preset.probe_budget)
-
-                self._attack(outcome, attack, 0.0)
+                run = partial(_attacker(attacker).run, candidates, self.preset.probe_budget, outcome.seed)
+                self._attack(outcome, run, 0.0)
 
     # ---- bookkeeping
 
-    def _attack(self, outcome: Outcome, attack: Callable[[], Finding], weight: float) -> None:
+    def _attack(self, outcome: Outcome, attack: Callable[[], Found], weight: float) -> None:
         key = key_of(outcome)
         if key not in self.journal.outcomes:
             self.bar.set_description(f"{outcome.subject}: {outcome.attacker}, {outcome.task}, seed {outcome.seed}")
@@ -598,12 +591,10 @@ def underflow_to_zero() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-_WHERE = {
-    "last_stage": "last stage and a new head",
-    "whole_network": "whole network and a new head",
-    "bias_only": "biases and a new head",
-    "lora": "low-rank adapters and a new head",
-}
+def _attacker(name: str) -> Attacker:
+    found = find_attacker(name)
+    assert found is not None  # a preset knows its attackers
+    return found
 
 
 def audit(
@@ -768,7 +759,7 @@ def _audit(
                 "the model before immunization."
             )
         else:
-            moved_parameters(models["immunized"], models["reference"])  # refuses another architecture
+            changed_parameters(models["immunized"], models["reference"])  # refuses another architecture
         if chosen.random:
             models["random"] = _random_like(models["immunized"])
         record = _record_of(model, revision, warnings)
@@ -930,13 +921,12 @@ def _without_choice(preset: Preset) -> dict[str, Any]:
 def _budget(preset: Preset, max_images: int | None) -> dict[str, Any]:
     """Steps, samples, seconds and settings, as a report states them."""
     probes, tuning = preset.probe_budget, preset.tuning_budget
-    attackers = {*preset.probes, *preset.layer_probes, *preset.flattened_probes, *preset.fine_tuning}
     limited = {
         "seconds_of_an_attack_that_trains": probes.seconds if probes.seconds is not None else tuning.seconds,
         "images_of_a_task": max_images,
     }
     return {
-        "attackers": len(attackers | set(preset.restoring)),
+        "attackers": len(preset.attackers),
         "probe_steps": preset.probe_budget.steps,
         "descent_steps": preset.probe_budget.descent_steps,
         "solver_iterations": preset.probe_budget.iterations,

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
+from hf_immunize.attacks.presets import find_attacker
 from hf_immunize.audit.result import AuditResult, Outcome, Utility
 from hf_immunize.errors import ShapeError
 
@@ -51,8 +52,6 @@ BROKEN_SHARE = 0.5
 # A serious price: a drop of benign accuracy, or of a task the user gave, of at least this much, the interval clear of
 # zero.
 SERIOUS_DROP = 0.05
-# Solvers that count no steps here and descend all the same: ill-conditioning may slow them.
-ITERATIVE = ("lbfgs", "logistic_regression")
 # Values this close, relative to the largest, are the same.
 _ROUNDING = 1e-12
 
@@ -212,7 +211,7 @@ def summarize(data: AuditResult) -> list[Summary]:
 
 
 def _summarize(runs: list[Outcome], test_size: int) -> Summary:
-    done = [run for run in runs if run.status == "done"]
+    done, known = [run for run in runs if run.status == "done"], find_attacker(runs[0].attacker)
     accuracies = {run.seed: reached(run) for run in done}
     mean, interval = mean_interval(list(accuracies.values())) if accuracies else (None, None)
     seconds, seconds_interval = mean_interval([run.seconds for run in runs])
@@ -228,7 +227,7 @@ def _summarize(runs: list[Outcome], test_size: int) -> Summary:
         diverged=sum(run.status == "diverged" for run in runs),
         skipped=sum(run.status == "skipped" for run in runs),
         notes=tuple(dict.fromkeys(run.note for run in runs if run.status != "done" and run.note)),
-        closed_form=bool(done) and runs[0].attacker not in ITERATIVE and not any(run.steps for run in done),
+        closed_form=bool(done) and (known is None or known.closed_form) and not any(run.steps for run in done),
         rise=statistics.fmean([late_rise(run.steps, run.curve) for run in done]) if done else 0.0,
         budget=max((run.steps[-1] for run in done if run.steps), default=0),
         before_divergence=max(before, default=None),

@@ -1,58 +1,54 @@
-"""Fine-tuning attackers learn, move only what they say, and record divergence."""
-
-from dataclasses import replace
+"""Fine-tuning attackers train what they say, on a copy, and restoring gives the public model."""
 
 import pytest
 import torch
 from attacked import CLASSES, pictures, tiny_resnet, tiny_vit
 
+from hf_immunize.attacks.attacker import TuningBudget
 from hf_immunize.attacks.finetune import fine_tune, prepare
-from hf_immunize.attacks.presets import FINE_TUNING
-from hf_immunize.errors import ArgumentError
+from hf_immunize.attacks.presets import find_attacker
+from hf_immunize.attacks.probe_data import Part
+from hf_immunize.attacks.restore import changed_parameters, interpolate
+from hf_immunize.errors import ArgumentError, DataError
 
 
-pytest_plugins = ["attack_fixtures"]
+NAMES = ["last_stage", "whole_network", "bias_only", "lora_r2"]
+SMALL = Part(*pictures(16, 0), *pictures(8, 1), CLASSES)
+LARGE = Part(*pictures(80, 0), *pictures(40, 1), CLASSES)
 
 
-ATTACKERS = ["last_stage", "whole_network", "bias_only", "lora_r2"]
-
-
-@pytest.mark.outcome
-@pytest.mark.parametrize("attacker", FINE_TUNING)
-def test_beats_chance_by_thirty_points(attacker, tuning_budget):
-    found = fine_tune(tiny_vit(), attacker, pictures(80, 0), pictures(40, 1), CLASSES, 0, tuning_budget)
-    assert found.accuracy > 0.25 + 0.3
-
-
-@pytest.mark.parametrize("attacker", FINE_TUNING)
-def test_same_seed_gives_the_same_finding(attacker, tuning_budget):
-    short = replace(tuning_budget, steps=4, trial_steps=2)
-    found = [fine_tune(tiny_vit(), attacker, pictures(16, 0), pictures(8, 1), CLASSES, 3, short) for _ in range(2)]
-    assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("attacker", FINE_TUNING)
-def test_no_setting_is_chosen_by_the_test_images(attacker, tuning_budget):
-    grid = replace(tuning_budget, steps=2, trial_steps=4, optimizers={"adamw": (1e-4, 3e-3), "sgd": (1e-1,)})
-    settings = [
-        fine_tune(tiny_vit(), attacker, pictures(40, 0), (pictures(8, 1)[0], labels), CLASSES, 0, grid).settings
-        for labels in (torch.zeros(8, dtype=torch.long), torch.arange(8) % CLASSES)
-    ]
-    assert settings[0] == settings[1]
+def budget(steps=2, trial_steps=1, optimizers=None):
+    return TuningBudget(
+        steps=steps, trial_steps=trial_steps, optimizers=optimizers or {"adamw": (3e-3,)}, evaluations=3
+    )
 
 
 @pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
-@pytest.mark.parametrize("attacker", ATTACKERS)
-def test_the_attacked_model_stays_as_it_was(attacker, build, tuning_budget):
+@pytest.mark.parametrize("name", NAMES)
+def test_the_attacked_model_stays_as_it_was(name, build):
     model, before = build(), build().state_dict()
-    short = replace(tuning_budget, steps=2, trial_steps=1)
-    fine_tune(model, attacker, pictures(16, 0), pictures(8, 1), CLASSES, 0, short)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    find_attacker(name).run(model, SMALL, budget(), 0)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_trained_is_what_the_name_says_and_the_head_is_that_of_the_seed(name):
+    attacked = [prepare(tiny_vit(seed), name, CLASSES, 7) for seed in (0, 1)]
+    assert torch.equal(attacked[0].classifier.weight, attacked[1].classifier.weight)
+    trained = {key for key, p in attacked[0].named_parameters() if p.requires_grad}
+    body, every = trained - {"classifier.weight", "classifier.bias"}, dict(attacked[0].named_parameters())
+    assert body and trained - body == {"classifier.weight", "classifier.bias"}
+    assert {
+        "last_stage": all("layers.1" in key or "vit.layernorm" in key for key in body),
+        "whole_network": trained == set(every),
+        "bias_only": all(key.endswith("bias") for key in body),
+        "lora_r2": all("lora_" in key for key in body),
+    }[name]
 
 
 @pytest.mark.outcome
 @pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
-def test_what_is_frozen_is_computed_once_and_changes_no_curve(build, tuning_budget, monkeypatch):
+def test_what_is_frozen_is_computed_once_and_changes_no_curve(build, monkeypatch):
     passes = []
     model = build()
     first = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
@@ -66,51 +62,51 @@ def test_what_is_frozen_is_computed_once_and_changes_no_curve(build, tuning_budg
 
     monkeypatch.setattr(torch.nn.Conv2d, "forward", counted)
     settings = {"optimizer": "adamw", "learning_rate": 3e-3, "batch_statistics": False}
-    data = (model, "last_stage", pictures(80, 0), pictures(40, 1), CLASSES, 0, tuning_budget)
-    fast = fine_tune(*data, chosen=settings)
+    options = ("last_stage", model, LARGE, budget(60, 15), 0, None, settings)
+    fast = fine_tune(*options)
     assert sum(passes) < 200  # 120 images, and a few to find where the frozen part ends
     monkeypatch.setattr("hf_immunize.attacks.finetune.frozen_part", lambda *_: None)
-    assert fast.curve == pytest.approx(fine_tune(*data, chosen=settings).curve, abs=0.026)
-
-
-def test_adapters_leave_the_weights_alone():
-    attacked = prepare(tiny_vit(), "lora_r2", CLASSES, 0)
-    moving = [name for name, p in attacked.named_parameters() if p.requires_grad and "lora_" not in name]
-    assert moving == ["classifier.weight", "classifier.bias"]
-
-
-def test_biases_alone_move():
-    attacked = prepare(tiny_vit(), "bias_only", CLASSES, 0)
-    moving = [name for name, p in attacked.named_parameters() if p.requires_grad]
-    assert all(name.endswith("bias") or name == "classifier.weight" for name in moving)
-
-
-@pytest.mark.parametrize("attacker", ATTACKERS)
-def test_the_head_is_the_same_for_immunized_and_reference(attacker):
-    heads = [prepare(tiny_vit(seed), attacker, CLASSES, 7).classifier.weight for seed in (0, 1)]
-    assert torch.equal(*heads)
-
-
-def test_divergence_is_recorded_and_has_no_accuracy(tuning_budget):
-    wild = replace(tuning_budget, optimizers={"sgd": (1e30,)})
-    found = fine_tune(tiny_vit(), "whole_network", pictures(16, 0), pictures(8, 1), CLASSES, 0, wild)
-    assert (found.status, found.accuracy) == ("diverged", None)
+    assert fast.curve == pytest.approx(fine_tune(*options).curve, abs=0.026)
 
 
 @pytest.mark.outcome
-def test_one_diverging_rate_does_not_hide_a_sound_one(tuning_budget):
-    mixed = replace(tuning_budget, optimizers={"sgd": (1e30, 1e-2)})
-    found = fine_tune(tiny_vit(), "whole_network", pictures(16, 0), pictures(8, 1), CLASSES, 0, mixed)
+def test_one_diverging_rate_does_not_hide_a_sound_one():
+    found = fine_tune("whole_network", tiny_vit(), SMALL, budget(60, 15, {"sgd": (1e30, 1e-2)}), 0)
     assert found.settings["learning_rate"] == 1e-2
 
 
-def test_settings_of_an_earlier_seed_are_used_untried(tuning_budget):
+def test_settings_of_an_earlier_seed_are_used_untried():
     chosen = {"optimizer": "sgd", "learning_rate": 0.5, "batch_statistics": False}
-    short = replace(tuning_budget, steps=2)
-    found = fine_tune(tiny_vit(), "bias_only", pictures(16, 0), pictures(8, 1), CLASSES, 0, short, chosen=chosen)
+    found = fine_tune("bias_only", tiny_vit(), SMALL, budget(), 0, chosen=chosen)
     assert (found.trials, found.settings["learning_rate"]) == (1, 0.5)
 
 
-def test_unknown_attacker_is_named(tuning_budget):
+@pytest.mark.parametrize(
+    ("name", "optimizers"), [("magic", None), ("whole_network", {"magic": (1.0,)})], ids=["attacker", "optimizer"]
+)
+def test_what_is_unknown_is_named(name, optimizers):
     with pytest.raises(ArgumentError, match="magic"):
-        prepare(tiny_vit(), "magic", CLASSES, 0)
+        fine_tune(name, tiny_vit(), SMALL, budget(optimizers=optimizers), 0)
+
+
+# ---- public weights
+
+
+def test_only_tensors_that_differ_are_changed():
+    model, reference = tiny_vit(), tiny_vit()
+    with torch.no_grad():
+        model.vit.layernorm.bias += 1
+    assert changed_parameters(model, reference) == ["vit.layernorm.bias"]
+
+
+def test_all_of_the_reference_is_the_reference_and_the_model_stays_as_it_was():
+    model, pixels = tiny_vit(1), torch.randn(2, 3, 8, 8)
+    assert torch.equal(interpolate(model, tiny_vit(2), 1.0)(pixels).logits, tiny_vit(2)(pixels).logits)
+    half = interpolate(model, tiny_vit(2), 0.5).classifier.weight
+    assert torch.allclose(half, (tiny_vit(1).classifier.weight + tiny_vit(2).classifier.weight) / 2, atol=1e-7)
+    assert changed_parameters(model, tiny_vit(1)) == []
+
+
+def test_another_architecture_is_refused():
+    with pytest.raises(DataError):
+        changed_parameters(tiny_vit(), tiny_resnet())

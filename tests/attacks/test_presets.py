@@ -1,44 +1,69 @@
-"""Presets are named, and what is asked for by name is what runs."""
+"""Presets are named, what is asked for by name is what runs, and a budget is a positive number."""
+
+import math
+from dataclasses import replace
 
 import pytest
 
+from hf_immunize.attacks.attacker import ProbeBudget, TuningBudget
 from hf_immunize.attacks.presets import PRESETS, find_preset
 from hf_immunize.errors import ArgumentError
 
 
-def test_unknown_preset_lists_the_known():
-    with pytest.raises(ArgumentError, match="quick, standard, full"):
-        find_preset("fast")
+QUICK = find_preset("quick")
 
 
-def test_unknown_attacker_is_named():
-    with pytest.raises(ArgumentError, match="found magic"):
-        find_preset("quick").only(["ridge", "magic"])
+@pytest.mark.parametrize(
+    ("ask", "named"),
+    [
+        (lambda: find_preset("fast"), "quick, standard, full"),
+        (lambda: QUICK.only(["ridge", "magic"]), "magic"),
+        (lambda: replace(QUICK, probes=("magic",)), "magic"),
+    ],
+)
+def test_an_unknown_name_is_named(ask, named):
+    with pytest.raises(ArgumentError, match=named):
+        ask()
 
 
 def test_only_keeps_what_is_asked_for():
-    chosen = find_preset("standard").only(["adam", "lora_r2"])
-    assert (chosen.probes, chosen.fine_tuning, chosen.restoring) == (("adam",), ("lora_r2",), ())
+    chosen = find_preset("standard").only(["adam", "lora_r2", "restore_swap"])
+    assert (chosen.probes, chosen.fine_tuning, chosen.restoring) == (("adam",), ("lora_r2",), ("restore_swap",))
+    assert chosen.attackers == ("adam", "lora_r2", "restore_swap")
 
 
 def test_a_changed_budget_is_in_the_name():
-    changed = find_preset("quick").changed(seconds=5, steps=40, seeds=4)
+    changed = QUICK.changed(seconds=5, steps=40, seeds=4)
     assert changed.name == "quick, changed"
     assert (changed.probe_budget.seconds, changed.tuning_budget.seconds) == (5, 5)
     assert (changed.probe_budget.steps, changed.tuning_budget.steps, changed.tuning_budget.trial_steps) == (40, 40, 10)
     assert (changed.probe_seeds, changed.layer_seeds, changed.tuning_seeds) == (4, 4, 4)
+    assert QUICK.changed() is QUICK
 
 
-def test_a_budget_that_is_not_changed_keeps_its_name():
-    assert find_preset("full").changed() is find_preset("full")
+@pytest.mark.parametrize("name", ["seconds", "steps", "seeds"])
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "5", True])
+def test_a_change_is_a_positive_number(name, value):
+    with pytest.raises(ArgumentError, match=name):
+        QUICK.changed(**{name: value})
 
 
-@pytest.mark.parametrize("given", [{"seconds": 0.0}, {"steps": -1}, {"seeds": 0}])
-def test_a_budget_of_nothing_is_one_sentence(given):
-    with pytest.raises(ArgumentError, match="above 0"):
-        find_preset("quick").changed(**given)
+@pytest.mark.parametrize("value", [0, -1, 2.5, "3", 10**20])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: ProbeBudget(steps=value),
+        lambda value: TuningBudget(max_test_images=value),
+        lambda value: replace(QUICK, probe_seeds=value),
+        lambda value: replace(QUICK, tuning_seeds=value),
+    ],
+)
+def test_a_budget_of_ones_own_is_checked_too(make, value):
+    with pytest.raises(ArgumentError):
+        make(value)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_has_an_attacker_that_conditioning_cannot_slow(name):
-    assert "ridge" in PRESETS[name].probes
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_every_preset_has_an_attacker_that_conditioning_cannot_slow(preset):
+    assert "ridge" in preset.probes
+    assert set(QUICK.attackers) <= set(preset.attackers) and set(preset.benign_attackers) <= set(preset.attackers)

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from hf_immunize import audit
+from hf_immunize.attacks.presets import ATTACKERS
 from hf_immunize.errors import ArgumentError, DataError
 
 
@@ -81,8 +82,7 @@ def test_an_interrupted_audit_goes_on_where_it_was(models, harmful, tiny_preset,
 
 def test_a_finished_audit_attacks_nothing_again(models, harmful, tiny_preset, tmp_path, monkeypatch):
     first = run(models, harmful, tiny_preset, run_dir=tmp_path)
-    monkeypatch.setattr("hf_immunize.audit.run.PROBES", {})
-    monkeypatch.setattr("hf_immunize.audit.run.fine_tune", None)
+    monkeypatch.setattr("hf_immunize.audit.run.find_attacker", lambda name: replace(ATTACKERS[name], run=None))
     assert run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes == first.outcomes
 
 

@@ -1,0 +1,105 @@
+"""Solvers in the eigenbasis, and closed forms, are what their names say."""
+
+import pytest
+import torch
+from attacked import CLASSES, clusters
+from sklearn.linear_model import Ridge
+
+from hf_immunize.attacks.attacker import ProbeBudget
+from hf_immunize.attacks.descent import conjugate_path, descent_factors, minibatches
+from hf_immunize.attacks.direct import filter_accuracies, lbfgs, logistic_regression
+from hf_immunize.attacks.probe_data import Part, ProbeData, decompose, log_steps, stratified_split
+from hf_immunize.errors import DataError, NonFiniteError
+
+
+def whole():
+    return ProbeData(*clusters(120, 0), *clusters(80, 1), CLASSES).whole()
+
+
+@pytest.mark.parametrize("kappa", [10.0, 1e4])
+def test_descent_in_the_eigenbasis_is_descent_on_the_features(kappa):
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, 8, generator=generator, dtype=torch.float64)).Q for n in (40, 8))
+    Z = U @ torch.diag(torch.logspace(0, -0.5 * torch.tensor(kappa).log10().item(), 8).double()) @ V.T
+    Y = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    W = torch.zeros(8, 3, dtype=torch.float64)
+    direct = []
+    for _ in range(50):
+        gradient = Z.T @ (Z @ W - Y)
+        W = W - gradient.square().sum() / (Z @ gradient).square().sum() * gradient
+        direct.append(W)
+    spectrum = decompose(Z)
+    optimum = spectrum.U.T @ Y / spectrum.s[:, None]
+    factors = descent_factors(spectrum.s, optimum.square().sum(1), list(range(1, 51)))
+    ours = [spectrum.V @ (factor[:, None] * optimum) for factor in factors]
+    assert max(float((a - b).abs().max()) for a, b in zip(direct, ours, strict=True)) < 1e-10
+
+
+@pytest.mark.parametrize("kappa", [4.0, 100.0])
+def test_conjugate_gradient_is_at_the_optimum_after_rank_steps(kappa):
+    s = torch.logspace(0, -0.5 * torch.tensor(kappa).log10().item(), 8, dtype=torch.float64)
+    B = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (weight,) = conjugate_path(s, B, [8])
+    assert torch.allclose(weight, B / s[:, None], rtol=1e-10)
+
+
+def test_ridge_with_an_intercept_is_scikit_learns():
+    part, strength = whole(), 5.0
+    h = part.spectrum.s.square() / (part.spectrum.s.square() + strength)
+    theirs = Ridge(alpha=strength).fit(part.Z.numpy(), part.targets.numpy()).predict(part.Z_test.numpy()).argmax(1)
+    # Accuracy against their answers: 1 means that every answer is the same.
+    assert filter_accuracies(Part(part.Z, part.y, part.Z_test, torch.from_numpy(theirs), 4), [h]) == [1.0]
+
+
+@pytest.mark.outcome
+def test_lbfgs_is_as_good_as_scikit_learns_logistic_regression():
+    data, budget = ProbeData(*clusters(120, 0), *clusters(80, 1), CLASSES), ProbeBudget(iterations=100)
+    ours, theirs = (attack(data, budget, 0).accuracy for attack in (lbfgs, logistic_regression))
+    assert ours >= theirs - 0.02
+
+
+def test_minibatches_of_a_pass_hold_every_row_once():
+    assert sorted(torch.cat(minibatches(10, 5, 2, seed=0)).tolist()) == list(range(10))
+
+
+def test_a_constant_feature_is_standardized_to_zero():
+    Z = torch.tensor([[1.0, 7.0], [3.0, 7.0]])
+    assert Part(Z, torch.tensor([0, 1]), Z, torch.tensor([0, 1]), 2).standardized().Z[:, 1].tolist() == [0.0, 0.0]
+
+
+def test_decomposition_restores_tall_features():
+    Z = torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    U, s, V = decompose(Z)
+    assert torch.allclose(U @ torch.diag(s) @ V.T, Z)
+
+
+@pytest.mark.parametrize(
+    ("labels", "chosen"), [([0] * 10 + [1] * 2 + [2], [0, 0, 1]), ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])]
+)
+def test_the_split_takes_from_every_class_with_two_images_else_all(labels, chosen):
+    labels = torch.tensor(labels)
+    fit, validation = stratified_split(labels, 0.2, seed=0)
+    assert sorted(labels[validation].tolist()) == chosen
+    assert torch.equal(stratified_split(labels, 0.2, seed=0)[0], fit)
+
+
+@pytest.mark.parametrize(
+    ("Z", "labels", "error"), [(torch.full((4, 2), torch.nan), 4, NonFiniteError), (torch.zeros(4, 2), 2, DataError)]
+)
+def test_features_that_are_not_finite_or_do_not_fit_are_refused(Z, labels, error):
+    y = torch.arange(labels) % 2
+    with pytest.raises(error):
+        ProbeData(Z, y, Z, y, 2)
+
+
+def test_what_is_kept_is_made_once_for_a_seed_and_dropped_with_the_next():
+    data = ProbeData(*clusters(120, 0), *clusters(80, 1), CLASSES)
+    assert data.whole() is data.at(torch.float64).whole() is not data.at(torch.float32).whole()
+    first = data.tuning(0, 0.2)
+    assert data.tuning(0, 0.2) is first
+    data.tuning(1, 0.2)
+    assert data.tuning(0, 0.2) is not first
+
+
+def test_steps_reach_the_last():
+    assert log_steps(100_000)[-1] == 100_000
