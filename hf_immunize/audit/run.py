@@ -515,7 +515,7 @@ class Work:
     def _pixels(self, task: AttackedTask, most: int, most_test: int) -> Any:
         """Pixel values and labels to train and to test on, or a sentence why they cannot be held."""
         generator = torch.Generator().manual_seed(0)
-        parts = []
+        parts: list[Any] = []
         example = next(iter(task.train.batches(self.processor, 1, progress=False)))
         count = min(most, len(task.train)) + min(most_test, len(task.test))
         need = count * example.numel() * example.element_size()

@@ -1,6 +1,7 @@
 """The audit as a whole, on tiny models."""
 
 import copy
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -82,7 +83,9 @@ def test_an_interrupted_audit_goes_on_where_it_was(models, harmful, tiny_preset,
 
 def test_a_finished_audit_attacks_nothing_again(models, harmful, tiny_preset, tmp_path, monkeypatch):
     first = run(models, harmful, tiny_preset, run_dir=tmp_path)
-    monkeypatch.setattr("hf_immunize.audit.run.find_attacker", lambda name: replace(ATTACKERS[name], run=None))
+    monkeypatch.setattr(
+        sys.modules["hf_immunize.audit.run"], "find_attacker", lambda name: replace(ATTACKERS[name], run=None)
+    )
     assert run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes == first.outcomes
 
 
@@ -91,7 +94,7 @@ def test_a_resumed_audit_extracts_no_features_again(models, harmful, benign, tin
     first = run(models, harmful, preset, benign=benign, run_dir=tmp_path)
     path = tmp_path / "outcomes.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
-    monkeypatch.setattr("hf_immunize.audit.run.extract_views", None)
+    monkeypatch.setattr(sys.modules["hf_immunize.audit.run"], "extract_views", None)
     again = run(models, harmful, preset, benign=benign, run_dir=tmp_path)
     assert without_time(again) == without_time(first)
     assert (again.spectra, again.utility, again.rir) == (first.spectra, first.utility, first.rir)
@@ -223,3 +226,8 @@ def test_utility_follows_the_models_class_names(models, tiny_preset):
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     options = {"benign": (data, data), "processing_class": processor, "reference": None}
     assert run(models, (data, data), tiny_preset.only(["ridge"]), **options).utility.immunized == 0.5
+
+
+def test_the_public_function_is_found_after_an_import_of_its_room(harmful):
+    with pytest.raises(ArgumentError):
+        sys.modules["hf_immunize.audit"](None, harmful=harmful)
