@@ -21,10 +21,25 @@ SCRIPT = Path(__file__).parent / "scripts" / "spread_two_ranks.py"
 ROOT = Path(__file__).parents[2]
 
 
-def start_two(*words):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Where two processes cached trunks, where they then audited, the words of that, and how they ended."""
+    folder, root = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("audit")
+    for seed, name in enumerate(("model", "reference")):
+        tiny_vit(seed).save_pretrained(root / name)
+        ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(root / name)
+    # More than one batch, so that both have some to do; fewer test images than two batches, so that one has none.
+    for name, seed in (("harmful", 0), ("benign", 5)):
+        saved_images(root / name, {"train": pictures(150, seed), "test": pictures(40, seed + 1)})
+    words = ["audit", root / "model", "--reference", root / "reference", "--quick"]
+    words += ["--harmful", root / "harmful", "--benign", root / "benign"]
+    words = [*map(str, words), "--attackers", "ridge,knn,bias_only,restore_interpolation"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    launch += [str(folder), *words, "--output-dir", str(root / "out-2")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*launch, *map(str, words)], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, root, words, done
 
 
 # ---- the cached trunk ----
@@ -39,12 +54,9 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(started):
     """Where two processes worked."""
-    folder = tmp_path_factory.mktemp("two")
-    done = start_two(SCRIPT, folder)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+    return started[0]
 
 
 @pytest.fixture(scope="module")
@@ -98,21 +110,10 @@ def test_disks_of_their_own_are_told_from_a_shared_one(two):
 
 
 @pytest.fixture(scope="module")
-def audited(tmp_path_factory):
+def audited(started):
     """The run directories of one process and of two, and what was printed."""
-    root = tmp_path_factory.mktemp("audit")
-    for seed, name in enumerate(("model", "reference")):
-        tiny_vit(seed).save_pretrained(root / name)
-        ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(root / name)
-    # More than one batch, so that both have some to do; fewer test images than two batches, so that one has none.
-    for name, seed in (("harmful", 0), ("benign", 5)):
-        saved_images(root / name, {"train": pictures(150, seed), "test": pictures(40, seed + 1)})
-    words = ["-m", "hf_immunize", "audit", root / "model", "--reference", root / "reference", "--quick"]
-    words += ["--harmful", root / "harmful", "--benign", root / "benign"]
-    words += ["--attackers", "ridge,knn,bias_only,restore_interpolation"]
-    two = start_two(*words, "--output-dir", root / "out-2")
-    assert two.returncode == 0, two.stderr[-4000:]
-    alone = CliRunner().invoke(app, [*map(str, words[2:]), "--output-dir", str(root / "out-1")])
+    _, root, words, two = started
+    alone = CliRunner().invoke(app, [*words, "--output-dir", str(root / "out-1")])
     assert alone.exit_code == 0, alone.output
     return root, two
 

@@ -1,6 +1,7 @@
-"""Cached trunks of one process and of two, what each saw written as JSON: ``torchrun ... spread_two_ranks.py FOLDER``.
+"""Cached trunks of one process and of two, what each saw written as JSON, and then a command of the terminal's.
 
-Another run holds the folder at first, and in the end the second process fails.
+``torchrun ... spread_two_ranks.py FOLDER COMMAND``. Another run holds the folder at first, and in the end the second
+process fails; the command comes after that, since a start costs more than either.
 """
 
 import json
@@ -13,6 +14,7 @@ import torch
 import transformers as hf
 from huggingface_hub.utils import WeakFileLock
 
+from hf_immunize.cli.main import app
 from hf_immunize.errors import NonFiniteError, ProcessError
 from hf_immunize.features.cache import TrunkCache, open_or_write
 from hf_immunize.features.ranks import launched
@@ -83,4 +85,7 @@ if __name__ == "__main__":
     target, everyone = Path(sys.argv[1]), launched()
     result = everything(target, everyone)
     (target / f"found-{everyone.index}.json").write_text(json.dumps(result))
-    everyone.leave()
+    try:
+        app(sys.argv[2:])
+    finally:
+        everyone.leave()
