@@ -30,15 +30,15 @@ class ArgumentError(ImmunizationError, ValueError):
 
 
 class HeadError(ImmunizationError, ValueError):
-    """The classifier head is missing, ambiguous, or does not see one feature row an image."""
+    """The classifier head is missing, ambiguous, or does not see one feature row per image."""
 
 
 class ScopeError(ImmunizationError, ValueError):
-    """The parameters to train could not be found, or none would move."""
+    """The parameters to train could not be found, or none would be trainable."""
 
 
 class TrunkError(ImmunizationError, ValueError):
-    """The model cannot be split into a frozen trunk, computed once, and a part that moves."""
+    """The model cannot be split into a frozen trunk, computed once, and a trainable part."""
 
 
 class DataError(ImmunizationError, ValueError):

@@ -23,6 +23,31 @@ _ELSEWHERE = "another process found the reason in its own metrics"
 logger = logging.get_logger(__name__)
 
 
+def benign_drops(
+    history: History, metric: str = "eval_accuracy", baseline: float | None = None, percent: bool = False
+) -> dict[int, float]:
+    """How many points benign accuracy lies below its starting value, by step; infinite where it is NaN."""
+    values = by_step(history, metric)
+    top = 100.0 if percent else 1.0
+    for value in values.values():
+        if value < 0 or value > top:
+            raise ArgumentError(
+                f"Expected {metric} between 0 and {top:g}, found {value:g}. "
+                + ("Leave percent= out if it is a fraction." if percent else "Pass percent=True if it is in percent.")
+            )
+    start = next(iter(values.values()), math.nan) if baseline is None else baseline
+    # The last digits of a difference of fractions are rounding: 0.90 - 0.88 is no more than two points.
+    drops = {step: round((start - value) * 100.0 / top, 9) for step, value in values.items()}
+    return {step: math.inf if math.isnan(drop) else drop for step, drop in drops.items()}
+
+
+def rir_successes(history: History, target: float, metric: str = "eval_log10_rir") -> dict[int, bool]:
+    """Whether RIR is known to have reached a target, by step: below an upper bound, the true one may lie under it."""
+    uppers = by_step(history, metric.removesuffix("log10_rir") + "rir_is_upper_bound")
+    found = by_step(history, metric)
+    return {step: value >= math.log10(target) and not uppers.get(step) for step, value in found.items()}
+
+
 class _EvaluationCallback(TrainerCallback):
     """Looks at evaluations during training; all processes decide alike."""
 
@@ -270,31 +295,6 @@ class TargetRIRCallback(_EvaluationCallback):
                 "be those that reached the target. Set metric_for_best_model='log10_rir'.",
             )
         super().on_train_begin(args, state, control, **kwargs)
-
-
-def benign_drops(
-    history: History, metric: str = "eval_accuracy", baseline: float | None = None, percent: bool = False
-) -> dict[int, float]:
-    """How many points benign accuracy lies below its starting value, by step; infinite where it is NaN."""
-    values = by_step(history, metric)
-    top = 100.0 if percent else 1.0
-    for value in values.values():
-        if value < 0 or value > top:
-            raise ArgumentError(
-                f"Expected {metric} between 0 and {top:g}, found {value:g}. "
-                + ("Leave percent= out if it is a fraction." if percent else "Pass percent=True if it is in percent.")
-            )
-    start = next(iter(values.values()), math.nan) if baseline is None else baseline
-    # The last digits of a difference of fractions are rounding: 0.90 - 0.88 is no more than two points.
-    drops = {step: round((start - value) * 100.0 / top, 9) for step, value in values.items()}
-    return {step: math.inf if math.isnan(drop) else drop for step, drop in drops.items()}
-
-
-def rir_successes(history: History, target: float, metric: str = "eval_log10_rir") -> dict[int, bool]:
-    """Whether RIR is known to have reached a target, by step: below an upper bound, the true one may lie under it."""
-    uppers = by_step(history, metric.removesuffix("log10_rir") + "rir_is_upper_bound")
-    found = by_step(history, metric)
-    return {step: value >= math.log10(target) and not uppers.get(step) for step, value in found.items()}
 
 
 def _check_limit(max_drop_points: float, baseline: float | None, percent: bool) -> None:

@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 
 class RunningMeans:
-    """Means of named scalars since they were last taken, kept on the device until then.
+    """Means of named scalars since they were last read, kept on the device until then.
 
     Fetching every term in every step would stall a GPU.
     """

@@ -258,7 +258,7 @@ class SpectrumFigureCallback(TrainerCallback):
         self._training = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure the starting weights, or take what was measured of them before the run was stopped."""
+        """Measure the starting weights, or read what was measured of them before the run was stopped."""
         self._training, self._now = True, None
         if self._data and sharded_weights():
             raise ArgumentError(
