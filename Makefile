@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two threads saturate the two cores CI has; more only fight for them.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test fast test-portable test-lowest test-newest quality style bench cards install install-dev clean
+.PHONY: demo test house fast test-portable test-lowest test-newest quality style bench cards install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -27,8 +27,12 @@ demo: install  ## Immunize a small ViT on handwritten digits; results in runs/de
 # Two processes of one thread each are faster than one of two: most tests are too small to share out.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test: install  ## All tests and the docstrings' examples
-	$(PYTEST)
+test: install  ## All tests and the docstrings' examples; their times in runs/tests.xml
+	@mkdir -p runs
+	$(PYTEST) --junitxml=runs/tests.xml
+
+house: install  ## The size and shape of the project, and what exceeds its bound
+	$(BIN)/python -m benchmarks.house
 
 fast: install  ## The tests that finish within seconds each
 	$(PYTEST) -m 'not slow'
