@@ -14,7 +14,7 @@ from hf_immunize.linear.inputs import standardize
 from hf_immunize.linear.optimum import optimal_map, principal_angles
 from hf_immunize.linear.probe import least_squares_probe, probe_accuracy
 from hf_immunize.spectra.ratio import reference_condition_number
-from hf_immunize.spectra.regularizers import hessian_log_kappa, kappa_floor
+from hf_immunize.spectra.regularizers import hessian_log_kappa
 
 
 def matrix(seed, rows=8, columns=3):
@@ -65,7 +65,6 @@ CASES = {
        for f, d in REGULARIZERS.items()},
     **{f"gradient of {f.__name__}": (gradient_of(f), {"features": Z}, {"features": d - 1})
        for f, d in REGULARIZERS.items()},
-    "kappa_floor": (kappa_floor, {"concentration": -1.0, "rank": 3}, {}),
     "ratio": (ratio, {"harmful": H, "harmful_reference": P, "benign": Z, "benign_reference": P, "seed": 0}, {}),
     "ratio of groups": (ratio, {"harmful": H, "protocol": "groups", "group_size": 4, "num_groups": 2, "seed": 0}, {}),
     "ratio by the reference": (ratio, {"harmful": H, "protocol": "reference"}, {}),

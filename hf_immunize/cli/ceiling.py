@@ -72,7 +72,7 @@ def ceiling(
     import torch
 
     from hf_immunize.linear.inputs import read_pair, standardize
-    from hf_immunize.linear.optimum import advice, principal_angles, rir_ceiling, row_factor
+    from hf_immunize.linear.optimum import principal_angles, rir_ceiling, row_factor
 
     if produced_dtype not in (None, *_DTYPES):
         raise ArgumentError(f"Expected --produced-dtype out of {', '.join(_DTYPES)}, found {produced_dtype!r}.")
@@ -97,18 +97,21 @@ def ceiling(
     for name, samples in (("benign", found.num_benign), ("harmful", found.num_harmful)):
         if samples < found.dim:
             notes.append(f"{samples} {name} samples in {found.dim} dimensions: the numbers describe this sample.")
-    if as_json:
-        # JSON knows neither infinity nor NaN.
-        numbers = {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(found).items()}
-        numbers |= {"infinite": math.isinf(found.value), "angles": angles, "advice": advice(found), "notes": notes}
-        typer.echo(json.dumps(numbers))
-    else:
-        _print(found, angles, notes)
+    (_print_json if as_json else _print)(found, angles, notes)
     # Last, so that a figure that fails costs no number.
     if figure is not None:
         _save_frontier(found, figure)
         if not as_json:
             _note(f"Frontier saved to {figure}.")
+
+
+def _print_json(found: Ceiling, angles: list[float], notes: list[str]) -> None:
+    from hf_immunize.linear.optimum import advice
+
+    # JSON knows neither infinity nor NaN.
+    numbers = {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(found).items()}
+    numbers |= {"infinite": math.isinf(found.value), "angles": angles, "advice": advice(found), "notes": notes}
+    typer.echo(json.dumps(numbers))
 
 
 def _print(found: Ceiling, angles: list[float], notes: list[str]) -> None:

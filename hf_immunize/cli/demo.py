@@ -104,7 +104,7 @@ def train_benign(folder: Path, benign: dict[str, list[dict[str, Any]]], seed: in
 
 
 def immunization_arguments(folder: Path, seed: int) -> ImmunizationArguments:
-    """The demo's arguments: the paper's objective beside the task's loss; the whole of so small a net moves."""
+    """The demo's arguments: the paper's objective in addition to the task's loss; all of so small a net is trainable."""
     return ImmunizationArguments(
         output_dir=str(folder),
         objective="kappa",
@@ -343,6 +343,19 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def draw(path: Path, spectra: Any, distances: dict[tuple[str, str], Tensor], old: Probing, new: Probing) -> None:
+    """Spectra, distances to the optimum and accuracies, before and after."""
+    figure, axes = new_figure(3)
+    draw_spectra(axes[0], spectra)
+    draw_curves(axes[1], distances, title="Probing: distance to optimum", ylabel="‖w_t − w*‖² / ‖w_0 − w*‖²", log=True)
+    curves = {("harmful", "before"): old.curve, ("harmful", "after"): new.curve}
+    draw_curves(axes[2], curves, title="Probing: held-out harmful digits", ylabel="accuracy")
+    for probing, colour, moment in ((old, "0.6", "before"), (new, "0.2", "after")):
+        axes[2].axhline(probing.least_squares, color=colour, linestyle=":", label=f"least squares, {moment}")
+    axes[2].legend(frameon=False, loc="lower right")
+    save_figure(figure, path)
+
+
 @one_thread()
 def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
     """Train a small ViT on benign digits, immunize it against the harmful ones, measure, and report."""
@@ -403,21 +416,13 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
     utility = paired_utility(*(hits(one, benign["test"]) for one in (model, reference)))
     results["summary"] = demo_sentence(after, growth, utility, groups, probing_before, probing_after)
     write_whole(folder / "results.json", json.dumps(results, indent=2))
-    figure, axes = new_figure(3)
-    draw_spectra(axes[0], trainer.last_spectra)
     distances = {
         ("harmful", "before"): probing_before.convergence,
         ("harmful", "after"): probing_after.convergence,
         ("benign", "before"): benign_before,
         ("benign", "after"): convergence(model, benign["train"]),
     }
-    draw_curves(axes[1], distances, title="Probing: distance to optimum", ylabel="‖w_t − w*‖² / ‖w_0 − w*‖²", log=True)
-    curves = {("harmful", "before"): probing_before.curve, ("harmful", "after"): probing_after.curve}
-    draw_curves(axes[2], curves, title="Probing: held-out harmful digits", ylabel="accuracy")
-    for probing, colour, moment in ((probing_before, "0.6", "before"), (probing_after, "0.2", "after")):
-        axes[2].axhline(probing.least_squares, color=colour, linestyle=":", label=f"least squares, {moment}")
-    axes[2].legend(frameon=False, loc="lower right")
-    save_figure(figure, folder / "before_after.png")
+    draw(folder / "before_after.png", trainer.last_spectra, distances, probing_before, probing_after)
     describe(trainer, results, probing_before, probing_after)
     trainer.evidence.attach(model, groups=groups, audit=audit_record(probing_before, probing_after))
     trainer.save_model()

@@ -14,14 +14,13 @@ where they would raise NonFiniteError, RankError or PerfectConditioningError, th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hf_immunize.errors import RankError
-from hf_immunize.spectra.checks import as_matrix, binary_scale, check_count, check_number, check_result, times_power
+from hf_immunize.spectra.checks import as_matrix, binary_scale, check_result, times_power
 from hf_immunize.spectra.conditioning import grid_cutoff, rank_cutoff
 from hf_immunize.spectra.hessian_functions import (
     ClosedForm,
@@ -256,11 +255,3 @@ def _r_ill(s: Tensor, dtype: torch.dtype, noise: float) -> tuple[Tensor, Tensor]
 
 def _tie_width(sigma: Tensor) -> float:
     return 16 * sigma.shape[0] * torch.finfo(sigma.dtype).eps * float(sigma[0])
-
-
-def kappa_floor(concentration: float, rank: int) -> float:
-    """Lower bound of ``log κ(H)`` from the spectral concentration: ``log(k − 1) − C(Z)``, k = rank(H) ≥ 2."""
-    check_number(concentration, "concentration")
-    if check_count(rank, "rank", least=0, most=2**62) < 2:
-        raise RankError(f"Expected a rank of at least 2 for the bound, found {rank}.")
-    return math.log(rank - 1) - concentration

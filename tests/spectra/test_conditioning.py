@@ -23,12 +23,6 @@ def test_kappa_of_the_hessian_is_the_squared_ratio_of_singular_values(shape, kap
     assert condition_number(features) == pytest.approx(kappa, rel=1e-6)
 
 
-def test_kappa_agrees_with_numpy_on_the_hessian():
-    features = gaussian(50, 12, seed=4)
-    eigenvalues = np.linalg.eigvalsh(features.numpy().T @ features.numpy())
-    assert feature_conditioning(features).kappa == pytest.approx(eigenvalues[-1] / eigenvalues[0], rel=1e-11)
-
-
 def test_the_fields_describe_the_features():
     conditioning = feature_conditioning(with_singular_values([4.0, 2.0, 1.0], 9, 5))
     assert (conditioning.rank, conditioning.num_samples, conditioning.dim) == (3, 9, 5)
@@ -37,16 +31,8 @@ def test_the_fields_describe_the_features():
     assert conditioning.log_kappa == pytest.approx(math.log(16.0))
     assert conditioning.log10_kappa == pytest.approx(math.log10(16.0))
     assert not conditioning.is_bound and conditioning.reference_rank is None
-
-
-def test_effective_rank_is_the_exponential_of_the_entropy():
     shares = np.array([4.0, 2.0, 1.0]) / 7
-    conditioning = feature_conditioning(with_singular_values([4.0, 2.0, 1.0], 9, 5))
     assert conditioning.effective_rank == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
-
-
-def test_effective_rank_counts_equal_directions():
-    assert feature_conditioning(2 * orthonormal(9, 5, seed=0)).effective_rank == pytest.approx(5.0)
 
 
 def test_a_share_that_underflows_does_not_count():
@@ -100,6 +86,7 @@ def test_a_cast_to_float64_does_not_hide_where_the_features_come_from():
     cast = plain(300, 60, 17, 5).float().double()
     assert feature_conditioning(cast, produced_dtype=torch.float32).rank == 17
     assert feature_conditioning(cast).rank == 60
+    assert feature_conditioning(cast, reference=cast, produced_dtype=torch.float32).reference_rank == 17
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -144,6 +131,7 @@ def test_collapse_against_a_reference_is_a_bound_at_the_cut_off():
     conditioning = feature_conditioning(features, reference=reference)
     assert conditioning.is_bound
     assert (conditioning.rank, conditioning.reference_rank) == (3, 6)
+    assert feature_conditioning(features, reference=feature_conditioning(reference)) == conditioning
     assert conditioning.kappa == pytest.approx((conditioning.sigma_max / conditioning.cutoff) ** 2)
 
 
@@ -167,22 +155,10 @@ def test_a_reference_of_the_same_rank_changes_nothing():
     assert feature_conditioning(other, reference=reference).kappa == feature_conditioning(other).kappa
 
 
-def test_a_reference_may_be_given_by_its_conditioning():
-    features, reference = collapsed()
-    by_value = feature_conditioning(features, reference=feature_conditioning(reference))
-    assert by_value == feature_conditioning(features, reference=reference)
-
-
 def test_a_bound_is_printed_as_one():
     features, reference = collapsed()
     text = str(feature_conditioning(features, reference=reference))
     assert text.startswith("κ ≥ ") and "rank 3 of 6 before" in text
-
-
-def test_the_declared_dtype_holds_for_the_reference_too():
-    reference = plain(300, 60, 17, 5).float().double()
-    conditioning = feature_conditioning(reference, reference=reference, produced_dtype=torch.float32)
-    assert conditioning.reference_rank == 17
 
 
 # ---- inputs --------------------------------------------------------------------------------------------------------
@@ -212,61 +188,37 @@ def test_large_finite_half_precision_features_are_not_taken_for_infinite():
     assert math.isfinite(feature_conditioning(features).kappa)
 
 
-def test_the_global_generator_is_not_touched():
-    state = torch.get_rng_state()
-    feature_conditioning(gaussian(40, 10))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [condition_number, feature_conditioning])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_an_entry_that_is_not_finite_is_named(function, bad):
+def entries(**cells):
     features = gaussian(6, 4)
-    features[5, 1] = bad
-    with pytest.raises(NonFiniteError, match=r"row 5, column 1 \(1 of 24 entries are not finite\)\. Check the data"):
+    for value, cell in cells.values():
+        features[cell] = value
+    return features
+
+
+@pytest.mark.parametrize("function", [condition_number, feature_conditioning])
+@pytest.mark.parametrize(
+    ("features", "error", "found"),
+    [
+        (entries(a=(math.nan, (5, 1))), NonFiniteError, r"row 5, column 1 \(1 of 24"),
+        (entries(a=(math.inf, (1, 0)), b=(-math.inf, (2, 0))), NonFiniteError, "row 1, column 0"),
+        (torch.ones(4), ShapeError, r"\(4,\)"),
+        (torch.ones(0, 4), ShapeError, r"\(0, 4\)"),
+        (torch.ones(4, 0), ShapeError, r"\(4, 0\)"),
+        (torch.ones(3, 4, dtype=torch.int64), ArgumentError, "int64"),
+        (torch.ones(3, 4, dtype=torch.complex64), ArgumentError, "complex64"),
+        (torch.zeros(3, 4), RankError, "rank 0"),
+    ],
+)
+def test_bad_input_is_named(function, features, error, found):
+    with pytest.raises(error, match=found) as caught:
         function(features)
-
-
-def test_infinities_of_both_signs_do_not_cancel():
-    features = gaussian(6, 4)
-    features[1, 0], features[2, 0] = math.inf, -math.inf
-    with pytest.raises(NonFiniteError, match="row 1, column 0"):
-        feature_conditioning(features)
-
-
-@pytest.mark.parametrize("function", [condition_number, feature_conditioning])
-def test_a_vector_is_refused(function):
-    with pytest.raises(ShapeError, match="Flatten each sample"):
-        function(torch.ones(4))
-
-
-@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
-def test_an_empty_matrix_is_refused(shape):
-    with pytest.raises(ShapeError, match="at least one row and one column"):
-        feature_conditioning(torch.ones(shape))
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_other_dtypes_are_refused(dtype):
-    with pytest.raises(ArgumentError, match=r"\.float\(\)"):
-        feature_conditioning(torch.ones(3, 4, dtype=dtype))
-
-
-@pytest.mark.parametrize("function", [condition_number, feature_conditioning])
-def test_zero_features_are_refused(function):
-    with pytest.raises(RankError, match="Check that the network is not dead"):
-        function(torch.zeros(3, 4))
+    assert isinstance(caught.value, ValueError)
 
 
 @pytest.mark.parametrize("shape", [(8, 4), (9, 3)])
 def test_a_reference_of_another_shape_is_refused(shape):
-    with pytest.raises(ShapeError, match="Pass the same images through the reference weights"):
+    with pytest.raises(ShapeError, match=str(shape[0])):
         feature_conditioning(gaussian(9, 4), reference=gaussian(*shape))
-
-
-def test_every_error_is_a_value_error():
-    with pytest.raises(ValueError):
-        feature_conditioning(torch.zeros(3, 4))

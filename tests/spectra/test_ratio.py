@@ -35,18 +35,6 @@ def test_exact_is_the_quotient_of_the_two_ratios():
     assert (ratio.std, ratio.bound, ratio.protocol) == (None, None, "exact")
 
 
-def test_exact_keeps_the_four_conditionings():
-    features = tasks()
-    ratio = relative_immunization_ratio(**features)
-    assert [getattr(ratio, name).kappa for name in NAMES] == [feature_conditioning(features[n]).kappa for n in NAMES]
-
-
-def test_unchanged_weights_have_ratio_one():
-    features = tasks()
-    features["harmful"], features["benign"] = features["harmful_reference"], features["benign_reference"]
-    assert relative_immunization_ratio(**features).rir == 1.0
-
-
 @pytest.mark.parametrize("scale", [1e-3, 1.5, 1e3])
 def test_exact_does_not_change_with_the_scale_of_the_features(scale):
     features = tasks()
@@ -55,24 +43,16 @@ def test_exact_does_not_change_with_the_scale_of_the_features(scale):
     assert relative_immunization_ratio(**features).rir == pytest.approx(before, rel=1e-9)
 
 
-def test_factors_and_tensors_agree():
+@pytest.mark.parametrize("convert", [lambda z: FeatureFactor().update(z), feature_conditioning])
+@pytest.mark.parametrize("names", [NAMES, ("harmful_reference",)])
+def test_features_their_factors_and_conditionings_agree(convert, names):
     features = tasks()
-    factors = {name: FeatureFactor().update(z) for name, z in features.items()}
-    found, expected = relative_immunization_ratio(**factors), relative_immunization_ratio(**features)
-    assert found.rir == pytest.approx(expected.rir, rel=1e-9)
-
-
-def test_conditionings_and_tensors_agree():
-    features = tasks()
-    conditionings = {name: feature_conditioning(z) for name, z in features.items()}
-    assert relative_immunization_ratio(**conditionings).rir == relative_immunization_ratio(**features).rir
-
-
-def test_tensors_and_factors_may_be_mixed():
-    features = tasks()
-    mixed = {**features, "harmful_reference": FeatureFactor().update(features["harmful_reference"])}
+    found = relative_immunization_ratio(**(features | {name: convert(features[name]) for name in names}))
     expected = relative_immunization_ratio(**features)
-    assert relative_immunization_ratio(**mixed).rir == pytest.approx(expected.rir, rel=1e-9)
+    assert found.rir == pytest.approx(expected.rir, rel=1e-9)
+    assert [getattr(expected, name).kappa for name in NAMES] == [
+        feature_conditioning(features[n]).kappa for n in NAMES
+    ]
 
 
 # ---- bounds --------------------------------------------------------------------------------------------------------
@@ -89,18 +69,8 @@ def test_lost_rank_makes_the_ratio_a_bound(lost, bound, sign, kind):
     ratio = relative_immunization_ratio(**features)
     assert ratio.bound == bound
     assert str(ratio).startswith(sign)
-
-
-def test_lost_harmful_rank_counts_for_immunization_and_not_against_it():
-    features = tasks()
-    features["harmful"] = collapse(features["harmful_reference"])
-    assert relative_immunization_ratio(**features).rir > 1e20
-
-
-def test_lost_benign_rank_counts_against_immunization():
-    features = tasks()
-    features["benign"] = collapse(features["benign_reference"])
-    assert relative_immunization_ratio(**features).rir < 1e-10
+    # Lost harmful rank counts for immunization, lost benign rank against it.
+    assert ratio.rir > 1e20 if bound == "lower" else ratio.rir < 1e-10
 
 
 @pytest.mark.parametrize("options", [{}, {"protocol": "groups", "num_groups": 3, "group_size": 20}])
@@ -186,16 +156,6 @@ def test_groups_are_drawn_by_the_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_one_group_has_no_deviation():
-    ratio = relative_immunization_ratio(**tasks(), protocol="groups", num_groups=1, group_size=20)
-    assert ratio.std is None
-
-
-def test_the_deviation_is_printed():
-    ratio = relative_immunization_ratio(**tasks(), protocol="groups", num_groups=5, group_size=20)
-    assert f"± {ratio.std:.3g}" in str(ratio) and "groups" in str(ratio)
-
-
 # ---- reference protocol --------------------------------------------------------------------------------------------
 
 
@@ -229,13 +189,11 @@ def test_the_reference_protocol_changes_with_scale_where_exact_does_not():
     assert relative_immunization_ratio(**options).rir == pytest.approx(1.0, rel=1e-9)
 
 
-def test_the_reference_protocol_says_that_it_is_noise_floored():
-    assert "noise-floored" in str(relative_immunization_ratio(**tasks(), protocol="reference"))
-
-
 def test_the_reference_protocol_over_groups_has_a_deviation():
     ratio = relative_immunization_ratio(**tasks(), protocol="reference", num_groups=4, group_size=20)
     assert ratio.std > 0 and ratio.protocol == "reference"
+    assert "noise-floored" in str(ratio) and f"± {ratio.std:.3g}" in str(ratio)
+    assert relative_immunization_ratio(**tasks(), protocol="groups", num_groups=1, group_size=20).std is None
 
 
 # ---- precision -----------------------------------------------------------------------------------------------------
@@ -254,11 +212,6 @@ def test_every_dtype_works_and_autocast_changes_nothing(protocol, dtype):
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------
-
-
-def test_an_unknown_protocol_is_refused():
-    with pytest.raises(ProtocolError, match="out of exact, groups, reference, found 'exakt'"):
-        relative_immunization_ratio(**tasks(), protocol="exakt")
 
 
 @pytest.mark.parametrize("protocol", ["groups", "reference"])
@@ -319,27 +272,6 @@ def two_directions(second):
     return torch.diag(torch.tensor([1.0, second], dtype=torch.float32))
 
 
-def test_harmful_rank_gained_bounds_the_ratio_from_above():
-    ratio = relative_immunization_ratio(
-        harmful=two_directions(1e-3), harmful_reference=two_directions(1e-9), benign=BENIGN, benign_reference=BENIGN
-    )
-    assert ratio.bound == "upper"
-
-
-def test_harmful_rank_gained_is_no_growth_of_kappa():
-    ratio = relative_immunization_ratio(
-        harmful=two_directions(1e-3), harmful_reference=two_directions(1e-9), benign=BENIGN, benign_reference=BENIGN
-    )
-    assert ratio.rir < 1
-
-
-def test_benign_rank_gained_bounds_the_ratio_from_below():
-    ratio = relative_immunization_ratio(
-        harmful=BENIGN, harmful_reference=BENIGN, benign=two_directions(1e-3), benign_reference=two_directions(1e-9)
-    )
-    assert ratio.bound == "lower"
-
-
 def test_a_reference_that_is_a_bound_bounds_the_ratio():
     full, lost = two_directions(1e-1), two_directions(1e-9)
     before = feature_conditioning(lost, reference=full)
@@ -347,12 +279,18 @@ def test_a_reference_that_is_a_bound_bounds_the_ratio():
     assert ratio.bound == "upper"
 
 
-def test_groups_do_not_share_rows_unless_asked():
-    features = torch.randn(250, 4, dtype=torch.float64)
-    ratio = relative_immunization_ratio(
-        harmful=features, harmful_reference=features, benign=features, benign_reference=features, protocol="groups"
-    )
-    assert ratio.std == 0.0  # of two groups
-
-
 BENIGN = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float32))
+
+
+def test_rank_gained_bounds_the_ratio_the_other_way():
+    gained = two_directions(1e-3), two_directions(1e-9)
+    harmful, benign = (
+        relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0)
+        for (h, h0), (b, b0) in ((gained, (BENIGN, BENIGN)), ((BENIGN, BENIGN), gained))
+    )
+    assert (harmful.bound, benign.bound) == ("upper", "lower") and harmful.rir < 1
+
+
+def test_an_unknown_protocol_is_refused():
+    with pytest.raises(ProtocolError, match="exakt"):
+        relative_immunization_ratio(**tasks(), protocol="exakt")
