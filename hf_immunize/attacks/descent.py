@@ -12,13 +12,13 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, hardshrink
 
 from hf_immunize.attacks.attacker import Attacker, Found, ProbeBudget
 from hf_immunize.attacks.probe_data import Part, ProbeData, accuracy, best_index, log_steps
+from hf_immunize.linear.probe import descent_residuals
 
 
 class Clock:
@@ -69,30 +69,8 @@ def minibatches(count: int, batch_size: int, steps: int, seed: int) -> list[Tens
 
 
 def descent_factors(s: Tensor, weights: Tensor, steps: list[int]) -> list[Tensor]:
-    r"""The part of the least-squares solution that descent with exact line search has after given steps, ``(r,)``.
-
-    One step multiplies the error of direction i by ``1 − α_t s_i²``, with
-    ``α_t = Σ s_i⁴ p_i² w_i / Σ s_i⁶ p_i² w_i``, ``p`` the product so far and ``w_i`` the squared norm of the optimum's
-    row i.
-
-    >>> descent_factors(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), [1])
-    [tensor([0.1123, 1.0110])]
-    """
-    kind = s.numpy().dtype
-    # Scaled so that the sixth power of the largest is 1.
-    q = (s / s.max()).square().numpy() if len(s) else s.numpy()
-    scale = weights / weights.max() if len(s) and float(weights.max()) > 0 else weights
-    w = scale.to(s.dtype).numpy() * q * q
-    p = np.ones_like(q)
-    filters, wanted = [], set(steps)
-    for step in range(1, (steps[-1] if steps else 0) + 1):
-        gradient = w * p * p
-        curvature = float(gradient @ q)
-        if curvature > 0:
-            p = p * (1 - kind.type(float(gradient.sum()) / curvature) * q)
-        if step in wanted:
-            filters.append(torch.from_numpy(1 - p))
-    return filters
+    """The part of the least-squares solution that descent with exact line search has after given steps, ``(r,)``."""
+    return [1 - left for left in descent_residuals(s, weights, steps)]
 
 
 def conjugate_path(s: Tensor, coefficients: Tensor, steps: list[int]) -> list[Tensor]:

@@ -104,7 +104,7 @@ def train_benign(folder: Path, benign: dict[str, list[dict[str, Any]]], seed: in
 
 
 def immunization_arguments(folder: Path, seed: int) -> ImmunizationArguments:
-    """The demo's arguments: the paper's objective in addition to the task's loss; all of so small a net is trainable."""
+    """The demo's arguments: the paper's objective and the task's loss; all of so small a net is trainable."""
     return ImmunizationArguments(
         output_dir=str(folder),
         objective="kappa",
