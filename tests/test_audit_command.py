@@ -60,7 +60,7 @@ def test_accuracies_that_are_none_are_one_sentence(model, given):
 
 
 def test_one_data_set_is_split_by_harmful_classes(tmp_path):
-    harmful, benign = _data(None, None, saved(tmp_path / "both", 0), "c, d", None, None, None, HeldOut)
+    harmful, benign = _data(None, None, saved(tmp_path / "both", 0), ["c", "d"], None, None, None, HeldOut)
     assert harmful.train.features["label"].names == ["c", "d"]
     assert benign.test.features["label"].names == ["a", "b"]
 

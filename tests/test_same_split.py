@@ -62,7 +62,7 @@ def seen(dataset):
 def test_audit_and_verify_measure_on_what_training_held_out(run, images):
     output, trained = run
     draw = partial(_draw, str(output), "main", None, None)
-    harmful, benign = _data(None, None, str(images), "gun,knife", None, None, None, draw)
+    harmful, benign = _data(None, None, str(images), ["gun", "knife"], None, None, None, draw)
     checked = _images(None, None, str(images), ["gun", "knife"], None, None, None, read_record(output))
     for side, audited, verified in zip(trained, (benign, harmful), checked, strict=True):
         assert seen(audited.test) == seen(verified) == seen(side.test)
@@ -90,7 +90,7 @@ def typed(*words):
     return CliRunner().invoke(cli.app, [str(word) for word in words])
 
 
-AUDIT = ("--harmful-classes", "gun,knife", "--quick", "--attackers", "ridge")
+AUDIT = ("--harmful-classes", "gun", "--harmful-classes", "knife", "--quick", "--attackers", "ridge")
 
 
 def test_an_audit_of_the_same_data_runs(run, images, tmp_path):
@@ -128,5 +128,5 @@ def test_a_record_that_knows_no_training_images_refuses_none(run, tmp_path):
 
 
 def test_verify_holds_out_by_itself(run, images):
-    classes = ["--harmful-class", "gun", "--harmful-class", "knife"]
+    classes = ["--harmful-classes", "gun", "--harmful-classes", "knife"]
     assert typed("verify", run[0], "--dataset", images, *classes).exit_code == 0

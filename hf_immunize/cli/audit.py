@@ -36,8 +36,8 @@ def audit(
         str | None, typer.Option(help="One data set with both tasks, in place of --harmful and --benign.")
     ] = None,
     harmful_classes: Annotated[
-        str | None,
-        typer.Option(help="With --dataset: the harmful classes, with commas between (names may hold some)."),
+        list[str] | None,
+        typer.Option(help="With --dataset: a harmful class, by name or number; give it once for each."),
     ] = None,
     harmful_test: Annotated[str | None, typer.Option(help="Harmful images to measure on.")] = None,
     benign_test: Annotated[str | None, typer.Option(help="Benign images to measure on.")] = None,
@@ -246,13 +246,13 @@ def _data(
     harmful: str | None,
     benign: str | None,
     dataset: str | None,
-    harmful_classes: str | None,
+    harmful_classes: list[str] | None,
     harmful_test: str | None,
     benign_test: str | None,
     label_column: str | None,
     draw: Callable[[], HeldOut],
 ) -> tuple[object, object]:
-    if (dataset is None) == (harmful is None) or (dataset is None) != (harmful_classes is None):
+    if (dataset is None) == (harmful is None) or (dataset is None) != (not harmful_classes):
         raise ArgumentError(
             "Expected either --harmful (and --benign), or --dataset with --harmful-classes, found "
             f"harmful={harmful}, dataset={dataset}, harmful_classes={harmful_classes}."
@@ -265,8 +265,7 @@ def _data(
         )
     from hf_immunize.data.sources import divide, divide_classes
 
-    assert harmful_classes is not None
-    benign_part, harmful_part = divide_classes(divide(dataset, draw()), [harmful_classes], label_column)
+    benign_part, harmful_part = divide_classes(divide(dataset, draw()), harmful_classes or [], label_column)
     return harmful_part, benign_part
 
 

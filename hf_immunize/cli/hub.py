@@ -63,7 +63,8 @@ def verify(
     harmful: Annotated[str | None, typer.Option(help="Harmful images.")] = None,
     dataset: Annotated[str | None, typer.Option(help="One data set that holds both.")] = None,
     harmful_classes: Annotated[
-        list[str] | None, typer.Option("--harmful-class", help="With --dataset: a harmful class; give it repeatedly.")
+        list[str] | None,
+        typer.Option(help="With --dataset: a harmful class, by name or number; give it once for each."),
     ] = None,
     split: Annotated[
         str | None,
@@ -80,7 +81,7 @@ def verify(
     reference: Annotated[
         str | None, typer.Option(help="The model before immunization, to measure its κ's too.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -154,7 +155,7 @@ def _check_sources(benign: str | None, harmful: str | None, dataset: str | None,
     of_one, of_two = [dataset is not None, bool(harmful_classes)], [benign is not None, harmful is not None]
     if not (all(of_one) and not any(of_two)) and not (all(of_two) and not any(of_one)):
         raise ArgumentError(
-            "Expected either --benign and --harmful, or --dataset with --harmful-class, found "
+            "Expected either --benign and --harmful, or --dataset with --harmful-classes, found "
             f"benign={benign}, harmful={harmful}, dataset={dataset}, harmful classes {harmful_classes}."
         )
 

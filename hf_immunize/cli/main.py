@@ -34,7 +34,11 @@ app = typer.Typer(
 )
 
 
-def _tell_version(asked: bool) -> None:
+# Options by their old names.
+_RENAMED = {"--harmful-class": "--harmful-classes"}
+
+
+def _show_version(asked: bool) -> None:
     if asked:
         typer.echo(f"hf-immunize {__version__}")
         raise typer.Exit
@@ -43,7 +47,7 @@ def _tell_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """What stands before a command; the help of all is the app's."""
@@ -82,7 +86,7 @@ def train(context: typer.Context) -> None:
 
 
 app.command(short_help="Attack an immunized model: what is slowed, what is prevented, what is not.")(audit)
-app.command(short_help="Before any training: how far can these two tasks be told apart?")(ceiling)
+app.command(short_help="Before any training: how far are these two tasks separable?")(ceiling)
 app.command(short_help="Publish a checkpoint with its record and card; nothing else leaves.")(push)
 app.command(short_help="Measure a published checkpoint again: do its claims hold?")(verify)
 app.command(short_help="Write the model card from the record.")(card)
@@ -99,7 +103,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     logging.setLogRecordFactory(_printable_record)
     try:
-        _refuse_empty(sys.argv[1:])
+        _check_words(sys.argv[1:])
         app()
     except SystemExit as stop:
         if stop.code == 130:
@@ -121,10 +125,12 @@ def _printable_record(*args: Any, **options: Any) -> logging.LogRecord:
     return record
 
 
-def _refuse_empty(words: list[str]) -> None:
-    """An empty name is most often a variable that was not set, and as a path it would be the current folder."""
+def _check_words(words: list[str]) -> None:
+    """Refuse old names of options, and empty values: most often a variable that was not set."""
     for before, word in zip(["hf-immunize", *words], words, strict=False):
         name, is_assigned, value = word.partition("=")
+        if name in _RENAMED:
+            raise ArgumentError(f"Expected {_RENAMED[name]}, found its old name {name}. Type {_RENAMED[name]}.")
         if not word.strip() or (name.startswith("--") and is_assigned and not value.strip()):
             raise ArgumentError(
                 f"Expected a value after {before if not word.strip() else name}, found an empty one. Give it, or "

@@ -22,10 +22,9 @@ from hf_immunize.data.columns import find_columns
 from hf_immunize.data.sources import HeldOut, Parts, choose, divide, divide_classes, load_image_dataset
 from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.files import check_writable, checked, with_checksum, write_whole
-from hf_immunize.hub import card as rows
-from hf_immunize.hub.card import metric_rows
+from hf_immunize.hub.card import metric_rows, summary_sentence
 from hf_immunize.hub.collect import describe_base_model, is_hub_id
-from hf_immunize.hub.record import BudgetRecord, DataRecord, from_plain, to_plain
+from hf_immunize.hub.record import DataRecord, to_plain
 from hf_immunize.hub.verify import Measured, groups_ratio, measure
 from hf_immunize.text import library_words, printable, public_name
 from hf_immunize.training.arguments import ImmunizationArguments
@@ -46,55 +45,50 @@ Immunize an image classifier against a harmful task.
   hf-immunize train --config arguments.yaml --learning_rate 0.001        (flags override the file)
 
 Data are folders of images (one subfolder a class), folders written by save_to_disk, parquet files, or names on the
-Hub. Harmful images need no labels. Every flag of transformers.TrainingArguments works as usual.
+Hub. Harmful images need no labels. Every flag of transformers.TrainingArguments works as usual; all flags may be typed
+with hyphens too (--harmful-classes), as the other commands have them.
 """
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class DataArguments:
     """What to immunize and on which images."""
 
-    model: str = field(default="", metadata={"help": "Hub id or folder of an image classifier."})
-    benign: str | None = field(default=None, metadata={"help": "Benign images with labels: folder, file or Hub id."})
-    harmful: str | None = field(default=None, metadata={"help": "Harmful images: folder, file or Hub id."})
-    dataset: str | None = field(default=None, metadata={"help": "One data set that holds both."})
+    model: str = _option("", "Hub id or folder of an image classifier.")
+    benign: str | None = _option(None, "Benign images with labels: folder, file or Hub id.")
+    harmful: str | None = _option(None, "Harmful images: folder, file or Hub id.")
+    dataset: str | None = _option(None, "One data set that holds both.")
     harmful_classes: list[str] = field(
         default_factory=list, metadata={"help": "With --dataset: the harmful classes, by name or number."}
     )
-    distillation: str | None = field(
-        default=None, metadata={"help": "Any images, without labels, on which the model shall stay what it was."}
-    )
-    benign_eval: str | None = field(default=None, metadata={"help": "Benign images to measure on."})
-    harmful_eval: str | None = field(default=None, metadata={"help": "Harmful images to measure on."})
-    eval_fraction: float = field(
-        default=0.3, metadata={"help": "Part held out for measuring where the data have no validation or test split."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    new_head: bool = field(default=False, metadata={"help": "Replace the classifier by one for the benign classes."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    max_images: int | None = field(default=None, metadata={"help": "At most so many images of each set."})
-    groups: bool = field(
-        default=False, metadata={"help": "Measure RIR over groups of 100 images too, with its spread."}
-    )
+    distillation: str | None = _option(None, "Any images, without labels, on which the model shall stay what it was.")
+    benign_eval: str | None = _option(None, "Benign images to measure on.")
+    harmful_eval: str | None = _option(None, "Harmful images to measure on.")
+    eval_fraction: float = _option(0.3, "Part held out for measuring where there is no validation or test split.")
+    model_revision: str = _option("main", "Branch, tag or commit of the model on the Hub.")
+    new_head: bool = _option(False, "Replace the classifier by one for the benign classes.")
+    trust_remote_code: bool = _option(False, "Run code that comes with the model.")
+    max_images: int | None = _option(None, "At most so many images of each set.")
+    groups: bool = _option(False, "Measure RIR over groups of 100 images too, with its spread.")
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ArgumentError("Expected --model, found none. Give a Hub id or a folder; --help shows examples.")
-        one = self.dataset is not None
-        of_one = [bool(self.harmful_classes)]
-        of_two = [name is not None for name in (self.benign, self.harmful)]
-        if not all(of_one if one else of_two) or any(of_two if one else of_one):
+        sources = [name for name in ("benign", "harmful", "dataset", "harmful_classes") if getattr(self, name)]
+        if sources not in (["benign", "harmful"], ["dataset", "harmful_classes"]):
             raise ArgumentError(
                 "Expected either --benign and --harmful, or --dataset with --harmful_classes, found "
-                f"benign={self.benign}, harmful={self.harmful}, dataset={self.dataset}, "
-                f"harmful_classes={self.harmful_classes}."
+                f"{' and '.join(f'--{name}' for name in sources) or 'none of them'}."
             )
-        for name in ("benign_eval", "harmful_eval"):
-            if one and getattr(self, name) is not None:
-                raise ArgumentError(
-                    f"Expected --{name} with --benign and --harmful alone, found it with --dataset, whose own splits "
-                    "are measured on. Leave it out, or give benign and harmful images as two sources."
-                )
+        if self.dataset is not None and (self.benign_eval or self.harmful_eval):
+            raise ArgumentError(
+                "Expected --benign_eval and --harmful_eval with --benign and --harmful alone, found them with "
+                "--dataset, whose own splits are measured on. Leave them out, or give two sources."
+            )
         if self.max_images is not None and self.max_images < 1:
             raise ArgumentError(f"Expected --max_images of at least 1, found {self.max_images}.")
         if self.model_revision != "main" and Path(self.model).is_dir():
@@ -124,12 +118,12 @@ def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArgume
     if len(words) == 1 and not words[0].startswith("-") and words[0].endswith((".yaml", ".yml", ".json")):
         words = ["--config", words[0]]
     first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
     first.error = parser.error  # type: ignore[method-assign]
+    for each in (first, parser):
+        each.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
     config, words = first.parse_known_args(words)
     if config.config is not None:
         words = _as_words(_read_config(config.config), parser) + words
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
     # Unlike a script, the command trains unless told otherwise.
     parser.set_defaults(do_train=True)
     try:
@@ -146,6 +140,12 @@ def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArgume
         near = get_close_matches(unknown[0].split("=")[0], flags, n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists all flags."
         raise ArgumentError(f"Expected known flags, found {' '.join(unknown)}. {hint}")
+    _check_training(training)
+    return data, training
+
+
+def _check_training(training: ImmunizationArguments) -> None:
+    """Refuse what TrainingArguments takes without a word, and what this command does not do."""
     for name, value in vars(training).items():
         if name.endswith("_kwargs") and isinstance(value, str):
             raise ArgumentError(f"Expected --{name} as a mapping in JSON, found {value!r}. Leave it out, or mend it.")
@@ -159,12 +159,11 @@ def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArgume
             "Expected --do_train and no --do_predict, since this command trains, and measures before and after; found "
             f"do_train={training.do_train}, do_predict={training.do_predict}. hf-immunize verify measures alone."
         )
-    return data, training
 
 
 def _as_words(values: dict[Any, Any], parser: ArgumentParser) -> list[str]:
     """The file's arguments as they would be typed, so that flags after them override and types are checked alike."""
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     unknown = sorted(str(name) for name in values if name not in actions)
     if unknown:
         raise ArgumentError(f"Expected names of flags in the config file, found {unknown}; --help lists them all.")
@@ -220,20 +219,6 @@ def load_splits(data: DataArguments, args: ImmunizationArguments) -> tuple[Parts
     return _limited(benign, data.max_images, args.seed), _limited(harmful, data.max_images, args.seed)
 
 
-def load_distillation(data: DataArguments, args: ImmunizationArguments) -> Any:
-    """The images of ``--distillation``, or None; at most ``--max_images`` of them."""
-    if data.distillation is None:
-        return None
-    return _first(load_image_dataset(data.distillation), data.max_images, args.seed)
-
-
-def load_model(data: DataArguments, benign: Any, args: ImmunizationArguments) -> Any:
-    """The model to immunize, with its own head or, with ``--new_head``, one for the benign classes."""
-    if data.new_head:
-        return _model_with_new_head(data, benign, args)
-    return _load(data, args)
-
-
 def _check_classes(source: str, parts: Parts, label_column: str | None) -> None:
     """Labels of both parts must mean the same classes."""
     train, test = (_class_names(part, label_column) for part in (parts.train, parts.test))
@@ -257,7 +242,25 @@ def _first(dataset: Any, limit: int | None, seed: int) -> Any:
     return dataset if limit is None else dataset.select(choose(len(dataset), limit, seed))
 
 
-def _model_with_new_head(data: DataArguments, benign: Any, args: ImmunizationArguments) -> Any:
+def load_model(data: DataArguments, benign: Any, args: ImmunizationArguments) -> Any:
+    """The model to immunize, with its own head or, with ``--new_head``, one for the benign classes."""
+    options: dict[str, Any] = {"revision": data.model_revision, "trust_remote_code": data.trust_remote_code}
+    if data.new_head:
+        if args.benign_loss != "task" and args.pooling is None:  # of that head, the Trainer says it
+            logger.warning(
+                f"A new head has learned nothing yet that --benign_loss {args.benign_loss} could keep: benign "
+                "accuracy stays near chance. Train the classifier first, or set --benign_loss task --benign_budget "
+                "none."
+            )
+        classes = _new_classes(benign, args)
+        options["config"] = AutoConfig.from_pretrained(data.model, **options, **classes)
+    if args.pooling is None:
+        return load_classifier(data.model, new_head=data.new_head, **options)
+    return load_backbone(data.model, args.pooling, **options)  # the Trainer puts a head on it
+
+
+def _new_classes(benign: Any, args: ImmunizationArguments) -> dict[str, Any]:
+    """A config's entries for the benign classes."""
     _, label = find_columns(benign, args.image_column_name, args.label_column_name)
     names = getattr(benign.features[label], "names", None)
     if names is None:
@@ -265,27 +268,8 @@ def _model_with_new_head(data: DataArguments, benign: Any, args: ImmunizationArg
             f"Expected class names in column {label!r} for --new_head, found plain values. Encode them with "
             "dataset.class_encode_column."
         )
-    if args.benign_loss != "task" and args.pooling is None:  # of that head, the Trainer says it
-        logger.warning(
-            f"A new head has learned nothing yet that --benign_loss {args.benign_loss} could keep: benign accuracy "
-            "stays near chance. Train the classifier first, or set --benign_loss task --benign_budget none."
-        )
-    config = AutoConfig.from_pretrained(
-        data.model,
-        revision=data.model_revision,
-        trust_remote_code=data.trust_remote_code,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    return _load(data, args, config=config)
-
-
-def _load(data: DataArguments, args: ImmunizationArguments, **options: Any) -> Any:
-    options |= {"revision": data.model_revision, "trust_remote_code": data.trust_remote_code}
-    if args.pooling is None:
-        return load_classifier(data.model, new_head=data.new_head, **options)
-    return load_backbone(data.model, args.pooling, **options)  # the Trainer puts a head on it
+    numbered = dict(enumerate(names))
+    return {"num_labels": len(names), "id2label": numbered, "label2id": {name: i for i, name in numbered.items()}}
 
 
 def run_train(words: list[str]) -> dict[str, Any]:
@@ -294,7 +278,9 @@ def run_train(words: list[str]) -> dict[str, Any]:
     check_writable(args.output_dir, "--output_dir")
     set_seed(args.seed)
     benign, harmful = load_splits(data, args)
-    distillation = load_distillation(data, args)
+    distillation = None
+    if data.distillation is not None:
+        distillation = _first(load_image_dataset(data.distillation), data.max_images, args.seed)
     try:
         model = load_model(data, benign.train, args)
         processor = AutoImageProcessor.from_pretrained(
@@ -346,13 +332,17 @@ def run_train(words: list[str]) -> dict[str, Any]:
         "before": finite(before),
         "after": finite(after),
         "budget": to_plain(trainer.evidence.budget),
+        "summary": summary_sentence(finite(before), finite(after), trainer.evidence.budget),
     }
     describe(trainer, data, finite(before), {"benign": benign.held_out, "harmful": harmful.held_out})
     if data.groups:
         measure_groups(trainer, data, benign.test, harmful.test)
     if trainer.is_world_process_zero():
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_figure(Path(args.output_dir), trainer)
+        figure, (axes,) = new_figure(1)
+        draw_spectra(axes, trainer.last_spectra)
+        save_figure(figure, Path(args.output_dir) / "spectra.png")
+        trainer.evidence.figures = ["spectra.png"]
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_outputs(Path(args.output_dir), trainer, results)
@@ -409,30 +399,13 @@ def measure_groups(trainer: ImmunizationTrainer, data: DataArguments, benign: An
     trainer.evidence.attach(trainer.model, groups=ratio)
 
 
-def summary_sentence(results: dict[str, Any]) -> str:
-    """What was achieved, and in the last sentence what was not, from the figures alone."""
-    budget = results.get("budget")
-    return rows.summary_sentence(
-        results["before"], results["after"], None if budget is None else from_plain(BudgetRecord, budget, "budget")
-    )
-
-
-def write_figure(folder: Path, trainer: ImmunizationTrainer) -> None:
-    """The spectra before and after, as a figure that the record names."""
-    figure, (axes,) = new_figure(1)
-    draw_spectra(axes, trainer.last_spectra)
-    save_figure(figure, folder / "spectra.png")
-    trainer.evidence.figures = ["spectra.png"]
-
-
 def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str, Any]) -> None:
     """Results as JSON, a card, and a table in the terminal."""
-    sentence = summary_sentence(results)
-    write_whole(folder / "results.json", json.dumps({**results, "summary": sentence}, indent=2))
+    write_whole(folder / "results.json", json.dumps(results, indent=2))
     trainer.create_model_card()
     print_table(results)
     Console(soft_wrap=True).print(
-        f"\n{sentence}\n\nCheckpoint, record, card and figure: {folder}/", highlight=False, markup=False
+        f"\n{results['summary']}\n\nCheckpoint, record, card and figure: {folder}/", highlight=False, markup=False
     )
 
 

@@ -191,19 +191,16 @@ def divide_classes(
     return tuple(Parts(side["train"], side["test"], parts.held_out) for side in (benign, harmful))  # type: ignore[return-value]
 
 
-def class_keys(dataset: Any, asked: Sequence[str | int], label_column: str | None = None) -> list[str | int]:
-    """Classes as typed: a name where there is such a name, else several between commas, else a number."""
+def class_keys(dataset: Any, typed: Sequence[str | int], label_column: str | None = None) -> list[str | int]:
+    """Classes as typed, one each: a name where there is such a name, else a number."""
     column = find_stored_label_column(dataset, label_column)
     names = getattr(dataset.features[column], "names", None) or set(read_labels(dataset, column))
-    keys: list[str | int] = []
-    for words in map(str, asked):
-        pieces = words.split(",")
-        while pieces:
-            joined = [",".join(pieces[:end]).strip() for end in range(len(pieces), 0, -1)]
-            key = next((name for name in joined if name in names), joined[-1])
-            pieces = pieces[key.count(",") + 1 :]
-            keys.append(int(key) if key not in names and key.isdigit() else key)
-    return keys
+    for word in map(str, typed):
+        pieces = [piece.strip() for piece in word.split(",")]
+        if word not in names and len(pieces) > 1 and pieces[0] in names:
+            repeated = " ".join(f"--harmful-classes {piece!r}" for piece in pieces)
+            raise DataError(f"Expected one class in each --harmful-classes, found {word!r}. Type {repeated}.")
+    return [int(word) if word not in names and word.isdigit() else word for word in map(str, typed)]
 
 
 def choose(count: int, limit: int | None, seed: int) -> list[int]:

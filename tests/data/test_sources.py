@@ -157,20 +157,21 @@ def test_classes_are_split_after_the_images(many):
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
-        (["tench, Tinca tinca"], ["tench, Tinca tinca"]),
-        (["gun,tench, Tinca tinca, cat"], ["gun", "tench, Tinca tinca", "cat"]),
+        (["tench, Tinca tinca", "cat"], ["tench, Tinca tinca", "cat"]),
         (["3"], ["3"]),  # a name before a number
-        (["gun, 1", 0], ["gun", 1, 0]),
-        (["tench, Tinca"], ["tench", "Tinca"]),  # names of nothing, which the split refuses
+        (["gun", "1", 0], ["gun", 1, 0]),
+        (["tench, Tinca"], ["tench, Tinca"]),  # a name of nothing, which the split refuses
     ],
 )
 def test_classes_are_found_as_they_are_typed(many, typed, meant):
     assert class_keys(many, typed) == meant
 
 
-def test_names_with_commas_may_be_stored_as_text():
-    data = datasets.Dataset.from_dict({"label": ["tench, Tinca", "gun"]})
-    assert class_keys(data, ["tench, Tinca,gun"]) == ["tench, Tinca", "gun"]
+def test_several_classes_in_one_value_name_the_spelling():
+    data = datasets.Dataset.from_dict({"label": ["tench, Tinca", "gun", "cat"]})
+    assert class_keys(data, ["tench, Tinca"]) == ["tench, Tinca"]
+    with pytest.raises(DataError, match="--harmful-classes 'gun' --harmful-classes 'cat'"):
+        class_keys(data, ["gun,cat"])
 
 
 def test_a_limit_draws_the_same_rows_as_a_shuffle_of_the_data_set(many):

@@ -11,11 +11,21 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hf_immunize.errors import CardError
-from hf_immunize.hub.card import CardOptions, eval_results, plain, record_rows, render_card, slug, write_card
+from hf_immunize.hub.card import (
+    CardOptions,
+    eval_results,
+    plain,
+    record_rows,
+    render_card,
+    slug,
+    summary_sentence,
+    write_card,
+)
 from hf_immunize.hub.record import (
     AttackRecord,
     AuditRecord,
     BaseModelRecord,
+    BudgetRecord,
     ConditioningRecord,
     DataRecord,
     ImmunizationRecord,
@@ -103,6 +113,44 @@ def test_a_metric_other_than_accuracy_has_its_row():
     record.metric = MetricRecord("loss", 0.25)
     assert record_rows(record)[0] == ("benign loss", "–", "0.25")
     assert "not measured" in rendered(record).text
+
+
+@pytest.mark.parametrize(
+    ("after", "budget", "found"),
+    [
+        ({"eval_rir": 1.005}, (0.15, 1e-4), ["nothing", "3.0 times", "0.0001", "lower the learning"]),
+        ({"eval_rir": 0.313, "eval_accuracy": 0.238}, (0.15, 0.5), ["nothing", "24.0 points"]),
+        ({"eval_rir": 1.2}, (0.001, 30.0), ["nothing", "train longer"]),
+        ({"eval_rir": 1.2}, (0.04, 30.0), ["nothing", "raise the budget"]),
+        ({"eval_rir": 50.0, "eval_accuracy": 0.3}, (0.05, 1.0), ["cost 17.8 points"]),
+        ({"eval_rir": 50.0, "eval_accuracy": 0.3}, None, ["cost 17.8 points"]),
+        ({"eval_rir": 50.0}, (0.04, 1.0), ["0.04 of its budget of 0.05"]),
+        ({"eval_rir": 50.0}, None, []),
+    ],
+)
+def test_the_last_sentence_says_what_failed_and_why(after, budget, found):
+    state = None if budget is None else BudgetRecord(0.05, "total_variation", *budget)
+    text = summary_sentence({"eval_accuracy": 0.478}, {"eval_accuracy": 0.478} | after, state)
+    last = text[text.rindex("fine-tuning.") :]
+    assert all(words in last for words in found)
+    assert ("This run" in last) == (after["eval_rir"] < 2 or after.get("eval_accuracy", 1) < 0.4)
+
+
+BOUNDS = {"eval_rir_is_lower_bound": 1.0, "eval_rir_is_upper_bound": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        ({"eval_accuracy": 0.9}, {"eval_accuracy": 0.5, "eval_rir": 0.2}, ["0.2 times", "-40.0 points"]),
+        ({}, {"eval_accuracy": 0.9, "eval_rir": None, **BOUNDS}, ["undetermined", "not measured before"]),
+        ({}, {}, ["ratio of condition numbers was not measured", "accuracy was not measured"]),
+        ({}, {"eval_rir": 5.0, "eval_rir_is_upper_bound": True}, ["at most 5"]),
+    ],
+)
+def test_the_first_sentence_says_what_was_found(before, after, found):
+    text = summary_sentence(before, after)
+    assert [words for words in found if words not in text] == []
 
 
 def test_attackers_are_named_and_access_that_was_not_tried_too():
