@@ -313,27 +313,10 @@ def run_train(words: list[str]) -> dict[str, Any]:
     after = trainer.evaluate()
     if args.resume_from_checkpoint:
         before = before_resuming(trainer, before_path)
-    results = {
-        "model": public_name(data.model),
-        "benign": public_name(str(data.benign or data.dataset)),
-        "harmful": public_name(str(data.harmful or data.dataset))
-        + (f": {', '.join(map(str, data.harmful_classes))}" if data.harmful_classes else ""),
-        "images": {
-            "benign_train": len(benign.train),
-            "harmful_train": len(harmful.train),
-            **({} if distillation is None else {"distillation": len(distillation)}),
-            "benign_eval": len(benign.test),
-            "harmful_eval": len(harmful.test),
-        },
-        "objective": trainer.objective,
-        "trainable": args.trainable,
-        "steps": trainer.state.global_step if trainer.evidence.step is None else trainer.evidence.step,
-        "seed": args.seed,
-        "before": finite(before),
-        "after": finite(after),
-        "budget": to_plain(trainer.evidence.budget),
-        "summary": summary_sentence(finite(before), finite(after), trainer.evidence.budget),
-    }
+    sizes = {"benign_train": len(benign.train), "harmful_train": len(harmful.train)}
+    sizes |= {} if distillation is None else {"distillation": len(distillation)}
+    sizes |= {"benign_eval": len(benign.test), "harmful_eval": len(harmful.test)}
+    results = _results(trainer, data, sizes, finite(before), finite(after))
     describe(trainer, data, finite(before), {"benign": benign.held_out, "harmful": harmful.held_out})
     if data.groups:
         measure_groups(trainer, data, benign.test, harmful.test)
@@ -347,6 +330,31 @@ def run_train(words: list[str]) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_outputs(Path(args.output_dir), trainer, results)
     return results
+
+
+def _results(
+    trainer: ImmunizationTrainer,
+    data: DataArguments,
+    sizes: dict[str, int],
+    before: dict[str, float | None],
+    after: dict[str, float | None],
+) -> dict[str, Any]:
+    """What ``results.json`` holds."""
+    return {
+        "model": public_name(data.model),
+        "benign": public_name(str(data.benign or data.dataset)),
+        "harmful": public_name(str(data.harmful or data.dataset))
+        + (f": {', '.join(map(str, data.harmful_classes))}" if data.harmful_classes else ""),
+        "images": sizes,
+        "objective": trainer.objective,
+        "trainable": trainer.args.trainable,
+        "steps": trainer.state.global_step if trainer.evidence.step is None else trainer.evidence.step,
+        "seed": trainer.args.seed,
+        "before": before,
+        "after": after,
+        "budget": to_plain(trainer.evidence.budget),
+        "summary": summary_sentence(before, after, trainer.evidence.budget),
+    }
 
 
 def before_resuming(trainer: ImmunizationTrainer, path: Path) -> dict[str, Any]:
