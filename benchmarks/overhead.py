@@ -52,7 +52,7 @@ class Clock(TrainerCallback):
         for name in NAMES[state.global_step % len(NAMES) :] + NAMES[: state.global_step % len(NAMES)]:
             start = now()
             benign, harmful = (part.clone().requires_grad_() for part in self.features.split(SIDE))
-            terms = OBJECTIVES[name](Side(benign), Side(harmful), False)
+            terms = OBJECTIVES[name]()(Side(benign), Side(harmful))
             for side, features in ((terms.benign, benign), (terms.harmful, harmful)):
                 for value in side.values():
                     torch.autograd.grad(value, features)

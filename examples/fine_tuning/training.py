@@ -15,7 +15,7 @@ from examples.fine_tuning.candidates import Candidate
 from hf_immunize import ImmunizationTrainer
 from hf_immunize.errors import ArgumentError
 from hf_immunize.training.arguments import Method
-from hf_immunize.training.objectives import Side, Terms, rectifier_activity
+from hf_immunize.training.objectives import Concentration, Objective, Side, Terms, relu_activity
 from hf_immunize.training.step import ImmunizationStep, StepResult
 from hf_immunize.training.weighting import balanced_weight, gradient_norm
 
@@ -24,25 +24,43 @@ from hf_immunize.training.weighting import balanced_weight, gradient_norm
 INNER_STEPS, INNER_RATE = 4, 1e-3
 
 
+class CandidateObjective(Objective):
+    """Terms at the classifier's input and of what enters ReLUs, as far as a candidate has them.
+
+    Args:
+        candidate: Which terms.
+        relus: Modules whose inputs they look at.
+    """
+
+    def __init__(self, candidate: Candidate, relus: list[str]) -> None:
+        super().__init__(relus if candidate.silence else ())
+        self.candidate = candidate
+
+    def __call__(self, benign: Side, harmful: Side) -> Terms:
+        """Concentration, unless all harmful features are zero, and a term of each ReLU, which keeps its weight."""
+        assert isinstance(harmful.features, Tensor)  # one process
+        head = self.candidate.head and harmful.features.any()
+        found = {name: relu_activity(values, benign.inner[name]) for name, values in harmful.inner.items()}
+        inner = {f"activity {name}": replace(term, left=None) for name, term in found.items()}
+        return replace(Concentration()(benign, harmful) if head else Terms(), inner=inner)
+
+
 class Passing:
-    """What passes some modules in the first pass that takes gradients; hooks are removed on exit.
+    """What leaves some modules in the first pass that takes gradients; hooks are removed on exit.
 
     Args:
         model: Whose modules.
         outputs: Modules whose outputs are kept.
-        inputs: Modules whose inputs are.
     """
 
-    def __init__(self, model: nn.Module, outputs: list[str], inputs: list[str]) -> None:
-        self.model, self.outputs, self.inputs = model, outputs, inputs
+    def __init__(self, model: nn.Module, outputs: list[str]) -> None:
+        self.model, self.outputs = model, outputs
         self.values: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Passing:
         for name in self.outputs:
             self._handles.append(self.model.get_submodule(name).register_forward_hook(self._after(name)))
-        for name in self.inputs:
-            self._handles.append(self.model.get_submodule(name).register_forward_pre_hook(self._before(name)))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -51,9 +69,6 @@ class Passing:
 
     def _after(self, name: str) -> Any:
         return lambda module, inputs, output: self._keep(name, output)
-
-    def _before(self, name: str) -> Any:
-        return lambda module, inputs: self._keep(name, inputs)
 
     def _keep(self, name: str, value: Any) -> None:
         # The starting model and held-out images pass without gradients.
@@ -86,17 +101,9 @@ class CandidateStep(ImmunizationStep):
         seed: int,
         **options: Any,
     ) -> None:
-        super().__init__(model, **options)
+        super().__init__(model, objective=CandidateObjective(candidate, rectifiers), **options)
         self.candidate, self.seed = candidate, seed
         self.layers = layers if candidate.layers or candidate.ridge else []
-        self.rectifiers = rectifiers if candidate.silence else []
-
-    def terms(self, benign: Side, harmful: Side, step: int) -> Terms:
-        """At the classifier's input: the default's, if the candidate has them and not all features are zero."""
-        assert isinstance(harmful.features, Tensor)  # one process
-        if not self.candidate.head or not harmful.features.any():
-            return Terms()
-        return super().terms(benign, harmful, step)
 
     def __call__(
         self,
@@ -109,7 +116,7 @@ class CandidateStep(ImmunizationStep):
     ) -> StepResult:
         """As `ImmunizationStep`, with the candidate's terms."""
         plain = self._plain_model
-        with Passing(plain, self.layers, self.rectifiers) as passing:
+        with Passing(plain, self.layers) as passing:
             result = super().__call__(model, batch, step, task_loss, add_task_loss=add_task_loss)
         labels = batch["harmful"].get("labels")
         benign = slice(0, len(batch["benign"]["pixel_values"]))
@@ -123,10 +130,6 @@ class CandidateStep(ImmunizationStep):
                 found["concentration"] = terms.layer_concentration(values[harmful])
             if self.candidate.ridge:
                 found["ridge"] = terms.ridge_resistance(pooled(values[harmful]), labels)
-            if name in self.rectifiers:
-                inner = rectifier_activity(values[harmful], values[benign])
-                loss = loss + balanced_weight(inner.scale, inner.gradient_norm, factor) * inner.value
-                logged[f"activity {name}"] = inner.value.detach()
             for kind, term in found.items():
                 loss = loss + balanced_weight(unit, gradient_norm(term, values), factor) * term
                 logged[f"{kind} {name}"] = term.detach()

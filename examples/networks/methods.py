@@ -37,7 +37,7 @@ BASELINES = ("kappa", "r_ill", "opt_kappa", "imma")
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "concentration": {"objective": "concentration"},
-    "silence": {"objective": "silence"},
+    "silence": {"objective": "dead_relu"},
     **{name: {"objective": name, **PAPER} for name in BASELINES},
     **{f"{name}_ours": {"objective": name} for name in BASELINES},
     **{name: {"objective": name} for name in TRIALS},

@@ -12,7 +12,7 @@ from torch import Tensor
 from examples.networks.rows import Group
 from hf_immunize import rir_ceiling
 from hf_immunize.audit.names import percent
-from hf_immunize.training.choice import told_apart
+from hf_immunize.training.choice import separable
 
 
 # Images a side, as in the batches of the experiments, and how often they are drawn.
@@ -58,7 +58,7 @@ def _told_apart(features: list[dict[str, Tensor]]) -> str:
     for seed, one in product(range(DRAWS), features):
         draw = torch.Generator().manual_seed(seed)
         sides = (one[side][torch.randperm(len(one[side]), generator=draw)[:BATCH]] for side in ("benign", "harmful"))
-        shares.append(told_apart(*sides).double().mean().item())
+        shares.append(separable(*sides).double().mean().item())
     return (
         f"A ridge classifier on these features puts {percent(statistics.fmean(shares))} of harmful and benign images "
         f"on their own side ({percent(min(shares))} to {percent(max(shares))} in {DRAWS} draws of {BATCH} test images "

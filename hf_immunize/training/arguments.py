@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,13 +12,17 @@ from transformers import TrainingArguments
 from hf_immunize.data.pairs import BatchSizes
 from hf_immunize.errors import ArgumentError
 from hf_immunize.training.cached_trunk import check_trunk_arguments
-from hf_immunize.training.distillation import MOST_OF_AN_IMAGE
-from hf_immunize.training.objectives import INSIDE, LABELLED, OBJECTIVES
+from hf_immunize.training.distillation import MAX_TV_PER_IMAGE
+from hf_immunize.training.objectives import AUTO, OBJECTIVES
 from hf_immunize.training.weighting import WeightRule
 
 
-BENIGN_LOSSES = ("distillation", "task", "both")
-BUDGET_MEASURES = ("total_variation", "kl", "loss")
+# Names that an objective had before.
+RENAMED = {"silence": "dead_relu"}
+CHOICES = {
+    "benign_loss": ("distillation", "task", "both"),
+    "budget_measure": ("total_variation", "kl", "loss"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Method:
         False
     """
 
-    objective: str = "auto"
+    objective: str = AUTO
     benign_loss: str = "distillation"
     feature_distillation_weight: float = 5.0
     benign_budget: float | None = 0.05
@@ -50,12 +55,46 @@ class Method:
     queue_size: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in _normalized(self).items():
-            object.__setattr__(self, name, value)
+        for name, known in {"objective": (AUTO, *OBJECTIVES), **CHOICES}.items():
+            value = getattr(self, name)
+            if value in RENAMED:
+                raise ArgumentError(f"Expected {name}={RENAMED[value]!r}, the new name of {value!r}. Use that.")
+            if value not in known:
+                raise ArgumentError(f"Expected {name}= out of {', '.join(known)}, found {value!r}.")
+        for name, (holds, expected) in _NUMBERS.items():
+            given = getattr(self, name)
+            if given == "auto" and name.endswith("_weight"):
+                continue
+            if name == "benign_budget" and str(given).lower() == "none":
+                object.__setattr__(self, name, None)
+                continue
+            number = _number(given)
+            if not holds(number):
+                raise ArgumentError(f"Expected {name}= {expected}, found {given!r}.")
+            object.__setattr__(self, name, int(number) if name in ("weight_warmup_steps", "queue_size") else number)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.budget_measure == "total_variation" and (self.benign_budget or 0) >= MAX_TV_PER_IMAGE:
+            raise ArgumentError(
+                f"Expected benign_budget= below {MAX_TV_PER_IMAGE}, what one image counts at most in "
+                f"budget_measure='total_variation', found {self.benign_budget}. Lower it, or use budget_measure='kl'."
+            )
+        inside = self.objective != AUTO and OBJECTIVES[self.objective].looks_inside()
+        if inside and self.benign_loss == "task" and self.harmful_weight == "auto":
+            raise ArgumentError(
+                f"Expected benign_loss='distillation' or 'both' with objective={self.objective!r}, against which its "
+                "terms inside the network are weighed, found 'task'. Change it, or give harmful_weight= as a number."
+            )
+        if self.queue_size and self.needs_harmful_labels:
+            raise ArgumentError(
+                f"Expected queue_size=0 with objective={self.objective!r}, which needs a label for each row, found "
+                f"{self.queue_size}. Leave it out."
+            )
 
     @property
     def needs_start(self) -> bool:
-        """Whether the starting model is run beside the trained one."""
+        """Whether the starting model is run in addition to the trained one."""
         return self.benign_loss != "task" or self.benign_budget is not None
 
     @property
@@ -66,13 +105,7 @@ class Method:
     @property
     def needs_harmful_labels(self) -> bool:
         """Whether harmful images need labels."""
-        return self.objective in LABELLED
-
-    @property
-    def looks_inside(self) -> bool:
-        """Whether the objective looks at what enters rectifiers, where the part that moves has some."""
-        # Beside the task's loss alone nothing tells how much those terms may weigh; see `_normalized`.
-        return self.objective in INSIDE and not (self.benign_loss == "task" and self.harmful_weight == "auto")
+        return self.objective != AUTO and OBJECTIVES[self.objective].needs_harmful_labels
 
     @property
     def rule(self) -> WeightRule:
@@ -93,116 +126,6 @@ class Method:
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
-def _normalized(method: Method) -> dict[str, Any]:
-    """All settings, checked, with numbers as numbers."""
-    for name, known in (
-        ("objective", tuple(OBJECTIVES)),
-        ("benign_loss", BENIGN_LOSSES),
-        ("budget_measure", BUDGET_MEASURES),
-    ):
-        if getattr(method, name) not in known:
-            raise ArgumentError(f"Expected {name}= out of {', '.join(known)}, found {getattr(method, name)!r}.")
-    if method.objective == "silence" and method.benign_loss == "task" and method.harmful_weight == "auto":
-        raise ArgumentError(
-            f"Expected benign_loss='distillation' or 'both' with objective={method.objective!r}, found 'task': its "
-            "terms inside the network are weighed against staying near the starting model. Change it, or give "
-            "harmful_weight= as a number."
-        )
-    budget: Any = method.benign_budget
-    if isinstance(budget, str) and budget.lower() == "none":
-        budget = None
-    if budget is not None:
-        budget = _number(budget)
-        if not budget > 0:
-            raise ArgumentError(
-                f"Expected benign_budget= above 0 or None, found {method.benign_budget!r}. 0.05 is a good "
-                "start; None lets auto_weight_ratio decide."
-            )
-        if method.budget_measure == "total_variation" and budget >= MOST_OF_AN_IMAGE:
-            raise ArgumentError(
-                f"Expected benign_budget= below {MOST_OF_AN_IMAGE} with budget_measure='total_variation', found "
-                f"{method.benign_budget!r}: an image counts {MOST_OF_AN_IMAGE} at most, so that nothing would hold "
-                "the weights. Lower it (0.05 is a good start), or take budget_measure='kl'."
-            )
-    holdout = _number(method.budget_holdout)
-    if not 0 <= holdout <= 0.5:
-        raise ArgumentError(
-            f"Expected budget_holdout= between 0 and 0.5, found {method.budget_holdout}. 0 measures the budget on the "
-            "images that are trained on, which underrates it where these are few."
-        )
-    ratio = _number(method.auto_weight_ratio)
-    if not ratio >= 0:
-        raise ArgumentError(
-            f"Expected auto_weight_ratio= of at least 0, found {method.auto_weight_ratio}. "
-            "Typical values lie between 0.1 and 1."
-        )
-    averaging, bound = _number(method.auto_weight_averaging), _number(method.auto_weight_bound)
-    if not 0 <= averaging < 1:
-        raise ArgumentError(
-            f"Expected auto_weight_averaging= between 0 and 1, found {method.auto_weight_averaging}. 0.9 averages "
-            "over about ten steps; 0 takes each step's own norm."
-        )
-    if not bound >= 1:
-        raise ArgumentError(f"Expected auto_weight_bound= of at least 1, found {method.auto_weight_bound}.")
-    feature_weight = _number(method.feature_distillation_weight)
-    if not feature_weight >= 0:
-        raise ArgumentError(
-            f"Expected feature_distillation_weight= of at least 0, found {method.feature_distillation_weight}."
-        )
-    warmup, queue = whole_number(method.weight_warmup_steps), whole_number(method.queue_size)
-    if warmup is None or queue is None or min(warmup, queue) < 0:
-        raise ArgumentError(
-            "Expected weight_warmup_steps= and queue_size= as whole numbers of at least 0, found "
-            f"{method.weight_warmup_steps} and {method.queue_size}."
-        )
-    if queue and method.needs_harmful_labels:
-        raise ArgumentError(
-            f"Expected queue_size=0 with objective={method.objective!r}, which needs labels beside all features, "
-            f"found {method.queue_size}."
-        )
-    return {
-        "benign_budget": budget,
-        "budget_holdout": holdout,
-        "auto_weight_ratio": ratio,
-        "auto_weight_averaging": averaging,
-        "auto_weight_bound": bound,
-        "feature_distillation_weight": feature_weight,
-        "weight_warmup_steps": warmup,
-        "queue_size": queue,
-        "benign_weight": _weight("benign_weight", method.benign_weight),
-        "harmful_weight": _weight("harmful_weight", method.harmful_weight),
-    }
-
-
-def whole_number(value: Any) -> int | None:
-    """A whole number, also from text (YAML takes 1e3 for text); None for all else.
-
-    Args:
-        value: As a user gave it.
-
-    Returns:
-        The number.
-
-    Example:
-        >>> whole_number(8), whole_number("1e3"), whole_number(2.5), whole_number("many")
-        (8, 1000, None, None)
-    """
-    number = _number(value)
-    return int(number) if math.isfinite(number) and number == int(number) else None
-
-
-def _weight(name: str, value: str | float) -> str | float:
-    """A weight as the number it stands for, or "auto"."""
-    if value == "auto":
-        return value
-    number = _number(value)
-    if not number >= 0:
-        raise ArgumentError(
-            f"Expected {name}= 'auto' or a number of at least 0, found {value!r}. 'auto' is a good start."
-        )
-    return number
-
-
 def _number(value: Any) -> float:
     """A finite number, also from text (YAML takes 3e-1 for text); NaN for all else."""
     try:
@@ -212,8 +135,36 @@ def _number(value: Any) -> float:
     return number if math.isfinite(number) else math.nan
 
 
+def whole_number(value: Any) -> int | None:
+    """A whole number, also from text (YAML takes 1e3 for text); None for all else."""
+    number = _number(value)
+    return int(number) if math.isfinite(number) and number == int(number) else None
+
+
+def _whole(value: float) -> bool:
+    return (whole_number(value) or 0) >= 0 and whole_number(value) is not None
+
+
+# Number to what it must satisfy, and how that is said.
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "benign_budget": (lambda x: x > 0, "above 0 (0.05 is a good start) or None"),
+    "budget_holdout": (lambda x: 0 <= x <= 0.5, "between 0 (the images that are trained on) and 0.5"),
+    "auto_weight_ratio": (lambda x: x >= 0, "of at least 0 (typically 0.1 to 1)"),
+    "auto_weight_averaging": (lambda x: 0 <= x < 1, "from 0 to below 1 (0.9 averages over about ten steps)"),
+    "auto_weight_bound": (lambda x: x >= 1, "of at least 1"),
+    "feature_distillation_weight": (lambda x: x >= 0, "of at least 0"),
+    "weight_warmup_steps": (_whole, "as a whole number of at least 0"),
+    "queue_size": (_whole, "as a whole number of at least 0"),
+    "benign_weight": (lambda x: x >= 0, "'auto' or a number of at least 0"),
+    "harmful_weight": (lambda x: x >= 0, "'auto' or a number of at least 0"),
+}
+
 # Metrics of an evaluation that are better when they are small; the Trainer knows this of losses alone.
 _LOWER_IS_BETTER = ("benign_log10_kappa", "benign_ratio", "harmful_rank", "harmful_effective_rank")
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -230,22 +181,22 @@ class ImmunizationArguments(TrainingArguments):
     > Parameters that control what is minimized
 
     Args:
-        objective: "auto" ("silence" where the part that moves has such a rectifier, unless the first batch, of 32
-            images a side or more, shows that the model hardly tells harmful from benign images; else "concentration";
-            beside `benign_loss` "task" always the latter, unless `harmful_weight` is a number; the record says which),
-            "silence" (the last rectifier, ReLU or ReLU6, that no shortcut bypasses is switched off on harmful images:
-            where that succeeds, nothing is left to read behind it; what enters it is still there, and BatchNorm with
+        objective: "auto" (chosen once, before the first step, on up to 64 images of each side: "dead_relu" where the
+            trainable part has such a ReLU and the starting features separate the two sides, else "concentration";
+            with `benign_loss` "task" always the latter, unless `harmful_weight` is a number; log and record say which,
+            and why), "dead_relu" (the last ReLU or ReLU6 that no shortcut bypasses is deactivated on harmful images:
+            where that succeeds, nothing is left to read after it; what enters it is still there, and BatchNorm with
             the statistics of the batch brings it back),
             "concentration" (harmful features towards one direction, a bound on κ from the top pair alone),
             "kappa" (the paper's: R_well of benign + R_ill of harmful features), or one of the paper's baselines:
             "r_ill" (without R_well), "opt_kappa" (log κ itself), "imma" (bi-level on the head; needs harmful labels).
         benign_loss: "distillation" (logits and features stay those of the starting model; needs no labels), "task"
-            (the model's own loss), or "both". With "distillation" and "both" the starting model is run beside the
-            trained one, which costs a forward pass over the benign images.
+            (the model's own loss), or "both". With "distillation" and "both" the starting model is run in
+            addition, which costs a forward pass over the benign images.
         feature_distillation_weight: Weight of the relative squared feature error beside the logits' divergence.
         benign_budget: How far the benign side may move: a multiplier on both weights rises while the running measure
-            is below it and falls while it is above; where harmful images are nearly silenced, both weights fade and
-            the multiplier stays. None: the weights follow `auto_weight_ratio`. With
+            is below it and falls while it is above; where the ReLU is nearly dead on harmful images, both weights fade
+            and the multiplier stays. None: the weights follow `auto_weight_ratio`. With
             ``objective="kappa", benign_loss="task", benign_budget=None`` and two numbers as weights, the paper's
             training.
         budget_measure: What the budget is in: "total_variation" (half the sum of absolute differences between the
@@ -254,7 +205,7 @@ class ImmunizationArguments(TrainingArguments):
             the starting model's predictions, in nats; single images can outweigh hundreds in its mean) or "loss" (rise
             of the benign task's loss over the starting model's).
         budget_holdout: Part of the benign training images on which the budget is measured and which are not trained
-            on, since a few hundred images are soon known by heart. With fewer than 8 of them, or 0, it is measured on
+            on, since a few hundred images are soon overfitted. With fewer than 8 of them, or 0, it is measured on
             the images that are trained on.
         benign_weight: Weight of the benign regularizer: a number, or "auto" to give its gradient on the features the
             same size whatever its own.
@@ -269,7 +220,7 @@ class ImmunizationArguments(TrainingArguments):
         queue_size: Recent features, in rows, to which a batch's are added before the regularizers are taken; 0 for
             none. It estimates the population's κ where a batch holds fewer images than the features' dimensions.
 
-    > Parameters that control what moves
+    > Parameters that control what is trainable
 
     Args:
         trainable: "last_stage" (the deepest blocks, what follows them, and the head), "all", or a regular expression
@@ -305,93 +256,65 @@ class ImmunizationArguments(TrainingArguments):
         (10.0, 'auto')
     """
 
-    objective: str = field(
-        default=Method.objective,
-        metadata={"help": "What is minimized beside the benign loss: " + ", ".join(OBJECTIVES) + "."},
+    objective: str = _option(
+        Method.objective, "What is minimized in addition to the benign loss: " + ", ".join((AUTO, *OBJECTIVES)) + "."
     )
-    benign_loss: str = field(
-        default=Method.benign_loss,
-        metadata={
-            "help": "What keeps the benign task: 'distillation' of the starting model, the 'task' loss, 'both'."
-        },
+    benign_loss: str = _option(
+        Method.benign_loss,
+        "What keeps the benign task: 'distillation' of the starting model, the 'task' loss, 'both'.",
     )
-    feature_distillation_weight: float = field(
-        default=Method.feature_distillation_weight,
-        metadata={"help": "Weight of the relative squared feature error beside the divergence of logits."},
+    feature_distillation_weight: float = _option(
+        Method.feature_distillation_weight,
+        "Weight of the relative squared feature error in addition to the divergence of logits.",
     )
-    benign_budget: str | None = field(  # a number or None, which only text can say on the command line
-        default=Method.benign_budget,  # type: ignore[assignment]
-        metadata={"help": "How far the benign side may move; a multiplier holds it. A number, or 'none'."},
+    benign_budget: str | None = _option(
+        Method.benign_budget, "How far the benign side may move; a multiplier holds it. A number, or 'none'."
     )
-    budget_measure: str = field(
-        default=Method.budget_measure,
-        metadata={"help": "What it is in: 'total_variation' or 'kl' to the starting model, or rise of the 'loss'."},
+    budget_measure: str = _option(
+        Method.budget_measure, "What it is in: 'total_variation' or 'kl' to the starting model, or rise of the 'loss'."
     )
-    budget_holdout: float = field(
-        default=Method.budget_holdout,
-        metadata={"help": "Part of the benign images that is kept from training, to measure the budget on."},
+    budget_holdout: float = _option(
+        Method.budget_holdout, "Part of the benign images that is kept from training, to measure the budget on."
     )
-    benign_weight: str = field(
-        default="auto", metadata={"help": "Weight of the benign regularizer: a number, or 'auto' (by gradient norm)."}
+    benign_weight: str = _option("auto", "Weight of the benign regularizer: a number, or 'auto' (by gradient norm).")
+    harmful_weight: str = _option("auto", "Weight of the harmful regularizer: a number, or 'auto' (by gradient norm).")
+    auto_weight_ratio: float = _option(
+        Method.auto_weight_ratio,
+        "With 'auto': norm of a regularizer's gradient on features over that of the benign loss's.",
     )
-    harmful_weight: str = field(
-        default="auto", metadata={"help": "Weight of the harmful regularizer: a number, or 'auto' (by gradient norm)."}
+    auto_weight_averaging: float = _option(
+        Method.auto_weight_averaging, "Share of the past in running means, in [0, 1)."
     )
-    auto_weight_ratio: float = field(
-        default=Method.auto_weight_ratio,
-        metadata={"help": "With 'auto': norm of a regularizer's gradient on features over that of the benign loss's."},
+    auto_weight_bound: float = _option(
+        Method.auto_weight_bound, "The benign gradient norm counts at most this many times its smallest running mean."
     )
-    auto_weight_averaging: float = field(
-        default=Method.auto_weight_averaging, metadata={"help": "Share of the past in running means, in [0, 1)."}
+    weight_warmup_steps: int = _option(Method.weight_warmup_steps, "Steps over which all weights rise from zero.")
+    scale_free: bool = _option(Method.scale_free, "Take the regularizers of H*D/tr(H), which ignores their scale.")
+    queue_size: int = _option(Method.queue_size, "Recent features that join each batch's, in rows; 0 for none.")
+    trainable: str = _option("last_stage", "What is trainable: 'last_stage', 'all', or a regex on parameter names.")
+    freeze_batchnorm: bool = _option(True, "Keep all BatchNorm running statistics.")
+    head_module: str | None = _option(None, "Name of the classifier module, where it cannot be found without help.")
+    pooling: str | None = _option(
+        None, "For a bare backbone: what its new head sees; head_input, pooler, cls or mean."
     )
-    auto_weight_bound: float = field(
-        default=Method.auto_weight_bound,
-        metadata={"help": "The benign gradient norm counts at most this many times its smallest running mean."},
+    harmful_batch_size: int | None = _option(
+        None, "Harmful images a device and step; by default as many as benign ones."
     )
-    weight_warmup_steps: int = field(
-        default=Method.weight_warmup_steps, metadata={"help": "Steps over which all weights rise from zero."}
+    distillation_batch_size: int | None = _option(
+        None, "Images of the distillation set a device and step; half the benign ones."
     )
-    scale_free: bool = field(
-        default=Method.scale_free, metadata={"help": "Take the regularizers of H*D/tr(H), which ignores their scale."}
-    )
-    queue_size: int = field(
-        default=Method.queue_size, metadata={"help": "Recent features that join each batch's, in rows; 0 for none."}
-    )
-    trainable: str = field(
-        default="last_stage", metadata={"help": "What moves: 'last_stage', 'all', or a regex on parameter names."}
-    )
-    freeze_batchnorm: bool = field(default=True, metadata={"help": "Keep all BatchNorm running statistics."})
-    head_module: str | None = field(
-        default=None, metadata={"help": "Name of the classifier module, where it cannot be found without help."}
-    )
-    pooling: str | None = field(
-        default=None,
-        metadata={"help": "For a bare backbone: what its new head sees; head_input, pooler, cls or mean."},
-    )
-    harmful_batch_size: int | None = field(
-        default=None, metadata={"help": "Harmful images a device and step; by default as many as benign ones."}
-    )
-    distillation_batch_size: int | None = field(
-        default=None, metadata={"help": "Images of the distillation set a device and step; half the benign ones."}
-    )
-    image_column_name: str | None = field(default=None, metadata={"help": "Column of images, if there are several."})
-    label_column_name: str | None = field(default=None, metadata={"help": "Column of labels, if there are several."})
-    cache_trunk: str = field(
-        default="no", metadata={"help": "Compute the frozen trunk once, keep it on disk: 'no', 'float16', 'float32'."}
-    )
-    trunk_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the cached trunk; by default _trunk in output_dir."}
-    )
+    image_column_name: str | None = _option(None, "Column of images, if there are several.")
+    label_column_name: str | None = _option(None, "Column of labels, if there are several.")
+    cache_trunk: str = _option("no", "Compute the frozen trunk once, keep it on disk: 'no', 'float16', 'float32'.")
+    trunk_cache_dir: str | None = _option(None, "Folder of the cached trunk; by default _trunk in output_dir.")
 
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Pairs of images have no columns to compare with the model's signature."}
+    remove_unused_columns: bool = _option(
+        False, "Pairs of images have no columns to compare with the model's signature."
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Filter NaN and infinite losses out of the log. Off, so that they are seen."}
+    logging_nan_inf_filter: bool = _option(
+        False, "Filter NaN and infinite losses out of the log. Off, so that they are seen."
     )
-    dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Drop a short last training batch, whose kappa is another quantity."}
-    )
+    dataloader_drop_last: bool = _option(True, "Drop a short last training batch, whose kappa is another quantity.")
 
     def __post_init__(self) -> None:
         if self.load_best_model_at_end and self.metric_for_best_model is None:

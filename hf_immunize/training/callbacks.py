@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CheckpointError
 from hf_immunize.training.checkpoints import History, best_checkpoint, by_step, check_restorable, load_weights
-from hf_immunize.training.distributed import any_process, first_process_step
+from hf_immunize.training.distributed import any_process, broadcast_from_main
 
 
 ACTIONS = ("stop", "restore")
@@ -195,7 +195,7 @@ class BenignUtilityCallback(_EvaluationCallback):
         step = best_checkpoint(
             args.output_dir, state.log_history, self.metric, within, rank_by, args.greater_is_better is not False
         )
-        step = first_process_step(step, args.device)
+        step = broadcast_from_main(step)
         if step is None:
             raise CheckpointError(
                 f"Expected a checkpoint in {args.output_dir} to go back to, evaluated at its step and within the "

@@ -1,4 +1,4 @@
-"""Datasets as a user gives them, checked and made ready before anything runs."""
+"""Model, arguments and data sets as a user gives them, checked and made ready before anything runs."""
 
 from __future__ import annotations
 
@@ -30,17 +30,6 @@ def as_classifier(model: PreTrainedModel, args: ImmunizationArguments) -> PreTra
     """The model to train, in float32 at least: a bare backbone gets the head that ``pooling`` asks for.
 
     What is done to the model is said in the log.
-
-    Args:
-        model: As the user gave it.
-        args: For ``pooling``, see `with_linear_head`; None for a model that has a head.
-
-    Returns:
-        A model with a head, on whose outputs the benign task is learned.
-
-    Raises:
-        HeadError: If a classifier is given with ``pooling``.
-        ArgumentError: If ``pooling`` is unknown, or the weights are quantized.
     """
     model = to_full_precision(model)
     if args.pooling is None:
@@ -64,13 +53,6 @@ def check_classifier(model: Any) -> None:
     """Refuse a model whose task is not to choose one label out of several for an image.
 
     κ of the features is defined whatever the head does; the benign loss and accuracy that go with it are not.
-
-    Args:
-        model: A model of transformers, wrapped by PEFT or not.
-
-    Raises:
-        ArgumentError: If it is no model of transformers, or adapters were put into it without PEFT's wrapper.
-        HeadError: If it does not learn such a task from images alone.
     """
     plain = without_wrapper(model)
     kind = type(plain).__name__
@@ -120,13 +102,6 @@ def check_checkpointing(model: Any, args: TrainingArguments | None = None) -> No
 
     A reentrant block passes gradients to its own parameters only if its input has one, and the output of the frozen
     part has none: the last stage would stay where it is, without a word.
-
-    Args:
-        model: The model, with ``requires_grad`` set.
-        args: The Trainer's arguments, where there is one.
-
-    Raises:
-        ArgumentError: If the arguments or the model itself ask for it.
     """
     if all(parameter.requires_grad for parameter in model.parameters()):
         return
@@ -149,17 +124,7 @@ def check_checkpointing(model: Any, args: TrainingArguments | None = None) -> No
 
 
 def check_sharding(args: ImmunizationArguments, accelerator: Any = None, harmful_eval: Any = None) -> None:
-    """Refuse what cannot be done where processes hold parts of the weights.
-
-    Args:
-        args: The Trainer's arguments.
-        accelerator: The Trainer's; None before there is one. Only it knows what `accelerate launch` asks for.
-        harmful_eval: Harmful data to measure on, or None.
-
-    Raises:
-        ArgumentError: Under FSDP or DeepSpeed, if the method needs the starting model, the trunk is cached, κ of
-            harmful data is wanted under mixed precision, or processes begin without their own starting weights.
-    """
+    """Refuse what cannot be done where processes hold parts of the weights."""
     asked = bool(args.fsdp or args.deepspeed)
     sharded = asked if accelerator is None else sharded_weights()
     if asked and not sharded:
@@ -205,13 +170,6 @@ def check_shardable(model: Any, accelerator: Any) -> None:
 
     It shards the input embeddings by themselves, and fails where a model does not name them, as convolutional ones,
     or where they lie within a module that is sharded too, as those of ViT by default.
-
-    Args:
-        model: The model.
-        accelerator: The Trainer's.
-
-    Raises:
-        ArgumentError: Under FSDP2, for such a model.
     """
     if not accelerator.is_fsdp2:
         return
@@ -249,14 +207,7 @@ def check_shardable(model: Any, accelerator: Any) -> None:
 
 
 def check_prepared(accelerator: Any) -> None:
-    """Refuse to evaluate weights that cannot be sharded yet.
-
-    Args:
-        accelerator: The Trainer's.
-
-    Raises:
-        ArgumentError: Under FSDP2, before training.
-    """
+    """Refuse to evaluate weights that cannot be sharded yet."""
     if accelerator.is_fsdp2 and not accelerator._models:
         raise ArgumentError(
             "Expected train() before evaluate() under FSDP, found none: accelerate shards a model along with its "
@@ -265,14 +216,7 @@ def check_prepared(accelerator: Any) -> None:
 
 
 def check_reporting(args: ImmunizationArguments) -> None:
-    """Refuse to report to what is not installed.
-
-    Args:
-        args: The Trainer's arguments.
-
-    Raises:
-        ArgumentError: If ``report_to`` names it, or nothing that is known.
-    """
+    """Refuse to report to what is not installed."""
     for name in args.report_to:
         try:
             for callback in get_reporting_integration_callbacks([name]):
@@ -285,15 +229,7 @@ def check_reporting(args: ImmunizationArguments) -> None:
 
 
 def check_batches(args: ImmunizationArguments, processes: int) -> None:
-    """Refuse ways of dealing out batches that take benign and harmful images apart, or leave processes waiting.
-
-    Args:
-        args: The Trainer's arguments.
-        processes: How many there are.
-
-    Raises:
-        ArgumentError: If accelerator_config or dataloader_drop_last ask for it.
-    """
+    """Refuse ways of dealing out batches that take benign and harmful images apart, or leave processes waiting."""
     config: Any = args.accelerator_config
     wrong, why = None, ""
     if config.dispatch_batches:
@@ -320,21 +256,7 @@ _FEWEST_HELD_OUT = 8
 
 
 def image_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any, labels: str = "needed") -> Any:
-    """A dataset as rows of an image (or pixel values) and a label.
-
-    Args:
-        dataset: A `datasets.Dataset`, or a map-style dataset of dictionaries.
-        name: What to call it in an error.
-        args: For the names of columns.
-        config: The model's, whose outputs labels are matched with, by name where both have names.
-        labels: "needed", "optional", or "ignored": then they are left out.
-
-    Returns:
-        An `ImageRows`; the dataset itself where it is one.
-
-    Raises:
-        DataError: If it is empty, lacks a column, a label is out of range, or a class is none of the model's.
-    """
+    """A dataset as rows of an image (or pixel values) and a label."""
     if isinstance(dataset, ImageRows):
         return dataset
     # A streamed dataset has no length; `find_columns` says what to do about it.
@@ -365,15 +287,7 @@ def _labels_are_for(name: str) -> str:
 
 
 def check_best_metric(args: ImmunizationArguments, harmful_eval: Any) -> None:
-    """Refuse to choose the best model by a metric that evaluations will not have.
-
-    Args:
-        args: For ``metric_for_best_model``.
-        harmful_eval: Harmful data to measure on, or None.
-
-    Raises:
-        DataError: If it takes harmful data to measure, and there are none.
-    """
+    """Refuse to choose the best model by a metric that evaluations will not have."""
     metric = args.metric_for_best_model or ""
     if harmful_eval is None and ("harmful_" in metric or metric.endswith("rir")):
         raise DataError(
@@ -383,21 +297,7 @@ def check_best_metric(args: ImmunizationArguments, harmful_eval: Any) -> None:
 
 
 def side_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any, raw: bool = False) -> Any:
-    """A dataset of a side that is trained on beside the benign one: stored or streamed, with labels if it has any.
-
-    Args:
-        dataset: As for `image_rows`, or a ``datasets.IterableDataset``.
-        name: What to call it in an error.
-        args: For the names of columns, and for whether labels are needed.
-        config: The model's.
-        raw: Leave the data set's own rows as they are, for a collator of the user's own.
-
-    Returns:
-        An `ImageRows` or a `StreamedRows`, or the data set itself.
-
-    Raises:
-        DataError: As `image_rows`; for a stream also where workers would have to share it.
-    """
+    """A dataset of a side that is trained on beside the benign one: stored or streamed, with labels if it has any."""
     needs_labels = name == "harmful_dataset" and Method.of(args).needs_harmful_labels
     if is_stream(dataset):
         if args.dataloader_num_workers:
@@ -424,20 +324,7 @@ def side_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any,
 
 
 def paired_rows(benign: Any, harmful: Any, args: ImmunizationArguments, distillation: Any = None) -> PairedDataset:
-    """Benign, harmful and distillation rows as one dataset, long enough for a batch.
-
-    Args:
-        benign: Benign rows.
-        harmful: Harmful rows.
-        args: For the batch sizes.
-        distillation: Rows of the distillation set, if there is one.
-
-    Returns:
-        The rows side by side.
-
-    Raises:
-        DataError: If a side is missing or empty, or no batch of two or more images can be made.
-    """
+    """Benign, harmful and distillation rows as one dataset, long enough for a batch."""
     # ImageRows of harmful data have no labels unless the objective reads them; a user's own collator gets all items.
     benign, held_out = hold_out(benign, args)
     paired = PairedDataset(
@@ -464,15 +351,7 @@ def paired_rows(benign: Any, harmful: Any, args: ImmunizationArguments, distilla
 
 
 def hold_out(benign: Any, args: ImmunizationArguments) -> tuple[Any, Any]:
-    """Keep a part of the benign rows from training, to measure the budget on.
-
-    Args:
-        benign: Benign rows.
-        args: For the budget, the part and the seed.
-
-    Returns:
-        The rows to train on and the others; all of them and None where no budget is measured, or too few would be.
-    """
+    """Keep a part of the benign rows from training, to measure the budget on."""
     count = int(args.budget_holdout * len(benign))
     if args.benign_budget is None or count < _FEWEST_HELD_OUT:
         return benign, None

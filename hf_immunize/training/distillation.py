@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,72 +17,29 @@ from hf_immunize.errors import ArgumentError
 from hf_immunize.vision.head import HeadInput
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
 # Benign images that show what is harmful (a fire engine, where that is cars) are lost first and wholly. Two of them
 # among 70 held-out images would use up the budget of all others.
-MOST_OF_AN_IMAGE = 0.2
+MAX_TV_PER_IMAGE = 0.2
 
 
 def logit_divergence(logits: Tensor, start_logits: Tensor) -> Tensor:
-    """``KL(start ‖ now)``: mean over rows of the Kullback-Leibler divergence from the starting model's predictions.
-
-    Args:
-        logits: Shape ``(N, C)``.
-        start_logits: Shape ``(N, C)``, of the same images through the starting model.
-
-    Returns:
-        0-D tensor, in nats; zero exactly when both predict alike.
-
-    Example:
-        >>> logit_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])).item()
-        0.0
-    """
+    """``KL(start ‖ now)`` in nats, mean over rows of logits ``(N, C)``."""
     now, start = (F.log_softmax(_widened(rows), dim=1) for rows in (logits, start_logits))
     return F.kl_div(now, start, log_target=True, reduction="batchmean")
 
 
 def total_variation(logits: Tensor, start_logits: Tensor, most: float = 1.0) -> Tensor:
-    """``½ Σ_c |p_c − p⁰_c|``, mean over rows: how far predictions moved from the starting model's.
+    """``½ Σ_c |p_c − p⁰_c|`` of logits ``(N, C)``, of which a row counts ``most`` at most, mean over rows.
 
     It is the largest change in the probability that the model gives to any event, such as the right class. Unlike the
-    Kullback-Leibler divergence it is bounded for each image, so that a mean over a few dozen images is not ruled by
-    one or two of them.
-
-    Args:
-        logits: Shape ``(N, C)``.
-        start_logits: Shape ``(N, C)``, of the same images through the starting model.
-        most: What a single image counts at most.
-
-    Returns:
-        0-D tensor between 0 and ``most``.
-
-    Example:
-        >>> total_variation(torch.tensor([[0.0, 100.0]]), torch.tensor([[0.0, 0.0]])).item()
-        0.5
+    Kullback-Leibler divergence it is bounded, so that one or two images do not rule a mean over a few dozen.
     """
     now, start = (F.softmax(_widened(rows), dim=1) for rows in (logits, start_logits))
     return ((now - start).abs().sum(1) / 2).clamp(max=most).mean()
 
 
 def feature_error(features: Tensor, start_features: Tensor) -> Tensor:
-    """Mean over rows of ``‖z − z₀‖²/‖z₀‖²``: how far features moved, in units of their own size.
-
-    Args:
-        features: Shape ``(N, D)``.
-        start_features: Shape ``(N, D)``, of the same images through the starting model.
-
-    Returns:
-        0-D tensor, dimensionless.
-
-    Example:
-        >>> feature_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0]])).item() == 16 / 9
-        False
-        >>> round(feature_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0]])).item(), 4)
-        1.7778
-    """
+    """Mean over rows of ``‖z − z₀‖²/‖z₀‖²``: how far features ``(N, D)`` moved, in units of their own size."""
     now, start = _widened(features), _widened(start_features)
     sizes = start.square().sum(1)
     # An image whose features the starting model leaves at zero is measured against the others' size.
@@ -94,54 +50,30 @@ def feature_error(features: Tensor, start_features: Tensor) -> Tensor:
 class StartingModel:
     """The model as it was, run through the modules of the model that is being trained.
 
-    Only the tensors that training can change are kept: the moving parameters and all buffers.
-
-    Args:
-        model: The model, at its starting weights.
-
-    Example:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        ...                    image_size=32, patch_size=16, num_labels=3)
-        >>> model, images = ViTForImageClassification(config).eval(), torch.zeros(2, 3, 32, 32)
-        >>> start, before = StartingModel(model), model(images).logits
-        >>> _ = torch.nn.init.zeros_(model.classifier.weight)
-        >>> features, logits = start(model, model.classifier, images)
-        >>> torch.equal(logits, before)
-        True
+    Only the tensors that training can change are kept: the trainable parameters and all buffers.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        moving = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    def __init__(self, model: nn.Module) -> None:
+        trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self._tensors = {
-            name: value.detach().clone() for name, value in (moving | dict(model.named_buffers())).items()
+            name: value.detach().clone() for name, value in (trainable | dict(model.named_buffers())).items()
         }
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, head: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits through the starting weights, in eval mode and without a gradient.
+        """Features ``(N, D)`` and logits ``(N, C)`` through the starting weights, in eval mode, without a gradient.
 
-        Args:
-            model: The model itself, without a wrapper of data parallelism.
-            head: Its classifier.
-            pixel_values: Shape ``(N, C, H, W)``.
-
-        Returns:
-            Features ``(N, D)`` and logits ``(N, C)``.
+        ``model`` is the model itself, without a wrapper of data parallelism.
         """
         if self._tensors and next(iter(self._tensors.values())).device != pixel_values.device:
             self._tensors = {name: value.to(pixel_values.device) for name, value in self._tensors.items()}
-        with _all_in_eval(model), HeadInput(head) as captured:
+        with all_in_eval(model), HeadInput(head) as captured:
             outputs = torch.func.functional_call(model, self._tensors, (), {"pixel_values": pixel_values})
         return captured.features, outputs["logits"]
 
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
-        """Within, the model itself has its starting weights.
-
-        Args:
-            model: The model itself, without a wrapper of data parallelism.
-        """
+        """Within, the model itself has its starting weights."""
         now = dict(model.named_parameters()) | dict(model.named_buffers())
         kept = {name: now[name].detach().clone() for name in self._tensors}
         try:
@@ -155,14 +87,7 @@ class StartingModel:
         return dict(self._tensors)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the starting tensors of an earlier run.
-
-        Args:
-            state: What `state_dict` gave.
-
-        Raises:
-            ArgumentError: If they are not of this model and scope.
-        """
+        """Take the starting tensors of an earlier run of the same model and scope."""
         for name, value in self._tensors.items():
             found = state.get(name)
             if found is None or found.shape != value.shape:
@@ -182,26 +107,14 @@ def _copy_into(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def released_logits(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Logits of the model as it would be released now: in eval mode, without a gradient.
-
-    Args:
-        model: The model itself, without a wrapper of data parallelism.
-        pixel_values: Shape ``(N, C, H, W)``.
-
-    Returns:
-        Shape ``(N, C)``.
-    """
-    with _all_in_eval(model):
+    """Logits of the model (without a wrapper) as it would be released now: in eval mode, without a gradient."""
+    with all_in_eval(model):
         return model(pixel_values=pixel_values)["logits"]
 
 
-def _widened(rows: Tensor) -> Tensor:
-    """In float32 at least."""
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
 @contextmanager
-def _all_in_eval(model: nn.Module) -> Iterator[None]:
+def all_in_eval(model: nn.Module) -> Iterator[None]:
+    """Within, every module is in eval mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -210,3 +123,8 @@ def _all_in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _widened(rows: Tensor) -> Tensor:
+    """In float32 at least."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))

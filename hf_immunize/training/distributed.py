@@ -4,14 +4,15 @@
 gradient must flow back to the process that made them. ``Accelerator.gather`` and plain collectives cut it, or scale it
 by one over the world size without a word.
 
-There are two routes to the global batch: its features, gathered, and its Hessian ``ZᵀZ``, summed. Both give exactly
-the single-process gradient under data parallelism's mean; `sum_is_smaller` says which moves fewer bytes.
+There are two routes to the global batch: its features, gathered, and its Hessian ``ZᵀZ``, summed. Both give each
+process the world size times its part of the global gradient; the mean that DistributedDataParallel takes restores
+exactly the single-process gradient. `sum_is_smaller` says which moves fewer bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,17 @@ from torch.autograd.function import once_differentiable
 from hf_immunize.spectra.hessian_functions import Hessian
 
 
+T = TypeVar("T")
+
+
 def world_size() -> int:
     """Number of processes of the default group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the first process, or the only one."""
+    return world_size() == 1 or dist.get_rank() == 0
 
 
 class _Gathered(torch.autograd.Function):
@@ -46,46 +55,6 @@ class _Gathered(torch.autograd.Function):
         return world_size() * grad_outputs[0][ctx.own]
 
 
-def gather_features(features: Tensor) -> Tensor:
-    """Features of all processes, differentiably.
-
-    The loss that they enter must be the same on every process. The gradient that comes back to each is then the world
-    size times its part of the global gradient; the mean that DistributedDataParallel takes restores exactly the
-    single-process gradient.
-
-    Args:
-        features: Shape ``(n, D)``, the same n on every process.
-
-    Returns:
-        Shape ``(world_size · n, D)``, in the order of ranks; the argument itself on one process.
-    """
-    return features if world_size() == 1 else _Gathered.apply(features)
-
-
-def sum_is_smaller(rows: int, dim: int, dtype: torch.dtype) -> bool:
-    """Whether summing ``ZᵀZ`` over processes moves fewer bytes than gathering Z.
-
-    In units of ``(W − 1)/W`` bytes a process, W their number: gathering moves ``N·D·b``, b the bytes of a feature, and
-    a sum of float64 moves ``2·8·D²``. Neither moves anything backward, since every process holds the same gradient.
-    That of float64 features is never taken: they hold more than their float64 Gram matrix can.
-
-    Args:
-        rows: N, of all processes.
-        dim: D.
-        dtype: Of the features.
-
-    Returns:
-        Whether ``16·D < N·b``.
-
-    Example:
-        >>> sum_is_smaller(4096, 768, torch.float32), sum_is_smaller(4096, 768, torch.bfloat16)
-        (True, False)
-        >>> sum_is_smaller(4096, 768, torch.float64)
-        False
-    """
-    return dtype != torch.float64 and 16 * dim < rows * dtype.itemsize
-
-
 class _Summed(torch.autograd.Function):
     """The sum of all processes' tensors."""
 
@@ -101,50 +70,36 @@ class _Summed(torch.autograd.Function):
         return world_size() * grad_outputs[0]
 
 
-def sum_hessian(features: Tensor) -> Hessian:
-    """The Hessian ``ZᵀZ`` of the features of all processes, differentiably.
+def gather_features(features: Tensor) -> Tensor:
+    """Rows of all processes, in the order of ranks, differentiably; as many rows on every process.
 
-    The gradient that comes back to each process is the world size times its part, as of `gather_features`.
-
-    Args:
-        features: Shape ``(n, D)``, the same n on every process.
-
-    Returns:
-        What functions of the spectrum take in place of features; the same on every process.
-
-    Example:
-        >>> rows = torch.tensor([[3.0, 0.0], [0.0, 1.0]], requires_grad=True)
-        >>> hessian = sum_hessian(rows)
-        >>> hessian.matrix.diagonal().tolist(), hessian.rows
-        ([9.0, 1.0], 2)
+    The loss that they enter must be the same on every process.
     """
-    own = Hessian.of(features)
-    if world_size() == 1:
-        return own
-    return replace(own, matrix=_Summed.apply(own.matrix), rows=own.rows * world_size())
+    return features if world_size() == 1 else _Gathered.apply(features)
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of all processes' values, differentiably; the gradient comes back as of `gather_features`.
-
-    Args:
-        value: Any shape, the same on every process.
-
-    Returns:
-        Of that shape; the argument itself on one process.
-    """
+    """The sum of all processes' values, of one shape, differentiably."""
     return value if world_size() == 1 else _Summed.apply(value)
 
 
-def gather_labels(labels: Tensor | None) -> Tensor | None:
-    """Labels of all processes, beside the features that `gather_features` gives.
+def sum_hessian(features: Tensor) -> Hessian:
+    """The Hessian ``ZᵀZ`` of the rows of all processes, differentiably; as many rows on every process."""
+    own = Hessian.of(features)
+    return replace(own, matrix=sum_over_processes(own.matrix), rows=own.rows * world_size())
 
-    Args:
-        labels: Shape ``(n,)``, the same n on every process; or None on every process.
 
-    Returns:
-        Shape ``(world_size · n,)``, in the order of ranks; the argument itself on one process.
+def sum_is_smaller(rows: int, dim: int, dtype: torch.dtype) -> bool:
+    """Whether summing ``ZᵀZ`` over processes moves fewer bytes than gathering Z: ``16·D < N·b``, b bytes a feature.
+
+    In units of ``(W − 1)/W`` bytes for each of W processes, gathering moves ``N·D·b`` and a sum of float64 ``2·8·D²``;
+    neither moves anything backward. Float64 features hold more than their Gram matrix can, and are always gathered.
     """
+    return dtype != torch.float64 and 16 * dim < rows * dtype.itemsize
+
+
+def gather_labels(labels: Tensor | None) -> Tensor | None:
+    """Labels of all processes, in the order of `gather_features`."""
     if world_size() == 1 or labels is None:
         return labels
     parts = [torch.empty_like(labels) for _ in range(world_size())]
@@ -153,67 +108,31 @@ def gather_labels(labels: Tensor | None) -> Tensor | None:
 
 
 def mean_gradient_norm(norm: Tensor) -> Tensor:
-    """Norm of the gradient of the processes' mean loss, from the norm of each process's own.
-
-    Args:
-        norm: Norm of this process's gradient on its own features.
-
-    Returns:
-        ``sqrt(Σ_r norm_r²)/world_size``; the argument itself on one process.
-    """
-    size = world_size()
-    if size == 1:
-        return norm
-    total = norm.detach().square()
-    dist.all_reduce(total)
-    return total.sqrt() / size
+    """Norm of the gradient of the processes' mean loss, ``sqrt(Σ_r norm_r²)/W``, from that of each one's own."""
+    return norm if world_size() == 1 else (process_mean(norm.square()) / world_size()).sqrt()
 
 
 def process_mean(values: Tensor) -> Tensor:
-    """Mean over processes, without a gradient.
-
-    Args:
-        values: Any shape, the same on every process.
-
-    Returns:
-        Their mean; the argument itself on one process.
-    """
-    size = world_size()
-    if size == 1:
+    """Mean over processes, without a gradient."""
+    if world_size() == 1:
         return values
     total = values.detach().clone()
     dist.all_reduce(total)
-    return total / size
+    return total / world_size()
 
 
 def any_process(yes: bool, device: torch.device) -> bool:
-    """Whether any process says yes: rounding may differ between them, and one that stops alone hangs the others.
-
-    Args:
-        yes: What this process says.
-        device: Where the processes' communication happens.
-
-    Returns:
-        The same on every process; the argument itself on one.
-    """
+    """Whether any process says yes: rounding may differ between them, and one that stops alone hangs the others."""
     return bool(process_mean(torch.tensor(float(yes), device=device)) > 0)
 
 
-def first_process_step(step: int | None, device: torch.device) -> int | None:
-    """The first process's choice of a step.
-
-    Args:
-        step: This process's choice, None for none.
-        device: Where the processes' communication happens.
-
-    Returns:
-        The same on every process; the argument itself on one.
-    """
+def broadcast_from_main(value: T) -> T:
+    """The first process's value, of any type that can be pickled, on every process."""
     if world_size() == 1:
-        return step
-    choice = torch.tensor(-1 if step is None else step, device=device)
-    dist.broadcast(choice, src=0)
-    return None if choice < 0 else int(choice)
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def sharded_weights() -> bool:

@@ -17,10 +17,10 @@ from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.files import staged_directory
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.checkpoints import load_step, load_weights, save_step
+from hf_immunize.training.choice import draw_sample
 from hf_immunize.training.distributed import sharded_weights, world_size
-from hf_immunize.training.evaluation import RunningMeans
 from hf_immunize.training.record import BudgetWatch
-from hf_immunize.training.step import ImmunizationStep
+from hf_immunize.training.step import ImmunizationStep, RunningMeans
 
 
 _STEP_FILE = "immunization_callback.safetensors"
@@ -103,7 +103,7 @@ class ImmunizationCallback(TrainerCallback):
 
     @property
     def objective(self) -> str:
-        """What is minimized, by name; what "auto" stands for is known after the first step."""
+        """What is minimized, by name; "auto" until training begins."""
         return self.method.objective if self._step is None else self._step.objective
 
     # ---- the Trainer's events ----
@@ -129,6 +129,8 @@ class ImmunizationCallback(TrainerCallback):
             # As of transformers 5.23 a plain Trainer leaves whole blocks of a ViT at the values they had before.
             if isinstance(kwargs["model"], PreTrainedModel):
                 load_weights(kwargs["model"], folder)
+        device, seed = next(kwargs["model"].parameters()).device, self._sampler.seed
+        self._step.choose(lambda: draw_sample(self._data, seed, device, self._collate_benign, self._collator))
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the gradient of this step, before the Trainer's own backward passes."""

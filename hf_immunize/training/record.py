@@ -246,7 +246,8 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
             benign_weight=settings["benign_weight"],
             harmful_weight=settings["harmful_weight"],
             freeze_batchnorm=args.freeze_batchnorm,
-            settings={name: value for name, value in settings.items() if name not in _NAMED},
+            settings={name: value for name, value in settings.items() if name not in _NAMED}
+            | {"choices": trainer.choices},
         ),
         base_model=dataclasses.replace(base),
         benign=_merged(evidence.benign, describe_dataset(benign, train=getattr(train, "benign", train))),

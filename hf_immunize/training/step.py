@@ -1,10 +1,12 @@
-"""What one training step computes between the batch and the loss."""
+"""One training step: a benign and a harmful half-batch pass the model, and one loss comes out."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,9 +17,9 @@ from hf_immunize.errors import DataError, ImmunizationError, NonFiniteError, Sco
 from hf_immunize.spectra.hessian_functions import Hessian
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.checks import check_checkpointing, check_classifier
-from hf_immunize.training.choice import RectifierChoice
+from hf_immunize.training.choice import Choice, choose_objective
 from hf_immunize.training.distillation import (
-    MOST_OF_AN_IMAGE,
+    MAX_TV_PER_IMAGE,
     StartingModel,
     feature_error,
     logit_divergence,
@@ -28,125 +30,19 @@ from hf_immunize.training.distributed import (
     gather_features,
     gather_labels,
     mean_gradient_norm,
+    process_mean,
     sum_hessian,
     sum_is_smaller,
     world_size,
 )
-from hf_immunize.training.objectives import OBJECTIVES, Side, Terms
-from hf_immunize.training.weighting import Weighting, gradient_norm
+from hf_immunize.training.objectives import Objective, Side, Terms, gradient_norm
+from hf_immunize.training.weighting import Weighting
 from hf_immunize.vision.head import HeadInput, check_full_precision, find_head, outermost_name
 from hf_immunize.vision.relu import ReluInputs
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
 
 
-class FeatureQueue:
-    """The last rows of features, without gradient.
-
-    A regularizer of ``[Z_batch; queue]`` estimates that of the population, with its gradient through the batch alone.
-    The rows come from slightly older weights: a queue of 2,048 rows at batches of 64 spans 32 steps.
-
-    Args:
-        size: Rows to keep.
-
-    Example:
-        >>> queue = FeatureQueue(3)
-        >>> queue.push(torch.tensor([[1.0], [2.0]]))
-        >>> queue.join(torch.tensor([[3.0]])).flatten().tolist()
-        [3.0, 1.0, 2.0]
-        >>> queue.push(torch.tensor([[3.0], [4.0]]))  # the oldest row makes room
-        >>> queue.join(torch.tensor([[5.0]])).flatten().tolist()
-        [5.0, 2.0, 3.0, 4.0]
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._rows: Tensor | None = None
-
-    def __len__(self) -> int:
-        return 0 if self._rows is None else len(self._rows)
-
-    def join(self, features: Tensor) -> Tensor:
-        """The batch's features and the queue's below them.
-
-        Args:
-            features: Shape ``(N, D)``.
-
-        Returns:
-            Shape ``(N + len(queue), D)``; gradient flows to the batch's rows alone.
-
-        Raises:
-            ShapeError: If the queue holds features of another dimension.
-        """
-        if self._rows is None:
-            return features
-        if self._rows.shape[1] != features.shape[1]:
-            raise ShapeError(
-                f"Expected features of dimension {self._rows.shape[1]}, which the queue holds, found "
-                f"{features.shape[1]}: the checkpoint is of another model. Resume with the model of the interrupted "
-                "run, or start anew."
-            )
-        return torch.cat([features, self._rows.to(features.device, features.dtype)])
-
-    def push(self, features: Tensor) -> None:
-        """Take in the rows of a step; the oldest ones make room.
-
-        Args:
-            features: Shape ``(N, D)``.
-        """
-        rows = features.detach()
-        if self._rows is not None:
-            rows = torch.cat([self._rows.to(rows.device, rows.dtype), rows])
-        self._rows = rows[-self.size :].clone()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The rows; empty before the first step."""
-        return {} if self._rows is None else {"rows": self._rows}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
-        rows = state.get("rows")
-        self._rows = None if rows is None else rows[-self.size :]
-
-
-def forward_both(
-    model: nn.Module, head: nn.Module, benign: dict[str, Any], others: dict[str, Any], *, together: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Features and logits of benign and other images, benign rows first.
-
-    Args:
-        model: The model, as wrapped for training.
-        head: Its classifier, inside the wrapping.
-        benign: ``pixel_values`` of shape ``(N_P, C, H, W)``.
-        others: ``pixel_values`` of shape ``(N_O, C, H, W)``: harmful images, and those of the distillation set.
-        together: Whether one pass over both is exact, which it is unless BatchNorm uses the statistics of its batch.
-
-    Returns:
-        Features ``(N_P + N_O, D)``, logits ``(N_P + N_O, C)``, and the features in the autograd graph of the benign
-        logits: all of them after one pass, those of the benign pass after two.
-    """
-    if together:
-        with HeadInput(head) as captured:
-            outputs = model(pixel_values=torch.cat([benign["pixel_values"], others["pixel_values"]]))
-        return captured.features, outputs["logits"], captured.features
-    with HeadInput(head) as first:
-        benign_logits = model(pixel_values=benign["pixel_values"])["logits"]
-    # A harmful batch in the running statistics alone costs benign accuracy.
-    with HeadInput(head) as second, _batchnorm_in_eval(model):
-        other_logits = model(pixel_values=others["pixel_values"])["logits"]
-    logits = torch.cat([benign_logits, other_logits])
-    return torch.cat([first.features, second.features]), logits, first.features
-
-
-@contextmanager
-def _batchnorm_in_eval(model: nn.Module) -> Iterator[None]:
-    modules = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.training = True
+TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -166,17 +62,29 @@ class StepResult:
     finite: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Passed:
+    """What a batch became on its way through the model: features and logits of all images, benign rows first."""
+
+    features: Tensor
+    logits: Tensor
+    benign_graph: Tensor  # the features in the autograd graph of the benign logits
+    inner: dict[str, Tensor]
+    sides: dict[str, slice]
+
+
 class ImmunizationStep:
     """The loss of a pair of batches, and all that it remembers from step to step.
 
-    The Trainer, the callback and a bare loop share it. Parameters that shall move are those that require a gradient.
+    The Trainer, the callback and a bare loop share it. Trainable parameters are those that require a gradient.
 
     Args:
         model: An image classifier at its starting weights, with its scope set (see `select_trainable`).
         method: What is minimized.
-        moving: Names of the moving parameters; by default those that require a gradient.
+        moving: Names of the trainable parameters; by default those that require a gradient.
         freeze_batchnorm: Keep all BatchNorm running statistics.
         head_module: The classifier's name, where it cannot be found without help.
+        objective: An objective of your own, in place of the method's.
 
     Raises:
         ArgumentError, HeadError, ScopeError: If the model is none that can be immunized; each says what to do.
@@ -203,6 +111,7 @@ class ImmunizationStep:
         moving: list[str] | None = None,
         freeze_batchnorm: bool = True,
         head_module: str | None = None,
+        objective: Objective | None = None,
     ) -> None:
         check_classifier(model)
         check_checkpointing(model)
@@ -211,8 +120,8 @@ class ImmunizationStep:
         if moving is None:
             moving = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.moving = list(moving)
-        head_name, self.head = find_head(model, head_module)
-        if all(name.startswith(f"{outermost_name(head_name)}.") for name in moving):
+        self.head_name, self.head = find_head(model, head_module)
+        if all(name.startswith(f"{outermost_name(self.head_name)}.") for name in moving):
             raise ScopeError(
                 f"Expected parameters of the backbone that require a gradient, found {', '.join(moving) or 'none'}: "
                 "no feature could move. Choose them, as hf_immunize.vision.scope.select_trainable does."
@@ -225,17 +134,46 @@ class ImmunizationStep:
         self.calls = 0
         # With a cached trunk, batches hold its activations, and within this context the model runs from them.
         self.replayed: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+        self.choice: Choice | None = None
         self._plain_model = model
+        self._objective = objective
+        self._needs_harmful_labels = (objective or self.method).needs_harmful_labels
         size = self.method.queue_size
-        self._choice = RectifierChoice(model, self.moving) if self.method.looks_inside else None
         self._queues = {side: FeatureQueue(size) for side in ("benign", "harmful")} if size else {}
+
+    # ---- the objective ----
+
+    @property
+    def objective(self) -> str:
+        """The objective by name; what "auto" stands for is known once it was chosen."""
+        return self.method.objective if self.choice is None else self.choice.objective
+
+    def choose(self, sample: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Choose what the method leaves open, once, before the first step; a resumed run keeps the choice.
+
+        Args:
+            sample: Gives benign and harmful images, each of shape ``(N, C, H, W)``, some dozens of each; it is called
+                where they are needed, on the first process. Without this call, a loop of your own chooses on the
+                images of its first batch.
+
+        Raises:
+            DataError: If the images' features do not differ.
+        """
+        if self._objective is None:
+            with self.replayed(self._plain_model):
+                self._choose(choose_objective(self.method, self._plain_model, self.head, self.moving, sample))
+
+    def _choose(self, choice: Choice) -> None:
+        self.choice, self._objective = choice, choice.build(self.method)
+
+    # ---- the loss ----
 
     def __call__(
         self,
         model: nn.Module,
         batch: dict[str, Any],
         step: int,
-        task_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        task_loss: TaskLoss | None = None,
         *,
         add_task_loss: bool = True,
     ) -> StepResult:
@@ -262,148 +200,152 @@ class ImmunizationStep:
                 "hf_immunize.data.pairs.PairedCollator, or give a dictionary of both sides."
             )
         self.calls += 1
-        for module in self.still:
-            module.training = False
-        counts = [len(batch[side]["pixel_values"]) for side in ("benign", "harmful")]
-        benign_end, harmful_end = counts[0], sum(counts)
-        rest = [batch[side]["pixel_values"] for side in ("harmful", "distillation") if side in batch]
-        others = {"pixel_values": torch.cat(rest)}
-        rectifiers = self._rectifiers_of(batch)
-        with self.replayed(self._plain_model), ReluInputs(self._plain_model, rectifiers) as inside:
-            features, logits, loss_features = forward_both(
-                model, self.head, batch["benign"], others, together=self.together
-            )
-        ends = {"benign": features[:benign_end], "harmful": features[benign_end:harmful_end]}
-        ends |= {"distillation": features[harmful_end:]} if "distillation" in batch else {}
-        finite = {side: torch.isfinite(rows.detach()).all() for side, rows in ends.items()}
-        if features.device.type == "cpu":  # elsewhere a look would stall the device; see `RunningMeans`
+        self.choose(lambda: (batch["benign"]["pixel_values"], batch["harmful"]["pixel_values"]))
+        task_loss = task_loss or nn.functional.cross_entropy
+        passed = self._forward(model, batch)
+        finite = {side: torch.isfinite(passed.features[rows].detach()).all() for side, rows in passed.sides.items()}
+        if passed.features.device.type == "cpu":  # elsewhere a look would stall the device; see `RunningMeans`
             self._check_sides(finite, batch, step)
-        rectified = inside.values
-        if rectifiers and not rectified and self._choice is not None and torch.is_grad_enabled():
-            self._choice.names = []  # no gradient reaches what enters it: what moves comes after
         labels = batch["benign"].get("labels")
         if labels is None:
             self._check_unlabelled(add_task_loss)
-        benign = Side(
-            self._of_all_processes(features[:benign_end]),
-            logits[:benign_end],
-            labels,
-            {name: values[:benign_end] for name, values in rectified.items()},
-        )
-        harmful = Side(
-            self._of_all_processes(features[benign_end:harmful_end]),
-            logits[benign_end:harmful_end],
-            gather_labels(batch["harmful"].get("labels")) if self.method.needs_harmful_labels else None,
-            {name: values[benign_end:harmful_end] for name, values in rectified.items()},
-        )
-        task_loss = task_loss or nn.functional.cross_entropy
+        benign, harmful = self._side("benign", batch, passed), self._side("harmful", batch, passed)
         task = None
         if self.method.benign_loss != "distillation" and (add_task_loss or labels is not None):
-            task = task_loss(logits[:benign_end], labels)
-        distillation, logged, measured = self._distillation(
-            batch, features, logits, benign_end, harmful_end, task_loss
-        )
+            task = task_loss(passed.logits[passed.sides["benign"]], labels)
+        distillation, logged, measured = self._distillation(batch, passed, task_loss)
         if measured is not None:
             self.weighting.observe(measured, step)
+        nothing = passed.logits.new_zeros(())
         parts = [part for part in (task, distillation) if part is not None]
-        benign_loss = torch.stack(parts).sum() if parts else logits.new_zeros(())
-        added = benign_loss if add_task_loss else (distillation if distillation is not None else logits.new_zeros(()))
-        terms = self.terms(benign, harmful, step)
+        benign_loss = torch.stack(parts).sum() if parts else nothing
         loss, weighed = self.weighting.weigh(
-            added,
-            terms,
+            benign_loss if add_task_loss else nothing if distillation is None else distillation,
+            self.terms(benign, harmful, step),
             {"benign": benign.features, "harmful": harmful.features},
-            lambda: self._benign_scale(benign_loss, benign, loss_features),
+            lambda: self._benign_scale(benign_loss, benign, passed.benign_graph),
             step,
         )
         for side, queue in self._queues.items():
             queue.push(_rows({"benign": benign, "harmful": harmful}[side]))
-        return StepResult(loss, {"benign_loss": benign_loss, **logged, **weighed}, logits[:benign_end], finite)
+        logits = passed.logits[passed.sides["benign"]]
+        return StepResult(loss, {"benign_loss": benign_loss, **logged, **weighed}, logits, finite)
 
-    @property
-    def objective(self) -> str:
-        """The objective by name; what "auto" stands for is known from the first step on."""
-        if self.method.objective != "auto":
-            return self.method.objective
-        names = self._choice.names if self._choice is not None else []
-        return "auto" if names is None else "silence" if names else "concentration"
+    def terms(self, benign: Side, harmful: Side, step: int) -> Terms:
+        """The objective's terms; override it to minimize something else.
 
-    def _rectifiers_of(self, batch: dict[str, Any]) -> list[str]:
-        """Rectifiers that the objective looks at; the first batch has the images to try them on."""
-        if self._choice is None:
-            return []
-        if self._choice.names is not None:
-            return self._choice.names
-        both = [batch[side]["pixel_values"] for side in ("benign", "harmful")]
+        Args:
+            benign: The benign side of the batch.
+            harmful: The harmful side.
+            step: Optimizer steps done before this one.
 
-        def features(images: Tensor) -> Tensor:
-            with torch.no_grad(), self.replayed(self._plain_model), HeadInput(self.head) as captured:
-                released_logits(self._plain_model, images)
-            return captured.features
+        Returns:
+            The terms, which the weighting weighs.
 
-        few = torch.cat([images[:2] for images in both])
-        # A user who asks for rectifiers off by name gets them.
-        sides = (lambda: (features(both[0]), features(both[1]))) if self.method.objective == "auto" else None
-        return self._choice.seek(lambda: features(few), few.device, sides)
+        Raises:
+            ImmunizationError: One of its kinds, with objective and step, where a term is undefined.
+        """
+        sides = {"benign": benign, "harmful": harmful}
+        for name, queue in self._queues.items():
+            sides[name] = replace(sides[name], features=queue.join(_rows(sides[name])))
+        assert self._objective is not None  # chosen
+        try:
+            return self._objective(sides["benign"], sides["harmful"])
+        except ImmunizationError as error:
+            raise type(error)(f"Objective {self.objective!r} at step {step + 1}: {error}") from error
+
+    def _forward(self, model: nn.Module, batch: dict[str, Any]) -> _Passed:
+        for module in self.still:
+            module.training = False
+        names: list[str] = [side for side in ("benign", "harmful", "distillation") if side in batch]
+        images = {side: batch[side]["pixel_values"] for side in names}
+        sides, end = {}, 0
+        for side, pixels in images.items():
+            sides[side] = slice(end, end + len(pixels))
+            end += len(pixels)
+        others = torch.cat([images[side] for side in names[1:]])
+        reads = () if self._objective is None else self._objective.reads
+        inside = ReluInputs(self._plain_model, list(reads)) if reads else None
+        with self.replayed(self._plain_model), inside or nullcontext():
+            found = forward_both(model, self.head, images["benign"], others, together=self.together)
+        return _Passed(*found, {} if inside is None else inside.values, sides)
+
+    def _side(self, name: str, batch: dict[str, Any], passed: _Passed) -> Side:
+        """A side, with features of all processes."""
+        rows = passed.sides[name]
+        labels = batch[name].get("labels")
+        if name == "harmful":
+            labels = gather_labels(labels) if self._needs_harmful_labels else None
+        inner = {layer: values[rows] for layer, values in passed.inner.items()}
+        features = self._of_all_processes(passed.features[rows])
+        return Side(features, passed.logits[rows], labels, inner, batch[name].get("targets"))
 
     def _of_all_processes(self, features: Tensor) -> Tensor | Hessian:
         """The global batch: features where rows are needed, else whichever of features and Hessian moves less."""
         rows = len(features) * world_size()
-        needs_rows = world_size() == 1 or self._queues or self.method.needs_harmful_labels
+        needs_rows = world_size() == 1 or self._queues or self._needs_harmful_labels
         if needs_rows or not sum_is_smaller(rows, features.shape[1], features.dtype):
             return gather_features(features)
         return sum_hessian(features)
 
     def _distillation(
-        self,
-        batch: dict[str, Any],
-        features: Tensor,
-        logits: Tensor,
-        benign_end: int,
-        harmful_end: int,
-        task_loss: Callable[[Tensor, Tensor], Tensor],
+        self, batch: dict[str, Any], passed: _Passed, task_loss: TaskLoss
     ) -> tuple[Tensor | None, dict[str, Tensor], Tensor | None]:
         """The distillation loss, its parts by name, and what the budget is measured by; None where not wanted."""
         if self.start is None:
             return None, {}, None
-        images = [batch[side]["pixel_values"] for side in ("benign", "distillation") if side in batch]
+        kept = [side for side in passed.sides if side != "harmful"]
         with self.replayed(self._plain_model):
-            start_features, start_logits = self.start(self._plain_model, self.head, torch.cat(images))
-        rows = [slice(0, benign_end), slice(harmful_end, None)]
-        kl = logit_divergence(torch.cat([logits[part] for part in rows]), start_logits)
+            images = torch.cat([batch[side]["pixel_values"] for side in kept])
+            start_features, start_logits = self.start(self._plain_model, self.head, images)
+        kl = logit_divergence(torch.cat([passed.logits[passed.sides[side]] for side in kept]), start_logits)
         parts, loss, measured = {"kl": kl}, None, kl
         if self.method.benign_loss != "task":
-            parts["feature_error"] = feature_error(torch.cat([features[part] for part in rows]), start_features)
+            now = torch.cat([passed.features[passed.sides[side]] for side in kept])
+            parts["feature_error"] = feature_error(now, start_features)
             loss = kl + self.method.feature_distillation_weight * parts["feature_error"]
         if self.method.benign_budget is not None:
-            now = (logits[:benign_end].detach(), start_logits[:benign_end], batch["benign"].get("labels"))
-            measured, name = self._spent(kl, now, batch.get("held_out"), task_loss)
+            rows = passed.sides["benign"]
+            trained = passed.logits[rows].detach(), start_logits[rows]
+            measured, name = self._spent(kl, trained, batch, task_loss)
             parts |= {name: measured} if name != "kl" else {}
         return loss, parts, measured
 
     def _spent(
-        self,
-        kl: Tensor,
-        trained: tuple[Tensor, Tensor, Tensor | None],
-        held_out: dict[str, Any] | None,
-        task_loss: Callable[[Tensor, Tensor], Tensor],
+        self, kl: Tensor, trained: tuple[Tensor, Tensor], batch: dict[str, Any], task_loss: TaskLoss
     ) -> tuple[Tensor, str]:
         """How much of the budget is spent, and its name in the log: on held-out images where there are any."""
-        logits, start_logits, labels = trained
-        if held_out is not None:
-            labels = held_out.get("labels")
+        measure, (logits, start_logits), prefix = self.method.budget_measure, trained, ""
+        labels = batch["benign"].get("labels")
+        if "held_out" in batch:
+            assert self.start is not None  # a budget needs the starting model
+            pixels, labels = batch["held_out"]["pixel_values"], batch["held_out"].get("labels")
+            prefix = "held_out_"
             with self.replayed(self._plain_model):
-                logits = released_logits(self._plain_model, held_out["pixel_values"])
-                assert self.start is not None  # a budget needs the starting model
-                _, start_logits = self.start(self._plain_model, self.head, held_out["pixel_values"])
-        prefix = "" if held_out is None else "held_out_"
-        if self.method.budget_measure == "kl":
-            return (kl if held_out is None else logit_divergence(logits, start_logits)), f"{prefix}kl"
-        if self.method.budget_measure == "total_variation":
-            return total_variation(logits, start_logits, MOST_OF_AN_IMAGE), f"{prefix}total_variation"
+                logits = released_logits(self._plain_model, pixels)
+                _, start_logits = self.start(self._plain_model, self.head, pixels)
+        if measure == "kl":
+            return logit_divergence(logits, start_logits) if prefix else kl, f"{prefix}kl"
+        if measure == "total_variation":
+            return total_variation(logits, start_logits, MAX_TV_PER_IMAGE), f"{prefix}total_variation"
         assert labels is not None  # checked before training began
         with torch.no_grad():
             return task_loss(logits, labels) - task_loss(start_logits, labels), f"{prefix}task_loss_rise"
+
+    def _benign_scale(self, benign_loss: Tensor, benign: Side, loss_features: Tensor) -> Tensor:
+        """The unit in which gradients of terms on the features are measured.
+
+        A distillation loss starts at its minimum, where its gradient says nothing; that of the relative feature error
+        at a displacement of ε is 2ε over the size of the features.
+        """
+        if self.method.benign_loss == "distillation":
+            dtype = torch.promote_types(benign.features.dtype, torch.float32)
+            if isinstance(benign.features, Hessian):
+                return benign.features.matrix.detach().trace().rsqrt().to(dtype)
+            return 1 / torch.linalg.vector_norm(benign.features.detach(), dtype=dtype)
+        return self.weighting.benign_scale(mean_gradient_norm(gradient_norm(benign_loss, loss_features)))
+
+    # ---- what is refused ----
 
     def _check_unlabelled(self, add_task_loss: bool) -> None:
         """Whether labels of the benign images can be missing."""
@@ -428,53 +370,21 @@ class ImmunizationStep:
                 else "NaN or infinity. Lower the learning rate or the weights, or train in full precision"
             )
             raise NonFiniteError(
-                f"Objective {self.method.objective!r} at step {step + 1}: Expected finite features of the "
+                f"Objective {self.objective!r} at step {step + 1}: Expected finite features of the "
                 f"{' and '.join(lost)} images, found {found}; the last checkpoint is sound."
             )
 
-    def terms(self, benign: Side, harmful: Side, step: int) -> Terms:
-        """The objective's terms; override it to minimize something else.
-
-        Args:
-            benign: The benign side of the batch.
-            harmful: The harmful side.
-            step: Optimizer steps done before this one.
-
-        Returns:
-            The terms, which the weighting weighs.
-
-        Raises:
-            ImmunizationError: One of its kinds, with objective and step, where a term is undefined.
-        """
-        sides = {"benign": benign, "harmful": harmful}
-        for name, queue in self._queues.items():
-            sides[name] = replace(sides[name], features=queue.join(_rows(sides[name])))
-        try:
-            return OBJECTIVES[self.method.objective](sides["benign"], sides["harmful"], self.method.scale_free)
-        except ImmunizationError as error:
-            raise type(error)(f"Objective {self.method.objective!r} at step {step + 1}: {error}") from error
-
-    def _benign_scale(self, benign_loss: Tensor, benign: Side, loss_features: Tensor) -> Tensor:
-        """The unit in which gradients of terms on the features are measured.
-
-        A distillation loss starts at its minimum, where its gradient says nothing; that of the relative feature error
-        at a displacement of ε is 2ε over the size of the features.
-        """
-        if self.method.benign_loss == "distillation":
-            dtype = torch.promote_types(benign.features.dtype, torch.float32)
-            if isinstance(benign.features, Hessian):
-                return benign.features.matrix.detach().trace().rsqrt().to(dtype)
-            return 1 / torch.linalg.vector_norm(benign.features.detach(), dtype=dtype)
-        return self.weighting.benign_scale(mean_gradient_norm(gradient_norm(benign_loss, loss_features)))
+    # ---- what a resumed run needs ----
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights, queues, chosen rectifiers and starting tensors, with which a resumed run goes on exactly."""
+        """Weights, queues, the chosen objective and starting tensors, with which a resumed run goes on exactly."""
         parts: dict[str, dict[str, Tensor]] = {"weighting": self.weighting.state_dict()}
         parts |= {f"queue_{side}": queue.state_dict() for side, queue in self._queues.items()}
         if self.start is not None:
             parts["start"] = self.start.state_dict()
-        if self._choice is not None:
-            parts["rectifiers"] = self._choice.state_dict()
+        if self.choice is not None:
+            text = json.dumps({"asked": self.method.objective, **asdict(self.choice)})
+            parts["choice"] = {"json": torch.tensor(list(text.encode()), dtype=torch.uint8)}
         return {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -493,12 +403,135 @@ class ImmunizationStep:
         self.weighting.load_state_dict(parts["weighting"])
         for side, queue in self._queues.items():
             queue.load_state_dict(parts.get(f"queue_{side}", {}))
-        if self._choice is not None:
-            self._choice.load_state_dict(parts.get("rectifiers", {}))
         if self.start is not None:
             self.start.load_state_dict(parts.get("start", {}))
+        if "choice" in parts:
+            found = json.loads(bytes(parts["choice"]["json"].tolist()))
+            if found.pop("asked") == self.method.objective:
+                self._choose(Choice(found["objective"], tuple(found["reads"]), found["reason"]))
+
+
+def forward_both(
+    model: nn.Module, head: nn.Module, benign: Tensor, others: Tensor, *, together: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features and logits of benign and other images, benign rows first, in one pass or in two.
+
+    One pass is exact unless BatchNorm uses the statistics of its batch. The third value are the features in the
+    autograd graph of the benign logits: all of them after one pass, those of the benign pass after two.
+    """
+    if together:
+        with HeadInput(head) as captured:
+            outputs = model(pixel_values=torch.cat([benign, others]))
+        return captured.features, outputs["logits"], captured.features
+    with HeadInput(head) as first:
+        benign_logits = model(pixel_values=benign)["logits"]
+    # A harmful batch in the running statistics alone costs benign accuracy.
+    with HeadInput(head) as second, _batchnorm_in_eval(model):
+        other_logits = model(pixel_values=others)["logits"]
+    logits = torch.cat([benign_logits, other_logits])
+    return torch.cat([first.features, second.features]), logits, first.features
+
+
+@contextmanager
+def _batchnorm_in_eval(model: nn.Module) -> Iterator[None]:
+    modules = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
 
 
 def _rows(side: Side) -> Tensor:
     assert isinstance(side.features, Tensor)  # where there is a queue, features are gathered
     return side.features
+
+
+class FeatureQueue:
+    """The last rows of features, without gradient.
+
+    A regularizer of ``[Z_batch; queue]`` estimates that of the population, with its gradient through the batch alone.
+    The rows come from slightly older weights: a queue of 2,048 rows at batches of 64 spans 32 steps.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._rows: Tensor | None = None
+
+    def join(self, features: Tensor) -> Tensor:
+        """The batch's features ``(N, D)`` and the queue's below them."""
+        if self._rows is None:
+            return features
+        if self._rows.shape[1] != features.shape[1]:
+            raise ShapeError(
+                f"Expected features of dimension {self._rows.shape[1]}, which the queue holds, found "
+                f"{features.shape[1]}: the checkpoint is of another model. Resume with the model of the interrupted "
+                "run, or start anew."
+            )
+        return torch.cat([features, self._rows.to(features.device, features.dtype)])
+
+    def push(self, features: Tensor) -> None:
+        """Take in the rows of a step; the oldest ones make room."""
+        rows = features.detach()
+        if self._rows is not None:
+            rows = torch.cat([self._rows.to(rows.device, rows.dtype), rows])
+        self._rows = rows[-self.size :].clone()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows; empty before the first step."""
+        return {} if self._rows is None else {"rows": self._rows}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        rows = state.get("rows")
+        self._rows = None if rows is None else rows[-self.size :]
+
+
+class RunningMeans:
+    """Means of named scalars since they were last taken, kept on the device until then.
+
+    Fetching every term in every step would stall a GPU: ``deferred`` values are looked at when they are taken, not
+    when they are added, by default on every device but the CPU.
+    """
+
+    def __init__(self, deferred: bool | None = None) -> None:
+        self._deferred = deferred
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._finite: dict[str, Tensor] = {}
+
+    def update(self, values: dict[str, Tensor], step: int, finite: dict[str, Tensor] | None = None) -> None:
+        """Add the scalars of one micro-batch; ``finite`` says of each side whether its features are, for the error."""
+        for side, whole in (finite or {}).items():
+            self._finite[side] = self._finite[side] & whole if side in self._finite else whole
+        for name, value in values.items():
+            value = value.detach()
+            deferred = value.device.type != "cpu" if self._deferred is None else self._deferred
+            if not deferred:
+                self._check_finite(name, float(value), step)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def take(self, step: int) -> dict[str, float]:
+        """The means, over all processes as well, and start anew; a collective where there are several."""
+        if not self._sums:
+            return {}
+        totals = process_mean(torch.stack(list(self._sums.values()))).tolist()
+        means = {name: total / self._count for name, total in zip(self._sums, totals, strict=True)}
+        for name, mean in means.items():
+            self._check_finite(name, mean, step)
+        self._sums, self._count, self._finite = {}, 0, {}
+        return means
+
+    def _check_finite(self, name: str, value: float, step: int) -> None:
+        if math.isfinite(value):
+            return
+        lost = [side for side, whole in self._finite.items() if not bool(whole)]
+        where = f", with features of the {' and '.join(lost)} images that are not finite" if lost else ""
+        raise NonFiniteError(
+            f"Expected a finite {name} at step {step}, found {value}{where}. Lower the learning rate or the weights, "
+            "or train in full precision; the last checkpoint is sound. On a GPU a term that is undefined is NaN too: "
+            "features that are all zero, and for R_ill samples that are all alike."
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from hf_immunize.data.images import ImageCollator
-from hf_immunize.data.pairs import PairedCollator, degenerate_sides
+from hf_immunize.data.pairs import PairedCollator, PairedDataset, degenerate_sides
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.features.extract import Measurement, of_side, spectral_metrics
 from hf_immunize.files import check_writable, remove_leftovers, staged_directory
@@ -48,11 +50,11 @@ from hf_immunize.training.checks import (
     paired_rows,
     side_rows,
 )
+from hf_immunize.training.choice import describe_choices, draw_sample
 from hf_immunize.training.evaluation import (
     Evaluation,
     MeanLoss,
     RunningAccuracy,
-    RunningMeans,
     accuracy,
     add_metrics,
     fold,
@@ -62,7 +64,7 @@ from hf_immunize.training.evaluation import (
     own_images,
 )
 from hf_immunize.training.record import BudgetWatch, Evidence, describe_budget, record_saved, save_record
-from hf_immunize.training.step import ImmunizationStep
+from hf_immunize.training.step import ImmunizationStep, RunningMeans
 from hf_immunize.vision.head import HeadInput, without_wrapper
 from hf_immunize.vision.loading import describe_adapter, difference_on_loading, plain_names
 from hf_immunize.vision.scope import select_trainable
@@ -172,20 +174,12 @@ class ImmunizationTrainer(Trainer):
         # Nearly every image model's forward takes **kwargs, from which the Trainer concludes that the loss is a sum
         # over `num_items_in_batch`; it is a mean.
         self.model_accepts_loss_kwargs = False
-        self._choose_what_moves(self.model)
+        self._set_scope(self.model)
         self._means = RunningMeans()
         self._budget_watch = BudgetWatch()
         self._sides: tuple[Any, Any, Any] | None = None
         if train_dataset is not None:
-            if harmful_dataset is None:
-                raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
-            benign = self._rows(
-                train_dataset, "train_dataset", "needed" if Method.of(args).needs_labels else "optional"
-            )
-            harmful = self._side(harmful_dataset, "harmful_dataset")
-            distillation = self._side(distillation_dataset, "distillation_dataset")
-            self._sides = benign, harmful, distillation
-            self._pair_sides()
+            self._take_training_data(train_dataset, harmful_dataset, distillation_dataset)
         if args.fp16 and args.device.type == "cpu":
             logger.warning("fp16=True does nothing on a CPU: this run is in full precision. bf16=True works there.")
         check_best_metric(args, harmful_eval_dataset)
@@ -203,7 +197,7 @@ class ImmunizationTrainer(Trainer):
         self._mean_loss = MeanLoss()
         self._evaluation: Evaluation | None = None
 
-    def _choose_what_moves(self, model: PreTrainedModel) -> None:
+    def _set_scope(self, model: PreTrainedModel) -> None:
         check_classifier(model)
         self._plain_names = plain_names(model, self.args.head_module)
         self._moving = select_trainable(model, self.args.trainable, self.args.head_module)
@@ -212,18 +206,16 @@ class ImmunizationTrainer(Trainer):
 
     @property
     def objective(self) -> str:
-        """What is minimized beside the benign loss, by name; what "auto" stands for is known after the first step."""
+        """What is minimized in addition to the benign loss, by name; "auto" until training begins."""
         return self._step.objective
 
+    @property
+    def choices(self) -> dict[str, str]:
+        """What the run works with and why, by option: objective, head, scope and batch sizes."""
+        return describe_choices(self._step, self.args)
+
     def create_step(self, model: PreTrainedModel) -> ImmunizationStep:
-        """What computes the loss of a pair of batches; override it to add terms of your own.
-
-        Args:
-            model: The model, its scope set.
-
-        Returns:
-            The step; one with more to remember than `ImmunizationStep` adds it to ``state_dict``.
-        """
+        """What computes the loss of a pair of batches; override it to minimize something of your own."""
         return ImmunizationStep(
             model,
             Method.of(self.args),
@@ -235,7 +227,7 @@ class ImmunizationTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the Trainer's, with the scope set on the model, which is another in each run or trial."""
         model = as_classifier(super().call_model_init(trial), self.args)
-        self._choose_what_moves(model)
+        self._set_scope(model)
         self._references = {}  # those known are of the model before
         return model
 
@@ -243,7 +235,7 @@ class ImmunizationTrainer(Trainer):
         """As the Trainer's, which learns a trial's settings only after it has made the trial's model."""
         super()._hp_search_setup(trial)
         if trial is not None:
-            self._choose_what_moves(self.model)
+            self._set_scope(self.model)
             self._pair_sides()
 
     # ---- data ----
@@ -252,6 +244,15 @@ class ImmunizationTrainer(Trainer):
         if dataset is None or not self._reads_images:
             return dataset
         return image_rows(dataset, name, self.args, self.model.config, labels)
+
+    def _take_training_data(self, benign: Any, harmful: Any, distillation: Any) -> None:
+        if harmful is None:
+            raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
+        labels = "needed" if Method.of(self.args).needs_labels else "optional"
+        rows = self._rows(benign, "train_dataset", labels)
+        sides = self._side(harmful, "harmful_dataset"), self._side(distillation, "distillation_dataset")
+        self._sides = rows, *sides
+        self._pair_sides()
 
     def _pair_sides(self) -> None:
         if self._sides is not None:
@@ -264,22 +265,26 @@ class ImmunizationTrainer(Trainer):
         return side_rows(dataset, name, self.args, self.model.config, raw=not self._reads_images)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         # The dataset passes on the epoch, which accelerate announces to it alone when resuming on several processes.
         shuffle = getattr(self.args, "train_sampling_strategy", "random") != "sequential"
-        return (train_dataset or self.train_dataset).make_sampler(seed, shuffle)
+        return (train_dataset or self.train_dataset).make_sampler(self._data_seed, shuffle)
 
-    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+    @property
+    def _data_seed(self) -> int:
+        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
+
+    @contextmanager
+    def _all_rows(self) -> Iterator[None]:
         # The Trainer would drop the last images of an evaluation too: all of them, of a small set.
         drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training
+        self.args.dataloader_drop_last = False
         try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+            yield
         finally:
             self.args.dataloader_drop_last = drop_last
 
     def get_train_dataloader(self) -> Any:
-        """As the Trainer's; with `cache_trunk`, activations at the entry of what moves take the place of images."""
+        """As the Trainer's; with `cache_trunk`, of activations at the entry of the trainable part."""
         given = self.train_dataset, self.data_collator
         if self.train_dataset is None or self.args.cache_trunk == "no":
             if self.train_dataset is not None:
@@ -299,14 +304,16 @@ class ImmunizationTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            return super().get_eval_dataloader(eval_dataset)
-        # With persistent workers, the Trainer's method gives the loader of another set that it has kept.
-        return super().get_test_dataloader(self._rows(eval_dataset, "eval_dataset"))
+        with self._all_rows():
+            if eval_dataset is None or isinstance(eval_dataset, str):
+                return super().get_eval_dataloader(eval_dataset)
+            # With persistent workers, the Trainer's method gives the loader of another set that it has kept.
+            return super().get_test_dataloader(self._rows(eval_dataset, "eval_dataset"))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
-        return super().get_test_dataloader(self._rows(test_dataset, "test_dataset", labels="optional"))
+        with self._all_rows():
+            return super().get_test_dataloader(self._rows(test_dataset, "test_dataset", labels="optional"))
 
     # ---- the step ----
 
@@ -319,15 +326,8 @@ class ImmunizationTrainer(Trainer):
     ) -> Any:
         """Benign loss plus weighted regularizers for a pair of batches; the Trainer's own loss for a single batch.
 
-        Args:
-            model: The model, as wrapped for training.
-            inputs: ``{"benign": {"pixel_values", "labels"}, "harmful": {"pixel_values"}}``, maybe with
-                ``"distillation"``, or a flat batch.
-            return_outputs: Whether to return the benign outputs as well.
-            num_items_in_batch: Not used: the loss is a mean.
-
         Returns:
-            The 0-D loss, or it and a dictionary with the benign ``logits``.
+            The 0-D loss, or with ``return_outputs`` it and a dictionary with the benign ``logits``.
         """
         if "benign" not in inputs:
             if self.is_in_train and model.training:
@@ -396,14 +396,8 @@ class ImmunizationTrainer(Trainer):
         ``eval_harmful_log10_kappa``, ``eval_rir``, ``eval_log10_rir``, …, and ``eval_benign_loss`` and
         ``eval_benign_accuracy`` as other names of ``eval_loss`` and ``eval_accuracy``.
 
-        Args:
-            eval_dataset: Benign data in place of the constructor's; κ is then reported without RIR. Or the name of
-                one of several sets of the constructor's.
-            ignore_keys: Keys of the model's output to leave out.
-            metric_key_prefix: Prefix of the names.
-
-        Returns:
-            Name to number.
+        With other benign data as ``eval_dataset``, κ is reported without RIR; it may be the name of one of several
+        sets of the constructor's.
         """
         check_prepared(self.accelerator)
         outermost = self._evaluation is None
@@ -511,7 +505,7 @@ class ImmunizationTrainer(Trainer):
 
     def _measure(self, dataloader: Any, name: str) -> Measurement:
         """Features of a data set through the model in full precision."""
-        self._move_model_to_device(self.model, self.args.device)
+        self.model.to(self.args.device)
         # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
         forward = self.model if self._is_sharded else partial(type(self.model).forward, self.model)
         with of_side(f"{name.replace('eval', 'benign')} evaluation"):
@@ -558,9 +552,6 @@ class ImmunizationTrainer(Trainer):
             resume_from_checkpoint: A checkpoint's folder, or True for the last one that was written whole.
             **kwargs: As the Trainer's.
 
-        Returns:
-            What the Trainer returns.
-
         Raises:
             CheckpointError: If the checkpoint is not as it was written, or none is.
             ArgumentError: If checkpoints cannot be written to ``output_dir``.
@@ -581,7 +572,21 @@ class ImmunizationTrainer(Trainer):
         """As the Trainer's. Here `model_init` has given the model of this run or trial, and nothing has moved yet."""
         if resume_from_checkpoint is None:
             self._measure_references()
+        self._choose_objective()
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+
+    def _choose_objective(self) -> None:
+        """Choose what the user left open, on images that do not depend on the batch size; a resumed run knows it."""
+
+        def sample() -> tuple[Tensor, Tensor]:
+            self.model.to(self.args.device)
+            collate = self.data_collator.inner
+            return draw_sample(self.train_dataset, self._data_seed, self.args.device, collate, collate)
+
+        if isinstance(self.train_dataset, PairedDataset):
+            self._step.choose(sample)
+            if self.is_world_process_zero():
+                logger.info(f"Choices: {'; '.join(f'{name} {why}' for name, why in self.choices.items())}.")
 
     def _measure_references(self) -> None:
         if self._harmful_eval is None or self.eval_dataset is None or not self._can_measure:
@@ -635,13 +640,10 @@ class ImmunizationTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # Each process has written one: only now can the first list and flush them all.
-        self.accelerator.wait_for_everyone()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             save_run_state(output_dir, self._step, self._references, self.args.train_batch_size)
+        # Each process has written one: only now can the first list and flush them all.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is None and self._loads_whole:
@@ -681,33 +683,15 @@ class ImmunizationTrainer(Trainer):
         with named_outcomes("creation of the repository"):
             super().init_hf_repo(token=token, private=private)
 
-    def create_model_card(
-        self,
-        language: Any = None,
-        license: str | None = None,
-        tags: Any = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: Any = None,
-        dataset_tags: Any = None,
-        dataset: Any = None,
-        dataset_args: Any = None,
-    ) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card with the figures of the present weights; your own sections of an existing one stay.
 
         Args: as the Trainer's; `tasks` and `dataset_args` are not used, since the task is always the same.
         """
+        given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
+        unused = ("self", "tasks", "dataset_args")
         if self.is_world_process_zero():
-            publishing.create_model_card(
-                self,
-                language=language,
-                license=license,
-                tags=tags,
-                model_name=model_name,
-                finetuned_from=finetuned_from,
-                dataset_tags=dataset_tags,
-                dataset=dataset,
-            )
+            publishing.create_model_card(self, **{name: of for name, of in given.items() if name not in unused})
 
     def push_to_hub(
         self,

@@ -69,6 +69,6 @@ def test_hooks_are_gone_after_a_step(model):
 
 
 def test_passes_without_gradients_are_not_looked_at(model):
-    with Passing(model, LAYERS, []) as passing, torch.no_grad():
+    with Passing(model, LAYERS) as passing, torch.no_grad():
         model(pixel_values=batch()["benign"]["pixel_values"])
     assert not passing.values

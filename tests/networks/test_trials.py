@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
-from examples.networks.trials import TRIALS, class_collapse, known
+from examples.networks.trials import TRIALS, ClassCollapse, known
 from hf_immunize.errors import ArgumentError, DataError
 from hf_immunize.training.arguments import Method
-from hf_immunize.training.objectives import LABELLED, OBJECTIVES, Side
+from hf_immunize.training.objectives import OBJECTIVES, Side
 from hf_immunize.training.step import ImmunizationStep
 
 
@@ -32,7 +32,7 @@ def test_descent_on_the_harmful_term_takes_the_classes_from_a_nearest_mean(name)
     features, labels = harmful.features, harmful.labels
     before = nearest_mean_accuracy(features.detach(), labels)
     for _ in range(60):
-        (term,) = TRIALS[name](side(0), Side(features, labels=labels), False).harmful.values()
+        (term,) = TRIALS[name]()(side(0), Side(features, labels=labels)).harmful.values()
         (gradient,) = torch.autograd.grad(term, features)
         features = (features - 0.05 * gradient / gradient.norm() * features.norm()).detach().requires_grad_()
     assert nearest_mean_accuracy(features.detach(), labels) < before - 0.2
@@ -41,12 +41,12 @@ def test_descent_on_the_harmful_term_takes_the_classes_from_a_nearest_mean(name)
 @pytest.mark.parametrize("name", TRIALS)
 def test_labels_are_needed(name):
     with pytest.raises(DataError, match="Expected labels of the harmful images"):
-        TRIALS[name](side(0), side(1, labels=False), False)
+        TRIALS[name]()(side(0), side(1, labels=False))
 
 
 def test_collapse_of_classes_of_one_image_each_is_finite():
     features = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    (term,) = class_collapse(side(0), Side(features, labels=torch.arange(4)), False).harmful.values()
+    (term,) = ClassCollapse()(side(0), Side(features, labels=torch.arange(4))).harmful.values()
     term.backward()
     assert term.isfinite() and features.grad.isfinite().all()
 
@@ -56,7 +56,7 @@ def test_the_library_knows_them_for_the_time_of_a_run_alone():
         assert Method(objective="inner_ridge").needs_harmful_labels
     with pytest.raises(ArgumentError, match="Expected objective="):
         Method(objective="inner_ridge")
-    assert not set(TRIALS) & ({*OBJECTIVES} | LABELLED)
+    assert not set(TRIALS) & {*OBJECTIVES}
 
 
 @pytest.mark.parametrize("name", TRIALS)

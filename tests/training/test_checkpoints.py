@@ -333,17 +333,17 @@ def test_a_run_goes_on_from_a_checkpoint_without_a_list(options, stopped, traine
     assert again.state.global_step == 2
 
 
-def test_the_chosen_rectifiers_are_not_sought_anew(stopped, trainer, monkeypatch):
+def test_the_choice_is_not_made_anew(stopped, trainer, monkeypatch):
     chosen = {**DISTILLED, "objective": "auto"}
     folder = stopped(model="resnet", **chosen)
 
     def sought(*args):
-        raise AssertionError("a resumed run knows its rectifiers")
+        raise AssertionError("a resumed run knows its choice")
 
-    monkeypatch.setattr("hf_immunize.training.choice.choke_points", sought)
+    monkeypatch.setattr("hf_immunize.training.objectives.choke_points", sought)
     run = trainer("resnet", max_steps=2, **chosen)
     run.train(resume_from_checkpoint=folder)
-    assert run.objective == "silence"
+    assert run.objective == "dead_relu"
 
 
 def test_a_damaged_state_is_named(stopped, trainer):

@@ -14,7 +14,8 @@ from transformers import EvalPrediction
 from hf_immunize.errors import ImageDecodeError, NonFiniteError
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
-from hf_immunize.training.evaluation import RunningMeans, accuracy, own_rows
+from hf_immunize.training.evaluation import accuracy, own_rows
+from hf_immunize.training.step import RunningMeans
 from hf_immunize.vision.head import penultimate_features
 
 

@@ -1,96 +1,208 @@
-"""Objectives are functions of features, logits and labels."""
+"""Objectives are functions of features, logits, labels and what enters inner modules."""
 
 import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_immunize.errors import ArgumentError, DataError, ScopeError
 from hf_immunize.spectra.conditioning import feature_conditioning
+from hf_immunize.spectra.regularizers import spectral_concentration
 from hf_immunize.training.arguments import Method
-from hf_immunize.training.objectives import OBJECTIVES, Side, adapted_loss
+from hf_immunize.training.distributed import sum_hessian
+from hf_immunize.training.objectives import (
+    OBJECTIVES,
+    InnerTerm,
+    Objective,
+    Side,
+    Terms,
+    adapted_loss,
+    gradient_norm,
+    relu_activity,
+)
+from hf_immunize.training.step import ImmunizationStep
+
+
+SPECTRAL = [name for name, kind in OBJECTIVES.items() if not (kind.needs_harmful_labels or kind.looks_inside())]
+# Descent on a harmful term, what it is to change, and by how much; likewise on a benign one.
+DESCENTS = [(name, "harmful", 0.05, 0.5) for name in SPECTRAL]
+DESCENTS += [(name, "benign", -0.02, -0.2) for name in SPECTRAL if name != "r_ill"]
 
 
 def side(seed, labels=True, rows=12, dim=6):
     draw = torch.Generator().manual_seed(seed)
     features = torch.randn(rows, dim, dtype=torch.float64, generator=draw).requires_grad_()
-    return Side(features, features[:, :3], torch.arange(rows) % 4 if labels else None, {"rectifier": features})
+    return Side(features, features[:, :3], torch.arange(rows) % 4 if labels else None, {"relu": features})
+
+
+def descended(features, term_of, steps=20, rate=0.05):
+    for _ in range(steps):
+        (gradient,) = torch.autograd.grad(term_of(features), features)
+        features = (features - rate * gradient / gradient.norm() * features.norm()).detach().requires_grad_()
+    return features.detach()
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_a_step_down_the_harmful_term_moves_harmful_features_alone(name):
     benign, harmful = side(0), side(1)
-    terms = OBJECTIVES[name](benign, harmful, False)
+    terms = OBJECTIVES[name]()(benign, harmful)
     sum([*terms.harmful.values(), *(term.value for term in terms.inner.values())]).backward()
     assert benign.features.grad is None and harmful.features.grad.norm() > 0
 
 
 @pytest.mark.outcome
-@pytest.mark.parametrize("name", ["concentration", "kappa", "r_ill", "opt_kappa"])
-def test_descent_on_the_harmful_term_raises_kappa(name):
-    features = side(1).features
-    before = feature_conditioning(features.detach()).log_kappa
-    for _ in range(20):
-        term = sum(OBJECTIVES[name](side(0), Side(features), True).harmful.values())
-        (gradient,) = torch.autograd.grad(term, features)
-        features = (features - 0.05 * gradient / gradient.norm() * features.norm()).detach().requires_grad_()
-    assert feature_conditioning(features.detach()).log_kappa > before + 0.5
+@pytest.mark.parametrize(("name", "where", "rate", "change"), DESCENTS)
+def test_descent_on_a_term_moves_kappa(name, where, rate, change):
+    """Up on harmful features, down on benign ones."""
+    start = side(1 if where == "harmful" else 0).features
+    objective = OBJECTIVES[name](scale_free=True)
+
+    def term(features):
+        sides = (side(0), Side(features)) if where == "harmful" else (Side(features), side(1))
+        return sum(getattr(objective(*sides), where).values())
+
+    before, after = (
+        feature_conditioning(rows).log_kappa for rows in (start.detach(), descended(start, term, rate=abs(rate)))
+    )
+    assert (after - before) / change > 1
+
+
+@pytest.mark.parametrize("scale_free", [False, True])
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_by_the_hessian_values_gradients_and_their_norms_are_those_by_the_features(name, scale_free):
+    found = []
+    for given_as in (lambda rows: rows, sum_hessian):
+        draw = torch.Generator().manual_seed(0)
+        rows = [torch.randn(60, 5, generator=draw).requires_grad_() for _ in range(2)]
+        sides = [given_as(each) for each in rows]
+        terms = OBJECTIVES[name](scale_free=scale_free)(*map(Side, sides))
+        values = {**terms.benign, **terms.harmful}
+        of = [sides[0]] * len(terms.benign) + [sides[1]] * len(terms.harmful)
+        norms = [gradient_norm(value, each) for value, each in zip(values.values(), of, strict=True)]
+        sum(values.values()).backward()
+        found.append((values, norms, [each.grad for each in rows]))
+    (values, norms, gradients), (by_sum, norms_by_sum, gradients_by_sum) = found
+    torch.testing.assert_close(by_sum, values, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norms_by_sum, norms, rtol=1e-5, atol=0)
+    for some, wanted in zip(gradients_by_sum, gradients, strict=True):
+        assert (some is None) == (wanted is None)
+        assert wanted is None or (some - wanted).norm() <= 2e-6 * wanted.norm()
+
+
+def test_by_the_hessian_half_precision_features_get_gradients_of_their_type():
+    rows = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    some, wanted = (rows.clone().requires_grad_() for _ in range(2))
+    spectral_concentration(sum_hessian(some)).backward()
+    spectral_concentration(wanted).backward()
+    assert some.grad.dtype == torch.bfloat16 and (some.grad - wanted.grad).norm() <= 1e-2 * wanted.grad.norm()
+
+
+# "imma" counts the classes of the batch, and "dead_relu" is chosen by looking.
+@pytest.mark.parametrize("objective", SPECTRAL)
+@pytest.mark.parametrize(
+    "options", [{}, {"queue_size": 8}, {"benign_budget": None}], ids=["default", "queue", "ratio"]
+)
+def test_two_steps_run_on_the_meta_device_where_no_value_exists(objective, options):
+    """On a device, a step reads no value back."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=16, num_labels=3))
+    step = ImmunizationStep(model, Method(objective=objective, **options))
+    model.to("meta")
+    sides = {"pixel_values": torch.empty(4, 3, 32, 32, device="meta")}
+    sides["labels"] = torch.empty(4, dtype=torch.long, device="meta")
+    for number in range(2):
+        result = step(model, {"benign": sides, "harmful": sides}, step=number)
+        result.loss.backward()
+    assert result.loss.device.type == "meta"
+
+
+# ---- an objective on an inner layer ----
+
+
+class Watched(Objective):
+    """Concentration of what enters a layer, towards the target of each benign image."""
+
+    def __call__(self, benign, harmful):
+        (name,) = self.reads
+        values = harmful.inner[name].flatten(1)
+        value = spectral_concentration(values)
+        scale = 1 / torch.linalg.vector_norm(benign.inner[name].detach())
+        error = (benign.features - benign.targets).square().sum()
+        return Terms({"error": error}, inner={"deep": InnerTerm(value, gradient_norm(value, values), scale)})
+
+
+def test_an_objective_of_ones_own_reads_an_inner_layer_and_targets(tiny):
+    """Its gradient on what enters the layer has the norm that the rule says, and targets reach it row by row."""
+    model = tiny()
+    layer = "vit.layers.1"
+    step = ImmunizationStep(model, Method(benign_budget=None), objective=Watched([layer]))
+    entering = []
+    model.get_submodule(layer).register_forward_pre_hook(
+        lambda module, inputs: entering.append(inputs[0]) if torch.is_grad_enabled() else None
+    )
+    draw = torch.Generator().manual_seed(0)
+    batch = {side: {"pixel_values": torch.randn(4, 3, 8, 8, generator=draw)} for side in ("benign", "harmful")}
+    batch["benign"]["targets"] = torch.randn(4, 8, generator=draw)
+    result = step(model, batch, 0)
+    (gradient,) = torch.autograd.grad(result.loss, entering[0])
+    expected = 0.3 / torch.linalg.vector_norm(entering[0][:4].detach())
+    torch.testing.assert_close(torch.linalg.vector_norm(gradient[4:]), expected, rtol=1e-4, atol=0)
+    assert result.logged["error"] > 0
+    assert not any(module._forward_pre_hooks for name, module in model.named_modules() if name != layer)
+
+
+# ---- dead ReLU ----
+
+
+def entering(seed, rows=6):
+    return torch.randn(rows, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), st.floats(0.01, 100.0))
+def test_activity_has_no_scale_and_its_norm_in_closed_form_is_that_of_autograd(seed, scale):
+    harmful = (scale * entering(seed)).requires_grad_()
+    term = relu_activity(harmful, scale * entering(seed + 1))
+    (gradient,) = torch.autograd.grad(term.value, harmful)
+    assert torch.isclose(term.gradient_norm, gradient.norm(), rtol=1e-8)
+    assert torch.isclose(term.value, relu_activity(entering(seed), entering(seed + 1)).value, rtol=1e-9)
+
+
+def test_half_precision_is_widened_first():
+    assert relu_activity(entering(0).bfloat16(), entering(1).bfloat16()).value.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("enters", "left"), [(1.0, 1.0), (-0.495, 0.25), (-0.6, 0.0)])
+def test_activity_says_how_much_is_left_and_has_no_gradient_where_nothing_is(enters, left):
+    # Ones of benign images are the unit; a margin of 0.5 leaves 0.005² = 0.25e-4 at -0.495.
+    term = relu_activity(torch.full((4, 3), enters, dtype=torch.float64), torch.ones(4, 3))
+    assert term.left.item() == pytest.approx(left, rel=1e-6) and bool(term.gradient_norm) == (left > 0)
 
 
 @pytest.mark.outcome
-@pytest.mark.parametrize("name", ["concentration", "kappa", "opt_kappa"])
-def test_descent_on_the_benign_term_lowers_kappa(name):
-    features = side(0).features
-    before = feature_conditioning(features.detach()).log_kappa
-    for _ in range(20):
-        term = sum(OBJECTIVES[name](Side(features), side(1), True).benign.values())
-        (gradient,) = torch.autograd.grad(term, features)
-        features = (features - 0.02 * gradient / gradient.norm() * features.norm()).detach().requires_grad_()
-    assert feature_conditioning(features.detach()).log_kappa < before - 0.2
-
-
-@pytest.mark.outcome
-def test_descent_on_silence_switches_every_rectifier_off():
-    harmful, benign = side(1), side(0)
+def test_descent_on_activity_deactivates_every_relu():
+    features, benign = side(1).features, side(0)
     for _ in range(200):
-        (term,) = OBJECTIVES["silence"](benign, harmful, False).inner.values()
-        (gradient,) = torch.autograd.grad(term.value, harmful.features)
-        features = (harmful.features - 0.1 * gradient / gradient.norm().clamp_min(1e-12)).detach().requires_grad_()
-        harmful = Side(features, rectified={"rectifier": features})
-    assert not torch.relu(harmful.features).any()
+        (term,) = OBJECTIVES["dead_relu"]()(benign, Side(features, inner={"relu": features})).inner.values()
+        (gradient,) = torch.autograd.grad(term.value, features)
+        features = (features - 0.1 * gradient / gradient.norm().clamp_min(1e-12)).detach().requires_grad_()
+    assert not torch.relu(features).any()
 
 
-def test_silence_without_rectifiers_names_the_remedy():
-    with pytest.raises(ScopeError, match="objective='concentration'"):
-        OBJECTIVES["silence"](Side(side(0).features), Side(side(1).features), False)
-
-
-def test_auto_is_silence_where_there_are_rectifiers():
-    harmful, benign = side(1), side(0)
-    found, wanted = (OBJECTIVES[name](benign, harmful, False) for name in ("auto", "silence"))
-    assert {name: term.value for name, term in found.inner.items()} == {
-        name: term.value for name, term in wanted.inner.items()
-    }
-
-
-def test_auto_is_concentration_where_there_are_none():
-    sides = Side(side(0).features), Side(side(1).features)
-    assert OBJECTIVES["auto"](*sides, False) == OBJECTIVES["concentration"](*sides, False)
+# ---- IMMA ----
 
 
 def test_descent_on_imma_makes_a_fitted_head_worse():
-    features, labels = side(1).features, side(1).labels
-    before = adapted_loss(features, labels).item()
-    for _ in range(20):
-        term = OBJECTIVES["imma"](side(0), Side(features, labels=labels), False).harmful["negative_adapted_loss"]
-        (gradient,) = torch.autograd.grad(term, features)
-        features = (features - 0.05 * gradient / gradient.norm() * features.norm()).detach().requires_grad_()
-    assert adapted_loss(features, labels).item() > before + 0.1
+    labels = side(1).labels
 
+    def term(features):
+        return OBJECTIVES["imma"]()(side(0), Side(features, labels=labels)).harmful["negative_adapted_loss"]
 
-def test_imma_without_labels_says_what_to_do():
-    with pytest.raises(DataError, match="Give the harmful dataset a label column"):
-        OBJECTIVES["imma"](side(0), side(1, labels=False), False)
+    before, after = side(1).features, descended(side(1).features, term)
+    assert adapted_loss(after, labels).item() > adapted_loss(before, labels).item() + 0.1
 
 
 def test_the_inner_attacker_is_differentiated_through_its_steps():
@@ -104,30 +216,58 @@ def test_the_inner_attacker_is_differentiated_through_its_steps():
     assert torch.autograd.gradcheck(with_fixed_rate, (features.requires_grad_(),))
 
 
-def test_the_inner_attacker_learns():
-    losses = [adapted_loss(side(1).features, side(1).labels, steps).item() for steps in (0, 1, 5, 50)]
-    assert losses == sorted(losses, reverse=True) and losses[0] == pytest.approx(math.log(4))
-
-
-def test_the_inner_attacker_sees_no_scale():
+def test_the_inner_attacker_learns_whatever_the_scale():
     features, labels = side(1).features, side(1).labels
-    assert adapted_loss(1e3 * features, labels).item() == pytest.approx(adapted_loss(features, labels).item())
+    losses = [adapted_loss(features, labels, steps).item() for steps in (0, 1, 5, 50)]
+    assert losses == sorted(losses, reverse=True) and losses[0] == pytest.approx(math.log(4))
+    assert adapted_loss(1e3 * features, labels, 5).item() == pytest.approx(losses[2])
+
+
+# ---- what is refused ----
 
 
 @pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"benign_loss": "none"}, "benign_loss= out of distillation, task, both, found 'none'"),
-        ({"budget_measure": "accuracy"}, "budget_measure= out of total_variation, kl, loss"),
-        ({"benign_budget": 0}, "benign_budget= above 0 or None, found 0"),
-        ({"benign_budget": 0.2}, r"benign_budget= below 0\.2 with budget_measure='total_variation', found 0\.2"),
-        ({"auto_weight_averaging": 1.0}, "auto_weight_averaging= between 0 and 1"),
-        ({"auto_weight_bound": 0.5}, "auto_weight_bound= of at least 1"),
-        ({"feature_distillation_weight": -1}, "feature_distillation_weight= of at least 0"),
-        ({"queue_size": -1}, "of at least 0, found 0 and -1"),
-        ({"queue_size": 8, "objective": "imma"}, "queue_size=0 with objective='imma'"),
-    ],
+    ("name", "kind"),
+    [("dead_relu", ScopeError), ("imma", DataError)],
 )
-def test_an_impossible_method_is_refused(settings, message):
-    with pytest.raises(ArgumentError, match=message):
-        Method(**settings)
+def test_an_objective_without_what_it_reads_says_so(name, kind):
+    with pytest.raises(kind, match=f"objective='{name}'"):
+        OBJECTIVES[name]()(Side(side(0).features), Side(side(1).features))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"benign_loss": "none"},
+        {"budget_measure": "accuracy"},
+        {"objective": "nope"},
+        {"benign_budget": 0},
+        {"benign_budget": 0.2},
+        {"budget_holdout": 0.7},
+        {"auto_weight_averaging": 1.0},
+        {"auto_weight_bound": 0.5},
+        {"auto_weight_ratio": -0.1},
+        {"auto_weight_ratio": "some"},
+        {"feature_distillation_weight": -1},
+        {"benign_weight": -1.0},
+        {"harmful_weight": "much"},
+        {"harmful_weight": "nan"},
+        {"harmful_weight": float("inf")},
+        {"harmful_weight": None},
+        {"weight_warmup_steps": "some"},
+        {"queue_size": -1},
+        {"queue_size": 2.5},
+        {"queue_size": 8, "objective": "imma"},
+        {"benign_loss": "task", "objective": "dead_relu"},
+    ],
+    ids=str,
+)
+def test_an_impossible_method_is_refused_by_name_and_value(given):
+    (name, value), *_ = given.items()
+    with pytest.raises(ArgumentError, match=rf"Expected {name}=.*{value}"):
+        Method(**given)
+
+
+def test_an_old_name_is_refused_with_the_new_one():
+    with pytest.raises(ArgumentError, match=r"'dead_relu'.*'silence'"):
+        Method(objective="silence")

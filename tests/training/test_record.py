@@ -58,7 +58,7 @@ def test_the_record_holds_what_was_before_and_after_with_method_sizes_and_hashes
 def test_the_record_names_the_objective_that_auto_stands_for(trainer, saved):
     run = trainer("resnet", objective="auto", benign_loss="distillation", benign_budget=0.05)
     finished(run)
-    assert saved(run).method.objective == "silence"
+    assert saved(run).method.objective == "dead_relu"
 
 
 def test_weights_that_were_not_evaluated_have_no_record(trainer, tmp_path):

@@ -8,10 +8,9 @@ from torch import nn
 from hf_immunize.errors import DataError, NonFiniteError
 from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well
 from hf_immunize.training.arguments import Method
-from hf_immunize.training.evaluation import RunningMeans
-from hf_immunize.training.objectives import Terms
-from hf_immunize.training.step import ImmunizationStep
-from hf_immunize.training.weighting import Weighting, WeightRule, gradient_norm
+from hf_immunize.training.objectives import Terms, gradient_norm
+from hf_immunize.training.step import ImmunizationStep, RunningMeans, forward_both
+from hf_immunize.training.weighting import Weighting, WeightRule
 from hf_immunize.vision.head import find_head
 from hf_immunize.vision.scope import modules_in_eval, select_trainable
 
@@ -186,7 +185,7 @@ def test_a_loss_without_gradients_does_not_change_the_objective(tiny):
     batch = {side: {"pixel_values": torch.randn(4, 3, 32, 32, generator=draw)} for side in ("benign", "harmful")}
     with torch.no_grad():
         step(model, batch, step=0)
-    assert step.objective == "silence"
+    assert step.objective == "dead_relu"
 
 
 def test_labels_are_smoothed_as_the_trainer_does(tiny, trainer, images):
@@ -272,3 +271,48 @@ def test_a_loss_that_is_not_finite_is_named(trainer):
 
     with pytest.raises(NonFiniteError, match="finite benign_loss at step 1, found nan"):
         trainer(compute_loss_func=broken, benign_weight=0, harmful_weight=0).train()
+
+
+# ---- one pass or two ----
+
+
+@pytest.fixture
+def sides():
+    def make(size=8):
+        draw = torch.Generator().manual_seed(5)
+        benign, harmful = (torch.randn(4, 3, size, size, generator=draw) for _ in range(2))
+        return benign, harmful
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_one_pass_is_two_without_batch_statistics(name, tiny, sides):
+    model = tiny(name).eval()
+    head = find_head(model)[1]
+    once, twice = (forward_both(model, head, *sides(), together=together) for together in (True, False))
+    torch.testing.assert_close(once[:2], twice[:2])
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_benign_rows_come_first_and_the_head_maps_features_to_logits(together, tiny, sides):
+    model = tiny().eval()
+    head = find_head(model)[1]
+    benign, harmful = sides()
+    features, logits, _ = forward_both(model, head, benign, harmful, together=together)
+    torch.testing.assert_close(head(features), logits)
+    torch.testing.assert_close(logits[:4], model(pixel_values=benign).logits)
+
+
+def test_harmful_batches_never_touch_the_running_statistics(tiny, sides):
+    paired, alone = tiny("resnet").train(), tiny("resnet").train()
+    benign, harmful = sides()
+    forward_both(paired, find_head(paired)[1], benign, harmful, together=False)
+    alone(pixel_values=benign)
+    torch.testing.assert_close(dict(paired.named_buffers()), dict(alone.named_buffers()))
+
+
+def test_batchnorm_trains_again_after_the_harmful_pass(tiny, sides):
+    model = tiny("resnet").train()
+    forward_both(model, find_head(model)[1], *sides(), together=False)
+    assert all(module.training for module in model.modules())

@@ -13,8 +13,8 @@ import transformers as hf
 
 from hf_immunize.data.images import ImageCollator
 from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.choice import share_told_apart
 from hf_immunize.training.distributed import (
+    broadcast_from_main,
     gather_features,
     gather_labels,
     mean_gradient_norm,
@@ -22,14 +22,14 @@ from hf_immunize.training.distributed import (
     world_size,
 )
 from hf_immunize.training.immunization_callback import ImmunizationCallback
-from hf_immunize.training.objectives import INSIDE, OBJECTIVES, Side
+from hf_immunize.training.objectives import OBJECTIVES, Side
 from hf_immunize.training.step import FeatureQueue
 from hf_immunize.training.trainer import ImmunizationTrainer
 
 
 PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}
-# A ViT has no rectifiers.
-TRAINED = [name for name in OBJECTIVES if name not in INSIDE]
+# A ViT has no ReLU.
+TRAINED = [name for name, kind in OBJECTIVES.items() if not kind.looks_inside()]
 SPECTRAL = [name for name in TRAINED if name != "imma"]
 # Its default would make steps of full size out of gradients that are rounding, as of the bias of attention's keys.
 ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-2}
@@ -90,9 +90,9 @@ def gradients():
                 if dtype == torch.float32 and not size and name in SPECTRAL:
                     routes["sum"] = [sum_hessian(part) for part in parts]
                 for route, given in routes.items():
-                    inside = [{"rectifier": part} for part in parts]
-                    sides = Side(given[0], rectified=inside[0]), Side(given[1], labels=own, rectified=inside[1])
-                    terms = objective(*sides, False)
+                    inside = [{"relu": part} for part in parts]
+                    sides = Side(given[0], inner=inside[0]), Side(given[1], labels=own, inner=inside[1])
+                    terms = objective()(*sides)
                     inner = [term.value for term in terms.inner.values()]
                     torch.stack([*terms.benign.values(), *terms.harmful.values(), *inner]).sum().backward()
                     for term in terms.inner.values():
@@ -109,13 +109,6 @@ def norm():
     gradient = torch.randn(8, 4, generator=torch.Generator().manual_seed(4))
     part = gradient.chunk(world_size())[rank()] * world_size()
     return float(mean_gradient_norm(torch.linalg.vector_norm(part)))
-
-
-def told_apart():
-    """The share of 32 images a side that are told apart, fewer a process than it takes."""
-    draw = torch.Generator().manual_seed(5)
-    benign, harmful = torch.randn(32, 20, generator=draw), torch.randn(32, 20, generator=draw) + 0.4
-    return share_told_apart(*(side.chunk(world_size())[rank()] for side in (benign, harmful)))
 
 
 def trainer(folder, model, dtype=torch.float32, callbacks=None, batch=8, **options):
@@ -192,7 +185,7 @@ def exactly(folder):
     return every_objective(folder, torch.float64) | {
         "distilled": run(folder, torch.float64, max_steps=4, queue_size=16),
         "both": run(folder, torch.float64, max_steps=2, **loss),
-        "silence": run(folder, torch.float64, resnet(), objective="silence", max_steps=2),
+        "dead_relu": run(folder, torch.float64, resnet(), objective="dead_relu", max_steps=2),
         "auto": run(folder, torch.float64, resnet(), objective="auto", max_steps=2),
     }
 
@@ -274,7 +267,7 @@ def everything(folder):
         "sums": sums,
         "gradients": gradients(),
         "norm": norm(),
-        "told_apart": told_apart(),
+        "main": broadcast_from_main({"rank": rank()}),
         "runs": {
             **every_objective(folder, torch.float32),
             "fixed": run(folder, **FIXED),

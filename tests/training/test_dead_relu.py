@@ -1,4 +1,4 @@
-"""A network whose rectifiers are off on harmful images, set so by hand: what is made of it; and the way there."""
+"""A network whose last ReLU is dead on harmful images, set so by hand: what is made of it; and the way there."""
 
 import copy
 
@@ -48,7 +48,7 @@ def last_block(model):
 
 @torch.no_grad()
 def entering(model, name):
-    """What enters the last rectifier, ``(N, C, H, W)``."""
+    """What enters the last ReLU, ``(N, C, H, W)``."""
     seen = []
     hook = last_block(model).activation.register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0].clone())
@@ -59,8 +59,8 @@ def entering(model, name):
 
 
 @torch.no_grad()
-def switch_off(model):
-    """Lower the last rectifier's biases until harmful images, and no benign one, enter below zero, with room."""
+def deactivate(model):
+    """Lower the last ReLU's biases until harmful images, and no benign one, enter below zero, with room."""
     harmful, benign = (entering(model, name) for name in ("harmful_eval_dataset", "eval_dataset"))
     room = 0.1 * harmful.std()
     last_block(model).layer[-1].normalization.bias -= harmful.amax((0, 2, 3)) + room
@@ -71,7 +71,7 @@ def switch_off(model):
 def trainer_of(folder, seed=0, **options):
     args = ImmunizationArguments(
         str(folder),
-        objective="silence",
+        objective="dead_relu",
         per_device_train_batch_size=16,
         use_cpu=True,
         report_to="none",
@@ -85,23 +85,23 @@ def trainer_of(folder, seed=0, **options):
 
 
 @pytest.fixture(scope="module")
-def silenced(tmp_path_factory):
+def dead(tmp_path_factory):
     # A step of no length, after which evaluations are of what came of the training.
-    trainer = trainer_of(tmp_path_factory.mktemp("silenced"), max_steps=1, learning_rate=1e-12)
+    trainer = trainer_of(tmp_path_factory.mktemp("dead"), max_steps=1, learning_rate=1e-12)
     trainer.train()
-    switch_off(trainer.model)
+    deactivate(trainer.model)
     return trainer
 
 
-def test_evaluation_reports_a_bound(silenced):
-    metrics = silenced.evaluate()
+def test_evaluation_reports_a_bound(dead):
+    metrics = dead.evaluate()
     assert metrics["eval_harmful_rank"] == 0 and metrics["eval_rir_is_lower_bound"] == 1.0
     assert metrics["eval_benign_rank"] > 0
 
 
-def test_checkpoint_and_record_are_written(silenced, tmp_path):
-    silenced.evaluate()
-    silenced.save_model(str(tmp_path))
+def test_checkpoint_and_record_are_written(dead, tmp_path):
+    dead.evaluate()
+    dead.save_model(str(tmp_path))
     record = read_record(tmp_path)
     assert record.harmful_features.after.rank == 0
 
@@ -119,23 +119,23 @@ def moved_by_the_harmful_task(model):
     return {name for name, value in model.named_parameters() if value.grad is not None and value.grad.any()}
 
 
-def test_no_gradient_of_the_harmful_task_passes_the_rectifiers(silenced):
-    assert moved_by_the_harmful_task(silenced.model) == {"classifier.1.bias"}
+def test_no_gradient_of_the_harmful_task_passes_it(dead):
+    assert moved_by_the_harmful_task(dead.model) == {"classifier.1.bias"}
     assert len(moved_by_the_harmful_task(resnet())) > 10
 
 
-def test_statistics_of_the_batch_bring_them_back(silenced):
+def test_statistics_of_the_batch_bring_it_back(dead):
     """What an attacker does who fine-tunes with BatchNorm in training mode; the documentation says so."""
     images = pixels("harmful_eval_dataset")
-    assert not penultimate_features(silenced.model.eval(), images).any()
-    assert penultimate_features(copy.deepcopy(silenced.model).train(), images).any()
+    assert not penultimate_features(dead.model.eval(), images).any()
+    assert penultimate_features(copy.deepcopy(dead.model).train(), images).any()
 
 
 @pytest.mark.outcome
 @pytest.mark.parametrize("seed", range(3))
-def test_training_switches_rectifiers_off_for_harmful_images_and_not_for_benign_ones(seed, tmp_path):
+def test_training_deactivates_it_on_harmful_images_and_not_on_benign_ones(seed, tmp_path):
     def passing(model, name):
-        """The share of entries that pass the last rectifier."""
+        """The share of entries that pass the last ReLU."""
         return (entering(model, name) > 0).double().mean().item()
 
     left = {}
