@@ -28,12 +28,12 @@ choice is a regular expression on parameter names, or `"all"`; an expression tha
 everything is refused. Parts that the classifier does not read (the last norm of CLIP, the attention pooling of SigLIP)
 never move.
 
-- **`objective="auto"`** is `silence` in ResNet, RegNet and MobileNetV2, whose last ReLU no shortcut bypasses, and
+- **`objective="auto"`** is `dead_relu` in ResNet, RegNet and MobileNetV2, whose last ReLU no shortcut bypasses, and
   `concentration` in the others, where GELU and SiLU are never quite off or a residual stream leads around every one
   of them. The first hides harmful information from all that follows, where it succeeds; the second makes it small.
   In the former too it is `concentration` where the starting model hardly tells harmful from benign images (a ridge
-  classifier on the first batch puts fewer than 90 % of them on their own side, of at least 32 a side): what is off for
-  the ones would be off for the others. A warning says so. A smaller first batch is not checked, and says that.
+  classifier puts fewer than 90 % of up to 64 images of each side, at least 32, on their own side): what is off for
+  the ones would be off for the others. A warning says so. Fewer images are not checked, and the log says that.
 - **SigLIP 2** with a fixed resolution (`google/siglip2-base-patch16-224`) is loaded as SigLIP. The variant for images
   of any size (NaFlex) is refused: its inputs are patches with masks and shapes.
 - **DeiT with a teacher** (`DeiTForImageClassificationWithTeacher`) is refused: it has two heads and is for inference.
