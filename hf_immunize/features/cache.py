@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hf_immunize.data.images import ImageCollator, ImageRows
-from hf_immunize.errors import ArgumentError, DataError, DiskSpaceError, NonFiniteError
+from hf_immunize.errors import DataError, DiskSpaceError, NonFiniteError
 from hf_immunize.features.ranks import ALONE, Processes
 from hf_immunize.files import UNFINISHED, checked, file_sha256, flush, with_checksum
 from hf_immunize.tensor_hash import tensors_hash
@@ -56,14 +57,7 @@ _NOT_OF_THE_TRUNK |= {"_name_or_path"}
 
 
 class CachedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Stored activations in place of images, memory-mapped; another process gets the name of the file alone.
-
-    Example:
-        >>> features = datasets.Features({"activation": datasets.List(datasets.Value("float32"), length=2)})
-        >>> dataset = datasets.Dataset.from_dict({"activation": [[0, 1], [2, 3]]}, features=features)
-        >>> CachedRows(dataset, shape=(1, 2))[1]
-        {'pixel_values': tensor([[2., 3.]])}
-    """
+    """Stored activations in place of images, memory-mapped; another process gets the name of the file alone."""
 
     def __init__(self, dataset: datasets.Dataset, shape: tuple[int, ...]) -> None:
         self.dataset, self.shape = dataset, shape
@@ -79,71 +73,51 @@ class CachedRows(torch.utils.data.Dataset[dict[str, Any]]):
         return item | {name: value.as_py() for name, value in columns.items()}
 
 
+@dataclass
 class TrunkCache:
-    """The stored activations of one dataset, known by weights, model, data, processor and type.
+    """The stored activations of one dataset, known by weights, model, data, processor and type."""
 
-    Args:
-        model: The model that was split; its trunk runs where it is.
-        split: Where its trunk ends.
-        rows: A map-style dataset of rows with ``"image"`` or ``"pixel_values"``, such as `ImageRows`.
-        folder: Where they are kept; nothing else should be in it.
-        name: What log, progress bar and errors call the data.
-        processor: An image processor; needed where the rows hold images.
-        collate: A collator in place of that of the processor; gives ``pixel_values`` and ``labels``.
-        dtype: ``"float32"``, or ``"float16"``, which takes half the space and rounds to 3 digits.
-        batch_size: Images in one forward pass.
-        num_workers: Processes that read images.
-        progress: Whether to show progress bars.
-        processes: Those that do this together, each with the same arguments; each computes a share of the batches.
-    """
+    model: PreTrainedModel
+    split: TrunkSplit
+    rows: Any
+    folder: Path  # nothing else should be in it
+    _: KW_ONLY
+    name: str = "images"
+    processor: Any = None
+    collate: Callable[[list[Any]], dict[str, Tensor]] | None = None
+    dtype: str = "float32"  # "float16" takes half the space and rounds to 3 digits
+    batch_size: int = 64
+    num_workers: int = 0
+    progress: bool = True
+    processes: Processes = ALONE  # each computes a share of the batches
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        split: TrunkSplit,
-        rows: Any,
-        folder: str | os.PathLike[str],
-        *,
-        name: str = "images",
-        processor: Any = None,
-        collate: Callable[[list[Any]], dict[str, Tensor]] | None = None,
-        dtype: str = "float32",
-        batch_size: int = 64,
-        num_workers: int = 0,
-        progress: bool = True,
-        processes: Processes = ALONE,
-    ) -> None:
-        if dtype not in DTYPES:
-            raise ArgumentError(f"Expected the type of a cached trunk out of {', '.join(DTYPES)}, found {dtype!r}.")
-        self.folder, self.name, self.processes = Path(folder), name, processes
-        self._model, self._split, self._rows, self._dtype = model, split, rows, dtype
-        self._num_workers, self._progress = num_workers, progress
-        self._collate = partial(_collated, collate or ImageCollator(processor))
-        self._batches = [range(i, min(i + batch_size, len(rows))) for i in range(0, len(rows), batch_size)]
-        if _is_random(rows, self._collate):
+    def __post_init__(self) -> None:
+        self._collate = partial(_collated, self.collate or ImageCollator(self.processor))
+        count, size = len(self.rows), self.batch_size
+        self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        if _is_random(self.rows, self._collate):
             raise DataError(
-                f"Expected {name} that are the same at every access, found that they differ (a random transform or "
-                "collator): a cached trunk would freeze one draw. Remove it, or train with cache_trunk='no'."
+                f"Expected {self.name} that are the same at every access, found that they differ (a random transform "
+                "or collator): a cached trunk would freeze one draw. Remove it, or train with cache_trunk='no'."
             )
         with _seeded(0):
-            self._labelled = "labels" in self._collate([rows[0]])
+            self._labelled = "labels" in self._collate([self.rows[0]])
+        processor = self.processor.to_dict() if hasattr(self.processor, "to_dict") else type(self.processor).__name__
         self._key = {
-            "weights": trunk_fingerprint(model, split),
-            "model": _model_fingerprint(model, split),
-            "data": (_stored_fingerprint(rows) if collate is None else None) or self._checksum(),
-            "processor": _text_hash(
-                processor.to_dict() if hasattr(processor, "to_dict") else type(processor).__name__
-            ),
-            "type": dtype,
+            "weights": trunk_fingerprint(self.model, self.split),
+            "model": _model_fingerprint(self.model, self.split),
+            "data": self._data_fingerprint(),
+            "processor": _text_hash(processor),
+            "type": self.dtype,
         }
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     @property
     def nbytes(self) -> int:
         """About how much space they take, in bytes."""
-        width = math.prod(self._split.activation_shape) * DTYPES[self._dtype].itemsize + 8 * self._labelled
+        width = math.prod(self.split.activation_shape) * DTYPES[self.dtype].itemsize + 8 * self._labelled
         return len(self) * width + len(self._batches) * 1024 + 2**16
 
     def find(self) -> CachedRows | None:
@@ -179,7 +153,7 @@ class TrunkCache:
     def _agrees(self, stored: CachedRows) -> bool:
         """Whether a few rows computed again are those stored: files may change behind a fingerprint of their names."""
         positions = sorted({0, len(self) // 2, len(self) - 1})
-        batch = self._collate([self._rows[position] for position in positions])
+        batch = self._collate([self.rows[position] for position in positions])
         now = self._activations(batch).float()
         then = torch.stack([stored[position]["pixel_values"] for position in positions]).float()
         if self._labelled and [stored[position].get("labels") for position in positions] != batch["labels"].tolist():
@@ -212,8 +186,8 @@ class TrunkCache:
         own = self.processes.share(self._batches)
         if not own:
             return None
-        width = math.prod(self._split.activation_shape)
-        columns: dict[str, Any] = {"activation": datasets.List(datasets.Value(self._dtype), length=width)}
+        width = math.prod(self.split.activation_shape)
+        columns: dict[str, Any] = {"activation": datasets.List(datasets.Value(self.dtype), length=width)}
         columns |= {"labels": datasets.Value("int64")} if self._labelled else {}
         schema = datasets.Features(columns).arrow_schema
         path = folder / f"activations-{self.processes.index:05d}-of-{self.processes.count:05d}.arrow"
@@ -251,33 +225,36 @@ class TrunkCache:
         if not parts:
             raise FileNotFoundError(f"no activations in {self.folder}")
         dataset = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-        return CachedRows(dataset, self._split.activation_shape)
+        return CachedRows(dataset, self.split.activation_shape)
 
     def _activations(self, batch: dict[str, Tensor], first: int = 0) -> Tensor:
-        device = next(self._model.parameters()).device
-        with evaluating(self._model):
-            values = self._split.activations(self._model, batch["pixel_values"].to(device)).cpu()
-        values = values.to(DTYPES[self._dtype])
+        device = next(self.model.parameters()).device
+        with evaluating(self.model):
+            values = self.split.activations(self.model, batch["pixel_values"].to(device)).cpu()
+        values = values.to(DTYPES[self.dtype])
         lost = ~torch.isfinite(values.flatten(1)).all(dim=1)
         if bool(lost.any()):
             raise NonFiniteError(
-                f"Expected finite {self._dtype} activations at {self._split.entry!r}, found NaN or infinity for row "
+                f"Expected finite {self.dtype} activations at {self.split.entry!r}, found NaN or infinity for row "
                 f"{first + int(lost.nonzero()[0])} of {self.name}. Check that image, or use cache_trunk='float32'."
             )
         return values
 
     def _read(self, own: list[range], description: str) -> Iterator[dict[str, Tensor]]:
         loader = torch.utils.data.DataLoader(
-            self._rows,
+            self.rows,
             batch_sampler=own,  # type: ignore[arg-type]
             collate_fn=self._collate,
-            num_workers=self._num_workers,
+            num_workers=self.num_workers,
             generator=torch.Generator(),  # else it would draw from the one that training draws from
         )
-        yield from tqdm(loader, desc=description, disable=not (self._progress and self.processes.first))
+        yield from tqdm(loader, desc=description, disable=not (self.progress and self.processes.first))
 
-    def _checksum(self) -> str:
-        """Of all rows, whatever the size of a batch and the number of processes; a collective."""
+    def _data_fingerprint(self) -> str:
+        """That of `datasets`, else of all rows, whatever the number of processes; a collective."""
+        rows = self.rows
+        if self.collate is None and isinstance(rows, ImageRows) and isinstance(rows.dataset, datasets.Dataset):
+            return _text_hash([rows.dataset._fingerprint, rows.image_column, rows.label_column])
         own = self.processes.share(self._batches)
 
         def of_own() -> list[str]:
@@ -373,13 +350,6 @@ def _model_fingerprint(model: PreTrainedModel, split: TrunkSplit) -> str:
     """Hash what else decides how a trunk computes: class, configuration, where it ends, version of transformers."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_THE_TRUNK}
     return _text_hash([type(model).__name__, config, repr(split), transformers.__version__])
-
-
-def _stored_fingerprint(rows: Any) -> str | None:
-    """The fingerprint that `datasets` keeps of a dataset; None where the data have to be read to be identified."""
-    if not (isinstance(rows, ImageRows) and isinstance(rows.dataset, datasets.Dataset)):
-        return None
-    return _text_hash([rows.dataset._fingerprint, rows.image_column, rows.label_column])
 
 
 def _text_hash(value: Any) -> str:

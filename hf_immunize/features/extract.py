@@ -36,17 +36,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layer:
-    """A place in the network where features are read: a module's output, or its input.
-
-    Attributes:
-        name: The module's name.
-        before: Whether its input is read in place of its output.
-        shape: Of one image there, without the batch.
-    """
+    """A place in the network where features are read: a module's output, or its input."""
 
     name: str
-    before: bool
-    shape: tuple[int, ...]
+    before: bool  # whether its input is read
+    shape: tuple[int, ...]  # of one image there
 
     @property
     def entries(self) -> int:
@@ -60,21 +54,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class ExtractedBatch:
-    """One batch after the forward pass, on the model's device.
+    """One batch after the forward pass, on the model's device."""
 
-    Attributes:
-        features: Classifier inputs, shape ``(n, D)``.
-        logits: Classifier outputs, shape ``(n, C)``.
-        pixel_values: The images, shape ``(n, C, H, W)``.
-        labels: Class indices, shape ``(n,)``, or None where the rows have none.
-        layers: What passed at the layers asked for, in the order of the pass.
-    """
-
-    features: Tensor
-    logits: Tensor
-    pixel_values: Tensor
-    labels: Tensor | None
-    layers: dict[Layer, Tensor]
+    features: Tensor  # what enters the classifier, (n, D)
+    logits: Tensor  # (n, C)
+    pixel_values: Tensor  # (n, C, H, W)
+    labels: Tensor | None  # (n,)
+    layers: dict[Layer, Tensor]  # what passed at the layers asked for, in the order of the pass
 
 
 @torch.no_grad()
@@ -112,17 +98,7 @@ def extract(
     description: str = "features",
     progress: bool = True,
 ) -> Iterator[ExtractedBatch]:
-    """Run a model over a map-style dataset of rows with ``"image"`` or ``"pixel_values"``, in the set's order.
-
-    Example:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        ...                    image_size=32, patch_size=16, num_labels=3)
-        >>> rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 1}] * 5
-        >>> batches = list(extract(ViTForImageClassification(config), rows, batch_size=4, progress=False))
-        >>> [tuple(batch.features.shape) for batch in batches]
-        [(4, 16), (1, 16)]
-    """
+    """Run a model over a map-style dataset of rows with ``"image"`` or ``"pixel_values"``, in the set's order."""
     loader = torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=ImageCollator(image_processor))
     shown = tqdm(loader, desc=description, disable=not progress, leave=False)
     yield from run_batches(model, find_head(model, head_module)[1], shown)
@@ -138,27 +114,23 @@ def _read_layers(model: nn.Module, layers: Iterable[Layer]) -> Iterator[dict[Lay
         if tensor is not None:
             found[layer] = tensor.clone() if in_place else tensor
 
-    def before(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            # In place it writes over what entered.
-            note(layer, (*inputs, *named.values()), getattr(module, "inplace", False))
+    def attach(layer: Layer) -> Any:
+        module = model.get_submodule(layer.name)
+        in_place = getattr(module, "inplace", False)  # it writes over what entered
 
-        return hook
+        def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            note(layer, (*inputs, *named.values()), in_place)
 
-    def after(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, _: Any, output: Any) -> None:
+        def after(_: nn.Module, inputs: Any, output: Any) -> None:
             note(layer, output if isinstance(output, (tuple, list)) else (output,))
 
-        return hook
+        if layer.before:
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(after)
 
     with ExitStack() as hooks:
         for layer in layers:
-            module = model.get_submodule(layer.name)
-            if layer.before:
-                handle = module.register_forward_pre_hook(before(layer), with_kwargs=True)
-            else:
-                handle = module.register_forward_hook(after(layer))
-            hooks.callback(handle.remove)
+            hooks.callback(attach(layer).remove)
         yield found
 
 
@@ -224,13 +196,6 @@ def images_checksum(pixel_values: Tensor) -> float:
 
     Each adds ``e + e²``, with e its mean squared pixel, where the weight of pixels rises from 1 to 2 over the image so
     that a flipped one is another one, and the square so that the sum says more than the mean of all images together.
-
-    Example:
-        >>> images = torch.arange(24.0).reshape(2, 3, 2, 2)
-        >>> images_checksum(images) == images_checksum(images[:1]) + images_checksum(images[1:])
-        True
-        >>> [images_checksum(images) == images_checksum(images.flip(dim)) for dim in (0, 3)]
-        [True, False]
     """
     rows = pixel_values.detach().float().flatten(1)
     weights = 1 + torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device) / rows.shape[1]
@@ -317,14 +282,6 @@ def find_layers(
     enters it from all that follows, and an attacker has only to look there: at the first one up to the end of each
     stage, before which nothing of the stage is hidden, and at the last. Stages are at most `max_layers`, evenly
     spaced, the last among them. A model without a list of blocks has no such layers.
-
-    Example:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        ...                    image_size=32, patch_size=16, num_labels=3)
-        >>> layers = find_layers(ViTForImageClassification(config), torch.zeros(1, 3, 32, 32), 8)
-        >>> [layer.label("pooled") for layer in layers]
-        ['input of vit.layers.0 (pooled)', 'vit.layers.0 (pooled)', 'vit.layers.1 (pooled)']
     """
     try:
         blocks = block_modules(model, head_module)
@@ -365,12 +322,7 @@ def choose_views(
 ) -> tuple[list[tuple[Layer, str]], dict[str, str]]:
     """Which layers are read in which form, within the memory there is; and for those left out a sentence why.
 
-    Args:
-        layers: From `find_layers`.
-        rows: Images.
-        limit: Values per image, at most, of a flattened layer.
-        memory: Bytes that all views together may take; deep layers come first.
-        flattened: Whether to read layers flattened too.
+    `limit` bounds the values per image of a flattened layer, `memory` the bytes of all views; deep layers come first.
     """
     chosen = [(layer, "pooled") for layer in layers]
     left_out = {}
@@ -431,12 +383,6 @@ def dual_coordinates(Z: Tensor, Z_test: Tensor, chunk: int = 8192) -> tuple[Tens
     starts at zero (ridge, gradient descent, L-BFGS with a penalty on ‖W‖²) finds the same scores on ``QΛ^½`` and
     ``K_test QΛ^-½``. In float64; directions below 1e-8 of the largest are lost to the square. Where D ≤ N, features
     stay as they are. Columns become float64 in chunks.
-
-    Example:
-        >>> Z = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-        >>> a, b = dual_coordinates(Z, Z)
-        >>> a.shape, bool(torch.allclose(a @ b.T, (Z @ Z.T).double(), atol=1e-4))
-        (torch.Size([4, 4]), True)
     """
     if Z.shape[1] <= len(Z):
         return Z.double(), Z_test.double()

@@ -43,22 +43,13 @@ CallKey = tuple[str, int]
 
 @dataclass(frozen=True)
 class TrunkSplit:
-    """Where a model's frozen trunk ends; made by `split_trunk`. It names modules, so it serves the model's copies too.
+    """Where a model's frozen trunk ends, by names of modules, so that it serves the model's copies too."""
 
-    Attributes:
-        entry: Name of the first module after the trunk.
-        trunk: Names of the outermost modules of the trunk, in the order in which they run.
-        around: Names of the modules around trunk and entry; "" is the model.
-        pixel_shape: ``(C, H, W)`` of the images.
-        activation_shape: Shape of one image's activation at the entry.
-        activation_dtype: Its type in the model.
-    """
-
-    entry: str
-    trunk: tuple[str, ...]
-    around: tuple[str, ...]
-    pixel_shape: tuple[int, ...]
-    activation_shape: tuple[int, ...]
+    entry: str  # the first module after the trunk
+    trunk: tuple[str, ...]  # its outermost modules, in the order in which they run
+    around: tuple[str, ...]  # the modules around trunk and entry; "" is the model
+    pixel_shape: tuple[int, ...]  # (C, H, W)
+    activation_shape: tuple[int, ...]  # of one image
     activation_dtype: torch.dtype
     # The form of the trunk's outputs, call by call, and the one of them that holds the activation.
     _templates: dict[str, list[Any]] = field(repr=False, compare=False)
@@ -173,34 +164,8 @@ def split_trunk(
     """Find where the frozen trunk of a model ends, as late as the model's structure allows.
 
     The model runs a few times on random images, and the split is accepted only if features and logits from stored
-    activations equal those of the whole model. Modes, weights and the random state stay as they are.
-
-    Args:
-        model: An image classifier of transformers.
-        trainable_names: Names of the trainable parameters, as returned by `select_trainable`.
-        pixel_shape: ``(C, H, W)`` of the images to come.
-        eval_modules: The modules kept in eval mode in training; by default those of `modules_in_eval`.
-        head_module: The classifier's name, where it cannot be found without help.
-
-    Raises:
-        TrunkError: If nothing is frozen before what is trainable, if the trunk is no fixed function of one image
-            (dropout, BatchNorm over the batch), or if the rest of the model needs more of it than one activation.
-
-    Example:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> from hf_immunize.vision.scope import select_trainable
-        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16,
-        ...                    image_size=32, patch_size=16, num_labels=3)
-        >>> model = ViTForImageClassification(config).eval()
-        >>> split = split_trunk(model, select_trainable(model, "last_stage"), (3, 32, 32))
-        >>> split.entry, split.activation_shape
-        ('vit.layers.2', (5, 16))
-        >>> images = torch.randn(4, 3, 32, 32)
-        >>> stored = split.activations(model, images)
-        >>> with split.replayed(model):
-        ...     logits = model(pixel_values=stored).logits
-        >>> torch.equal(logits, model(images).logits)
-        True
+    activations equal those of the whole model. Modes, weights and the random state stay as they are. Where there is
+    no such split, that is a `TrunkError`. `eval_modules` are kept in eval mode in training.
     """
     _, head = find_head(model, head_module)
     if eval_modules is None:
@@ -277,13 +242,8 @@ def _record_calls(model: nn.Module, images: Tensor) -> _Call:
     return root
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A place where a frozen trunk may end: the first call after it, the calls of the trunk, the modules around."""
-
-    entry: _Call
-    trunk: list[CallKey]
-    around: tuple[str, ...]
+# Where a frozen trunk may end: the first call after it, the calls of the trunk, the modules around.
+_Candidate = tuple[_Call, list[CallKey], tuple[str, ...]]
 
 
 def _candidates(call: _Call, trainable: set[int]) -> list[_Candidate]:
@@ -308,19 +268,20 @@ def _candidates(call: _Call, trainable: set[int]) -> list[_Candidate]:
         call = children[number]
         if trunk:
             # Of several with the same trunk, the outermost is the one people know by name.
-            found.setdefault(len(trunk), _Candidate(call, list(trunk), tuple(around)))
+            found.setdefault(len(trunk), (call, list(trunk), tuple(around)))
     return list(found.values())[::-1]
 
 
 def _split_at(candidate: _Candidate, recorded: list[_Call], probes: list[Tensor]) -> TrunkSplit | str:
     """The split at one entry, from two passes of other images and other sizes; or why there is none."""
-    entry = candidate.entry.name
+    call, calls, around = candidate
+    entry = call.name
     one, two = ({call.key: call.output for call in root.within()} for root in recorded)
     sizes = [len(images) for images in probes]
-    entering = {id(leaf) for leaf in _leaves(candidate.entry.inputs) if isinstance(leaf, Tensor) and leaf.dim() > 1}
+    entering = {id(leaf) for leaf in _leaves(call.inputs) if isinstance(leaf, Tensor) and leaf.dim() > 1}
     given: dict[int, tuple[CallKey, Tensor]] = {}
     constant = set()
-    for key in candidate.trunk:
+    for key in calls:
         for leaf, other in zip(_leaves(one[key]), _leaves(two[key]), strict=False):
             if id(leaf) in entering:
                 given[id(leaf)] = key, leaf
@@ -334,12 +295,12 @@ def _split_at(candidate: _Candidate, recorded: list[_Call], probes: list[Tensor]
         return f"what enters {entry!r} has the shape {tuple(activation.shape)} for {sizes[0]} images"
     templates: dict[str, list[Any]] = {}
     try:
-        for key in candidate.trunk:
+        for key in calls:
             templates.setdefault(key[0], []).append(_template(one[key], two[key], sizes, activation))
     except _Unfit as unfit:
         return f"{key[0]!r} in it {unfit}"
     pixel_shape, activation_shape = tuple(probes[0].shape[1:]), tuple(activation.shape[1:])
-    trunk, around = tuple(templates), candidate.around
+    trunk = tuple(templates)
     return TrunkSplit(entry, trunk, around, pixel_shape, activation_shape, activation.dtype, templates, producer)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers.utils import logging
@@ -20,18 +20,12 @@ from hf_immunize.features.trunk import split_trunk
 from hf_immunize.training.distributed import world_size
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from hf_immunize.training.arguments import ImmunizationArguments
-
-
 # From here on, storing activations is soon repaid.
 _SEVERAL_EPOCHS = 3
 logger = logging.get_logger(__name__)
 
 
-def check_trunk_arguments(args: ImmunizationArguments) -> None:
+def check_trunk_arguments(args: Any) -> None:
     """Check the options of the cached trunk, alone and with others; YAML's ``no``, which is False, becomes "no"."""
     if args.cache_trunk is False:
         args.cache_trunk = "no"
@@ -44,24 +38,23 @@ def check_trunk_arguments(args: ImmunizationArguments) -> None:
         )
 
 
-def _obstacles(args: ImmunizationArguments) -> list[str]:
+def _obstacles(args: Any) -> list[str]:
     return [name for name in ("torch_compile", "fsdp", "deepspeed") if getattr(args, name)]
 
 
 def cached_pairs(
-    model: PreTrainedModel,
+    model: nn.Module,
     pairs: PairedDataset,
     trainable_names: list[str],
     eval_modules: list[nn.Module],
-    args: ImmunizationArguments,
+    args: Any,
     *,
     processor: Any = None,
     collate: Callable[[list[Any]], dict[str, Any]] | None = None,
 ) -> tuple[Callable[[nn.Module], AbstractContextManager[None]], PairedDataset]:
-    """Replace the images of all sides by activations; a collective, of which each process computes a share.
+    """Replace the images of all sides by activations; returns the context that runs a model from them, and the pairs.
 
-    Returns:
-        The context within which the model runs from activations, and the pairs to give to a plain `ImageCollator`.
+    Each process computes a share, and a plain `ImageCollator` takes the pairs.
     """
     sides = {"benign": pairs.benign, "harmful": pairs.harmful}
     sides |= {side: rows for side in ("distillation", "held_out") if (rows := getattr(pairs, side)) is not None}
@@ -94,7 +87,7 @@ def cached_pairs(
     return split.replayed, PairedDataset(**stored, harmful_labels=True, batch_sizes=pairs.batch_sizes)
 
 
-def suggest_cached_trunk(model: nn.Module, trainable_names: list[str], rows: int, args: ImmunizationArguments) -> None:
+def suggest_cached_trunk(model: nn.Module, trainable_names: list[str], rows: int, args: Any) -> None:
     """Say once in the log that a cached trunk would pay: something frozen comes first, for several epochs."""
     first = next(name for name, _ in model.named_parameters())
     epochs = args.num_train_epochs

@@ -63,18 +63,14 @@ def small():
     return Small().eval()
 
 
-def test_logits_from_activations_are_the_models(family, tiny):
+def test_logits_and_gradients_from_activations_are_the_models(family, tiny):
     model = tiny(family)
     found = split(model)
     activations = found.activations(model, IMAGES)
     with found.replayed(model):
         logits = model(pixel_values=activations).logits
     torch.testing.assert_close(logits, model(pixel_values=IMAGES).logits, rtol=1e-5, atol=1e-7)
-
-
-def test_gradients_from_activations_are_the_models(family, tiny):
-    model = tiny(family)
-    whole, part = both(model, split(model))
+    whole, part = both(model, found)
     assert whole and whole.keys() == part.keys()
     for name, gradient in whole.items():
         torch.testing.assert_close(part[name], gradient, rtol=1e-4, atol=1e-6)
@@ -179,27 +175,22 @@ def test_all_parameters_moving_leaves_no_trunk(tiny):
         split(tiny("vit"), "all")
 
 
-def test_a_model_that_uses_more_of_the_trunk_is_refused():
-    with pytest.raises(TrunkError, match="uses more of it than one activation"):
-        split(Small(leaks=True), "second|classifier")
+@pytest.mark.parametrize(
+    ("leaks", "reason"),
+    [(True, "uses more of it than one activation"), ("unnamed", "0 of its outputs enter 'second'")],
+)
+def test_a_trunk_that_gives_more_or_less_than_one_activation_is_refused(leaks, reason):
+    with pytest.raises(TrunkError, match=reason):
+        split(Small(leaks=leaks), "second|classifier")
 
 
-def test_an_activation_that_no_module_gives_is_refused():
-    with pytest.raises(TrunkError, match="0 of its outputs enter 'second'"):
-        split(Small(leaks="unnamed"), "second|classifier")
-
-
-def test_dropout_that_is_live_in_the_trunk_is_refused():
+def test_dropout_in_the_trunk_is_refused_unless_it_stays_in_eval_mode():
     config = hf.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
     config.image_size, config.hidden_dropout_prob = 32, 0.1
+    model = hf.ViTForImageClassification(config)
+    assert split(model).entry == "vit.layers.1"
     with pytest.raises(TrunkError, match="drops at random"):
-        split(hf.ViTForImageClassification(config), eval_modules=[])
-
-
-def test_dropout_that_is_kept_in_eval_mode_is_no_obstacle():
-    config = hf.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
-    config.image_size, config.hidden_dropout_prob = 32, 0.1
-    assert split(hf.ViTForImageClassification(config)).entry == "vit.layers.1"
+        split(model, eval_modules=[])
 
 
 def test_batchnorm_over_the_batch_in_the_trunk_is_refused(tiny):
