@@ -71,7 +71,7 @@ class StoredPasses:
             files = sorted(self._place(wanted).iterdir())
             with safe_open(files[0], framework="pt") as first:
                 names = list(first.keys())
-            # One name at a time, so that no more than one is held twice.
+            # One name at a time, so that no more than one is kept twice.
             joined = {name: torch.cat([read_kept(file, name) for file in files]) for name in names}
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(

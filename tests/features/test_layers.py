@@ -13,7 +13,7 @@ def test_a_network_of_stages_is_read_where_the_resolution_changes():
     assert [layer.shape for layer in layers if not layer.before] == [(8, 8, 8), (16, 4, 4)]
 
 
-def test_what_enters_the_last_rectifier_of_a_stage_is_read_before_it_is_rectified():
+def test_what_enters_the_last_relu_of_a_stage_is_read_before_it():
     model, (pixels, _) = tiny_resnet(), pictures(4, 0)
     views, _ = choose_views(find_layers(model, pixels, 8), 4, 10_000, 2**30, True)
     found = extract_views(model, [pixels], views).views
@@ -23,12 +23,12 @@ def test_what_enters_the_last_rectifier_of_a_stage_is_read_before_it_is_rectifie
     assert (before < 0).any() and torch.equal(before.relu(), after)
 
 
-def test_what_enters_the_first_rectifiers_is_read_too():
+def test_what_enters_the_first_relus_is_read_too():
     names = [layer.name for layer in find_layers(tiny_resnet(), torch.zeros(1, 3, 32, 32), 8) if layer.before]
     assert names[0] == "resnet.embedder.embedder.activation" and "stages.0" in names[1]
 
 
-def test_a_rectifier_in_place_does_not_write_over_what_is_read():
+def test_a_relu_in_place_does_not_write_over_what_is_read():
     model, (pixels, _) = tiny_resnet(), pictures(4, 0)
     for module in model.modules():
         if isinstance(module, torch.nn.ReLU):

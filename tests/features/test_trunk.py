@@ -1,4 +1,4 @@
-"""The part that moves, run from stored activations, is the whole model; what is not is refused."""
+"""The trainable part, run from stored activations, is the whole model; what is not is refused."""
 
 import copy
 
@@ -29,7 +29,7 @@ def gradients(model, output):
 
 
 def both(model, found, call=None):
-    """Gradients of the whole model and of the part that moves."""
+    """Gradients of the whole model and of the trainable part."""
     activations = found.activations(model, IMAGES)
     whole = gradients(model, (call or model)(pixel_values=IMAGES).logits)
     with found.replayed(model):
@@ -77,11 +77,11 @@ def test_logits_and_gradients_from_activations_are_the_models(family, tiny):
 
 
 @pytest.mark.parametrize(("name", "entry"), [("vit", "vit.layers.2"), ("mobilenet_v2", "mobilenet_v2.layer.12")])
-def test_the_trunk_ends_at_the_first_block_that_moves(name, entry, tiny):
+def test_the_trunk_ends_at_the_first_trainable_block(name, entry, tiny):
     assert split(tiny(name)).entry == entry
 
 
-def test_a_trunk_ends_before_a_block_of_which_only_an_inner_part_moves(tiny):
+def test_a_trunk_ends_before_a_block_of_which_only_an_inner_part_is_trainable(tiny):
     # Inside the block, the residual branch carries a second activation.
     assert split(tiny("vit"), r"layers\.2\.mlp|classifier").entry == "vit.layers.2"
 
@@ -170,7 +170,7 @@ def test_a_module_that_is_used_again_after_the_trunk_runs(small):
     assert found.trunk == ("first", "act") and torch.allclose(logits, small(pixel_values=IMAGES).logits)
 
 
-def test_all_parameters_moving_leaves_no_trunk(tiny):
+def test_all_parameters_trainable_leaves_no_trunk(tiny):
     with pytest.raises(TrunkError, match="nothing frozen runs before them"):
         split(tiny("vit"), "all")
 

@@ -50,7 +50,7 @@ def test_final_weights_and_logs_are_those_of_the_run_on_images(name, freeze_batc
     assert len(logs[0]) == 6 and logs[0] == pytest.approx(logs[1], rel=1e-5)
 
 
-def test_live_dropout_in_what_moves_draws_the_same(trainer, tiny):
+def test_live_dropout_in_the_trainable_part_draws_the_same(trainer, tiny):
     runs = []
     for kind in ("no", "float32"):
         run = trainer(tiny("vit", hidden_dropout_prob=0.2), max_steps=6, cache_trunk=kind)
