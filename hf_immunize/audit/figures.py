@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 
 from hf_immunize.audit.names import CLASSES, clean, label, percent
 from hf_immunize.audit.result import ACCESSES, SUBJECTS, AuditResult, FeatureSpectrum
-from hf_immunize.audit.statistics import Interval, Summary, matched, of_class, strongest, summarize
+from hf_immunize.audit.statistics import Interval, Summary, of_class, summarize, worst_by_subject
 
 
 # Okabe and Ito's palette, separable by colour-blind readers; line and hatch separate them in grey.
@@ -53,8 +53,7 @@ def draw_headline(summaries: Sequence[Summary], chance: float) -> Picture | None
     """Worst case of each class of attackers, as bars; None without numbers."""
     rows: dict[str, dict[str, tuple[float, Interval | None]]] = {}
     for access in ACCESSES:
-        own = of_class(summaries, "immunized", "harmful", access)
-        best = {s: strongest(matched(of_class(summaries, s, "harmful", access), own)) for s in SUBJECTS}
+        best = worst_by_subject([one for s in SUBJECTS for one in of_class(summaries, s, "harmful", access)])
         if found := {s: (one.mean or 0.0, one.ends) for s, one in best.items() if one is not None}:
             rows[CLASSES[access]] = found
     caption = "Worst case by class of attackers, with intervals over seeds and test images."

@@ -13,7 +13,7 @@ import pandas
 
 from hf_immunize.audit import result
 from hf_immunize.audit import statistics as limit
-from hf_immunize.audit.names import CLASSES, clean, label, percent, render, spread
+from hf_immunize.audit.names import CLASSES, clean, label, percent, render
 from hf_immunize.audit.result import ACCESSES, SUBJECTS, AuditResult, Outcome
 from hf_immunize.audit.statistics import (
     TARGET_SHARES,
@@ -22,12 +22,11 @@ from hf_immunize.audit.statistics import (
     attack_of,
     deviations,
     gap,
-    matched,
     of_class,
     reached,
     steps_ratios,
-    strongest,
     summarize,
+    worst_by_subject,
 )
 from hf_immunize.audit.verdict import CLASS_KINDS, judge, sentence, sentences
 from hf_immunize.errors import DataError
@@ -284,8 +283,7 @@ def _worst_cases(data: AuditResult, summaries: Sequence[Summary], task: str) -> 
     ratios = {attack_of(one): one for one in steps_ratios(data, task) if one.share == TARGET_SHARES[-1]}
     rows = []
     for access in ACCESSES:
-        own = of_class(summaries, "immunized", task, access)
-        best = {s: strongest(matched(of_class(summaries, s, task, access), own)) for s in SUBJECTS}
+        best = worst_by_subject([one for s in SUBJECTS for one in of_class(summaries, s, task, access)])
         worst, theirs, random = (best[subject] for subject in SUBJECTS)
         row: dict[str, Any] = {"task": task, "access": access, "chance": data.tasks[task].chance, "accuracy": None}
         row |= {"finding": said.get((access, task)), "random_accuracy": random and random.mean}
@@ -308,9 +306,7 @@ def _layers(summaries: Sequence[Summary], chance: float) -> list[dict[str, Any]]
     rows = []
     for layer in dict.fromkeys(one.layer for one in sorted(probes, key=lambda one: one.access == "head_input")):
         row: dict[str, Any] = {"layer": layer, "chance": chance}
-        here = [one for one in probes if one.layer == layer]
-        own = [one for one in here if one.subject == "immunized"]
-        best = {s: strongest(matched([one for one in here if one.subject == s], own)) for s in SUBJECTS}
+        best = worst_by_subject([one for one in probes if one.layer == layer])
         for subject, one in best.items():
             if one is not None:
                 row |= {f"{subject}_attacker": one.attacker, f"{subject}_accuracy": one.mean}
@@ -386,23 +382,9 @@ def attack_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _side_by_side(rows: list[dict[str, Any]], access: str) -> list[dict[str, Any]]:
-    """Every attack of a class, one row with what is said of each subject."""
+    """Every attack of a class: its rows by subject, None where it was not run."""
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        if row["access"] != access:
-            continue
-        empty: dict[str, Any] = {subject: {"gap": None} for subject in SUBJECTS} | {
-            "note": "",
-            "seeds": 0,
-            "last_step": 0,
-        }
-        own = merged.setdefault(attack_key(row), row | empty)
-        lost = [f"{row[name]} {name}" for name in ("diverged", "skipped") if row[name]]
-        said = ", ".join([percent(row["accuracy"])] * (row["accuracy"] is not None) + lost)
-        seconds = f"{row['seconds']:,.1f}"
-        if row["seconds_low"] is not None:
-            seconds += f" ({row['seconds_low']:,.1f} to {row['seconds_high']:,.1f})"
-        own[row["subject"]] = row | {"said": said, "interval": spread(row["low"], row["high"]), "seconds": seconds}
-        own["note"] = "; ".join(note for note in (own["note"], row["note"]) if note)
-        own |= {name: max(own[name], row[name]) for name in ("seeds", "last_step")}
+        if row["access"] == access:
+            merged.setdefault(attack_key(row), dict.fromkeys(SUBJECTS))[row["subject"]] = row
     return list(merged.values())

@@ -14,7 +14,7 @@ from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from hf_immunize.attacks.presets import find_attacker
-from hf_immunize.audit.result import AuditResult, Outcome, Utility
+from hf_immunize.audit.result import SUBJECTS, AuditResult, Outcome, Utility
 from hf_immunize.errors import ShapeError
 
 
@@ -69,13 +69,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, Interval | None]:
 
 
 def wilson_interval(accuracy: float, size: int) -> Interval:
-    """Wilson's score interval of an accuracy on `size` images; (0, 1) without images.
-
-    Example:
-        >>> low, high = wilson_interval(0.0, 100)
-        >>> round(low, 3), round(high, 3)
-        (0.0, 0.037)
-    """
+    """Wilson's score interval of an accuracy on `size` images; (0, 1) without images."""
     if size < 1:
         return 0.0, 1.0
     z2 = NORMAL**2
@@ -85,13 +79,7 @@ def wilson_interval(accuracy: float, size: int) -> Interval:
 
 
 def newcombe_interval(first: float, first_size: int, second: float, second_size: int) -> Interval:
-    """Newcombe's interval (Statistics in Medicine, 1998) of first - second, each measured on images of its own.
-
-    Example:
-        >>> low, high = newcombe_interval(56 / 70, 70, 48 / 80, 80)
-        >>> round(low, 4), round(high, 4)
-        (0.0524, 0.3339)
-    """
+    """Newcombe's interval (Statistics in Medicine, 1998) of first - second, each measured on images of its own."""
     low, high = wilson_interval(first, first_size)
     other_low, other_high = wilson_interval(second, second_size)
     difference = first - second
@@ -256,6 +244,12 @@ def matched(summaries: Iterable[Summary], others: Iterable[Summary]) -> list[Sum
     return [one for one in summaries if (one.attacker, one.layer) in keys]
 
 
+def worst_by_subject(summaries: Sequence[Summary]) -> dict[str, Summary | None]:
+    """The strongest attack on each subject, over those that are done on the immunized model."""
+    own = [one for one in summaries if one.subject == "immunized"]
+    return {s: strongest(matched([one for one in summaries if one.subject == s], own)) for s in SUBJECTS}
+
+
 # Differences between the reference and the immunized model
 
 
@@ -315,10 +309,6 @@ def relative_deviation(reference: Sequence[float], immunized: Sequence[float]) -
 
     The signed form is negative where the immunized model learned better; both are NaN where the reference reads
     nothing.
-
-    Example:
-        >>> relative_deviation([0.5, 0.5], [0.25, 0.75])
-        (50.0, 0.0)
     """
     if len(reference) != len(immunized):
         raise ShapeError(
@@ -363,12 +353,7 @@ class StepsRatio(Attack):
 def first_reaching(
     steps: Sequence[int], curves: ArrayLike, targets: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """First step, at least 1, at which each curve (a row) is at its target; the last where none, and whether one is.
-
-    Example:
-        >>> first_reaching([1, 10, 100], [[0.1, 0.3, 0.5], [0.1, 0.2, 0.2]], [0.3, 0.3])
-        (array([ 10., 100.]), array([ True, False]))
-    """
+    """First step, at least 1, at which each row is at its target; the last where none is, and whether one is."""
     there = np.asarray(curves) >= np.asarray(targets)[:, None]
     reached: NDArray[np.bool_] = np.any(there, axis=1)
     index = np.where(reached, there.argmax(axis=1), len(steps) - 1)

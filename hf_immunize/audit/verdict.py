@@ -9,7 +9,7 @@ the interval, and attackers that were really run. Anything short of that is said
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from hf_immunize.audit import statistics as limit
@@ -138,9 +138,16 @@ def judge(data: AuditResult) -> list[Judgment]:
     if "unseen" in data.tasks:
         unseen = [_class(data, summaries, access, "unseen") for access in ACCESSES]
         findings += [one for one in unseen if one.worst or one.attacks]
-    findings += [*_ratio(data, classes), *_other_tasks(data, summaries), *_cautions(summaries)]
+    # The immunization ratio, never without what the strongest attacker reads.
+    worst = strongest(one.worst for one in classes.values() if one.worst)
+    findings += [Judgment(Kind.RATIO, worst=worst)] if worst and data.rir else []
+    findings += [*_other_tasks(data, summaries), *_cautions(summaries)]
     if utility.kind in WITHHOLDING:
-        findings = [_withhold(one, utility) for one in findings if one.kind not in SIDE_CLAIMS]
+        findings = [
+            replace(one, kind=Kind.WITHHELD, reason=utility.kind) if one.kind in CLAIMS else one
+            for one in findings
+            if one.kind not in SIDE_CLAIMS
+        ]
     return [utility, *findings]
 
 
@@ -235,10 +242,9 @@ def _reaches(own: Sequence[Summary], held: float) -> str:
         return "an attacker ran out of its budget while it was still improving"
     if any(one.before_divergence is not None and one.before_divergence > held for one in own):
         return "an attack that diverged had read more before it did"
-    top = max(one.upper for one in done)
-    return (
-        f"the interval of an attacker reaches up to {top:.1%}; more test images or seeds decide" if top > held else ""
-    )
+    if (top := max(one.upper for one in done)) > held:
+        return f"the interval of an attacker reaches up to {top:.1%}; more test images or seeds decide"
+    return ""
 
 
 def _unclear(own: Sequence[Summary], worst: Summary, theirs: Summary) -> str:
@@ -264,9 +270,8 @@ def _slowing(data: AuditResult, summaries: Sequence[Summary], access: str) -> li
         if one.access == access and one.share == limit.TARGET_SHARES[-1]:
             key = (one.attacker, one.layer)
             by_attack[key] = min(by_attack.get(key, one), one, key=lambda ratio: ratio.ratio)  # of its precisions
-    ratios = sorted(by_attack.values(), key=lambda one: -one.ratio)
     by_kind: dict[Kind, list[StepsRatio]] = {}
-    for one in ratios:
+    for one in sorted(by_attack.values(), key=lambda one: -one.ratio):
         by_kind.setdefault(_speed_kind(one), []).append(one)
     by_kind.get(Kind.NOT_SLOWED, []).reverse()
     order = (Kind.SLOWED, Kind.MAYBE_SLOWED, Kind.FEW_SEEDS, Kind.NOT_SLOWED, Kind.SPEED_UNKNOWN)
@@ -298,9 +303,8 @@ def _speed_kind(one: StepsRatio) -> Kind:
 def _as_before(immunized: Summary, reference: Summary, chance: float) -> bool:
     """Whether an attack reads nearly all that it read on the reference, where that was worth reading."""
     assert immunized.mean is not None and reference.mean is not None
-    above = reference.mean - chance
-    clear = reference.lower >= chance + limit.SIGNAL
-    return clear and immunized.mean >= chance + limit.TARGET_SHARES[-1] * above
+    nearly = chance + limit.TARGET_SHARES[-1] * (reference.mean - chance)
+    return reference.lower >= chance + limit.SIGNAL and immunized.mean >= nearly
 
 
 def _one_layer_away(classes: dict[str, Judgment]) -> list[Judgment]:
@@ -331,25 +335,14 @@ def _at_random(summaries: Sequence[Summary], classes: dict[str, Judgment]) -> li
     return findings
 
 
-def _ratio(data: AuditResult, classes: dict[str, Judgment]) -> list[Judgment]:
-    """The immunization ratio, never without what the strongest attacker reads."""
-    worst = strongest([one.worst for one in classes.values() if one.worst])
-    return [Judgment(Kind.RATIO, worst=worst)] if worst and data.rir else []
-
-
 def _other_tasks(data: AuditResult, summaries: Sequence[Summary]) -> list[Judgment]:
     """Tasks that should not suffer and do: the benign one, and one that the user gave."""
     findings = []
     for task in ("benign", "unrelated"):
         for access in ("head_input", "fine_tuning") if task in data.tasks else ():
-            own = of_class(summaries, "immunized", task, access)
-            theirs = strongest(of_class(summaries, "reference", task, access))
-            worst = strongest(own)
-            if worst is None or theirs is None:
-                continue
-            lost, interval = gap(theirs, worst)
-            if lost >= limit.SERIOUS_DROP:
-                kind = Kind.TASK_LOST if interval[0] > 0 else Kind.MAYBE_TASK_LOST
+            worst, theirs = (strongest(of_class(summaries, s, task, access)) for s in ("immunized", "reference"))
+            if worst is not None and theirs is not None and gap(theirs, worst)[0] >= limit.SERIOUS_DROP:
+                kind = Kind.TASK_LOST if gap(theirs, worst)[1][0] > 0 else Kind.MAYBE_TASK_LOST
                 findings.append(Judgment(kind, access, task, worst, theirs))
     slow: dict[Kind, list[StepsRatio]] = {}
     for one in steps_ratios(data, "benign") if "benign" in data.tasks else []:
@@ -370,9 +363,3 @@ def _cautions(summaries: Sequence[Summary]) -> list[Judgment]:
         Kind.FEW_SEEDS: [one for one in ours if 0 < len(one.accuracies) < limit.MIN_SEEDS],
     }
     return [Judgment(kind, attacks=tuple(found)) for kind, found in cases.items() if found]
-
-
-def _withhold(finding: Judgment, utility: Judgment) -> Judgment:
-    if finding.kind not in CLAIMS:
-        return finding
-    return Judgment(Kind.WITHHELD, finding.access, finding.task, finding.worst, finding.reference, reason=utility.kind)
