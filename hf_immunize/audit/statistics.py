@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hf_immunize.attacks.presets import find_attacker
 from hf_immunize.audit.result import SUBJECTS, AuditResult, Outcome, Utility
-from hf_immunize.errors import ShapeError
 
 
 Interval = tuple[float, float]
@@ -310,10 +309,6 @@ def relative_deviation(reference: Sequence[float], immunized: Sequence[float]) -
     The signed form is negative where the immunized model learned better; both are NaN where the reference reads
     nothing.
     """
-    if len(reference) != len(immunized):
-        raise ShapeError(
-            f"Expected curves measured at the same steps, found {len(reference)} and {len(immunized)} points."
-        )
     parts = [(a - b) / a for a, b in zip(reference, immunized, strict=True) if a > 0]
     if not parts:
         return math.nan, math.nan

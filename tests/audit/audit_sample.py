@@ -1,9 +1,12 @@
 """An audit as it might come out, its outcomes made up, for tests of what is said about them."""
 
+import dataclasses
 import math
+from functools import cache
 
 import numpy as np
 
+from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import AuditResult, FeatureSpectrum, Outcome, TaskSummary, Utility
 
 
@@ -123,3 +126,33 @@ def sample_data(**kwargs):
     warnings = ["3 harmful test images are also among the benign training images."]
     data = {"spectra": spectra, "warnings": warnings} | kwargs
     return make([*head, *earlier, *tuned, *other, *odd, skipped], **data)
+
+
+HOSTILE = "</td></style><script>alert('x')</script><img src=x onerror=alert(1)>\n\"' {{ 7*7 }} {% raw %} javascript:x"
+
+
+def named_data(name, data):
+    """The audit with every string from outside called so."""
+    changed = {"attacker": name, "layer": name, "precision": name, "note": name, "settings": {name: name}}
+    return dataclasses.replace(
+        data,
+        **dict.fromkeys(("model", "reference", "preset"), name),
+        budget={name: name},
+        warnings=[name],
+        machine={name: name},
+        tasks={task: dataclasses.replace(one, dataset=name) for task, one in data.tasks.items()},
+        outcomes=[dataclasses.replace(one, **changed) for one in data.outcomes],
+        spectra=[FeatureSpectrum("immunized", "harmful", [1.0, 0.5], 10, 2, 0.6, False)],
+    )
+
+
+@cache
+def sample_html():
+    """The sample's report, drawn once for all tests."""
+    return AuditReport(sample_data()).to_html()
+
+
+@cache
+def hostile_html():
+    """A report in which every string from outside is hostile."""
+    return AuditReport(named_data(HOSTILE, sample_data())).to_html()

@@ -121,10 +121,6 @@ class Browser:
         named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
         self.call("Emulation.setEmulatedMedia", features=named)
 
-    def screenshot(self):
-        """The whole page as PNG."""
-        return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
-
     def pdf(self):
         """The page as it prints."""
         return base64.b64decode(self.call("Page.printToPDF", printBackground=False)["data"])

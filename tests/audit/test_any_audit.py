@@ -44,7 +44,7 @@ def utilities(draw):
     return Utility(draw(st.integers(0, 1000)), now, before, now - before, interval)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(outcomes(), max_size=25), st.none() | utilities())
 def test_every_audit_has_a_verdict_a_card_and_tables(found, utility):
     report = AuditReport(make(found, utility=utility))

@@ -1,21 +1,30 @@
+"""Tables, JSON, the page, its figures and the short forms of an audit."""
+
+import base64
 import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import unicodedata
+import warnings
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
-from audit_sample import attack, lost, make, sample_data
+from audit_sample import LAYERS, STEPS, attack, hostile_html, lost, make, named_data, sample_data, sample_html
 
-from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.result import FeatureSpectrum, TaskSummary, Utility
+from hf_immunize.attacks.presets import ALL_ATTACKERS
+from hf_immunize.audit.figures import draw_all, draw_spectra
+from hf_immunize.audit.names import clean, label, percent, ratio, signed
+from hf_immunize.audit.report import AuditReport, make_tables
+from hf_immunize.audit.result import FeatureSpectrum, Utility, from_json, to_json
 from hf_immunize.errors import CheckpointError, DataError
 
 
-HOSTILE = "</td></style><script>alert('x')</script><img src=x onerror=alert(1)>\n\"' {{ 7*7 }} {% raw %} javascript:x"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -44,37 +53,19 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def hostile_data():
-    """An audit in which every string from outside is hostile."""
-    data = sample_data(model=HOSTILE, reference=HOSTILE, preset=HOSTILE, budget={HOSTILE: HOSTILE}, warnings=[HOSTILE])
-    changed = {"attacker": HOSTILE, "layer": HOSTILE, "precision": HOSTILE, "note": HOSTILE}
-    return dataclasses.replace(
-        data,
-        tasks={name: dataclasses.replace(task, dataset=HOSTILE) for name, task in data.tasks.items()},
-        machine={HOSTILE: HOSTILE},
-        outcomes=[dataclasses.replace(one, **changed, settings={HOSTILE: HOSTILE}) for one in data.outcomes],
-        spectra=[FeatureSpectrum(HOSTILE, "harmful", [1.0, 0.5], 10, 2, 0.6, False)],
-    )
-
-
 @pytest.fixture(scope="module")
 def report():
     return AuditReport(sample_data())
 
 
 @pytest.fixture(scope="module")
-def html(report):
-    return report.to_html()
+def tables(report):
+    return report.tables()
 
 
 @pytest.fixture(scope="module")
-def page(html):
-    return Page(html)
-
-
-@pytest.fixture(scope="module")
-def hostile():
-    return AuditReport(hostile_data()).to_html()
+def page():
+    return Page(sample_html())
 
 
 def small_data(**kwargs):
@@ -82,24 +73,152 @@ def small_data(**kwargs):
     return make([one for s in ("immunized", "reference") for one in attack("ridge", "head_input", s, 0.4)], **kwargs)
 
 
-# The page
+# Tables
 
 
-def test_the_page_needs_nothing_but_itself(page):
+def test_accuracy_against_steps_has_intervals(tables):
+    rows = tables["curves"].query("attacker == 'gd_line_search' and subject == 'reference' and task == 'harmful'")
+    assert list(rows["step"]) == STEPS and rows["accuracy"].is_monotonic_increasing
+    assert (rows["low"] <= rows["accuracy"]).all() and (rows["seeds"] == 5).all()
+
+
+def test_every_attack_has_its_gap_to_the_reference_and_every_run_is_an_outcome(report, tables):
+    attacks = tables["attacks"].set_index(["attacker", "subject", "task", "layer"]).sort_index()
+    row, other = (attacks.loc[("ridge", s, "harmful", "classifier")] for s in ("immunized", "reference"))
+    assert row["gap"] == pytest.approx(other["accuracy"] - row["accuracy"])
+    assert row["gap_low"] <= row["gap"] <= row["gap_high"]
+    none = attacks.loc[("momentum", "immunized", "harmful", "classifier")]
+    assert (none["diverged"], none["note"]) == (5, "the loss is NaN")
+    assert list(tables["outcomes"]["status"]) == [one.status for one in report.data.outcomes]
+
+
+def test_the_cost_of_an_attack_is_its_seconds_over_seeds():
+    runs = attack("ridge", "head_input", "immunized", 0.5, seeds=3)
+    timed = [dataclasses.replace(one, seconds=second) for one, second in zip(runs, (1.0, 2.0, 3.0), strict=True)]
+    row = make_tables(make(timed))["attacks"].iloc[0]
+    assert row["seconds"] == 2 and row["seconds_low"] == 0 and row["seconds_high"] == pytest.approx(4.484, abs=1e-3)
+
+
+def test_the_headline_is_the_worst_case_beside_the_reference(tables):
+    headline = tables["headline"].set_index("access")
+    assert list(headline.index) == ["head_input", "any_layer", "fine_tuning"]
+    row = headline.loc["any_layer"]
+    assert (row["attacker"], row["layer"]) == ("ridge", LAYERS[-1]) and math.isnan(row["steps_ratio"])
+    assert row["accuracy"] == pytest.approx(0.53, abs=0.005) and row["low"] < row["accuracy"] < row["high"]
+    assert row["gap"] == pytest.approx(row["reference_accuracy"] - row["accuracy"])
+    assert headline.loc["fine_tuning", "steps_ratio"] == pytest.approx(10 / 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "finding"),
+    [
+        (make([]), ["not tested"] * 3),
+        (sample_data(utility=None), ["no claim", "not prevented", "not prevented"]),
+    ],
+)
+def test_the_headline_says_what_the_verdict_does(data, finding):
+    headline = make_tables(data)["headline"]
+    assert list(headline["finding"]) == finding
+    assert headline["accuracy"].isna().all() == (not data.outcomes)
+
+
+def test_the_layers_end_with_the_head_and_other_tasks_have_their_own_table(tables):
+    assert tables["layers"]["layer"].iloc[-1] == "classifier" and set(LAYERS) <= set(tables["layers"]["layer"])
+    assert set(tables["tasks"]["task"]) == {"benign", "unseen", "unrelated"}
+
+
+def test_budgets_grow_up_to_all_steps_and_more_steps_read_no_less(tables):
+    whole = tables["fine_tuning"].query("operator == 'whole_network'")
+    assert list(whole["budget_steps"]) == [300, 1000, 3000] and whole["immunized_accuracy"].is_monotonic_increasing
+    row = tables["deviation"].set_index("operator").loc["whole_network"]
+    assert 0 < row["signed_low"] < row["signed"] < row["signed_high"]
+    assert row["signed"] == pytest.approx(row["absolute"], rel=0.05)
+
+
+# JSON
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1.5, None])
+def test_nothing_is_lost_on_the_way_and_the_json_is_finite(value):
+    data = dataclasses.replace(sample_data(rir={"rir": value, "bound": "lower"}), model='"</script>\n\u202e\x00')
+    text = to_json(data)
+    assert from_json(text) == data
+    json.loads(text, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_numbers_that_are_none_and_numpys_come_back():
+    data = make([], rir={"rir": math.nan}, budget={"steps": np.int64(5), "rate": np.float32(0.5)})
+    found = from_json(to_json(data))
+    assert math.isnan(found.rir["rir"]) and found.budget == {"steps": 5, "rate": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{", "not JSON"),
+        ("[]", "other content"),
+        ('{"format": "else"}', "other content"),
+        ('{"format": "hf_immunize.audit", "format_version": 99}', "found 99"),
+        ('{"format": "hf_immunize.audit", "format_version": 1}', "'data'"),
+        ('{"format": "hf_immunize.audit", "format_version": 1, "data": {"tasks": {}}}', "'outcomes'"),
+        ('{"format": "hf_immunize.audit", "format_version": 1, "data": []}', "fields of an audit"),
+        (to_json(make([]))[:200], "not JSON"),
+    ],
+)
+def test_other_content_is_refused_with_what_was_found(text, found):
+    with pytest.raises(DataError, match="Expected") as caught:
+        AuditReport.from_json(text)
+    assert found in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"accuracy": None}, "None"),
+        ({"accuracy": float("nan")}, "nan"),
+        ({"accuracy": 48.6}, "48.6"),
+        ({"status": "failed"}, "failed"),
+        ({"access": "backdoor"}, "backdoor"),
+        ({"subject": "victim"}, "victim"),
+        ({"task": "other"}, "other"),
+        ({"steps": [1, 2]}, "found others"),
+        ({"steps": [], "curve": [0.5]}, "found others"),
+        ({"status": "diverged"}, "diverged"),
+    ],
+)
+def test_outcomes_that_contradict_themselves_are_refused(changes, found):
+    run = attack("gd_line_search", "head_input", "immunized", 0.4, half=10)[0]
+    with pytest.raises(DataError, match="Expected") as caught:
+        AuditReport(dataclasses.replace(make([run]), outcomes=[dataclasses.replace(run, **changes)]))
+    assert found in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"tasks": {}}, {"utility": Utility(100, 73.3)}, {"accuracies": [2.0]}])
+def test_audits_that_contradict_themselves_are_refused(changes):
+    with pytest.raises(DataError, match="Expected"):
+        AuditReport(make([], **changes))
+
+
+@pytest.mark.parametrize("name", ["/home/alice/secret/model", "~/secret/model", r"C:\Users\alice\model"])
+def test_no_local_path_leaves_the_building(tmp_path, name):
+    AuditReport(small_data(model=name, reference=name)).write(tmp_path)
+    assert AuditReport.load(tmp_path).data.model == "model"
+    assert not [file for file in tmp_path.iterdir() if "alice" in file.read_text(encoding="utf-8")]
+
+
+# The page and its figures
+
+
+def test_the_page_needs_nothing_but_itself_and_is_whole(page):
     assert page.named("script") == page.named("link") == page.named("iframe") == []
-    assert all(one["src"].startswith("data:image/svg+xml;base64,") for one in page.named("img"))
     (policy,) = [one["content"] for one in page.named("meta") if one.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'")
-
-
-def test_every_figure_has_words_for_those_who_do_not_see_it(page):
-    assert len(page.named("img")) == 11
-    assert all(len(one["alt"]) > 40 for one in page.named("img"))
-
-
-def test_every_table_has_a_caption_and_headers(page):
+    assert page.named("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.named("meta")
     assert len(page.named("table")) == len(page.named("caption")) >= 7
     assert all(one.get("scope") in ("col", "row", "rowgroup") for one in page.named("th"))
+    images = page.named("img")
+    assert len(images) == 11 and all(len(one["alt"]) > 40 for one in images)
 
 
 def test_every_row_has_as_many_cells_as_its_table_has_headers(page):
@@ -114,46 +233,35 @@ def test_every_row_has_as_many_cells_as_its_table_has_headers(page):
     assert all(len(set(rows)) == 1 for rows in widths)
 
 
-def test_the_page_has_a_language_a_title_and_a_viewport(page):
-    assert page.named("html") == [{"lang": "en"}]
-    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.named("meta")
-    assert "Audit of org/immunized-mobilenet" in page.text
-
-
-def test_the_page_tells_the_verdict_and_what_its_words_mean(report, page):
+def test_the_page_has_the_verdict_and_explains_its_words(report, page):
     assert all(one in page.text for one in report.verdict())
+    words = ["prevented", "slowed", "reduced", "broken", "not tested", "out of budget"]
+    assert {word.capitalize() for word in words} <= set(page.text)
     assert any("at least 10 times the steps" in one for one in page.text)
 
 
-# Table, columns of its numbers and their intervals, and what heads them on the page.
-MEASURES = [
-    (
-        "curves",
-        ["step", "accuracy", "low", "high"],
-        "accuracy against steps, mean and interval over seeds and test images.",
-    ),
-    ("steps", ["immunized_steps", "reference_steps", "ratio", "low", "high"], "Ratio"),
-    ("headline", ["accuracy", "low", "high", "gap", "gap_low", "gap_high"], "Gap, points"),
-    ("deviation", ["signed", "signed_low", "signed_high"], "Signed"),
-    ("deviation", ["absolute", "absolute_low", "absolute_high"], "Absolute"),
-    ("attacks", ["seconds", "seconds_low", "seconds_high"], "Seconds"),
-    ("tasks", ["accuracy", "low", "high", "gap", "steps_ratio"], "Steps ratio"),
-]
-
-
-@pytest.mark.parametrize(("table", "columns", "heading"), MEASURES)
-def test_every_measure_is_in_the_tables_the_json_and_the_page(report, page, table, columns, heading):
+@pytest.mark.parametrize(
+    ("table", "columns", "heading"),
+    [
+        ("curves", "step accuracy low high", "accuracy against steps, mean and interval"),
+        ("steps", "immunized_steps reference_steps ratio low high", "Ratio"),
+        ("headline", "accuracy low high gap gap_low gap_high", "Gap, points"),
+        ("deviation", "signed signed_low signed_high", "Signed"),
+        ("deviation", "absolute absolute_low absolute_high", "Absolute"),
+        ("attacks", "seconds seconds_low seconds_high", "Seconds"),
+        ("tasks", "accuracy low high gap steps_ratio", "Steps ratio"),
+    ],
+)
+def test_every_measure_is_in_the_tables_the_json_and_the_page(report, tables, page, table, columns, heading):
     rows = json.loads(report.to_json())["measures"][table]
-    frame = report.tables()[table]
-    assert any(all(row[name] is not None for name in columns) for row in rows)
-    assert len(rows) == len(frame) and set(columns) <= set(frame.columns)
+    assert any(all(row[name] is not None for name in columns.split()) for row in rows)
+    assert len(rows) == len(tables[table]) and set(columns.split()) <= set(tables[table].columns)
     assert any(heading in text for text in page.text)
 
 
 def test_steps_to_given_accuracies_have_a_table_of_their_own():
     runs = [one for s in ("immunized", "reference") for one in attack("adamw", "head_input", s, 0.4, half=10)]
-    html = AuditReport(make(runs, accuracies=[0.2])).to_html()
-    assert "Steps to accuracies that were given" in html
+    assert "Steps to accuracies that were given" in AuditReport(make(runs, accuracies=[0.2])).to_html()
 
 
 def test_a_page_can_be_made_of_next_to_nothing():
@@ -161,20 +269,66 @@ def test_a_page_can_be_made_of_next_to_nothing():
     assert Page(report.to_html()).named("img") == []
 
 
-def test_hostile_names_inject_nothing(hostile, page):
-    found = Page(hostile)
+def test_hostile_names_inject_nothing(page):
+    found = Page(hostile_html())
     assert {tag for tag, _ in found.elements} <= {tag for tag, _ in page.elements}
-    for _, attributes in found.elements:
-        assert not any(name.startswith("on") for name in attributes)
+    assert not [name for _, attributes in found.elements for name in attributes if name.startswith("on")]
     assert all(one["src"].startswith("data:image/svg+xml;base64,") for one in found.named("img"))
     assert "{{ 7*7 }}" in "".join(found.text)
+    style = [html.split("<style>")[1].split("</style>")[0] for html in (hostile_html(), sample_html())]
+    assert style[0] == style[1]
 
 
-def test_hostile_names_leave_the_style_sheet_alone(hostile, html):
-    assert hostile.split("<style>")[1].split("</style>")[0] == html.split("<style>")[1].split("</style>")[0]
+def draw(data):
+    return draw_all(data, make_tables(data))
 
 
-# The short forms
+def parsed(picture):
+    return ElementTree.fromstring(base64.b64decode(picture.uri.removeprefix("data:image/svg+xml;base64,")))
+
+
+def one_seed():
+    kinds = (("ridge", "head_input", None), ("ridge", "any_layer", None), ("whole_network", "fine_tuning", 10))
+    return [one for name, access, half in kinds for one in attack(name, access, "immunized", 0.4, half=half, seeds=1)]
+
+
+def test_every_section_has_its_figures_that_load_nothing_and_tell_their_numbers():
+    pictures = draw(sample_data())
+    sections = [one.section for one in pictures]
+    counts = {"headline": 1, "curves": 6, "layers": 1, "fine_tuning": 1, "spectra": 2}
+    assert {name: sections.count(name) for name in sections} == counts
+    for picture in pictures:
+        links = [value for node in parsed(picture).iter() for key, value in node.items() if key.endswith("href")]
+        assert links and all(link.startswith("#") for link in links)
+        assert (picture.caption.endswith(".") and "%" in picture.alt + picture.caption) or "κ" in picture.alt
+    assert "Probes at any layer: immunized 53.0%, reference 53.0%" in pictures[0].alt
+
+
+def test_figures_are_drawn_again_the_same_of_one_seed_and_not_without_numbers():
+    data = make(one_seed())
+    assert draw(data) == draw(data) and draw(make([])) == []
+    assert [one.section for one in draw(data)] == ["headline", "curves", "layers", "fine_tuning"]
+    assert draw_spectra([FeatureSpectrum("immunized", "harmful", [0.0, 0.0], 10, 0, 0.0, False)], "harmful") is None
+
+
+def test_an_attacker_is_shown_where_it_reads_most():
+    pairs = (("last", 0.2), ("all", 0.4))
+    runs = [o for at, a in pairs for o in attack("lora_r8", "fine_tuning", "immunized", a, half=10, layer=at)]
+    data = make(runs)
+    assert make_tables(data)["fine_tuning"]["immunized_accuracy"].max() == pytest.approx(0.4, abs=0.01)
+    (curve,) = [one for one in draw(data) if one.section == "curves"]
+    assert "immunized 40." in curve.alt or "immunized 39." in curve.alt
+
+
+@pytest.mark.parametrize("name", ["$\\frac{", "$x$", "a\nb\x00", "<script>", "汽车", "--><b>", "W" * 300])
+def test_no_name_breaks_a_figure(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for picture in draw(named_data(name, make(one_seed()))):
+            parsed(picture)
+
+
+# The short forms and files
 
 
 def test_the_card_is_plain_json_of_the_agreed_form(report):
@@ -184,10 +338,8 @@ def test_the_card_is_plain_json_of_the_agreed_form(report):
     assert list(card["strongest"]) == ["head_input", "any_layer", "fine_tuning"]
     expected = ["attacker", "layer", "accuracy", "reference_accuracy", "chance"]
     assert all(list(one) == expected for one in card["strongest"].values())
+    assert list(card["utility"]) == ["size", "immunized", "reference", "difference", "interval"]
     assert card["utility"]["interval"] == [-0.019, 0.003]
-
-
-def test_the_card_has_nothing_for_what_was_not_tested():
     card = AuditReport(make(attack("ridge", "head_input", "immunized", 0.4), utility=None)).for_card()
     assert card["strongest"]["fine_tuning"] is None and card["utility"] is None
     assert card["strongest"]["head_input"]["reference_accuracy"] is None
@@ -195,40 +347,27 @@ def test_the_card_has_nothing_for_what_was_not_tested():
 
 def test_the_summary_is_short_plain_text(report):
     text = report.summary()
-    assert "Probes at any layer: 53.0% (reference 53.0%, chance 1.0%)" in text
-    assert len(text) < 4000
+    assert "Probes at any layer: 53.0% (reference 53.0%, chance 1.0%)" in text and len(text) < 4000
     assert all(line.isprintable() for line in text.split("\n"))
-
-
-def test_the_summary_of_hostile_names_acts_on_no_terminal():
-    data = dataclasses.replace(hostile_data(), model="\x1b[2J\x07model")
-    assert all(line.isprintable() for line in AuditReport(data).summary().split("\n"))
-
-
-# Files
 
 
 def test_what_is_written_is_read_back(tmp_path):
     report = AuditReport(small_data())
-    report.write(tmp_path / "audit")
-    assert AuditReport.load(tmp_path / "audit").data == report.data
-    assert AuditReport.load(tmp_path / "audit" / "audit.json").data == report.data
-
-
-def test_page_json_and_tables_are_written(tmp_path):
-    report = AuditReport(small_data())
     report.write(tmp_path)
-    tables = {f"{name}.csv" for name in report.tables()}
-    assert set(os.listdir(tmp_path)) == {"report.html", "audit.json"} | tables
+    assert AuditReport.load(tmp_path).data == AuditReport.load(tmp_path / "audit.json").data == report.data
+    assert set(os.listdir(tmp_path)) == {"report.html", "audit.json", *(f"{name}.csv" for name in report.tables())}
     with open(tmp_path / "outcomes.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == len(report.data.outcomes)
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    report = AuditReport(small_data())
-    (tmp_path / "report.html").write_text("before")
+def test_a_folder_without_an_audit_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"Expected the audit\.json"):
+        AuditReport.load(tmp_path)
 
-    written = Path.write_text
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    report, written = AuditReport(make([])), Path.write_text
+    (tmp_path / "report.html").write_text("before")
 
     def limited(self, *args, **kwargs):
         if self.name == "audit.json":
@@ -238,56 +377,29 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", limited)
     with pytest.raises(CheckpointError):
         report.write(tmp_path)
-    assert (tmp_path / "report.html").read_text() == "before"
-    assert os.listdir(tmp_path) == ["report.html"]
+    assert (tmp_path / "report.html").read_text() == "before" and os.listdir(tmp_path) == ["report.html"]
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        "=",
-        "+",
-        "-",
-        "@",
-        "\t=",
-        "\r=",
-        "\n=",
-        "\r\n=",
-        " =",
-        "\u200b=",
-        "\ufeff=",
-        "\uff1d",
-        "\uff0b",
-        "\uff0d",
-        "\uff20",
-    ],
-)
+STARTS = ["=", "+", "-", "@", "\t=", "\r=", "\n=", "\r\n=", "_=", "\u200b=", "\ufeff=", "＝", "＋", "－", "＠"]
+
+
+@pytest.mark.parametrize("start", [start.replace("_", " ") for start in STARTS])
 def test_no_cell_of_a_table_is_a_formula_and_no_row_breaks(tmp_path, start):
     name = f"{start}cmd|' /C calc'!A0\r+1\n@x\"\u2028\x85-1"
-    runs = [lost(name, "diverged", name, layer=name), lost("y", "skipped", name)]
-    AuditReport(make(runs)).write(tmp_path)
+    AuditReport(make([lost(name, "diverged", name, layer=name), lost("y", "skipped", name)])).write(tmp_path)
     for table in ("outcomes.csv", "attacks.csv"):
         text = (tmp_path / table).read_bytes().decode("utf-8")
         assert len(text.splitlines()) == 3
-        for row in csv.reader(io.StringIO(text, newline="")):
-            for cell in row:
-                # As a spreadsheet may: without what does not show, and full-width signs as their plain ones.
-                shown = unicodedata.normalize("NFKC", cell).strip("\u200b\ufeff \t\r\n")
-                assert not shown.startswith(("=", "+", "-", "@"))
+        for cell in [cell for row in csv.reader(io.StringIO(text, newline="")) for cell in row]:
+            # As a spreadsheet may: without what does not show, and full-width signs as their plain ones.
+            shown = unicodedata.normalize("NFKC", cell).strip("\u200b\ufeff \t\r\n")
+            assert not shown.startswith(("=", "+", "-", "@"))
 
 
-NAMES = ["\ud800", "a\udcffb", "\x1b[2J\x1b]0;x\x07", "\u202eevil", "\x9b31m", "a\rb", "\x00"]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["\ud800", "a\udcffb", "\x1b[2J\x07", "\u202eevil", "\x9b31m", "a\rb", "\x00"])
 def test_no_name_ends_a_report_or_acts_on_what_shows_it(tmp_path, name):
-    runs = [lost(name, "diverged", name, layer=name), *attack(name, "any_layer", "immunized", 0.4, layer=name)]
-    runs += attack("adamw", "head_input", "immunized", 0.4, half=10, layer=name, note=name, settings={name: name})
-    data = make(
-        runs, model=name, reference=name, preset=name, warnings=[name], machine={name: name}, budget={name: name}
-    )
-    data.tasks["harmful"] = dataclasses.replace(data.tasks["harmful"], dataset=name)
-    report = AuditReport(data)
+    runs = [lost("x", "diverged", "y"), *one_seed()]
+    report = AuditReport(named_data(name, make(runs)))
     report.write(tmp_path)
     assert report.for_card() and AuditReport.load(tmp_path).data == report.data
     shown = [report.summary(), *report.verdict()]
@@ -297,24 +409,30 @@ def test_no_name_ends_a_report_or_acts_on_what_shows_it(tmp_path, name):
         assert not [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs")]
 
 
-def test_hostile_names_can_be_written(tmp_path):
-    data = small_data(model="a\ud800b")
-    data.tasks["harmful"] = TaskSummary("harmful", "\ud800", 1, 1, 2, 0.5)
-    AuditReport(data).write(tmp_path)
-    assert AuditReport.load(tmp_path).data.model == "ab"
+# Names and numbers
 
 
-def test_a_folder_without_an_audit_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"Expected the audit\.json"):
-        AuditReport.load(tmp_path)
+@pytest.mark.parametrize("character", ["\n", "\r", "\t", "\x00", "\x1b", "\u202e", "\u2028", "\ud800", "\ue000"])
+def test_names_keep_no_character_that_acts(character):
+    assert character not in clean(f"a{character}b")
 
 
-def test_no_local_path_leaves_the_building(tmp_path):
-    AuditReport(small_data(model="/home/alice/models/x", reference="/home/alice/base")).write(tmp_path)
-    for file in tmp_path.iterdir():
-        assert "alice" not in file.read_text(encoding="utf-8")
+@pytest.mark.parametrize("size", [3, 80, 81, 1000])
+def test_names_are_short_and_of_any_script(size):
+    assert len(clean("x" * size)) == min(size, 80) and clean("汽车 чайка") == "汽车 чайка"
 
 
-def test_a_report_of_numbers_that_contradict_themselves_is_refused():
-    with pytest.raises(DataError, match="between 0 and 1"):
-        AuditReport(make([], utility=Utility(100, 73.3)))
+def test_every_attacker_of_the_suite_has_a_name_for_people():
+    plain = [name for name in ALL_ATTACKERS if label(name) == name.replace("_", " ")]
+    assert plain == ["conjugate_gradient"]
+    assert label("sam_l4") == "sam l4" and label("lora_r4") == "LoRA of rank 4"
+
+
+@pytest.mark.parametrize(
+    ("show", "value", "text"),
+    [(percent, value, "–") for value in (None, math.nan, math.inf)]
+    + [(percent, 0.4857, "48.6%"), (signed, -0.012, "−1.2"), (signed, None, "–")]
+    + [(ratio, 0.5, "0.5"), (ratio, 12.3, "12"), (ratio, 123.4, "120"), (ratio, math.inf, "infinite")],
+)
+def test_numbers_for_people(show, value, text):
+    assert show(value) == text

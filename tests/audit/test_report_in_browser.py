@@ -1,11 +1,8 @@
 """The report in a real browser: nothing is amiss, every figure shows, no request leaves the file."""
 
 import pytest
-from audit_sample import sample_data
+from audit_sample import hostile_html, sample_html
 from browser import Browser, find_browser
-from test_report import hostile_data
-
-from hf_immunize.audit.report import AuditReport
 
 
 pytestmark = [
@@ -33,38 +30,25 @@ def browser(tmp_path_factory):
         yield browser
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """Address of the sample's report, drawn once."""
-    file = tmp_path_factory.mktemp("report") / "report.html"
-    file.write_text(AuditReport(sample_data()).to_html(), encoding="utf-8")
+@pytest.fixture
+def address(browser, tmp_path):
+    """Address of the sample's report, opened."""
+    file = tmp_path / "report.html"
+    file.write_text(sample_html(), encoding="utf-8")
+    browser.resize(1100, 900)
+    browser.open(file.as_uri())
     return file.as_uri()
 
 
-@pytest.fixture
-def address(browser, page):
-    """The same, opened afresh."""
-    browser.resize(1100, 900)
-    browser.open(page)
-    return page
-
-
-def test_the_console_is_silent(browser, address):
-    assert browser.complaints() == []
-
-
-def test_every_figure_is_shown(browser, address):
+def test_nothing_is_amiss_and_no_request_leaves_the_file(browser, address):
     images = browser.evaluate(SHOWN)
-    assert len(images) == 11
-    assert all(one["loaded"] and one["width"] > 200 and one["alt"] for one in images)
-
-
-def test_no_request_leaves_the_file(browser, address):
+    assert len(images) == 11 and all(one["loaded"] and one["width"] > 200 and one["alt"] for one in images)
+    assert browser.complaints() == []
     assert [one for one in browser.requests() if one != address and not one.startswith("data:image/svg+xml")] == []
 
 
-def test_the_browser_would_tell_of_a_figure_that_does_not_load(browser, tmp_path):
-    """The three tests above could fail: a page with a missing figure, a request and an error has all three."""
+def test_the_browser_reports_a_figure_that_does_not_load(browser, tmp_path):
+    """The test above could fail: a page with a missing figure, a request and an error has all three."""
     page = tmp_path / "bad.html"
     page.write_text("<img src='http://127.0.0.1:9/x.png' alt='x'><script>throw Error('amiss')</script>")
     browser.open(page.as_uri())
@@ -72,24 +56,18 @@ def test_the_browser_would_tell_of_a_figure_that_does_not_load(browser, tmp_path
     assert "http://127.0.0.1:9/x.png" in browser.requests()
 
 
-@pytest.mark.parametrize("width", [320, 390, 1100])
-def test_the_page_fits_its_window(browser, address, width):
-    browser.resize(width, 800)
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_in_light_and_dark(browser, address, scheme):
-    browser.resize(1100, 900, prefers_color_scheme=scheme)
-    assert browser.evaluate(CONTRAST) >= 4.5
-
-
-def test_it_prints(browser, address):
+def test_the_page_fits_its_window_stands_out_and_prints(browser, address):
+    for width in (320, 390, 1100):
+        browser.resize(width, 800)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    for scheme in ("light", "dark"):
+        browser.resize(1100, 900, prefers_color_scheme=scheme)
+        assert browser.evaluate(CONTRAST) >= 4.5
     assert browser.pdf().startswith(b"%PDF")
 
 
 def test_hostile_names_run_nothing(browser, tmp_path):
-    (tmp_path / "report.html").write_text(AuditReport(hostile_data()).to_html(), encoding="utf-8")
+    (tmp_path / "report.html").write_text(hostile_html(), encoding="utf-8")
     browser.open((tmp_path / "report.html").as_uri())
     assert browser.evaluate("document.scripts.length") == 0
     assert browser.complaints() == []
