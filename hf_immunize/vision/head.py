@@ -109,7 +109,10 @@ def without_wrapper(model: Any) -> PreTrainedModel:
 
 
 def running_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Name the modules of a model as its author built it: without an adapter's matrices, or copies that do not run."""
+    """Names and modules of a model as its author built it: without an adapter's matrices, or copies that do not run.
+
+    Names are those of ``named_modules(remove_duplicate=False)``; of a layer with LoRA it is its ``base_layer``.
+    """
     inner = _that_runs(module)
     if inner is not None:
         name, part = inner
@@ -122,7 +125,7 @@ def running_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def adapter_parameters(model: Any) -> list[str] | None:
-    """Name the parameters that PEFT trains and saves with a model's active adapter."""
+    """Names of the parameters that PEFT trains and saves with the active adapter; None without a wrapper."""
     if without_wrapper(model) is model:
         return None
     from peft import get_peft_model_state_dict
@@ -134,13 +137,13 @@ def adapter_parameters(model: Any) -> list[str] | None:
     saved: set[int] = set()
     for name in names:
         # PEFT renames what it saves; the objects are the same.
-        held = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
-        saved |= {id(parameter) for parameter in held.values()}
+        kept = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
+        saved |= {id(parameter) for parameter in kept.values()}
     return [name for name, parameter in parameters.items() if id(parameter) in saved]
 
 
 def outermost_name(name: str) -> str:
-    """The name of the module that PEFT put in the place of another one."""
+    """The name of the outermost wrapper that PEFT put around a module; its own name where there is none."""
     return re.split(r"\.modules_to_save\.|\.original_module\b|\.base_layer\b", name)[0]
 
 
@@ -164,7 +167,10 @@ def _joined(prefix: str, name: str) -> str:
 
 
 def find_head(model: PreTrainedModel, head_module: str | None = None) -> tuple[str, nn.Linear]:
-    """Find the final classifier, the ``nn.Linear`` with one output a label."""
+    """Name and module of the final classifier, the ``nn.Linear`` with one output per label.
+
+    A head of several linear layers is refused, unless ``head_module`` names the one whose input is to be measured.
+    """
     if not isinstance(model, nn.Module) or not hasattr(without_wrapper(model), "base_model"):
         raise HeadError(
             f"Expected an image classifier of transformers, found {type(model).__name__}. Load it with "
@@ -185,8 +191,8 @@ def _named_head(model: PreTrainedModel, head_module: str) -> tuple[str, nn.Linea
             return wrapped[0], inside[wrapped[0]]
         found = f"a {type(modules[head_module]).__name__}" if head_module in modules else "no module of that name"
         raise HeadError(
-            f"head_module={head_module!r} should name the nn.Linear that classifies, but {_kind(model)} "
-            f"has {found}; the last nn.Linear modules are {_shown(list(inside)[-3:])}."
+            f"Expected head_module= as the name of an nn.Linear in {_kind(model)}, found {found} under "
+            f"{head_module!r}. Name one such as {_shown(list(inside)[-3:])}."
         )
     return head_module, modules[head_module]
 
@@ -196,6 +202,7 @@ def _only_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     base, num_labels = plain.base_model, plain.config.num_labels
     inside = set() if base is plain else set(base.modules())
     running = list(running_modules(model))
+    # Outside the base model alone, where a block may be as wide as the number of labels.
     candidates: dict[str, nn.Linear] = {}
     for name, module in running:
         if not isinstance(module, nn.Linear) or module.out_features != num_labels or module in inside:
@@ -208,20 +215,19 @@ def _only_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
         heads = asked if isinstance(asked, (tuple, list)) else [asked]
         candidates = {n: m for n, m in running if isinstance(m, nn.Linear) and any(_holds(head, m) for head in heads)}
     if not candidates:
-        if base is plain and not _classifies(plain):
+        if base is plain and "labels" not in inspect.signature(type(plain).forward).parameters:
             raise HeadError(
-                f"{_kind(model)} is a bare backbone, without a classifier. Give it a linear one by "
-                f'hf_immunize.vision.bare.with_linear_head(model, num_labels=..., pooling="cls") (or, to the Trainer, '
-                f'pooling="cls" in its arguments), or load a classifier with AutoModelForImageClassification.'
+                f"Expected a classifier, found the bare backbone {_kind(model)}. Give it a head by "
+                'hf_immunize.vision.bare.with_linear_head or pooling="cls", or load AutoModelForImageClassification.'
             )
         raise HeadError(
-            f"{_kind(model)} has no classifier with {num_labels} outputs outside its backbone; load it with "
-            f"AutoModelForImageClassification and num_labels >= 1, or name the classifier with head_module=..."
+            f"Expected a classifier with {num_labels} outputs in {_kind(model)}, found none outside its backbone. "
+            "Load AutoModelForImageClassification with num_labels >= 1, or name the classifier with head_module=."
         )
     if len(candidates) > 1:
         raise HeadError(
-            f"{_kind(model)} has {len(candidates)} linear modules with {num_labels} outputs: "
-            f"{_shown(list(candidates))}; name the classifier with head_module=..."
+            f"Expected one linear module with {num_labels} outputs in {_kind(model)}, found "
+            f"{_shown(list(candidates))}. Name the classifier with head_module=."
         )
     name, head = next(iter(candidates.items()))
     if base is not plain:
@@ -230,7 +236,7 @@ def _only_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
 
 
 def _check_single(model: PreTrainedModel, head: nn.Linear, inside: set[nn.Module]) -> None:
-    """Features in the midst of a head are not those that a probe of the backbone is trained on."""
+    """Refuse a head of several layers: a probe of the backbone does not read features in the middle of a head."""
     for top, part in model.named_children():
         running = [(name, module) for name, module in running_modules(part, top) if module not in inside]
         if all(module is not head for _, module in running):
@@ -249,8 +255,8 @@ def _check_unshared(model: PreTrainedModel, name: str, head: nn.Linear) -> None:
     others = [other for other, module in running_modules(model) if module is head and other != name]
     if others:
         raise HeadError(
-            f"The head {name!r} of {_kind(model)} is the same module as {_shown(others)}, so it is not clear which "
-            f"input holds the features; give the classifier a module of its own (copy.deepcopy)."
+            f"Expected a head of its own in {_kind(model)}, found {name!r} to be {_shown(others)} too. Give the "
+            "classifier its own module (copy.deepcopy)."
         )
     own = {id(parameter) for parameter in head.parameters()}
     tied = [
@@ -260,8 +266,8 @@ def _check_unshared(model: PreTrainedModel, name: str, head: nn.Linear) -> None:
     ]
     if tied:
         raise HeadError(
-            f"The head {name!r} of {_kind(model)} is tied to {_shown(tied)}: training one would move the other; give "
-            f"the classifier weights of its own (head.weight = nn.Parameter(head.weight.detach().clone()))."
+            f"Expected a head of its own in {_kind(model)}, found {name!r} tied to {_shown(tied)}. Give it its own "
+            "weights (head.weight = nn.Parameter(head.weight.detach().clone()))."
         )
 
 
@@ -278,15 +284,15 @@ class HeadInput:
         """The head's input, ``(N, D)``, in the autograd graph of the forward pass."""
         if self._features is None:
             raise HeadError(
-                f"The head {self.head} did not run in the recorded forward pass; run the whole model inside the "
-                f"`with` block, or name the module that classifies with head_module=..."
+                f"Expected the head {self.head} to run within HeadInput, found that it did not. Run the whole model, "
+                "or name the classifier with head_module=."
             )
         return self._features
 
     def __enter__(self) -> HeadInput:
         if self._handle is not None:
             raise HeadError(
-                "This HeadInput is already recording; use a HeadInput of its own for an inner `with` block."
+                "Expected a new HeadInput, found one that is recording. Use another one for an inner block."
             )
         self._features = None
         self._handle = self.head.register_forward_pre_hook(self._record)
@@ -305,14 +311,14 @@ class HeadInput:
     def _record(self, head: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self._features is not None:
             raise HeadError(
-                f"The head {head} ran twice within one HeadInput, so it is not clear which input holds the features; "
-                f"use one `with` block for each forward pass, or name another module with head_module=..."
+                f"Expected the head {head} to run once within HeadInput, found a second time. Use one block per "
+                "forward pass, or name another module with head_module=."
             )
         features = inputs[0]
         if features.dim() != 2:
             raise HeadError(
-                f"The head {head} should receive one feature row an image, (N, D), but received the shape "
-                f"{tuple(features.shape)}; name the module that classifies with head_module=..."
+                f"Expected one row of features per image, (N, D), as input of {head}, found {tuple(features.shape)}. "
+                "Name the classifier with head_module=."
             )
         self._features = features
 
@@ -364,10 +370,6 @@ def penultimate_features(model: PreTrainedModel, pixel_values: Tensor, head_modu
             f"{images.device} ({said[:300]}). Prepare them with the model's image processor."
         ) from error
     return captured.features
-
-
-def _classifies(model: PreTrainedModel) -> bool:
-    return "labels" in inspect.signature(type(model).forward).parameters
 
 
 def _holds(head: object, module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Which parameters move, and which modules keep still while they do."""
+"""Which parameters are trainable, and which modules stay in eval mode while they train."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ logger = logging.get_logger(__name__)
 
 
 def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[str]:
-    """Name the parameters of the last stage: the deepest blocks at one resolution, all that follows them, the head."""
+    """Names of the last stage's parameters: the deepest blocks at one resolution, what follows them, and the head."""
+    # The blocks are in the outermost ModuleList of the base model (of several, the largest). Where they are stages
+    # with lists of their own (Swin, ConvNeXt), the last one is the stage; else it starts at the last block with a
+    # strided convolution (MobileNetV2), or is the last block (ViT).
     head_name, head = find_head(model, head_module)
     blocks = _block_list(without_wrapper(model), head)
     stage = blocks[_stage_start(blocks) :]
@@ -34,44 +37,46 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
     in_stage = {id(parameter) for block in stage for parameter in block.parameters()}
     unread = {id(parameter) for part in _unread(without_wrapper(model)) for parameter in part.parameters()}
     names = []
-    behind = False  # Parameters are listed in the order of registration, which is the order of the forward pass.
+    after = False  # parameters are listed in the order of registration, which is that of the forward pass
     for name, parameter in model.named_parameters():
-        behind = behind or id(parameter) in in_list
-        follows = behind and id(parameter) not in in_list | unread
+        after = after or id(parameter) in in_list
+        follows = after and id(parameter) not in in_list | unread
         if id(parameter) in in_stage or follows or name.startswith(f"{outermost_name(head_name)}."):
             names.append(name)
     if len(names) == len(list(model.named_parameters())):
         raise ScopeError(
-            f'"last_stage" should leave a part of the model as it is, but of {type(without_wrapper(model)).__name__} '
-            f'no last stage can be told from the rest; give trainable= a regular expression, or "all".'
+            f'Expected blocks before the last stage for trainable="last_stage", found none in '
+            f'{type(without_wrapper(model)).__name__}. Give trainable= a regular expression, or "all".'
         )
     return names
 
 
 def select_trainable(model: PreTrainedModel, trainable: str, head_module: str | None = None) -> list[str]:
-    r"""Set ``requires_grad`` on all parameters of a model, so that the chosen ones move and the others do not."""
+    """Set ``requires_grad`` on all parameters, and return the names of the trainable ones, at least one of a feature.
+
+    ``trainable`` is "last_stage", "all" or a regular expression searched in names. Under PEFT it chooses among what
+    PEFT trains and saves, since the adapter's files would not hold a parameter of the base model.
+    """
     head_name, _ = find_head(model, head_module)
     names = [name for name, _ in model.named_parameters()]
     if trainable == "all":
-        moving = names
+        chosen = names
     elif trainable == "last_stage":
-        moving = last_stage(model, head_module)
+        chosen = last_stage(model, head_module)
     else:
-        moving = _matching(trainable, names)
-
+        chosen = _matching(trainable, names)
     adapter = adapter_parameters(model)
     if adapter is not None:
-        moving = _of_adapter(moving, adapter, trainable)
-    if all(name.startswith(f"{outermost_name(head_name)}.") for name in moving):
+        chosen = _of_adapter(chosen, adapter, trainable)
+    if all(name.startswith(f"{outermost_name(head_name)}.") for name in chosen):
         raise ScopeError(
-            f"trainable={trainable!r} takes the head {head_name!r} alone, so no feature could move; take parameters "
-            f'of the backbone too, with "last_stage" or, under PEFT, with an adapter there and "all".'
+            f"Expected parameters of the backbone, found the head {head_name!r} alone with trainable={trainable!r}. "
+            'Train the "last_stage" or, under PEFT, put an adapter there.'
         )
-
-    chosen = set(moving)
+    wanted = set(chosen)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
-    return moving
+        parameter.requires_grad_(name in wanted)
+    return chosen
 
 
 def modules_in_eval(
@@ -80,32 +85,36 @@ def modules_in_eval(
     freeze_batchnorm: bool = True,
     head_module: str | None = None,
 ) -> list[nn.Module]:
-    """List the modules to keep in eval mode while the chosen parameters train."""
+    """The modules, without repetition, to keep in eval mode while the named parameters train.
+
+    They are a flat list: set ``module.training = False`` on each, since ``module.eval()`` would recurse.
+    """
     _, head = find_head(model, head_module)
     chosen = set(trainable_names)
-    moving = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in chosen}
-    still: dict[nn.Module, None] = {}  # A dictionary keeps the order.
+    trained = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in chosen}
+    in_eval: dict[nn.Module, None] = {}  # a dictionary keeps the order
 
     def visit(module: nn.Module, inherited: bool) -> None:
+        # A module without parameters (dropout, stochastic depth) goes with its nearest ancestor that has some.
         own = [id(parameter) for parameter in module.parameters()]
-        moves = any(parameter in moving for parameter in own) if own else inherited
-        if not moves or (freeze_batchnorm and isinstance(module, _BatchNorm)):
-            still[module] = None
-        holds_head = any(part is head for part in module.modules())
+        trains = any(parameter in trained for parameter in own) if own else inherited
+        if not trains or (freeze_batchnorm and isinstance(module, _BatchNorm)):
+            in_eval[module] = None
+        has_head = any(part is head for part in module.modules())
         for child in module.children():
             # MobileNetV2 drops 80 % of the head's input: the regularizers would see features, and a rank, that no
             # probe of the released model ever sees.
-            if holds_head and isinstance(child, _DropoutNd):
-                still[child] = None
-            visit(child, moves)
+            if has_head and isinstance(child, _DropoutNd):
+                in_eval[child] = None
+            visit(child, trains)
 
     visit(model, False)
-    return list(still)
+    return list(in_eval)
 
 
-def has_batch_statistics(model: nn.Module, still: list[nn.Module]) -> bool:
-    """Tell whether any BatchNorm will normalize by the statistics of its batch."""
-    frozen = set(still)
+def has_batch_statistics(model: nn.Module, in_eval: list[nn.Module]) -> bool:
+    """Whether features depend on the other images of the batch, so that one pass over two sides is not two passes."""
+    frozen = set(in_eval)
     # Without running statistics, a BatchNorm uses those of the batch in eval mode as well.
     return any(
         isinstance(module, _BatchNorm) and (module not in frozen or module.running_mean is None)
@@ -135,13 +144,13 @@ def _block_list(model: PreTrainedModel, head: nn.Module) -> list[nn.Module]:
     if len(stages) > 1:
         return stages
     raise ScopeError(
-        f'"last_stage" should be the last of a list of blocks, but {type(model).__name__} has no such list; give '
-        f"trainable= a regular expression that matches the names of the parameters to train."
+        f'Expected a list of blocks for trainable="last_stage", found none in {type(model).__name__}. Give trainable= '
+        "a regular expression that matches the parameters to train."
     )
 
 
 def _unread(model: PreTrainedModel) -> list[nn.Module]:
-    """Modules behind the blocks of which no path leads to the head; they would wait for a gradient in vain."""
+    """Modules after the blocks that the head does not read, and which would get no gradient."""
     names = getattr(model, "unread_modules", family_of(model.config).unread)
     modules = dict(model.named_modules())
     return [modules[name] for name in names if name in modules]
@@ -160,13 +169,11 @@ def _size(module: nn.Module) -> int:
 def _stage_start(blocks: list[nn.Module]) -> int:
     last = max(index for index, block in enumerate(blocks) if _size(block))
     if _outermost(blocks[last], nn.ModuleList):
-        # The children are stages. Swin and FocalNet downsample at the end of a stage, so looking for it would mislead.
+        # The children are stages. Swin and FocalNet downsample at the end of a stage.
         return last
-    return max((index for index, block in enumerate(blocks) if _downsamples(block)), default=last)
-
-
-def _downsamples(block: nn.Module) -> bool:
-    return any(isinstance(part, nn.Conv2d) and max(part.stride) > 1 for part in block.modules())
+    convolutions = [[part for part in block.modules() if isinstance(part, nn.Conv2d)] for block in blocks]
+    strided = (i for i, parts in enumerate(convolutions) if any(max(part.stride) > 1 for part in parts))
+    return max(strided, default=last)
 
 
 def _matching(pattern: str, names: list[str]) -> list[str]:
@@ -174,33 +181,30 @@ def _matching(pattern: str, names: list[str]) -> list[str]:
         expression = re.compile(pattern)
     except re.error as error:
         raise ScopeError(
-            f'trainable= should be "last_stage", "all" or a regular expression, but {pattern!r} is invalid: {error}.'
+            f'Expected trainable= as "last_stage", "all" or a regular expression, found {pattern!r} ({error}). '
+            "Correct the expression."
         ) from error
-    moving = [name for name in names if expression.search(name)]
-    if not moving:
-        raise ScopeError(f"trainable={pattern!r} matches no parameter; parameters have names such as {_some(names)}.")
-    if len(moving) == len(names):
-        # "classifier|" and "." do so by mistake, and a network that moves as a whole is lost within some steps.
-        raise ScopeError(
-            f"trainable={pattern!r} matches every parameter, those of the head included, of names such as "
-            f'{_some(names)}; write trainable="all" if the whole model should move.'
-        )
-    return moving
+    chosen = [name for name in names if expression.search(name)]
+    if len(chosen) in (0, len(names)):
+        # "classifier|" and "." match all by mistake, and a network trained as a whole is lost within some steps.
+        found = f"{'every one' if chosen else 'none'} with trainable={pattern!r}"
+        remedy = 'Write trainable="all" to train all' if chosen else "Correct the expression"
+        raise ScopeError(f"Expected some parameters out of names such as {_some(names)}, found {found}. {remedy}.")
+    return chosen
 
 
-def _of_adapter(moving: list[str], adapter: list[str], trainable: str) -> list[str]:
-    chosen = set(moving)
-    kept = [name for name in adapter if name in chosen]
+def _of_adapter(chosen: list[str], adapter: list[str], trainable: str) -> list[str]:
+    wanted = set(chosen)
+    kept = [name for name in adapter if name in wanted]
     if not kept:
         raise ScopeError(
-            f"trainable={trainable!r} takes {len(moving)} parameters, none of which PEFT trains and saves: it does so "
-            f"with {len(adapter)}, of names such as {_some(adapter)}. Put an adapter there (target_modules, "
-            f'layers_to_transform), or write trainable="all" for those.'
+            f"Expected parameters that PEFT trains, of names such as {_some(adapter)}, found none among the "
+            f'{len(chosen)} of trainable={trainable!r}. Put an adapter there, or write trainable="all".'
         )
     if len(kept) < len(adapter) and trainable == "last_stage":
         logger.warning(
-            f"Of the {len(adapter)} parameters that PEFT trains, the {len(kept)} in the last stage move; "
-            f'trainable="all" moves all of them.'
+            f"Of the {len(adapter)} parameters that PEFT trains, the {len(kept)} in the last stage are trained; "
+            f'trainable="all" trains all of them.'
         )
     return kept
 

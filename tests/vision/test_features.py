@@ -84,7 +84,7 @@ def test_a_recorder_can_be_used_again(tiny, pixels):
 
 def test_a_recorder_is_not_entered_twice():
     captured = HeadInput(nn.Linear(2, 2))
-    with captured, pytest.raises(HeadError, match="already recording"), captured:
+    with captured, pytest.raises(HeadError, match="recording"), captured:
         pass
     assert not captured.head._forward_pre_hooks
 
@@ -119,13 +119,13 @@ def test_a_head_that_did_not_run_is_an_error(tiny, pixels):
     model = tiny("vit")
     with HeadInput(model.classifier) as captured:
         model.base_model(pixel_values=pixels)
-    with pytest.raises(HeadError, match="did not run"):
+    with pytest.raises(HeadError, match="did not"):
         _ = captured.features
 
 
 def test_a_head_that_runs_twice_is_an_error():
     head = nn.Linear(2, 2)
-    with pytest.raises(HeadError, match="ran twice"), HeadInput(head):
+    with pytest.raises(HeadError, match="second time"), HeadInput(head):
         head(head(torch.ones(1, 2)))
 
 
@@ -134,26 +134,18 @@ def test_an_input_with_tokens_is_an_error(tiny, pixels):
         penultimate_features(tiny("vit"), pixels, head_module="vit.layers.0.attention.q_proj")
 
 
-def test_a_head_that_is_also_a_part_of_the_backbone_is_refused(tiny):
+@pytest.mark.parametrize("other", ["second", "vit.extra", "vit.prototypes.weight"])
+def test_a_head_that_is_another_part_too_is_refused(tiny, other):
     model = tiny("vit")
-    model.vit.extra = model.classifier
-    with pytest.raises(HeadError, match=r"is the same module as 'vit.extra'.*module of its own"):
+    if other == "second":
+        model.second = model.classifier
+    elif other == "vit.extra":
+        model.vit.extra = model.classifier
+    else:
+        model.vit.prototypes = nn.Linear(16, 3, bias=False)
+        model.vit.prototypes.weight = model.classifier.weight
+    with pytest.raises(HeadError, match=other):
         find_head(model, "classifier")
-
-
-def test_a_head_under_two_names_is_refused(tiny):
-    model = tiny("vit")
-    model.second = model.classifier
-    with pytest.raises(HeadError, match="is the same module as 'second'"):
-        find_head(model)
-
-
-def test_a_head_tied_to_other_weights_is_refused(tiny):
-    model = tiny("vit")
-    model.vit.prototypes = nn.Linear(16, 3, bias=False)
-    model.vit.prototypes.weight = model.classifier.weight
-    with pytest.raises(HeadError, match=r"is tied to 'vit.prototypes.weight'.*weights of its own"):
-        find_head(model)
 
 
 @pytest.mark.parametrize("name", ["ViT", "Dinov2", "ResNet", "CLIPVision", "ConvNext"])
@@ -161,7 +153,7 @@ def test_a_bare_backbone_is_told_from_a_missing_head(name):
     config = getattr(hf, f"{name}Config")()
     with torch.device("meta"):
         backbone = getattr(hf, f"{name}Model")(config)
-    with pytest.raises(HeadError, match=rf"{name}Model is a bare backbone.*with_linear_head"):
+    with pytest.raises(HeadError, match=f"bare backbone {name}Model"):
         find_head(backbone)
 
 

@@ -53,7 +53,7 @@ class Stage(nn.Module):
 
 
 def test_a_model_without_blocks_asks_for_an_expression():
-    with pytest.raises(ScopeError, match=r"Plain has no such list.*regular expression"):
+    with pytest.raises(ScopeError, match="none in Plain"):
         last_stage(Plain())
 
 
@@ -67,7 +67,7 @@ def test_stages_that_stand_in_the_model_itself_are_found():
 def test_a_last_stage_that_is_everything_is_refused():
     model = Plain()
     model.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3))
-    with pytest.raises(ScopeError, match=r"of Plain no last stage can be told.*regular expression"):
+    with pytest.raises(ScopeError, match="none in Plain"):
         last_stage(model)
 
 
@@ -90,31 +90,19 @@ def test_an_expression_is_searched_in_names(tiny):
     assert moving == ["vit.layers.1.attention.q_proj.weight", "vit.layers.1.attention.q_proj.bias"]
 
 
-def test_an_invalid_expression_is_refused(tiny):
-    with pytest.raises(ScopeError, match=r"'\(' is invalid"):
-        select_trainable(tiny("vit"), "(")
-
-
-def test_an_expression_without_match_shows_real_names(tiny):
-    with pytest.raises(ScopeError, match=r"'last_block' matches no parameter.*'classifier.bias'"):
-        select_trainable(tiny("vit"), "last_block")
-
-
-def test_the_head_alone_is_refused(tiny):
-    with pytest.raises(ScopeError, match="the head 'classifier' alone"):
-        select_trainable(tiny("vit"), "^classifier")
-
-
-@pytest.mark.parametrize("pattern", ["", ".", "classifier|"])
-def test_an_expression_that_matches_everything_asks_for_the_word(tiny, pattern):
-    with pytest.raises(ScopeError, match=r'matches every parameter, those of the head included.*trainable="all"'):
-        select_trainable(tiny("vit"), pattern)
-
-
-def test_a_refused_expression_leaves_the_model_as_it_was(tiny):
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("(", r"'\(' \(missing"),
+        ("last_block", r"'classifier.bias', found none"),
+        ("^classifier", "the head 'classifier' alone"),
+        *((pattern, "every one") for pattern in ("", ".", "classifier|")),
+    ],
+)
+def test_an_expression_that_chooses_no_part_is_refused_and_changes_nothing(tiny, pattern, found):
     model = tiny("vit")
-    with pytest.raises(ScopeError):
-        select_trainable(model, "nothing like it")
+    with pytest.raises(ScopeError, match=found):
+        select_trainable(model, pattern)
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -194,4 +182,4 @@ def test_without_batch_statistics_one_forward_is_two(tiny, pixels):
 
 def test_a_batchnorm_without_running_statistics_uses_the_batch():
     norm = nn.BatchNorm2d(4, track_running_stats=False)
-    assert has_batch_statistics(norm, still=[norm])
+    assert has_batch_statistics(norm, in_eval=[norm])
