@@ -82,7 +82,7 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
         "",
         *(f"- {one}" for one in report.verdict()),
         "",
-        *(["Mind:", "", *(f"- {one}" for one in data.warnings), ""] if data.warnings else []),
+        *(["Warnings:", "", *(f"- {one}" for one in data.warnings), ""] if data.warnings else []),
         f"![Worst case by class of attackers]({figure})",
         "",
     ]
