@@ -151,7 +151,7 @@ def card(
 
 
 def _check_sources(benign: str | None, harmful: str | None, dataset: str | None, harmful_classes: list[str]) -> None:
-    """Either two sources or one with its harmful classes; what stands beside them would have no effect."""
+    """Either two sources or one with its harmful classes; anything in addition would have no effect."""
     of_one, of_two = [dataset is not None, bool(harmful_classes)], [benign is not None, harmful is not None]
     if not (all(of_one) and not any(of_two)) and not (all(of_two) and not any(of_one)):
         raise ArgumentError(

@@ -34,7 +34,7 @@ _ABSOLUTE = re.compile(
     r"(?:(?<![\w.:/\\~<%@#+*-])|(?<=file://))(?:/[\w.@+-]+(?:/[\w.@+-]+)+|[A-Za-z]:(?:\\\\?|/)\w[^\s\"'`<>|]*)"
 )
 _PERSONS = ("/home/", "/Users/", "/root/")
-# The same on every machine: telling them tells nothing.
+# The same on every machine: they give nothing away.
 _SYSTEMS = ("/bin/", "/dev/", "/etc/", "/lib/", "/lib64/", "/proc/", "/sbin/", "/sys/", "/usr/")
 _LONGEST_HEADER = 2**27
 

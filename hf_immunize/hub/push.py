@@ -221,7 +221,7 @@ def check_loads_back(
         )
 
 
-# All that leaves the building, beside the weights and the figures that the record names. The Trainer's
+# All that leaves the machine, in addition to the weights and the figures that the record names. The Trainer's
 # training_args.bin is not among them: it is a pickle with local paths and the token in it.
 ALLOWED = (
     CARD_NAME,

@@ -129,7 +129,7 @@ def verify(
         harmful: Harmful images.
         reference: The model before immunization, or where to load it from, to measure its κ's too.
         image_processor: In place of the one beside the weights.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         head_module: The classifier's name, where it cannot be found.
         revision: Branch, tag or commit on the Hub.
         token: In place of the one you are logged in with.
