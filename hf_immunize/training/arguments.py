@@ -17,7 +17,7 @@ from hf_immunize.training.objectives import AUTO, OBJECTIVES
 from hf_immunize.training.weighting import WeightRule
 
 
-# Names that an objective had before.
+# Old to new names of objectives.
 RENAMED = {"silence": "dead_relu"}
 CHOICES = {
     "benign_loss": ("distillation", "task", "both"),

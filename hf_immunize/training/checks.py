@@ -228,6 +228,17 @@ def check_reporting(args: ImmunizationArguments) -> None:
             ) from error
 
 
+def check_arguments(args: Any) -> None:
+    """Refuse arguments of another Trainer, and several GPUs in one process."""
+    if not isinstance(args, ImmunizationArguments):
+        raise ArgumentError(f"Expected args of type ImmunizationArguments, found {type(args).__name__}.")
+    if args.n_gpu > 1:
+        raise ArgumentError(
+            f"Expected one GPU a process, found {args.n_gpu} in this one, over which κ of a batch would be torn "
+            "apart. Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+
+
 def check_batches(args: ImmunizationArguments, processes: int) -> None:
     """Refuse ways of dealing out batches that take benign and harmful images apart, or leave processes waiting."""
     config: Any = args.accelerator_config

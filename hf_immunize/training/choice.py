@@ -25,7 +25,6 @@ from hf_immunize.vision.head import HeadInput
 
 if TYPE_CHECKING:
     from hf_immunize.training.arguments import ImmunizationArguments
-    from hf_immunize.training.step import ImmunizationStep
 
 
 logger = logging.get_logger(__name__)
@@ -160,14 +159,14 @@ def separability(benign: Tensor, harmful: Tensor) -> float | None:
     return round(float(separable(benign, harmful).double().mean()), 6)
 
 
-def describe_choices(step: ImmunizationStep, args: ImmunizationArguments) -> dict[str, str]:
+def describe_choices(choice: Choice, head_name: str, trainable: int, args: ImmunizationArguments) -> dict[str, str]:
     """What a run works with, and why, for its log and its record: option to a sentence."""
-    sizes, choice = args.batch_sizes, step.choice or Choice(step.objective, reason="not chosen yet")
+    sizes = args.batch_sizes
     why = "by name" if args.head_module else "the only linear layer that gives the logits"
     same = "by default as many as benign ones" if args.harmful_batch_size is None else "as asked"
     return {
         "objective": f"{choice.objective}: {choice.reason}",
-        "head_module": f"{step.head_name}: {why}",
-        "trainable": f"{len(step.moving)} parameters: trainable={args.trainable!r}",
+        "head_module": f"{head_name}: {why}",
+        "trainable": f"{trainable} parameters: trainable={args.trainable!r}",
         "harmful_batch_size": f"{sizes.harmful}: {same}",
     }

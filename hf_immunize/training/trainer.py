@@ -38,6 +38,7 @@ from hf_immunize.training.checkpoints import (
 )
 from hf_immunize.training.checks import (
     as_classifier,
+    check_arguments,
     check_batches,
     check_best_metric,
     check_checkpointing,
@@ -50,7 +51,7 @@ from hf_immunize.training.checks import (
     paired_rows,
     side_rows,
 )
-from hf_immunize.training.choice import describe_choices, draw_sample
+from hf_immunize.training.choice import Choice, describe_choices, draw_sample
 from hf_immunize.training.evaluation import (
     Evaluation,
     MeanLoss,
@@ -144,13 +145,7 @@ class ImmunizationTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else ImmunizationArguments()
-        if not isinstance(args, ImmunizationArguments):
-            raise ArgumentError(f"Expected args of type ImmunizationArguments, found {type(args).__name__}.")
-        if args.n_gpu > 1:
-            raise ArgumentError(
-                f"Expected one GPU a process, found {args.n_gpu} in this one, over which κ of a batch would be torn "
-                "apart. Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
-            )
+        check_arguments(args)
         check_sharding(args)
         check_batches(args, args.world_size)
         model = None if model is None else as_classifier(model, args)
@@ -212,7 +207,8 @@ class ImmunizationTrainer(Trainer):
     @property
     def choices(self) -> dict[str, str]:
         """What the run works with and why, by option: objective, head, scope and batch sizes."""
-        return describe_choices(self._step, self.args)
+        choice = self._step.choice or Choice(self.objective, reason="not chosen yet")
+        return describe_choices(choice, self._step.head_name, len(self._moving), self.args)
 
     def create_step(self, model: PreTrainedModel) -> ImmunizationStep:
         """What computes the loss of a pair of batches; override it to minimize something of your own."""
