@@ -79,18 +79,6 @@ def rank_cutoff(
     them), the second that of the decomposition. Each fold of a streamed factor rounds once more; the errors add up
     like a random walk, seen at ``0.15·√folds·eps_c·σ_max``, so the second term grows with the square root; and it is
     at least ``√max(N, D)·eps_c·σ_max``, since one decomposition of uncentred 5,000 × 784 data was seen at 12 units.
-
-    Args:
-        sigma_max: Largest singular value of ``Z``.
-        frobenius: Frobenius norm of ``Z``.
-        num_samples: N.
-        dim: D.
-        produced_dtype: The dtype in which the features were computed.
-        computed_dtype: The dtype in which the spectrum is computed.
-        folds: How many decompositions the matrix went through, one after the other.
-
-    Returns:
-        The threshold, in the units of the singular values.
     """
     n, d = float(num_samples), float(dim)
     noise = torch.finfo(produced_dtype).eps * (math.sqrt(n) + math.sqrt(d)) * frobenius / math.sqrt(n * d)

@@ -27,9 +27,9 @@ from hf_immunize.spectra.conditioning import grid_cutoff, rank_cutoff
 
 # Rows cast to float64 at a time: the whole of Z is never copied.
 CHUNK = 512
-# What a Gram matrix in float64 loses, in singular values.
 # Sizes of features of which the eighth power, which R_ill's gradient takes, neither overflows nor vanishes.
 _ORDINARY = (1e-20, 1e20)
+# What a Gram matrix in float64 loses, in singular values.
 _GRAM_NOISE = torch.finfo(torch.float64).eps ** 0.5
 
 
@@ -90,15 +90,6 @@ class Hessian:
     A Gram matrix in float64 resolves singular values of Z down to ``√eps·σ_1`` (1.5e-8), what float32 and coarser
     features hold above their own rounding. Of float64 features smaller ones are lost: give such features themselves.
 
-    Attributes:
-        matrix: H, shape ``(D, D)``, float64, symmetric, summed over all rows of all processes.
-        rows: N, the rows of all processes: the rank of H is at most N, and the rank rule needs it.
-        dtype: The dtype in which the features were computed, which says where their rounding noise lies.
-
-    Raises:
-        ShapeError: If the matrix is not square, or N is not positive.
-        ArgumentError: If the matrix is not of float64, or the dtype is none of torch's.
-
     Example:
         >>> from hf_immunize.spectra.regularizers import hessian_r_well
         >>> Z = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -108,9 +99,9 @@ class Hessian:
         (3.75, 3.75)
     """
 
-    matrix: Tensor
-    rows: int
-    dtype: torch.dtype
+    matrix: Tensor  # H, (D, D), float64, symmetric, summed over all rows of all processes
+    rows: int  # N, of all processes: the rank of H is at most N
+    dtype: torch.dtype  # of the features, which says where their rounding noise lies
 
     def __post_init__(self) -> None:
         as_matrix(self.matrix, "a Hessian", check_finite=False)
@@ -133,25 +124,15 @@ class Hessian:
 
 
 class Spectrum(NamedTuple):
-    """All eigenpairs of the small side, descending, with the rank rule as a mask.
+    """All eigenpairs of the small side, descending, with the rank rule as a mask."""
 
-    Attributes:
-        values: Eigenvalues, shape ``(n,)``, float64.
-        vectors: Columns, shape ``(n, n)``.
-        kept: Which values the rank rule keeps, shape ``(n,)``, boolean.
-        smallest: The smallest of these, 0-D.
-        gram: The decomposed matrix, shape ``(n, n)``.
-        dim: D, the dimension of the features.
-        noise: Relative spread of equal eigenvalues once the features are rounded to their dtype.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    kept: Tensor
-    smallest: Tensor
-    gram: Tensor
-    dim: int
-    noise: float
+    values: Tensor  # (n,), eigenvalues, float64
+    vectors: Tensor  # (n, n), columns
+    kept: Tensor  # (n,), which values the rank rule keeps
+    smallest: Tensor  # the smallest of these, 0-D
+    gram: Tensor  # (n, n), the decomposed matrix
+    dim: int  # D, the dimension of the features
+    noise: float  # relative spread of equal eigenvalues once the features are rounded to their dtype
 
     def top(self) -> Tensor:
         """Average of uuᵀ over the eigenspace of the largest value."""

@@ -204,8 +204,7 @@ def log_kappa_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
 
 
 def _form(form: Form, degree: int, wanted: bool) -> Form:
-    # An alias, since `scale_free` names an option of the callers.
-    return scale_free(form, degree) if wanted else form
+    return scale_free(form, degree) if wanted else form  # of which callers have an option of that name
 
 
 def _matrix_function(
