@@ -23,8 +23,7 @@ from hf_immunize.errors import (
     NonFiniteError,
     ShapeError,
 )
-from hf_immunize.spectra.checks import as_matrix, as_values, check_dtype, check_result
-from hf_immunize.spectra.conditioning import grid_cutoff, rank_cutoff
+from hf_immunize.spectra.checks import as_matrix, as_values, check_dtype, check_result, grid_cutoff, rank_cutoff
 
 
 def as_data(values: Any, name: str = "Z") -> torch.Tensor:

@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import ArgumentError, RankError, ShapeError
-from hf_immunize.spectra.checks import as_matrix, check_dtype, check_result, decomposing
-
-
-# How far above the norm of rounding noise a singular value must lie to count. The second singular value of the noise
-# in float32 features of a convolutional network was seen at 8 units, so 10 keeps noise out and little signal with it.
-_NOISE_MARGIN = 10.0
+from hf_immunize.spectra.checks import as_matrix, check_dtype, check_result, decomposing, grid_cutoff, rank_cutoff
 
 
 @dataclass(frozen=True)
@@ -61,36 +56,6 @@ class Conditioning:
         sign = "≥" if self.is_bound else "="
         lost = f" of {self.reference_rank} before" if self.is_bound else ""
         return f"κ {sign} {self.kappa:.4g} (rank {self.rank}{lost}, N = {self.num_samples}, D = {self.dim})"
-
-
-def rank_cutoff(
-    sigma_max: float,
-    frobenius: float,
-    num_samples: int,
-    dim: int,
-    produced_dtype: torch.dtype,
-    computed_dtype: torch.dtype = torch.float64,
-    folds: int = 1,
-) -> float:
-    """Threshold below which a singular value of ``Z`` is rounding noise.
-
-    ``10 · max( eps_f·(√N + √D)·‖Z‖_F/√(ND), eps_c·σ_max )``: the first term is the expected norm of a random matrix of
-    rounding errors of the dtype in which the features were *produced* (casting to float64 afterwards does not remove
-    them), the second that of the decomposition. Each fold of a streamed factor rounds once more; the errors add up
-    like a random walk, seen at ``0.15·√folds·eps_c·σ_max``, so the second term grows with the square root; and it is
-    at least ``√max(N, D)·eps_c·σ_max``, since one decomposition of uncentred 5,000 × 784 data was seen at 12 units.
-    """
-    n, d = float(num_samples), float(dim)
-    noise = torch.finfo(produced_dtype).eps * (math.sqrt(n) + math.sqrt(d)) * frobenius / math.sqrt(n * d)
-    growth = max(1.0, math.sqrt(folds) / 4, math.sqrt(max(n, d)) / _NOISE_MARGIN)
-    computed = torch.finfo(computed_dtype).eps * growth
-    return _NOISE_MARGIN * max(noise, computed * sigma_max)
-
-
-def grid_cutoff(num_samples: int, dim: int, produced_dtype: torch.dtype) -> float:
-    """`rank_cutoff` of values below the normal ones of their dtype, all of which are rounded to one grid."""
-    info = torch.finfo(produced_dtype)
-    return _NOISE_MARGIN * info.smallest_normal * info.eps * (math.sqrt(num_samples) + math.sqrt(dim))
 
 
 def singular_values(matrix: Tensor) -> Tensor:

@@ -21,8 +21,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError, ShapeError
-from hf_immunize.spectra.checks import as_matrix, binary_scale, check_count, check_dtype, check_result, times_power
-from hf_immunize.spectra.conditioning import grid_cutoff, rank_cutoff
+from hf_immunize.spectra.checks import (
+    as_matrix,
+    binary_scale,
+    check_count,
+    check_dtype,
+    check_result,
+    grid_cutoff,
+    rank_cutoff,
+    times_power,
+)
 
 
 # Rows cast to float64 at a time: the whole of Z is never copied.

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import RankError
-from hf_immunize.spectra.checks import as_matrix, binary_scale, check_result, times_power
-from hf_immunize.spectra.conditioning import grid_cutoff, rank_cutoff
+from hf_immunize.spectra.checks import as_matrix, binary_scale, check_result, grid_cutoff, rank_cutoff, times_power
 from hf_immunize.spectra.hessian_functions import (
     ClosedForm,
     Form,
