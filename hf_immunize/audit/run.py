@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import itertools
 import math
 import os
@@ -11,9 +12,9 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,101 +64,128 @@ logger = logging.get_logger(__name__)
 
 
 _TASKS = ("harmful", "benign", "unseen", "unrelated")
-_NAMES = ("head_module", "image_column", "label_column")
-_SWITCHES = ("progress", "trust_remote_code")
 # Generators take no larger seed.
 _LARGEST_SEED = 2**32 - 1
 
 
-def check_asked(model: Any, options: Mapping[str, Any]) -> Preset:
-    """Refuse what no audit can be made of.
+@dataclass(frozen=True)
+class AuditSettings:
+    """What an audit does; the command line, `audit` and the report read this one description.
 
-    Args:
-        model: As in `audit`.
-        options: Every other parameter of `audit` by its name.
-
-    Returns:
-        The preset, with the attackers that were asked for.
-
-    Raises:
-        ArgumentError: The first impossible value.
+    Attributes:
+        model: The immunized image classifier, or its folder or name on the Hub.
+        harmful: Labelled images of the harmful task: a folder, a parquet file, a name on the Hub, a
+            ``datasets.Dataset``, a ``DatasetDict``, or a pair (train, test) of such.
+        benign: The benign task, in the same forms, for utility and for benign learning speed.
+        reference: The model before immunization; without it nothing can be said about what immunization changed.
+        attackers: Names of attackers, to run some only; by default those of the preset.
+        preset: "quick", "standard" or "full".
+        unseen: Harmful images of classes that immunization did not see.
+        unrelated: A third task, which immunization should leave alone.
+        processing_class: Image processor, where the model is not given by its name and the data hold images.
+        run_dir: Where finished attacks and features are kept; the same call resumes an interrupted audit there.
+        head_module: The classifier's name, where it cannot be found without help.
+        image_column: Of all data sets, where it cannot be found.
+        label_column: The same.
+        test_fraction: Held out where data have no validation or test split; by default what training held out, by the
+            model's record, else 0.3.
+        max_images: At most so many training and test images of each task.
+        seed: Seed of splits of data, by default that of the model's record, else 42; the attackers' are 0, 1, ….
+        accuracies: To which steps are counted on both models, between 0 and 1, beside shares of what the reference
+            gives.
+        memory_limit: Bytes of memory to use; by default 60 % of what is free.
+        keep_features: Bytes of features to keep in ``run_dir`` for resuming, small ones first; 0 keeps none.
+        progress: Whether to show progress bars.
+        revision: Branch, tag or commit of the model on the Hub.
+        trust_remote_code: Run code that comes with a model.
     """
-    if model is None:
-        raise ArgumentError("Expected an image classifier, its folder or its name as model, found None. Give one.")
-    for name, given in {"model": model, **{name: options[name] for name in ("reference", *_TASKS)}}.items():
-        for part in given if isinstance(given, (tuple, list)) else (given,):
-            if isinstance(part, str) and not part.strip():
-                raise _wrong(name, "a name or a folder", part, "Give it, or leave it out.")
-    if options["harmful"] is None:
-        raise ArgumentError("Expected images of the harmful task as harmful, found None. Give a folder or a data set.")
-    for name in _NAMES:
-        if options[name] is not None and not (isinstance(options[name], str) and options[name].strip()):
-            raise _wrong(name, "a name", options[name], "Leave it out where it can be found without help.")
-    for name in _SWITCHES:
-        if not isinstance(options[name], bool):
-            raise _wrong(name, "True or False", options[name])
-    if not isinstance(options["revision"], str) or not options["revision"].strip():
-        raise _wrong("revision", "a branch, tag or commit", options["revision"])
-    _check_numbers(options)
-    _check_run_dir(options["run_dir"])
-    return _check_attackers(options["preset"], options["attackers"], options["reference"] is not None)
 
+    model: Any
+    _: KW_ONLY
+    harmful: Any
+    benign: Any = None
+    reference: Any = None
+    attackers: Sequence[str] | None = None
+    preset: str | Preset = "standard"
+    unseen: Any = None
+    unrelated: Any = None
+    processing_class: Any = None
+    run_dir: str | os.PathLike[str] | None = None
+    head_module: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    test_fraction: float | None = None
+    max_images: int | None = None
+    seed: int | None = None
+    accuracies: Sequence[float] = ()
+    memory_limit: int | None = None
+    keep_features: int = 2 * 2**30
+    progress: bool = True
+    revision: str = "main"
+    trust_remote_code: bool = False
 
-def _check_numbers(options: Mapping[str, Any]) -> None:
-    whole = {
-        "max_images": (2, None),
-        "seed": (0, _LARGEST_SEED),
-        "memory_limit": (1, None),
-        "keep_features": (0, None),
-    }
-    for name, (least, most) in whole.items():
-        value = options[name]
-        if value is None and name != "keep_features":
-            continue
-        if not _is_whole(value) or value < least or (most is not None and value > most):
-            span = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise _wrong(name, f"a whole number {span}", value)
-    fraction, accuracies = options["test_fraction"], options["accuracies"]
-    if fraction is not None and not _is_share(fraction):
-        raise _wrong("test_fraction", "a number between 0 and 1", fraction)
-    if isinstance(accuracies, (str, bytes)) or not isinstance(accuracies, Sequence):
-        raise _wrong("accuracies", "a list of accuracies to reach", accuracies)
-    for value in accuracies:
-        if not _is_share(value):
-            raise _wrong("accuracies", "accuracies to reach between 0 and 1", value)
+    def __post_init__(self) -> None:
+        if self.model is None:
+            raise ArgumentError("Expected an image classifier, its folder or its name as model, found None. Give one.")
+        for name in ("model", "reference", *_TASKS):
+            given = getattr(self, name)
+            for part in given if isinstance(given, (tuple, list)) else (given,):
+                if isinstance(part, str) and not part.strip():
+                    raise _wrong(name, "a name or a folder", part, "Give it, or leave it out.")
+        if self.harmful is None:
+            raise _wrong("harmful", "images of the harmful task", None, "Give a folder or a data set.")
+        for name in ("head_module", "image_column", "label_column"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                raise _wrong(name, "a name", value, "Leave it out where it can be found without help.")
+        for name in ("progress", "trust_remote_code"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, "True or False", getattr(self, name))
+        if not isinstance(self.revision, str) or not self.revision.strip():
+            raise _wrong("revision", "a branch, tag or commit", self.revision)
+        self._check_numbers()
+        folder = self.run_dir
+        if folder is not None and (not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder).strip()):
+            raise _wrong("run_dir", "a folder", folder, "Give one, or leave it out.")
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise _wrong("run_dir", "a folder", os.fspath(folder), "It is a file: choose another run directory.")
+        self.chosen()
 
+    def _check_numbers(self) -> None:
+        for name, least in (("max_images", 2), ("seed", 0), ("memory_limit", 1), ("keep_features", 0)):
+            value, most = getattr(self, name), _LARGEST_SEED if name == "seed" else math.inf
+            if value is None and name != "keep_features":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                span = f"from {least} to {most}" if name == "seed" else f"of at least {least}"
+                raise _wrong(name, f"a whole number {span}", value)
+        if self.test_fraction is not None and not _is_share(self.test_fraction):
+            raise _wrong("test_fraction", "a number between 0 and 1", self.test_fraction)
+        if isinstance(self.accuracies, (str, bytes)) or not isinstance(self.accuracies, Sequence):
+            raise _wrong("accuracies", "a list of accuracies to reach", self.accuracies)
+        for value in self.accuracies:
+            if not _is_share(value):
+                raise _wrong("accuracies", "accuracies to reach between 0 and 1", value)
 
-def _check_run_dir(folder: Any) -> None:
-    if folder is None:
-        return
-    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder).strip():
-        raise _wrong("run_dir", "a folder", folder, "Give one, or leave it out.")
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise _wrong("run_dir", "a folder", os.fspath(folder), "It is a file: choose another run directory.")
-
-
-def _check_attackers(preset: Any, attackers: Any, has_reference: bool) -> Preset:
-    if not isinstance(preset, (str, Preset)):
-        raise _wrong("preset", "the name of a preset", preset)
-    chosen = find_preset(preset) if isinstance(preset, str) else preset
-    if attackers is not None:
-        named = isinstance(attackers, Sequence) and not isinstance(attackers, (str, bytes))
-        if not named or not attackers or not all(isinstance(name, str) for name in attackers):
-            raise _wrong("attackers", "a list of names, one at least", attackers, "Leave it out for the preset's.")
-        chosen = chosen.only(list(attackers))
-    if not (chosen.probes or chosen.layer_probes or chosen.flattened_probes or chosen.fine_tuning):
-        if not chosen.restoring:
+    def chosen(self) -> Preset:
+        """The preset, with the attackers that were asked for."""
+        if not isinstance(self.preset, (str, Preset)):
+            raise _wrong("preset", "the name of a preset", self.preset)
+        chosen = find_preset(self.preset) if isinstance(self.preset, str) else self.preset
+        names = self.attackers
+        if names is not None:
+            listed = isinstance(names, Sequence) and not isinstance(names, (str, bytes))
+            if not listed or not names or not all(isinstance(name, str) for name in names):
+                raise _wrong("attackers", "a list of names, one at least", names, "Leave it out for the preset's.")
+            chosen = chosen.only(names)
+        if not chosen.attackers:
             raise _wrong("preset", "attackers", "none", "An audit without attackers would report nothing.")
-        if not has_reference:
+        if set(chosen.attackers) == set(chosen.restoring) and self.reference is None:
             raise ArgumentError(
                 f"Expected a reference for {' and '.join(chosen.restoring)}, which put its weights back, found "
                 "none. Give the model before immunization, or name other attackers."
             )
-    return chosen
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        return chosen
 
 
 def _is_share(value: Any) -> bool:
@@ -515,7 +543,7 @@ class Work:
     def _pixels(self, task: AttackedTask, most: int, most_test: int) -> Any:
         """Pixel values and labels to train and to test on, or a sentence why they cannot be held."""
         generator = torch.Generator().manual_seed(0)
-        parts: list[Any] = []
+        parts = []
         example = next(iter(task.train.batches(self.processor, 1, progress=False)))
         count = min(most, len(task.train)) + min(most_test, len(task.test))
         need = count * example.numel() * example.element_size()
@@ -526,8 +554,8 @@ class Work:
             )
         for images, limit in ((task.train, most), (task.test, most_test)):
             rows = torch.randperm(len(images), generator=generator)[:limit].sort().values
-            parts += [images.pixels(self.processor, rows), images.labels[rows]]
-        return Part(*parts, task.num_classes)
+            parts.append((images.pixels(self.processor, rows), images.labels[rows]))
+        return Part(*parts[0], *parts[1], task.num_classes)
 
     def _restore(self, task: AttackedTask, subject: str) -> None:
         """The public weights put back; in the reference they are already, so that it is read as it is."""
@@ -597,59 +625,13 @@ def _attacker(name: str) -> Attacker:
     return found
 
 
-def audit(
-    model: Any,
-    *,
-    harmful: Any,
-    benign: Any = None,
-    reference: Any = None,
-    attackers: Sequence[str] | None = None,
-    preset: str | Preset = "standard",
-    unseen: Any = None,
-    unrelated: Any = None,
-    processing_class: Any = None,
-    run_dir: str | os.PathLike[str] | None = None,
-    head_module: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    test_fraction: float | None = None,
-    max_images: int | None = None,
-    seed: int | None = None,
-    accuracies: Sequence[float] = (),
-    memory_limit: int | None = None,
-    keep_features: int = 2 * 2**30,
-    progress: bool = True,
-    revision: str = "main",
-    trust_remote_code: bool = False,
-) -> AuditReport:
+def audit(model: Any, **options: Any) -> AuditReport:
     """Attack an immunized model with everything there is, its reference with the same, and report.
 
     Args:
         model: The immunized image classifier, or its folder or name on the Hub.
-        harmful: Labelled images of the harmful task: a folder, a parquet file, a name on the Hub, a
-            ``datasets.Dataset``, a ``DatasetDict``, or a pair (train, test) of such.
-        benign: The benign task, in the same forms, for utility and for benign learning speed.
-        reference: The model before immunization; without it nothing can be said about what immunization changed.
-        attackers: Names of attackers, to run some only; by default those of the preset.
-        preset: "quick", "standard" or "full".
-        unseen: Harmful images of classes that immunization did not see.
-        unrelated: A third task, which immunization should leave alone.
-        processing_class: Image processor, where the model is not given by its name and the data hold images.
-        run_dir: Where finished attacks and features are kept; the same call resumes an interrupted audit there.
-        head_module: The classifier's name, where it cannot be found without help.
-        image_column: Of all data sets, where it cannot be found.
-        label_column: The same.
-        test_fraction: Held out where data have no validation or test split; by default what training held out, by the
-            model's record, else 0.3.
-        max_images: At most so many training and test images of each task.
-        seed: Seed of splits of data, by default that of the model's record, else 42; the attackers' are 0, 1, ….
-        accuracies: To which steps are counted on both models, between 0 and 1, beside shares of what the reference
-            gives.
-        memory_limit: Bytes of memory to use; by default 60 % of what is free.
-        keep_features: Bytes of features to keep in ``run_dir`` for resuming, small ones first; 0 keeps none.
-        progress: Whether to show progress bars.
-        revision: Branch, tag or commit of the model on the Hub.
-        trust_remote_code: Run code that comes with a model.
+        **options: The other fields of `AuditSettings`: ``harmful`` (required), ``benign``, ``reference``, ``preset``,
+            ``attackers``, ….
 
     Returns:
         `AuditReport`.
@@ -659,147 +641,52 @@ def audit(
         DataError: Data that cannot be used; the sentence says why and what to do.
         TrainingImagesError: Test images on which the model was trained, by its record.
     """
-    report = _audit(
-        ALONE,
-        model,
-        harmful=harmful,
-        benign=benign,
-        reference=reference,
-        attackers=attackers,
-        preset=preset,
-        unseen=unseen,
-        unrelated=unrelated,
-        processing_class=processing_class,
-        run_dir=run_dir,
-        head_module=head_module,
-        image_column=image_column,
-        label_column=label_column,
-        test_fraction=test_fraction,
-        max_images=max_images,
-        seed=seed,
-        accuracies=accuracies,
-        memory_limit=memory_limit,
-        keep_features=keep_features,
-        progress=progress,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    report = _audit(ALONE, AuditSettings(model, **options))
     assert report is not None  # the one process is the first
     return report
 
 
-def audit_over_processes(processes: Processes, model: Any, **options: Any) -> AuditReport | None:
-    """As `audit`, with images run through models by several processes, each its share.
+audit.__signature__ = inspect.signature(AuditSettings).replace(return_annotation=AuditReport)  # type: ignore[attr-defined]
 
-    To be called on all of them, with the same arguments. Attacks run on the first process alone, which may take hours:
-    the others are done when the features are. The report does not depend on the number of processes.
 
-    Args:
-        processes: Those that torchrun or ``accelerate launch`` started, as `launched` finds them.
-        model: As in `audit`.
-        **options: As in `audit`.
+def audit_over_processes(processes: Processes, settings: AuditSettings) -> AuditReport | None:
+    """As `audit`, called on all processes: each runs its share of the images, the first one attacks and reports.
 
-    Returns:
-        The report on the first process, None on the others.
-
-    Raises:
-        ProcessError: If another process failed.
-        ArgumentError, DataError: See `audit`.
+    The others end when the features are there, and return None. The report is that of one process.
     """
-    options = (audit.__kwdefaults__ or {}) | options
-    folder = options["run_dir"] or tempfile.gettempdir()
+    folder = settings.run_dir or tempfile.gettempdir()
     if not processes.share_folder(folder):
         first = processes.first
         processes.leave()
         if not first:
             return None
         logger.warning(f"The processes share no folder {folder}, so the first one extracts all features by itself.")
-        return _audit(ALONE, model, **options)
-    return _audit(processes, model, **options)
+        return _audit(ALONE, settings)
+    return _audit(processes, settings)
 
 
-def _audit(
-    processes: Processes,
-    model: Any,
-    *,
-    harmful: Any,
-    benign: Any,
-    reference: Any,
-    attackers: Sequence[str] | None,
-    preset: str | Preset,
-    unseen: Any,
-    unrelated: Any,
-    processing_class: Any,
-    run_dir: str | os.PathLike[str] | None,
-    head_module: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    test_fraction: float | None,
-    max_images: int | None,
-    seed: int | None,
-    accuracies: Sequence[float],
-    memory_limit: int | None,
-    keep_features: int,
-    progress: bool,
-    revision: str,
-    trust_remote_code: bool,
-) -> AuditReport | None:
-    asked = {name: value for name, value in locals().items() if name not in ("processes", "model")}
-    chosen = check_asked(model, asked)
+def _audit(processes: Processes, settings: AuditSettings) -> AuditReport | None:
+    chosen = settings.chosen()
     start = time.time()
     warnings: list[str] = []
-    progress = progress and processes.first
-
-    def load() -> tuple[dict[str, PreTrainedModel], Any, dict[str, str], list[AttackedTask]]:
-        loaded = _load_models(model, reference, processing_class, revision, trust_remote_code, processes.device)
-        models = loaded[0]
-        if "reference" not in models:
-            warnings.append(
-                "No reference was given: accuracies are absolute, and what immunization changed cannot be told. Give "
-                "the model before immunization."
-            )
-        else:
-            changed_parameters(models["immunized"], models["reference"])  # refuses another architecture
-        if chosen.random:
-            models["random"] = _random_like(models["immunized"])
-        record = _record_of(model, revision, warnings)
-        drawn = HeldOut.seed if record is None else record.method.seed
-        sources = {"harmful": harmful, "unseen": unseen, "benign": benign, "unrelated": unrelated}
-        tasks = [
-            load_task(
-                name,
-                source,
-                warnings,
-                draw=draw_like(record, name, test_fraction, seed),
-                image_column=image_column,
-                label_column=label_column,
-                max_images=max_images,
-                seed=drawn if seed is None else seed,
-                required=name != "benign",
-            )
-            for name, source in sources.items()
-            if source is not None
-        ]
-        for task in tasks:
-            measured = task.test.rows.subset(sorted({*task.test.indices, *task.utility.indices}))
-            refuse_training_images(getattr(record, task.name, None), measured, f"{task.name} test")
-        return *loaded, tasks
-
-    models, processor, names, tasks = processes.run_on_all_ranks(load)
-    memory = memory_limit or int(0.6 * psutil.virtual_memory().available)
+    progress = settings.progress and processes.first
+    loaded = processes.run_on_all_ranks(lambda: _load(settings, chosen, warnings, processes.device))
+    models, processor, names, tasks = loaded
+    memory = settings.memory_limit or int(0.6 * psutil.virtual_memory().available)
     memory = _load_images(tasks, processor, memory, progress, processes)
     warnings += overlaps(tasks)
     warnings += [f"{task.problem}; it was not attacked." for task in tasks if task.problem]
     hashes = {f"{t.name} {s}": [*i.hashes, i.labels.numpy().tobytes()] for t in tasks for s, i in _sides(t)}
     mark = fingerprint(models, hashes, {"preset": _without_choice(chosen), "version": PRESET_VERSION})
-    journal = processes.run_on_all_ranks(lambda: Journal(run_dir if processes.first else None, mark, warnings))
-    folder = None if run_dir is None or not processes.first else os.path.join(run_dir, "features")
-    kept = FeatureStore(folder, keep_features, warnings)
-    plan = Plan(chosen, models, tasks, processor, journal, head_module, memory)
+    run_dir = settings.run_dir if processes.first else None
+    journal = processes.run_on_all_ranks(lambda: Journal(run_dir, mark, warnings))
+    folder = None if run_dir is None else os.path.join(run_dir, "features")
+    kept = FeatureStore(folder, settings.keep_features, warnings)
+    plan = Plan(chosen, models, tasks, processor, journal, settings.head_module, memory)
     work = Work(plan, warnings, progress, kept)
     with ExitStack() as stack:
         if processes.count > 1:
-            work.stored = stack.enter_context(_extracted_by_all(work, processes, run_dir))
+            work.stored = stack.enter_context(_extracted_by_all(work, processes, settings.run_dir))
             # The others are done, and nobody waits in a collective for the attacks.
             processes.leave()
             if not processes.first:
@@ -812,7 +699,7 @@ def _audit(
             reference=names.get("reference"),
             preset=chosen.name,
             preset_version=PRESET_VERSION,
-            budget=_budget(chosen, max_images),
+            budget=_budget(chosen, settings.max_images),
             tasks={task.name: task.describe() for task in tasks},
             outcomes=[journal.outcomes[key] for key in work.order],
             utility=standing.utility(),
@@ -822,7 +709,7 @@ def _audit(
             machine=_machine() | {"features kept": f"{kept.size / 2**20:,.1f} MiB"},
             # A resumed audit cost what its parts cost.
             seconds=max(time.time() - start, total),
-            accuracies=list(accuracies),
+            accuracies=list(settings.accuracies),
         )
     )
 
@@ -846,6 +733,51 @@ def _extract_own(stored: StoredPasses, wanted: Pass, work: Work, process: int) -
     with underflow_to_zero():  # as in `Work.run`
         extraction = work.compute(wanted)
     stored.write(wanted, extraction, process)
+
+
+def _load(
+    settings: AuditSettings, chosen: Preset, warnings: list[str], device: torch.device
+) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str], list[AttackedTask]]:
+    """Models, image processor, names and tasks."""
+    loaded = _load_models(
+        settings.model,
+        settings.reference,
+        settings.processing_class,
+        settings.revision,
+        settings.trust_remote_code,
+        device,
+    )
+    models = loaded[0]
+    if "reference" not in models:
+        warnings.append(
+            "No reference was given: accuracies are absolute, and what immunization changed cannot be told. Give "
+            "the model before immunization."
+        )
+    else:
+        changed_parameters(models["immunized"], models["reference"])  # refuses another architecture
+    if chosen.random:
+        models["random"] = _random_like(models["immunized"])
+    record = _record_of(settings.model, settings.revision, warnings)
+    drawn = HeldOut.seed if record is None else record.method.seed
+    tasks = [
+        load_task(
+            name,
+            getattr(settings, name),
+            warnings,
+            draw=draw_like(record, name, settings.test_fraction, settings.seed),
+            image_column=settings.image_column,
+            label_column=settings.label_column,
+            max_images=settings.max_images,
+            seed=drawn if settings.seed is None else settings.seed,
+            required=name != "benign",
+        )
+        for name in ("harmful", "unseen", "benign", "unrelated")
+        if getattr(settings, name) is not None
+    ]
+    for task in tasks:
+        measured = task.test.rows.subset(sorted({*task.test.indices, *task.utility.indices}))
+        refuse_training_images(getattr(record, task.name, None), measured, f"{task.name} test")
+    return *loaded, tasks
 
 
 def _load_models(

@@ -107,7 +107,7 @@ def audit(
     import transformers
 
     from hf_immunize.attacks.presets import find_preset
-    from hf_immunize.audit.run import audit_over_processes
+    from hf_immunize.audit.run import AuditSettings, audit_over_processes
     from hf_immunize.features.ranks import launched
     from hf_immunize.files import check_writable, remove_leftovers
     from hf_immunize.hub.card import CARD_NAME, attach_audit, attachable_record
@@ -139,8 +139,7 @@ def audit(
     harmful_data, benign_data = _data(
         harmful, benign, dataset, harmful_classes, harmful_test, benign_test, label_column, draw
     )
-    report = audit_over_processes(
-        processes,
+    settings = AuditSettings(
         model,
         harmful=harmful_data,
         benign=benign_data,
@@ -161,6 +160,7 @@ def audit(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    report = audit_over_processes(processes, settings)
     if report is None:
         return  # not the first of several processes: its part is done
     report.write(output_dir)
