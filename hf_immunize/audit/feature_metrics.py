@@ -19,12 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Standing:
-    """Noted while features pass by; the reference has to come before the immunized model.
-
-    Args:
-        warnings: Sentences for the report are appended here.
-    """
+class FeatureMetrics:
+    """Noted while features pass by; the reference has to come before the immunized model."""
 
     def __init__(self, warnings: list[str]) -> None:
         self.warnings = warnings
@@ -33,14 +29,7 @@ class Standing:
         self._hits: dict[str, Tensor] = {}
 
     def note_features(self, subject: str, task: str, features: Tensor, produced_dtype: torch.dtype) -> None:
-        """Measure the spectrum of the classifier's input.
-
-        Args:
-            subject: "immunized" or "reference".
-            task: "harmful" or "benign".
-            features: Of the training images, ``(N, D)``.
-            produced_dtype: Precision of the model that computed them.
-        """
+        """Measure the spectrum of the classifier's input."""
         before = self._conditioning.get(("reference", task)) if subject == "immunized" else None
         if before is None and not features.any():
             self.warnings.append(
@@ -53,14 +42,7 @@ class Standing:
         self._sigma[subject, task] = singular_values(features).tolist()
 
     def note_logits(self, model: PreTrainedModel, subject: str, task: AttackedTask, logits: Tensor) -> None:
-        """Compare the released classifier's answers on benign test images with their labels.
-
-        Args:
-            model: Whose logits they are.
-            subject: "immunized" or "reference".
-            task: The benign task.
-            logits: Of `AttackedTask.utility`, ``(n, C)``.
-        """
+        """Compare the released classifier's answers on benign test images with their labels."""
         self._hits[subject] = logits.argmax(dim=1) == expected_outputs(model, task, self.warnings)
 
     def spectra(self) -> list[FeatureSpectrum]:
@@ -90,16 +72,7 @@ class Standing:
 
 
 def expected_outputs(model: PreTrainedModel, task: AttackedTask, warnings: list[str]) -> Tensor:
-    """The output of the classifier that stands for each benign test image's label, by name where both have names.
-
-    Args:
-        model: The classifier.
-        task: The benign task.
-        warnings: A sentence is appended where names do not tell.
-
-    Returns:
-        Output numbers, ``(n,)``; −1 for classes that the classifier does not know.
-    """
+    """The output of the classifier that stands for each benign test image's label, by name where both have names."""
     names, labels = task.label_names, task.utility.labels
     outputs = outputs_by_name(names, model.config)
     if outputs is not None:

@@ -29,23 +29,7 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """Finished outcomes, one line of JSON each, appended whole or not at all.
-
-    Args:
-        folder: The run directory; None keeps outcomes in memory alone.
-        fingerprint: Of weights, data, preset; see `fingerprint`.
-        warnings: A sentence is appended where a half-written line is dropped.
-
-    Raises:
-        ArgumentError: If the directory holds the outcomes of other weights, data or budgets.
-        CheckpointError: If it cannot be written.
-
-    Example:
-        >>> journal = Journal(None, "abc", [])
-        >>> journal.add(Outcome("ridge", "head_input", "immunized", "harmful", "head", 0, "float64"))
-        >>> "ridge" in next(iter(journal.outcomes))
-        True
-    """
+    """Finished outcomes, one line of JSON each, appended whole or not at all."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: str, warnings: list[str]) -> None:
         self.outcomes: dict[str, Outcome] = {}
@@ -128,16 +112,7 @@ def key_of(outcome: Outcome) -> str:
 
 
 def fingerprint(models: dict[str, nn.Module], hashes: dict[str, list[bytes]], settings: dict[str, Any]) -> str:
-    """One number for weights, images, labels and budgets.
-
-    Args:
-        models: Subject to model.
-        hashes: Name to the hashes of a set of images (and of its labels).
-        settings: Plain values.
-
-    Returns:
-        32 hexadecimal digits.
-    """
+    """One number for weights, images, labels and budgets."""
     total = hashlib.blake2b(digest_size=16)
     for name, model in sorted(models.items()):
         total.update(name.encode())
@@ -151,37 +126,13 @@ def fingerprint(models: dict[str, nn.Module], hashes: dict[str, list[bytes]], se
 
 
 def save_kept(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write tensors for `read_kept`.
-
-    Args:
-        tensors: Name to tensor, on the CPU.
-        path: File to write.
-    """
+    """Write tensors for `read_kept`."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, path, {name: tensors_hash([(name, tensor)]) for name, tensor in whole.items()})
 
 
 def read_kept(path: str | os.PathLike[str], name: str) -> Tensor:
-    """Read a tensor that `save_kept` wrote.
-
-    Args:
-        path: File to read.
-        name: Of the tensor.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        ValueError: If it is not the tensor that was written, or has no checksum.
-        OSError, SafetensorError: If there is no such file or tensor, or the file is cut off.
-
-    Example:
-        >>> import tempfile, torch
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_kept({"values": torch.ones(2)}, f"{folder}/kept")
-        ...     read_kept(f"{folder}/kept", "values")
-        tensor([1., 1.])
-    """
+    """Read a tensor that `save_kept` wrote."""
     with safe_open(path, "pt") as file:
         tensor: Tensor = file.get_tensor(name)
         known = (file.metadata() or {}).get(name)
@@ -200,17 +151,6 @@ class FeatureStore:
 
     A file's name is a digest of the weights, the model's configuration, the images as the model sees them (so of the
     data and of the processor), the layer and the view: what it holds cannot be taken for anything else.
-
-    Args:
-        folder: Where they are kept; None keeps none.
-        limit: Bytes that all of them may take, at most half of what the disk has free; 0 keeps none.
-        warnings: A sentence is appended where they cannot be written.
-
-    Example:
-        >>> store = FeatureStore(None, 0, [])
-        >>> model = nn.Linear(2, 2)
-        >>> store.through(model, [b"image"], [], lambda views: Extraction(torch.ones(1, 2), torch.ones(1, 2))).features
-        tensor([[1., 1.]])
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, limit: int, warnings: list[str]) -> None:
@@ -232,17 +172,7 @@ class FeatureStore:
         views: list[View],
         extract: Callable[[list[View]], Extraction],
     ) -> Extraction:
-        """What was kept, and for the rest one pass over the images.
-
-        Args:
-            model: Whose features they are.
-            hashes: Of the images, in order.
-            views: What to read beside the classifier's inputs and outputs.
-            extract: Makes the pass, given the views that are missing.
-
-        Returns:
-            The extraction with all views.
-        """
+        """What was kept, and for the rest one pass over the images."""
         if self.folder is None:
             return extract(views)
         labels = ["features", "logits", *(layer.label(view) for layer, view in views)]
@@ -258,16 +188,7 @@ class FeatureStore:
         return Extraction(found.pop("features"), found.pop("logits"), found)
 
     def holds(self, model: nn.Module | PreTrainedModel, hashes: list[bytes], views: list[View]) -> bool:
-        """Whether `through` would make no pass.
-
-        Args:
-            model: Whose features they are.
-            hashes: Of the images, in order.
-            views: What would be read.
-
-        Returns:
-            Whether all of it is there.
-        """
+        """Whether `through` would make no pass."""
         if self.folder is None:
             return False
         labels = ["features", "logits", *(layer.label(view) for layer, view in views)]

@@ -31,7 +31,7 @@ from hf_immunize.attacks.attacker import Attacker, Found, guarded
 from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_attacker, find_preset
 from hf_immunize.attacks.probe_data import Part, ProbeData
 from hf_immunize.attacks.restore import changed_parameters, interpolate
-from hf_immunize.audit.feature_metrics import Standing
+from hf_immunize.audit.feature_metrics import FeatureMetrics
 from hf_immunize.audit.journal import FeatureStore, Journal, View, fingerprint, key_of
 from hf_immunize.audit.passes import Pass, StoredPasses, make_folder
 from hf_immunize.audit.report import AuditReport
@@ -203,17 +203,7 @@ TUNING_WEIGHT = 20.0
 
 
 class Plan:
-    """What is attacked by what, as far as the journal does not hold it already.
-
-    Args:
-        preset: Attackers and budgets.
-        models: "immunized", and where there are such "reference" and "random".
-        tasks: "harmful" first; their images are loaded.
-        processor: Image processor.
-        journal: Where outcomes are kept.
-        head_module: The classifier's name, where it cannot be found without help.
-        memory: Bytes that features and images of attacks may take.
-    """
+    """What is attacked by what, as far as the journal does not hold it already."""
 
     def __init__(
         self,
@@ -340,14 +330,7 @@ class Plan:
 
 
 class Work:
-    """One audit under way: what is attacked, by what, and what was found.
-
-    Args:
-        plan: What is attacked by what, and where outcomes are kept.
-        warnings: Sentences for the report are appended here.
-        progress: Whether to show progress bars.
-        kept: Features of an interrupted run.
-    """
+    """One audit under way: what is attacked, by what, and what was found."""
 
     def __init__(
         self,
@@ -360,7 +343,7 @@ class Work:
         self.preset, self.models, self.tasks, self.processor = plan.preset, plan.models, plan.tasks, plan.processor
         self.journal, self.head_module, self.memory = plan.journal, plan.head_module, plan.memory
         self.order: list[str] = []
-        self.standing = Standing(warnings)
+        self.metrics = FeatureMetrics(warnings)
         self.head_data: dict[tuple[str, str], ProbeData] = {}
         # What several processes have extracted before; None where this one does it as it goes.
         self.stored: StoredPasses | None = None
@@ -369,8 +352,8 @@ class Work:
         self.seen: dict[str, bytes] = {}
         self._mixture: tuple[float, PreTrainedModel] | None = None
 
-    def run(self) -> Standing:
-        """Run all attacks that are not in the journal; returns what was measured beside them."""
+    def run(self) -> FeatureMetrics:
+        """Run all attacks that are not in the journal; returns what was measured in addition."""
         self.bar = tqdm(
             total=self.plan.expected(),
             disable=not self.progress,
@@ -388,7 +371,7 @@ class Work:
                     self._restore(self.plan.able[0], subject)
         finally:
             self.bar.close()
-        return self.standing
+        return self.metrics
 
     # ---- images through models
 
@@ -443,9 +426,9 @@ class Work:
         train = self._extracted(Pass(subject, task.name, "train", ahead))
         test = self._extracted(Pass(subject, task.name, "test", ahead)) if len(task.test) else None
         if task.name in ("harmful", "benign") and subject != "random":
-            self.standing.note_features(subject, task.name, train.features, next(model.parameters()).dtype)
+            self.metrics.note_features(subject, task.name, train.features, next(model.parameters()).dtype)
         if task.name == "benign" and subject != "random":
-            self.standing.note_logits(model, subject, task, self._utility_logits(task, subject, test))
+            self.metrics.note_logits(model, subject, task, self._utility_logits(task, subject, test))
         if task.problem or test is None:
             return
         data = ProbeData(train.features, task.train.labels, test.features, task.test.labels, task.num_classes)
@@ -523,18 +506,18 @@ class Work:
                 )
                 if key_of(outcome) not in self.journal.outcomes and pixels is None:
                     pixels = self._pixels(task, budget.max_images, budget.max_test_images)
-                held = pixels
+                kept = pixels
 
                 def attack(
-                    held: Any = held,
+                    kept: Any = kept,
                     seed: int = seed,
                     settings: Any = settings,
                     attacker: str = attacker,
                     model: PreTrainedModel = model,
                 ) -> Found:
-                    if isinstance(held, str):
-                        return Found(None, status="skipped", note=held)
-                    return _attacker(attacker).run(model, held, budget, seed, self.head_module, settings)
+                    if isinstance(kept, str):
+                        return Found(None, status="skipped", note=kept)
+                    return _attacker(attacker).run(model, kept, budget, seed, self.head_module, settings)
 
                 self._attack(outcome, attack, TUNING_WEIGHT)
                 # The first seed chooses the optimizer and the rate for the others.
@@ -691,7 +674,7 @@ def _audit(processes: Processes, settings: AuditSettings) -> AuditReport | None:
             processes.leave()
             if not processes.first:
                 return None
-        standing = work.run()
+        metrics = work.run()
     total = sum(outcome.seconds for outcome in journal.outcomes.values())
     return AuditReport(
         AuditResult(
@@ -702,9 +685,9 @@ def _audit(processes: Processes, settings: AuditSettings) -> AuditReport | None:
             budget=_budget(chosen, settings.max_images),
             tasks={task.name: task.describe() for task in tasks},
             outcomes=[journal.outcomes[key] for key in work.order],
-            utility=standing.utility(),
-            spectra=standing.spectra(),
-            rir=standing.ratio(),
+            utility=metrics.utility(),
+            spectra=metrics.spectra(),
+            rir=metrics.ratio(),
             warnings=warnings,
             machine=_machine() | {"features kept": f"{kept.size / 2**20:,.1f} MiB"},
             # A resumed audit cost what its parts cost.

@@ -58,17 +58,7 @@ class Images:
         return len(self.own) == len(self)
 
     def load(self, processor: Any, memory: int, progress: bool = True, processes: Processes = ALONE) -> int:
-        """Decode and process images once, for their hashes, and hold them if they all would fit; collective.
-
-        Args:
-            processor: Image processor.
-            memory: Bytes they may take.
-            progress: Whether to show a progress bar.
-            processes: Those that share the work; each takes whole batches, those that a single one would.
-
-        Returns:
-            Bytes that all of them would take here, if they are held, however many processes hold them.
-        """
+        """Decode and process images once, for their hashes, and hold them if they all would fit; collective."""
         batches = [range(start, min(start + _BATCH, len(self))) for start in range(0, len(self), _BATCH)]
         part = processes.share(batches)
         self.own = range(part[0].start, part[-1].stop) if part else range(0)
@@ -175,25 +165,7 @@ def load_task(
     seed: int = HeldOut.seed,
     required: bool = True,
 ) -> AttackedTask:
-    """Find and check the images of a task, without decoding any.
-
-    Args:
-        name: "harmful", "unseen", "benign" or "unrelated".
-        source: A name or path as `load_image_dataset` takes it, a data set, a ``DatasetDict``, or (train, test).
-        warnings: Sentences for the report are appended here.
-        draw: How images to measure on are held out where there is no validation or test split.
-        image_column: The image column, where it cannot be found.
-        label_column: The label column, where it cannot be found.
-        max_images: At most so many images to learn from, and so many to measure on.
-        seed: Seed of the choice of images.
-        required: Whether a task that cannot be learned is an error; otherwise `AttackedTask.problem` says so.
-
-    Returns:
-        The task.
-
-    Raises:
-        DataError: If there are no images, no labels, fewer than two classes, or no class in both parts.
-    """
+    """Find and check the images of a task, without decoding any."""
     parts = _divided(name, source, draw, warnings)
     sides = []
     for part, side in ((parts.train, "training"), (parts.test, "test")):
@@ -256,14 +228,7 @@ def load_task(
 
 
 def overlaps(tasks: list[AttackedTask]) -> list[str]:
-    """Sentences on images that occur where they should not: in training and test data, or in two tasks.
-
-    Args:
-        tasks: Tasks whose images are loaded.
-
-    Returns:
-        One sentence for each overlap found by hash of the processed image.
-    """
+    """Sentences on images that occur where they should not: in training and test data, or in two tasks."""
     sentences = []
     hashes = {task.name: (set(task.train.hashes), set(task.test.hashes)) for task in tasks}
     for task in tasks:

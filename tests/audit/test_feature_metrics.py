@@ -2,19 +2,19 @@
 
 import torch
 
-from hf_immunize.audit.feature_metrics import Standing
+from hf_immunize.audit.feature_metrics import FeatureMetrics
 
 
 def noted(*tasks, collapse=False):
     Z = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    standing = Standing([])
+    metrics = FeatureMetrics([])
     for subject in ("reference", "immunized"):
         for task in tasks:
             scale = torch.ones(6, dtype=torch.float64)
             if (subject, task) == ("immunized", "harmful"):
                 scale[0] = 0.0 if collapse else 1e-3
-            standing.note_features(subject, task, Z * scale, torch.float64)
-    return standing
+            metrics.note_features(subject, task, Z * scale, torch.float64)
+    return metrics
 
 
 def test_ratio_has_its_parts():
@@ -24,9 +24,9 @@ def test_ratio_has_its_parts():
 
 
 def test_collapse_is_a_bound_and_not_good_conditioning():
-    standing = noted("harmful", "benign", collapse=True)
-    assert standing.ratio()["bound"] == "lower"
-    assert [one.is_bound for one in standing.spectra() if one.subject == "immunized"] == [True, False]
+    metrics = noted("harmful", "benign", collapse=True)
+    assert metrics.ratio()["bound"] == "lower"
+    assert [one.is_bound for one in metrics.spectra() if one.subject == "immunized"] == [True, False]
 
 
 def test_without_benign_data_there_is_no_ratio():
@@ -39,6 +39,6 @@ def test_without_benign_data_there_is_no_utility():
 
 def test_features_that_are_all_zero_are_said_and_not_an_error():
     warnings = []
-    standing = Standing(warnings)
-    standing.note_features("immunized", "harmful", torch.zeros(6, 3), torch.float32)
-    assert standing.spectra() == [] and "all zero" in " ".join(warnings).replace("are zero", "all zero")
+    metrics = FeatureMetrics(warnings)
+    metrics.note_features("immunized", "harmful", torch.zeros(6, 3), torch.float32)
+    assert metrics.spectra() == [] and "all zero" in " ".join(warnings).replace("are zero", "all zero")
