@@ -107,9 +107,7 @@ def fine_tune(
         "steps": steps[-1] if steps else 0,
         "batch_size": min(budget.batch_size, len(data.y)),
     }
-    if note:
-        return Found(None, steps, curve, settings, trials, "diverged", note)
-    return Found(curve[-1], steps, curve, settings, trials)
+    return Found(None if note else curve[-1], steps, curve, settings, trials, "diverged" if note else "done", note)
 
 
 def prepare(

@@ -178,12 +178,7 @@ class ImmunizationTrainer(Trainer):
         if args.fp16 and args.device.type == "cpu":
             logger.warning("fp16=True does nothing on a CPU: this run is in full precision. bf16=True works there.")
         check_best_metric(args, harmful_eval_dataset)
-        self._harmful_eval = self._rows(harmful_eval_dataset, "harmful_eval_dataset", labels="ignored")
-        if isinstance(eval_dataset, dict):
-            self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in eval_dataset.items()}
-        else:
-            self.eval_dataset = self._rows(eval_dataset, "eval_dataset")
-        self.evidence.remarks += degenerate_sides(self._sides, (self.eval_dataset, self._harmful_eval))
+        self._take_evaluation_data(eval_dataset, harmful_eval_dataset)
         # Through the starting weights, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
         self._measured_again: set[str] = set()
@@ -191,6 +186,14 @@ class ImmunizationTrainer(Trainer):
         self._latest: dict[str, Measurement] = {}
         self._mean_loss = MeanLoss()
         self._evaluation: Evaluation | None = None
+
+    def _take_evaluation_data(self, benign: Any, harmful: Any) -> None:
+        self._harmful_eval = self._rows(harmful, "harmful_eval_dataset", labels="ignored")
+        if isinstance(benign, dict):
+            self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in benign.items()}
+        else:
+            self.eval_dataset = self._rows(benign, "eval_dataset")
+        self.evidence.remarks += degenerate_sides(self._sides, (self.eval_dataset, self._harmful_eval))
 
     def _set_scope(self, model: PreTrainedModel) -> None:
         check_classifier(model)

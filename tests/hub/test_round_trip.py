@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -26,7 +27,6 @@ from hf_immunize.vision.head import find_head
 from hf_immunize.vision.loading import load_classifier
 
 
-peft = pytest.importorskip("peft", reason="install the extra 'test'")
 REPO, BASE = f"{USER}/immunized", f"{USER}/base"
 SMALL = ("vit", "dinov2", "swin", "resnet", "convnext", "mobilenet_v2")
 
