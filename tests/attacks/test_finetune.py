@@ -70,8 +70,9 @@ def test_what_is_frozen_is_computed_once_and_changes_no_curve(build, monkeypatch
 
 
 @pytest.mark.outcome
-def test_one_diverging_rate_does_not_hide_a_sound_one():
-    found = fine_tune("whole_network", tiny_vit(), SMALL, budget(60, 15, {"sgd": (1e30, 1e-2)}), 0)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_one_diverging_rate_does_not_hide_a_sound_one(seed):
+    found = fine_tune("whole_network", tiny_vit(), SMALL, budget(60, 15, {"sgd": (1e30, 1e-2)}), seed)
     assert found.settings["learning_rate"] == 1e-2
 
 

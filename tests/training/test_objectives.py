@@ -54,14 +54,15 @@ def test_a_step_down_the_harmful_term_moves_harmful_features_alone(name):
 
 
 @pytest.mark.outcome
+@pytest.mark.parametrize("seed", [0, 10, 20])
 @pytest.mark.parametrize(("name", "where", "rate", "change"), DESCENTS)
-def test_descent_on_a_term_moves_kappa(name, where, rate, change):
-    """Up on harmful features, down on benign ones."""
-    start = side(1 if where == "harmful" else 0).features
+def test_descent_on_a_term_moves_kappa(name, where, rate, change, seed):
+    """Up on harmful features, down on benign ones; by nothing without a step, which is the control."""
+    start = side(seed + (where == "harmful")).features
     objective = OBJECTIVES[name](scale_free=True)
 
     def term(features):
-        sides = (side(0), Side(features)) if where == "harmful" else (Side(features), side(1))
+        sides = (side(seed), Side(features)) if where == "harmful" else (Side(features), side(seed + 1))
         return sum(getattr(objective(*sides), where).values())
 
     before, after = (
@@ -183,8 +184,10 @@ def test_activity_says_how_much_is_left_and_has_no_gradient_where_nothing_is(ent
 
 
 @pytest.mark.outcome
-def test_descent_on_activity_deactivates_every_relu():
-    features, benign = side(1).features, side(0)
+@pytest.mark.parametrize("seed", [0, 10, 20])
+def test_descent_on_activity_deactivates_every_relu(seed):
+    features, benign = side(seed + 1).features, side(seed)
+    assert torch.relu(features).any()  # the control
     for _ in range(200):
         (term,) = OBJECTIVES["dead_relu"]()(benign, Side(features, inner={"relu": features})).inner.values()
         (gradient,) = torch.autograd.grad(term.value, features)
