@@ -13,6 +13,7 @@ from hf_immunize.linear.definition import check_definition
 from hf_immunize.linear.inputs import standardize
 from hf_immunize.linear.optimum import optimal_map, principal_angles
 from hf_immunize.linear.probe import least_squares_probe, probe_accuracy
+from hf_immunize.linear.time import time_map
 from hf_immunize.spectra.ratio import reference_condition_number
 from hf_immunize.spectra.regularizers import hessian_log_kappa
 
@@ -98,6 +99,15 @@ CASES = {
         {"X_benign": 0, "X_harmful": 0, "theta": 0},
     ),
     "standardize": (standardize, {"X": Z}, {"X": 0}),
+    "probing_time": (
+        lambda **options: hf.probing_time(**options).curve,
+        {"Z": Z, "Y": Y, "fractions": (0.5,), "attainable": None, "max_steps": 9, "produced_dtype": None},
+        {"Z": 0, "Y": 0},
+    ),
+    "fitted_fraction": (hf.fitted_fraction, {"Z": Z, "Y": Y, "steps": 3, "outliers": 0}, {"Z": 0, "Y": 0}),
+    "time_map": (
+        time_map, {"X_benign": P, "y_benign": Y, "delta": 0.1, "shrinkage": 0.0, "keep": 1}, {"X_benign": -1},
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,388 @@
+"""How long a linear probe takes: what gradient descent has fitted after some steps, and the steps to a share of it.
+
+κ bounds the slowest direction of the features; a task is learned when the directions that hold it are. A probe with an
+intercept sees ``Z_c = Z − mean``. With λ_i the eigenvalues of ``Z_cᵀZ_c`` and p_i the share of the centred targets'
+energy in direction i, t steps of size η from zero have fitted ``F_t = Σ p_i (1 − (1 − ηλ_i)^{2t})`` of that energy.
+Everything here is computed from (λ, p), at a cost of the rank a step, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_immunize.errors import ArgumentError, RankError
+from hf_immunize.linear.inputs import as_data, as_targets, dtype_of_origin, keep_above_noise
+from hf_immunize.linear.optimum import null_basis
+from hf_immunize.spectra.checks import (
+    as_matrix,
+    as_values,
+    binary_scale,
+    check_count,
+    check_number,
+    check_result,
+    decomposing,
+)
+from hf_immunize.spectra.hessian_functions import without_autocast
+
+
+MAX_STEPS = 100_000
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class ProbingTime:
+    """Steps that a linear probe with an intercept takes.
+
+    Attributes:
+        method: "line_search", "fixed_step" or "conjugate_gradient".
+        steps: Share of `attainable` to the first step that has fitted it; ``inf`` where the budget ends before.
+        attainable: The fitted share that `steps` refers to, of the centred targets' energy.
+        max_steps: The budget.
+        curve: ``(T,)`` float64, the fitted share after steps 1 to T, where the largest share is reached or the
+            budget ends.
+    """
+
+    method: str
+    steps: dict[float, float]
+    attainable: float
+    max_steps: int
+    curve: Tensor = field(repr=False, compare=False)
+
+
+def probing_time(
+    Z: Any,
+    Y: Any,
+    *,
+    method: str = "line_search",
+    fractions: Sequence[float] = (0.5, 0.9, 0.99),
+    attainable: float | None = None,
+    max_steps: int = MAX_STEPS,
+    produced_dtype: torch.dtype | None = None,
+) -> ProbingTime:
+    """Steps of a first-order method until it has fitted shares of what least squares attains.
+
+    The squared loss ``½‖Z_c W − Y_c‖²`` from ``W = 0``, features and targets centred, which is a probe with an
+    intercept. Several target columns are one problem with one step size.
+
+    Args:
+        Z: Features, ``(N, D)``.
+        Y: Class numbers ``(N,)``, or targets ``(N, C)`` of any numbers.
+        method: "line_search" (gradient descent with the step that lowers the loss most), "fixed_step" (gradient
+            descent with the step 1/λ_1) or "conjugate_gradient".
+        fractions: Shares of `attainable`, above 0 and at most 1.
+        attainable: The fitted share that the fractions refer to; by default what least squares attains on these
+            features. To compare features with others, give what it attains on those: collapsed features reach 90 %
+            of the little they hold in one step.
+        max_steps: Steps after which a share counts as not reached.
+        produced_dtype: The dtype the features were computed in, where it is not the one they carry.
+
+    Returns:
+        `ProbingTime`.
+
+    Raises:
+        ShapeError, NonFiniteError: The matrices do not fit or are not finite.
+        RankError: All targets are the same, so that there is nothing to learn.
+        ArgumentError: An unknown method, a fraction or a number of steps out of range.
+
+    Example:
+        >>> Z = torch.diag(torch.tensor([3.0, 1.0, 0.0]))
+        >>> probing_time(Z, torch.tensor([0, 1, 2]), fractions=(0.9,)).steps
+        {0.9: 3}
+    """
+    if method not in _METHODS:
+        raise ArgumentError(f"Expected method= out of {', '.join(_METHODS)}, found {method!r}.")
+    if not isinstance(fractions, list | tuple) or not fractions:
+        raise ArgumentError(f"Expected fractions= as some numbers, found {fractions!r}.")
+    wanted = [check_number(fraction, "fractions=", _TINY, 1) for fraction in fractions]
+    if attainable is not None:
+        check_number(attainable, "attainable=", _TINY, 1)
+    check_count(max_steps, "max_steps=")
+    values, shares = target_spectrum(Z, Y, produced_dtype)
+    most = float(shares.sum()) if attainable is None else float(attainable)
+    # What is left is compared with what is left: near all of it, 1 − F loses the digits that F has.
+    goal = max(wanted) * most
+    curve = []
+    for fitted in _METHODS[method](values.numpy(), shares.numpy()):
+        curve.append(fitted)
+        if fitted >= goal * (1 - 1e-12) or len(curve) == max_steps:
+            break
+    found = np.array(curve)
+    steps: dict[float, float] = {}
+    for fraction in wanted:
+        reached = found >= fraction * most * (1 - 1e-12) if most > 0 else np.zeros(1, dtype=bool)
+        steps[fraction] = int(reached.argmax()) + 1 if reached.any() else math.inf
+    return ProbingTime(method, steps, most, max_steps, torch.from_numpy(found))
+
+
+def target_spectrum(Z: Any, Y: Any, produced_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of ``Z_cᵀZ_c``, descending, up to a factor, and the share of the targets' energy in each direction.
+
+    Both of shape ``(r,)``, r the rank; the shares sum to what least squares attains.
+    """
+    matrix = as_data(Z)
+    targets = centred_targets(Y, len(matrix)).to(matrix.device)
+    try:
+        U, s, _, _, _ = _centred_svd(matrix, dtype_of_origin(Z, produced_dtype))
+    except RankError:  # equal features hold nothing
+        return targets.new_zeros(0).cpu(), targets.new_zeros(0).cpu()
+    energy = (U.mT @ targets).square().sum(dim=1) / targets.square().sum()
+    return s.square().cpu(), energy.cpu()
+
+
+def centred_targets(Y: Any, rows: int) -> Tensor:
+    """Targets without their mean, ``(N, C)`` float64, up to a factor; class numbers become one column a class."""
+    given = as_values(Y, "Y").detach()
+    if given.ndim == 1 and not given.is_floating_point() and not given.is_complex() and len(given):
+        _, codes = given.unique(return_inverse=True)
+        given = torch.nn.functional.one_hot(codes).to(torch.float64)
+    targets = as_targets(given, rows, "Y")
+    targets = targets / binary_scale(targets)
+    centred = targets - targets.mean(dim=0)
+    if float(centred.norm()) <= 1e-12 * float(targets.norm()):
+        raise RankError("Expected at least two different targets, found all the same. There is nothing to learn.")
+    return centred
+
+
+def time_map(
+    X_benign: Any,
+    y_benign: Any,
+    *,
+    delta: float | None = None,
+    shrinkage: float = 0.0,
+    keep: int | None = None,
+) -> Tensor:
+    """A linear map after which a benign probe takes a few steps, and a probe of what the labels do not need many.
+
+    In the metric of the benign data, the directions that the benign labels need stay at 1 and all others are shrunk:
+    ``θ = K^{-1/2} (P + δ(I − P))``, K the Gram matrix of the centred benign features and P the projector on the
+    column space of the ridge-shrunk cross-covariance with the labels, after whitening. θ is invertible, so that no
+    attainable loss changes, and ``κ(θᵀKθ) = δ⁻²`` exactly where ``shrinkage`` is 0 and something is left to shrink:
+    the benign condition number is not above the one before where ``δ ≥ κ(K)^{-1/2}``, the default. No harmful data
+    are used: every other task of the same features is slowed as well. Not so a task of data distributed as the benign
+    ones, for conjugate gradient and exact line search: to those the map leaves two eigenvalues, a matter of two steps,
+    or of few. This map is this library's, not the paper's.
+
+    Args:
+        X_benign: ``(N, D)``.
+        y_benign: Class numbers ``(N,)`` or targets ``(N, C)``.
+        delta: δ, above 0 and at most 1.
+        shrinkage: What the whitening adds to the eigenvalues of K, as a share of their mean: with few samples,
+            whitening makes much of directions that hold little but noise.
+        keep: At most so many directions, those that hold most of the labels; by default all, at most C − 1.
+
+    Returns:
+        θ, ``(D, D)`` float64: immunized features are ``X @ θ``.
+
+    Raises:
+        ShapeError, NonFiniteError, RankError: The data do not fit, are not finite, or there is nothing to learn.
+        ArgumentError: An option out of range.
+
+    Example:
+        >>> X = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+        >>> Z = X.double() @ time_map(X, (X[:, 0] > 0).long(), delta=0.1)
+        >>> round(float(torch.linalg.cond(Z - Z.mean(0))) ** 2, 6)  # κ of the centred problem
+        100.0
+    """
+    matrix = as_data(X_benign, "X_benign")
+    targets = centred_targets(y_benign, len(matrix)).to(matrix.device)
+    U, s, V, null, unit = _centred_svd(matrix, dtype_of_origin(X_benign))
+    if delta is None:
+        delta = float(s[-1] / s[0])
+    if not check_number(delta, "delta", 0, 1) > 0:
+        raise ArgumentError("Expected delta= above 0, found 0: the map would not be invertible.")
+    check_number(shrinkage, "shrinkage=", 0)
+    strength = _ridge_strength(U, s, targets)
+    labels = (s.square() / (s.square() + strength))[:, None] * (U.mT @ targets)
+    Q, energy, _ = torch.linalg.svd(labels, full_matrices=False)
+    kept = energy > energy[0] * 1e-6
+    if keep is not None:
+        kept[check_count(keep, "keep=") :] = False
+    Q = Q[:, kept]
+    scale = (s.square() + shrinkage * s.square().sum() / matrix.shape[1]).rsqrt()
+    inner = delta * torch.eye(len(s), dtype=s.dtype, device=s.device) + (1 - delta) * (Q @ Q.mT)
+    # What benign data never show is no larger than the least of what they do.
+    theta = (V * scale) @ inner @ V.mT + delta * float(scale.min()) * (null @ null.mT)
+    return check_result(theta / unit, "the map")
+
+
+def _centred_svd(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """U, s, V of ``Z_c`` over a scale, above the rounding of the uncentred features; V's complement; the scale."""
+    scale = binary_scale(matrix)
+    matrix = matrix / scale
+    with decomposing("features"):
+        U, s, Vh = torch.linalg.svd(matrix - matrix.mean(dim=0), full_matrices=False)
+        whole = torch.linalg.matrix_norm(matrix, 2).reshape(1)
+    keep = keep_above_noise(scale * torch.cat([whole, s]), matrix.shape, dtype)[1:]
+    if not keep.any():
+        raise RankError("Expected at least two different samples, found all the same. Check how they were loaded.")
+    V = Vh[keep].mT
+    return U[:, keep], s[keep], V, null_basis(V), scale
+
+
+def _ridge_strength(U: Tensor, s: Tensor, targets: Tensor) -> float:
+    """The penalty with the least leave-one-out error, in closed form from the hat matrix, over nine decades."""
+    inside = U.mT @ targets
+    best, chosen = math.inf, float(s[0]) ** 2
+    for decade in range(10):
+        strength = float(s[0]) ** 2 * 10.0**-decade
+        weights = s.square() / (s.square() + strength)
+        leverage = (U.square() @ weights + 1 / len(U)).clamp(max=1 - 1e-9)
+        error = float((((targets - U @ (weights[:, None] * inside)) / (1 - leverage)[:, None]).square()).sum())
+        if error < best:
+            best, chosen = error, strength
+    return chosen
+
+
+def fitted_fraction(Z: Tensor, Y: Any, steps: int, *, outliers: int = 0) -> Tensor:
+    """What gradient descent on a probe with an intercept has fitted after some steps, differentiable in the features.
+
+    ``F_T = tr(Y_cᵀ(I − (I − ηG)^{2T})Y_c)/tr(Y_cᵀY_c)``, ``G = Z_cZ_cᵀ``, ``η = 1/λ_1``. Lowering it on harmful
+    features slows their probe, raising it on benign ones speeds theirs. With outliers r the leading r directions count
+    as fitted and ``η = 1/λ_{r+1}``, so that nothing is earned by a few directions that dominate; that is a measure of
+    the rest, not of an iteration, which would diverge. T = 1 without outliers is kernel alignment.
+
+    Args:
+        Z: Features, ``(N, D)``, any real floating-point dtype; computed in float64, on the smaller side.
+        Y: Class numbers ``(N,)`` or targets ``(N, C)``; they take no gradient.
+        steps: T, at least 1.
+        outliers: r, below the number of rows and columns.
+
+    Returns:
+        0-D tensor in [0, 1], in the dtype of the features, float32 at least; differentiable once.
+
+    Raises:
+        ShapeError, NonFiniteError: The matrices do not fit or are not finite.
+        RankError: All features or all targets are the same.
+        ArgumentError: ``steps`` or ``outliers`` out of range.
+
+    Example:
+        >>> Z = torch.diag(torch.tensor([3.0, 1.0, 0.0]))
+        >>> [round(fitted_fraction(Z, torch.tensor([0, 1, 2]), T).item(), 4) for T in (1, 4, 64)]
+        [0.5754, 0.7401, 1.0]
+    """
+    check_count(steps, "steps=")
+    Z = as_matrix(Z, "Z")
+    rows, columns = as_data(Z, "Z").shape
+    check_count(outliers, "outliers=", 0, min(rows - 1, columns) - 1)
+    targets = centred_targets(Y, rows).to(Z.device)
+    with without_autocast(Z.device):
+        wide = Z.to(torch.float64) / binary_scale(Z)
+        centred = wide - wide.mean(dim=0)
+        if rows <= columns:
+            value = _FittedEnergy.apply(centred @ centred.mT, targets, steps, outliers, False)
+        else:
+            value = _FittedEnergy.apply(centred.mT @ centred, centred.mT @ targets, steps, outliers, True)
+        fraction = value / targets.square().sum()
+    return fraction.clamp(0.0, 1.0).to(torch.promote_types(Z.dtype, torch.float32))
+
+
+class _FittedEnergy(torch.autograd.Function):
+    """``tr(Bᵀ φ(A) B)`` of a symmetric A: φ(λ) = 1 − (1 − λ/θ)^{2T}, divided by λ where B holds the features too.
+
+    θ is the eigenvalue after the outliers, whose φ is 1 (or 1/λ). The gradient is that of a spectral function, by
+    divided differences of φ, plus that of θ; no difference of eigenvalues is divided by where it is rounding.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, steps: int, outliers: int, divided: bool) -> Tensor:
+        values, vectors = torch.linalg.eigh(A.detach())
+        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        theta = values[outliers]
+        if not bool(theta > 0):
+            raise RankError(
+                f"Expected features of rank above {outliers} once their mean is taken off, found fewer directions. "
+                "Lower outliers=, or check that the network is not dead."
+            )
+        phi, slope, of_theta = _filter(values, theta, steps, outliers, divided)
+        inside = vectors.mT @ B.detach()
+        ctx.save_for_backward(values, vectors, phi, slope, of_theta, inside)
+        ctx.outliers, ctx.width = outliers, float(theta) * min(1e-6, 1e-3 / steps)
+        return (phi[:, None] * inside.square()).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        values, vectors, phi, slope, of_theta, inside = ctx.saved_tensors
+        distance = values[:, None] - values[None, :]
+        tied = distance.abs() <= ctx.width
+        quotient = (phi[:, None] - phi[None, :]) / torch.where(tied, 1.0, distance)
+        gamma = torch.where(tied, (slope[:, None] + slope[None, :]) / 2, quotient)
+        core = gamma * (inside @ inside.mT)
+        core[ctx.outliers, ctx.outliers] += (of_theta * inside.square().sum(dim=1)).sum()
+        of_A = grad_outputs[0] * (vectors @ core @ vectors.mT)
+        of_B = 2 * grad_outputs[0] * (vectors @ (phi[:, None] * inside))
+        return of_A, of_B, None, None, None
+
+
+def _filter(values: Tensor, theta: Tensor, steps: int, outliers: int, divided: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """φ, dφ/dλ and dφ/dθ at every eigenvalue."""
+    x = values / theta
+    left = torch.log1p(-x.clamp(max=1.0))
+    fitted = -torch.expm1(2 * steps * left)
+    power = torch.exp((2 * steps - 1) * left)  # (1 − x)^{2T−1}
+    slope, of_theta = 2 * steps / theta * power, -2 * steps * x / theta * power
+    if divided:
+        safe = torch.where(values > 0, values, 1.0)
+        series = x * steps < 1e-5
+        near = 2 * steps / theta * (1 - (2 * steps - 1) / 2 * x)
+        phi = torch.where(series, near, fitted / safe)
+        slope = torch.where(series, -steps * (2 * steps - 1) / theta**2, (slope - phi) / safe)
+        of_theta = torch.where(series, -2 * steps / theta**2 * power, of_theta / safe)
+    else:
+        phi = fitted
+    top = torch.arange(len(values), device=values.device) < outliers
+    inverse = 1 / torch.where(top, values, 1.0)
+    phi = torch.where(top, inverse if divided else torch.ones_like(phi), phi)
+    slope = torch.where(top, -inverse.square() if divided else torch.zeros_like(slope), slope)
+    return phi, slope, torch.where(top, 0.0, of_theta)
+
+
+def _fixed_step(values: np.ndarray, shares: np.ndarray) -> Iterator[float]:
+    contraction = (1 - values / values[0]) ** 2 if len(values) else values
+    left = shares
+    while True:
+        left = left * contraction
+        yield float((shares - left).sum())
+
+
+def _line_search(values: np.ndarray, shares: np.ndarray) -> Iterator[float]:
+    q = values / values[0] if len(values) else values
+    left = shares
+    while True:
+        gradient = q * left
+        curvature = float(gradient @ q)
+        if curvature > 0:
+            left = left * (1 - float(gradient.sum()) / curvature * q) ** 2
+        yield float((shares - left).sum())
+
+
+def _conjugate_gradient(values: np.ndarray, shares: np.ndarray) -> Iterator[float]:
+    q = values / values[0] if len(values) else values
+    root = np.sqrt(q)
+    residual = root * np.sqrt(shares)
+    direction, norm = residual.copy(), float(residual @ residual)
+    while True:
+        image = q * direction
+        curvature = float(direction @ image)
+        # Once nothing is left but rounding, the quotient of two roundings would be a step of any size.
+        if curvature > 0 and norm > 0:
+            residual = residual - norm / curvature * image
+            before, norm = norm, float(residual @ residual)
+            direction = residual + norm / before * direction
+        left = (residual / np.where(root > 0, root, 1.0)) ** 2
+        yield float((shares - left).sum())
+
+
+_METHODS: dict[str, Callable[[np.ndarray, np.ndarray], Iterator[float]]] = {
+    "line_search": _line_search,
+    "fixed_step": _fixed_step,
+    "conjugate_gradient": _conjugate_gradient,
+}

@@ -1,0 +1,292 @@
+"""Probing time against the iterations themselves, and the fitted fraction against autograd through them."""
+
+import math
+
+import pytest
+import torch
+from matrices import gaussian, geometric, orthonormal, relative_error, with_singular_values
+
+from hf_immunize.errors import ArgumentError, NonFiniteError, RankError, ShapeError
+from hf_immunize.linear.time import centred_targets, fitted_fraction, probing_time, time_map
+
+
+def features_and_targets(rows=30, columns=12, kappa=20.0, seed=0):
+    Z = with_singular_values(geometric(kappa, min(rows, columns)), rows, columns, seed) + gaussian(1, columns, seed)
+    return Z, gaussian(rows, 3, seed + 7)
+
+
+def run(Z, Y, method, steps):
+    """The iteration itself on the centred problem, and the fitted share after each step."""
+    Z, Y = Z - Z.mean(0), Y - Y.mean(0)
+    W, energy = torch.zeros(Z.shape[1], Y.shape[1], dtype=Z.dtype), Y.square().sum()
+    H, b = Z.mT @ Z, Z.mT @ Y
+    residual = b.clone()
+    direction, fitted = residual.clone(), []
+    top = torch.linalg.eigvalsh(H)[-1]
+    for _ in range(steps):
+        gradient = b - H @ W
+        if method == "fixed_step":
+            W = W + gradient / top
+        elif method == "line_search":
+            W = W + gradient.square().sum() / (gradient * (H @ gradient)).sum() * gradient
+        else:
+            image = H @ direction
+            alpha = residual.square().sum() / (direction * image).sum()
+            W, before = W + alpha * direction, residual.square().sum()
+            residual = residual - alpha * image
+            direction = residual + residual.square().sum() / before * direction
+        fitted.append(1 - (Y - Z @ W).square().sum() / energy)
+    return torch.stack(fitted)
+
+
+METHODS = ["line_search", "fixed_step", "conjugate_gradient"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("rows", "columns"), [(30, 12), (12, 30)])
+def test_the_curve_is_that_of_the_iteration(method, rows, columns):
+    Z, Y = features_and_targets(rows, columns, kappa=5.0)
+    steps = 9 if method == "conjugate_gradient" else 200
+    found = probing_time(Z, Y, method=method, fractions=(1.0,), attainable=1.0, max_steps=steps).curve
+    expected = run(Z, Y, method, len(found))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_are_the_first_that_reach_each_share(method):
+    Z, Y = features_and_targets(kappa=30.0)
+    found = probing_time(Z, Y, method=method)
+    for fraction, steps in found.steps.items():
+        expected = run(Z, Y, method, steps)
+        assert float(expected[-1]) >= fraction * found.attainable - 1e-9
+        assert steps == 1 or float(expected[-2]) < fraction * found.attainable
+
+
+def test_attainable_is_what_least_squares_attains():
+    Z, Y = features_and_targets()
+    centred, targets = Z - Z.mean(0), Y - Y.mean(0)
+    left = targets - centred @ torch.linalg.lstsq(centred, targets).solution
+    expected = 1 - left.square().sum() / targets.square().sum()
+    assert probing_time(Z, Y).attainable == pytest.approx(float(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constant_direction_of_any_size_costs_nothing(method):
+    Z, Y = features_and_targets()
+    far = Z + 1e4 * torch.ones(12, dtype=Z.dtype)
+    assert probing_time(far, Y, method=method).steps == probing_time(Z, Y, method=method).steps
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1e-100, 1e-6, 1e6, 1e100])
+def test_scale_and_rotation_change_nothing(method, scale):
+    Z, Y = features_and_targets()
+    turned = scale * (Z @ orthonormal(12, 12, seed=3))
+    assert probing_time(turned, Y, method=method).steps == probing_time(Z, Y, method=method).steps
+
+
+def test_features_that_hold_too_little_never_get_there():
+    Z, Y = features_and_targets()
+    collapsed = Z.mean(dim=1, keepdim=True) * torch.ones(1, 12, dtype=Z.dtype)
+    reference = probing_time(Z, Y)
+    assert probing_time(collapsed, Y).steps[0.9] == 1
+    assert probing_time(collapsed, Y, attainable=reference.attainable, max_steps=50).steps[0.9] == math.inf
+
+
+def test_equal_features_are_never_fitted():
+    assert set(probing_time(torch.ones(6, 3), torch.arange(6) % 2, max_steps=5).steps.values()) == {math.inf}
+
+
+def test_class_numbers_are_one_column_a_class():
+    Z, _ = features_and_targets()
+    labels = torch.arange(30) % 4
+    one_hot = torch.nn.functional.one_hot(labels).double()
+    assert probing_time(Z, labels).steps == probing_time(Z, one_hot).steps
+    assert torch.equal(centred_targets(labels * 10, 30), centred_targets(labels, 30))
+
+
+# ---- the differentiable form ---------------------------------------------------------------------------------------
+
+
+def naive_fraction(Z, Y, steps, outliers=0):
+    Z, Y = Z - Z.mean(0), Y - Y.mean(0)
+    G = Z @ Z.mT
+    values, vectors = torch.linalg.eigh(G)
+    keep = torch.ones(len(values), dtype=torch.bool)
+    keep[len(values) - outliers :] = False
+    rest = vectors[:, keep]
+    inside = Y - rest @ (rest.mT @ Y) if outliers else torch.zeros_like(Y)
+    # What lies in no direction of the features counts as left, in the top ones as fitted.
+    top = vectors[:, ~keep]
+    left = rest.mT @ Y
+    left = (1 - values[keep] / values[keep][-1])[:, None] ** steps * left
+    return (Y.square().sum() - left.square().sum()) / Y.square().sum() + 0 * inside.sum() + 0 * top.sum()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(9, 14), (14, 9)])
+@pytest.mark.parametrize("steps", [1, 3, 50])
+@pytest.mark.parametrize("outliers", [0, 2])
+def test_value_and_gradient_agree_with_autograd_through_the_spectrum(rows, columns, steps, outliers):
+    Z, Y = features_and_targets(rows, columns, kappa=8.0)
+    Z = Z.requires_grad_()
+    value = fitted_fraction(Z, Y, steps, outliers=outliers)
+    (gradient,) = torch.autograd.grad(value, Z)
+    expected = naive_fraction(Z, Y, steps, outliers)
+    (expected_gradient,) = torch.autograd.grad(expected, Z)
+    assert value.item() == pytest.approx(expected.item(), abs=1e-10)
+    assert relative_error(gradient, expected_gradient) < 1e-6
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 9), (9, 6)])
+@pytest.mark.parametrize("outliers", [0, 1])
+@pytest.mark.parametrize("steps", [1, 8])
+def test_gradcheck(rows, columns, outliers, steps):
+    Z, Y = features_and_targets(rows, columns, kappa=5.0)
+    function = lambda z: fitted_fraction(z, Y, steps, outliers=outliers)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (Z.requires_grad_(),))
+
+
+def test_it_is_the_share_that_fixed_steps_have_fitted():
+    Z, Y = features_and_targets()
+    curve = probing_time(Z, Y, method="fixed_step", fractions=(1.0,), attainable=1.0, max_steps=40).curve
+    for steps in (1, 7, 40):
+        assert float(fitted_fraction(Z, Y, steps)) == pytest.approx(float(curve[steps - 1]), abs=1e-10)
+
+
+def test_equal_eigenvalues_have_a_finite_gradient():
+    Z = torch.cat([torch.eye(5), -torch.eye(5)]).double().requires_grad_()
+    fitted_fraction(Z, gaussian(10, 2), 4).backward()
+    assert bool(torch.isfinite(Z.grad).all())
+
+
+def test_it_is_invariant_to_scale_rotation_and_shift():
+    Z, Y = features_and_targets()
+    value = float(fitted_fraction(Z, Y, 6))
+    moved = 1e-3 * (Z @ orthonormal(12, 12, seed=1)) + 5.0
+    assert float(fitted_fraction(moved, Y, 6)) == pytest.approx(value, abs=1e-9)
+
+
+def test_float32_and_bfloat16_are_computed_in_float64():
+    Z, Y = features_and_targets()
+    single = Z.float()
+    assert float(fitted_fraction(single, Y, 6)) == pytest.approx(
+        float(fitted_fraction(single.double(), Y, 6)), rel=1e-6
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = fitted_fraction(single, Y, 6)
+    assert torch.equal(again, fitted_fraction(single, Y, 6))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"method": "newton"}, ArgumentError),
+        ({"fractions": ()}, ArgumentError),
+        ({"fractions": (0.0,)}, ArgumentError),
+        ({"fractions": (1.5,)}, ArgumentError),
+        ({"attainable": 0.0}, ArgumentError),
+        ({"max_steps": 0}, ArgumentError),
+    ],
+)
+def test_options_out_of_range_are_refused(options, error):
+    with pytest.raises(error):
+        probing_time(*features_and_targets(), **options)
+
+
+def test_data_that_cannot_be_probed_are_refused():
+    Z, Y = features_and_targets()
+    for function in (probing_time, lambda z, y: fitted_fraction(z, y, 3)):
+        with pytest.raises(ShapeError):
+            function(Z, Y[:-1])
+        with pytest.raises(RankError):
+            function(Z, torch.zeros(30, dtype=torch.long))
+        with pytest.raises(NonFiniteError):
+            function(torch.where(Z > 0, Z, math.nan), Y)
+    with pytest.raises(RankError):
+        fitted_fraction(torch.ones(6, 3), torch.arange(6) % 2, 3)
+    with pytest.raises(ArgumentError):
+        fitted_fraction(Z, Y, 0)
+    with pytest.raises(ArgumentError):
+        fitted_fraction(Z, Y, 3, outliers=12)
+
+
+# ---- the map -------------------------------------------------------------------------------------------------------
+
+
+def task_data(rows, columns, read, seed):
+    """Features of κ 30² with targets that read some of their singular directions alike."""
+    rank = min(rows - 1, columns)
+    U, V = orthonormal(rows, rank + 1, seed), orthonormal(columns, rank, seed + 1)
+    U = torch.linalg.qr(U - U.mean(0)).Q[:, :rank] * rows**0.5
+    return (U * geometric(30.0, rank)) @ V.mT, U[:, read] + 0.01 * gaussian(rows, len(read), seed)
+
+
+def centred_kappa(Z):
+    return float(torch.linalg.cond(Z - Z.mean(0))) ** 2
+
+
+@pytest.mark.parametrize("delta", [1.0, 0.1, 1e-3])
+def test_the_benign_condition_number_after_the_map_is_that_of_the_dial(delta):
+    X, benign = task_data(120, 16, [2, 14], seed=0)
+    assert centred_kappa(X @ time_map(X, benign, delta=delta)) == pytest.approx(delta**-2, rel=1e-8)
+
+
+def test_by_default_benign_probing_is_as_well_conditioned_as_before():
+    X, benign = task_data(120, 16, [2, 14], seed=0)
+    assert centred_kappa(X @ time_map(X, benign)) == pytest.approx(centred_kappa(X), rel=1e-8)
+
+
+@pytest.mark.parametrize("rows", [120, 12])
+def test_the_map_is_invertible_so_that_least_squares_attains_the_same(rows):
+    X, benign = task_data(rows, 16, [2, 5], seed=0)
+    theta = time_map(X, benign, delta=0.05)
+    assert int(torch.linalg.matrix_rank(theta)) == 16
+    for targets in (benign, gaussian(rows, 2, seed=9)):
+        before = probing_time(X, targets).attainable
+        assert probing_time(X @ theta, targets).attainable == pytest.approx(before, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+@pytest.mark.parametrize("seed", [0, 10, 20])
+def test_benign_probing_is_faster_and_that_of_other_data_slower(method, seed):
+    X, benign = task_data(120, 16, [2, 14], seed)
+    X_other, other = task_data(120, 16, [1, 3, 6], seed + 5)
+    theta = time_map(X, benign, delta=0.01)
+    for features, targets, slower in ((X, benign, False), (X_other, other, True)):
+        before, after = (probing_time(Z, targets, method=method).steps[0.9] for Z in (features, features @ theta))
+        assert after > 3 * before if slower else after < before
+
+
+def test_one_shrinking_factor_does_not_slow_conjugate_gradient_on_data_like_the_benign():
+    # Whitened data with one factor for all that is shrunk have two eigenvalues: two steps solve any task of them.
+    X, benign = task_data(120, 16, [2, 14], seed=0)
+    other = X @ gaussian(16, 3, seed=4)
+    Z = X @ time_map(X, benign, delta=0.01)
+    assert probing_time(Z, other, method="conjugate_gradient").steps[0.99] <= 2
+
+
+def test_kept_directions_are_fitted_in_one_step():
+    X, benign = task_data(120, 16, [2, 14], seed=0)
+    Z = X @ time_map(X, benign, delta=1e-6)
+    # All that is left is what lies outside of the two directions that were kept.
+    assert float(fitted_fraction(Z, benign, 1)) == pytest.approx(probing_time(X, benign).attainable, abs=1e-3)
+
+
+def test_scale_and_shift_of_the_data_change_nothing_but_the_scale_of_the_map():
+    X, benign = task_data(120, 16, [2, 14], seed=0)
+    theta = time_map(X, benign)
+    assert relative_error(1e-3 * time_map(1e-3 * X + 7.0, benign), theta) < 1e-6
+
+
+def test_shrunk_whitening_lies_between_whitening_and_none():
+    X, benign = task_data(120, 16, [2, 14], seed=0)
+    kappas = [centred_kappa(X @ time_map(X, benign, delta=1.0, shrinkage=value)) for value in (0.0, 0.1, 1e6)]
+    assert kappas[0] == pytest.approx(1.0, rel=1e-8)
+    assert kappas[0] < kappas[1] < kappas[2] == pytest.approx(centred_kappa(X), rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"delta": 0.0}, {"delta": 2.0}, {"shrinkage": -1.0}, {"keep": 0}])
+def test_options_of_the_map_out_of_range_are_refused(options):
+    X, benign = task_data(120, 16, [2, 14], seed=0)
+    with pytest.raises(ArgumentError):
+        time_map(X, benign, **options)
