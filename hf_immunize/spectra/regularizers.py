@@ -188,8 +188,9 @@ def ill_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
 
 def concentration_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     """``log((tr H − σ_1)/σ_1)``, with ``2(I − uuᵀ)/(tr H − σ_1) − 2uuᵀ/σ_1``, and no gradient at its floor."""
-    top, trace = spectrum.values[0], spectrum.gram.diagonal().sum()
-    rest, floor = trace - top, 64 * torch.finfo(torch.float64).eps * trace
+    # The others are summed: what a difference of trace and top leaves has lost as many digits as they are smaller.
+    top, rest = spectrum.values[0], spectrum.values[1:].sum()
+    floor = 64 * torch.finfo(torch.float64).eps * (top + rest)
     small = -2 * (1 / rest + 1 / top) * spectrum.top()
     small.diagonal().add_(2 / rest)
     return torch.log(torch.maximum(rest, floor) / top), torch.where(rest > floor, small, 0.0)
