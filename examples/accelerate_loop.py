@@ -62,7 +62,7 @@ def main(words):
     processor = AutoImageProcessor.from_pretrained(options.model)
     model = AutoModelForImageClassification.from_pretrained(options.model).to(accelerator.device)
 
-    # What moves, and what is minimized. The step keeps the model as it is now, to distil from.
+    # What is trainable, and what is minimized. The step keeps the model as it is now, to distil from.
     moving = select_trainable(model, "last_stage")
     step = ImmunizationStep(model, Method(objective="auto", benign_budget=0.05), moving=moving)
 

@@ -22,18 +22,19 @@ from hf_immunize.vision.scope import last_stage
 SHOWN = {kind: family for kind, family in FAMILIES.items() if family.checkpoint}
 
 NOTES = """\
-The features of an image are the input of the classifier, D numbers, found by a hook. `trainable="last_stage"` moves
+The features of an image are the input of the classifier, D numbers, found by a hook. `trainable="last_stage"` trains
 the parameters named above and no others; statistics of BatchNorm stay unless `freeze_batchnorm=False`. Any other
 choice is a regular expression on parameter names, or `"all"`; an expression that matches nothing, the head alone, or
 everything is refused. Parts that the classifier does not read (the last norm of CLIP, the attention pooling of SigLIP)
-never move.
+stay frozen.
 
 - **`objective="auto"`** is `dead_relu` in ResNet, RegNet and MobileNetV2, whose last ReLU no shortcut bypasses, and
-  `concentration` in the others, where GELU and SiLU are never quite off or a residual stream leads around every one
+  `concentration` in the others, where GELU and SiLU are never quite dead or a residual stream leads around every one
   of them. The first hides harmful information from all that follows, where it succeeds; the second makes it small.
-  In the former too it is `concentration` where the starting model hardly tells harmful from benign images (a ridge
-  classifier puts fewer than 90 % of up to 64 images of each side, at least 32, on their own side): what is off for
-  the ones would be off for the others. A warning says so. Fewer images are not checked, and the log says that.
+  In the former too it is `concentration` where the starting model hardly separates harmful from benign images (a
+  ridge classifier puts fewer than 90 % of up to 64 images of each side, at least 32, on their own side): what is dead
+  on the ones would be dead on the others. A warning says so. With fewer images it is `dead_relu`, unchecked, and the
+  log says that. With `benign_loss="task"` and no number as `harmful_weight` it is always `concentration`.
 - **SigLIP 2** with a fixed resolution (`google/siglip2-base-patch16-224`) is loaded as SigLIP. The variant for images
   of any size (NaFlex) is refused: its inputs are patches with masks and shapes.
 - **DeiT with a teacher** (`DeiTForImageClassificationWithTeacher`) is refused: it has two heads and is for inference.
@@ -46,9 +47,9 @@ never move.
   family's own classifier; else the backbone is saved as its own ordinary checkpoint, and the head beside it
   (`load_with_linear_head` loads both).
 - **PEFT** (`peft.get_peft_model`): `"last_stage"` takes, of what PEFT trains and saves, the parameters in the last
-  stage; `"all"` takes all that PEFT trains. Nothing of the base model moves. What is saved is PEFT's adapter.
+  stage; `"all"` takes all that PEFT trains. The base model stays frozen. What is saved is PEFT's adapter.
 - **Gradient checkpointing** works where the table says that transformers supports it, in the kind that is not
-  reentrant, which is the default; the reentrant kind is refused where a part is frozen, since the blocks behind it
+  reentrant, which is the default; the reentrant kind is refused where a part is frozen, since the blocks after it
   would get no gradient.
 """
 

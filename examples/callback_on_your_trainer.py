@@ -65,7 +65,7 @@ def main(words):
 
     processor = AutoImageProcessor.from_pretrained(script.model)
     model = AutoModelForImageClassification.from_pretrained(script.model)
-    select_trainable(model, "last_stage")  # what the callback moves is what requires a gradient
+    select_trainable(model, "last_stage")  # the callback trains what requires a gradient
 
     train, test = (
         ImageRows(load_image_dataset(script.benign, split), f"benign {split}", "image", "label")

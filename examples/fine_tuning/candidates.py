@@ -1,4 +1,7 @@
-"""The candidates: what each adds to distillation under a budget of 0.03, and how much of the network moves."""
+"""The candidates: what each adds to distillation under a budget of 0.03, and how much of the network is trainable.
+
+`silence` is what `dead_relu` was called when the committed rows were made.
+"""
 
 from dataclasses import dataclass
 
@@ -10,10 +13,10 @@ class Candidate:
     Attributes:
         title: For the page.
         about: In a sentence.
-        scope: What moves: "last", "deep" or "whole"; an experiment says which parameters these are.
+        scope: What is trainable: "last", "deep" or "whole"; an experiment says which parameters these are.
         head: Whether concentration at the classifier's input is part of it.
         layers: Whether concentration of flattened outputs at the experiment's layers is.
-        silence: Whether all rectifiers at the experiment's places shall be off on harmful images.
+        silence: Whether all ReLUs at the experiment's places shall be dead on harmful images.
         ridge: Whether an inner ridge attacker at these layers, pooled, is.
         tuner: "unrolled" (a fine-tuning attacker of a few steps), "flat" (small harmful gradients), or none.
     """

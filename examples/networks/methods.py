@@ -1,7 +1,7 @@
 """The methods that the experiments compare, as arguments that differ from the library's defaults.
 
-`default` is what a user gets who sets nothing: rectifiers off where there are such and the two sides are told apart,
-else concentration. `concentration` and `silence` (rectifiers off) are each of the two by name. `kappa`, `r_ill`,
+`default` is what a user gets who sets nothing: dead ReLUs where the trainable part has such a ReLU and the two sides
+are separable, else concentration. `concentration` and `silence` are each of the two by name. `kappa`, `r_ill`,
 `opt_kappa` and `imma` are the paper's objective and its three baselines with the paper's own recipe; `kappa_ours`, …
 are the same objectives under ours, so that only the objective differs from `default`. `inner_ridge` and
 `class_collapse` are under our recipe too; they were tried and are not in the library (see `trials.py`).
@@ -37,7 +37,7 @@ BASELINES = ("kappa", "r_ill", "opt_kappa", "imma")
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "concentration": {"objective": "concentration"},
-    "silence": {"objective": "dead_relu"},
+    "silence": {"objective": "dead_relu"},  # what `dead_relu` was called when the committed rows were made
     **{name: {"objective": name, **PAPER} for name in BASELINES},
     **{f"{name}_ours": {"objective": name} for name in BASELINES},
     **{name: {"objective": name} for name in TRIALS},
