@@ -229,6 +229,21 @@ def test_harmful_class_typed_as_a_name_of_digits_is_a_name(tmp_path):
     assert benign.train.features["label"].names == ["3", "5"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--harmful_classes", "a", "b,c"],
+        ["--harmful_classes", "a", "--harmful_classes", "b,c"],
+        ["--harmful-classes", "a", "--harmful-classes=b,c"],
+    ],
+)
+def test_classes_are_given_at_once_or_one_flag_each_and_override_the_file(words, tmp_path):
+    (tmp_path / "run.yaml").write_text("harmful_classes: [x, y]\n", encoding="utf-8")
+    given = ["--model", "m", "--dataset", "d", "--use_cpu", "--config", str(tmp_path / "run.yaml")]
+    assert parse_arguments([*given, *words])[0].harmful_classes == ["a", "b,c"]
+    assert parse_arguments(given)[0].harmful_classes == ["x", "y"]
+
+
 def test_a_bare_backbone_with_pooling_is_trained_with_a_head_of_its_own(images, model, tmp_path):
     words = flags(model, tmp_path, "--dataset", images, "--harmful_classes", "gun", "knife", "--new_head", "True")
     run_train([*words, "--pooling", "cls"])

@@ -63,7 +63,11 @@ class DataArguments:
     harmful: str | None = _option(None, "Harmful images: folder, file or Hub id.")
     dataset: str | None = _option(None, "One data set that holds both.")
     harmful_classes: list[str] = field(
-        default_factory=list, metadata={"help": "With --dataset: the harmful classes, by name or number."}
+        default_factory=list,
+        metadata={
+            "help": "With --dataset: the harmful classes, by name or number, at once or one flag each.",
+            "action": "extend",
+        },
     )
     distillation: str | None = _option(None, "Any images, without labels, on which the model shall stay what it was.")
     benign_eval: str | None = _option(None, "Benign images to measure on.")
@@ -123,7 +127,10 @@ def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArgume
         each.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
     config, words = first.parse_known_args(words)
     if config.config is not None:
-        words = _as_words(_read_config(config.config), parser) + words
+        given = _read_config(config.config)
+        if any(word.split("=")[0].replace("-", "_") == "__harmful_classes" for word in words):
+            given.pop("harmful_classes", None)  # flags override the file, and do not add to it
+        words = _as_words(given, parser) + words
     # Unlike a script, the command trains unless told otherwise.
     parser.set_defaults(do_train=True)
     try:
