@@ -36,7 +36,7 @@ from hf_immunize.errors import DataError, DiskSpaceError, NonFiniteError
 from hf_immunize.features.ranks import ALONE, Processes
 from hf_immunize.files import UNFINISHED, checked, file_sha256, flush, with_checksum
 from hf_immunize.tensor_hash import tensors_hash
-from hf_immunize.vision.scope import evaluating
+from hf_immunize.vision.head import in_eval_mode
 
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ class TrunkCache:
 
     def _activations(self, batch: dict[str, Tensor], first: int = 0) -> Tensor:
         device = next(self.model.parameters()).device
-        with evaluating(self.model):
+        with in_eval_mode(self.model):
             values = self.split.activations(self.model, batch["pixel_values"].to(device)).cpu()
         values = values.to(DTYPES[self.dtype])
         lost = ~torch.isfinite(values.flatten(1)).all(dim=1)

@@ -22,9 +22,9 @@ from hf_immunize.data.images import ImageCollator
 from hf_immunize.errors import NonFiniteError, ScopeError
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.spectra.streaming import FeatureFactor
-from hf_immunize.vision.head import HeadInput, find_head, full_precision_forward
+from hf_immunize.vision.head import HeadInput, find_head, full_precision_forward, in_eval_mode
 from hf_immunize.vision.relu import RELUS
-from hf_immunize.vision.scope import block_modules, evaluating
+from hf_immunize.vision.scope import block_modules
 
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def run_batches(
     weight = next(model.parameters())
     device = weight.device
     forward = forward or full_precision_forward(model)
-    with evaluating(model):
+    with in_eval_mode(model):
         for batch in batches:
             given = batch["pixel_values"]
             pixel_values = given.to(device, torch.promote_types(given.dtype, weight.dtype))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.errors import ShapeError, TrunkError
-from hf_immunize.vision.head import HeadInput, find_head
-from hf_immunize.vision.scope import evaluating, modules_in_eval
+from hf_immunize.vision.head import HeadInput, find_head, in_eval_mode
+from hf_immunize.vision.scope import modules_in_eval
 
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def split_trunk(
     ]
     devices = [weight.device] if weight.device.type == "cuda" else []
     reason = "nothing frozen runs before them"
-    with torch.no_grad(), _plain(model, weight.device), torch.random.fork_rng(devices), evaluating(model):
+    with torch.no_grad(), _plain(model, weight.device), torch.random.fork_rng(devices), in_eval_mode(model):
         recorded = [_record_calls(model, images) for images in probes]
         for candidate in _candidates(recorded[0], trainable):
             split = _split_at(candidate, recorded, probes)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -211,15 +209,3 @@ def _of_adapter(chosen: list[str], adapter: list[str], trainable: str) -> list[s
 
 def _some(names: list[str]) -> str:
     return ", ".join(repr(name) for name in dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
