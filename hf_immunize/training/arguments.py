@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from hf_immunize.data.pairs import BatchSizes
 from hf_immunize.errors import ArgumentError
-from hf_immunize.training.cached_trunk import check_trunk_arguments
+from hf_immunize.features.cache import DTYPES
 from hf_immunize.training.distillation import MAX_TV_PER_IMAGE
 from hf_immunize.training.objectives import AUTO, OBJECTIVES
 from hf_immunize.training.weighting import WeightRule
@@ -23,6 +23,8 @@ CHOICES = {
     "benign_loss": ("distillation", "task", "both"),
     "budget_measure": ("total_variation", "kl", "loss"),
 }
+# Options that do not see that the trunk's modules are replaced while the rest runs.
+TRUNK_OBSTACLES = ("torch_compile", "fsdp", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,16 @@ class ImmunizationArguments(TrainingArguments):
                 setattr(self, name, whole_number(size))
                 if (getattr(self, name) or 0) < 1:
                     raise ArgumentError(f"Expected {name}= as a whole number of at least 1 or None, found {size!r}.")
-        check_trunk_arguments(self)
+        if self.cache_trunk is False:  # the "no" of YAML
+            self.cache_trunk = "no"
+        if self.cache_trunk not in ("no", *DTYPES):
+            raise ArgumentError(f"Expected cache_trunk= out of no, {', '.join(DTYPES)}, found {self.cache_trunk!r}.")
+        found = [name for name in TRUNK_OBSTACLES if getattr(self, name)]
+        if self.cache_trunk != "no" and found:
+            raise ArgumentError(
+                f"Expected cache_trunk='{self.cache_trunk}' without {found[0]}, found both: the trunk's modules are "
+                f"replaced while the rest runs, which {found[0]} does not see. Leave out one of them."
+            )
         if self.bf16_full_eval or self.fp16_full_eval:
             raise ArgumentError(
                 "Expected evaluation in full precision, found bf16_full_eval or fp16_full_eval: κ of half-precision "

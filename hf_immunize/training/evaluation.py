@@ -6,7 +6,6 @@ at the end: no features travel, and what is found does not depend on the number 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 from transformers import EvalPrediction
 from transformers.utils import logging
 
-from hf_immunize.features.extract import Measurement, run_batches, spectral_metrics
+from hf_immunize.features.extract import Measurement
 from hf_immunize.training.distributed import process_mean, world_size
 
 
@@ -101,41 +99,6 @@ def _hits(predictions: Any, labels: np.ndarray) -> np.ndarray:
     logits = _logits(predictions)
     # With preprocess_logits_for_metrics they may be classes already.
     return (logits if np.ndim(logits) == 1 else np.argmax(logits, axis=-1)) == labels
-
-
-def add_metrics(
-    metrics: dict[str, float],
-    prefix: str,
-    benign: Measurement,
-    harmful: Measurement | None,
-    references: dict[str, Measurement],
-    name: str,
-) -> None:
-    """Add metrics of the spectra, and other names of loss and accuracy; `name` is the set's among the references."""
-    for metric in (f"{prefix}_loss", f"{prefix}_accuracy"):
-        if metric in metrics:
-            metrics[metric.replace(prefix, f"{prefix}_benign", 1)] = metrics[metric]
-    found = spectral_metrics(benign, references.get(name), harmful, references.get("harmful"))
-    metrics.update({f"{prefix}_{metric}": value for metric, value in found.items()})
-
-
-def measure_features(
-    model: nn.Module,
-    head: nn.Module,
-    loader: Iterable[Any],
-    accelerator: Accelerator,
-    *,
-    forward: Callable[..., Any],
-    prepare: Callable[[Any], Any],
-    description: str,
-    quiet: bool,
-) -> Measurement:
-    """Features of a data set through one state of a model; of all processes' images, the same on every process."""
-    measurement = Measurement()
-    batches = map(prepare, tqdm(loader, desc=description, disable=quiet, leave=False))
-    for batch in run_batches(model, head, batches, forward=forward):
-        fold(measurement, batch.features, batch.pixel_values, accelerator)
-    return merged(measurement, accelerator.device)
 
 
 def fold(measurement: Measurement, features: Tensor, pixel_values: Tensor, accelerator: Accelerator) -> None:

@@ -11,60 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, Trainer
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from hf_immunize.data.images import ImageCollator
 from hf_immunize.data.pairs import PairedCollator, PairedDataset, degenerate_sides
+from hf_immunize.data.streams import StreamedRows
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
-from hf_immunize.features.extract import Measurement, of_side, spectral_metrics
+from hf_immunize.features.cache import TrunkCache, open_or_write
+from hf_immunize.features.extract import Measurement, of_side, run_batches, spectral_metrics
+from hf_immunize.features.ranks import ALONE, launched
+from hf_immunize.features.trunk import split_trunk
 from hf_immunize.files import check_writable, remove_leftovers, staged_directory
 from hf_immunize.hub.card import CARD_NAME
 from hf_immunize.hub.push import named_outcomes
 from hf_immunize.hub.record import RECORD_NAME
-from hf_immunize.training import record as publishing
-from hf_immunize.training.arguments import ImmunizationArguments, Method
-from hf_immunize.training.cached_trunk import cached_pairs, suggest_cached_trunk
-from hf_immunize.training.checkpoints import (
-    atomic_checkpoint,
-    check_finite_weights,
-    checkpoint_to_resume,
-    load_run_state,
-    load_weights,
-    remove_other_forms,
-    save_run_state,
-)
-from hf_immunize.training.checks import (
-    as_classifier,
-    check_arguments,
-    check_batches,
-    check_best_metric,
-    check_checkpointing,
-    check_classifier,
-    check_prepared,
-    check_reporting,
-    check_shardable,
-    check_sharding,
-    image_rows,
-    paired_rows,
-    side_rows,
-)
+from hf_immunize.training import checkpoints, checks, evaluation, record
+from hf_immunize.training.arguments import TRUNK_OBSTACLES, ImmunizationArguments, Method
 from hf_immunize.training.choice import Choice, describe_choices, draw_sample
-from hf_immunize.training.evaluation import (
-    Evaluation,
-    MeanLoss,
-    RunningAccuracy,
-    accuracy,
-    add_metrics,
-    fold,
-    is_filled_up,
-    measure_features,
-    merged,
-    own_images,
-)
-from hf_immunize.training.record import BudgetWatch, Evidence, describe_budget, record_saved, save_record
+from hf_immunize.training.distributed import world_size
 from hf_immunize.training.step import ImmunizationStep, RunningMeans
 from hf_immunize.vision.head import HeadInput, without_wrapper
 from hf_immunize.vision.loading import describe_adapter, difference_on_loading, plain_names
@@ -72,6 +40,30 @@ from hf_immunize.vision.scope import select_trainable
 
 
 logger = logging.get_logger(__name__)
+
+
+class _Guard(TrainerCallback):
+    """Refuses an optimizer step of a subclass that goes past the method's loss, before it changes anything."""
+
+    def __init__(self, trainer: ImmunizationTrainer) -> None:
+        self._trainer, self._calls = trainer, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from here."""
+        self._calls = self._trainer._step.calls
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look whether the loss was asked for since."""
+        if self._trainer._step.calls == self._calls:
+            raise ArgumentError(
+                f"Expected {self._trainer._overridden} to use this Trainer's loss, found that it does not. {_REMEDY}"
+            )
+
+
+_REMEDY = (
+    "In it, call super().compute_loss(model, inputs, return_outputs=True) and add to the loss; the benign images are "
+    "inputs['benign']."
+)
 
 
 class ImmunizationTrainer(Trainer):
@@ -83,9 +75,9 @@ class ImmunizationTrainer(Trainer):
     Weights of half precision are turned into float32, in which they are trained, measured and saved.
 
     κ is not additive over micro-batches: under gradient accumulation the mean of the micro-batches' regularizers is
-    minimized, not the regularizer of the whole batch. Over processes it is exact, and so are evaluations, whose
-    results do not depend on their number. FSDP needs ``benign_loss="task"`` and ``benign_budget=None``, and measures
-    no κ in half precision; it is tested on the CPU (FSDP2). DeepSpeed, under the same conditions, is untested.
+    minimized, not the regularizer of the whole batch. Over processes it is exact, and evaluations do not depend on
+    their number. FSDP needs ``benign_loss="task"`` and ``benign_budget=None``, and measures no κ in half precision; it
+    is tested on the CPU (FSDP2). DeepSpeed, under the same conditions, is untested.
 
     Args:
         model: An image classifier with one linear head (`AutoModelForImageClassification`).
@@ -145,61 +137,54 @@ class ImmunizationTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else ImmunizationArguments()
-        check_arguments(args)
-        check_sharding(args)
-        check_batches(args, args.world_size)
-        model = None if model is None else as_classifier(model, args)
+        checks.check_arguments(args)
+        checks.check_sharding(args)
+        checks.check_batches(args, args.world_size)
+        model = None if model is None else checks.as_classifier(model, args)
         # A user's own collator gets the datasets' own items.
         self._reads_images = data_collator is None
         # What goes into immunization.json; names of data that the data sets do not know can be set on it.
-        self.evidence = Evidence()
-        check_reporting(args)
+        self.evidence = record.Evidence()
+        checks.check_reporting(args)
         super().__init__(
             model,
             args,
             data_collator=PairedCollator(data_collator or ImageCollator(processing_class)),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=compute_metrics or (RunningAccuracy() if args.batch_eval_metrics else accuracy),
+            compute_metrics=compute_metrics
+            or (evaluation.RunningAccuracy() if args.batch_eval_metrics else evaluation.accuracy),
             **kwargs,
         )
         # Only now is it known what `accelerate launch` asks for.
-        check_sharding(args, self.accelerator, harmful_eval_dataset)
-        check_shardable(self.model, self.accelerator)
+        checks.check_sharding(args, self.accelerator, harmful_eval_dataset)
+        checks.check_shardable(self.model, self.accelerator)
         # Nearly every image model's forward takes **kwargs, from which the Trainer concludes that the loss is a sum
         # over `num_items_in_batch`; it is a mean.
         self.model_accepts_loss_kwargs = False
+        self.add_callback(_Guard(self))
+        self._means, self._budget_watch = RunningMeans(), record.BudgetWatch()
         self._set_scope(self.model)
-        self._means = RunningMeans()
-        self._budget_watch = BudgetWatch()
         self._sides: tuple[Any, Any, Any] | None = None
         if train_dataset is not None:
             self._take_training_data(train_dataset, harmful_dataset, distillation_dataset)
         if args.fp16 and args.device.type == "cpu":
             logger.warning("fp16=True does nothing on a CPU: this run is in full precision. bf16=True works there.")
-        check_best_metric(args, harmful_eval_dataset)
+        checks.check_best_metric(args, harmful_eval_dataset)
         self._take_evaluation_data(eval_dataset, harmful_eval_dataset)
-        # Through the starting weights, by metric prefix ("harmful" for the harmful set).
+        # Through the starting weights and through the latest, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
+        self._latest: dict[str, Measurement] = {}
         self._measured_again: set[str] = set()
         self._resumed = False
-        self._latest: dict[str, Measurement] = {}
-        self._mean_loss = MeanLoss()
-        self._evaluation: Evaluation | None = None
-
-    def _take_evaluation_data(self, benign: Any, harmful: Any) -> None:
-        self._harmful_eval = self._rows(harmful, "harmful_eval_dataset", labels="ignored")
-        if isinstance(benign, dict):
-            self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in benign.items()}
-        else:
-            self.eval_dataset = self._rows(benign, "eval_dataset")
-        self.evidence.remarks += degenerate_sides(self._sides, (self.eval_dataset, self._harmful_eval))
+        self._mean_loss = evaluation.MeanLoss()
+        self._evaluation: evaluation.Evaluation | None = None
 
     def _set_scope(self, model: PreTrainedModel) -> None:
-        check_classifier(model)
+        checks.check_classifier(model)
         self._plain_names = plain_names(model, self.args.head_module)
         self._moving = select_trainable(model, self.args.trainable, self.args.head_module)
-        check_checkpointing(model, self.args)
+        checks.check_checkpointing(model, self.args)
         self._step = self.create_step(model)
 
     @property
@@ -225,7 +210,7 @@ class ImmunizationTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the Trainer's, with the scope set on the model, which is another in each run or trial."""
-        model = as_classifier(super().call_model_init(trial), self.args)
+        model = checks.as_classifier(super().call_model_init(trial), self.args)
         self._set_scope(model)
         self._references = {}  # those known are of the model before
         return model
@@ -242,26 +227,34 @@ class ImmunizationTrainer(Trainer):
     def _rows(self, dataset: Any, name: str, labels: str = "needed") -> Any:
         if dataset is None or not self._reads_images:
             return dataset
-        return image_rows(dataset, name, self.args, self.model.config, labels)
+        return checks.image_rows(dataset, name, self.args, self.model.config, labels)
 
     def _take_training_data(self, benign: Any, harmful: Any, distillation: Any) -> None:
         if harmful is None:
             raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
+
+        def side(dataset: Any, name: str) -> Any:
+            if dataset is None:
+                return None
+            return checks.side_rows(dataset, name, self.args, self.model.config, raw=not self._reads_images)
+
         labels = "needed" if Method.of(self.args).needs_labels else "optional"
         rows = self._rows(benign, "train_dataset", labels)
-        sides = self._side(harmful, "harmful_dataset"), self._side(distillation, "distillation_dataset")
-        self._sides = rows, *sides
+        self._sides = rows, side(harmful, "harmful_dataset"), side(distillation, "distillation_dataset")
         self._pair_sides()
 
     def _pair_sides(self) -> None:
         if self._sides is not None:
             benign, harmful, distillation = self._sides
-            self.train_dataset = paired_rows(benign, harmful, self.args, distillation)
+            self.train_dataset = checks.paired_rows(benign, harmful, self.args, distillation)
 
-    def _side(self, dataset: Any, name: str) -> Any:
-        if dataset is None:
-            return None
-        return side_rows(dataset, name, self.args, self.model.config, raw=not self._reads_images)
+    def _take_evaluation_data(self, benign: Any, harmful: Any) -> None:
+        self._harmful_eval = self._rows(harmful, "harmful_eval_dataset", labels="ignored")
+        if isinstance(benign, dict):
+            self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in benign.items()}
+        else:
+            self.eval_dataset = self._rows(benign, "eval_dataset")
+        self.evidence.remarks += degenerate_sides(self._sides, (self.eval_dataset, self._harmful_eval))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # The dataset passes on the epoch, which accelerate announces to it alone when resuming on several processes.
@@ -272,6 +265,70 @@ class ImmunizationTrainer(Trainer):
     def _data_seed(self) -> int:
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; with `cache_trunk`, of activations at the entry of the trainable part."""
+        given = self.train_dataset, self.data_collator
+        if self.train_dataset is None or self.args.cache_trunk == "no":
+            if self.train_dataset is not None:
+                self._suggest_cached_trunk()
+            return super().get_train_dataloader()
+        try:
+            # Here, since the weights of a checkpoint are loaded by now.
+            self.train_dataset = self._cached_pairs()
+            self.data_collator = PairedCollator(ImageCollator())
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = given
+
+    def _suggest_cached_trunk(self) -> None:
+        """Say once that a cached trunk would pay: something frozen comes first, for several epochs."""
+        args, epochs = self.args, self.args.num_train_epochs
+        if args.max_steps > 0:
+            batch = args.train_batch_size * args.gradient_accumulation_steps * world_size()
+            epochs = args.max_steps * batch / len(self.train_dataset)
+        frozen_first = next(name for name, _ in self.model.named_parameters()) not in self._moving
+        if frozen_first and epochs >= 3 and args.should_log and not any(getattr(args, o) for o in TRUNK_OBSTACLES):
+            logger.warning_once(
+                f"What runs before {self._moving[0]!r} is frozen, and computed in each of {epochs:.0f} epochs. With "
+                "cache_trunk='float32' (or 'float16') it is computed once and kept on disk; without a random "
+                "transform of the images, the result is the same."
+            )
+
+    def _cached_pairs(self) -> PairedDataset:
+        """Pairs with stored activations of the frozen trunk in place of images; each process computes a share."""
+        args, pairs = self.args, self.train_dataset
+        sides = {side: getattr(pairs, side) for side in ("benign", "harmful", "distillation", "held_out")}
+        sides = {side: rows for side, rows in sides.items() if rows is not None}
+        for side, rows in sides.items():
+            if isinstance(rows, StreamedRows):
+                raise ArgumentError(
+                    f"Expected cache_trunk='no' with streamed {side} images, found {args.cache_trunk!r}: what is "
+                    "stored must be known as a whole. Store the data set, or train without the cache."
+                )
+        own = None if self._reads_images else self.data_collator.inner
+        sample = (own or ImageCollator(self.processing_class))([pairs.benign[0]])["pixel_values"]
+        scope = {"eval_modules": self._step.still, "head_module": args.head_module}
+        split = split_trunk(self.model, self._moving, tuple(sample.shape[1:]), **scope)
+        folder = Path(args.trunk_cache_dir or Path(args.output_dir) / "_trunk")
+        everyone = launched()
+        options: dict[str, Any] = {
+            "processor": self.processing_class,
+            "collate": own,
+            "dtype": args.cache_trunk,
+            "batch_size": 2 * args.train_batch_size,  # as many as a step, of both sides, has room for
+            "num_workers": args.dataloader_num_workers,
+            "progress": not args.disable_tqdm and everyone.first,
+            # Machines with disks of their own each need all of it: there, processes take turns.
+            "processes": everyone if everyone.share_folder(folder) else ALONE,
+        }
+        caches = [
+            TrunkCache(self.model, split, rows, folder / side, name=f"{side} images", **options)
+            for side, rows in sides.items()
+        ]
+        stored = dict(zip(sides, open_or_write(*caches), strict=True))
+        self._step.replayed = split.replayed
+        return PairedDataset(**stored, harmful_labels=True, batch_sizes=pairs.batch_sizes)
+
     @contextmanager
     def _all_rows(self) -> Iterator[None]:
         # The Trainer would drop the last images of an evaluation too: all of them, of a small set.
@@ -281,25 +338,6 @@ class ImmunizationTrainer(Trainer):
             yield
         finally:
             self.args.dataloader_drop_last = drop_last
-
-    def get_train_dataloader(self) -> Any:
-        """As the Trainer's; with `cache_trunk`, of activations at the entry of the trainable part."""
-        given = self.train_dataset, self.data_collator
-        if self.train_dataset is None or self.args.cache_trunk == "no":
-            if self.train_dataset is not None:
-                suggest_cached_trunk(self.model, self._moving, len(self.train_dataset), self.args)
-            return super().get_train_dataloader()
-        own = None if self._reads_images else self.data_collator.inner
-        options = {"processor": self.processing_class, "collate": own}
-        try:
-            # Here, since the weights of a checkpoint are loaded by now.
-            self._step.replayed, self.train_dataset = cached_pairs(
-                self.model, self.train_dataset, self._moving, self._step.still, self.args, **options
-            )
-            self.data_collator = PairedCollator(ImageCollator())
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset, self.data_collator = given
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's, with images decoded, checked and converted to RGB."""
@@ -343,24 +381,24 @@ class ImmunizationTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """As the Trainer's; a `compute_loss` of a subclass that goes past the method is refused."""
-        before, name = self._step.calls, f"{type(self).__name__}.compute_loss"
-        remedy = (
-            "In it, call super().compute_loss(model, inputs, return_outputs=True) and add to the loss; the benign "
-            "images are inputs['benign']."
-        )
+        """As the Trainer's; a `compute_loss` of a subclass that does not know batches of two sides is named."""
+        before = self._step.calls
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            return super().training_step(model, inputs, num_items_in_batch)
         except (AttributeError, KeyError, TypeError) as error:
             if type(self).compute_loss is ImmunizationTrainer.compute_loss or self._step.calls > before:
                 raise
             raise ArgumentError(
-                f"Expected {name} to take batches of benign and harmful images, found {type(error).__name__}: "
-                f"{error}. {remedy}"
+                f"Expected {self._overridden} to take batches of benign and harmful images, found "
+                f"{type(error).__name__}: {error}. {_REMEDY}"
             ) from error
-        if self._step.calls == before:
-            raise ArgumentError(f"Expected {name} to use this Trainer's loss, found that it does not. {remedy}")
-        return loss
+
+    @property
+    def _overridden(self) -> str:
+        """What of the step a subclass has replaced, by name."""
+        mine, names = type(self), ("training_step", "compute_loss")
+        changed = [name for name in names if getattr(mine, name) is not getattr(ImmunizationTrainer, name)]
+        return " and ".join(f"{mine.__name__}.{name}" for name in changed or names)
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:
@@ -368,8 +406,6 @@ class ImmunizationTrainer(Trainer):
         if self.label_smoother is not None:
             return self.label_smoother({"logits": logits}, labels)
         return self.model.loss_function(labels, logits, self.model.config)
-
-    # ---- the log ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, with the mean of every term and weight since the last log, and the part of the budget."""
@@ -398,55 +434,58 @@ class ImmunizationTrainer(Trainer):
         With other benign data as ``eval_dataset``, κ is reported without RIR; it may be the name of one of several
         sets of the constructor's.
         """
-        check_prepared(self.accelerator)
-        outermost = self._evaluation is None
-        if outermost:
-            one = eval_dataset if isinstance(eval_dataset, str) else None
-            others = eval_dataset is not None and one is None
-            self._evaluation = Evaluation(other_data=others, prefix=metric_key_prefix, one=one)
+        checks.check_prepared(self.accelerator)
+        if self._evaluation is not None:  # one of several sets
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        one = eval_dataset if isinstance(eval_dataset, str) else None
+        others = eval_dataset is not None and one is None
+        self._evaluation = evaluation.Evaluation(other_data=others, prefix=metric_key_prefix, one=one)
         try:
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
-            if outermost:
-                self._evaluation = None
-        if outermost and self.args.should_save:
-            record_saved(self)
+            self._evaluation = None
+        if self.args.should_save:
+            record.record_saved(self)
         return metrics
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As the Trainer's; within `evaluate`, features are folded into a QR factor as they pass."""
         if self._evaluation is None or not self._can_measure:
             return self._loop_with_exact_loss(dataloader, *args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
+        prefix, own_data = kwargs.get("metric_key_prefix", "eval"), not self._evaluation.other_data
         name = self._evaluation.name_of(prefix)
         # Under mixed precision the loop's features carry bfloat16 noise, which would hide every small singular value.
         plain = self.accelerator.mixed_precision == "no" and "forward" not in vars(self.model)
         self._evaluation.benign = Measurement() if plain else None
         output = self._loop_with_exact_loss(dataloader, *args, **kwargs)
         here = self._evaluation.benign
-        benign = self._measure(dataloader, "benign") if here is None else merged(here, self.args.device)
+        benign = self._measure(dataloader, "benign") if here is None else evaluation.merged(here, self.args.device)
         if self._evaluation.harmful is None and self._harmful_eval is not None:
             self._evaluation.harmful = self._measure(self.get_eval_dataloader(self._harmful_eval), "harmful")
         harmful = self._evaluation.harmful
-        if not self._evaluation.other_data:
-            self._latest = {name: benign, **({} if harmful is None else {"harmful": harmful})}
+        found = ({name: benign} if own_data else {}) | ({} if harmful is None else {"harmful": harmful})
+        if own_data:
+            self._latest = found
         if self.state.global_step == 0:
-            now = {"harmful": harmful} | ({} if self._evaluation.other_data else {name: benign})
-            self._references = {key: of for key, of in now.items() if of is not None} | self._references
-        elif harmful is not None and not self._evaluation.other_data:
+            self._references = found | self._references
+        elif harmful is not None and own_data:
             self._check_reference(name, benign, dataloader)
             self._check_reference("harmful", harmful)
-        add_metrics(output.metrics, prefix, benign, harmful, self._references, name)
-        if self.args.should_save and not self._is_sharded and not self._evaluation.other_data:
-            step, references = self.state.global_step, self._references
-            named = {metric.replace(prefix, name, 1): value for metric, value in output.metrics.items()}
-            budget = describe_budget(self._step)
+        metrics, references = output.metrics, self._references
+        for metric in (f"{prefix}_loss", f"{prefix}_accuracy"):
+            if metric in metrics:
+                metrics[metric.replace(prefix, f"{prefix}_benign", 1)] = metrics[metric]
+        spectral = spectral_metrics(benign, references.get(name), harmful, references.get("harmful"))
+        metrics.update({f"{prefix}_{metric}": value for metric, value in spectral.items()})
+        if self.args.should_save and not self._is_sharded and own_data:
+            named = {metric.replace(prefix, name, 1): value for metric, value in metrics.items()}
+            step, budget = self.state.global_step, record.describe_budget(self._step)
             self.evidence.note(self.model, name, step, named, benign, harmful, references, budget)
         return output
 
     def _loop_with_exact_loss(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As the Trainer's, with the loss as the mean over images, whatever the batches and processes."""
-        self._mean_loss = MeanLoss()
+        self._mean_loss = evaluation.MeanLoss()
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         mean = self._mean_loss.value(self.args.device)
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
@@ -466,13 +505,12 @@ class ImmunizationTrainer(Trainer):
         if measurement is None:
             result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         else:
-            with HeadInput(self._step.head) as captured:
+            with of_side("benign evaluation"), HeadInput(self._step.head) as captured:
                 result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            with of_side("benign evaluation"):
-                fold(measurement, captured.features, inputs["pixel_values"], self.accelerator)
+                evaluation.fold(measurement, captured.features, inputs["pixel_values"], self.accelerator)
         count = len(inputs["pixel_values"])
-        loss, own = result[0], own_images(count, self.accelerator)
-        if loss is not None and is_filled_up(count, self.accelerator):
+        loss, own = result[0], evaluation.own_images(count, self.accelerator)
+        if loss is not None and evaluation.is_filled_up(count, self.accelerator):
             # On every process, since sharded weights run on all of them or on none.
             rows = {name: value[: max(own, 1)] for name, value in inputs.items() if isinstance(value, Tensor)}
             loss, _, _ = super().prediction_step(model, inputs | rows, True, ignore_keys)
@@ -497,27 +535,32 @@ class ImmunizationTrainer(Trainer):
                     self.evidence.know_before(metrics, known)
         if known is None or not now.same_data(known):
             logger.warning_once(
-                f"No RIR is told: the images of {'harmful_eval_dataset' if name == 'harmful' else 'eval_dataset'} are "
-                "not those on which the starting weights were measured. Resume with those; if a transform draws them "
-                "at random, take it out of the evaluation."
+                f"No RIR is reported: the images of {'harmful_eval_dataset' if name == 'harmful' else 'eval_dataset'} "
+                "are not those on which the starting weights were measured. Resume with those; if a transform draws "
+                "them at random, take it out of the evaluation."
             )
 
     def _measure(self, dataloader: Any, name: str) -> Measurement:
-        """Features of a data set through the model in full precision."""
+        """Features of all processes' images through the model in full precision, the same on every process."""
         self.model.to(self.args.device)
         # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
         forward = self.model if self._is_sharded else partial(type(self.model).forward, self.model)
+        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        shown = tqdm(dataloader, desc=f"κ of {name} features", disable=quiet, leave=False)
+        measurement = Measurement()
         with of_side(f"{name.replace('eval', 'benign')} evaluation"):
-            return measure_features(
-                self.model,
-                self._step.head,
-                dataloader,
-                self.accelerator,
-                forward=forward,
-                prepare=self._prepare_inputs,
-                description=f"κ of {name} features",
-                quiet=self.args.disable_tqdm or not self.is_world_process_zero(),
-            )
+            for batch in run_batches(self.model, self._step.head, map(self._prepare_inputs, shown), forward=forward):
+                evaluation.fold(measurement, batch.features, batch.pixel_values, self.accelerator)
+            return evaluation.merged(measurement, self.accelerator.device)
+
+    def _measure_references(self) -> None:
+        if self._harmful_eval is None or self.eval_dataset is None or not self._can_measure:
+            return
+        benign = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        sets = {f"eval_{name}" if name else "eval": dataset for name, dataset in benign.items()}
+        for name, dataset in {**sets, "harmful": self._harmful_eval}.items():
+            if name not in self._references:
+                self._references[name] = self._measure(self.get_eval_dataloader(dataset), name)
 
     @property
     def last_spectra(self) -> dict[tuple[str, str], Tensor]:
@@ -545,7 +588,7 @@ class ImmunizationTrainer(Trainer):
     # ---- training, saving, resuming ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As the Trainer's; measures κ of the starting weights first, so that RIR can be told afterwards.
+        """As the Trainer's; measures κ of the starting weights first, so that RIR can be reported afterwards.
 
         Args:
             resume_from_checkpoint: A checkpoint's folder, or True for the last one that was written whole.
@@ -555,13 +598,14 @@ class ImmunizationTrainer(Trainer):
             CheckpointError: If the checkpoint is not as it was written, or none is.
             ArgumentError: If checkpoints cannot be written to ``output_dir``.
         """
+        folder = self.args.output_dir
         if resume_from_checkpoint:
-            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+            resume_from_checkpoint = checkpoints.checkpoint_to_resume(resume_from_checkpoint, folder)
         if self.args.should_save:
             if self.args.save_strategy != "no":  # rather than at the first checkpoint
-                check_writable(self.args.output_dir, "output_dir")
-            for folder in (Path(self.args.output_dir), *Path(self.args.output_dir).glob("checkpoint-*")):
-                remove_leftovers(folder)
+                check_writable(folder, "output_dir")
+            for each in (Path(folder), *Path(folder).glob("checkpoint-*")):
+                remove_leftovers(each)
         self._means = RunningMeans()  # without what a run that was stopped had not logged yet
         return super().train(resume_from_checkpoint, **kwargs)
 
@@ -571,37 +615,24 @@ class ImmunizationTrainer(Trainer):
         """As the Trainer's. Here `model_init` has given the model of this run or trial, and nothing has moved yet."""
         if resume_from_checkpoint is None:
             self._measure_references()
-        self._choose_objective()
-        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
-
-    def _choose_objective(self) -> None:
-        """Choose what the user left open, on images that do not depend on the batch size; a resumed run knows it."""
-
-        def sample() -> tuple[Tensor, Tensor]:
-            self.model.to(self.args.device)
-            collate = self.data_collator.inner
-            return draw_sample(self.train_dataset, self._data_seed, self.args.device, collate, collate)
-
         if isinstance(self.train_dataset, PairedDataset):
-            self._step.choose(sample)
+            self._step.choose(self._sample)
             if self.is_world_process_zero():
                 logger.info(f"Choices: {'; '.join(f'{name} {why}' for name, why in self.choices.items())}.")
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
 
-    def _measure_references(self) -> None:
-        if self._harmful_eval is None or self.eval_dataset is None or not self._can_measure:
-            return
-        benign = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        sets = {f"eval_{name}" if name else "eval": dataset for name, dataset in benign.items()}
-        for name, dataset in {**sets, "harmful": self._harmful_eval}.items():
-            if name not in self._references:
-                self._references[name] = self._measure(self.get_eval_dataloader(dataset), name)
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """Images to choose the objective on, which do not depend on the batch size."""
+        self.model.to(self.args.device)
+        collate = self.data_collator.inner
+        return draw_sample(self.train_dataset, self._data_seed, self.args.device, collate, collate)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
         # Of sharded weights, the first process alone was given the whole.
         weights = dict(self.model.named_parameters()) if state_dict is None else state_dict
-        check_finite_weights({name: weights[name] for name in self._moving if name in weights})
+        checkpoints.check_finite_weights({name: weights[name] for name in self._moving if name in weights})
         output_dir = output_dir or self.args.output_dir
         if self._plain_names:
             whole = self.model.state_dict() if state_dict is None else state_dict
@@ -610,8 +641,8 @@ class ImmunizationTrainer(Trainer):
             super()._save(str(staging), state_dict)
             lost = None if self._is_sharded else self._lost_in(staging)
             if lost is None:
-                save_record(self, staging, output_dir)
-            remove_other_forms(output_dir, staging)
+                record.save_record(self, staging, output_dir)
+            checkpoints.remove_other_forms(output_dir, staging)
         if lost is not None:
             (Path(output_dir) / RECORD_NAME).unlink(missing_ok=True)
             raise CheckpointError(
@@ -634,29 +665,29 @@ class ImmunizationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        with atomic_checkpoint(folder, self.state, self.args.should_save):
+        with checkpoints.atomic_checkpoint(folder, self.state, self.args.should_save):
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.args.should_save:
-            save_run_state(output_dir, self._step, self._references, self.args.train_batch_size)
+            checkpoints.save_run_state(output_dir, self._step, self._references, self.args.train_batch_size)
         # Each process has written one: only now can the first list and flush them all.
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is None and self._loads_whole:
-            load_weights(self.model, resume_from_checkpoint)
+            checkpoints.load_weights(self.model, resume_from_checkpoint)
             self.evidence.adopt(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._resumed = True
-        references = load_run_state(resume_from_checkpoint, self._step, self.args.train_batch_size)
+        references = checkpoints.load_run_state(resume_from_checkpoint, self._step, self.args.train_batch_size)
         self._references = references or self._references
 
     def _load_best_model(self) -> None:
         if self._loads_whole:
-            load_weights(self.model, self.state.best_model_checkpoint)
+            checkpoints.load_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
         if not self._is_sharded:
@@ -690,7 +721,7 @@ class ImmunizationTrainer(Trainer):
         given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
         unused = ("self", "tasks", "dataset_args")
         if self.is_world_process_zero():
-            publishing.create_model_card(self, **{name: of for name, of in given.items() if name not in unused})
+            record.create_model_card(self, **{name: of for name, of in given.items() if name not in unused})
 
     def push_to_hub(
         self,
@@ -711,7 +742,7 @@ class ImmunizationTrainer(Trainer):
         Raises:
             HubError: With its outcome by name; nothing local is lost.
         """
-        return publishing.push_to_hub(self, commit_message, blocking, token, revision, private, **kwargs)
+        return record.push_to_hub(self, commit_message, blocking, token, revision, private, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        publishing.push_from_checkpoint(self, checkpoint_folder)
+        record.push_from_checkpoint(self, checkpoint_folder)

@@ -211,14 +211,14 @@ def test_impossible_options_are_refused(options, named, arguments):
 def suggestions(monkeypatch):
     """What is suggested in the log."""
     found = []
-    logger = logging.get_logger("hf_immunize.training.cached_trunk")
+    logger = logging.get_logger("hf_immunize.training.trainer")
     monkeypatch.setattr(logger, "warning_once", found.append, raising=False)
     return found
 
 
 def test_it_is_suggested_where_it_would_pay(trainer, suggestions):
     trainer("resnet", max_steps=12).train()
-    assert len(suggestions) == 1 and "in each of 3 epochs" in suggestions[0] and "cache_trunk=" in suggestions[0]
+    assert len(suggestions) == 1 and "of 3 epochs" in suggestions[0] and "cache_trunk=" in suggestions[0]
 
 
 @pytest.mark.parametrize("options", [{"max_steps": 4}, {"trainable": "all"}, {"cache_trunk": "float32"}])

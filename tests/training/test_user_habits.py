@@ -66,6 +66,19 @@ class GoesPast(ImmunizationTrainer):
         return model(**inputs["benign"]).loss
 
 
+class OwnStep(ImmunizationTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model(**inputs["benign"]).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class SometimesOwnStep(OwnStep):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        kind = OwnStep if self.state.global_step else ImmunizationTrainer
+        return kind.training_step(self, model, inputs, num_items_in_batch)
+
+
 class Adds(ImmunizationTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
@@ -85,6 +98,8 @@ def of(kind, images, arguments, tiny, **options):
         (PopsLabels, "PopsLabels.compute_loss"),
         (UnpacksInputs, "UnpacksInputs.compute_loss"),
         (GoesPast, "GoesPast.compute_loss"),
+        (OwnStep, "OwnStep.training_step"),
+        (SometimesOwnStep, "SometimesOwnStep.training_step"),
     ],
 )
 def test_a_subclass_that_would_train_without_the_method_is_refused(kind, found, images, arguments, tiny):
