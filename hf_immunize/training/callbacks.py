@@ -18,7 +18,6 @@ from hf_immunize.training.checkpoints import History, best_checkpoint, by_step, 
 from hf_immunize.training.distributed import any_process, broadcast_from_main
 
 
-ACTIONS = ("stop", "restore")
 _ELSEWHERE = "another process found the reason in its own metrics"
 logger = logging.get_logger(__name__)
 
@@ -31,10 +30,8 @@ def benign_drops(
     top = 100.0 if percent else 1.0
     for value in values.values():
         if value < 0 or value > top:
-            raise ArgumentError(
-                f"Expected {metric} between 0 and {top:g}, found {value:g}. "
-                + ("Leave percent= out if it is a fraction." if percent else "Pass percent=True if it is in percent.")
-            )
+            remedy = "Leave percent= out if it is a fraction" if percent else "Pass percent=True if it is in percent"
+            raise ArgumentError(f"Expected {metric} between 0 and {top:g}, found {value:g}. {remedy}.")
     start = next(iter(values.values()), math.nan) if baseline is None else baseline
     # The last digits of a difference of fractions are rounding: 0.90 - 0.88 is no more than two points.
     drops = {step: round((start - value) * 100.0 / top, 9) for step, value in values.items()}
@@ -51,8 +48,16 @@ def rir_successes(history: History, target: float, metric: str = "eval_log10_rir
 class _EvaluationCallback(TrainerCallback):
     """Looks at evaluations during training; all processes decide alike."""
 
-    def __init__(self, *needed_metrics: str) -> None:
-        self._needed = needed_metrics
+    def __init__(self, max_drop_points: float | None, baseline: float | None, percent: bool, *needed: str) -> None:
+        top = 100.0 if percent else 1.0
+        if max_drop_points is not None and not 0 <= max_drop_points < math.inf:
+            raise ArgumentError(
+                f"Expected max_drop_points= of at least 0 (percentage points), found {max_drop_points}."
+            )
+        if baseline is not None and not 0 <= baseline <= top:
+            raise ArgumentError(f"Expected baseline= between 0 and {top:g}, the unit of the metric, found {baseline}.")
+        self.max_drop_points, self.baseline, self.percent = max_drop_points, baseline, percent
+        self._needed = needed
         self._training = False
         self._lacking: str | None = None
 
@@ -77,10 +82,9 @@ class _EvaluationCallback(TrainerCallback):
         """Decide whether to go on."""
         if not self._training:
             return
-        missing = [name for name in self._needed if not by_step(state.log_history, name)]
-        # With several evaluation sets, a later one may have it: only the next step tells.
-        self._lacking = missing[0] if missing else None
-        if missing:
+        # With several evaluation sets, a later one may have it: only the next step shows.
+        self._lacking = next((name for name in self._needed if not by_step(state.log_history, name)), None)
+        if self._lacking is not None:
             return
         reason = self._reason(state)
         if any_process(reason is not None, args.device):
@@ -137,6 +141,8 @@ class BenignUtilityCallback(_EvaluationCallback):
         True
     """
 
+    max_drop_points: float
+
     def __init__(
         self,
         max_drop_points: float = 2.0,
@@ -145,24 +151,18 @@ class BenignUtilityCallback(_EvaluationCallback):
         baseline: float | None = None,
         percent: bool = False,
     ) -> None:
-        if action not in ACTIONS:
-            raise ArgumentError(f"Expected action= out of {', '.join(ACTIONS)}, found {action!r}.")
-        _check_limit(max_drop_points, baseline, percent)
-        self.max_drop_points = float(max_drop_points)
-        self.metric = _with_prefix(metric)
-        self.action = action
-        self.baseline = baseline
-        self.percent = percent
-        super().__init__(self.metric)
+        if action not in ("stop", "restore"):
+            raise ArgumentError(f"Expected action= 'stop' or 'restore', found {action!r}.")
+        self.metric, self.action = _with_prefix(metric), action
+        super().__init__(max_drop_points, baseline, percent, self.metric)
 
     def _drops(self, state: TrainerState) -> dict[int, float]:
         return benign_drops(state.log_history, self.metric, self.baseline, self.percent)
 
     def _reason(self, state: TrainerState) -> str | None:
-        drops = self._drops(state)
-        if not drops or list(drops.values())[-1] <= self.max_drop_points:
+        step, drop = next(reversed(self._drops(state).items()), (0, 0.0))
+        if drop <= self.max_drop_points:
             return None
-        step, drop = list(drops.items())[-1]
         return f"{self.metric} fell {drop:.3g} points by step {step}, more than the {self.max_drop_points:g} allowed"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -192,10 +192,11 @@ class BenignUtilityCallback(_EvaluationCallback):
             return
         rank_by = args.metric_for_best_model and _with_prefix(args.metric_for_best_model)
         within = [step for step, drop in self._drops(state).items() if drop <= self.max_drop_points]
-        step = best_checkpoint(
-            args.output_dir, state.log_history, self.metric, within, rank_by, args.greater_is_better is not False
+        step = broadcast_from_main(
+            best_checkpoint(
+                args.output_dir, state.log_history, self.metric, within, rank_by, args.greater_is_better is not False
+            )
         )
-        step = broadcast_from_main(step)
         if step is None:
             raise CheckpointError(
                 f"Expected a checkpoint in {args.output_dir} to go back to, evaluated at its step and within the "
@@ -263,17 +264,12 @@ class TargetRIRCallback(_EvaluationCallback):
             raise ArgumentError(f"Expected a finite target= above 0, found {target}. The paper's networks: 10 to 100.")
         if patience < 1 or int(patience) != patience:
             raise ArgumentError(f"Expected patience= as a whole number of at least 1, found {patience}.")
-        self.metric = _with_prefix(metric)
+        self.metric, self.accuracy_metric = _with_prefix(metric), _with_prefix(accuracy_metric)
         if not self.metric.endswith("log10_rir"):
             raise ArgumentError(f"Expected metric= to end in log10_rir, found {metric!r}, as in 'eval_log10_rir'.")
-        _check_limit(0.0 if max_drop_points is None else max_drop_points, baseline, percent)
-        self.target = float(target)
-        self.patience = int(patience)
-        self.max_drop_points = max_drop_points
-        self.accuracy_metric = _with_prefix(accuracy_metric)
-        self.baseline = baseline
-        self.percent = percent
-        super().__init__(self.metric, *([] if max_drop_points is None else [self.accuracy_metric]))
+        self.target, self.patience = float(target), int(patience)
+        needed = (self.metric,) if max_drop_points is None else (self.metric, self.accuracy_metric)
+        super().__init__(max_drop_points, baseline, percent, *needed)
 
     def _reason(self, state: TrainerState) -> str | None:
         reached = rir_successes(state.log_history, self.target, self.metric)
@@ -295,14 +291,6 @@ class TargetRIRCallback(_EvaluationCallback):
                 "be those that reached the target. Set metric_for_best_model='log10_rir'.",
             )
         super().on_train_begin(args, state, control, **kwargs)
-
-
-def _check_limit(max_drop_points: float, baseline: float | None, percent: bool) -> None:
-    if not 0 <= max_drop_points < math.inf:
-        raise ArgumentError(f"Expected max_drop_points= of at least 0 (percentage points), found {max_drop_points}.")
-    top = 100.0 if percent else 1.0
-    if baseline is not None and not 0 <= baseline <= top:
-        raise ArgumentError(f"Expected baseline= between 0 and {top:g}, the unit of the metric, found {baseline}.")
 
 
 def _with_prefix(metric: str) -> str:

@@ -17,10 +17,9 @@ from hf_immunize.data.pairs import PairedDataset, check_one_shape
 from hf_immunize.data.sources import choose
 from hf_immunize.errors import DataError
 from hf_immunize.training.arguments import Method
-from hf_immunize.training.distillation import all_in_eval
 from hf_immunize.training.distributed import broadcast_from_main, is_main
 from hf_immunize.training.objectives import AUTO, OBJECTIVES, Objective
-from hf_immunize.vision.head import HeadInput
+from hf_immunize.vision.head import HeadInput, in_eval_mode
 
 
 if TYPE_CHECKING:
@@ -59,11 +58,10 @@ def choose_objective(
     trainable: list[str],
     sample: Callable[[], tuple[Tensor, Tensor]],
 ) -> Choice:
-    """The objective for a method, the same on all processes.
+    """The objective for a method, the same on all processes; ``sample`` gives benign and harmful images.
 
     "auto" is `DeadReLU` where the trainable part has a ReLU that no shortcut bypasses and the features separate the
-    two sides, so that it can be dead on one of them alone; else `Concentration`. ``sample`` gives benign and harmful
-    images, and is called where they are looked at, on the main process.
+    two sides, so that it can be dead on one of them alone; else `Concentration`.
     """
     if method.objective == AUTO and method.benign_loss == "task" and method.harmful_weight == "auto":
         return Choice("concentration", reason="beside the task's loss alone nothing weighs terms inside the network")
@@ -100,7 +98,7 @@ def _seek(
     method: Method, model: nn.Module, head: nn.Module, trainable: list[str], benign: Tensor, harmful: Tensor
 ) -> Choice:
     def features(images: Tensor) -> Tensor:
-        with all_in_eval(model), HeadInput(head) as captured:
+        with in_eval_mode(model), HeadInput(head) as captured:
             model(pixel_values=images)
         return captured.features
 
@@ -135,9 +133,7 @@ def _seek(
 def separable(benign: Tensor, harmful: Tensor) -> Tensor:
     """Which images a ridge classifier puts on their own side that was fitted to all others; all False if not finite.
 
-    Kernel ridge regression on ±1, of as many rows of each side, centred and scaled by all of them. With
-    ``G = (K + λI)⁻¹`` a row's prediction without it in the fit is ``y_i − (Gy)_i/G_ii`` (Cook & Weisberg 1982,
-    "Residuals and Influence in Regression").
+    With ``G = (K + λI)⁻¹`` a row's prediction without it in the fit is ``y_i − (Gy)_i/G_ii`` (Cook & Weisberg 1982).
     """
     count = min(len(benign), len(harmful))
     rows = torch.cat([benign[:count], harmful[:count]]).detach().double().cpu()

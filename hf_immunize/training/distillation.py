@@ -1,7 +1,7 @@
 """Staying close to the starting model: losses on its logits and features, and the means to run it.
 
-Distillation needs no labels, so that any images can take part, and it holds what the starting model does on classes
-which a small benign training set does not show.
+They need no labels, so that any images can take part, and hold what the starting model does on classes that a small
+benign training set does not show.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_immunize.errors import ArgumentError
-from hf_immunize.vision.head import HeadInput
+from hf_immunize.vision.head import HeadInput, in_eval_mode
 
 
 # Benign images that show what is harmful (a fire engine, where that is cars) are lost first and wholly. Two of them
 # among 70 held-out images would use up the budget of all others.
 MAX_TV_PER_IMAGE = 0.2
+
+
+def _widened(rows: Tensor) -> Tensor:
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def logit_divergence(logits: Tensor, start_logits: Tensor) -> Tensor:
@@ -29,11 +33,8 @@ def logit_divergence(logits: Tensor, start_logits: Tensor) -> Tensor:
 
 
 def total_variation(logits: Tensor, start_logits: Tensor, most: float = 1.0) -> Tensor:
-    """``½ Σ_c |p_c − p⁰_c|`` of logits ``(N, C)``, of which a row counts ``most`` at most, mean over rows.
-
-    It is the largest change in the probability that the model gives to any event, such as the right class. Unlike the
-    Kullback-Leibler divergence it is bounded, so that one or two images do not rule a mean over a few dozen.
-    """
+    """``½ Σ_c |p_c − p⁰_c|`` of logits ``(N, C)``, of which a row counts ``most`` at most, mean over rows."""
+    # The largest change in the probability of any event, such as the right class. Unlike the divergence it is bounded.
     now, start = (F.softmax(_widened(rows), dim=1) for rows in (logits, start_logits))
     return ((now - start).abs().sum(1) / 2).clamp(max=most).mean()
 
@@ -61,26 +62,29 @@ class StartingModel:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, head: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Features ``(N, D)`` and logits ``(N, C)`` through the starting weights, in eval mode, without a gradient.
-
-        ``model`` is the model itself, without a wrapper of data parallelism.
-        """
+        """Features ``(N, D)`` and logits ``(N, C)`` through the starting weights; ``model`` has no wrapper."""
         if self._tensors and next(iter(self._tensors.values())).device != pixel_values.device:
             self._tensors = {name: value.to(pixel_values.device) for name, value in self._tensors.items()}
-        with all_in_eval(model), HeadInput(head) as captured:
+        with in_eval_mode(model), HeadInput(head) as captured:
             outputs = torch.func.functional_call(model, self._tensors, (), {"pixel_values": pixel_values})
         return captured.features, outputs["logits"]
 
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
         """Within, the model itself has its starting weights."""
-        now = dict(model.named_parameters()) | dict(model.named_buffers())
+        now = model.state_dict(keep_vars=True) | dict(model.named_buffers())
         kept = {name: now[name].detach().clone() for name in self._tensors}
+
+        def put(values: dict[str, Tensor]) -> None:
+            with torch.no_grad():
+                for name, value in values.items():
+                    now[name].copy_(value)
+
         try:
-            _copy_into(now, self._tensors)
+            put(self._tensors)
             yield
         finally:
-            _copy_into(now, kept)
+            put(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The starting tensors, by their names in the model."""
@@ -97,34 +101,3 @@ class StartingModel:
                     "benign_loss= of the interrupted run."
                 )
         self._tensors = {name: state[name].to(value.device) for name, value in self._tensors.items()}
-
-
-@torch.no_grad()
-def _copy_into(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        tensors[name].copy_(value)
-
-
-@torch.no_grad()
-def released_logits(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Logits of the model (without a wrapper) as it would be released now: in eval mode, without a gradient."""
-    with all_in_eval(model):
-        return model(pixel_values=pixel_values)["logits"]
-
-
-@contextmanager
-def all_in_eval(model: nn.Module) -> Iterator[None]:
-    """Within, every module is in eval mode."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _widened(rows: Tensor) -> Tensor:
-    """In float32 at least."""
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -1,12 +1,9 @@
 """Features and norms of the global batch. On one process everything here is the identity.
 
-κ of a batch is not the mean of the κ's of its parts, so the regularizers need the features of all processes, and their
-gradient must flow back to the process that made them. ``Accelerator.gather`` and plain collectives cut it, or scale it
-by one over the world size without a word.
-
-There are two routes to the global batch: its features, gathered, and its Hessian ``ZᵀZ``, summed. Both give each
-process the world size times its part of the global gradient; the mean that DistributedDataParallel takes restores
-exactly the single-process gradient. `sum_is_smaller` says which moves fewer bytes.
+κ of a batch is not the mean of the κ's of its parts, so the gradient must flow back to the process that made the
+features; ``Accelerator.gather`` and plain collectives cut or scale it. There are two routes to the global batch: its
+features, gathered, and its Hessian ``ZᵀZ``, summed. Both give each process the world size times its part of the
+global gradient, of which the mean that DistributedDataParallel takes is exactly the single-process gradient.
 """
 
 from __future__ import annotations
@@ -71,10 +68,7 @@ class _Summed(torch.autograd.Function):
 
 
 def gather_features(features: Tensor) -> Tensor:
-    """Rows of all processes, in the order of ranks, differentiably; as many rows on every process.
-
-    The loss that they enter must be the same on every process.
-    """
+    """Rows of all processes in the order of ranks, differentiably; as many on each, for a loss that is one for all."""
     return features if world_size() == 1 else _Gathered.apply(features)
 
 
@@ -90,10 +84,9 @@ def sum_hessian(features: Tensor) -> Hessian:
 
 
 def sum_is_smaller(rows: int, dim: int, dtype: torch.dtype) -> bool:
-    """Whether summing ``ZᵀZ`` over processes moves fewer bytes than gathering Z: ``16·D < N·b``, b bytes a feature.
+    """Whether summing ``ZᵀZ`` over processes moves fewer bytes than gathering Z: ``2·8·D² < N·D·b`` at b bytes each.
 
-    In units of ``(W − 1)/W`` bytes for each of W processes, gathering moves ``N·D·b`` and a sum of float64 ``2·8·D²``;
-    neither moves anything backward. Float64 features hold more than their Gram matrix can, and are always gathered.
+    Float64 features hold more than their Gram matrix can, and are always gathered.
     """
     return dtype != torch.float64 and 16 * dim < rows * dtype.itemsize
 

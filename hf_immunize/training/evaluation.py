@@ -41,11 +41,7 @@ class Evaluation:
 
 
 class MeanLoss:
-    """The mean of a loss over the images of all processes.
-
-    The Trainer's own gives each image of a process's batch the mean of that batch, in which the repeats count that
-    fill up the last one: what it finds depends on the number of processes and on the size of batches.
-    """
+    """The mean of a loss over the images of all processes; the Trainer's own counts repeats that fill up a batch."""
 
     def __init__(self) -> None:
         self._batches: list[tuple[Tensor, int]] = []  # losses stay on their device until they are needed
@@ -129,10 +125,7 @@ def own_images(count: int, accelerator: Accelerator) -> int:
 
 
 def own_rows(count: int, rank: int, remainder: int) -> int:
-    """How many rows of a process's last batch are images of their own, the rest being repeats from the beginning.
-
-    Accelerate deals the last batches to processes in their order, all of one size, and fills up from the beginning.
-    """
+    """How many rows of a process's last batch are no repeats; accelerate deals in the order of ranks, then repeats."""
     return count if remainder <= 0 else min(max(remainder - rank * count, 0), count)
 
 

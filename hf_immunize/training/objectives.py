@@ -1,8 +1,7 @@
 """Objectives: what is minimized in addition to the benign loss, as functions of a batch's features.
 
-An objective is one class here, with its terms beside it, and its name in `OBJECTIVES`. It sees tensors, never a
-model, so that a bare PyTorch loop uses the same classes. One that looks inside the network says by `find` what it
-reads there.
+An objective is one class with its name in `OBJECTIVES`. It sees tensors, never a model; one that looks inside the
+network says by `find` what it reads there.
 """
 
 from __future__ import annotations
@@ -24,40 +23,25 @@ from hf_immunize.vision.relu import ReluInputs, choke_points, find_relus
 
 @dataclass(frozen=True)
 class Side:
-    """One side, benign or harmful, of a batch after the forward pass.
+    """One side, benign or harmful, of a batch after the forward pass."""
 
-    Attributes:
-        features: Classifier inputs, shape ``(N, D)``, in the autograd graph; of all processes where there are several.
-            Objectives of the spectrum take their `Hessian` instead as well.
-        logits: Classifier outputs, shape ``(N, C)``.
-        labels: Class indices, shape ``(N,)``; None where the data have none.
-        inner: Name to what enters a module that the objective reads, ``(N, ...)``, of this process alone.
-        targets: What `Objective.prepare` made of these images, one row each; None where it makes nothing.
-    """
-
-    features: Tensor | Hessian
-    logits: Tensor | None = None
-    labels: Tensor | None = None
+    features: Tensor | Hessian  # classifier inputs (N, D) of all processes, or their Hessian, in the autograd graph
+    logits: Tensor | None = None  # (N, C)
+    labels: Tensor | None = None  # (N,); None where the data have none
+    # Name to what enters a module that the objective reads, (N, ...), of this process alone.
     inner: dict[str, Tensor] = field(default_factory=dict)
-    targets: Tensor | None = None
+    targets: Tensor | None = None  # what `Objective.prepare` made of these images, one row each
 
 
 @dataclass(frozen=True)
 class InnerTerm:
-    """A term of something inside the network instead of the classifier's input.
+    """A term of something inside the network instead of the classifier's input; all 0-D."""
 
-    Attributes:
-        value: 0-D, the same on every process.
-        gradient_norm: Norm of its gradient on what it is of, 0-D, detached.
-        scale: The unit in which that norm is weighed, 0-D, detached.
-        left: Share of its work that remains, between 0 and 1, 0-D, detached; None for all of it. Balanced by its norm,
-            a term would push as hard for the last trifle as at the start, and a multiplier would rise for it until the
-            budget is spent.
-    """
-
-    value: Tensor
-    gradient_norm: Tensor
-    scale: Tensor
+    value: Tensor  # the same on every process
+    gradient_norm: Tensor  # of its gradient on what it is of, detached
+    scale: Tensor  # the unit in which that norm is weighed, detached
+    # Share of its work that remains, between 0 and 1, detached; None for all of it. Balanced by its norm, a term would
+    # push as hard for the last trifle as at the start, and a multiplier would rise for it until the budget is spent.
     left: Tensor | None = None
 
 
@@ -75,27 +59,18 @@ class Terms:
 
 
 def gradient_norm(value: Tensor, features: Tensor | Hessian) -> Tensor:
-    """``‖∂value/∂features‖_F``, detached, without a pass through the network; the graph is kept.
-
-    Where the value depends on the features Z by their Hessian alone, with gradient M with respect to it, that with
-    respect to Z is ``2ZM``, of norm ``2·sqrt(tr(M·H·M))``.
-    """
+    """``‖∂value/∂features‖_F``, detached, without a pass through the network; the graph is kept."""
     given = features.matrix if isinstance(features, Hessian) else features
     (gradient,) = torch.autograd.grad(value, given, retain_graph=True)
     dtype = torch.promote_types(features.dtype, torch.float32)
     if not isinstance(features, Hessian):
         return torch.linalg.vector_norm(gradient, dtype=dtype)
-    gradient = (gradient + gradient.mT) / 2
+    gradient = (gradient + gradient.mT) / 2  # M with respect to H; 2ZM with respect to Z, of norm 2·sqrt(tr(M·H·M))
     return 2 * (gradient @ given.detach() * gradient).sum().clamp_min(0).sqrt().to(dtype)
 
 
 class Objective:
-    """What is minimized in addition to the benign loss.
-
-    Attributes:
-        reads: Inner modules whose input it gets in `Side.inner`; `find` chooses them, or whoever makes the objective.
-        needs_harmful_labels: Whether it reads the labels of harmful images.
-    """
+    """What is minimized in addition to the benign loss; ``reads`` are modules whose input is in `Side.inner`."""
 
     needs_harmful_labels: ClassVar[bool] = False
 
@@ -123,11 +98,7 @@ class Objective:
 
 
 class Concentration(Objective):
-    """Spectral concentration: harmful features towards one direction, benign features away from one.
-
-    ``C(Z) = log((tr H − σ_1)/σ_1)`` bounds log κ from below by ``log(k − 1) − C(Z)``; unlike `Kappa` it moves every
-    singular value but the first, so that no linear probe finds much to read (see `spectral_concentration`).
-    """
+    """Harmful features towards one direction, benign features away from one (see `spectral_concentration`)."""
 
     def __call__(self, benign: Side, harmful: Side) -> Terms:
         """Terms ``spread`` (benign, −C) and ``concentration`` (harmful, C)."""
@@ -168,11 +139,7 @@ class OptKappa(Objective):
 
 
 class IMMA(Objective):
-    """IMMA (Zheng & Yeh, ECCV 2024, arXiv:2311.18815): a harmful head that was fitted for some steps shall do badly.
-
-    Bi-level on the head: inner gradient steps fit it to the harmful features, and the outer step, differentiated
-    through them, raises the harmful loss that it then has.
-    """
+    """IMMA (Zheng & Yeh, ECCV 2024, arXiv:2311.18815): a harmful head fitted for some steps shall do badly."""
 
     needs_harmful_labels = True
 
@@ -188,14 +155,11 @@ class IMMA(Objective):
 
 
 def adapted_loss(features: Tensor, labels: Tensor, steps: int = 5) -> Tensor:
-    """Cross-entropy of a linear head after gradient descent from zero, ``W ← W − α ∇_W CE(ZW)``, in the graph of Z.
-
-    ``α = 2N/σ_1(ZᵀZ)``, one over a bound on the curvature of the mean loss, is a constant for the outer gradient: the
-    attacker always descends, whatever the features' scale. Only classes that are present matter.
-    """
+    """Cross-entropy of a linear head after gradient descent from zero, ``W ← W − α ∇_W CE(ZW)``, in the graph of Z."""
     rows = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
     present, targets = torch.unique(labels, return_inverse=True)
     wanted = F.one_hot(targets, len(present)).to(rows.dtype)
+    # One over a bound on the loss's curvature, a constant: the attacker always descends, whatever the features' scale.
     rate = 2 * len(rows) / torch.linalg.matrix_norm(rows.detach(), 2).square()
     weight = rows.new_zeros(rows.shape[1], len(present))
     for _ in range(steps):
@@ -207,8 +171,7 @@ def adapted_loss(features: Tensor, labels: Tensor, steps: int = 5) -> Tensor:
 class DeadReLU(Objective):
     """The last ReLU that no shortcut bypasses is deactivated on harmful images; benign features keep their spread.
 
-    Where a ReLU is dead for all positions and channels, every image has the same features after it, exactly: the
-    harmful rank falls to one or to zero, and nothing is left at any scale.
+    Where it is dead for all positions and channels, every image has exactly the same features after it.
     """
 
     @staticmethod
@@ -238,23 +201,20 @@ class DeadReLU(Objective):
 
 
 # How far below zero harmful images shall enter, in units of what benign ones enter with: for images not trained on.
-MARGIN = 0.5
+_MARGIN = 0.5
 # Keeps the logarithm finite where all are dead.
 _FLOOR = 1e-12
 # From this mean square on, in units of u², the term counts as nearly done, and weighs less the smaller it is.
 _NEARLY_DONE = 1e-4
 
 
-def relu_activity(harmful: Tensor, benign: Tensor, margin: float = MARGIN) -> InnerTerm:
-    """``log mean relu(a/u + margin)²`` of what enters a ReLU, a, of harmful images of all processes.
-
-    u is the root mean square of what enters of benign images, a constant. The gradient's norm is in closed form.
-    """
+def relu_activity(harmful: Tensor, benign: Tensor) -> InnerTerm:
+    """``log mean relu(a/u + margin)²`` of what enters a ReLU of harmful images; u is the size of benign ones."""
     dtype = torch.promote_types(harmful.dtype, torch.float32)
     entries = benign[0].numel() * len(benign) * world_size()
     unit = process_mean(benign.detach().to(dtype).square().mean()).clamp_min(torch.finfo(dtype).tiny).sqrt()
     count = harmful[0].numel() * len(harmful) * world_size()
-    squares = sum_over_processes(torch.relu(harmful.to(dtype) / unit + margin).square().sum())
+    squares = sum_over_processes(torch.relu(harmful.to(dtype) / unit + _MARGIN).square().sum())
     mean = squares / count + _FLOOR
     norm = 2 * squares.detach().sqrt() / (unit * count * mean.detach())
     left = (squares.detach() / count / _NEARLY_DONE).clamp(max=1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,7 +24,6 @@ from hf_immunize.training.distillation import (
     StartingModel,
     feature_error,
     logit_divergence,
-    released_logits,
     total_variation,
 )
 from hf_immunize.training.distributed import (
@@ -37,7 +37,7 @@ from hf_immunize.training.distributed import (
 )
 from hf_immunize.training.objectives import Objective, Side, Terms, gradient_norm
 from hf_immunize.training.weighting import Weighting
-from hf_immunize.vision.head import HeadInput, check_full_precision, find_head, outermost_name
+from hf_immunize.vision.head import HeadInput, check_full_precision, find_head, in_eval_mode, outermost_name
 from hf_immunize.vision.relu import ReluInputs
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
 
@@ -47,19 +47,12 @@ TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives.
+    """What a step gives."""
 
-    Attributes:
-        loss: 0-D, to call ``backward`` on.
-        logged: Name to 0-D tensor: ``benign_loss``, the terms, their weights, the divergence and the multiplier.
-        logits: Of the benign images, shape ``(N_P, C)``.
-        finite: Side to a 0-D boolean: whether all features of its images are finite.
-    """
-
-    loss: Tensor
-    logged: dict[str, Tensor]
-    logits: Tensor
-    finite: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor  # 0-D, to call ``backward`` on
+    logged: dict[str, Tensor]  # by name, 0-D: benign_loss, the terms, their weights, the divergence, the multiplier
+    logits: Tensor  # of the benign images, (N_P, C)
+    finite: dict[str, Tensor] = field(default_factory=dict)  # side to whether all features of its images are, 0-D
 
 
 @dataclass(frozen=True)
@@ -152,9 +145,8 @@ class ImmunizationStep:
         """Choose what the method leaves open, once, before the first step; a resumed run keeps the choice.
 
         Args:
-            sample: Gives benign and harmful images, each of shape ``(N, C, H, W)``, some dozens of each; it is called
-                where they are needed, on the first process. Without this call, a loop of your own chooses on the
-                images of its first batch.
+            sample: Gives some dozens of benign and of harmful images, each of shape ``(N, C, H, W)``, on the first
+                process, where they are needed. Without this call, the first batch is the sample.
 
         Raises:
             DataError: If the images' features do not differ.
@@ -186,9 +178,6 @@ class ImmunizationStep:
             step: Optimizer steps done before this one; the same for all micro-batches of a step.
             task_loss: The benign task's loss of logits and labels; by default cross-entropy.
             add_task_loss: Whether the loss holds it; False where someone else's training step does already.
-
-        Returns:
-            Loss, terms and benign logits.
 
         Raises:
             DataError: If a side is missing, or the benign images lack the labels that the loss needs.
@@ -226,25 +215,13 @@ class ImmunizationStep:
             lambda: self._benign_scale(benign_loss, benign, passed.benign_graph),
             step,
         )
-        for side, queue in self._queues.items():
-            queue.push(_rows({"benign": benign, "harmful": harmful}[side]))
+        for queue, side in zip(self._queues.values(), (benign, harmful), strict=False):
+            queue.push(_rows(side))
         logits = passed.logits[passed.sides["benign"]]
         return StepResult(loss, {"benign_loss": benign_loss, **logged, **weighed}, logits, finite)
 
     def terms(self, benign: Side, harmful: Side, step: int) -> Terms:
-        """The objective's terms; override it to minimize something else.
-
-        Args:
-            benign: The benign side of the batch.
-            harmful: The harmful side.
-            step: Optimizer steps done before this one.
-
-        Returns:
-            The terms, which the weighting weighs.
-
-        Raises:
-            ImmunizationError: One of its kinds, with objective and step, where a term is undefined.
-        """
+        """The objective's terms, which the weighting weighs; override it to minimize something else."""
         sides = {"benign": benign, "harmful": harmful}
         for name, queue in self._queues.items():
             sides[name] = replace(sides[name], features=queue.join(_rows(sides[name])))
@@ -258,16 +235,13 @@ class ImmunizationStep:
         for module in self.still:
             module.training = False
         names: list[str] = [side for side in ("benign", "harmful", "distillation") if side in batch]
-        images = {side: batch[side]["pixel_values"] for side in names}
-        sides, end = {}, 0
-        for side, pixels in images.items():
-            sides[side] = slice(end, end + len(pixels))
-            end += len(pixels)
-        others = torch.cat([images[side] for side in names[1:]])
+        images = [batch[side]["pixel_values"] for side in names]
+        ends = np.cumsum([0, *map(len, images)]).tolist()
+        sides = {side: slice(*ends[index : index + 2]) for index, side in enumerate(names)}
         reads = () if self._objective is None else self._objective.reads
         inside = ReluInputs(self._plain_model, list(reads)) if reads else None
         with self.replayed(self._plain_model), inside or nullcontext():
-            found = forward_both(model, self.head, images["benign"], others, together=self.together)
+            found = forward_both(model, self.head, images[0], torch.cat(images[1:]), together=self.together)
         return _Passed(*found, {} if inside is None else inside.values, sides)
 
     def _side(self, name: str, batch: dict[str, Any], passed: _Passed) -> Side:
@@ -291,7 +265,7 @@ class ImmunizationStep:
     def _distillation(
         self, batch: dict[str, Any], passed: _Passed, task_loss: TaskLoss
     ) -> tuple[Tensor | None, dict[str, Tensor], Tensor | None]:
-        """The distillation loss, its parts by name, and what the budget is measured by; None where not wanted."""
+        """The distillation loss, its parts by name, and what the budget is measured by; None where not used."""
         if self.start is None:
             return None, {}, None
         kept = [side for side in passed.sides if side != "harmful"]
@@ -321,8 +295,9 @@ class ImmunizationStep:
             assert self.start is not None  # a budget needs the starting model
             pixels, labels = batch["held_out"]["pixel_values"], batch["held_out"].get("labels")
             prefix = "held_out_"
-            with self.replayed(self._plain_model):
-                logits = released_logits(self._plain_model, pixels)
+            with self.replayed(self._plain_model), torch.no_grad():
+                with in_eval_mode(self._plain_model):  # as it would be released now
+                    logits = self._plain_model(pixel_values=pixels)["logits"]
                 _, start_logits = self.start(self._plain_model, self.head, pixels)
         if measure == "kl":
             return logit_divergence(logits, start_logits) if prefix else kl, f"{prefix}kl"
@@ -333,11 +308,9 @@ class ImmunizationStep:
             return task_loss(logits, labels) - task_loss(start_logits, labels), f"{prefix}task_loss_rise"
 
     def _benign_scale(self, benign_loss: Tensor, benign: Side, loss_features: Tensor) -> Tensor:
-        """The unit in which gradients of terms on the features are measured.
-
-        A distillation loss starts at its minimum, where its gradient says nothing; that of the relative feature error
-        at a displacement of ε is 2ε over the size of the features.
-        """
+        """The unit in which gradients of terms on the features are measured."""
+        # A distillation loss starts at its minimum, where its gradient says nothing; that of the relative feature
+        # error at a displacement of ε is 2ε over the size of the features.
         if self.method.benign_loss == "distillation":
             dtype = torch.promote_types(benign.features.dtype, torch.float32)
             if isinstance(benign.features, Hessian):
@@ -376,12 +349,17 @@ class ImmunizationStep:
 
     # ---- what a resumed run needs ----
 
+    def _stateful(self) -> dict[str, Weighting | FeatureQueue | StartingModel]:
+        start = {} if self.start is None else {"start": self.start}
+        return {
+            "weighting": self.weighting,
+            **{f"queue_{side}": queue for side, queue in self._queues.items()},
+            **start,
+        }
+
     def state_dict(self) -> dict[str, Tensor]:
         """Weights, queues, the chosen objective and starting tensors, with which a resumed run goes on exactly."""
-        parts: dict[str, dict[str, Tensor]] = {"weighting": self.weighting.state_dict()}
-        parts |= {f"queue_{side}": queue.state_dict() for side, queue in self._queues.items()}
-        if self.start is not None:
-            parts["start"] = self.start.state_dict()
+        parts = {part: of.state_dict() for part, of in self._stateful().items()}
         if self.choice is not None:
             text = json.dumps({"asked": self.method.objective, **asdict(self.choice)})
             parts["choice"] = {"json": torch.tensor(list(text.encode()), dtype=torch.uint8)}
@@ -390,9 +368,6 @@ class ImmunizationStep:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state_dict` gave.
 
-        Args:
-            state: Name to tensor.
-
         Raises:
             ArgumentError: If the starting tensors are of another model, scope or method.
         """
@@ -400,11 +375,8 @@ class ImmunizationStep:
         for name, value in state.items():
             part, key = name.split("/", 1)
             parts.setdefault(part, {})[key] = value
-        self.weighting.load_state_dict(parts["weighting"])
-        for side, queue in self._queues.items():
-            queue.load_state_dict(parts.get(f"queue_{side}", {}))
-        if self.start is not None:
-            self.start.load_state_dict(parts.get("start", {}))
+        for part, of in self._stateful().items():
+            of.load_state_dict(parts.get(part, {}))
         if "choice" in parts:
             found = json.loads(bytes(parts["choice"]["json"].tolist()))
             if found.pop("asked") == self.method.objective:
@@ -414,10 +386,9 @@ class ImmunizationStep:
 def forward_both(
     model: nn.Module, head: nn.Module, benign: Tensor, others: Tensor, *, together: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features and logits of benign and other images, benign rows first, in one pass or in two.
+    """Features and logits, benign rows first, and the features in the autograd graph of the benign logits.
 
-    One pass is exact unless BatchNorm uses the statistics of its batch. The third value are the features in the
-    autograd graph of the benign logits: all of them after one pass, those of the benign pass after two.
+    One pass is exact unless BatchNorm uses the statistics of its batch.
     """
     if together:
         with HeadInput(head) as captured:
@@ -425,23 +396,14 @@ def forward_both(
         return captured.features, outputs["logits"], captured.features
     with HeadInput(head) as first:
         benign_logits = model(pixel_values=benign)["logits"]
-    # A harmful batch in the running statistics alone costs benign accuracy.
-    with HeadInput(head) as second, _batchnorm_in_eval(model):
+    with ExitStack() as stack:
+        # A harmful batch in the running statistics alone costs benign accuracy.
+        for norm in (module for module in model.modules() if isinstance(module, _BatchNorm)):
+            stack.enter_context(in_eval_mode(norm))
+        second = stack.enter_context(HeadInput(head))
         other_logits = model(pixel_values=others)["logits"]
     logits = torch.cat([benign_logits, other_logits])
     return torch.cat([first.features, second.features]), logits, first.features
-
-
-@contextmanager
-def _batchnorm_in_eval(model: nn.Module) -> Iterator[None]:
-    modules = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.training = True
 
 
 def _rows(side: Side) -> Tensor:
@@ -450,10 +412,9 @@ def _rows(side: Side) -> Tensor:
 
 
 class FeatureQueue:
-    """The last rows of features, without gradient.
+    """The last rows of features, of slightly older weights, without gradient.
 
     A regularizer of ``[Z_batch; queue]`` estimates that of the population, with its gradient through the batch alone.
-    The rows come from slightly older weights: a queue of 2,048 rows at batches of 64 spans 32 steps.
     """
 
     def __init__(self, size: int) -> None:
@@ -492,8 +453,7 @@ class FeatureQueue:
 class RunningMeans:
     """Means of named scalars since they were last taken, kept on the device until then.
 
-    Fetching every term in every step would stall a GPU: ``deferred`` values are looked at when they are taken, not
-    when they are added, by default on every device but the CPU.
+    Fetching every term in every step would stall a GPU: there, values are looked at when they are taken.
     """
 
     def __init__(self, deferred: bool | None = None) -> None:

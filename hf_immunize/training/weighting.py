@@ -1,17 +1,13 @@
 """How much each regularization term counts in addition to the benign loss.
 
-Three rules, which share one form: the weight of a term R with features Z is ``factor · scale / ‖∂R/∂Z‖``, so that its
-gradient on the features has the norm ``factor · scale`` whatever the size of R.
-
-- fixed: the user's number, and nothing else (the paper's way);
-- by gradient norm: factor is ``auto_weight_ratio``, scale the norm of the benign loss's gradient;
-- by a multiplier (``benign_budget``): factor grows while the benign side moves less than the budget, and falls while
-  it moves more.
+The weight of a term R with features Z is the user's number, or ``factor · scale / ‖∂R/∂Z‖``: its gradient on the
+features then has the norm ``factor · scale`` whatever the size of R. Scale is the norm of the benign loss's gradient;
+factor is ``auto_weight_ratio``, or with ``benign_budget`` a multiplier, which grows while the benign side moves less
+than the budget and falls while it moves more. The features are the last tensor that all terms share, so these norms
+cost no pass through the network.
 
 Where terms inside the network say how much of their work remains (`InnerTerm.left`), all weights but fixed ones are
 multiplied by it, and the multiplier grows by as much less: it would spend the budget on nothing.
-
-The features are the last tensor that all terms share, so these norms cost no pass through the network.
 """
 
 from __future__ import annotations
@@ -58,10 +54,7 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
 
 
 class Weighting:
-    """The weights of a run, with what they remember.
-
-    What is kept is of all processes, so that a run resumed from the first one's state goes on as it was.
-    """
+    """The weights of a run, with what they remember, which is the same on all processes."""
 
     def __init__(self, rule: WeightRule) -> None:
         self.rule = rule
@@ -80,19 +73,13 @@ class Weighting:
         return self._multiplier if self.rule.budget is not None else torch.tensor(self.rule.ratio)
 
     def spent(self) -> tuple[float, float] | None:
-        """How far the benign side has moved of late, and the multiplier over its start; None without a budget.
-
-        It waits for the device: not for every step.
-        """
+        """How far the benign side has moved of late, and the multiplier over its start: a wait for the device."""
         if self.rule.budget is None:
             return None
         return float(self._divergence), float(self._multiplier) / _START
 
     def observe(self, divergence: Tensor, step: int) -> None:
-        """Take note of how far the benign side has moved in a micro-batch, and adapt the multiplier between steps.
-
-        The multiplier of a step depends on the steps before it alone, so it is one for all its micro-batches.
-        """
+        """Take note of how far the benign side has moved in a micro-batch, and adapt the multiplier between steps."""
         self._to(divergence.device)
         if step != self._step:
             self._adapt()
@@ -116,16 +103,13 @@ class Weighting:
         self._pending, self._left = torch.zeros_like(self._pending), torch.zeros_like(self._left)
 
     def benign_scale(self, norm: Tensor) -> Tensor:
-        """The benign loss's gradient norm, averaged over micro-batches.
-
-        It is bounded by ``bound`` times its smallest value so far: a benign loss that rises because the weights are
-        too large must not raise them further.
-        """
+        """The benign loss's gradient norm, averaged over micro-batches and bounded."""
         self._to(norm.device)
         keep = self.rule.averaging
         self._norm = keep * self._norm + (1 - keep) * norm.detach()
         self._norm_weight = keep * self._norm_weight + (1 - keep)
         mean = self._norm / self._norm_weight
+        # A benign loss that rises because the weights are too large must not raise them further.
         self._smallest = torch.minimum(self._smallest, mean)
         return torch.minimum(mean, self.rule.bound * self._smallest)
 
@@ -141,42 +125,41 @@ class Weighting:
 
         ``benign_scale`` computes the unit of gradients on the features, and is called where a weight is "auto".
         """
-        total = benign_loss
-        logged: dict[str, Tensor] = {}
-        scale: Tensor | None = None
-        warmup = warmup_factor(step, self.rule.warmup_steps)
-        left = _most_left(terms)
+        warmup, left = warmup_factor(step, self.rule.warmup_steps), _most_left(terms)
         if left is not None:
             self._left = self._left + torch.stack([left, torch.ones_like(left)]).to(self._left)
-        given = {"benign": self.rule.benign, "harmful": self.rule.harmful}
+        total, logged = benign_loss, dict[str, Tensor]()
+        scale: Tensor | None = None
         for side, named in (("benign", terms.benign), ("harmful", terms.harmful)):
             for name, term in named.items():
-                if given[side] == "auto":
+                weight = self._fixed(side, term)
+                if weight is None:
                     scale = benign_scale() if scale is None else scale
-                    weight = self._balanced(scale, gradient_norm(term, features[side]), left, term)
-                else:
-                    weight = self._fixed(given[side], term)
+                    weight = self._balanced(scale, gradient_norm(term, features[side]), left)
                 total = total + warmup * weight * term
                 logged |= {name: term, f"{side}_weight": warmup * weight}
         for name, inner in terms.inner.items():
-            if given["harmful"] == "auto":
-                weight = self._balanced(inner.scale, inner.gradient_norm, inner.left, inner.value)
-            else:
-                weight = self._fixed(given["harmful"], inner.value)
+            weight = self._fixed("harmful", inner.value)
+            if weight is None:
+                weight = self._balanced(inner.scale, inner.gradient_norm, inner.left)
             total = total + warmup * weight * inner.value
             logged[name] = inner.value
         if self.rule.budget is not None:
             logged["multiplier"] = self.factor
         return total, logged
 
-    def _balanced(self, scale: Tensor, norm: Tensor, left: Tensor | None, term: Tensor) -> Tensor:
+    def _balanced(self, scale: Tensor, norm: Tensor, left: Tensor | None) -> Tensor:
         # A number stays a number: a tensor made of it would be copied to the device in every step.
-        factor = self.factor.to(term.device) if self.rule.budget is not None else self.rule.ratio
+        factor = self.factor.to(norm.device) if self.rule.budget is not None else self.rule.ratio
         weight = balanced_weight(scale, norm, factor)
         return weight if left is None else left * weight
 
-    def _fixed(self, weight: str | float, term: Tensor) -> Tensor:
-        number = term.detach().new_full((), float(weight))
+    def _fixed(self, side: str, term: Tensor) -> Tensor | None:
+        """The user's number for a side, under a budget times the multiplier; None for "auto"."""
+        given = getattr(self.rule, side)
+        if given == "auto":
+            return None
+        number = term.detach().new_full((), float(given))
         return number if self.rule.budget is None else number * self.factor.to(term.device)
 
     def state_dict(self) -> dict[str, Tensor]:
