@@ -95,6 +95,10 @@ def files(tmp_path_factory):
 
 TRAIN = "--output_dir {tmp} --use_cpu --report_to none --disable_tqdm True"
 PAIR = "--benign {root}/benign --harmful {root}/harmful"
+QUICK = "--quick --attackers ridge --output-dir {tmp}/out"
+BROKEN = ("nowhere", "a.file", "empty", "no_config", "no_json", "no_type", "odd_type", "list_config", "latin_config")
+BROKEN += ("no_weights", "cut_weights")
+DAMAGED = ("nowhere", "a.file", "empty", "damaged", "damaged.parquet", "unfinished", "unfinished_dict")
 ODD = {
     "demo": [
         "--output-dir {root}/a.file",
@@ -164,6 +168,64 @@ ODD = {
         "{root}/no_record " + PAIR,
         "{root}/cut_record " + PAIR,
     ],
+    "audit": [
+        "",
+        "{root}/model",
+        "{root}/model {root}/model " + PAIR,
+        "{root}/model " + PAIR + " --nonsense",
+        "{root}/model --harmful",
+        "{root}/model --benign {root}/benign",
+        "{root}/model --dataset {root}/benign",
+        "{root}/model --harmful-classes cat",
+        "{root}/model --dataset {root}/benign --harmful-class cat",
+        "{root}/model --dataset {root}/benign --harmful-classes nowhere",
+        "{root}/model --dataset {root}/benign --harmful-classes 99",
+        "{root}/model --dataset {root}/benign --harmful-classes cat --harmful {root}/harmful",
+        "{root}/model --dataset {root}/benign --harmful-classes cat --benign {root}/benign",
+        "{root}/model --dataset {root}/benign --harmful-classes cat --harmful-test {root}/harmful",
+        "{root}/model --dataset {root}/benign --harmful-classes cat --benign-test {root}/benign",
+        "{root}/model --harmful {root}/harmful --benign-test {root}/benign",
+        "{root}/model --harmful {root}/harmful --harmful-classes cat",
+        *(
+            "{root}/model " + PAIR + " --quick --output-dir {tmp}/out " + option
+            for option in (
+                "--full",
+                "--quick=maybe",
+                "--output-dir {root}/a.file",
+                "--output-dir {root}/a.file/below",
+                "--output-dir=",
+                *("--attackers=", "--attackers ,", "--attackers nonsense", "--attackers ridge,nonsense"),
+                *("--attackers lora_r0", "--attackers halfway"),
+                *(f"--{name}={value}" for name in ("seconds", "steps", "seeds") for value in ("0", "-1", "x", "nan")),
+                *("--attackers ridge --steps 8", "--attackers ridge,lda --seconds 8"),
+                *("--steps 1.5", "--seeds 1.5", "--seconds inf"),
+                *("--keep-features=-1", "--keep-features inf", "--keep-features nan", "--keep-features x"),
+                *("--keep-features 1e308", "--test-fraction 0", "--test-fraction 1", "--test-fraction nan"),
+                *("--test-fraction x", "--max-images 1", "--max-images=-3", "--max-images 2.5", "--max-images x"),
+                *("--accuracies 20", "--accuracies x", "--accuracies nan", "--accuracies 0", "--accuracies 0.2,"),
+                *("--accuracies=,", "--accuracies="),
+                *("--seed=-1", "--seed 1.5", "--seed 99999999999999", "--seed x"),
+                *("--image-column nowhere", "--label-column nowhere", "--label-column image", "--image-column label"),
+                *("--head-module nowhere", "--head-module vit", "--head-module= "),
+                *("--revision other", "--revision=", "--trust-remote-code=maybe"),
+            )
+        ),
+        *(
+            f"{{root}}/{name} {PAIR} {QUICK}"
+            for name in (*BROKEN, "no_record --attach", "cut_record --attach", "latin_record --attach")
+        ),
+        *(f"{{root}}/model {PAIR} {QUICK} --reference {{root}}/{name}" for name in BROKEN),
+        "user/name " + PAIR + " --attach",
+        *(
+            f"{{root}}/model {given} {{root}}/{name} {QUICK}"
+            for given in (
+                *("--benign {root}/benign --harmful", "--harmful {root}/harmful --benign"),
+                *(f"{PAIR} --{option}" for option in ("harmful-test", "benign-test", "unseen", "unrelated")),
+                "--harmful-classes cat --dataset",
+            )
+            for name in DAMAGED
+        ),
+    ],
     "ceiling": [
         "",
         "{root}/benign.npy",
@@ -232,17 +294,8 @@ ODD = {
         "--config {root}/broken.yaml",
         "--config {root}/list.yaml",
         "--config {root}/empty.yaml",
-        *(
-            "--model {root}/" + name + " " + PAIR + " " + TRAIN
-            for name in (
-                *("nowhere", "a.file", "empty", "no_config", "no_json", "no_type", "odd_type", "list_config"),
-                *("latin_config", "no_weights", "cut_weights"),
-            )
-        ),
-        *(
-            "--model {root}/model --benign {root}/" + name + " --harmful {root}/harmful " + TRAIN
-            for name in ("nowhere", "a.file", "empty", "damaged", "damaged.parquet", "unfinished", "unfinished_dict")
-        ),
+        *(f"--model {{root}}/{name} {PAIR} {TRAIN}" for name in BROKEN),
+        *(f"--model {{root}}/model --benign {{root}}/{name} --harmful {{root}}/harmful {TRAIN}" for name in DAMAGED),
     ],
 }
 

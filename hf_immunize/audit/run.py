@@ -38,7 +38,7 @@ from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import AuditResult, Outcome
 from hf_immunize.audit.tasks import AttackedTask, Images, load_task, overlaps
 from hf_immunize.data.sources import HeldOut
-from hf_immunize.errors import ArgumentError, RecordError, WeightsError
+from hf_immunize.errors import ArgumentError, ImmunizationError, RecordError
 from hf_immunize.features.extract import (
     Extraction,
     Layer,
@@ -53,7 +53,7 @@ from hf_immunize.hub.collect import draw_like, refuse_training_images
 from hf_immunize.hub.record import ImmunizationRecord, find_record
 from hf_immunize.text import library_words, printable
 from hf_immunize.vision.head import find_head, half_tensors, to_full_precision
-from hf_immunize.vision.loading import load_classifier
+from hf_immunize.vision.loading import LOADING_ERRORS, load_classifier
 
 
 if TYPE_CHECKING:
@@ -780,9 +780,9 @@ def _load_models(
             loaded = load_classifier(given, **options)
             if processor is None:
                 processor = AutoImageProcessor.from_pretrained(given, **options)
-        except WeightsError:
+        except ImmunizationError:
             raise
-        except (OSError, ValueError) as error:
+        except LOADING_ERRORS as error:
             raise ArgumentError(
                 f"Expected an image classifier with its processor as the {subject} model at {given}, found: "
                 f"{library_words(error)}. Check the spelling, the connection and your rights."

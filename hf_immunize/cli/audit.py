@@ -106,7 +106,7 @@ def audit(
     import datasets
     import transformers
 
-    from hf_immunize.attacks.presets import find_preset
+    from hf_immunize.attacks.presets import find_attacker, find_preset
     from hf_immunize.audit.run import AuditSettings, audit_over_processes
     from hf_immunize.features.ranks import launched
     from hf_immunize.files import check_writable, remove_leftovers
@@ -118,10 +118,17 @@ def audit(
         raise ArgumentError("Expected --quick or --full, found both.")
     if test_fraction is not None and not 0 < test_fraction < 1:
         raise ArgumentError(f"Expected --test-fraction between 0 and 1, found {test_fraction}.")
-    if not math.isfinite(keep_features):
+    if not math.isfinite(keep_features * 2**30):
         raise ArgumentError(f"Expected a number of GiB as --keep-features, found {keep_features}. 0 keeps none.")
     preset = find_preset("quick" if quick else "full" if full else "standard")
     preset = preset.changed(seconds=seconds, steps=steps, seeds=seeds)
+    names = None if attackers is None else [name.strip() for name in attackers.split(",") if name.strip()]
+    known = [find_attacker(name) for name in names or []]
+    if (seconds, steps) != (None, None) and known and all(one is not None and one.closed_form for one in known):
+        raise ArgumentError(
+            f"Expected --seconds and --steps with an attacker that trains, found {attackers} alone. Leave them out, or "
+            "name one more."
+        )
     # Before hours of attacks.
     check_writable(output_dir, "--output-dir")
     remove_leftovers(output_dir)
@@ -144,7 +151,7 @@ def audit(
         harmful=harmful_data,
         benign=benign_data,
         reference=reference,
-        attackers=None if attackers is None else [name.strip() for name in attackers.split(",") if name.strip()],
+        attackers=names,
         preset=preset,
         unseen=unseen,
         unrelated=unrelated,

@@ -13,7 +13,6 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
@@ -31,7 +30,7 @@ from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.checks import as_classifier, image_rows
 from hf_immunize.training.spectrum_figure import draw_spectra, new_figure, save_figure
 from hf_immunize.training.trainer import ImmunizationTrainer
-from hf_immunize.vision.loading import load_backbone, load_classifier
+from hf_immunize.vision.loading import LOADING_ERRORS, load_backbone, load_classifier
 
 
 logger = logging.get_logger(__name__)
@@ -295,7 +294,7 @@ def run_train(words: list[str]) -> dict[str, Any]:
         )
     except ImmunizationError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:  # of from_pretrained
+    except LOADING_ERRORS as error:
         raise ArgumentError(
             f"Expected an image classifier with its processor at --model {data.model}, found: {library_words(error)}. "
             "Check the spelling, the connection, your rights and whether its files are whole."

@@ -28,7 +28,6 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 from huggingface_hub.utils import get_session
-from safetensors import SafetensorError
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CardError, HubError, RecordError, WeightsError
@@ -39,7 +38,7 @@ from hf_immunize.hub.record import PICTURES, RECORD_NAME, ImmunizationRecord, re
 from hf_immunize.hub.weights import INDEX, changed_weights, weight_files
 from hf_immunize.text import library_words, printable, public_name
 from hf_immunize.vision.bare import HEAD_CONFIG_FILE
-from hf_immunize.vision.loading import ADAPTER_CONFIG_FILE, load_classifier, same_logits
+from hf_immunize.vision.loading import ADAPTER_CONFIG_FILE, LOADING_ERRORS, load_classifier, same_logits
 
 
 if TYPE_CHECKING:
@@ -186,7 +185,7 @@ def load_model(
         )
     except WeightsError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise WeightsError(
             f"Expected an image classifier's config.json and weights, found: {library_words(error)}. Fetch or save "
             "them again."

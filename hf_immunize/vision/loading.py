@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# What transformers raises of files that are damaged, absent or of another kind.
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 _IMAGES = 2
 # Convolutional networks, whose configs name no size, take any.
 _ANY_SIZE = 64
@@ -91,9 +93,7 @@ def difference_on_loading(folder: str | os.PathLike[str], model: Any, logits: bo
     with torch.random.fork_rng(devices=[]):  # a resumed run draws what an uninterrupted one draws
         try:
             loaded = load_classifier(folder, kind=kind, local_files_only=True, use_safetensors=True)
-        except WeightsError as error:
-            return str(error)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except LOADING_ERRORS as error:
             return str(error)
     if logits and not same_logits(model, loaded):
         return "a model with other logits"
