@@ -28,7 +28,7 @@ from benchmarks.training_step import models
 from hf_immunize import FeatureFactor, ImmunizationArguments, ImmunizationTrainer
 from hf_immunize.data.images import ImageCollator
 from hf_immunize.features.extract import Measurement
-from hf_immunize.training.evaluation import accuracy
+from hf_immunize.training.evaluation import Accuracy
 from hf_immunize.training.record import Evidence
 
 
@@ -111,7 +111,7 @@ def runs_of(
         TrainingArguments(folder, **quiet),
         eval_dataset=benign + harmful,
         data_collator=ImageCollator(),
-        compute_metrics=accuracy,
+        compute_metrics=Accuracy(),
     )
     for trainer in (ours, plain):
         trainer.remove_callback(PrinterCallback)

@@ -24,7 +24,7 @@ from examples.networks.settings import digest
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.files import staged_directory
 from hf_immunize.training.checkpoints import last_whole_checkpoint, load_weights
-from hf_immunize.training.evaluation import accuracy
+from hf_immunize.training.evaluation import Accuracy
 
 
 def start_model(spec: dict[str, Any], data: Data, seed: int, shared: Path) -> tuple[str, dict[str, Any]]:
@@ -115,7 +115,7 @@ def _train(recipe: dict[str, Any], data: Data, seed: int, folder: Path) -> dict[
         args,
         train_dataset=Shifted(pixels, labels),
         eval_dataset=[{"pixel_values": image, "labels": label} for image, label in zip(*test, strict=True)],
-        compute_metrics=accuracy,
+        compute_metrics=Accuracy(),
     )
     checkpoint, _ = last_whole_checkpoint(str(working))
     start = time.perf_counter()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,6 @@ from hf_immunize.training.arguments import Method
 from hf_immunize.training.distributed import broadcast_from_main, is_main
 from hf_immunize.training.objectives import AUTO, OBJECTIVES, Objective
 from hf_immunize.vision.head import HeadInput, in_eval_mode
-
-
-if TYPE_CHECKING:
-    from hf_immunize.training.arguments import ImmunizationArguments
 
 
 logger = logging.get_logger(__name__)
@@ -153,16 +149,3 @@ def separability(benign: Tensor, harmful: Tensor) -> float | None:
     if min(len(benign), len(harmful)) < LEAST_IMAGES:
         return None
     return round(float(separable(benign, harmful).double().mean()), 6)
-
-
-def describe_choices(choice: Choice, head_name: str, trainable: int, args: ImmunizationArguments) -> dict[str, str]:
-    """What a run works with, and why, for its log and its record: option to a sentence."""
-    sizes = args.batch_sizes
-    why = "by name" if args.head_module else "the only linear layer that gives the logits"
-    same = "by default as many as benign ones" if args.harmful_batch_size is None else "as asked"
-    return {
-        "objective": f"{choice.objective}: {choice.reason}",
-        "head_module": f"{head_name}: {why}",
-        "trainable": f"{trainable} parameters: trainable={args.trainable!r}",
-        "harmful_batch_size": f"{sizes.harmful}: {same}",
-    }

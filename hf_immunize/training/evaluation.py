@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import EvalPrediction
 from transformers.utils import logging
@@ -62,39 +60,26 @@ class MeanLoss:
         return total / images
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 accuracy of logits, the default `compute_metrics`."""
-    predictions, labels = prediction.predictions, prediction.label_ids
-    if isinstance(labels, list):  # of each batch by itself, with eval_do_concat_batches=False
-        hits = [_hits(*batch) for batch in zip(predictions, labels, strict=True)]
-        return {"accuracy": float(np.concatenate(hits).mean())}
-    return {"accuracy": float(_hits(predictions, labels).mean())}
-
-
-class RunningAccuracy:
-    """Top-1 accuracy, batch by batch: the default `compute_metrics` with ``batch_eval_metrics=True``."""
+class Accuracy:
+    """Top-1 accuracy of logits, the default `compute_metrics`; with ``batch_eval_metrics=True``, batch by batch."""
 
     def __init__(self) -> None:
-        self._hits: list[np.ndarray] = []
+        self._hits: list[Tensor] = []
 
-    def __call__(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        """Add a batch; the accuracy of all batches since the last result, where that is asked for."""
-        logits = torch.as_tensor(_logits(prediction.predictions)).float().cpu().numpy()
-        self._hits.append(_hits(logits, torch.as_tensor(prediction.label_ids).cpu().numpy()))
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """The accuracy of all that was added since the last result, where one is asked for."""
+        predictions, labels = prediction.predictions, prediction.label_ids
+        # Lists are of each batch by itself, with eval_do_concat_batches=False.
+        batches = zip(predictions, labels, strict=True) if isinstance(labels, list) else [(predictions, labels)]
+        for outputs, targets in batches:
+            logits = torch.as_tensor(outputs[0] if isinstance(outputs, tuple) else outputs).cpu()
+            # With preprocess_logits_for_metrics they may be classes already.
+            classes = logits if logits.ndim == 1 else logits.argmax(-1)
+            self._hits.append((classes == torch.as_tensor(targets).cpu()).double())
         if not compute_result:
             return {}
-        hits, self._hits = np.concatenate(self._hits), []
+        hits, self._hits = torch.cat(self._hits), []
         return {"accuracy": float(hits.mean())}
-
-
-def _logits(predictions: Any) -> Any:
-    return predictions[0] if isinstance(predictions, tuple) else predictions
-
-
-def _hits(predictions: Any, labels: np.ndarray) -> np.ndarray:
-    logits = _logits(predictions)
-    # With preprocess_logits_for_metrics they may be classes already.
-    return (logits if np.ndim(logits) == 1 else np.argmax(logits, axis=-1)) == labels
 
 
 def fold(measurement: Measurement, features: Tensor, pixel_values: Tensor, accelerator: Accelerator) -> None:
@@ -133,16 +118,10 @@ def merged(measurement: Measurement, device: torch.device) -> Measurement:
     """The measurement of all processes' images, merged in the order of ranks on each of them."""
     if world_size() == 1:
         return measurement
+    own = measurement.state_dict() if measurement.factor.num_samples else {}
+    states: list[Any] = [None] * world_size()
+    dist.all_gather_object(states, {name: value.cpu() for name, value in own.items()})
     total = Measurement()
-    for rank in range(world_size()):
-        mine = rank == dist.get_rank()
-        state = measurement.state_dict() if mine and measurement.factor.num_samples else {}
-        described = [{name: (tuple(value.shape), value.dtype) for name, value in state.items()}]
-        broadcast_object_list(described, from_process=rank)
-        received = {}
-        for name, (shape, dtype) in described[0].items():
-            received[name] = state[name].to(device) if mine else torch.empty(shape, dtype=dtype, device=device)
-            dist.broadcast(received[name], src=rank)
-        if received:
-            total.merge(Measurement.from_state_dict(received))
+    for state in filter(None, states):
+        total.merge(Measurement.from_state_dict({name: value.to(device) for name, value in state.items()}))
     return total

@@ -6,7 +6,8 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from hf_immunize.data.columns import find_columns
@@ -136,7 +137,7 @@ class ImmunizationCallback(TrainerCallback):
         """Add the gradient of this step, before the Trainer's own backward passes."""
         assert self._step is not None  # training has begun
         model: nn.Module = kwargs["model"]
-        batch = _on_device(self._draw(state.global_step), next(model.parameters()).device)
+        batch = send_to_device(self._draw(state.global_step), next(model.parameters()).device)
         modes = {module: module.training for module in model.modules()}
         try:
             result = self._step(model, batch, state.global_step, add_task_loss=False)
@@ -198,7 +199,7 @@ class ImmunizationCallback(TrainerCallback):
             distillation=None if distillation is None else self._rows(distillation, "distillation_dataset"),
             batch_sizes=BatchSizes(batch, batch, max(1, batch // 2)),
         )
-        seed = self.seed if self.seed is not None else (args.data_seed if args.data_seed is not None else args.seed)
+        seed = next(seed for seed in (self.seed, args.data_seed, args.seed) if seed is not None)
         self._sampler: PairedSampler = self._data.make_sampler(seed)
         self._epoch = -1
 
@@ -232,10 +233,3 @@ class ImmunizationCallback(TrainerCallback):
         batch |= {side: self._collator(rows) for side, rows in sides.items() if rows}
         check_one_shape(batch)
         return batch
-
-
-def _on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        side: {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tensors.items()}
-        for side, tensors in batch.items()
-    }

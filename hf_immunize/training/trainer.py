@@ -31,7 +31,7 @@ from hf_immunize.hub.push import named_outcomes
 from hf_immunize.hub.record import RECORD_NAME
 from hf_immunize.training import checkpoints, checks, evaluation, record
 from hf_immunize.training.arguments import TRUNK_OBSTACLES, ImmunizationArguments, Method
-from hf_immunize.training.choice import Choice, describe_choices, draw_sample
+from hf_immunize.training.choice import Choice, draw_sample
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.step import ImmunizationStep, RunningMeans
 from hf_immunize.vision.head import HeadInput, without_wrapper
@@ -49,11 +49,9 @@ class _Guard(TrainerCallback):
         self._trainer, self._calls = trainer, 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count from here."""
         self._calls = self._trainer._step.calls
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look whether the loss was asked for since."""
         if self._trainer._step.calls == self._calls:
             raise ArgumentError(
                 f"Expected {self._trainer._overridden} to use this Trainer's loss, found that it does not. {_REMEDY}"
@@ -152,8 +150,7 @@ class ImmunizationTrainer(Trainer):
             data_collator=PairedCollator(data_collator or ImageCollator(processing_class)),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=compute_metrics
-            or (evaluation.RunningAccuracy() if args.batch_eval_metrics else evaluation.accuracy),
+            compute_metrics=compute_metrics or evaluation.Accuracy(),
             **kwargs,
         )
         # Only now is it known what `accelerate launch` asks for.
@@ -195,8 +192,15 @@ class ImmunizationTrainer(Trainer):
     @property
     def choices(self) -> dict[str, str]:
         """What the run works with and why, by option: objective, head, scope and batch sizes."""
-        choice = self._step.choice or Choice(self.objective, reason="not chosen yet")
-        return describe_choices(choice, self._step.head_name, len(self._moving), self.args)
+        args, choice = self.args, self._step.choice or Choice(self.objective, reason="not chosen yet")
+        head = "by name" if args.head_module else "the only linear layer that gives the logits"
+        same = "by default as many as benign ones" if args.harmful_batch_size is None else "as asked"
+        return {
+            "objective": f"{choice.objective}: {choice.reason}",
+            "head_module": f"{self._step.head_name}: {head}",
+            "trainable": f"{len(self._moving)} parameters: trainable={args.trainable!r}",
+            "harmful_batch_size": f"{args.batch_sizes.harmful}: {same}",
+        }
 
     def create_step(self, model: PreTrainedModel) -> ImmunizationStep:
         """What computes the loss of a pair of batches; override it to minimize something of your own."""

@@ -43,12 +43,8 @@ def test_features_of_two_distributions_are_separable_and_of_one_are_not(seed):
 
 
 @pytest.mark.parametrize("benign, harmful", [(draws(40, 3), draws(40, 3) * torch.nan), (torch.ones(40, 3),) * 2])
-def test_what_cannot_be_read_is_not_separable(benign, harmful):
-    assert separability(benign, harmful) == 0
-
-
-def test_few_images_say_nothing():
-    assert separability(draws(LEAST_IMAGES - 1, 3), draws(99, 3)) is None
+def test_what_cannot_be_read_is_not_separable_and_few_images_say_nothing(benign, harmful):
+    assert separability(benign, harmful) == 0 and separability(benign[: LEAST_IMAGES - 1], harmful) is None
 
 
 class Backwards(nn.Module):
@@ -65,16 +61,11 @@ class Backwards(nn.Module):
         return out + x if self.shortcut else out
 
 
-@pytest.mark.parametrize("shortcut, found", [(False, ["late.1"]), (True, [])])
-def test_the_relu_is_the_last_to_run_that_no_shortcut_bypasses(shortcut, found):
-    model = Backwards(shortcut)
+@pytest.mark.parametrize("shortcut, frozen, found", [(False, False, ["late.1"]), (True, False, []), (False, True, [])])
+def test_the_relu_is_the_last_that_no_shortcut_bypasses_and_gradients_reach(shortcut, frozen, found):
+    model = Backwards(shortcut).requires_grad_(not frozen)
     names = [name for name, _ in model.named_parameters()]
     assert DeadReLU.find(model, names, lambda: model(torch.eye(4) + 1)) == found
-
-
-def test_a_relu_that_no_gradient_reaches_is_not_read():
-    model = Backwards().requires_grad_(False)
-    assert DeadReLU.find(model, ["late.0.weight"], lambda: model(torch.eye(4) + 1)) == []
 
 
 def sample(shift, count=LEAST_IMAGES, size=32):

@@ -93,17 +93,12 @@ def dead(tmp_path_factory):
     return trainer
 
 
-def test_evaluation_reports_a_bound(dead):
+def test_evaluation_reports_a_bound_and_the_record_holds_it(dead, tmp_path):
     metrics = dead.evaluate()
     assert metrics["eval_harmful_rank"] == 0 and metrics["eval_rir_is_lower_bound"] == 1.0
     assert metrics["eval_benign_rank"] > 0
-
-
-def test_checkpoint_and_record_are_written(dead, tmp_path):
-    dead.evaluate()
     dead.save_model(str(tmp_path))
-    record = read_record(tmp_path)
-    assert record.harmful_features.after.rank == 0
+    assert read_record(tmp_path).harmful_features.after.rank == 0
 
 
 def test_all_zero_features_without_a_reference_stay_an_error():
