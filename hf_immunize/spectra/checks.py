@@ -1,7 +1,4 @@
-"""What every function asks of its input: real finite matrices, counts, numbers, labels; one sentence where it is not.
-
-Also the scale that is taken out of a matrix before anything in it is squared, and the rule of its rank.
-"""
+"""What every function asks of its input, the scale taken out before anything is squared, and the rule of the rank."""
 
 import math
 from collections.abc import Iterator
@@ -32,25 +29,22 @@ def as_values(value: Any, name: str, *, readable: bool = True) -> Tensor:
                 "Pass a tensor, an array, or nested lists of one length."
             ) from error
     if tensor.layout != torch.strided or tensor.is_quantized or (tensor.is_meta and readable):
-        kind = "on the meta device" if tensor.is_meta else "quantized" if tensor.is_quantized else f"{tensor.layout}"
-        raise ArgumentError(f"Expected numbers that can be read in {name}, found a tensor {kind}. Pass a dense one.")
+        raise ArgumentError(
+            f"Expected numbers that can be read in {name}, found a tensor of {tensor.dtype} and {tensor.layout} on "
+            f"{tensor.device}. Pass a dense one."
+        )
     return tensor
 
 
 def as_matrix(value: Any, name: str = "matrix", *, check_finite: bool = True) -> Tensor:
     """Check that `value` is a finite, non-empty, real floating-point matrix, and return it as a tensor."""
     matrix = as_values(value, name, readable=check_finite)
-    if matrix.ndim != 2:
+    if matrix.ndim != 2 or matrix.numel() == 0:
         raise ShapeError(
-            f"Expected {name} of shape (N, D), found {tuple(matrix.shape)}. Flatten each sample to one row first."
+            f"Expected {name} of shape (N, D), not empty, found {tuple(matrix.shape)}. Flatten each sample to a row."
         )
-    if matrix.numel() == 0:
-        raise ShapeError(f"Expected {name} with at least one row and one column, found {tuple(matrix.shape)}.")
     if matrix.dtype not in FLOATS:
-        raise ArgumentError(
-            f"Expected {name} of a real floating-point dtype of 16 bits or more, found {matrix.dtype}; call .float() "
-            "on it."
-        )
+        raise ArgumentError(f"Expected {name} as real floats of 16 bits or more, found {matrix.dtype}. Call .float().")
     if not check_finite:
         return matrix
     # The sum is finite unless an entry is not (or it overflows): one cheap pass in the common case.
@@ -59,8 +53,8 @@ def as_matrix(value: Any, name: str = "matrix", *, check_finite: bool = True) ->
         row, column = (~finite).nonzero()[0].tolist()
         raise NonFiniteError(
             f"Expected finite values in {name}, found {matrix[row, column].item()} in row {row}, column {column} "
-            f"({int((~finite).sum())} of {matrix.numel()} entries are not finite). Check the data and the weights "
-            "that produced them; a smaller learning rate or full precision often mends it."
+            f"({int((~finite).sum())} of {matrix.numel()} entries). Check the data and the weights that produced "
+            "them; a smaller learning rate or full precision often mends it."
         )
     return matrix
 
@@ -79,8 +73,8 @@ def as_labels(value: Any, rows: int, name: str) -> Tensor:
     lowest, highest = numbers.min().item(), numbers.max().item()
     if lowest < 0 or not highest < _MOST_CLASSES or bool((numbers != numbers.long()).any()):
         raise ShapeError(
-            f"Expected class numbers, whole and from 0 up, in {name}, found {lowest} to {highest} of {numbers.dtype}; "
-            "renumber the classes 0, 1, 2, …"
+            f"Expected class numbers, whole and from 0 up, in {name}, found {lowest} to {highest} of {numbers.dtype}. "
+            "Renumber the classes 0, 1, 2, …"
         )
     return numbers.long()
 
@@ -121,8 +115,8 @@ def check_result(value: Any, name: str) -> Any:
     if not finite:
         kind = value.dtype if isinstance(value, Tensor) else "float64"
         raise NonFiniteError(
-            f"Expected {name} within the range of {kind}, found it beyond: the data are too large or too small for "
-            "it. Divide them by their scale first, or pass float64."
+            f"Expected {name} within the range of {kind}, found it beyond. Divide the data by their scale first, or "
+            "pass float64."
         )
     return value
 
@@ -177,11 +171,10 @@ def rank_cutoff(
 ) -> float:
     """Threshold below which a singular value of ``Z`` is rounding noise.
 
-    ``10 · max( eps_f·(√N + √D)·‖Z‖_F/√(ND), eps_c·σ_max )``: the first term is the expected norm of a random matrix of
-    rounding errors of the dtype in which the features were *produced* (casting to float64 afterwards does not remove
-    them), the second that of the decomposition. Each fold of a streamed factor rounds once more; the errors add up
-    like a random walk, seen at ``0.15·√folds·eps_c·σ_max``, so the second term grows with the square root; and it is
-    at least ``√max(N, D)·eps_c·σ_max``, since one decomposition of uncentred 5,000 × 784 data was seen at 12 units.
+    ``10 · max( eps_f·(√N + √D)·‖Z‖_F/√(ND), eps_c·σ_max )``: the first is the expected norm of rounding errors of the
+    dtype in which the features were *produced* (a later cast does not remove them), the second that of the
+    decomposition. Folds of a streamed factor add up like a random walk (seen at ``0.15·√folds·eps_c·σ_max``), and one
+    decomposition of uncentred 5,000 × 784 data was seen at 12 units: hence `growth`.
     """
     n, d = float(num_samples), float(dim)
     noise = torch.finfo(produced_dtype).eps * (math.sqrt(n) + math.sqrt(d)) * frobenius / math.sqrt(n * d)

@@ -1,8 +1,7 @@
-"""Condition numbers that know their rank.
+"""Condition numbers that know their rank, from singular values: a squared matrix loses all below ``sqrt(eps)·σ_max``.
 
-The Hessian of linear probing on features ``Z`` of shape ``(N, D)`` is ``H = ZᵀZ`` (squared loss), and gradient descent
-on it is as slow as its condition number κ(H) is large (Boyd and Vandenberghe 2004; Zheng et al. 2025). κ is read from
-the singular values of ``Z``, never from the squared matrix, where everything below ``sqrt(eps)·σ_max`` is lost.
+Linear probing on features ``Z`` has the Hessian ``H = ZᵀZ`` (squared loss), and gradient descent on it is as slow as
+its condition number κ(H) is large (Boyd and Vandenberghe 2004; Zheng et al. 2025).
 """
 
 import math
@@ -23,13 +22,10 @@ class Conditioning:
     Attributes:
         kappa: κ(H) = (σ_max(Z)/σ_min⁺(Z))², dimensionless; a lower bound of it where `is_bound`.
         log_kappa: natural logarithm of `kappa`.
-        rank: Number of singular values of ``Z`` above `cutoff`; 0 where all features are zero and the reference's are
-            not, which `is_bound` says too.
-        num_samples: N, the rows of ``Z``. With N < D the number describes the sample, not the task.
-        dim: D, the columns of ``Z``.
+        rank: Number of singular values of ``Z`` above `cutoff`; 0 where only the reference's are not all zero.
+        num_samples, dim: N and D. With N < D the number describes the sample, not the task.
         effective_rank: ``exp`` of the entropy of ``σ_i / Σ_j σ_j``, between 1 and min(N, D); 0 of rank 0.
-        sigma_max: Largest singular value of ``Z``, in the units of the features.
-        sigma_min: Smallest singular value of ``Z`` above `cutoff`.
+        sigma_max, sigma_min: Largest singular value of ``Z``, and smallest above `cutoff`, in units of the features.
         cutoff: The rank rule's threshold on singular values of ``Z`` (see `rank_cutoff`).
         is_bound: Whether the rank fell below the reference's, so that `kappa` only bounds κ from below.
         reference_rank: Rank of the reference features, if one was given.
@@ -83,9 +79,8 @@ def summarize_spectrum(
     kept = [v for v in values if v > cutoff]
     if not kept and reference is None:
         raise RankError(
-            f"Expected {name} of rank at least 1, found rank 0 (N = {num_samples}, D = {dim}): "
-            "every value is zero or rounding noise, so κ is undefined. Check that the network is not dead and the "
-            "right layer is read."
+            f"Expected {name} of rank at least 1, found rank 0 (N = {num_samples}, D = {dim}): all is zero or "
+            "rounding noise, so κ is undefined. Check that the network is not dead and the right layer is read."
         )
     parts = [v / sigma_max for v in values if v]
     total = math.fsum(parts)
@@ -100,8 +95,8 @@ def summarize_spectrum(
             )
         if (reference.num_samples, reference.dim) != (num_samples, dim):
             raise ShapeError(
-                f"Expected reference features of the same data, ({num_samples}, {dim}), found "
-                f"({reference.num_samples}, {reference.dim}). Pass the same images through the reference weights."
+                f"Expected reference features of shape ({num_samples}, {dim}), found ({reference.num_samples}, "
+                f"{reference.dim}). Pass the same images through the reference weights."
             )
         is_bound = len(kept) < reference.rank
     # Directions lost against the reference lie somewhere below the cut-off: by the pseudo-inverse they would vanish
@@ -138,9 +133,7 @@ def condition_number(matrix: Any) -> float:
         κ(S) ≥ 1, dimensionless.
 
     Raises:
-        ShapeError: If it is not a non-empty matrix.
-        NonFiniteError: If it holds NaN or infinity.
-        RankError: If it is zero.
+        ShapeError, NonFiniteError, RankError: If it is not a non-empty matrix, holds NaN or infinity, or is zero.
 
     Example:
         >>> import torch
@@ -165,15 +158,13 @@ def feature_conditioning(
     Args:
         features: ``Z``, shape ``(N, D)``, any real floating-point dtype, on any device.
         reference: The same data through the reference weights: features of shape ``(N, D)``, or their `Conditioning`.
-        produced_dtype: The dtype in which the features were computed, where they have been cast since. Defaults to the
-            dtype they have.
+        produced_dtype: The dtype in which the features were computed, where they have been cast since.
 
     Returns:
         `Conditioning`, κ together with rank, N and D.
 
     Raises:
-        ShapeError: If the features are not ``(N, D)``, or the reference describes other data.
-        NonFiniteError: If they hold NaN or infinity.
+        ShapeError, NonFiniteError: If they are not ``(N, D)`` like the reference's, or hold NaN or infinity.
         RankError: If they are zero, without a reference, or the reference is.
 
     Example:

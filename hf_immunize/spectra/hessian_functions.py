@@ -2,10 +2,8 @@
 
 ``ZᵀZ`` (D×D) and ``ZZᵀ`` (N×N) share their non-zero spectrum. The smaller of the two, the *small side*, is formed in
 float64 and decomposed. A function of H then gives its value and a symmetric matrix M of that size, with
-``∂f/∂Z = M·Z`` (N ≤ D) or ``Z·M``. No backward pass runs through a decomposition.
-
-Nothing here branches on a value, so that on a GPU the host does not wait for more than the decomposition itself. On a
-CPU a value that is not finite becomes a named error; elsewhere it stays NaN, with a zero gradient.
+``∂f/∂Z = M·Z`` (N ≤ D) or ``Z·M``. No backward pass runs through a decomposition, and no value is read on a GPU: there
+a value that is not finite stays NaN, with a zero gradient; on a CPU it becomes a named error.
 """
 
 from __future__ import annotations
@@ -43,9 +41,8 @@ _GRAM_NOISE = torch.finfo(torch.float64).eps ** 0.5
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off, on devices that know it."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def gram_matrix(tall: Tensor) -> Tensor:
@@ -58,7 +55,7 @@ def gram_matrix(tall: Tensor) -> Tensor:
 
 
 def times_rows(z: Tensor, small: Tensor, *, transposed: bool) -> Tensor:
-    """``Z·M``, or ``M·Z`` where the rows are those of Zᵀ: computed in float64, given in float32 at least."""
+    """``Z·M``, or ``M·Z`` if transposed: computed in float64, given in float32 at least."""
     product = torch.empty(z.shape, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
     source, target = (z.mT, product.mT) if transposed else (z, product)
     for rows, out in zip(source.split(CHUNK), target.split(CHUNK), strict=True):
@@ -71,7 +68,7 @@ class Gram(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
-        """The matrix, with autocast off."""
+        """With autocast off."""
         ctx.save_for_backward(features)
         with without_autocast(features.device):
             return gram_matrix(features)
@@ -79,32 +76,19 @@ class Gram(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        """The product in float64, by chunks of rows."""
+        """In float64, by chunks of rows."""
         (features,) = ctx.saved_tensors
         with without_autocast(features.device):
-            gradient = torch.empty_like(features)
-            for rows, out in zip(features.split(CHUNK), gradient.split(CHUNK), strict=True):
-                out.copy_(rows.to(torch.float64) @ (grad_outputs[0] + grad_outputs[0].mT))
-        return gradient
+            twice = grad_outputs[0] + grad_outputs[0].mT
+            return times_rows(features, twice, transposed=False).to(features.dtype)
 
 
 @dataclass(frozen=True)
 class Hessian:
-    """``H = ZᵀZ`` of features ``Z`` of shape ``(N, D)``, in the place of Z for functions of H alone.
+    """``H = ZᵀZ`` in the place of Z: where processes hold a share of the rows each, the sum of their ``ZᵀZ``.
 
-    Where processes hold a share of the rows each, the sum of their ``ZᵀZ`` is D×D numbers whatever N is. The gradient
-    flows to `matrix`: with ``∂f/∂Z = Z·M`` it is the symmetric ``∂f/∂H = M/2``, in float64.
-
-    A Gram matrix in float64 resolves singular values of Z down to ``√eps·σ_1`` (1.5e-8), what float32 and coarser
-    features hold above their own rounding. Of float64 features smaller ones are lost: give such features themselves.
-
-    Example:
-        >>> from hf_immunize.spectra.regularizers import hessian_r_well
-        >>> Z = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-        >>> parts = [Hessian.of(rows) for rows in Z.split(1)]  # one process each
-        >>> H = Hessian(sum(part.matrix for part in parts), rows=2, dtype=Z.dtype)
-        >>> hessian_r_well(H).item(), hessian_r_well(Z).item()
-        (3.75, 3.75)
+    It resolves singular values of Z down to ``√eps·σ_1`` (1.5e-8), enough for float32 features; give float64 ones as
+    they are. The gradient flows to `matrix`: with ``∂f/∂Z = Z·M`` it is the symmetric ``∂f/∂H = M/2``, in float64.
     """
 
     matrix: Tensor  # H, (D, D), float64, symmetric, summed over all rows of all processes
@@ -116,10 +100,7 @@ class Hessian:
         if self.matrix.shape[0] != self.matrix.shape[1]:
             raise ShapeError(f"Expected a Hessian of shape (D, D), found {tuple(self.matrix.shape)}. Pass ZᵀZ.")
         if self.matrix.dtype != torch.float64:
-            raise ArgumentError(
-                f"Expected a Hessian in float64, found {self.matrix.dtype}, in which small eigenvalues are lost. Form "
-                "ZᵀZ of features cast to float64."
-            )
+            raise ArgumentError(f"Expected a Hessian in float64, found {self.matrix.dtype}. Form it in float64.")
         check_count(self.rows, "rows", most=2**62, error=ShapeError)
         if check_dtype(self.dtype, "dtype") is None:
             raise ArgumentError("Expected the dtype of the features of a Hessian, found None.")
@@ -144,17 +125,18 @@ class Spectrum(NamedTuple):
 
     def top(self) -> Tensor:
         """Average of uuᵀ over the eigenspace of the largest value."""
-        return self._average(self.values >= self.values[0] * (1 - self._tie()))
+        return self._average(self.values >= self.values[0] * (1 - self.tie))
 
     def bottom(self) -> Tensor:
         """Average of uuᵀ over the eigenspace of the smallest value that is not zero."""
-        return self._average(self.kept & (self.values <= self.smallest + self._tie() * self.values[0]))
+        return self._average(self.kept & (self.values <= self.smallest + self.tie * self.values[0]))
 
     def all_equal(self) -> Tensor:
         """Whether all non-zero values count as one, 0-D boolean."""
-        return self.values[0] - self.smallest <= max(self._tie(), self.noise) * self.values[0]
+        return self.values[0] - self.smallest <= max(self.tie, self.noise) * self.values[0]
 
-    def _tie(self) -> float:
+    @property
+    def tie(self) -> float:
         """Relative distance below which two eigenvalues computed in float64 count as one repeated value."""
         return 16 * len(self.values) * torch.finfo(torch.float64).eps
 
@@ -163,16 +145,11 @@ class Spectrum(NamedTuple):
         return (self.vectors * (weights / weights.sum())) @ self.vectors.mT
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """Relative spread of equal eigenvalues once the features are rounded to their dtype."""
-    return 8 * torch.finfo(dtype).eps
-
-
 # The value of a function of H and the symmetric M on the small side for which ∂f/∂Z is M·Z or Z·M.
 Form = Callable[[Spectrum], tuple[Tensor, Tensor]]
 
 
-def scale_free(form: Form, degree: int) -> Form:
+def _of_unit_mean(form: Form, degree: int) -> Form:
     """The function of ``cH``, ``c = D/tr H``, of a function that is homogeneous in H of the given degree."""
 
     def scaled(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
@@ -186,8 +163,12 @@ def scale_free(form: Form, degree: int) -> Form:
     return scaled
 
 
-def hessian_function(features: Tensor | Hessian, form: Form, *, degree: int = 0, raises: bool | None = None) -> Tensor:
-    """A function of ``H = ZᵀZ``, differentiable once with respect to what is given, features or Hessian."""
+def hessian_function(
+    features: Tensor | Hessian, form: Form, degree: int, *, scale_free: bool = False, raises: bool | None = None
+) -> Tensor:
+    """A function of ``H = ZᵀZ``, homogeneous of a degree in H, of features or their Hessian; differentiable once."""
+    if scale_free:
+        form, degree = _of_unit_mean(form, degree), 0
     # Shape and dtype only: that the features are finite and not zero is seen in the Gram matrix.
     matrix = features.matrix if isinstance(features, Hessian) else as_matrix(features, "features", check_finite=False)
     if raises is None:
@@ -226,7 +207,7 @@ class ClosedForm(torch.autograd.Function):
     def forward(
         ctx: Any, matrix: Tensor, function: Callable[[Tensor], tuple[Tensor, Tensor]], dtype: torch.dtype
     ) -> Tensor:
-        """The value, with autocast off, in float32 or better; the gradient is kept for the backward pass."""
+        """The value, in float32 or better; the gradient is kept."""
         with without_autocast(matrix.device):
             value, gradient = function(matrix.detach())
         ctx.save_for_backward(gradient)
@@ -251,15 +232,16 @@ def _wide(features: Tensor) -> bool:
 
 
 def _rescaled(given: Tensor | Hessian) -> tuple[Tensor | Hessian, float]:
-    """Features, or their Hessian, divided by a power of two where their powers would leave the range of float64."""
+    """Features, or their Hessian, over a power of two of the features where powers of it would leave float64."""
     if isinstance(given, Hessian):
-        # A power of four, whose root is what the features were divided by.
         scale = math.ldexp(1.0, math.frexp(binary_scale(given.matrix))[1] // 2)
-        ordinary = _ORDINARY[0] < scale < _ORDINARY[1]
-        return (given, 1.0) if ordinary else (replace(given, matrix=given.matrix / scale / scale), scale)
-    scale = binary_scale(given)
-    ordinary = _ORDINARY[0] < scale < _ORDINARY[1]
-    return (given, 1.0) if ordinary else (given.to(torch.float64) / scale, scale)
+    else:
+        scale = binary_scale(given)
+    if _ORDINARY[0] < scale < _ORDINARY[1]:
+        return given, 1.0
+    if isinstance(given, Hessian):
+        return replace(given, matrix=given.matrix / scale / scale), scale
+    return given.to(torch.float64) / scale, scale
 
 
 def _spectrum(given: Tensor | Hessian, dtype: torch.dtype, scale: float) -> tuple[Spectrum, Tensor]:
@@ -289,7 +271,7 @@ def _spectrum(given: Tensor | Hessian, dtype: torch.dtype, scale: float) -> tupl
     cutoff = cutoff.clamp(min=grid_cutoff(rows, dim, dtype) / scale)
     values, kept = singular.square(), singular > cutoff
     smallest = torch.where(kept, values, torch.inf).min()
-    return Spectrum(values, vectors, kept, smallest, gram, dim, rounding(dtype)), sound
+    return Spectrum(values, vectors, kept, smallest, gram, dim, 8 * torch.finfo(dtype).eps), sound
 
 
 def _reason(given: Tensor | Hessian, spectrum: Spectrum) -> NonFiniteError | RankError | PerfectConditioningError:
@@ -298,15 +280,10 @@ def _reason(given: Tensor | Hessian, spectrum: Spectrum) -> NonFiniteError | Ran
     as_matrix(values, name)  # names the entry that is not finite
     if not values.any() or not spectrum.kept.any():
         return RankError(
-            f"Expected features of rank at least 1, found rank 0: all of {tuple(values.shape)} values are zero or "
-            "rounding noise. Check that the network is not dead and the right layer is read."
+            f"Expected {name} of rank at least 1, found rank 0: all of {tuple(values.shape)} are zero or rounding. "
+            "Check that the network is not dead and the right layer is read."
         )
-    return perfect_conditioning("all")
-
-
-def perfect_conditioning(found: str) -> PerfectConditioningError:
-    """The error of R_ill where κ is 1."""
     return PerfectConditioningError(
-        f"Expected κ > 1 in R_ill, found {found} non-zero singular values equal, where R_ill is undefined. Use at "
-        "least two different samples in a harmful batch."
+        "Expected κ > 1 in R_ill, found all non-zero singular values equal, where R_ill is undefined. Use at least "
+        "two different samples in a harmful batch."
     )

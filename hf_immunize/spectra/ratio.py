@@ -105,11 +105,9 @@ def relative_immunization_ratio(
         `ImmunizationRatio`.
 
     Raises:
-        ArgumentError: If features are no numbers.
         ProtocolError: If the protocol is unknown, or groups are asked of factors, of too few rows, or over 10,000.
         ShapeError: If immunized and reference features differ in shape.
-        NonFiniteError: If features hold NaN or infinity.
-        RankError: If features are zero.
+        ArgumentError, NonFiniteError, RankError: If features are no numbers, hold NaN or infinity, or are zero.
 
     Example:
         >>> import torch
@@ -131,37 +129,38 @@ def relative_immunization_ratio(
             before = _conditioning(reference, None)
             pairs.append((_conditioning(features, before), before))
         return _exact_ratio(*pairs[0], *pairs[1])
-    tensors = {
-        "harmful": (harmful, harmful_reference),
-        "benign": (benign, benign_reference),
-    }
-    matrices = {name: _feature_pair(name, *pair) for name, pair in tensors.items()}
+    sides = [
+        _feature_pair("harmful", harmful, harmful_reference),
+        _feature_pair("benign", benign, benign_reference),
+    ]
+    draws = [[pair] for pair in sides]
     if protocol == "groups" or num_groups is not None:
-        fewest = min(len(z) for z, _ in matrices.values())
-        count = max(1, min(20, fewest // max(group_size, 1))) if num_groups is None else num_groups
-        draws = [
-            [(z[rows], z0[rows]) for rows in _groups(name, z.shape[0], count, group_size, seed)]
-            for name, (z, z0) in matrices.items()
-        ]
-    else:
-        draws = [[pair] for pair in matrices.values()]
-    if protocol == "groups":
-        ratios = [
-            relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0)
-            for (h, h0), (b, b0) in zip(*draws, strict=True)
-        ]
-        parts = [(r.harmful_ratio, r.benign_ratio, r.bound) for r in ratios]
-    else:
-        parts = [
-            (_reference_kappa(h) / _reference_kappa(h0), _reference_kappa(b) / _reference_kappa(b0), None)
-            for (h, h0), (b, b0) in zip(*draws, strict=True)
-        ]
+        fewest = min(len(z) for z, _ in sides)
+        count = num_groups or max(1, min(20, fewest // group_size))
+        draws = [[(z[rows], z0[rows]) for rows in _groups(len(z), count, group_size, seed)] for z, z0 in sides]
+    parts: list[tuple[float, float, str | None]] = []
+    for (h, h0), (b, b0) in zip(*draws, strict=True):
+        if protocol == "groups":
+            one = relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0)
+            parts.append((one.harmful_ratio, one.benign_ratio, one.bound))
+        else:
+            kappas = [reference_condition_number(z) for z in (h, h0, b, b0)]
+            parts.append((kappas[0] / kappas[1], kappas[2] / kappas[3], None))
     return _mean_ratio(parts, protocol)
 
 
 def reference_condition_number(features: Any) -> float:
     """κ of ``ZᵀZ`` by the recipe of the paper's code: noise-floored, for comparison with its tables only."""
-    return _reference_kappa(as_matrix(features, "features"))
+    z = as_matrix(features, "features").detach().cpu().to(torch.float64)
+    gram = check_result(z.mT @ z, "the squares of features under protocol 'reference'")
+    eigenvalues = torch.linalg.eigvalsh(gram + _REFERENCE_FLOOR * torch.eye(z.shape[1], dtype=torch.float64))
+    above = eigenvalues[eigenvalues > _REFERENCE_FLOOR]
+    if above.numel() == 0:
+        raise RankError(
+            "Expected an eigenvalue above 1e-6 in the reference protocol, found none: every feature is zero, or far "
+            "below 1e-3. Check that the network is not dead and the right layer is read."
+        )
+    return float(above[-1] / above[0])
 
 
 def _conditioning(value: Any, reference: Conditioning | None) -> Conditioning:
@@ -170,14 +169,13 @@ def _conditioning(value: Any, reference: Conditioning | None) -> Conditioning:
     if isinstance(value, Conditioning):
         if reference is not None and (value.num_samples, value.dim) != (reference.num_samples, reference.dim):
             raise ShapeError(
-                f"Expected a Conditioning of the same data as its reference, ({reference.num_samples}, "
-                f"{reference.dim}), found one of ({value.num_samples}, {value.dim}). Pass the same images through "
-                "both weights."
+                f"Expected a Conditioning of ({reference.num_samples}, {reference.dim}) features like its reference, "
+                f"found ({value.num_samples}, {value.dim}). Pass the same images through both weights."
             )
         if reference is not None and not value.is_bound and value.rank < reference.rank:
             raise ProtocolError(
-                f"Expected a Conditioning taken with reference=, since the rank fell from {reference.rank} to "
-                f"{value.rank}; found one without. Call feature_conditioning(Z, reference=...)."
+                f"Expected a Conditioning taken with reference=, as the rank fell from {reference.rank} to "
+                f"{value.rank}, found one without. Call feature_conditioning(Z, reference=...)."
             )
         return value
     return feature_conditioning(value, reference=reference)
@@ -213,8 +211,7 @@ def _growth(now: Conditioning, before: Conditioning) -> tuple[float, bool, bool]
 
 def _mean_ratio(parts: Sequence[tuple[float, float, str | None]], protocol: str) -> ImmunizationRatio:
     bounds = {bound for _, _, bound in parts}
-    lower, upper = bool(bounds & {"lower", "undetermined"}), bool(bounds & {"upper", "undetermined"})
-    bound = _bound(lower, upper)
+    bound = _bound(bool(bounds & {"lower", "undetermined"}), bool(bounds & {"upper", "undetermined"}))
     rirs = torch.tensor([harmful / benign for harmful, benign, _ in parts], dtype=torch.float64)
     mean = math.nan if bound == "undetermined" else float(rirs.mean())
     return ImmunizationRatio(
@@ -229,9 +226,9 @@ def _mean_ratio(parts: Sequence[tuple[float, float, str | None]], protocol: str)
 
 
 def _bound(from_below: bool, from_above: bool) -> str | None:
-    return {(False, False): None, (True, False): "lower", (False, True): "upper", (True, True): "undetermined"}[
-        from_below, from_above
-    ]
+    if from_below and from_above:
+        return "undetermined"
+    return "lower" if from_below else "upper" if from_above else None
 
 
 def _feature_pair(name: str, features: Any, reference: Any) -> tuple[Tensor, Tensor]:
@@ -239,7 +236,7 @@ def _feature_pair(name: str, features: Any, reference: Any) -> tuple[Tensor, Ten
         if isinstance(value, FeatureFactor | Conditioning):
             raise ProtocolError(
                 f"Expected {name} features of shape (N, D) for protocols other than 'exact', found a "
-                f"{type(value).__name__}, which no longer has its rows. Pass the features."
+                f"{type(value).__name__}, which has lost its rows. Pass the features."
             )
     z, z0 = as_matrix(features, f"{name} features"), as_matrix(reference, f"{name} reference features")
     if z.shape != z0.shape:
@@ -250,16 +247,15 @@ def _feature_pair(name: str, features: Any, reference: Any) -> tuple[Tensor, Ten
     return z, z0
 
 
-def _groups(name: str, rows: int, num_groups: int, group_size: int, seed: int) -> list[Tensor]:
+def _groups(rows: int, num_groups: int, group_size: int, seed: int) -> list[Tensor]:
+    """Random row numbers; groups do not overlap while the rows last."""
     if rows < group_size:
         raise ProtocolError(
-            f"Expected at least one group of 2 to {rows} {name} rows (as many as there are), found num_groups = "
-            f"{num_groups}, group_size = {group_size}. Use fewer rows a group or protocol='exact'."
+            f"Expected groups of at most {rows} rows, as many as there are, found group_size = {group_size}. Use "
+            "smaller groups or protocol='exact'."
         )
     generator = torch.Generator().manual_seed(int(seed))
-    # Groups do not overlap while the rows last.
-    drawn: list[Tensor] = []
-    stock = torch.empty(0, dtype=torch.long)
+    drawn, stock = [], torch.empty(0, dtype=torch.long)
     for _ in range(num_groups):
         if stock.shape[0] < group_size:
             stock = torch.randperm(rows, generator=generator)
@@ -268,20 +264,5 @@ def _groups(name: str, rows: int, num_groups: int, group_size: int, seed: int) -
     return drawn
 
 
-def _reference_kappa(features: Tensor) -> float:
-    z = features.detach().cpu().to(torch.float64)
-    gram = check_result(z.mT @ z, "the squares of features under protocol 'reference'")
-    gram = gram + _REFERENCE_FLOOR * torch.eye(z.shape[1], dtype=torch.float64)
-    eigenvalues = torch.linalg.eigvalsh(gram)
-    above = eigenvalues[eigenvalues > _REFERENCE_FLOOR]
-    if above.numel() == 0:
-        raise RankError(
-            "Expected an eigenvalue above 1e-6 in the reference protocol, found none: every feature is zero, or far "
-            "below 1e-3. Check that the network is not dead and the right layer is read."
-        )
-    return float(above[-1] / above[0])
-
-
 def _exp(value: float) -> float:
-    """``exp`` that saturates at the largest float instead of raising."""
-    return math.exp(min(value, 709.0))
+    return math.exp(min(value, 709.0))  # which would raise beyond the largest float

@@ -4,9 +4,8 @@
     R_ill(S)  = 1 / ( (1/2k)‖S‖_F² − ½ σ_k² )            Eq. 12, k the rank, σ_k the smallest non-zero singular value
 
 Lowering ``R_well`` lowers κ: ``κ(S) ≤ exp(p·R_well(S)/σ_k²)``. Lowering ``R_ill`` raises it:
-``1/log κ(S) ≤ σ_1²·R_ill(S)``. The bounds need these factors; without them they fail
-(S = diag(0.1, 0.01) and diag(100, 1)). No backward pass runs through a decomposition: the gradients need only the
-extreme singular pair and the matrix, and average over the eigenspace where the extreme value is repeated.
+``1/log κ(S) ≤ σ_1²·R_ill(S)``. Without these factors the bounds fail (S = diag(0.1, 0.01) and diag(100, 1)). The
+gradients average over the eigenspace where the extreme value is repeated.
 
 The functions of features take their `Hessian` in the features' place. Away from the CPU they read no value back:
 where they would raise NonFiniteError, RankError or PerfectConditioningError, their value is NaN instead.
@@ -14,23 +13,11 @@ where they would raise NonFiniteError, RankError or PerfectConditioningError, th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from hf_immunize.errors import RankError
-from hf_immunize.spectra.checks import as_matrix, binary_scale, check_result, grid_cutoff, rank_cutoff, times_power
-from hf_immunize.spectra.hessian_functions import (
-    ClosedForm,
-    Form,
-    Hessian,
-    Spectrum,
-    hessian_function,
-    perfect_conditioning,
-    rounding,
-    scale_free,
-)
+from hf_immunize.spectra.checks import as_matrix
+from hf_immunize.spectra.hessian_functions import Hessian, Spectrum, hessian_function
 
 
 def r_well(matrix: Tensor) -> Tensor:
@@ -46,14 +33,16 @@ def r_well(matrix: Tensor) -> Tensor:
         0-D tensor, non-negative, in the units of S squared; differentiable once.
 
     Raises:
-        ShapeError: If S is not a non-empty matrix.
-        NonFiniteError: If S holds NaN or infinity.
+        ShapeError, NonFiniteError: If S is not a non-empty matrix, or holds NaN or infinity.
 
     Example:
         >>> r_well(torch.diag(torch.tensor([3.0, 1.0]))).item()
         2.0
     """
-    return _matrix_function(matrix, _r_well, 2)
+    matrix = as_matrix(matrix)
+    if not matrix.any():
+        return (0 * matrix).sum(dtype=torch.promote_types(matrix.dtype, torch.float32))
+    return hessian_function(matrix, matrix_well_form, 1, raises=True)
 
 
 def r_ill(matrix: Tensor) -> Tensor:
@@ -68,16 +57,14 @@ def r_ill(matrix: Tensor) -> Tensor:
         0-D tensor, positive, in the units of 1/S²; differentiable once.
 
     Raises:
-        ShapeError: If S is not a non-empty matrix.
-        NonFiniteError: If S holds NaN or infinity.
-        RankError: If S is zero.
-        PerfectConditioningError: If κ(S) = 1, where it is undefined.
+        ShapeError, NonFiniteError: If S is not a non-empty matrix, or holds NaN or infinity.
+        RankError, PerfectConditioningError: If S is zero, or κ(S) = 1, where it is undefined.
 
     Example:
         >>> r_ill(torch.diag(torch.tensor([3.0, 1.0]))).item()
         0.5
     """
-    return _matrix_function(matrix, _r_ill, -2)
+    return hessian_function(as_matrix(matrix), matrix_ill_form, -1, raises=True)
 
 
 def hessian_r_well(features: Tensor | Hessian, *, scale_free: bool = False) -> Tensor:
@@ -95,15 +82,13 @@ def hessian_r_well(features: Tensor | Hessian, *, scale_free: bool = False) -> T
         once. It is zero exactly when κ(H) = 1 and the column rank is full.
 
     Raises:
-        ShapeError: If the features are not ``(N, D)``.
-        NonFiniteError: If they hold NaN or infinity.
-        RankError: If they are zero.
+        ShapeError, NonFiniteError, RankError: If they are not ``(N, D)``, hold NaN or infinity, or are zero.
 
     Example:
         >>> hessian_r_well(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item()
         3.75
     """
-    return hessian_function(features, _form(well_form, 2, scale_free), degree=0 if scale_free else 2)
+    return hessian_function(features, well_form, 2, scale_free=scale_free)
 
 
 def hessian_r_ill(features: Tensor | Hessian, *, scale_free: bool = False) -> Tensor:
@@ -120,18 +105,14 @@ def hessian_r_ill(features: Tensor | Hessian, *, scale_free: bool = False) -> Te
         0-D tensor, positive; in the units of the features to the power −4 unless scale-free. Differentiable once.
 
     Raises:
-        ShapeError: If the features are not ``(N, D)``.
-        NonFiniteError: If they hold NaN or infinity.
-        RankError: If they are zero.
+        ShapeError, NonFiniteError, RankError: If they are not ``(N, D)``, hold NaN or infinity, or are zero.
         PerfectConditioningError: If κ(H) = 1, a single sample above all.
 
     Example:
-        >>> hessian_r_ill(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item() == 1 / 3.75
-        False
         >>> round(hessian_r_ill(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item(), 6)  # 1/(17/4 − 1/2)
         0.266667
     """
-    return hessian_function(features, _form(ill_form, -2, scale_free), degree=0 if scale_free else -2)
+    return hessian_function(features, ill_form, -2, scale_free=scale_free)
 
 
 def spectral_concentration(features: Tensor | Hessian) -> Tensor:
@@ -149,20 +130,37 @@ def spectral_concentration(features: Tensor | Hessian) -> Tensor:
         0-D tensor, dimensionless; differentiable once.
 
     Raises:
-        ShapeError: If the features are not ``(N, D)``.
-        NonFiniteError: If they hold NaN or infinity.
-        RankError: If they are zero.
+        ShapeError, NonFiniteError, RankError: If they are not ``(N, D)``, hold NaN or infinity, or are zero.
 
     Example:
         >>> round(spectral_concentration(torch.diag(torch.tensor([10.0, 1.0]))).item(), 4)  # log(1/100)
         -4.6052
     """
-    return hessian_function(features, concentration_form)
+    return hessian_function(features, concentration_form, 0)
 
 
 def hessian_log_kappa(features: Tensor | Hessian) -> Tensor:
     """``log κ(H) = log σ_1 − log σ_k`` of the probing Hessian ``H = ZᵀZ``, σ_k its smallest non-zero eigenvalue."""
-    return hessian_function(features, log_kappa_form)
+    return hessian_function(features, log_kappa_form, 0)
+
+
+def matrix_well_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """``½λ_1 − Σλ_i/(2p)`` of the eigenvalues λ = σ² of SSᵀ, with ``uuᵀ − I/p``; homogeneous of degree 1 in them."""
+    values, p = spectrum.values, len(spectrum.values)
+    small = spectrum.top()
+    small.diagonal().sub_(1 / p)
+    # As a sum of differences, which cannot turn negative by cancellation.
+    return (values[0] - values).sum() / (2 * p), small
+
+
+def matrix_ill_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """``1/d``, ``d = Σλ_i/(2k) − ½λ_k``, with ``(uuᵀ − I/k)/d²``; homogeneous of degree −1, NaN at κ = 1."""
+    k, smallest = spectrum.kept.sum(dtype=torch.float64), spectrum.smallest
+    d = torch.where(spectrum.kept, spectrum.values - smallest, 0.0).sum() / (2 * k)
+    d = torch.where(spectrum.all_equal(), torch.nan, d)
+    small = spectrum.bottom()
+    small.diagonal().sub_(1 / k)
+    return 1 / d, small / d.square()
 
 
 def well_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
@@ -201,56 +199,3 @@ def log_kappa_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     largest, smallest = spectrum.values[0], spectrum.smallest
     small = (2 / largest) * spectrum.top() - (2 / smallest) * spectrum.bottom()
     return torch.log(largest) - torch.log(smallest), small
-
-
-def _form(form: Form, degree: int, wanted: bool) -> Form:
-    return scale_free(form, degree) if wanted else form  # of which callers have an option of that name
-
-
-def _matrix_function(
-    matrix: Tensor, function: Callable[[Tensor, torch.dtype, float], tuple[Tensor, Tensor]], degree: int
-) -> Tensor:
-    """A function that is homogeneous of a degree, of what remains of a matrix when its scale is taken out."""
-    matrix = as_matrix(matrix)
-    kind = torch.promote_types(matrix.dtype, torch.float32)
-
-    def scaled(detached: Tensor) -> tuple[Tensor, Tensor]:
-        scale = binary_scale(detached)
-        noise = grid_cutoff(detached.shape[0], detached.shape[1], detached.dtype) / scale
-        value, gradient = function(detached.to(torch.float64) / scale, detached.dtype, noise)
-        gradient = times_power(gradient, scale, degree - 1).to(kind)
-        if matrix.requires_grad:
-            check_result(gradient, "the gradient of a regularizer")
-        return check_result(times_power(value, scale, degree).to(kind), "the value of a regularizer"), gradient
-
-    return ClosedForm.apply(matrix, scaled, matrix.dtype)
-
-
-def _r_well(s: Tensor, dtype: torch.dtype, noise: float) -> tuple[Tensor, Tensor]:
-    u, sigma, vh = torch.linalg.svd(s, full_matrices=False)
-    ties = int((sigma >= sigma[0] - _tie_width(sigma)).sum())
-    # As a sum of differences, which cannot turn negative by cancellation.
-    value = (sigma[0].square() - sigma.square()).sum() / (2 * len(sigma))
-    return value, (sigma[0] / ties) * (u[:, :ties] @ vh[:ties]) - s / len(sigma)
-
-
-def _r_ill(s: Tensor, dtype: torch.dtype, noise: float) -> tuple[Tensor, Tensor]:
-    u, sigma, vh = torch.linalg.svd(s, full_matrices=False)
-    cutoff = rank_cutoff(float(sigma[0]), float(sigma.norm()), s.shape[0], s.shape[1], dtype)
-    kept = sigma[sigma > max(cutoff, noise)]
-    if not len(kept):
-        raise RankError(
-            f"Expected a matrix of rank at least 1 in R_ill, found all of {tuple(s.shape)} values zero. Check what "
-            "produced it."
-        )
-    k, width = len(kept), _tie_width(sigma)
-    if kept[0] - kept[-1] <= max(width, rounding(dtype) * float(kept[0])):
-        raise perfect_conditioning(f"all {k}")
-    denominator = ill_denominator(kept, kept[-1], k)
-    first = int((kept > kept[-1] + width).sum())
-    extreme = (kept[-1] / (k - first)) * (u[:, first:k] @ vh[first:k])
-    return 1 / denominator, (extreme - s / k) / denominator**2
-
-
-def _tie_width(sigma: Tensor) -> float:
-    return 16 * sigma.shape[0] * torch.finfo(sigma.dtype).eps * float(sigma[0])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import ArgumentError, RankError, ShapeError
-from hf_immunize.spectra.checks import as_matrix, check_count, check_dtype
+from hf_immunize.spectra.checks import FLOATS, as_matrix, check_count, check_dtype
 from hf_immunize.spectra.conditioning import Conditioning, singular_values, summarize_spectrum
 
 
@@ -19,10 +19,6 @@ from hf_immunize.spectra.conditioning import Conditioning, singular_values, summ
 # factor again and again, large ones only cost memory (`make bench PARTS=streaming` shows the curve).
 _BLOCK_PER_DIM = 8
 _BUFFER_ENTRIES = 2**25  # 256 MiB of float64, beyond which the block shrinks, to no less than two times D
-
-
-def _default_block(dim: int) -> int:
-    return max(2 * dim, min(_BLOCK_PER_DIM * dim, _BUFFER_ENTRIES // dim), 256)
 
 
 class FeatureFactor:
@@ -72,44 +68,28 @@ class FeatureFactor:
             The factor itself.
 
         Raises:
-            ShapeError: If they are not ``(n, D)`` with the D of earlier batches.
-            NonFiniteError: If they hold NaN or infinity.
+            ShapeError, NonFiniteError: If they are not ``(n, D)`` as earlier batches, or hold NaN or infinity.
         """
         features = as_matrix(features, f"features (batch after {self.num_samples} rows)")
-        self._check_dim(features.shape[1])
-        self._note_dtype(check_dtype(produced_dtype) or features.dtype)
-        self._append(features)
+        self._append(features, check_dtype(produced_dtype) or features.dtype)
         self.num_samples += features.shape[0]
         return self
 
     def merge(self, other: "FeatureFactor") -> "FeatureFactor":
-        """Fold in the factor of other rows, as of another process.
-
-        Args:
-            other: A factor of features of the same dimension; it is left as it is.
-
-        Returns:
-            The factor itself, now of both sets of rows.
-        """
+        """Fold in the factor of other rows of the same dimension, as of another process; returns the factor itself."""
         if not isinstance(other, FeatureFactor):
             raise ArgumentError(
                 f"Expected a FeatureFactor to merge, found {type(other).__name__}. Use update(features)."
             )
-        if other.dim is None:
+        if other.produced_dtype is None:
             return self
-        self._check_dim(other.dim)
-        self._note_dtype(other.produced_dtype or torch.float64)
-        self._append(other.matrix())
+        self._append(other.matrix(), other.produced_dtype)
         self._folds += other._folds
         self.num_samples += other.num_samples
         return self
 
     def matrix(self) -> Tensor:
-        """Upper-trapezoidal ``R`` of shape ``(min(N, D), D)``, float64, with ``RᵀR = ZᵀZ``.
-
-        Raises:
-            RankError: If no batch was folded in yet.
-        """
+        """Upper-trapezoidal ``R`` of shape ``(min(N, D), D)``, float64, with ``RᵀR = ZᵀZ``; RankError without rows."""
         if self._buffer is None:
             raise RankError("Expected at least one batch of features, found none. Call update(features) first.")
         if not self._folded:
@@ -132,8 +112,7 @@ class FeatureFactor:
             `Conditioning`; a bound where the rank is below the reference's.
 
         Raises:
-            RankError: If no batch was folded in, or all features are zero, without a reference.
-            ShapeError: If the reference describes another number of samples or features.
+            RankError, ShapeError: If all features are zero, without a reference, or it is of another shape.
         """
         if isinstance(reference, FeatureFactor):
             reference = reference.conditioning()
@@ -152,52 +131,38 @@ class FeatureFactor:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "FeatureFactor":
-        """Restore a factor from the tensors of `state_dict`.
-
-        Raises:
-            ArgumentError: If they are not such.
-        """
+        """Restore a factor from the tensors of `state_dict`; ArgumentError where they are not such."""
         try:
-            rows, (samples, folds, eps) = (
-                state["factor"],
-                (float(state[name]) for name in ("num_samples", "folds", "produced_eps")),
-            )
+            rows = state["factor"]
+            samples, folds, eps = (float(state[name]) for name in ("num_samples", "folds", "produced_eps"))
         except (TypeError, LookupError, ValueError, RuntimeError) as error:
             raise ArgumentError(
                 f"Expected what FeatureFactor.state_dict gives, found {type(state).__name__} ({error!r:.100})."
             ) from error
         if not (samples >= 1 and folds >= 0 and eps > 0):
             raise ArgumentError(f"Expected a factor of at least one row, found {samples:g} rows, {folds:g} folds.")
-        factor, rows = cls(), as_matrix(rows, "a stored factor")
-        factor.dim = rows.shape[1]
-        factor._append(rows)
+        factor = cls()
+        dtype = min(FLOATS, key=lambda dtype: abs(torch.finfo(dtype).eps / eps - 1.0))
+        factor._append(as_matrix(rows, "a stored factor"), dtype)
         factor.num_samples, factor._folds = int(samples), int(folds)
-        floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-        factor.produced_dtype = min(floats, key=lambda dtype: abs(torch.finfo(dtype).eps / eps - 1.0))
         return factor
 
-    def _check_dim(self, dim: int) -> None:
-        if self.dim is None:
-            self.dim = dim
-        elif dim != self.dim:
+    def _append(self, rows: Tensor, dtype: torch.dtype) -> None:
+        dim = rows.shape[1]
+        if self.dim not in (None, dim):
             raise ShapeError(
                 f"Expected features of dimension {self.dim} as in earlier batches, found {dim}. "
                 "Use one FeatureFactor for each layer and model."
             )
-
-    def _note_dtype(self, dtype: torch.dtype) -> None:
         if self.produced_dtype is None or torch.finfo(dtype).eps > torch.finfo(self.produced_dtype).eps:
             self.produced_dtype = dtype
-
-    def _append(self, rows: Tensor) -> None:
-        self._sigma = None
+        self.dim, self._sigma = dim, None
         if self._buffer is None:
-            block = self._block_rows or _default_block(rows.shape[1])
+            block = self._block_rows or max(2 * dim, min(_BLOCK_PER_DIM * dim, _BUFFER_ENTRIES // dim), 256)
             # Features from a device without float64 (MPS) are folded on the CPU.
             device = torch.device("cpu") if rows.device.type == "mps" else rows.device
-            capacity = rows.shape[1] + block
-            self._buffer = torch.empty(rows.shape[1], capacity, dtype=torch.float64, device=device)
-        for part in rows.detach().split(self._buffer.shape[1] - rows.shape[1]):
+            self._buffer = torch.empty(dim, dim + block, dtype=torch.float64, device=device)
+        for part in rows.detach().split(self._buffer.shape[1] - dim):
             if self._filled + part.shape[0] > self._buffer.shape[1]:
                 self._fold()
             self._buffer[:, self._filled : self._filled + part.shape[0]] = part.mT

@@ -135,12 +135,12 @@ def test_groups_draw_the_same_rows_of_features_and_reference():
 
 
 def test_groups_do_not_overlap_while_the_rows_last():
-    groups = _groups("harmful", rows=43, num_groups=4, group_size=10, seed=0)
+    groups = _groups(rows=43, num_groups=4, group_size=10, seed=0)
     assert len(torch.cat(groups).unique()) == 40
 
 
 def test_there_may_be_more_groups_than_the_rows_last_for():
-    groups = _groups("harmful", rows=43, num_groups=9, group_size=10, seed=0)
+    groups = _groups(rows=43, num_groups=9, group_size=10, seed=0)
     assert [len(rows.unique()) for rows in groups] == [10] * 9
 
 
