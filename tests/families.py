@@ -95,6 +95,7 @@ TINY = {
         class_and_patches,
     ),
     "clip": Tiny(TOWERS, ("vision_model.encoder.layers.2",), mean_patch),
+    "metaclip_2": Tiny(TOWERS, ("vision_model.encoder.layers.2",), mean_patch),
     "siglip": Tiny(TOWERS, ("vision_model.encoder.layers.2", "vision_model.post_layernorm"), mean_token),
     "swin": Tiny(SWIN, ("swin.encoder.layers.1", "swin.layernorm"), mean_token),
     "swinv2": Tiny(SWIN, ("swinv2.encoder.layers.1", "swinv2.layernorm"), mean_token),

@@ -2,12 +2,13 @@
 
 import copy
 import shutil
+from functools import partial
 
 import peft
 import pytest
 import torch
 import transformers as hf
-from families import BUILDERS, LABELS, TRANSFORMER
+from families import BUILDERS, LABELS, TINY, TRANSFORMER
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.errors import ArgumentError, ScopeError
@@ -50,16 +51,53 @@ def calibrate(model):
 
 EVERYWHERE = [name for name in OBJECTIVES if name != "dead_relu"]
 # Their last stage has a ReLU that no shortcut bypasses.
-RELU = ("resnet", "mobilenet_v2", "regnet")
+RELU = [name for name, family in TINY.items() if family.choke_points]
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name not in RELU])
-def test_dead_relu_is_refused_where_there_is_none(built, trainer, images, name):
-    sides = {"train_dataset": images(8, 1, 32), "harmful_dataset": images(8, 2, 32)}
-    options = {"objective": "dead_relu", "benign_loss": "both"}
-    run = trainer(built(name), **options, eval_dataset=None, harmful_eval_dataset=None, **sides)
-    with pytest.raises(ScopeError, match="objective='concentration'"):
-        run.train()
+@pytest.fixture
+def data(images):
+    """Images of all sides, of 32 pixels."""
+    names = ("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset")
+    return {name: images(24 if "eval" in name else 8, seed, 32) for seed, name in enumerate(names, 1)}
+
+
+@pytest.fixture
+def short(trainer, data):
+    """Make a trainer of two steps, without evaluation."""
+    return partial(trainer, **data | {"eval_dataset": None, "harmful_eval_dataset": None}, logging_strategy="no")
+
+
+def moved_in_two_steps(run):
+    before = {key: tensor.clone() for key, tensor in run.model.state_dict().items()}
+    run.train()
+    return {key for key, tensor in run.model.state_dict().items() if not torch.equal(before[key], tensor)}
+
+
+def same(model, other, atol=0.0):
+    states = model.state_dict(), other.state_dict()
+    return all(
+        torch.allclose(states[0][key], states[1][key], rtol=1e-5 if atol else 0, atol=atol) for key in states[0]
+    )
+
+
+def assert_resumes(make, tmp_path):
+    """A run resumed after its first step ends where the whole one does."""
+    whole, resumed = (
+        make(output_dir=str(tmp_path / name), save_strategy="steps", save_steps=1) for name in ("whole", "resumed")
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert same(whole.model, resumed.model)
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_the_default_takes_the_objective_that_the_network_allows(built, short, name):
+    run = short(built(name), objective="auto", benign_loss="both")
+    run.train()
+    assert run.objective == ("dead_relu" if name in RELU else "concentration")
+    if name not in RELU:
+        with pytest.raises(ScopeError, match="objective='concentration'"):
+            short(built(name), objective="dead_relu", benign_loss="both").train()
 
 
 @pytest.mark.parametrize(
@@ -69,50 +107,13 @@ def test_dead_relu_is_refused_where_there_is_none(built, trainer, images, name):
     + [(name, "dead_relu") for name in RELU]
     + [(name, "kappa") for name in BUILDERS if name not in ("vit", "resnet")],
 )
-def test_two_steps_move_what_is_in_scope(built, trainer, images, name, objective):
+def test_two_steps_move_what_is_in_scope(built, short, name, objective):
     model = built(name)
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    run = trainer(
-        model,
-        objective=objective,
-        benign_loss="both" if objective == "dead_relu" else "task",
-        train_dataset=images(8, 1, 32),
-        harmful_dataset=images(8, 2, 32),
-        eval_dataset=None,
-        harmful_eval_dataset=None,
-        logging_strategy="no",
-    )
-    run.train()
-    after = model.state_dict()
-    moved = {key for key in before if not torch.equal(before[key], after[key])}
-    assert moved == set(last_stage(model))
+    benign_loss = "both" if objective == "dead_relu" else "task"
+    assert moved_in_two_steps(short(model, objective=objective, benign_loss=benign_loss)) == set(last_stage(model))
     pixels = torch.randn(2, 3, 32, 32)
     features = penultimate_features(model.eval(), pixels)
     torch.testing.assert_close(find_head(model)[1](features), model(pixel_values=pixels).logits)
-
-
-@pytest.mark.parametrize("name", list(BUILDERS))
-def test_the_default_takes_the_objective_that_the_network_allows(built, short, name):
-    run = short(built(name), objective="auto", benign_loss="both")
-    run.train()
-    assert run.objective == ("dead_relu" if name in RELU else "concentration")
-
-
-def moved_in_two_steps(run):
-    before = {key: tensor.clone() for key, tensor in run.model.state_dict().items()}
-    run.train()
-    return {key for key, tensor in run.model.state_dict().items() if not torch.equal(before[key], tensor)}
-
-
-@pytest.fixture
-def short(trainer, images):
-    """Make a trainer of two steps, without evaluation."""
-
-    def make(model, **options):
-        data = {"train_dataset": images(8, 1, 32), "harmful_dataset": images(8, 2, 32)}
-        return trainer(model, eval_dataset=None, harmful_eval_dataset=None, **data, **options)
-
-    return make
 
 
 class TestBareBackbones:
@@ -142,19 +143,11 @@ class TestBareBackbones:
         torch.testing.assert_close(again(pixels).logits, run.model.eval()(pixels).logits)
 
     def test_a_resumed_run_ends_where_the_whole_one_does(self, short, tmp_path):
-        def make(folder, **options):
+        def make(**options):
             torch.manual_seed(0)
-            backbone = hf.ViTModel(hf.ViTConfig(**TRANSFORMER, **LABELS))
-            return short(
-                backbone, pooling="cls", output_dir=str(folder), save_strategy="steps", save_steps=1, **options
-            )
+            return short(hf.ViTModel(hf.ViTConfig(**TRANSFORMER, **LABELS)), pooling="cls", **options)
 
-        whole = make(tmp_path / "whole")
-        whole.train()
-        resumed = make(tmp_path / "resumed")
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
-        states = whole.model.state_dict(), resumed.model.state_dict()
-        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+        assert_resumes(make, tmp_path)
 
 
 class TestAdapters:
@@ -180,63 +173,30 @@ class TestAdapters:
         assert moved_in_two_steps(short(model, trainable="all")) == expected
 
     def test_what_is_saved_is_peft_s_adapter_and_loads_with_peft(self, short, wrapped, built, tmp_path):
-        import peft
-
         run = short(wrapped())
         run.train()
         run.save_model(str(tmp_path / "saved"))
-        assert {path.name for path in (tmp_path / "saved").iterdir()} >= {
-            "adapter_config.json",
-            "adapter_model.safetensors",
-        }
-        assert not (tmp_path / "saved" / "model.safetensors").exists()
+        files = {path.name for path in (tmp_path / "saved").iterdir()}
+        assert files >= {"adapter_config.json", "adapter_model.safetensors"} and "model.safetensors" not in files
         again = peft.PeftModel.from_pretrained(copy.deepcopy(built("vit")), tmp_path / "saved").eval()
         pixels = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(again(pixel_values=pixels).logits, run.model.eval()(pixel_values=pixels).logits)
 
     def test_a_resumed_run_ends_where_the_whole_one_does(self, short, wrapped, tmp_path):
-        def make(folder):
-            return short(wrapped(), output_dir=str(folder), save_strategy="steps", save_steps=1)
+        assert_resumes(lambda **options: short(wrapped(), **options), tmp_path)
 
-        whole = make(tmp_path / "whole")
-        whole.train()
-        resumed = make(tmp_path / "resumed")
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
-        states = whole.model.state_dict(), resumed.model.state_dict()
-        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-
-    def test_the_best_checkpoint_is_loaded_at_the_end(self, trainer, images, wrapped):
+    def test_the_best_checkpoint_is_loaded_at_the_end_and_the_adapted_model_measured(self, trainer, data, wrapped):
         order = iter(range(9, 0, -1))  # so that the first checkpoint is the best
+        every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_order", "learning_rate": 0.1}
         run = trainer(
-            wrapped(),
-            train_dataset=images(8, 1, 32),
-            harmful_dataset=images(8, 2, 32),
-            eval_dataset=images(24, 3, 32),
-            harmful_eval_dataset=images(24, 4, 32),
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="steps",
-            save_steps=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_order",
-            compute_metrics=lambda prediction: {"order": next(order)},
-            learning_rate=0.1,
+            wrapped(), **data, **every_step, **best, compute_metrics=lambda prediction: {"order": next(order)}
         )
         run.train()
         losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
-        assert losses[0] != losses[1]
-        assert run.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
-
-    def test_evaluation_measures_the_features_of_the_adapted_model(self, trainer, images, wrapped):
-        data = {
-            "train_dataset": images(8, 1, 32),
-            "harmful_dataset": images(8, 2, 32),
-            "eval_dataset": images(24, 3, 32),
-            "harmful_eval_dataset": images(24, 4, 32),
-        }
-        run = trainer(wrapped(), **data)
-        run.train()
-        assert "eval_rir" in run.evaluate()
+        metrics = run.evaluate()
+        assert losses[0] != losses[1] and metrics["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
+        assert "eval_rir" in metrics
 
 
 class TestGradientCheckpointing:
@@ -244,31 +204,26 @@ class TestGradientCheckpointing:
     @pytest.mark.parametrize("name", ["vit", "swin", "dinov2", "clip"])
     @pytest.mark.parametrize("trainable", ["last_stage", "all"])
     def test_two_steps_are_those_without(self, short, built, name, trainable):
-        ends = []
-        for checkpointing in (False, True):
-            run = short(copy.deepcopy(built(name)), gradient_checkpointing=checkpointing, trainable=trainable)
+        runs = [
+            short(copy.deepcopy(built(name)), gradient_checkpointing=checkpointing, trainable=trainable)
+            for checkpointing in (False, True)
+        ]
+        for run in runs:
             run.train()
-            ends.append(run.model.state_dict())
-        assert all(torch.allclose(ends[0][key], ends[1][key], atol=1e-6) for key in ends[0])
+        assert same(runs[0].model, runs[1].model, atol=1e-6)
 
-    def test_the_models_own_is_kept(self, short, built):
+    def test_the_models_own_is_kept_unless_it_is_reentrant(self, short, built):
         model = copy.deepcopy(built("vit"))
         model.gradient_checkpointing_enable()
-        expected = set(last_stage(model))
-        assert moved_in_two_steps(short(model)) == expected
-
-    def test_the_reentrant_kind_is_refused_where_a_part_is_frozen(self, short, built):
-        with pytest.raises(ArgumentError, match="use_reentrant=False"):
-            short(built("vit"), gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
-
-    def test_the_reentrant_kind_of_the_models_own_is_refused_too(self, short, built):
-        model = copy.deepcopy(built("vit"))
+        assert moved_in_two_steps(short(model)) == set(last_stage(model))
         model.gradient_checkpointing_enable({"use_reentrant": True})
         with pytest.raises(ArgumentError, match="use_reentrant=False"):
             short(model)
 
-    def test_the_reentrant_kind_is_taken_where_all_moves(self, short, built):
+    def test_the_reentrant_kind_is_taken_where_all_is_trainable_alone(self, short, built):
         options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        with pytest.raises(ArgumentError, match="use_reentrant=False"):
+            short(built("vit"), **options)
         run = short(copy.deepcopy(built("vit")), trainable="all", **options)
         assert "vit.embeddings.cls_token" in moved_in_two_steps(run)
 
@@ -277,19 +232,16 @@ class TestGradientCheckpointing:
 class TestCompiled:
     """Weights "auto" ask for gradients on the features, which a graph over both outputs would not give."""
 
-    def ends(self, short, build, **compiled):
-        ends = []
-        for options in ({}, {"torch_compile": True, **compiled}):
-            run = short(build(), **options)
+    def pair(self, short, build, **compiled):
+        runs = [short(build(), **options) for options in ({}, {"torch_compile": True, **compiled})]
+        for run in runs:
             run.train()
-            ends.append(run.model.state_dict())
-        return ends
+        return [run.model for run in runs]
 
     def test_two_steps_are_those_of_the_plain_model(self, short, built):
-        ends = self.ends(short, lambda: copy.deepcopy(built("resnet")), torch_compile_backend="aot_eager")
-        assert all(torch.allclose(ends[0][key], ends[1][key], atol=1e-6) for key in ends[0])
+        models = self.pair(short, lambda: copy.deepcopy(built("resnet")), torch_compile_backend="aot_eager")
+        assert same(*models, atol=1e-6)
 
-    @pytest.mark.slow
     @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor wants a C++ compiler: apt-get install g++")
     def test_two_steps_of_compiled_code_move_the_same(self, short, tmp_path, monkeypatch):
         # The common cache may hold what was compiled for another processor, or by a run beside this one.
@@ -299,16 +251,9 @@ class TestCompiled:
             torch.manual_seed(0)
             return hf.ViTForImageClassification(hf.ViTConfig(**TRANSFORMER | {"num_hidden_layers": 1}, **LABELS))
 
-        ends = self.ends(short, one_layer, torch_compile_backend="inductor")
-        assert all(torch.allclose(ends[0][key], ends[1][key], atol=1e-3) for key in ends[0])
+        assert same(*self.pair(short, one_layer, torch_compile_backend="inductor"), atol=1e-3)
 
-    def test_an_evaluation_before_changes_nothing(self, trainer, images, built):
-        data = {
-            "train_dataset": images(8, 1, 32),
-            "harmful_dataset": images(8, 2, 32),
-            "eval_dataset": images(8, 3, 32),
-            "harmful_eval_dataset": images(8, 4, 32),
-        }
+    def test_an_evaluation_before_changes_nothing(self, trainer, data, built):
         run = trainer(copy.deepcopy(built("resnet")), torch_compile=True, torch_compile_backend="aot_eager", **data)
         before = run.evaluate()
         run.train()

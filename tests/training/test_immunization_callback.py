@@ -34,32 +34,21 @@ def largest_difference(first, second):
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 1e-3}])
-def test_gradients_are_those_of_the_immunization_trainer(options, beside, trainer, images, gradients, tiny):
+def test_gradients_are_those_of_the_immunization_trainer(options, beside, trainer, images, gradients):
     """All four images of a side are in each batch, so both see the same whatever their order."""
     harmful = images(4, 2, labels=False)
-    callback = ImmunizationCallback(harmful, **PAPER, **FIXED)
-    run = beside(callback, gradients, max_steps=1, max_grad_norm=options.get("max_grad_norm", 0.0))
-    run.train()
-    own = trainer(
-        train_dataset=images(4, 1),
-        harmful_dataset=harmful,
-        **FIXED,
-        **({"max_grad_norm": 0.0} | options),
-        max_steps=1,
-        callbacks=[gradients],
-        eval_dataset=None,
-        harmful_eval_dataset=None,
-    )
-    own.train()
+    given = {"max_grad_norm": 0.0} | options
+    beside(ImmunizationCallback(harmful, **PAPER, **FIXED), gradients, max_steps=1, **given).train()
+    data = {"train_dataset": images(4, 1), "harmful_dataset": harmful}
+    data |= {"eval_dataset": None, "harmful_eval_dataset": None}
+    trainer(**data, **FIXED, **given, max_steps=1, callbacks=[gradients]).train()
     assert largest_difference(*gradients.steps) < 1e-6
 
 
 def test_accumulation_adds_the_regularizers_once(beside, images, gradients):
-    harmful = images(4, 2, labels=False)
     for accumulation in (1, 2):
-        callback = ImmunizationCallback(harmful, **PAPER, **FIXED)
+        callback = ImmunizationCallback(images(4, 2, labels=False), **PAPER, **FIXED, batch_size=4)
         options = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
-        callback.batch_size = 4
         beside(callback, gradients, max_steps=1, max_grad_norm=0.0, **options).train()
     assert largest_difference(*gradients.steps) < 1e-6
 
@@ -129,16 +118,13 @@ def test_too_few_images_are_refused(harmful, options, beside, images):
         beside(ImmunizationCallback(images(harmful)), **options).train()
 
 
-def test_benign_images_need_no_labels_for_distillation(beside, images):
-    run = beside(ImmunizationCallback(images(4, 2, labels=False), images(8, 5, labels=False)))
+def test_benign_images_need_labels_for_the_tasks_loss_and_not_for_distillation(beside, images):
+    data = images(4, 2, labels=False), images(8, 5, labels=False)
+    run = beside(ImmunizationCallback(*data))
     run.train()
     assert "kl" in run.state.log_history[0]
-
-
-def test_benign_images_without_the_labels_of_the_tasks_loss_are_named(beside, images):
-    callback = ImmunizationCallback(images(4, 2, labels=False), images(8, 5, labels=False), **PAPER)
     with pytest.raises(DataError, match=r"In benign_dataset: .*label.*found none"):
-        beside(callback).train()
+        beside(ImmunizationCallback(*data, **PAPER)).train()
 
 
 def test_columns_can_be_named(beside, images):
@@ -149,12 +135,8 @@ def test_columns_can_be_named(beside, images):
     assert "negative_adapted_loss" in run.state.log_history[0]
 
 
-def test_a_model_that_the_trainer_refuses_is_refused(beside, images, tiny):
-    model = tiny(problem_type="multi_label_classification")
+def test_a_model_or_a_trainer_that_cannot_be_is_refused(beside, trainer, images, tiny):
     with pytest.raises(HeadError, match="one label an image"):
-        beside(ImmunizationCallback(images(4)), model=model).train()
-
-
-def test_a_trainer_that_immunizes_already_is_refused(trainer, images):
+        beside(ImmunizationCallback(images(4)), model=tiny(problem_type="multi_label_classification")).train()
     with pytest.raises(ArgumentError, match="Leave ImmunizationCallback out"):
         trainer(callbacks=[ImmunizationCallback(images(4))]).train()

@@ -39,53 +39,41 @@ def damaged(count, row):
     return datasets.Dataset.from_dict({"image": stored, "label": data["label"][:]}, features=photos(1).features)
 
 
+SETS = ("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset")
+
+
 @pytest.fixture
 def processor():
     return hf.ViTImageProcessor(size={"height": 8, "width": 8})
 
 
-def test_no_harmful_data_is_refused(trainer):
-    with pytest.raises(DataError, match="Expected harmful_dataset=, found none"):
-        trainer(harmful_dataset=None)
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"harmful_dataset": None}, "Expected harmful_dataset=, found none"),
+        *(({name: []}, f"at least one image in {name}, found none") for name in SETS),
+        ({"train_dataset": photos().to_iterable_dataset()}, "without streaming"),
+        ({"train_dataset": datasets.DatasetDict(train=photos())}, "train"),
+        *(({name: photos(columns=("image", "kind"))}, "none among 'image', 'kind'") for name in (SETS[0], SETS[2])),
+        ({"train_dataset": photos(), "label_column_name": "nope"}, "out of 'image', 'label', found 'nope'"),
+        ({"per_device_train_batch_size": 1}, "global batches of at least 2, found 1 benign"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(options, found, trainer):
+    with pytest.raises(DataError, match=found):
+        trainer(**options)
 
 
-@pytest.mark.parametrize("name", ["train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset"])
-def test_an_empty_set_is_refused_by_name(name, trainer):
-    with pytest.raises(DataError, match=f"at least one image in {name}, found none"):
-        trainer(**{name: []})
-
-
-def test_a_streamed_set_is_refused(trainer):
-    with pytest.raises(DataError, match="without streaming"):
-        trainer(train_dataset=photos().to_iterable_dataset())
-
-
-def test_splits_are_refused(trainer):
-    with pytest.raises(DataError, match="train"):
-        trainer(train_dataset=datasets.DatasetDict(train=photos()))
-
-
-@pytest.mark.parametrize("name", ["train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset"])
+@pytest.mark.parametrize("name", SETS)
 def test_no_image_column_lists_the_columns(name, trainer, processor):
     data = datasets.Dataset.from_dict({"text": ["a"] * 8, "label": [0, 1] * 4})
     with pytest.raises(DataError, match="'text', 'label'"):
         trainer(**{name: data}, processing_class=processor)
 
 
-@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
-def test_no_label_column_lists_the_columns(name, trainer):
-    with pytest.raises(DataError, match="found none among 'image', 'kind'"):
-        trainer(**{name: photos(columns=("image", "kind"))})
-
-
-def test_a_named_column_that_is_not_there_lists_the_columns(trainer):
-    with pytest.raises(DataError, match="label_column= out of 'image', 'label', found 'nope'"):
-        trainer(train_dataset=photos(), label_column_name="nope")
-
-
 def test_columns_can_be_named(trainer, processor):
     data = photos(columns=("photo", "kind", "other"))
-    sets = dict.fromkeys(("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset"), data)
+    sets = dict.fromkeys(SETS, data)
     run = trainer(image_column_name="photo", label_column_name="kind", processing_class=processor, **sets)
     run.train()
     assert "eval_rir" in run.evaluate()
@@ -144,39 +132,23 @@ def test_harmful_images_without_the_labels_of_imma_are_named(trainer, images):
         trainer(harmful_dataset=images(8, labels=False), objective="imma")
 
 
-def test_a_batch_larger_than_the_data_is_refused(trainer, images):
+def test_a_batch_larger_than_the_data_needs_drop_last_off(trainer, images):
     with pytest.raises(DataError, match="one full batch of 4, found 3 benign images"):
         trainer(train_dataset=images(3))
+    assert trainer(train_dataset=images(3), dataloader_drop_last=False, max_steps=1).train().global_step == 1
 
 
-def test_a_batch_larger_than_the_data_is_taken_without_drop_last(trainer, images):
-    run = trainer(train_dataset=images(3), dataloader_drop_last=False, max_steps=1)
-    assert run.train().global_step == 1
-
-
-def test_a_batch_of_one_is_refused(trainer):
-    with pytest.raises(DataError, match="global batches of at least 2, found 1 benign"):
-        trainer(per_device_train_batch_size=1)
-
-
-def test_a_last_batch_of_one_is_named_with_its_step(trainer, images):
-    run = trainer(train_dataset=images(5), dataloader_drop_last=False)
+def test_images_that_do_not_differ_are_named_with_their_step(trainer, images):
     with pytest.raises(PerfectConditioningError, match=r"'kappa' at step 2.*two different samples"):
-        run.train()
-
-
-def test_equal_harmful_images_are_named_with_their_step(trainer, images):
+        trainer(train_dataset=images(5), dataloader_drop_last=False).train()
     with pytest.raises(PerfectConditioningError, match="at step 1"):
         trainer(harmful_dataset=images(1, labels=False)).train()
 
 
-def test_arguments_of_another_type_are_refused(tiny, tmp_path):
+def test_arguments_of_another_type_and_a_model_without_a_head_are_refused(tiny, trainer, tmp_path):
     args = hf.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(ArgumentError, match="ImmunizationArguments, found TrainingArguments"):
         ImmunizationTrainer(tiny(), args)
-
-
-def test_a_model_without_a_head_is_refused(tiny, trainer):
     with pytest.raises(HeadError, match="bare backbone"):
         trainer(hf.ViTModel(tiny().config))
 
@@ -196,7 +168,7 @@ def test_benign_and_harmful_images_of_two_shapes_are_refused(trainer, images):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_images_of_other_modes_are_converted(mode, trainer, processor):
-    names = ("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset")
+    names = SETS
     run = trainer(**{name: photos(mode=mode) for name in names}, processing_class=processor)
     run.train()
     assert "eval_rir" in run.evaluate()
@@ -209,7 +181,7 @@ def test_images_without_a_processor_are_refused(trainer):
 
 @pytest.mark.parametrize("name", ["train_dataset", "harmful_dataset"])
 def test_an_undecodable_image_in_training_names_its_row(name, trainer, processor):
-    sets = {key: photos() for key in ("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset")}
+    sets = {key: photos() for key in SETS}
     run = trainer(**(sets | {name: damaged(8, 5)}), processing_class=processor)
     with pytest.raises(ImageDecodeError, match=f"row 5 of {name}"):
         run.train()
@@ -224,7 +196,7 @@ def test_a_collator_of_the_user_gets_the_items_of_both_sides(column, trainer, im
         labels = torch.tensor([item[column] for item in items])
         return {"pixel_values": torch.stack([item["pixel_values"] for item in items]), "labels": labels}
 
-    names = ("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset")
+    names = SETS
     run = trainer(**{name: rows(seed) for seed, name in enumerate(names)}, data_collator=collate)
     run.train()
     assert "eval_rir" in run.evaluate()
@@ -269,13 +241,9 @@ def parse(tmp_path, *line):
     )[0]
 
 
-def test_the_command_line_sets_weights(tmp_path):
-    args = parse(tmp_path, "--harmful_weight", "auto", "--benign_weight", "2.5")
-    assert (args.harmful_weight, args.benign_weight) == ("auto", 2.5)
-
-
-def test_the_command_line_turns_batchnorm_loose(tmp_path):
-    assert parse(tmp_path, "--freeze_batchnorm", "False").freeze_batchnorm is False
+def test_the_command_line_sets_weights_and_turns_batchnorm_loose(tmp_path):
+    args = parse(tmp_path, "--harmful_weight", "auto", "--benign_weight", "2.5", "--freeze_batchnorm", "False")
+    assert (args.harmful_weight, args.benign_weight, args.freeze_batchnorm) == ("auto", 2.5, False)
     assert parse(tmp_path, "--no_freeze_batchnorm").freeze_batchnorm is False
 
 
@@ -291,14 +259,10 @@ def test_files_of_arguments_are_read(kind, tmp_path):
     assert (args.harmful_weight, args.benign_weight, args.auto_weight_ratio) == (2.5, "auto", 0.3)
 
 
-def test_arguments_survive_a_dictionary(arguments):
-    args = arguments(harmful_weight=2.5)
-    assert args.to_dict()["harmful_weight"] == 2.5
-
-
 def test_defaults_that_differ_from_the_trainers(arguments):
-    args = arguments()
+    args = arguments(harmful_weight=2.5)
     assert (args.remove_unused_columns, args.logging_nan_inf_filter, args.dataloader_drop_last) == (False, False, True)
+    assert args.to_dict()["harmful_weight"] == 2.5
 
 
 def test_an_evaluation_of_features_that_are_not_finite_says_so(tiny, trainer):
@@ -309,23 +273,25 @@ def test_an_evaluation_of_features_that_are_not_finite_says_so(tiny, trainer):
 
 
 class TestHeldOut:
-    def test_a_part_of_the_benign_images_is_kept_from_training(self, trainer, images):
-        data = trainer(train_dataset=images(100), benign_budget=0.1).train_dataset
-        seen, kept = ({float(row["pixel_values"].sum()) for row in side} for side in (data.benign, data.held_out))
-        assert (len(seen), len(kept), len(seen & kept)) == (90, 10, 0)
-
-    @pytest.mark.parametrize("options", [{"benign_budget": None}, {"benign_budget": 0.1, "budget_holdout": 0}])
-    def test_nothing_is_kept_where_nothing_is_measured(self, options, trainer, images):
-        assert trainer(train_dataset=images(100), **options).train_dataset.held_out is None
-
-    def test_of_few_images_none_are_kept(self, trainer, images):
-        data = trainer(train_dataset=images(79), benign_budget=0.1).train_dataset
-        assert data.held_out is None and len(data) == 79
-
-    def test_the_budget_is_measured_on_them(self, trainer, images):
+    def test_a_part_of_the_benign_images_is_kept_from_training_and_the_budget_measured_on_it(self, trainer, images):
         run = trainer(train_dataset=images(100), benign_budget=0.1, benign_loss="distillation")
+        sides = run.train_dataset.benign, run.train_dataset.held_out
+        seen, kept = ({float(row["pixel_values"].sum()) for row in side} for side in sides)
+        assert (len(seen), len(kept), len(seen & kept)) == (90, 10, 0)
         run.train()
         assert {"held_out_total_variation", "kl"} <= set(run.state.log_history[0])
+
+    @pytest.mark.parametrize(
+        ("count", "options"),
+        [
+            (100, {"benign_budget": None}),
+            (100, {"benign_budget": 0.1, "budget_holdout": 0}),
+            (79, {"benign_budget": 0.1}),
+        ],
+    )
+    def test_nothing_is_kept_where_nothing_is_measured_or_images_are_few(self, count, options, trainer, images):
+        data = trainer(train_dataset=images(count), **options).train_dataset
+        assert data.held_out is None and len(data) == count
 
     def test_an_error_names_the_row_by_its_own_number(self, trainer, processor):
         kept = trainer(train_dataset=photos(100), benign_budget=0.1, processing_class=processor)
