@@ -279,37 +279,71 @@ def push(
     commit_message: str = "Upload an immunized checkpoint",
     dry_run: bool = False,
     require_record: bool = True,
-    refresh_card: bool = True,
-    load_back: bool = True,
     trust_remote_code: bool = False,
     api: HfApi | None = None,
 ) -> PushResult:
     """Push a checkpoint to the Hub: card, record, weights, config, processor and figures, nothing else."""
     root = Path(folder)
+    record = _record_of(root, repo_id, require_record)
+    if record is not None and not dry_run:
+        write_card(root, record, CardOptions(repo_id=repo_id))
+    sizes = _sizes(root, record, token)
+    check_loads_back(root, list(sizes), token, trust_remote_code)
+    if dry_run:
+        return PushResult(repo_id, sizes)
+    api = api or HfApi(token=token, library_name="hf_immunize")
+    return _send(api, repo_id, root, sizes, private, revision, commit_message)
+
+
+def push_as_saved(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None,
+    revision: str | None,
+    token: str | None,
+    commit_message: str,
+) -> PushResult:
+    """Push what a Trainer saved, with the card that it wrote; it has seen that the files load back."""
+    root = Path(folder)
+    sizes = _sizes(root, _record_of(root, repo_id, required=False), token)
+    api = HfApi(token=token, library_name="hf_immunize")
+    return _send(api, repo_id, root, sizes, private, revision, commit_message)
+
+
+def _record_of(root: Path, repo_id: str, required: bool) -> ImmunizationRecord | None:
+    """The record of a checkpoint that may be pushed, once it is known to be of the weights there."""
     if not _REPO.fullmatch(repo_id) or ".." in repo_id:
         raise ArgumentError(f"Expected a repository 'user/name', found {repo_id!r}. Correct the name.")
     refuse_links(root, _may_leave(root))
-    record = read_record(root) if require_record or (root / RECORD_NAME).is_file() else None
+    record = read_record(root) if required or (root / RECORD_NAME).is_file() else None
     changed = changed_weights(root, record.weights) if record is not None else []
     if changed:
         raise RecordError(
             f"Expected the weights that {RECORD_NAME} describes, found: {'; '.join(changed)}. Its figures are not "
             "theirs: evaluate and save the model again, then push."
         )
-    if record is not None and refresh_card and not dry_run:
-        write_card(root, record, CardOptions(repo_id=repo_id))
+    return record
+
+
+def _sizes(root: Path, record: ImmunizationRecord | None, token: str | None) -> dict[str, int]:
+    """The files to push, none of which holds what is private, with their sizes."""
     names = files_to_push(root, record)
     check_private(root, names, token)
-    if load_back:
-        check_loads_back(root, names, token, trust_remote_code)
-    sizes = {name: (root / name).stat().st_size for name in names}
-    if dry_run:
-        return PushResult(repo_id, sizes)
-    api = api or HfApi(token=token, library_name="hf_immunize")
+    return {name: (root / name).stat().st_size for name in names}
 
-    return retried(
-        lambda: _commit(api, repo_id, root, sizes, private, revision, printable(commit_message)), f"push to {repo_id}"
-    )
+
+def _send(
+    api: HfApi,
+    repo_id: str,
+    root: Path,
+    sizes: dict[str, int],
+    private: bool | None,
+    revision: str | None,
+    message: str,
+) -> PushResult:
+    words = printable(message)
+    return retried(lambda: _commit(api, repo_id, root, sizes, private, revision, words), f"push to {repo_id}")
 
 
 def _commit(

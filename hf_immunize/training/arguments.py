@@ -73,7 +73,7 @@ class Method:
             number = _number(given)
             if not holds(number):
                 raise ArgumentError(f"Expected {name}= {expected}, found {given!r}.")
-            object.__setattr__(self, name, int(number) if name in ("weight_warmup_steps", "queue_size") else number)
+            object.__setattr__(self, name, int(number) if _NUMBERS[name] is _WHOLE else number)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -137,17 +137,9 @@ def _number(value: Any) -> float:
     return number if math.isfinite(number) else math.nan
 
 
-def whole_number(value: Any) -> int | None:
-    """A whole number, also from text (YAML takes 1e3 for text); None for all else."""
-    number = _number(value)
-    return int(number) if math.isfinite(number) and number == int(number) else None
-
-
-def _whole(value: float) -> bool:
-    return (whole_number(value) or 0) >= 0 and whole_number(value) is not None
-
-
-# Number to what it must satisfy, and how that is said.
+# Number to what it must satisfy (NaN satisfies nothing), and how that is said.
+_WHOLE = (lambda x: x >= 0 and x % 1 == 0, "as a whole number of at least 0")
+_WEIGHT = (lambda x: x >= 0, "'auto' or a number of at least 0")
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "benign_budget": (lambda x: x > 0, "above 0 (0.05 is a good start) or None"),
     "budget_holdout": (lambda x: 0 <= x <= 0.5, "between 0 (the images that are trained on) and 0.5"),
@@ -155,10 +147,10 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "auto_weight_averaging": (lambda x: 0 <= x < 1, "from 0 to below 1 (0.9 averages over about ten steps)"),
     "auto_weight_bound": (lambda x: x >= 1, "of at least 1"),
     "feature_distillation_weight": (lambda x: x >= 0, "of at least 0"),
-    "weight_warmup_steps": (_whole, "as a whole number of at least 0"),
-    "queue_size": (_whole, "as a whole number of at least 0"),
-    "benign_weight": (lambda x: x >= 0, "'auto' or a number of at least 0"),
-    "harmful_weight": (lambda x: x >= 0, "'auto' or a number of at least 0"),
+    "weight_warmup_steps": _WHOLE,
+    "queue_size": _WHOLE,
+    "benign_weight": _WEIGHT,
+    "harmful_weight": _WEIGHT,
 }
 
 # Metrics of an evaluation that are better when they are small; the Trainer knows this of losses alone.
@@ -192,9 +184,8 @@ class ImmunizationArguments(TrainingArguments):
             "concentration" (harmful features towards one direction, a bound on κ from the top pair alone),
             "kappa" (the paper's: R_well of benign + R_ill of harmful features), or one of the paper's baselines:
             "r_ill" (without R_well), "opt_kappa" (log κ itself), "imma" (bi-level on the head; needs harmful labels).
-        benign_loss: "distillation" (logits and features stay those of the starting model; needs no labels), "task"
-            (the model's own loss), or "both". With "distillation" and "both" the starting model is run in
-            addition, which costs a forward pass over the benign images.
+        benign_loss: "distillation" (logits and features stay those of the starting model, which costs a forward pass
+            over the benign images, and no labels), "task" (the model's own loss), or "both".
         feature_distillation_weight: Weight of the relative squared feature error beside the logits' divergence.
         benign_budget: How far the benign side may move: a multiplier on both weights rises while the running measure
             is below it and falls while it is above; where the ReLU is nearly dead on harmful images, both weights fade
@@ -209,9 +200,8 @@ class ImmunizationArguments(TrainingArguments):
         budget_holdout: Part of the benign training images on which the budget is measured and which are not trained
             on, since a few hundred images are soon overfitted. With fewer than 8 of them, or 0, it is measured on
             the images that are trained on.
-        benign_weight: Weight of the benign regularizer: a number, or "auto" to give its gradient on the features the
-            same size whatever its own.
-        harmful_weight: Weight of the harmful regularizer, likewise.
+        benign_weight, harmful_weight: Weight of each side's regularizer: a number, or "auto" to give its gradient on
+            the features the same size whatever its own.
         auto_weight_ratio: With "auto" and no budget, the norm of each regularizer's gradient on the features, relative
             to that of the benign loss's. More immunizes faster and costs more benign accuracy.
         auto_weight_averaging: Share of the past in running means (gradient norms, the budget's measure).
@@ -222,7 +212,7 @@ class ImmunizationArguments(TrainingArguments):
         queue_size: Recent features, in rows, to which a batch's are added before the regularizers are taken; 0 for
             none. It estimates the population's κ where a batch holds fewer images than the features' dimensions.
 
-    > Parameters that control what is trainable
+    > Parameters that control what is trainable, the data, and the cached trunk
 
     Args:
         trainable: "last_stage" (the deepest blocks, what follows them, and the head), "all", or a regular expression
@@ -232,19 +222,10 @@ class ImmunizationArguments(TrainingArguments):
         head_module: Name of the classifier module, where it cannot be found without help.
         pooling: For a bare backbone (`AutoModel`): what its new linear head sees, "head_input", "pooler", "cls" or
             "mean"; see `hf_immunize.vision.bare.with_linear_head`. The head has the config's ``num_labels``.
-
-    > Parameters that control the data
-
-    Args:
         harmful_batch_size: Harmful images a device and step; by default `per_device_train_batch_size`.
         distillation_batch_size: Images of the distillation set a device and step; by default half of it.
-        image_column_name: Column of images (or of pixel values), where it cannot be found without help.
-        label_column_name: Column of labels, likewise.
-
-    > Parameters that control the cached trunk
-
-    Args:
-        cache_trunk: "float32" or "float16" to compute what is frozen before the part that moves once, keep it on disk
+        image_column_name, label_column_name: Columns, where they cannot be found without help.
+        cache_trunk: "float32" or "float16" to compute what is frozen before the trainable part once, keep it on disk
             in this type, and train on that; "no" to compute it in each step. Evaluation always runs the whole model.
         trunk_cache_dir: Folder for it, of one run at a time; by default ``_trunk`` in `output_dir`, which no push to
             the Hub takes along.
@@ -258,73 +239,40 @@ class ImmunizationArguments(TrainingArguments):
         (10.0, 'auto')
     """
 
-    objective: str = _option(
-        Method.objective, "What is minimized in addition to the benign loss: " + ", ".join((AUTO, *OBJECTIVES)) + "."
-    )
-    benign_loss: str = _option(
-        Method.benign_loss,
-        "What keeps the benign task: 'distillation' of the starting model, the 'task' loss, 'both'.",
-    )
-    feature_distillation_weight: float = _option(
-        Method.feature_distillation_weight,
-        "Weight of the relative squared feature error in addition to the divergence of logits.",
-    )
-    benign_budget: str | None = _option(
-        Method.benign_budget, "How far the benign side may move; a multiplier holds it. A number, or 'none'."
-    )
-    budget_measure: str = _option(
-        Method.budget_measure, "What it is in: 'total_variation' or 'kl' to the starting model, or rise of the 'loss'."
-    )
-    budget_holdout: float = _option(
-        Method.budget_holdout, "Part of the benign images that is kept from training, to measure the budget on."
-    )
+    objective: str = _option(AUTO, f"What is minimized beside the benign loss: {', '.join((AUTO, *OBJECTIVES))}.")
+    benign_loss: str = _option("distillation", f"What keeps the benign task: {', '.join(CHOICES['benign_loss'])}.")
+    feature_distillation_weight: float = _option(5.0, "Weight of the features' error beside the logits' divergence.")
+    benign_budget: str | None = _option(0.05, "How far the benign side may move: a number, or 'none'.")
+    budget_measure: str = _option("total_variation", f"What that is in: {', '.join(CHOICES['budget_measure'])}.")
+    budget_holdout: float = _option(0.1, "Part of the benign images on which it is measured; not trained on.")
     benign_weight: str = _option("auto", "Weight of the benign regularizer: a number, or 'auto' (by gradient norm).")
     harmful_weight: str = _option("auto", "Weight of the harmful regularizer: a number, or 'auto' (by gradient norm).")
-    auto_weight_ratio: float = _option(
-        Method.auto_weight_ratio,
-        "With 'auto': norm of a regularizer's gradient on features over that of the benign loss's.",
-    )
-    auto_weight_averaging: float = _option(
-        Method.auto_weight_averaging, "Share of the past in running means, in [0, 1)."
-    )
-    auto_weight_bound: float = _option(
-        Method.auto_weight_bound, "The benign gradient norm counts at most this many times its smallest running mean."
-    )
-    weight_warmup_steps: int = _option(Method.weight_warmup_steps, "Steps over which all weights rise from zero.")
-    scale_free: bool = _option(Method.scale_free, "Take the regularizers of H*D/tr(H), which ignores their scale.")
-    queue_size: int = _option(Method.queue_size, "Recent features that join each batch's, in rows; 0 for none.")
+    auto_weight_ratio: float = _option(0.3, "With 'auto': a regularizer's gradient norm over the benign loss's.")
+    auto_weight_averaging: float = _option(0.9, "Share of the past in running means, in [0, 1).")
+    auto_weight_bound: float = _option(3.0, "The benign gradient norm counts at most this many times its smallest.")
+    weight_warmup_steps: int = _option(0, "Steps over which all weights rise from zero.")
+    scale_free: bool = _option(False, "Take the regularizers of H*D/tr(H), which ignores their scale.")
+    queue_size: int = _option(0, "Recent features that join each batch's, in rows; 0 for none.")
     trainable: str = _option("last_stage", "What is trainable: 'last_stage', 'all', or a regex on parameter names.")
     freeze_batchnorm: bool = _option(True, "Keep all BatchNorm running statistics.")
     head_module: str | None = _option(None, "Name of the classifier module, where it cannot be found without help.")
-    pooling: str | None = _option(
-        None, "For a bare backbone: what its new head sees; head_input, pooler, cls or mean."
-    )
-    harmful_batch_size: int | None = _option(
-        None, "Harmful images a device and step; by default as many as benign ones."
-    )
-    distillation_batch_size: int | None = _option(
-        None, "Images of the distillation set a device and step; half the benign ones."
-    )
+    pooling: str | None = _option(None, "For a bare backbone: what its head sees; head_input, pooler, cls or mean.")
+    harmful_batch_size: int | None = _option(None, "Harmful images a device and step; by default as benign ones.")
+    distillation_batch_size: int | None = _option(None, "Distillation images a device and step; by default half.")
     image_column_name: str | None = _option(None, "Column of images, if there are several.")
     label_column_name: str | None = _option(None, "Column of labels, if there are several.")
     cache_trunk: str = _option("no", "Compute the frozen trunk once, keep it on disk: 'no', 'float16', 'float32'.")
     trunk_cache_dir: str | None = _option(None, "Folder of the cached trunk; by default _trunk in output_dir.")
-
-    remove_unused_columns: bool = _option(
-        False, "Pairs of images have no columns to compare with the model's signature."
-    )
-    logging_nan_inf_filter: bool = _option(
-        False, "Filter NaN and infinite losses out of the log. Off, so that they are seen."
-    )
+    remove_unused_columns: bool = _option(False, "Off: pairs of images have no columns to compare with a signature.")
+    logging_nan_inf_filter: bool = _option(False, "Filter NaN and infinite losses out of the log. Off: they are seen.")
     dataloader_drop_last: bool = _option(True, "Drop a short last training batch, whose kappa is another quantity.")
 
     def __post_init__(self) -> None:
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             raise ArgumentError(
                 "Expected metric_for_best_model= with load_best_model_at_end=True, found none: the Trainer would take "
-                "eval_loss, which is of the benign task and least before anything is immunized. Set "
-                "metric_for_best_model='log10_rir', say, and bound what benign accuracy may lose by "
-                "BenignUtilityCallback."
+                "eval_loss, which is least before anything is immunized. Set it to 'log10_rir', say, and bound what "
+                "benign accuracy may lose by BenignUtilityCallback."
             )
         best = self.metric_for_best_model or ""
         if vars(self).get("greater_is_better") is None and best.endswith(_LOWER_IS_BETTER):
@@ -341,9 +289,9 @@ class ImmunizationArguments(TrainingArguments):
         for name in ("harmful_batch_size", "distillation_batch_size"):
             size = getattr(self, name)
             if size is not None:
-                setattr(self, name, whole_number(size))
-                if (getattr(self, name) or 0) < 1:
+                if not (_number(size) >= 1 and _number(size) % 1 == 0):
                     raise ArgumentError(f"Expected {name}= as a whole number of at least 1 or None, found {size!r}.")
+                setattr(self, name, int(_number(size)))
         if self.cache_trunk is False:  # the "no" of YAML
             self.cache_trunk = "no"
         if self.cache_trunk not in ("no", *DTYPES):

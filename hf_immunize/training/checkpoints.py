@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CheckpointError, HubError, NonFiniteError
@@ -56,8 +57,7 @@ _REFERENCES_FILE = "immunization_state.safetensors"
 
 
 def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
-    """Refuse to save weights that are not finite, so that the last checkpoint is sound."""
-    # A loss term that is not finite is seen in the step after the weights were lost, or on a GPU when it is logged.
+    """Refuse to save weights that are not finite: the loss shows it a step later, or on a GPU when it is logged."""
     for name, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError(
@@ -68,16 +68,13 @@ def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def atomic_checkpoint(checkpoint: str | os.PathLike[str], state: TrainerState, writes: bool) -> Iterator[None]:
-    """Write a checkpoint within, which `last_whole_checkpoint` passes over unless all of it was written.
-
-    The Trainer writes its state after all other files and before it removes older checkpoints. At that moment the
-    others are flushed to the disk and listed with their checksums, and only then the state appears.
-    """
+    """Write a checkpoint within, which `last_whole_checkpoint` passes over unless all of it was written."""
     try:
         if writes:
             # Of an earlier run, they would make half of this checkpoint pass for a whole one.
             for name in (STATE, MANIFEST):
                 (Path(checkpoint) / name).unlink(missing_ok=True)
+            # The Trainer writes its state after all other files and before it removes older checkpoints.
             vars(state)["save_to_json"] = lambda path: _seal(Path(path), state)
         yield
     except HubError:  # an OSError too, but of a push: the checkpoint itself is written
@@ -85,8 +82,8 @@ def atomic_checkpoint(checkpoint: str | os.PathLike[str], state: TrainerState, w
     except WRITE_ERRORS as error:
         reason = error.__cause__ or error if isinstance(error, CheckpointError) else error
         raise CheckpointError(
-            f"Expected to write {checkpoint}, found: {reason}. Earlier checkpoints are untouched: make room and "
-            "resume with resume_from_checkpoint=True, which passes over the unfinished one."
+            f"Expected to write {checkpoint}, found: {reason}. Make room and resume from the one before, which "
+            "resume_from_checkpoint=True does."
         ) from error
     finally:
         vars(state).pop("save_to_json", None)
@@ -97,7 +94,7 @@ def _seal(path: Path, state: TrainerState) -> None:
     folder = path.parent
     with staged_directory(folder) as staging:
         TrainerState.save_to_json(state, str(staging / path.name))
-        files = {file.relative_to(folder).as_posix(): file for file in _resumed_from(folder)}
+        files = _resumed_from(folder)
         for written in (*files.values(), *(each for each in folder.rglob("*") if each.is_dir())):
             flush(written)
         files[path.name] = staging / path.name
@@ -105,10 +102,11 @@ def _seal(path: Path, state: TrainerState) -> None:
         write_whole(folder / MANIFEST, with_checksum({"files": listed}) + "\n")
 
 
-def _resumed_from(folder: Path) -> list[Path]:
-    """The files of a checkpoint that decide what a resumed run becomes, less the state."""
+def _resumed_from(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint that decide what a resumed run becomes, less the state, by their names in it."""
     found = [path for path in folder.rglob("*") if path.is_file() and path.name not in (*_NOT_READ, STATE, MANIFEST)]
-    return [path for path in found if not any(part.startswith(UNFINISHED) for part in path.relative_to(folder).parts)]
+    named = {path.relative_to(folder).as_posix(): path for path in found}
+    return {name: path for name, path in named.items() if UNFINISHED not in name}
 
 
 def remove_other_forms(target: str | os.PathLike[str], staging: str | os.PathLike[str]) -> None:
@@ -119,7 +117,7 @@ def remove_other_forms(target: str | os.PathLike[str], staging: str | os.PathLik
 
 
 def save_step(step: ImmunizationStep, path: str | os.PathLike[str], about: dict[str, Any] | None = None) -> None:
-    """Write what a resumed run needs of a step, the settings it was made with, and plain values about the run."""
+    """Write what a resumed run needs of a step, its settings, and plain values about the run."""
     metadata = {**(about or {}), "method": asdict(step.method), "moving": step.moving}
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in step.state_dict().items()}
     save_file(tensors, path, {name: json.dumps(value) for name, value in metadata.items()})
@@ -141,8 +139,8 @@ def checkpoint_to_resume(given: str | Literal[True], output_dir: str) -> str:
         wrong = flaw(given) if os.path.isdir(given) else "nothing is"
         if wrong:
             raise CheckpointError(
-                f"Expected the folder of a checkpoint as it was written, found {given}, where {wrong}. Give True for "
-                "the last whole one in output_dir, or check the spelling."
+                f"Expected a checkpoint as it was written, found {given}, where {wrong}. Give True for the last whole "
+                "one in output_dir, or check the spelling."
             )
         return given
     path, broken = last_whole_checkpoint(output_dir)
@@ -157,21 +155,17 @@ def checkpoint_to_resume(given: str | Literal[True], output_dir: str) -> str:
 
 def last_whole_checkpoint(output_dir: str) -> tuple[str | None, dict[str, str]]:
     """The last checkpoint of a run without a `flaw`; and the paths of later ones, with the flaw of each."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     broken: dict[str, str] = {}
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for path in reversed(sort_checkpoints(output_dir)):
         wrong = flaw(path)
         if wrong is None:
-            return str(path), broken
-        broken[str(path)] = wrong
+            return path, broken
+        broken[path] = wrong
     return None, broken
 
 
 def flaw(checkpoint: str | os.PathLike[str]) -> str | None:
-    """What tells that a checkpoint is not as it was written, as a phrase that names a file; None if nothing does.
-
-    What people add or change for the Hub (the card, the record) does not count.
-    """
+    """What tells that a checkpoint is not as it was written, as a phrase that names a file; None if nothing does."""
     folder = Path(checkpoint)
     name = STATE
     try:
@@ -191,8 +185,8 @@ def flaw(checkpoint: str | os.PathLike[str]) -> str | None:
 
 
 def _flaw_without_list(folder: Path) -> str | None:
-    """As `flaw`, by names and sizes: an older version and a plain Trainer leave no list."""
-    files = {path.relative_to(folder).as_posix(): path for path in _resumed_from(folder)}
+    """As `flaw`, by names and sizes: a plain Trainer and older versions leave no list."""
+    files = _resumed_from(folder)
     for name, path in files.items():
         if not path.stat().st_size and path.suffix in _NUMBERS:
             return f"{name} is empty"
@@ -243,17 +237,13 @@ def _load_pretrained(model: PreTrainedModel, folder: str) -> None:
 
 
 def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Go on from what `save_step` wrote; returns what it wrote about the run.
-
-    Settings that have changed since are used as they are now, and named in a warning. Without a file, a step that
-    needs no starting weights begins anew.
-    """
+    """Go on from what `save_step` wrote; returns what it wrote about the run."""
     folder, name = os.path.split(path)
     if not os.path.isfile(path):
         if step.start is not None:
             raise CheckpointError(
-                f"Expected {name} in {folder}, found none: the starting model, to which the benign side is held, is "
-                "lost. Resume from a checkpoint that this Trainer wrote without save_only_model, or start anew."
+                f"Expected {name} in {folder}, found none: the starting model is lost. Resume from a checkpoint that "
+                "this Trainer wrote without save_only_model, or start anew."
             )
         logger.warning(f"{folder} has no {name}: running means, multiplier and queue of the weights start anew.")
         return {}
@@ -281,29 +271,22 @@ def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> dict[str,
 
 def load_run_state(folder: str, step: ImmunizationStep, batch: int) -> dict[str, Measurement]:
     """Go on from what `save_run_state` wrote, on however many processes; returns the measurements."""
-    before = load_step(step, os.path.join(folder, _STEP_FILE)).get("batch")
-    if before is not None:
-        old_batch, old_processes = before
-        _warn_of_other_batches(int(old_batch), int(old_processes), batch, world_size())
-    path = os.path.join(folder, _REFERENCES_FILE)
+    processes, path = world_size(), os.path.join(folder, _REFERENCES_FILE)
+    about = load_step(step, os.path.join(folder, _STEP_FILE))
+    old_batch, old_processes = about.get("batch", (batch, processes))
+    old, rest = old_batch * old_processes, old_batch * old_processes % processes
+    if (old_batch, old_processes) != (batch, processes):
+        goes_on = f"{old_processes} processes" if rest else f"per_device_train_batch_size={old // processes}"
+        logger.warning(
+            f"The run was interrupted at {old_batch} benign images on each of {old_processes} processes, and goes on "
+            f"at {batch} on each of {processes}: "
+            + (
+                "dropout and the images of the budget's hold-out are drawn otherwise."
+                if old == batch * processes
+                else f"κ and the place in the epoch are of batches of another size, but for {goes_on}."
+            )
+        )
     return load_measurements(path) if os.path.isfile(path) else {}
-
-
-def _warn_of_other_batches(old_batch: int, old_processes: int, batch: int, processes: int) -> None:
-    old, new = old_batch * old_processes, batch * processes
-    if old != new:
-        same = f"With per_device_train_batch_size={old // processes} it goes on as it was."
-        other = f"On a number of processes that divides {old} it can go on as it was."
-        logger.warning(
-            f"The run was interrupted at batches of {old} benign images ({old_batch} on each of {old_processes} "
-            f"processes) and goes on at {new} ({batch} on each of {processes}): κ is of batches of another size, and "
-            f"the place in the epoch is counted in the new ones. {other if old % processes else same}"
-        )
-    elif old_processes != processes:
-        logger.warning(
-            f"The run was interrupted on {old_processes} processes and goes on on {processes}, at the same batches: "
-            "random numbers within the model (dropout) and the images of the budget's hold-out are drawn otherwise."
-        )
 
 
 # ---- going back to an earlier one ----
@@ -315,23 +298,23 @@ def by_step(history: History, metric: str) -> dict[int, float]:
 
 
 def check_restorable(args: TrainingArguments, state: TrainerState) -> None:
-    """Make sure, before training, that there will be checkpoints that can be loaded into the model in memory."""
+    """Make sure, before training, that there will be checkpoints to load into the model in memory."""
     wrong = None
     if args.save_strategy == "no":
-        wrong = "checkpoints to go back to", "save_strategy='no'", "Save as often as you evaluate"
+        wrong = "checkpoints to go back to", "save_strategy='no'"
     elif args.save_strategy == "best" and args.save_total_limit == 1:
-        wrong = "room for two checkpoints", "save_strategy='best' with save_total_limit=1", "Raise save_total_limit"
+        wrong = "room for two checkpoints", "save_strategy='best' with save_total_limit=1"
     elif state.is_hyper_param_search:
-        wrong = "a single run", "a search for hyperparameters, with a folder per trial", "Train once with its result"
+        wrong = "a single run", "a search for hyperparameters, with a folder per trial"
     elif sharded_weights():
-        wrong = "whole weights in each process", "weights sharded by FSDP or DeepSpeed", "Load the checkpoint yourself"
+        wrong = "whole weights in each process", "weights sharded by FSDP or DeepSpeed"
     if wrong:
-        raise ArgumentError(f"Expected {wrong[0]} for action='restore', found {wrong[1]}. {wrong[2]}, or use 'stop'.")
+        raise ArgumentError(f"Expected {wrong[0]} for action='restore', found {wrong[1]}. Change it, or use 'stop'.")
     by_steps = args.save_strategy == "steps" and state.save_steps % max(state.eval_steps, 1) != 0
     if args.save_strategy != "best" and (args.save_strategy != args.eval_strategy or by_steps):
         logger.warning_once(
-            "Some checkpoints will be saved at steps without an evaluation. BenignUtilityCallback does not go back to "
-            "these, and with save_total_limit they may crowd out the others: save at steps that are evaluated."
+            "Some checkpoints will be saved at steps without an evaluation: BenignUtilityCallback does not go back to "
+            "these, and save_total_limit may keep them in place of others. Save at steps that are evaluated."
         )
 
 
@@ -354,8 +337,8 @@ def _is_of_this_run(output_dir: Path, step: int, history: History, metric: str) 
     if flaw(folder) is not None:
         return False
 
-    # As text, in which NaN equals itself; it holds the evaluation's run time, which no other run repeats.
     def evaluations(log: History) -> set[str]:
+        # As text, in which NaN equals itself; the run time in it is of no other run.
         found = (entry for entry in log if entry.get("step") == step and metric in entry)
         return {json.dumps(entry, sort_keys=True, default=str) for entry in found}
 

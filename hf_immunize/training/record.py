@@ -34,7 +34,7 @@ from hf_immunize.hub.collect import (
     software_versions,
 )
 from hf_immunize.hub.outgoing import check_private, refuse_links
-from hf_immunize.hub.push import PushResult, check_loads_back, files_to_push, name_outcome, push, retried
+from hf_immunize.hub.push import PushResult, check_loads_back, files_to_push, name_outcome, push_as_saved, retried
 from hf_immunize.hub.record import (
     RECORD_NAME,
     AuditRecord,
@@ -60,11 +60,8 @@ from hf_immunize.vision.head import without_wrapper
 logger = logging.get_logger(__name__)
 
 
-# ---- the budget ----
-
-
 def describe_budget(step: ImmunizationStep) -> BudgetRecord | None:
-    """The state of a run's budget."""
+    """How far the benign side has moved, against its limit; None without a budget, or before the first step."""
     spent, limit = step.weighting.spent(), step.method.benign_budget
     if spent is None or limit is None or step.calls == 0:
         return None
@@ -78,7 +75,7 @@ class BudgetWatch:
         self._exceeded = False
 
     def look(self, step: ImmunizationStep, steps: int) -> dict[str, float]:
-        """What to log: ``budget_spent``, the part of the budget that is spent; nothing without a budget."""
+        """What to log: ``budget_spent``, the part of the limit that is spent; nothing without a budget."""
         state = describe_budget(step)
         if state is None:
             return {}
@@ -93,7 +90,7 @@ class BudgetWatch:
 
 @dataclass(frozen=True)
 class _Evaluated:
-    weights: str  # their fingerprint
+    weights: str  # fingerprint
     step: int
     prefix: str
     metrics: dict[str, float]
@@ -106,8 +103,8 @@ class _Evaluated:
 class Evidence:
     """What is known about a model in training, for its record."""
 
-    base_model: BaseModelRecord | None = None  # where the model's config does not say it
-    # Names, revisions and splits of the data, where the data sets do not say them.
+    # Where the model's config or the data sets do not say it.
+    base_model: BaseModelRecord | None = None
     benign: DataRecord | None = None
     harmful: DataRecord | None = None
     license: str | None = None
@@ -115,14 +112,13 @@ class Evidence:
     figures: list[str] = field(default_factory=list)  # names of files in the output folder
     remarks: list[str] = field(default_factory=list)
     _latest: _Evaluated | None = None
+    # Fingerprints of weights, each with what is known of them.
     _adopted: tuple[str, ImmunizationRecord] | None = None
-    # Weights that were saved before they were evaluated: their fingerprint, their folder, the hashes of its files.
-    _saved: tuple[str, str, dict[str, str]] | None = None
+    _saved: tuple[str, str, dict[str, str]] | None = None  # before their evaluation: folder, hashes of its files
     _attached: tuple[str, RatioRecord | None, AuditRecord | None] | None = None
+    _seen: dict[str, tuple[int, BudgetRecord | None]] = field(default_factory=dict)  # step and budget at first sight
     # Size and checksum of the benign images that `before` is of.
     _before_of: tuple[int | None, float | None] = (None, None)
-    # Fingerprint of weights to step and budget when they were first seen: some are gone back to.
-    _seen: dict[str, tuple[int, BudgetRecord | None]] = field(default_factory=dict)
 
     def note(
         self,
@@ -165,12 +161,12 @@ class Evidence:
     def _is_of(self, benign: Measurement) -> bool:
         """Whether what was before is of these images, as far as that is known."""
         size, checksum = self._before_of
-        return None in (size, checksum) or (
-            size == benign.factor.num_samples and math.isclose(float(checksum or 0), benign.checksum, rel_tol=1e-6)
-        )
+        if size is None or checksum is None:
+            return True
+        return size == benign.factor.num_samples and math.isclose(checksum, benign.checksum, rel_tol=1e-6)
 
     def attach(self, model: nn.Module, *, groups: RatioRecord | None = None, audit: AuditRecord | None = None) -> None:
-        """Keep what was measured outside the Trainer, for these weights only."""
+        """Keep what was measured outside the Trainer, of these weights alone."""
         self._attached = weights_fingerprint(model), groups, audit
 
     def adopt(self, model: nn.Module, folder: str | None) -> None:
@@ -189,17 +185,8 @@ class Evidence:
             if record.benign is not None:
                 self._before_of = record.benign.size, record.benign.checksum
 
-    def of(self, weights: str) -> _Evaluated | ImmunizationRecord | None:
-        """What is known of these weights, by their fingerprint."""
-        if self._latest is not None and self._latest.weights == weights:
-            return self._latest
-        return self._adopted[1] if self._adopted is not None and self._adopted[0] == weights else None
-
 
 # ---- the record ----
-
-# Settings of the method that have fields of their own in the record.
-_NAMED = ("objective", "benign_weight", "harmful_weight")
 
 
 def make_record(trainer: Any) -> ImmunizationRecord | None:
@@ -208,34 +195,42 @@ def make_record(trainer: Any) -> ImmunizationRecord | None:
     if evidence._latest is None and evidence._adopted is None:
         return None  # without hashing the weights
     weights = weights_fingerprint(trainer.model)
-    known = evidence.of(weights)
-    if known is None:
+    known = evidence._latest
+    if known is not None and known.weights == weights:
+        record = bare_record(trainer, known.prefix, known.step)
+        record.method.budget = known.budget
+        record.metric = _metric(
+            evidence.before or {}, known.metrics, known.prefix, trainer.accelerator.mixed_precision
+        )
+        record.benign_features, record.harmful_features = describe_side(*known.benign), describe_side(*known.harmful)
+        for data, (measurement, _) in ((record.benign, known.benign), (record.harmful, known.harmful)):
+            if data is not None and measurement is not None:
+                data.size, data.checksum = measurement.factor.num_samples, measurement.checksum
+        exact = exact_ratio(record.benign_features, record.harmful_features)
+        record.ratios = {} if exact is None else {"exact": exact}
+    elif evidence._adopted is not None and evidence._adopted[0] == weights:
+        record = dataclasses.replace(evidence._adopted[1])
+        record.figures, record.remarks = list(evidence.figures), [printable(remark) for remark in evidence.remarks]
+        record.license = evidence.license or record.license
+    else:
         return None
-    if isinstance(known, ImmunizationRecord):
-        return _completed(dataclasses.replace(known), evidence, weights)
-    record = bare_record(trainer, known.prefix, known.step)
-    record.method.budget = known.budget
-    record.metric = _metric(evidence.before or {}, known.metrics, known.prefix)
-    if record.metric is not None:
-        record.metric.precision = trainer.accelerator.mixed_precision
-    record.benign_features, record.harmful_features = describe_side(*known.benign), describe_side(*known.harmful)
-    for data, measurement in ((record.benign, known.benign[0]), (record.harmful, known.harmful[0])):
-        if data is not None and measurement is not None:
-            data.size, data.checksum = measurement.factor.num_samples, measurement.checksum
-    exact = exact_ratio(record.benign_features, record.harmful_features)
-    record.ratios = {} if exact is None else {"exact": exact}
-    return _completed(record, evidence, weights)
+    if evidence._attached is not None and evidence._attached[0] == weights:
+        _, groups, audit = evidence._attached
+        record.ratios = record.ratios | ({} if groups is None else {"groups": groups})
+        record.audit = audit or record.audit
+    return record
 
 
 def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> ImmunizationRecord:
     """What can be said of the Trainer's model without a measurement: method, base model and data."""
-    args, evidence = trainer.args, trainer.evidence
-    settings = dataclasses.asdict(Method.of(args))
-    train = trainer.train_dataset
-    benign = trainer.eval_dataset
+    args, evidence, config = trainer.args, trainer.evidence, trainer.model.config
+    settings = dataclasses.asdict(Method.of(args)) | {"choices": trainer.choices}
+    del settings["objective"]  # the record has fields for this one and the two weights
+    train, benign = trainer.train_dataset, trainer.eval_dataset
     if isinstance(benign, dict):
         benign = benign.get(prefix.removeprefix("eval_"), next(iter(benign.values()), None))
-    config = trainer.model.config
+    found = describe_dataset(benign, train=getattr(train, "benign", train))
+    found_harmful = describe_dataset(trainer._harmful_eval, train=getattr(train, "harmful", None))
     base = evidence.base_model or describe_base_model(config._name_or_path, getattr(config, "_commit_hash", None))
     return ImmunizationRecord(
         method=MethodRecord(
@@ -243,17 +238,14 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
             trainable=printable(args.trainable),
             steps=trainer.state.global_step if step is None else step,
             seed=args.seed,
-            benign_weight=settings["benign_weight"],
-            harmful_weight=settings["harmful_weight"],
+            benign_weight=settings.pop("benign_weight"),
+            harmful_weight=settings.pop("harmful_weight"),
             freeze_batchnorm=args.freeze_batchnorm,
-            settings={name: value for name, value in settings.items() if name not in _NAMED}
-            | {"choices": trainer.choices},
+            settings=settings,
         ),
         base_model=dataclasses.replace(base),
-        benign=_merged(evidence.benign, describe_dataset(benign, train=getattr(train, "benign", train))),
-        harmful=_merged(
-            evidence.harmful, describe_dataset(trainer._harmful_eval, train=getattr(train, "harmful", None))
-        ),
+        benign=_merged(evidence.benign, found),
+        harmful=_merged(evidence.harmful, found_harmful),
         image_processor=None if trainer.processing_class is None else type(trainer.processing_class).__name__,
         software=software_versions(),
         license=evidence.license,
@@ -262,7 +254,7 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
     )
 
 
-def save_record(trainer: Any, staging: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def save_record(trainer: Any, staging: Path, target: str) -> None:
     """Write the record next to weights that were just written, with their hashes; or remove an outdated one."""
     evidence, record = trainer.evidence, make_record(trainer)
     evidence._saved = None
@@ -272,7 +264,7 @@ def save_record(trainer: Any, staging: str | os.PathLike[str], target: str | os.
         return
     # A checkpoint of a run in progress gets a record when it is written, or none.
     if not trainer._is_sharded and not Path(target).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
-        evidence._saved = weights_fingerprint(trainer.model), os.fspath(target), hash_weights(staging)
+        evidence._saved = weights_fingerprint(trainer.model), target, hash_weights(staging)
     if (Path(target) / RECORD_NAME).is_file():
         logger.warning(
             f"Removing {RECORD_NAME} from {target}: these weights were not evaluated, and its figures are of others."
@@ -296,35 +288,25 @@ def record_saved(trainer: Any) -> None:
             write_record(folder, record)
 
 
-def _completed(record: ImmunizationRecord, evidence: Evidence, weights: str) -> ImmunizationRecord:
-    """With what was given from outside for these very weights."""
-    record.figures, record.remarks = list(evidence.figures), [printable(remark) for remark in evidence.remarks]
-    record.license = evidence.license or record.license
-    if evidence._attached is not None and evidence._attached[0] == weights:
-        _, groups, audit = evidence._attached
-        record.ratios = record.ratios | ({} if groups is None else {"groups": groups})
-        record.audit = audit or record.audit
-    return record
-
-
-def _metric(before: dict[str, Any], after: dict[str, float], prefix: str) -> MetricRecord | None:
+def _metric(before: dict[str, Any], after: dict[str, float], prefix: str, precision: str) -> MetricRecord | None:
     for name in ("accuracy", "loss"):
         value, old = after.get(f"{prefix}_{name}"), before.get(f"eval_{name}")
         if value is not None and math.isfinite(value):
-            known = old is not None and math.isfinite(old)
-            return MetricRecord(name, float(value), None if old is None or not known else float(old))
+            known = None if old is None or not math.isfinite(old) else float(old)
+            return MetricRecord(name, float(value), known, precision=precision)
     return None
 
 
 def _merged(given: DataRecord | None, found: DataRecord | None) -> DataRecord | None:
+    """What was found of a data set, save for what was given."""
     if given is None or found is None:
         return given or found
     named = {item.name: getattr(given, item.name) for item in dataclasses.fields(given)}
     return dataclasses.replace(found, **{name: value for name, value in named.items() if value is not None})
 
 
-def _record_in(folder: str | os.PathLike[str]) -> ImmunizationRecord | None:
-    return read_record(folder) if (Path(folder) / RECORD_NAME).is_file() else None
+def _files_to_push(folder: str | os.PathLike[str]) -> list[str]:
+    return files_to_push(folder, read_record(folder) if (Path(folder) / RECORD_NAME).is_file() else None)
 
 
 # ---- the card and the push ----
@@ -376,20 +358,18 @@ def push_to_hub(
 
 
 def _push_call(trainer: Any, message: str, token: str | None, revision: str | None, private: bool | None) -> Any:
-    folder, code = trainer.args.output_dir, type(without_wrapper(trainer.model)).__module__
+    args, code = trainer.args, type(without_wrapper(trainer.model)).__module__
     # Here, since a model that is loaded in the background would disturb the training.
-    check_loads_back(folder, files_to_push(folder, _record_in(folder)), token, code.startswith("transformers_modules"))
+    names, remote = _files_to_push(args.output_dir), code.startswith("transformers_modules")
+    check_loads_back(args.output_dir, names, token, remote)
     return partial(
-        push,
-        folder,
+        push_as_saved,
+        args.output_dir,
         trainer.hub_model_id,
-        private=private if private is not None else trainer.args.hub_private_repo,
-        revision=revision if revision is not None else trainer.args.hub_revision,
+        private=private if private is not None else args.hub_private_repo,
+        revision=revision if revision is not None else args.hub_revision,
         token=token,
         commit_message=message,
-        require_record=False,
-        refresh_card=False,
-        load_back=False,
     )
 
 
@@ -443,7 +423,7 @@ def push_from_checkpoint(trainer: Any, checkpoint: str) -> None:
 
 def _copy_model(checkpoint: str, output_dir: str) -> None:
     source, target = Path(checkpoint), Path(output_dir)
-    names = files_to_push(source, _record_in(source))
+    names = _files_to_push(source)
     with staged_directory(target) as staging:
         for name in names:
             shutil.copyfile(source / name, staging / name)
@@ -453,27 +433,26 @@ def _copy_model(checkpoint: str, output_dir: str) -> None:
 
 
 def _push_checkpoint_files(trainer: Any, checkpoint: str, path: str, step: int) -> Any:
-    root = Path(checkpoint)
-    api = HfApi(token=trainer.args.hub_token, library_name="hf_immunize")
+    args, root = trainer.args, Path(checkpoint)
+    api = HfApi(token=args.hub_token, library_name="hf_immunize")
     resumed = [name for name in sorted(os.listdir(root)) if _RESUMED_FROM.fullmatch(name)]
     refuse_links(root, [*resumed, STATE])
-    names = sorted({*files_to_push(root, _record_in(root)), *resumed})
-    check_private(root, names, trainer.args.hub_token)
+    names = sorted({*_files_to_push(root), *resumed})
+    check_private(root, names, args.hub_token)
     with tempfile.TemporaryDirectory() as folder:
         public = Path(folder) / STATE
         public.write_text(_without_path(root / STATE), encoding="utf-8")
-        check_private(folder, [STATE], trainer.args.hub_token)
-        state = public.read_bytes()
+        check_private(folder, [STATE], args.hub_token)
+        files = {name: root / name for name in names} | {STATE: public}
 
-    def attempt() -> Any:
-        operations = [CommitOperationAdd(f"{path}/{name}", str(root / name)) for name in names]
-        operations.append(CommitOperationAdd(f"{path}/{STATE}", state))
-        message = f"Training in progress, step {step}, checkpoint"
-        return api.create_commit(
-            trainer.hub_model_id, operations, commit_message=message, revision=trainer.args.hub_revision
-        )
+        def attempt() -> Any:
+            operations = [CommitOperationAdd(f"{path}/{name}", str(file)) for name, file in files.items()]
+            message = f"Training in progress, step {step}, checkpoint"
+            return api.create_commit(
+                trainer.hub_model_id, operations, commit_message=message, revision=args.hub_revision
+            )
 
-    return retried(attempt, f"push of a checkpoint to {trainer.hub_model_id}")
+        return retried(attempt, f"push of a checkpoint to {trainer.hub_model_id}")
 
 
 def _without_path(file: Path) -> str:

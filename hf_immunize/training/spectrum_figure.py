@@ -58,8 +58,7 @@ def new_figure(panels: int, columns: int | None = None) -> tuple[Figure, list[Ax
 
 def draw_spectra(axes: Axes, spectra: Mapping[tuple[str, str], Tensor]) -> None:
     """Draw, for (side, moment), the descending singular values of the features relative to the largest."""
-    relative = {key: (sigma / sigma[0]).clamp_min(1e-16) for key, sigma in spectra.items()}
-    _draw_sides(axes, relative)
+    _draw_sides(axes, {key: (sigma / sigma[0]).clamp_min(1e-16) for key, sigma in spectra.items()})
     axes.set_yscale("log")
     _finish(axes, "Spectra of the features", "index i of singular value", "σ_i(Z) / σ_1(Z)")
 
@@ -107,20 +106,27 @@ _NO_TERM = re.compile(
 
 def history_panels(history: History) -> list[Callable[[Axes], None]]:
     """What there is to draw of a log history: functions that each draw one panel; none for what was not logged."""
+    kappas = _of_the_whole_set(_curves(history, r".+_(benign|harmful)_log10_kappa"))
     accuracies = _curves(history, r"eval_.*accuracy", alias=r"eval_(.*_)?benign_accuracy")
-    found = [
-        (_draw_terms, _terms(history)),
-        (_draw_kappas, _of_the_whole_set(_curves(history, r".+_(benign|harmful)_log10_kappa"))),
-        (_draw_accuracies, accuracies),
-        (_draw_rirs, _of_the_whole_set(_curves(history, r".+_log10_rir"))),
+    rirs = _of_the_whole_set(_curves(history, r".+_log10_rir"))
+    bounded = partial(_draw_with_bounds, history=history)
+    found: list[tuple[Callable[..., None], Curves, tuple[str, str, str]]] = [
+        (_draw_terms, _terms(history), ("Losses and terms", "step", "value in the log")),
+        (bounded, kappas, ("Condition numbers of linear probing", "step", "log10 κ(ZᵀZ)")),
+        (_draw_accuracies, accuracies, ("Accuracy", "step", "as logged")),
+        (bounded, rirs, ("RIR (of linear probing; no attack was run)", "step", "log10 RIR")),
     ]
-    return [partial(draw, history=history, curves=curves) for draw, curves in found if curves]
+
+    def panel(axes: Axes, draw: Callable[..., None], curves: Curves, words: tuple[str, str, str]) -> None:
+        draw(axes, curves)
+        _finish(axes, *words)
+
+    return [partial(panel, draw=draw, curves=curves, words=words) for draw, curves, words in found if curves]
 
 
 def _curves(history: History, pattern: str, alias: str = "(?!)") -> Curves:
     """Curves of names that match; those of another name for the same values only where there is no other."""
-    logged = dict.fromkeys(key for entry in history for key in entry)
-    names = [name for name in logged if re.fullmatch(pattern, name)]
+    names = [name for name in dict.fromkeys(key for entry in history for key in entry) if re.fullmatch(pattern, name)]
     return _finite(history, [name for name in names if not re.fullmatch(alias, name)] or names)
 
 
@@ -142,7 +148,7 @@ def _of_the_whole_set(curves: Curves) -> Curves:
     return {name: curve for name, curve in curves.items() if name.startswith("eval_")} or curves
 
 
-def _draw_terms(axes: Axes, history: History, curves: Curves) -> None:
+def _draw_terms(axes: Axes, curves: Curves) -> None:
     for index, (name, curve) in enumerate(curves.items()):
         dash = _DASHES[index // 10 % len(_DASHES)]
         axes.plot(list(curve), list(curve.values()), dash, marker=".", label=name)
@@ -152,27 +158,15 @@ def _draw_terms(axes: Axes, history: History, curves: Curves) -> None:
     else:
         smallest = min((abs(value) for value in values if value), default=1.0)
         axes.set_yscale("symlog", linthresh=max(smallest, 1e-6))
-    _finish(axes, "Losses and terms", "step", "value in the log")
 
 
-def _draw_accuracies(axes: Axes, history: History, curves: Curves) -> None:
+def _draw_accuracies(axes: Axes, curves: Curves) -> None:
     for index, (name, curve) in enumerate(curves.items()):
         dash = _DASHES[index % len(_DASHES)]
         axes.plot(list(curve), list(curve.values()), dash, marker="o", color=COLOURS["benign"], label=name)
-    _finish(axes, "Accuracy", "step", "as logged")
 
 
-def _draw_kappas(axes: Axes, history: History, curves: Curves) -> None:
-    _draw_with_bounds(axes, history, curves)
-    _finish(axes, "Condition numbers of linear probing", "step", "log10 κ(ZᵀZ)")
-
-
-def _draw_rirs(axes: Axes, history: History, curves: Curves) -> None:
-    _draw_with_bounds(axes, history, curves)
-    _finish(axes, "RIR (of linear probing; no attack was run)", "step", "log10 RIR")
-
-
-def _draw_with_bounds(axes: Axes, history: History, curves: Curves) -> None:
+def _draw_with_bounds(axes: Axes, curves: Curves, history: History) -> None:
     """Mark each value as exact or as a bound, with an arrow to where the true one lies."""
     drawn: Counter[str] = Counter()
     kinds = set()
@@ -253,8 +247,8 @@ class SpectrumFigureCallback(TrainerCallback):
         self.batch_size = batch_size
         self.head_module = head_module
         self._references: dict[str, Measurement] = {}
-        # Of the step at hand: several evaluation sets are evaluated one after the other.
-        self._now: tuple[int, dict[str, Measurement]] | None = None
+        # Of the weights at hand: several evaluation sets are evaluated one after the other.
+        self._now: dict[str, Measurement] | None = None
         self._training = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -277,8 +271,8 @@ class SpectrumFigureCallback(TrainerCallback):
         else:
             self._references = {}
             logger.warning(
-                f"Expected the starting spectra in {path}, found no such file: the figures will show the present ones "
-                "alone. Copy it from where the run began."
+                f"Expected the starting spectra in {path}, found none: figures will show the present ones alone. Copy "
+                "the file from where the run began."
             )
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -293,10 +287,12 @@ class SpectrumFigureCallback(TrainerCallback):
         """Measure and draw."""
         if not state.is_world_process_zero:
             return
+        before: dict[str, Measurement] = {}
+        metrics: dict[str, float] = {}
         try:
-            if self._now is None or self._now[0] != state.global_step or not self._training:
-                self._now = state.global_step, self._measure(args, **kwargs)
-            now = self._now[1]
+            if self._now is None or not self._training:
+                self._now = self._measure(args, **kwargs)
+            now = self._now
             before = {side: m for side, m in self._references.items() if side in now and now[side].same_data(m)}
             if set(self._references) & set(now) - set(before):
                 logger.warning_once(
@@ -306,7 +302,7 @@ class SpectrumFigureCallback(TrainerCallback):
             metrics = _metrics(now, before)
         except (RankError, NonFiniteError) as error:
             logger.warning(f"No spectra in the figure of step {state.global_step}: {error}")
-            now, before, metrics = {}, {}, {}
+            now = {}
         if state.log_history and metrics:
             state.log_history[-1].update({f"spectrum_{name}": value for name, value in metrics.items()})
         moment = "after" if state.global_step else "before"
@@ -314,20 +310,20 @@ class SpectrumFigureCallback(TrainerCallback):
         if now:
             panels.insert(0, partial(_draw_measured, now=now, before=before, metrics=metrics, moment=moment))
         if panels:
-            self._draw(args, state, panels, f"Step {state.global_step}" if self._training else f"{moment} training")
+            title = f"Step {state.global_step}" if self._training else f"{moment.capitalize()} training"
+            name = f"spectrum-{state.global_step:06d}.png" if self.keep_all else "spectrum.png"
+            self._draw(self._folder(args) / name, panels, title)
 
-    def _draw(self, args: Any, state: TrainerState, panels: list[Callable[[Axes], None]], title: str) -> None:
+    def _draw(self, path: Path, panels: list[Callable[[Axes], None]], title: str) -> None:
         figure, axes = new_figure(len(panels), columns=3 if len(panels) > 4 else 2)
         for panel, draw in zip(axes, panels, strict=True):
             draw(panel)
-        figure.suptitle(title.capitalize())
-        name = f"spectrum-{state.global_step:06d}.png" if self.keep_all else "spectrum.png"
+        figure.suptitle(title)
         try:
-            with staged_directory(self._folder(args)) as staging:
-                save_figure(figure, staging / name)
+            save_figure(figure, path)
         except CheckpointError as error:
             # A figure is not worth the run.
-            logger.warning(f"Passing over the figure of step {state.global_step}: {error}")
+            logger.warning(f"Passing over the figure {path}: {error}")
 
     def _folder(self, args: Any) -> Path:
         return Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir) / "spectrum"
@@ -338,16 +334,9 @@ class SpectrumFigureCallback(TrainerCallback):
         with _same_random_numbers(next(model.parameters()).device):
             for side, rows in self._data.items():
                 found[side] = Measurement()
-                batches = extract(
-                    model,
-                    rows,
-                    processor,
-                    batch_size=self.batch_size,
-                    head_module=self.head_module,
-                    description=f"spectrum of {side} features",
-                    progress=not args.disable_tqdm,
-                )
-                for batch in batches:
+                options: dict[str, Any] = {"batch_size": self.batch_size, "head_module": self.head_module}
+                options |= {"description": f"spectrum of {side} features", "progress": not args.disable_tqdm}
+                for batch in extract(model, rows, processor, **options):
                     found[side].update(batch.features, batch.pixel_values)
         return found
 
@@ -363,34 +352,26 @@ def _sample(dataset: Any, name: str, max_samples: int) -> Any:
 
 
 def _metrics(now: dict[str, Measurement], before: dict[str, Measurement]) -> dict[str, float]:
+    if not now:
+        return {}
     if "benign" in now:
         return spectral_metrics(now["benign"], before.get("benign"), now.get("harmful"), before.get("harmful"))
-    if "harmful" in now:
-        metrics = spectral_metrics(now["harmful"], before.get("harmful"), None, None)
-        return {name.replace("benign", "harmful"): value for name, value in metrics.items()}
-    return {}
+    metrics = spectral_metrics(now["harmful"], before.get("harmful"), None, None)
+    return {name.replace("benign", "harmful"): value for name, value in metrics.items()}
 
 
 def _draw_measured(
     axes: Axes, now: dict[str, Measurement], before: dict[str, Measurement], metrics: dict[str, float], moment: str
 ) -> None:
-    spectra = {}
-    for side, measurement in now.items():
-        if moment == "after" and side in before:
-            spectra[side, "before"] = before[side].factor.singular_values()
-        spectra[side, moment] = measurement.factor.singular_values()
-    draw_spectra(axes, spectra)
-    axes.set_title(f"Spectra of the features{_rir_words(metrics)}")
-
-
-def _rir_words(metrics: dict[str, float]) -> str:
-    if "log10_rir" not in metrics:
-        return ""
-    lower, upper = metrics["rir_is_lower_bound"], metrics["rir_is_upper_bound"]
-    if lower and upper:
-        return "\nRIR of the sample: undetermined"
-    sign = "≥" if lower else "≤" if upper else "="
-    return f"\nlog10 RIR of the sample {sign} {metrics['log10_rir']:.2f}"
+    shown = {(side, "before"): measurement for side, measurement in before.items() if moment == "after"}
+    shown |= {(side, moment): measurement for side, measurement in now.items()}
+    draw_spectra(axes, {key: measurement.factor.singular_values() for key, measurement in shown.items()})
+    title = "Spectra of the features"
+    if "log10_rir" in metrics:
+        lower, upper = metrics["rir_is_lower_bound"], metrics["rir_is_upper_bound"]
+        value = f"{'≥' if lower else '≤' if upper else '='} {metrics['log10_rir']:.2f}"
+        title += "\nRIR of the sample: undetermined" if lower and upper else f"\nlog10 RIR of the sample {value}"
+    axes.set_title(title)
 
 
 @contextmanager

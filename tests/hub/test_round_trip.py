@@ -233,7 +233,7 @@ LOADERS = {
     "verify": lambda folder: verify(folder, benign=benign_images(), harmful=harmful_images(), progress=False),
     "audit": audited,
     "train": trained_again,
-    "push": lambda folder: push(folder, REPO, dry_run=True, require_record=False, refresh_card=False),
+    "push": lambda folder: push(folder, REPO, dry_run=True, require_record=False),
 }
 
 

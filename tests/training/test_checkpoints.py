@@ -374,9 +374,9 @@ def test_another_scope_is_refused(options, stopped, trainer):
     ("before", "now", "words"),
     [
         ((4, 2), (4, 2), None),
-        ((4, 2), (8, 1), "on 2 processes and goes on on 1, at the same batches"),
-        ((4, 2), (4, 1), "With per_device_train_batch_size=8 it goes on as it was"),
-        ((4, 2), (3, 3), "On a number of processes that divides 8 it can go on"),
+        ((4, 2), (8, 1), "drawn otherwise"),
+        ((4, 2), (4, 1), "but for per_device_train_batch_size=8"),
+        ((4, 2), (3, 3), "but for 2 processes"),
     ],
 )
 def test_other_batches_and_processes_are_said(before, now, words, tiny, tmp_path, monkeypatch, warnings):

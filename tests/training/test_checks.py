@@ -1,4 +1,4 @@
-"""A model that cannot be immunized is refused before anything runs."""
+"""What cannot be immunized, or not in the way that was asked for, is refused before anything runs."""
 
 from types import SimpleNamespace
 
@@ -23,8 +23,33 @@ from hf_immunize.vision.bare import LinearHeadForImageClassification
 from hf_immunize.vision.scope import select_trainable
 
 
+# ---- models ----
+
+
 def vit(**options):
     return hf.ViTForImageClassification(hf.ViTConfig(**TRANSFORMER, **options))
+
+
+def bare(**options):
+    return hf.ViTModel(hf.ViTConfig(**TRANSFORMER, **options))
+
+
+def naflex():
+    vision = {name: value for name, value in TRANSFORMER.items() if name != "image_size"} | {"num_patches": 4}
+    return hf.Siglip2ForImageClassification(hf.Siglip2Config(vision_config=vision, text_config=TEXT, num_labels=3))
+
+
+def of_text():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    return hf.BertForSequenceClassification(hf.BertConfig(vocab_size=10, num_labels=3, **sizes))
+
+
+def with_adapters():
+    model = vit(num_labels=3)
+    # What add_adapter does, which not every version of transformers does with every one of PEFT.
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    model._hf_peft_config_loaded = True
+    return model
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
@@ -32,141 +57,83 @@ def test_every_family_is_accepted(name):
     check_classifier(BUILDERS[name]())
 
 
-def test_a_regression_is_refused():
-    with pytest.raises(HeadError, match=r"at least two labels, found a regression .*num_labels=1.*num_labels= of"):
-        check_classifier(vit(num_labels=1))
+@pytest.mark.parametrize(
+    ("make", "error", "found"),
+    [
+        (lambda: vit(num_labels=1), HeadError, "regression .*num_labels=1"),
+        (lambda: vit(num_labels=3, problem_type="regression"), HeadError, "problem_type='regression'"),
+        (lambda: vit(num_labels=3, problem_type="multi_label_classification"), HeadError, "'single_label_"),
+        (
+            lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**TRANSFORMER, num_labels=3)),
+            HeadError,
+            r"DeiTForImageClassification\.",
+        ),
+        (naflex, HeadError, "NaFlex.*google/siglip2-base-patch16-224"),
+        (of_text, HeadError, "BertForSequenceClassification, which takes input_ids"),
+        (lambda: nn.Linear(2, 2), ArgumentError, "found Linear.*objectives"),
+        (with_adapters, ArgumentError, "peft.get_peft_model"),
+    ],
+)
+def test_a_model_that_does_not_choose_one_label_for_an_image_is_refused(make, error, found):
+    with pytest.raises(error, match=found):
+        check_classifier(make())
 
 
-def test_a_regression_of_several_numbers_is_refused():
-    with pytest.raises(HeadError, match=r"problem_type='regression'"):
-        check_classifier(vit(num_labels=3, problem_type="regression"))
-
-
-def test_several_labels_an_image_are_refused():
-    with pytest.raises(HeadError, match=r"one label an image.*'single_label_classification'"):
-        check_classifier(vit(num_labels=3, problem_type="multi_label_classification"))
-
-
-def test_two_heads_for_inference_are_refused_with_the_class_to_load():
-    model = hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**TRANSFORMER, num_labels=3))
-    with pytest.raises(HeadError, match=r"same checkpoint as DeiTForImageClassification\."):
-        check_classifier(model)
-
-
-def test_images_of_any_size_are_refused_with_a_checkpoint_that_works():
-    vision = {name: value for name, value in TRANSFORMER.items() if name != "image_size"} | {"num_patches": 4}
-    model = hf.Siglip2ForImageClassification(hf.Siglip2Config(vision_config=vision, text_config=TEXT, num_labels=3))
-    with pytest.raises(HeadError, match=r"NaFlex.*google/siglip2-base-patch16-224"):
-        check_classifier(model)
-
-
-def test_a_model_of_text_is_refused():
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    model = hf.BertForSequenceClassification(hf.BertConfig(vocab_size=10, num_labels=3, **sizes))
-    with pytest.raises(
-        HeadError, match=r"takes pixel_values, found BertForSequenceClassification, which takes input_ids"
-    ):
-        check_classifier(model)
-
-
-def test_a_network_of_ones_own_is_refused():
-    with pytest.raises(ArgumentError, match=r"a model of transformers.*found Linear.*objectives"):
-        check_classifier(nn.Linear(2, 2))
-
-
-def test_adapters_without_wrapper_are_refused():
-    model = vit(num_labels=3)
-    # What add_adapter does, which not every version of transformers does with every one of PEFT.
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
-    model._hf_peft_config_loaded = True
-    with pytest.raises(ArgumentError, match=r"peft.get_peft_model"):
-        check_classifier(model)
-
-
-def test_the_trainer_refuses_at_once(trainer):
-    with pytest.raises(HeadError, match=r"regression"):
-        trainer(vit(num_labels=1))
-
-
-def test_a_bare_backbone_is_refused_with_what_to_do(trainer):
-    with pytest.raises(HeadError, match=r'bare backbone.*pooling="cls"'):
-        trainer(hf.ViTModel(hf.ViTConfig(**TRANSFORMER)))
-
-
-def test_a_bare_backbone_with_pooling_gets_a_head(trainer):
-    built = trainer(hf.ViTModel(hf.ViTConfig(**TRANSFORMER, num_labels=3)), pooling="cls")
-    assert isinstance(built.model, LinearHeadForImageClassification)
-    assert built.model.classifier.out_features == 3
-
-
-def test_a_classifier_with_pooling_is_refused(trainer):
-    with pytest.raises(HeadError, match="ViTForImageClassification"):
-        trainer("vit", pooling="cls")
-
-
-def test_an_unknown_pooling_is_refused(trainer):
-    with pytest.raises(ArgumentError, match="pooling= out of"):
-        trainer(hf.ViTModel(hf.ViTConfig(**TRANSFORMER)), pooling="max")
-
-
-def test_model_init_gets_a_head_too(trainer):
-    built = trainer(model_init=lambda: hf.ViTModel(hf.ViTConfig(**TRANSFORMER)), pooling="mean")
-    assert isinstance(built.model, LinearHeadForImageClassification)
-
-
-def test_an_expression_that_matches_everything_is_refused(trainer):
-    with pytest.raises(ScopeError, match=r'trainable="all"'):
-        trainer("vit", trainable=".*")
-
-
-PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}
-
-
-@pytest.mark.parametrize("sharding", ["fsdp", "deepspeed"])
-def test_a_starting_model_beside_a_sharded_one_is_refused(sharding, arguments):
-    settings = vars(arguments(benign_loss="distillation")) | {sharding: "full_shard"}
-    with pytest.raises(ArgumentError, match=r"benign_loss='task' and benign_budget=None under FSDP or DeepSpeed"):
-        check_sharding(SimpleNamespace(**settings))
-
-
-def test_the_papers_training_may_be_sharded(arguments):
-    check_sharding(SimpleNamespace(**vars(arguments(**PAPER)) | {"fsdp": "full_shard"}))
+@pytest.mark.parametrize(
+    ("make", "options", "error", "found"),
+    [
+        (lambda: vit(num_labels=1), {}, HeadError, "regression"),
+        (bare, {}, HeadError, 'bare backbone.*pooling="cls"'),
+        (vit, {"pooling": "cls"}, HeadError, "ViTForImageClassification"),
+        (bare, {"pooling": "max"}, ArgumentError, "pooling= out of"),
+        (lambda: vit(num_labels=3), {"trainable": ".*"}, ScopeError, 'trainable="all"'),
+    ],
+)
+def test_the_trainer_refuses_at_once(make, options, error, found, trainer):
+    with pytest.raises(error, match=found):
+        trainer(make(), **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"benign_loss": "distillation"}, {"benign_budget": 0.03}])
-def test_it_is_said_that_a_new_head_is_untrained(options, trainer, caplog):
+def test_a_bare_backbone_gets_a_head_that_is_said_to_be_untrained(options, trainer, caplog):
     """And, unless the task's own loss trains it freely, that it stays so."""
-    trainer(hf.ViTModel(hf.ViTConfig(**TRANSFORMER, num_labels=3)), pooling="cls", **options)
+    built = trainer(bare(num_labels=3), pooling="cls", **options)
+    assert isinstance(built.model, LinearHeadForImageClassification) and built.model.classifier.out_features == 3
     said = next(record.getMessage() for record in caplog.records if "untrained" in record.getMessage())
-    assert "head of 3 outputs on ViTModel" in said and ("stays near it" in said) == bool(options)
+    assert "head of 3 outputs on ViTModel" in said and ("held near it" in said) == bool(options)
+    made = trainer(model_init=lambda: bare(), pooling="mean", **options)
+    assert isinstance(made.model, LinearHeadForImageClassification)
 
 
-def test_a_bare_step_refuses_what_the_trainer_refuses():
-    with pytest.raises(HeadError, match=r"regression"):
-        ImmunizationStep(vit(num_labels=1))
+def moving_alone(*names):
+    model = vit(num_labels=3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    return model
 
 
-def test_a_bare_step_refuses_the_reentrant_kind_of_checkpointing():
+def reentrant():
     model = vit(num_labels=3)
     select_trainable(model, "last_stage")
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ArgumentError, match="use_reentrant=False"):
-        ImmunizationStep(model)
+    return model
 
 
-@pytest.mark.parametrize("moving", [[], ["classifier.weight"]])
-def test_a_bare_step_refuses_a_scope_in_which_no_feature_moves(moving):
-    model = vit(num_labels=3)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in moving)
-    with pytest.raises(ScopeError, match=f"found {'classifier.weight' if moving else 'none'}: no feature could move"):
-        ImmunizationStep(model)
+@pytest.mark.parametrize(
+    ("make", "error", "found"),
+    [
+        (lambda: vit(num_labels=1), HeadError, "regression"),
+        (reentrant, ArgumentError, "use_reentrant=False"),
+        (moving_alone, ScopeError, "found none: no feature could move"),
+        (lambda: moving_alone("classifier.weight"), ScopeError, "found classifier.weight: no feature could move"),
+    ],
+)
+def test_a_bare_step_refuses_what_the_trainer_refuses(make, error, found):
+    with pytest.raises(error, match=found):
+        ImmunizationStep(make())
 
 
-def test_a_cached_trunk_beside_sharded_weights_is_refused(arguments):
-    settings = vars(arguments(**PAPER, cache_trunk="float32")) | {"fsdp": True}
-    with pytest.raises(ArgumentError, match=r"cache_trunk='no' under FSDP or DeepSpeed, found 'float32'"):
-        check_sharding(SimpleNamespace(**settings))
+# ---- weights in parts ----
 
 
 @pytest.fixture
@@ -181,60 +148,42 @@ def sharded(monkeypatch):
     return make
 
 
-def test_sharding_by_the_launcher_alone_is_seen(sharded, arguments):
-    with pytest.raises(ArgumentError, match=r"benign_loss='task'"):
-        check_sharding(arguments(benign_loss="distillation"), sharded())
+@pytest.mark.parametrize("asked", ["fsdp", "deepspeed", None])
+def test_what_runs_the_starting_model_or_replaces_modules_is_refused_beside_sharded_weights(asked, sharded, arguments):
+    """Asked for by an option, or by the launcher alone."""
+    accelerator = sharded() if asked is None else None
+
+    def check(**options):
+        check_sharding(SimpleNamespace(**vars(arguments(**options)) | ({asked: "full"} if asked else {})), accelerator)
+
+    check()
+    for options, found in (
+        ({"benign_loss": "distillation"}, "benign_budget=None under FSDP.*'distillation'"),
+        ({"benign_budget": 0.1}, "benign_budget=None under FSDP.*0.1"),
+        ({"cache_trunk": "float32"}, "cache_trunk='no' under FSDP.*'float32'"),
+    ):
+        with pytest.raises(ArgumentError, match=found):
+            check(**options)
 
 
 def test_sharding_that_accelerate_leaves_out_is_refused(arguments):
-    settings = SimpleNamespace(**vars(arguments(**PAPER)) | {"fsdp": True, "device": "cpu"})
-    with pytest.raises(ArgumentError, match=r"accelerators for fsdp or deepspeed, found the device cpu"):
+    settings = SimpleNamespace(**vars(arguments()) | {"fsdp": True, "device": "cpu"})
+    with pytest.raises(ArgumentError, match="accelerators for fsdp or deepspeed, found the device cpu"):
         check_sharding(settings, SimpleNamespace())
 
 
-def test_kappa_of_half_precision_in_sharded_weights_is_refused(sharded, arguments):
-    with pytest.raises(ArgumentError, match=r"full precision .* found bf16"):
-        check_sharding(arguments(**PAPER), sharded("bf16"), harmful_eval=[1])
-
-
-def test_sharded_weights_in_half_precision_may_be_trained_without_kappa(sharded, arguments, monkeypatch):
+def test_sharded_weights_in_half_precision_may_be_trained_but_not_measured(sharded, arguments, monkeypatch):
     said = []
     monkeypatch.setattr(checks.logger, "warning", said.append)
-    check_sharding(arguments(**PAPER), sharded("bf16"))
-    assert len(said) == 1 and "will report no κ" in said[0]
+    check_sharding(arguments(), sharded("bf16"))
+    assert len(said) == 1 and "no κ" in said[0]
+    with pytest.raises(ArgumentError, match=r"full precision .* found bf16"):
+        check_sharding(arguments(), sharded("bf16"), harmful_eval=[1])
 
 
 def test_starting_weights_that_one_process_alone_has_are_refused(sharded, arguments):
-    with pytest.raises(ArgumentError, match=r"cpu_ram_efficient_loading=False"):
-        check_sharding(arguments(**PAPER), sharded(cpu_ram_efficient_loading=True))
-
-
-@pytest.mark.parametrize(
-    ("processes", "config", "message"),
-    [
-        (1, {"dispatch_batches": True}, "dispatch_batches=True"),
-        (2, {"split_batches": True}, "split_batches=True"),
-        (2, {"even_batches": False}, "even_batches=False"),
-    ],
-)
-def test_batches_that_take_the_sides_apart_are_refused(processes, config, message, arguments):
-    with pytest.raises(ArgumentError, match=rf"accelerator_config without {message}"):
-        check_batches(arguments(accelerator_config=config), processes)
-
-
-def test_a_filled_up_last_batch_of_several_processes_is_refused(arguments):
-    with pytest.raises(ArgumentError, match=r"dataloader_drop_last=True on 2 processes"):
-        check_batches(arguments(dataloader_drop_last=False), 2)
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_defaults_deal_out_batches_as_they_should(processes, arguments):
-    check_batches(arguments(), processes)
-
-
-@pytest.mark.parametrize("option", [{"dataloader_drop_last": False}, {"accelerator_config": {"split_batches": True}}])
-def test_one_process_may_do_as_it_likes(option, arguments):
-    check_batches(arguments(**option), 1)
+    with pytest.raises(ArgumentError, match="cpu_ram_efficient_loading=False"):
+        check_sharding(arguments(), sharded(cpu_ram_efficient_loading=True))
 
 
 def fsdp2(*names, models=()):
@@ -244,34 +193,51 @@ def fsdp2(*names, models=()):
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"),
+    ("name", "found"),
     [
-        ("vit", "'ViTLayer'"),
-        ("dinov2", "'Dinov2Layer'"),
-        ("siglip", "'SiglipEncoderLayer', 'SiglipMultiheadAttentionPoolingHead'"),
+        # Embeddings that would be sharded twice, with what to set.
+        ("vit", r"'transformer_layer_cls_to_wrap': \['ViTLayer'\]"),
+        ("dinov2", r"'transformer_layer_cls_to_wrap': \['Dinov2Layer'\]"),
+        ("siglip", r"to_wrap': \['SiglipEncoderLayer', 'SiglipMultiheadAttentionPoolingHead'\]"),
+        *((name, "input embeddings .* Train it with DDP") for name in ("resnet", "mobilenet_v2", "convnext", "clip")),
     ],
 )
-def test_embeddings_that_would_be_sharded_twice_are_refused_with_what_to_set(name, layers):
-    with pytest.raises(ArgumentError, match=rf"'transformer_layer_cls_to_wrap': \[{layers}\]"):
+def test_a_model_that_fsdp_cannot_shard_is_refused(name, found):
+    with pytest.raises(ArgumentError, match=found):
         check_shardable(BUILDERS[name](), fsdp2())
 
 
-@pytest.mark.parametrize(("name", "layers"), [("vit", ["ViTLayer"]), ("beit", []), ("swin", [])])
+@pytest.mark.parametrize(("name", "layers"), [("vit", ["ViTLayer"]), ("beit", []), ("swin", []), ("resnet", None)])
 def test_models_that_fsdp_can_shard_are_accepted(name, layers):
-    check_shardable(BUILDERS[name](), fsdp2(*layers))
-
-
-@pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "convnext", "clip"])
-def test_models_that_do_not_name_their_embeddings_are_refused_under_fsdp(name):
-    with pytest.raises(ArgumentError, match=r"input embeddings accelerate can find, found .* Train it with DDP"):
-        check_shardable(BUILDERS[name](), fsdp2())
-
-
-def test_without_fsdp_any_model_will_do():
-    check_shardable(BUILDERS["resnet"](), SimpleNamespace(is_fsdp2=False))
+    """And without FSDP, any."""
+    check_shardable(BUILDERS[name](), SimpleNamespace(is_fsdp2=False) if layers is None else fsdp2(*layers))
 
 
 def test_an_evaluation_before_the_weights_are_sharded_is_refused():
-    with pytest.raises(ArgumentError, match=r"train\(\) before evaluate\(\) under FSDP.*eval_on_start=True"):
+    with pytest.raises(ArgumentError, match="eval_on_start=True"):
         check_prepared(fsdp2())
     check_prepared(fsdp2(models=["prepared"]))
+
+
+# ---- batches ----
+
+
+@pytest.mark.parametrize(
+    ("processes", "options", "found"),
+    [
+        (1, {"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+        (2, {"accelerator_config": {"split_batches": True}}, "split_batches=True"),
+        (2, {"accelerator_config": {"even_batches": False}}, "even_batches=False"),
+        (2, {"dataloader_drop_last": False}, "dataloader_drop_last=True on 2 processes"),
+        (1, {}, None),
+        (2, {}, None),
+        (1, {"dataloader_drop_last": False}, None),
+        (1, {"accelerator_config": {"split_batches": True}}, None),
+    ],
+)
+def test_batches_that_take_the_sides_apart_are_refused(processes, options, found, arguments):
+    if found is None:
+        check_batches(arguments(**options), processes)
+        return
+    with pytest.raises(ArgumentError, match=found):
+        check_batches(arguments(**options), processes)

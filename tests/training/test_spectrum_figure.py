@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from matplotlib.figure import Figure
 from PIL import Image
 
 from hf_immunize import SpectrumFigureCallback
@@ -104,7 +105,7 @@ def figures(images):
 @pytest.fixture
 def unpainted(monkeypatch):
     """Leave out the pixels, which take most of a second a figure."""
-    monkeypatch.setattr(spectrum_figure, "save_figure", lambda figure, path: path.write_bytes(b""))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(b""))
 
 
 @pytest.fixture
@@ -284,11 +285,11 @@ def test_a_new_run_in_the_same_folder_has_starting_spectra_of_its_own(plain, fig
 
 
 def test_a_figure_that_cannot_be_written_does_not_end_the_run(plain, figures, warnings, monkeypatch, tmp_path):
-    def full(figure, path):
+    def full(figure, path, **options):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(spectrum_figure, "save_figure", full)
+    monkeypatch.setattr(Figure, "savefig", full)
     run = plain(figures())
     run.train()
     assert run.state.global_step == 2 and "No space left" in warnings[0]
