@@ -66,6 +66,7 @@ def main(words):
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    trainer.accelerator.end_training()  # of several processes, a group that is not destroyed can abort the exit
     return metrics
 
 
