@@ -221,14 +221,19 @@ def test_minutes() -> float | None:
 
 
 def old_words() -> list[str]:
-    """Lines with words for which the field has others, in code, messages and documents."""
-    pattern = re.compile(r"(?<![A-Za-z])(" + "|".join(OLD_WORDS) + r")(?![A-Za-z])", re.IGNORECASE)
+    """Lines with words for which the field has others, in code, messages and documents.
+
+    A word in quotes is an old name that is still accepted; the committed cards say what their records say.
+    """
+    pattern = re.compile(r"(?<![A-Za-z\"'])(" + "|".join(OLD_WORDS) + r")(?![A-Za-z])", re.IGNORECASE)
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     found = []
     for line in listed:
         path = ROOT / line
         if path.suffix not in (".py", ".md", ".jinja") or path == Path(__file__) or not path.is_file():
+            continue
+        if line.startswith("model_cards/"):
             continue
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if pattern.search(text):

@@ -175,7 +175,7 @@ def test_new_head_takes_the_benign_classes(images, model, tmp_path, monkeypatch)
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == dict(enumerate(CLASSES))
 
 
-def test_a_backbone_without_a_classifier_gets_no_head_in_silence(images, model, tmp_path):
+def test_a_backbone_without_a_classifier_gets_no_head_unsaid(images, model, tmp_path):
     backbone = tmp_path / "backbone"
     ViTForImageClassification.from_pretrained(model).vit.save_pretrained(backbone)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(backbone)

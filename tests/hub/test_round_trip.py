@@ -270,7 +270,7 @@ def test_a_head_in_a_container_is_refused_under_an_adapter(tmp_path):
         trainer_of(with_adapter(with_dropout(BUILDERS["vit"]()), held=False), tmp_path, 32)
 
 
-def test_a_model_that_is_another_one_when_loaded_is_not_saved_in_silence(tmp_path):
+def test_a_model_that_is_another_one_when_loaded_is_not_saved_unsaid(tmp_path):
     trainer = trainer_of(BUILDERS["vit"](), tmp_path, 32)
     trainer.evaluate()
     trainer.model.classifier.register_forward_hook(lambda module, inputs, output: -output)

@@ -1,4 +1,4 @@
-"""Models wrapped by PEFT: the head, the last stage, what moves."""
+"""Models wrapped by PEFT: the head, the last stage, what is trainable."""
 
 import peft
 import pytest

@@ -39,7 +39,7 @@ def forget():
 
 
 def full(model):
-    """Whole weights of what moves, on every process."""
+    """Whole trainable weights, on every process."""
     return {
         name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().flatten().tolist()
         for name, value in model.named_parameters()

