@@ -1,15 +1,23 @@
 """Files are whole or absent, on disk when that is said, and known by their checksums."""
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as hf
 
-from hf_immunize import files
+from hf_immunize.audit.journal import Journal
+from hf_immunize.audit.result import Outcome
 from hf_immunize.errors import ArgumentError, CheckpointError
+from hf_immunize.features.cache import TrunkCache
+from hf_immunize.features.trunk import split_trunk
 from hf_immunize.files import check_writable, checked, remove_leftovers, staged_directory, with_checksum, write_whole
+from hf_immunize.hub.record import BaseModelRecord, ImmunizationRecord, MethodRecord, write_record
+from hf_immunize.vision.scope import select_trainable
 
 
 def content(folder):
@@ -48,25 +56,61 @@ def test_errors_of_another_kind_pass_and_leave_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_files_and_then_their_names_are_on_disk_when_it_is_said(tmp_path, monkeypatch):
-    calls = []
-    flush, replace = files.flush, os.replace
-    monkeypatch.setattr(files, "flush", lambda path: (calls.append(("flush", Path(path).name)), flush(path)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", Path(b).name)), replace(a, b)))
-    with staged_directory(tmp_path / "new" / "model") as staging:
+def a_directory(folder):
+    with staged_directory(folder) as staging:
         (staging / "deep").mkdir()
         for name in ("a", "deep/b"):
             (staging / name).write_text(name)
-    assert calls[:4] == [("flush", "a"), ("flush", "b"), ("replace", "a"), ("replace", "b")]
-    # The names in the folders, and those of the folders that are new.
-    assert [name for _, name in calls[4:]] == ["deep", "model", "new", tmp_path.name]
 
 
-def test_flushing_asks_the_system_for_files_and_folders(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: asked.append(os.fstat(descriptor).st_ino))
-    write_whole(tmp_path / "a", "a")
-    assert asked == [(tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino]
+def a_record(folder):
+    write_record(folder, ImmunizationRecord(MethodRecord("kappa", "last_stage", 2, 0), BaseModelRecord("base")))
+
+
+def a_journal(folder):
+    journal = Journal(folder, "weights and data", [])
+    for seed in (0, 1):
+        journal.add(Outcome("ridge", "head_input", "immunized", "harmful", "head", seed, "float64"))
+
+
+def a_cached_trunk(folder):
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
+    model = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes)).eval()
+    split = split_trunk(model, select_trainable(model, "last_stage"), (3, 32, 32))
+    images = [{"pixel_values": torch.randn(3, 32, 32)} for _ in range(4)]
+    folder.parent.mkdir(parents=True)
+    TrunkCache(model, split, images, folder, progress=False).write()
+
+
+@pytest.mark.parametrize("write", [a_directory, a_record, a_journal, a_cached_trunk])
+def test_files_then_folders_are_flushed_before_a_rename_and_the_new_names_after_it(write, tmp_path, monkeypatch):
+    calls, replace = [], os.replace
+
+    def known(path):
+        return os.stat(path).st_ino, os.stat(path).st_size if os.path.isfile(path) else None
+
+    def flushed(descriptor):
+        about = os.fstat(descriptor)
+        calls.append((about.st_ino, about.st_size if stat.S_ISREG(about.st_mode) else None))
+
+    def renamed(source, target):
+        within = [path for path in Path(source).rglob("*") if path.is_file()] if os.path.isdir(source) else [source]
+        assert within and all(known(path) in calls for path in within)
+        assert os.path.isfile(source) or calls[-1] == known(source)  # a folder itself, after its files
+        calls.append(("renamed", os.fspath(Path(target).parent)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    write(tmp_path / "new" / "made")
+    written = [path for path in (tmp_path / "new" / "made").rglob("*") if path.is_file()]
+    assert written and all(known(path) in calls for path in written)
+    for index, (what, into) in enumerate(calls):
+        assert what != "renamed" or known(into) in calls[index:]
+    if write is not a_cached_trunk:  # which is made where its caller has a folder
+        assert {known(tmp_path), known(tmp_path / "new")} <= set(calls)
+    if write is a_journal:  # once for its first line, and then with each line
+        assert len([ino for ino, _ in calls if ino == known(written[0])[0]]) == 3
 
 
 def test_a_text_is_whole_and_readable_by_others(tmp_path):

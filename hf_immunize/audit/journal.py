@@ -38,7 +38,6 @@ class Journal:
         if self.path is None:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 self._read(fingerprint, warnings)
             else:
