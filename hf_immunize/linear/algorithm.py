@@ -16,6 +16,7 @@ from hf_immunize.linear.inputs import as_data, as_targets
 from hf_immunize.linear.optimum import Factor, factors, optimal_map
 from hf_immunize.linear.steps import (
     Direction,
+    RowSpectrum,
     directions,
     feature_spectrum,
     ill_step,
@@ -31,38 +32,24 @@ from hf_immunize.spectra.checks import as_labels, as_values, check_count, check_
 class LinearSettings:
     """Constants of the iterative methods; the defaults are those of the paper's house-price experiment.
 
-    Attributes:
-        epochs: Passes over the data.
-        lr: η of θ and of the classifier ω. Under ``step="rule"`` of the task loss alone, and no larger than one over
-            its curvature.
-        batch_size: Rows of each task in a step; None for all of them.
-        step: ``"fixed"``: η times the weighted gradients, as in the paper. ``"rule"`` (``kappa`` and ``r_ill``): the
-            largest step of R_well that provably lowers κ(H_P), then a step of R_ill that provably raises κ(H_H), both
-            for the rows of the step; then θ is rescaled so that the benign features keep their size.
-        share: Under ``"rule"``, the part of what R_well gained in log κ(H_P) that R_ill may spend, below 1. A step of
-            R_ill that raises κ(H_H) by a factor raises κ(H_P) by no more than it, so κ(H_P) falls in every pair.
-        growth: Under ``"rule"``, the largest factor by which a step raises κ(H_H); with ``r_ill`` every step does.
-        benign_weight: λ_P under ``"fixed"``; ``"balanced"`` scales its gradient to the norm of the task loss's.
-        harmful_weight: λ_H, likewise.
-        theta_init: ``"identity"``, ``"random"`` (normal, variance 1/D) or a ``(D, D)`` tensor.
-        inner_steps: Steps of the simulated attacker of ``imma``.
-        record_every: Epochs between records of the history, each of which takes two decompositions; 0 for the first
-            and last alone.
-        seed: Of ω, of a random θ and of the order of the batches.
+    Under ``step="fixed"`` a step is η times the weighted gradients, as in the paper. Under ``"rule"`` it is the
+    largest step of R_well that provably lowers κ(H_P), then a step of R_ill that provably raises κ(H_H), both for the
+    rows of the step; then θ is rescaled so that the benign features keep their size. A step of R_ill that raises
+    κ(H_H) by a factor raises κ(H_P) by no more than it: as `share` is below 1, κ(H_P) falls in every pair of steps.
     """
 
     epochs: int = 100
-    lr: float = 0.005
-    batch_size: int | None = None
+    lr: float = 0.005  # η of θ and ω; under "rule" of the task loss alone, and at most one over its curvature
+    batch_size: int | None = None  # rows of each task in a step; None for all
     step: str = "fixed"
-    share: float = 0.6
-    growth: float = 1.2
-    benign_weight: float | str = "balanced"
-    harmful_weight: float | str = "balanced"
-    theta_init: str | Tensor = "identity"
-    inner_steps: int = 5
-    record_every: int = 1
-    seed: int = 0
+    share: float = 0.6  # under "rule", the part of what R_well gained in log κ(H_P) that R_ill may spend
+    growth: float = 1.2  # under "rule", the largest factor by which a step raises κ(H_H); every step of "r_ill" does
+    benign_weight: float | str = "balanced"  # λ_P under "fixed"; "balanced": as long as the gradient of the task loss
+    harmful_weight: float | str = "balanced"  # λ_H, likewise
+    theta_init: str | Tensor = "identity"  # or "random" (normal, variance 1/D), or a (D, D) tensor
+    inner_steps: int = 5  # of the simulated attacker of "imma"
+    record_every: int = 1  # epochs between records, of two decompositions each; 0 for the first and last alone
+    seed: int = 0  # of ω, of a random θ and of the order of the batches
 
     def check(self, method: str) -> None:
         """Refuse impossible values."""
@@ -74,7 +61,7 @@ class LinearSettings:
         check_count(self.seed, "seed", least=-(2**63), most=2**63 - 1)
         for name, least, most, excluded in (("lr", 0, math.inf, 0), ("share", 0, 1, 1), ("growth", 1, math.inf, 1)):
             if check_number(getattr(self, name), name, least, most) == excluded:
-                raise ArgumentError(f"Expected {name} other than {excluded}, found {excluded}.")
+                raise ArgumentError(f"Expected {name} other than {excluded}, found it.")
         if self.step not in ("fixed", "rule"):
             raise ArgumentError(f"Expected step as 'fixed' or 'rule', found {self.step!r}.")
         if self.step == "rule" and method not in ("kappa", "r_ill"):
@@ -95,7 +82,7 @@ class Task:
 
     @property
     def curvature(self) -> float:
-        """Largest second derivative of :meth:`loss` along one score, times what features contribute."""
+        """Largest second derivative of the loss along one score, times what features contribute."""
         return (0.5 if self.classify else 2.0) / len(self.X)
 
     def rows(self, index: Tensor) -> Task:
@@ -110,20 +97,19 @@ class Task:
         return (scores - self.targets).square().sum(1).mean()
 
     def slope(self, scores: Tensor) -> Tensor:
-        """Gradient of :meth:`loss` with respect to the scores, ``(N, C)``."""
-        if self.classify:
-            return (scores.softmax(1) - self.targets) / len(scores)
-        return 2 * (scores - self.targets) / len(scores)
+        """Gradient of the loss with respect to the scores, ``(N, C)``."""
+        residual = scores.softmax(1) - self.targets if self.classify else 2 * (scores - self.targets)
+        return residual / len(scores)
 
 
 def benign_task(X: Tensor, y: Any) -> Task:
     """Read targets: whole numbers in one dimension are classes, everything else is regression."""
-    # A single class is allowed (one digit's images, say) and gets a second output, so that cross-entropy is defined.
     values = as_values(y, "y_benign").detach().to(X.device)
     targets = as_targets(values, len(X), "y_benign").to(X.device)
     if values.ndim == 2 or values.is_floating_point():
         return Task(X, targets, classify=False)
     classes = as_labels(values, len(X), "y_benign")
+    # A single class (one digit's images, say) gets a second output, so that cross-entropy is defined.
     onehot = torch.nn.functional.one_hot(classes, max(int(classes.max()) + 1, 2))
     return Task(X, onehot.to(torch.float64), classify=True)
 
@@ -131,16 +117,12 @@ def benign_task(X: Tensor, y: Any) -> Task:
 def log_kappa_gradient(X: Tensor, Z: Tensor) -> Direction:
     """``∇_θ log κ(θᵀXᵀXθ)``, the direction of the baseline "Opt κ": ``2Xᵀ(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k)Z``."""
     values, left = feature_spectrum(Z)
-    ends = left[:, [0, -1]]
-    weights = torch.stack([1 / values[0], -1 / values[-1]])
+    ends, weights = left[:, [0, -1]], torch.stack([1 / values[0], -1 / values[-1]])
     return Direction(2 * (X.T @ ends), weights[:, None] * (ends.T @ Z))
 
 
 def adapted_loss(theta: Tensor, X: Tensor, targets: Tensor, steps: int) -> Tensor:
-    """The harmful squared loss after an attacker has fitted a head for some steps from zero, differentiable in ``θ``.
-
-    The inner problem of IMMA (Zheng & Yeh, ECCV 2024) in the linear setting, with the graph kept through every step.
-    """
+    """The harmful squared loss that IMMA's attacker reaches in some steps of a head from zero, differentiable."""
     Z = X @ theta
     # One over the curvature, a constant for the outer gradient, so that the attacker always descends.
     rate = len(Z) / (2 * torch.linalg.matrix_norm(Z.detach(), 2).square())
@@ -160,23 +142,15 @@ METHODS = ("optimum", "kappa", "r_ill", "imma", "opt_kappa")
 
 @dataclass(frozen=True)
 class LinearImmunization:
-    """What :func:`immunize_linear` found.
+    """What `immunize_linear` found."""
 
-    Attributes:
-        theta: ``(D, D)`` float64, the map: immunized features are ``X @ theta``.
-        omega: ``(D, C)``, the benign classifier trained with it; None for the optimum.
-        history: One dict a record: ``epoch``, ``step``, ``loss`` (benign, over all data), ``kappa_benign``,
-            ``kappa_harmful``, ``benign_ratio`` (ii), ``harmful_ratio`` (i), ``rir``, ``bound``. The last one is the
-            result's.
-        method: The method.
-        settings: The constants used.
-    """
-
-    theta: Tensor
-    omega: Tensor | None
+    theta: Tensor  # (D, D) float64: immunized features are X @ theta
+    omega: Tensor | None  # (D, C), the benign classifier trained with it; None for the optimum
+    # One dict per record, the result's last: epoch, step, loss (benign, over all data), kappa_benign, kappa_harmful,
+    # benign_ratio (ii), harmful_ratio (i), rir, bound.
     history: list[dict[str, Any]] = field(repr=False)
-    method: str = "optimum"
-    settings: dict[str, Any] = field(default_factory=dict, repr=False)
+    method: str
+    settings: dict[str, Any] = field(repr=False)
 
     @property
     def rir(self) -> float:
@@ -199,7 +173,7 @@ def immunize_linear(
 ) -> LinearImmunization:
     """Find a linear map ``θ`` after which probing is slow on the harmful task and no slower on the benign one.
 
-    - ``optimum``: the closed form that attains the ceiling of RIR (:mod:`hf_immunize.linear.optimum`).
+    - ``optimum``: the closed form that attains the ceiling of RIR (`optimal_map`).
     - ``kappa``: Algorithm 1 of Zheng et al. (ICML 2025): task loss, ``R_well(H_P)`` and ``R_ill(H_H)``.
     - ``r_ill``: task loss and ``R_ill(H_H)`` alone.
     - ``imma``: bi-level, after Zheng & Yeh (ECCV 2024): lower the benign loss, raise the harmful loss that an attacker
@@ -208,16 +182,19 @@ def immunize_linear(
 
     Args:
         X_benign: ``(N_P, D)``.
-        y_benign: ``(N_P,)`` class numbers (whole-number dtype), or ``(N_P,)`` or ``(N_P, C)`` real targets. None for
-            ``optimum``, which has no use for them.
+        y_benign: ``(N_P,)`` class numbers (whole-number dtype), or ``(N_P,)`` or ``(N_P, C)`` real targets; None for
+            ``optimum``.
         X_harmful: ``(N_H, D)``, the same columns.
         method: One of the above.
         y_harmful: Targets of the harmful data, for ``imma`` alone.
-        t: Dial of the optimum, at least 1 (:func:`hf_immunize.linear.optimum.optimal_map`).
-        harmful_gain: Of the optimum where harmful directions of their own exist.
-        tolerance: As in :func:`hf_immunize.linear.optimum.rir_ceiling`.
-        settings: Constants of the iterative methods.
-        **options: Single constants, in place of or on top of ``settings`` (:class:`LinearSettings`).
+        t: Of the optimum (`optimal_map`).
+        harmful_gain: Of the optimum.
+        tolerance: As in `rir_ceiling`.
+        settings: Constants of the iterative methods (`LinearSettings`).
+        **options: Single constants, in place of or on top of ``settings``.
+
+    Returns:
+        `LinearImmunization`: θ, ω, and the history of both condition numbers.
 
     Raises:
         ArgumentError: An unknown method or option, an impossible value, or ``imma`` without ``y_harmful``.
@@ -243,9 +220,7 @@ def immunize_linear(
         return LinearImmunization(theta, None, [{"epoch": 0, "step": 0} | _measure(P, H, theta)], method, used)
     chosen.check(method)
     if y_benign is None:
-        raise ArgumentError(
-            f"Expected y_benign for the classifier of method {method!r}, found None. 'optimum' needs none."
-        )
+        raise ArgumentError(f"Expected y_benign for the classifier of {method!r}, found None. 'optimum' needs none.")
     task = benign_task(as_data(X_benign, "X_benign"), y_benign)
     X_H = as_data(X_harmful, "X_harmful")
     y_H = None
@@ -253,7 +228,7 @@ def immunize_linear(
         if y_harmful is None:
             raise ArgumentError("Expected y_harmful, which the simulated attacker of 'imma' fits, found None.")
         y_H = as_targets(y_harmful, len(X_H), "y_harmful").to(X_H.device)
-    return _descend_all(_Run(method, chosen, P, H, task, X_H, y_H))
+    return _descend(_Run(method, chosen, P, H, task, X_H, y_H))
 
 
 def _settings(settings: LinearSettings | None, options: dict[str, Any]) -> LinearSettings:
@@ -269,14 +244,8 @@ def _settings(settings: LinearSettings | None, options: dict[str, Any]) -> Linea
 def _measure(P: Factor, H: Factor, theta: Tensor) -> dict[str, Any]:
     ratio = map_ratio(P, H, theta)
     assert ratio.benign is not None and ratio.harmful is not None
-    return {
-        "kappa_benign": ratio.benign.kappa,
-        "kappa_harmful": ratio.harmful.kappa,
-        "benign_ratio": ratio.benign_ratio,
-        "harmful_ratio": ratio.harmful_ratio,
-        "rir": ratio.rir,
-        "bound": ratio.bound,
-    }
+    kappas = {"kappa_benign": ratio.benign.kappa, "kappa_harmful": ratio.harmful.kappa}
+    return kappas | {name: getattr(ratio, name) for name in ("benign_ratio", "harmful_ratio", "rir", "bound")}
 
 
 @dataclass
@@ -293,38 +262,34 @@ class _Run:
 
     def start(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """θ and ω before the first step."""
-        dim, like = self.P.dim, self.X_H
-        init = self.settings.theta_init
-        omega = (
-            torch.randn(dim, self.task.targets.shape[1], generator=generator, dtype=torch.float64).to(like.device)
-            / dim**0.5
-        )
+        dim, init = self.P.dim, self.settings.theta_init
+
+        def normal(columns: int) -> Tensor:
+            return torch.randn(dim, columns, generator=generator, dtype=torch.float64) / dim**0.5
+
+        omega = normal(self.task.targets.shape[1])
         if not isinstance(init, str):
-            # A copy: the descent works in place.
-            theta = as_data(init, "theta_init").to(like.device).clone()
+            theta = as_data(init, "theta_init").clone()  # the descent works in place
             if theta.shape != (dim, dim):
                 raise ShapeError(f"Expected theta_init of shape ({dim}, {dim}), found {tuple(theta.shape)}.")
-        elif init == "identity":
-            theta = torch.eye(dim, dtype=torch.float64, device=like.device)
-        elif init == "random":
-            theta = torch.randn(dim, dim, generator=generator, dtype=torch.float64).to(like.device) / dim**0.5
+        elif init in ("identity", "random"):
+            theta = normal(dim) if init == "random" else torch.eye(dim, dtype=torch.float64)
         else:
             raise ArgumentError(f"Expected theta_init as 'identity', 'random' or a tensor, found {init!r}.")
-        return theta, omega
+        return theta.to(self.X_H.device), omega.to(self.X_H.device)
 
     def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
         """Row numbers of both tasks, step by step, for one epoch; whole batches only, as long as the shorter lasts."""
-        size, n_p, n_h = self.settings.batch_size, len(self.task.X), len(self.X_H)
-        if size is None:
-            yield torch.arange(n_p), torch.arange(n_h)
+        counts = len(self.task.X), len(self.X_H)
+        if self.settings.batch_size is None:
+            yield tuple(map(torch.arange, counts))
             return
-        rows_p, rows_h = torch.randperm(n_p, generator=generator), torch.randperm(n_h, generator=generator)
-        size = min(size, n_p, n_h)
-        for i in range(min(n_p, n_h) // size):
-            yield rows_p[i * size : (i + 1) * size], rows_h[i * size : (i + 1) * size]
+        size = int(min(self.settings.batch_size, *counts))
+        orders = [torch.randperm(count, generator=generator).split(size) for count in counts]
+        yield from list(zip(*orders, strict=False))[: min(counts) // size]
 
 
-def _descend_all(run: _Run) -> LinearImmunization:
+def _descend(run: _Run) -> LinearImmunization:
     generator = torch.Generator().manual_seed(int(run.settings.seed))
     theta, omega = run.start(generator)
     every, epochs = run.settings.record_every, run.settings.epochs
@@ -376,8 +341,9 @@ def _update(run: _Run, theta: Tensor, omega: Tensor, rows_p: Tensor, rows_h: Ten
         return s.lr * (weight if isinstance(weight, float | int) else size / max(norm, 1e-300))
 
     if run.method == "imma":
-        rise = _attack_gradient(run, theta, rows_h)
-        # Subtracting the task's gradient and adding the attacker's.
+        assert run.y_H is not None
+        leaf = theta.clone().requires_grad_(True)
+        (rise,) = torch.autograd.grad(adapted_loss(leaf, run.X_H[rows_h], run.y_H[rows_h], s.inner_steps), leaf)
         moved = subtract_(theta, [(s.lr, task)])
         return moved + step(s.harmful_weight, float(rise.norm())) * rise, omega_next
     parts = [(step(weight, part.norm()), part) for weight, part in _directions(run, theta, benign, harmful)]
@@ -390,13 +356,6 @@ def _top(A: Tensor) -> float:
     return float(torch.linalg.eigvalsh(gram)[-1])
 
 
-def _attack_gradient(run: _Run, theta: Tensor, rows_h: Tensor) -> Tensor:
-    assert run.y_H is not None
-    leaf = theta.clone().requires_grad_(True)
-    loss = adapted_loss(leaf, run.X_H[rows_h], run.y_H[rows_h], run.settings.inner_steps)
-    return torch.autograd.grad(loss, leaf)[0]
-
-
 def _directions(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> list[tuple[float | str, Direction]]:
     """The regularizers' directions with their weights, all to be subtracted."""
     s = run.settings
@@ -405,7 +364,7 @@ def _directions(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> li
     if run.method == "opt_kappa":
         rise = log_kappa_gradient(harmful, Z_h)
         fall = log_kappa_gradient(benign, Z_p)
-        return [(s.benign_weight, fall), (s.harmful_weight, Direction(-rise.tall, rise.flat))]
+        return [(s.benign_weight, fall), (s.harmful_weight, rise._replace(tall=-rise.tall))]
     spectrum = feature_spectrum(Z_h)
     parts = [(Z_h, spectrum.left, ill_weights(spectrum.values))]
     if run.method == "kappa":
@@ -418,14 +377,18 @@ def _ruled(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> Tensor:
     """Steps of R_well and R_ill by the rules."""
     s, dim = run.settings, theta.shape[0]
     growth = s.growth
+
+    def moved(Z: Tensor, spectrum: RowSpectrum, step: float, weights: Tensor) -> Tensor:
+        (part,) = directions(theta, [(Z, spectrum.left, weights)])
+        return subtract_(theta, [(step, part)])
+
     if run.method == "kappa":
         Z = benign @ theta
         spectrum = feature_spectrum(Z)
         step, weights = well_step(spectrum.values, dim), well_weights(spectrum.values, dim)
         scale = (1 - 2 * step * weights * spectrum.values).square() * spectrum.values
         gain = spectrum.kappa / float(scale.max() / scale.min())
-        (part,) = directions(theta, [(Z, spectrum.left, weights)])
-        theta = subtract_(theta, [(step, part)])
+        theta = moved(Z, spectrum, step, weights)
         growth = min(gain**s.share, s.growth)
     if growth <= 1 + 1e-9:
         return theta
@@ -433,6 +396,4 @@ def _ruled(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> Tensor:
     spectrum = feature_spectrum(Z)
     if spectrum.kappa > _KAPPA_LIMIT:
         return theta
-    step, weights = ill_step(spectrum.values, growth), ill_weights(spectrum.values)
-    (part,) = directions(theta, [(Z, spectrum.left, weights)])
-    return subtract_(theta, [(step, part)])
+    return moved(Z, spectrum, ill_step(spectrum.values, growth), ill_weights(spectrum.values))

@@ -30,8 +30,8 @@ class Definition31:
     benign_kept: bool  # (b): the benign ratio is at most 1, up to rounding
     utility_kept: bool  # (c): the best benign loss rose by no more than the tolerance
     ratio: ImmunizationRatio
-    # Best benign squared loss of a linear probe with intercept on X, per sample; NaN without targets. Any invertible θ
-    # attains it, so it is the minimum over ω and θ. After: the same on Xθ.
+    # Best benign squared loss per sample of a linear probe with intercept, on X and on Xθ; NaN without targets. Any
+    # invertible θ attains the first, so it is the minimum over ω and θ.
     loss_before: float
     loss_after: float
     benign_rank_lost: int  # directions of the benign data that θ removed
@@ -44,10 +44,9 @@ class Definition31:
     def __str__(self) -> str:
         a, b, c = ("yes" if holds else "no" for holds in (self.slower_harmful, self.benign_kept, self.utility_kept))
         loss = f"best benign loss {self.loss_before:.4g} → {self.loss_after:.4g}"
-        return (
-            f"(a) harmful κ × {self.ratio.harmful_ratio:.4g}: {a}; (b) benign κ × {self.ratio.benign_ratio:.4g}: {b}; "
-            f"(c) {'no targets given' if math.isnan(self.loss_before) else loss}: {c}"
-        )
+        loss = "no targets given" if math.isnan(self.loss_before) else loss
+        harmful, benign = self.ratio.harmful_ratio, self.ratio.benign_ratio
+        return f"(a) harmful κ × {harmful:.4g}: {a}; (b) benign κ × {benign:.4g}: {b}; (c) {loss}: {c}"
 
 
 def map_ratio(P: Factor, H: Factor, theta: torch.Tensor) -> ImmunizationRatio:
@@ -75,10 +74,9 @@ def check_definition(
     much_larger: float = 10.0,
     utility_tolerance: float = 0.01,
 ) -> Definition31:
-    """Say which parts of Definition 3.1 a linear map ``(D, D')`` meets.
+    """Say which parts of Definition 3.1 a linear map ``(D, D')`` meets; without targets (c) is judged by the rank.
 
-    Data may be given by their `Factor`; targets then need the benign data themselves as `rows`. Without targets (c) is
-    judged by the rank: a map that keeps the row space of the data keeps every attainable linear loss.
+    Data may be given by their `Factor`; targets then need the benign data themselves as `rows`.
 
     >>> benign, harmful = torch.diag(torch.tensor([2.0, 1.0])), torch.diag(torch.tensor([1.0, 3.0]))
     >>> print(check_definition(benign, harmful, torch.eye(2)))
@@ -87,14 +85,13 @@ def check_definition(
     P, H = factors(X_benign, X_harmful)
     theta = as_data(theta, "theta").to(P.V.device)
     if theta.shape[0] != P.dim:
-        raise ShapeError(f"Expected theta with {P.dim} rows, one for each column of the data, found {theta.shape[0]}.")
+        raise ShapeError(f"Expected theta with {P.dim} rows, one per column of the data, found {theta.shape[0]}.")
     check_number(much_larger, "much_larger", 1)
     check_number(utility_tolerance, "utility_tolerance", 0)
     ratio = map_ratio(P, H, theta)
     assert ratio.benign is not None
     lost = P.rank - ratio.benign.rank
-    before = after = math.nan
-    kept = lost == 0
+    before, after, kept = math.nan, math.nan, lost == 0
     if y_benign is not None:
         X = as_data(X_benign if rows is None else rows, "X_benign")
         targets = as_targets(y_benign, len(X), "y_benign").to(X.device)

@@ -30,14 +30,11 @@ def as_data(values: Any, name: str = "Z") -> torch.Tensor:
     """Return data as a float64 matrix, or say in one sentence why it cannot be one."""
     matrix = as_values(values, name).detach()
     if matrix.is_complex():
-        raise ArgumentError(
-            f"Expected real numbers in {name}, found {matrix.dtype}; pass its real part, its modulus, or real and "
-            "imaginary part as columns of their own."
-        )
+        raise ArgumentError(f"Expected real numbers in {name}, found {matrix.dtype}. Pass its parts as columns each.")
     matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).to(torch.float64)
     matrix = as_matrix(matrix, name)
     if matrix.shape[0] < 2:
-        raise ShapeError(f"Expected at least two rows in {name}, found {matrix.shape[0]}; one sample has no spectrum.")
+        raise ShapeError(f"Expected at least two rows in {name}, found {matrix.shape[0]}. One sample has no spectrum.")
     return matrix
 
 
@@ -45,10 +42,7 @@ def as_targets(values: Any, rows: int, name: str = "y") -> torch.Tensor:
     """Return regression targets as a float64 ``(rows, C)`` matrix."""
     targets = as_values(values, name).detach()
     if targets.ndim not in (1, 2) or targets.shape[0] != rows or targets.numel() == 0:
-        raise ShapeError(
-            f"{name} must hold one target for each of the {rows} rows, as ({rows},) or ({rows}, C), "
-            f"found shape {tuple(targets.shape)}."
-        )
+        raise ShapeError(f"Expected {name} with {rows} rows, like the features, found shape {tuple(targets.shape)}.")
     return as_data(targets.reshape(rows, -1), name)
 
 
@@ -81,7 +75,7 @@ ARRAYS = (".npy", ".npz", ".safetensors")
 TABLES = (".csv", ".parquet")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # What numpy, pandas, pyarrow and pillow raise on damaged files, between them.
-_DAMAGE = (
+_DAMAGE: tuple[type[Exception], ...] = (
     OSError,
     EOFError,
     ValueError,
@@ -89,10 +83,8 @@ _DAMAGE = (
     LookupError,
     ArithmeticError,
     RuntimeError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
 )
+_DAMAGE += (struct.error, zipfile.BadZipFile, zlib.error)
 
 
 def read_pair(
@@ -108,12 +100,12 @@ def read_pair(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read two data sets with the same columns."""
     if image_size < 1:
-        raise ArgumentError(f"Expected images of at least one pixel a side, found {image_size}; use --image-size 28.")
+        raise ArgumentError(f"Expected images of at least one pixel a side, found {image_size}. Use --image-size 28.")
     if fill is not None and not math.isfinite(fill):
-        raise ArgumentError(f"Expected a finite number to fill missing cells with, found {fill}; use --fill 0.")
+        raise ArgumentError(f"Expected a finite number to fill missing cells with, found {fill}. Use --fill 0.")
     for path in (benign, harmful):
         if not path.exists():
-            raise DataError(f"There is no file or folder {path}; give two paths, benign first.")
+            raise DataError(f"Expected a file or folder, found no file {path}. Give two paths, benign first.")
     # What would have no effect is most often meant for another file.
     kinds = {path.suffix for path in (benign, harmful)}
     for option, given, of in (
@@ -126,19 +118,20 @@ def read_pair(
             raise ArgumentError(
                 f"Expected {option} with {' and '.join(of)} files alone, found {benign} and {harmful}. Leave it out."
             )
-    tables = [_table(path, columns, drop) if path.suffix in TABLES else None for path in (benign, harmful)]
-    if tables[0] is not None and tables[1] is not None and not any(_packed(table) for table in tables):
-        first, second, coded = _encode(tables, (benign, harmful), fill)
+    tables = {path: _table(path, columns, drop) for path in (benign, harmful) if path.suffix in TABLES}
+    if kinds.issubset(TABLES) and not any(_packed(table) for table in tables.values()):
+        first, second, coded = _encode([tables[benign], tables[harmful]], (benign, harmful), fill)
         if coded and notes is not None:
             names = ", ".join(map(str, coded[:12])) + (" …" if len(coded) > 12 else "")
             notes.append(f"{len(coded)} text columns were coded as 0, 1, 2, … in the order of their values: {names}.")
         return first, second
-    parts = [
-        _cells(table, path, image_size) if table is not None else _array(path, key, image_size)
-        for table, path in zip(tables, (benign, harmful), strict=True)
-    ]
-    for part, path in zip(parts, (benign, harmful), strict=True):
-        _refuse_non_finite(part, path)
+    parts = []
+    for path in (benign, harmful):
+        part = _cells(tables[path], path, image_size) if path in tables else _array(path, key, image_size)
+        # Other shapes and kinds of number have an error of their own later on.
+        if part.ndim == 2 and part.is_floating_point():
+            as_matrix(part.to(torch.float64), f"{path}")
+        parts.append(part)
     return parts[0], parts[1]
 
 
@@ -146,11 +139,10 @@ def _array(path: Path, key: str | None, image_size: int) -> torch.Tensor:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
         if not files:
-            raise DataError(f"There are no images under {path} (looked for {', '.join(IMAGES)}).")
+            raise DataError(f"Expected images ({', '.join(IMAGES)}) under {path}, found no images. Check the path.")
         return torch.stack([_image(file, f"{file}", image_size) for file in files])
     if path.suffix not in ARRAYS:
-        known = ", ".join((*ARRAYS, *TABLES))
-        raise DataError(f"Expected {known} or a folder of images, found {path}.")
+        raise DataError(f"Expected {', '.join(ARRAYS + TABLES)} or a folder of images, found {path}. Convert it.")
     with _reading(path):
         if path.suffix == ".npy":
             # Whatever the name says, numpy also opens archives.
@@ -166,7 +158,7 @@ def _array(path: Path, key: str | None, image_size: int) -> torch.Tensor:
                 found = archive.get_tensor(_key(list(archive.keys()), key, path))
     if isinstance(found, np.ndarray):
         if found.dtype.kind not in "biufc":
-            raise DataError(f"Expected an array of numbers in {path}, found one of {found.dtype}; save it as float64.")
+            raise DataError(f"Expected an array of numbers in {path}, found one of {found.dtype}. Save it as float64.")
         # Neither long doubles nor a foreign byte order reach torch.
         kind = np.float64 if found.dtype.kind == "f" and found.dtype.itemsize > 8 else found.dtype.type
         found = found.astype(kind, copy=False)
@@ -182,35 +174,22 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except ImmunizationError:
         raise
-    except (*_DAMAGE, SafetensorError) as error:
+    except (*_DAMAGE, *_PACKED_DAMAGE, SafetensorError) as error:
         if "Object arrays" in str(error):
-            raise DataError(
-                f"Expected an array of numbers in {path}, found one of Python objects; save it as float64."
-            ) from error
-        raise DataError(
-            f"Expected a {path.suffix} file that can be read, found {path}, which is empty, damaged or of another "
-            f"kind ({type(error).__name__}); check it and write it anew."
-        ) from error
-
-
-def _refuse_non_finite(matrix: torch.Tensor, path: Path) -> None:
-    # Other shapes and kinds of number have an error of their own later on.
-    if matrix.ndim != 2 or not matrix.is_floating_point():
-        return
-    bad = (~torch.isfinite(matrix.to(torch.float64))).nonzero()
-    if len(bad):
-        row, column = bad[0].tolist()
-        raise NonFiniteError(
-            f"Expected finite numbers in {path}, found {float(matrix[row, column])} in row {row}, column {column} "
-            f"({len(bad)} such cells); mend them or leave these rows out."
-        )
+            message = f"Expected an array of numbers in {path}, found one of Python objects. Save it as float64."
+        else:
+            message = (
+                f"Expected a {path.suffix} file that can be read, found {path}, which is empty, damaged or of another "
+                f"kind ({type(error).__name__}). Check it and write it anew."
+            )
+        raise DataError(message) from error
 
 
 def _key(keys: list[str], key: str | None, path: Path) -> str:
     if key is None and len(keys) == 1:
         return keys[0]
     if key not in keys:
-        raise DataError(f"Choose one of the arrays of {path} with --key: {', '.join(keys)}; found {key!r}.")
+        raise DataError(f"Expected one of the arrays of {path} by --key: {', '.join(keys)}, found {key!r}.")
     return key
 
 
@@ -223,36 +202,32 @@ def _table(path: Path, columns: Sequence[str] | None, drop: Sequence[str]) -> An
     if path.suffix == ".csv" and len(frame) and not frame.index.equals(pandas.RangeIndex(len(frame))):
         raise DataError(
             f"Expected as many cells in the rows of {path} as in its first line ({len(frame.columns)}), found "
-            f"{len(frame.columns) + frame.index.nlevels}; name every column in the first line."
+            f"{len(frame.columns) + frame.index.nlevels}. Name every column in the first line."
         )
     missing = [name for name in (*(columns or ()), *drop) if name not in frame.columns]
     if missing:
-        raise DataError(f"{path} has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns[:12]))} …")
+        found = ", ".join(map(str, frame.columns[:12]))
+        raise DataError(f"Expected column {missing[0]!r} in {path}, found {found} …. Choose out of these.")
     return frame[list(columns)] if columns else frame.drop(columns=list(drop))
 
 
-def _packed(frame: Any) -> bool:
-    """Whether a column holds images or whole feature vectors rather than one number a cell."""
-    return any(isinstance(frame[name].iloc[0], dict | list | np.ndarray) for name in frame.columns if len(frame))
+def _packed(frame: Any) -> list[Any]:
+    """The columns that hold images or whole feature vectors rather than one number per cell."""
+    return [name for name in frame.columns if len(frame) and isinstance(frame[name].iloc[0], dict | list | np.ndarray)]
 
 
 def _cells(frame: Any, path: Path, image_size: int) -> torch.Tensor:
-    packed = [
-        name for name in frame.columns if len(frame) and isinstance(frame[name].iloc[0], dict | list | np.ndarray)
-    ]
+    packed = _packed(frame)
     if len(packed) != 1:
-        raise DataError(f"Choose one column of features or images of {path} with --columns; found {packed}.")
+        raise DataError(f"Expected one column of features or images in {path}, found {packed}. Choose by --columns.")
     cells = frame[packed[0]].tolist()
     if isinstance(cells[0], dict):
-        return torch.stack(
-            [_image(cell.get("bytes"), f"{path}, row {row}", image_size) for row, cell in enumerate(cells)]
-        )
+        return torch.stack([_image(cell.get("bytes"), f"{path}, row {i}", image_size) for i, cell in enumerate(cells)])
     try:
         return torch.as_tensor(np.stack([np.asarray(cell).reshape(-1) for cell in cells]))
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"Expected feature vectors of one length and of numbers in {path}, column {packed[0]!r}, found others; "
-            "leave those rows out."
+            f"Expected feature vectors of one length in {path}, column {packed[0]!r}, found others. Leave them out."
         ) from error
 
 
@@ -261,13 +236,11 @@ def _image(source: Any, where: str, size: int) -> torch.Tensor:
 
     from PIL import Image
 
-    if source is None:
-        raise ImageDecodeError(f"{where} holds no image; leave that row out.")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source or b"")) as image:
             grey = image.convert("L").resize((size, size))
-    except (*_DAMAGE, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageDecodeError(f"{where} is not an image that can be read ({type(error).__name__}).") from error
+    except (*_DAMAGE, *_PACKED_DAMAGE, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageDecodeError(f"Expected an image, found none in {where} ({type(error).__name__}).") from error
     return torch.as_tensor(np.asarray(grey, dtype=np.float64).reshape(-1) / 255)
 
 
@@ -279,11 +252,24 @@ def _encode(
 
     first, second = frames
     if list(first.columns) != list(second.columns):
-        only = [name for name in first.columns if name not in second.columns] or [
-            name for name in second.columns if name not in first.columns
-        ]
-        what = f"{only[0]!r} is in one only" if only else "their order differs"
-        raise DataError(f"{paths[0]} and {paths[1]} must have the same columns: {what}; use --columns or --drop.")
+        only = first.columns.symmetric_difference(second.columns, sort=False)
+        what = f"{only[0]!r} in one only" if len(only) else "another order"
+        raise DataError(f"Expected the same columns in {paths[0]} and {paths[1]}, found {what}. Use --drop.")
+    size = len(first)
+
+    def place(row: int) -> str:
+        return f"{paths[0]}, row {row}" if row < size else f"{paths[1]}, row {row - size}"
+
+    def refuse_typos(parsed: Any, texts: Any, name: Any) -> None:
+        """In a column that holds numbers for the most part, in one of the files at least."""
+        numeric = parsed.notna()
+        if any(part.mean() > 0.5 for part in (numeric[numeric.index < size], numeric[numeric.index >= size])):
+            row = int(numeric.index[~numeric][0])
+            raise DataError(
+                f"Expected numbers in column {name!r}, most of its cells are, found {texts[row]!r} in {place(row)} "
+                f"({int((~numeric).sum())} such cells). Mend them, empty them and use --fill, or use --drop."
+            )
+
     both = pandas.concat([first, second], ignore_index=True)
     numbers, coded = {}, []
     for name in both.columns:
@@ -294,44 +280,23 @@ def _encode(
             if len(texts) and parsed.notna().all():
                 cells = parsed.reindex(cells.index)
             else:
-                _refuse_typos(parsed, texts, len(first), paths, name)
+                refuse_typos(parsed, texts, name)
                 codes = {text: float(i) for i, text in enumerate(sorted(set(texts)))}
                 cells = texts.map(codes).reindex(cells.index)
                 coded.append(name)
         numbers[name] = cells.astype(float)
     table = pandas.DataFrame(numbers)
-    if fill is not None:
-        table = table.fillna(fill)
-    values = table.to_numpy(copy=True)
+    values = (table if fill is None else table.fillna(fill)).to_numpy(copy=True)
     for bad, expected, remedy in (
-        (np.isnan(values), "a value in every cell, found none", "fill them with --fill 0"),
-        (~np.isfinite(values), "a finite number in every cell, found an infinite one", "mend them"),
+        (np.isnan(values), "a value in every cell, found none", "Fill them with --fill 0"),
+        (~np.isfinite(values), "a finite number in every cell, found an infinite one", "Mend them"),
     ):
         cells = np.argwhere(bad)
         if len(cells):
             row, column = cells[0].tolist()
             raise NonFiniteError(
-                f"Expected {expected} in {_place(row, len(first), paths)}, column {table.columns[column]!r} "
-                f"({len(cells)} such cells in both files); {remedy} or leave columns out with --drop."
+                f"Expected {expected} in {place(row)}, column {table.columns[column]!r} ({len(cells)} such cells). "
+                f"{remedy} or leave columns out with --drop."
             )
     matrix = torch.as_tensor(values)
-    return matrix[: len(first)], matrix[len(first) :], coded
-
-
-def _place(row: int, size: int, paths: tuple[Path, Path]) -> str:
-    """File and row of a row of both tables together, of which the first has ``size``."""
-    return f"{paths[0]}, row {row}" if row < size else f"{paths[1]}, row {row - size}"
-
-
-def _refuse_typos(parsed: Any, texts: Any, size: int, paths: tuple[Path, Path], name: Any) -> None:
-    """Refuse text cells in a column that holds numbers for the most part, in one of the files at least."""
-    numeric = parsed.notna()
-    shares = [part.mean() for part in (numeric[numeric.index < size], numeric[numeric.index >= size]) if len(part)]
-    if all(share <= 0.5 for share in shares):
-        return
-    row = int(numeric.index[~numeric][0])
-    raise DataError(
-        f"Expected numbers in column {name!r}, most of its cells are, found {texts[row]!r} in "
-        f"{_place(row, size, paths)} ({int((~numeric).sum())} such cells in both files); mend them, empty them and "
-        "use --fill, or leave the column out with --drop."
-    )
+    return matrix[:size], matrix[size:], coded

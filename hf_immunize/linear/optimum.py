@@ -27,10 +27,9 @@ from hf_immunize.spectra.checks import binary_scale, check_count, check_number, 
 
 
 class Factor(NamedTuple):
-    """``X = U diag(s) Vᵀ`` without ``U`` and without the directions at rounding level.
+    """``X = U diag(s) Vᵀ`` without ``U`` and the directions at rounding level; `rows` have the Hessians ``θᵀXᵀXθ``.
 
-    ``K = XᵀX = V diag(s²) Vᵀ``, so every Hessian ``θᵀKθ`` of the linear setting is that of :attr:`rows`. They have
-    full row rank: no null direction of the data can come back as rounding noise through a large ``θ``.
+    They have full row rank: no null direction of the data can come back as rounding noise through a large ``θ``.
     """
 
     s: torch.Tensor  # (r,) singular values, falling
@@ -86,8 +85,7 @@ def factors(X_benign: Any, X_harmful: Any, produced_dtype: torch.dtype | None = 
     H = row_factor(X_harmful, "X_harmful", produced_dtype=produced_dtype)
     if P.dim != H.dim:
         raise ShapeError(
-            f"Expected X_benign and X_harmful of the same columns, one map θ serves both, found {P.dim} and {H.dim}. "
-            "Encode both tasks with the same features."
+            f"Expected X_benign and X_harmful of the same columns, found {P.dim} and {H.dim}. Encode both alike."
         )
     return P, H
 
@@ -101,26 +99,20 @@ def null_basis(V: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a linear map behind the given features could reach, known before any training.
+    """What a linear map after the given features could reach, known before any training.
 
     Attributes:
         value: The largest RIR of any invertible ``θ``; infinite where the harmful data have directions of their own.
         common_value: The finite ceiling of both data sets projected on the directions they share; the same number as
             ``value`` where both have full rank, NaN where they share none.
-        harmful_only: How many directions of the harmful data the benign data do not have. A map scales them freely, at
-            no cost to the benign task.
-        benign_rank: Rank of the benign data.
-        harmful_rank: Rank of the harmful data.
-        common_rank: How many directions they share.
-        benign_kappa: ``κ(K_P)``.
-        harmful_kappa: ``κ(K_H)``.
+        harmful_only: How many harmful directions the benign data do not have. A map scales them freely.
+        benign_rank, harmful_rank, common_rank: Ranks of the data, and how many directions they share.
+        benign_kappa, harmful_kappa: ``κ(K_P)`` and ``κ(K_H)``.
         pencil_kappa: ``κ(M)`` over the non-zero spectrum, of the shared directions where ``value`` is infinite.
-        common_benign_kappa: ``κ(K_P)`` of the projected data.
-        common_harmful_kappa: ``κ(K_H)`` of the projected data.
+        common_benign_kappa, common_harmful_kappa: ``κ(K_P)`` and ``κ(K_H)`` of the projected data.
         tolerance: Sine of the angle above which a harmful direction counts as outside the benign row space.
         dim: ``D``.
-        num_benign: Benign samples. With fewer than ``dim`` the numbers describe the sample rather than the task.
-        num_harmful: Harmful samples.
+        num_benign, num_harmful: Samples. With fewer than ``dim`` the numbers describe the sample, not the task.
     """
 
     value: float
@@ -142,18 +134,13 @@ class Ceiling:
     def frontier(self, points: int = 50) -> list[tuple[float, float, float]]:
         """The best pairs of the two ratios: ``(t, (ii), (i))`` for ``t`` from 1 to κ(K_P).
 
-        Where the benign data have every harmful direction (``harmful_only`` is 0), every map lies on or below this
-        line, which is straight through the origin in linear axes and of slope 1 in logarithmic ones:
-        ``(i) = value · (ii)``. A single harmful direction has κ = 1 under every map, so there ``(i) = 1``.
-
-        Where some are absent there is no such line for all the data. What is returned is then the line of both data
-        sets projected on the shared directions, ``(i) = common_value · (ii)`` for ``t`` up to ``common_benign_kappa``;
-        it is empty where they share none.
+        Where ``harmful_only`` is 0, every map lies on or below this line, ``(i) = value · (ii)``; a single harmful
+        direction has κ = 1 under every map, so there ``(i) = 1``. Else it is the line of both data sets projected on
+        the directions they share, ``(i) = common_value · (ii)``; empty where they share none.
         """
         check_count(points, "points")
-        slope, kappa = self.value, self.benign_kappa
-        if self.harmful_only:
-            slope, kappa = self.common_value, self.common_benign_kappa
+        whole, shared = (self.value, self.benign_kappa), (self.common_value, self.common_benign_kappa)
+        slope, kappa = shared if self.harmful_only else whole
         if not math.isfinite(slope):
             return []
         top = math.log(max(kappa, 1.0))
@@ -163,18 +150,14 @@ class Ceiling:
 
 
 def rir_ceiling(
-    X_benign: Any,
-    X_harmful: Any,
-    *,
-    tolerance: float | None = None,
-    produced_dtype: torch.dtype | None = None,
+    X_benign: Any, X_harmful: Any, *, tolerance: float | None = None, produced_dtype: torch.dtype | None = None
 ) -> Ceiling:
     """How far any invertible linear map can immunize features against a linear probe: the ceiling of RIR.
 
     Args:
         X_benign: ``(N_P, D)`` benign data or features, as they are (not centred).
         X_harmful: ``(N_H, D)`` harmful ones, the same columns.
-        tolerance: Sine of the angle above which a harmful direction lies outside the benign row space. Default: the
+        tolerance: Sine of the angle above which a harmful direction lies outside the benign row space; by default the
             square root of the machine epsilon of the dtype that produced the data.
         produced_dtype: The dtype they were computed in, where it is not the one they carry.
 
@@ -182,9 +165,7 @@ def rir_ceiling(
         The ceiling and everything it is made of.
 
     Raises:
-        ShapeError: Different numbers of columns, fewer than two rows, not a matrix.
-        NonFiniteError: A cell is NaN or infinite; the message names row and column.
-        RankError: One data set is all zero.
+        ShapeError, NonFiniteError, RankError: The data do not fit, are not finite, or all zero.
         ArgumentError: A tolerance outside (0, 1).
 
     Example:
@@ -198,16 +179,18 @@ def rir_ceiling(
     (P, _), (H, _) = P.unit(), H.unit()  # of which the ceiling does not depend
     common = common_basis(P, H, tolerance)
     outside = H.rank - common.shape[1]
-    m, kp, kh = _projected(P, H, common) if common.shape[1] else (math.nan,) * 3
-    pencil = m
+    m = kp = kh = math.nan
+    if common.shape[1]:  # κ(M), κ(K_P) and κ(K_H) of the projected data, where both have full column rank
+        _, s, Wh = torch.linalg.svd(P.rows @ common, full_matrices=False)
+        shared = H.rows @ common
+        m, kp, kh = (
+            _kappa(sigma) for sigma in (torch.linalg.svdvals(shared @ (Wh.T / s)), s, torch.linalg.svdvals(shared))
+        )
+    # One harmful direction has κ = 1 under every map: only the benign side can still gain.
+    pencil, value = m, P.kappa if H.rank == 1 else math.inf
     if outside == 0:
         pencil = _kappa(torch.linalg.svdvals(H.rows @ whitener(P))[: H.rank])
         value = pencil * P.kappa / H.kappa
-    elif H.rank == 1:
-        # One harmful direction has κ = 1 under every map: only the benign side can still gain.
-        value = P.kappa
-    else:
-        value = math.inf
     return Ceiling(
         value=value,
         common_value=m * kp / kh,
@@ -241,14 +224,6 @@ def _kappa(sigma: torch.Tensor) -> float:
     return float(sigma[0] / sigma[-1]) ** 2
 
 
-def _projected(P: Factor, H: Factor, basis: torch.Tensor) -> tuple[float, float, float]:
-    """``κ(M)``, ``κ(K_P)`` and ``κ(K_H)`` of the data projected on ``basis``, where both have full column rank."""
-    _, s, Wh = torch.linalg.svd(P.rows @ basis, full_matrices=False)
-    harmful = H.rows @ basis
-    whitened = torch.linalg.svdvals(harmful @ (Wh.T / s))
-    return _kappa(whitened), _kappa(s), _kappa(torch.linalg.svdvals(harmful))
-
-
 def common_basis(P: Factor, H: Factor, tolerance: float) -> torch.Tensor:
     """Orthonormal basis ``(D, c)`` of the harmful directions that lie in the benign row space."""
     if P.rank == P.dim:
@@ -265,12 +240,7 @@ def whitener(P: Factor) -> torch.Tensor:
 
 
 def optimal_map(
-    X_benign: Any,
-    X_harmful: Any,
-    *,
-    t: float | None = None,
-    harmful_gain: float = 1e3,
-    tolerance: float | None = None,
+    X_benign: Any, X_harmful: Any, *, t: float | None = None, harmful_gain: float = 1e3, tolerance: float | None = None
 ) -> torch.Tensor:
     """The ``θ`` that attains the ceiling, in closed form: ``(D, D)`` float64, invertible.
 
@@ -298,35 +268,17 @@ def optimal_map(
     rest = whitened - own @ (own.T @ whitened)
     _, sigma, Qh = torch.linalg.svd(rest, full_matrices=True)
     rank = min(H.rank - outside, len(sigma))
-    shared = (whitener(P) @ Qh.T) * _dial(sigma, rank, P.rank, t)
-    theta = torch.cat([shared, null @ _outer(Wh, strengths, outside, H, shared, harmful_gain)], dim=1)
-    return check_result(theta / scale, "the map")
-
-
-def _dial(sigma: torch.Tensor, rank: int, size: int, t: float) -> torch.Tensor:
-    """``s``, between 1 and √t, increasing with the harmful singular values ``sigma = √μ``."""
-    scale = sigma.new_ones(size)
-    if rank == 0:
-        return scale
+    dial = sigma.new_ones(P.rank)  # s, between 1 and √t, increasing with the harmful singular values √μ
     log_mu = 2 * sigma[:rank].log()
-    span = float(log_mu[0] - log_mu[-1])
     # κ(M) = 1 up to rounding: the dial is 0/0, and whitening alone is optimal.
-    if span > 1e-12:
-        scale[:rank] = torch.exp(0.5 * math.log(t) * (log_mu - log_mu[-1]) / span)
-    return scale
-
-
-def _outer(
-    Wh: torch.Tensor, strengths: torch.Tensor, outside: int, H: Factor, shared: torch.Tensor, gain: float
-) -> torch.Tensor:
-    """Scales for the directions the benign data do not have, so that θ stays invertible."""
-    # Directions that neither task sees get the typical size of the rest of θ.
-    usual = float(torch.linalg.svdvals(shared).log().mean().exp()) if shared.numel() else 1.0
-    scale = Wh.new_full((Wh.shape[0],), usual)
+    if rank and float(log_mu[0] - log_mu[-1]) > 1e-12:
+        dial[:rank] = torch.exp(0.5 * math.log(t) * (log_mu - log_mu[-1]) / (log_mu[0] - log_mu[-1]))
+    shared = (whitener(P) @ Qh.T) * dial
+    # Directions that neither task sees get the typical size of the rest of θ, which stays invertible.
+    outer = Wh.new_full((Wh.shape[0],), float(torch.linalg.svdvals(shared).log().mean().exp()))
     if outside:
-        reference = float(torch.linalg.matrix_norm(H.rows @ shared, 2)) if shared.numel() else float(H.s[0])
-        scale[:outside] = gain * reference / strengths[:outside]
-    return Wh.T * scale
+        outer[:outside] = harmful_gain * torch.linalg.matrix_norm(H.rows @ shared, 2) / strengths[:outside]
+    return check_result(torch.cat([shared, null @ (Wh.T * outer)], dim=1) / scale, "the map")
 
 
 def principal_angles(X_benign: Any, X_harmful: Any, leading: int = 10) -> torch.Tensor:
@@ -350,16 +302,13 @@ _HARDLY, _WORTHWHILE = 2.0, 10.0
 def advice(ceiling: Ceiling) -> str:
     """One sentence: are these two tasks separable by conditioning at all, and what limits it."""
     if math.isinf(ceiling.value):
-        share = ceiling.harmful_only / ceiling.harmful_rank
         text = (
             f"A linear map can immunize without limit here, because {ceiling.harmful_only} of the "
-            f"{ceiling.harmful_rank} harmful directions ({100 * share:.0f} %) do not occur in the benign data"
+            f"{ceiling.harmful_rank} harmful directions do not occur in the benign data"
         )
         if ceiling.num_benign < ceiling.dim:
-            return (
-                f"{text}, but with {ceiling.num_benign} benign samples in {ceiling.dim} dimensions that may only mean "
-                "that samples are missing: add benign data and look again."
-            )
+            few = f"{ceiling.num_benign} benign samples in {ceiling.dim} dimensions"
+            return f"{text}, but with {few} some may only be missing: add benign data and look again."
         if ceiling.common_rank == 0:
             return f"{text}; the two tasks share no direction at all."
         return f"{text}; on the directions that both use the ceiling is {ceiling.common_value:.3g}."
@@ -367,7 +316,7 @@ def advice(ceiling: Ceiling) -> str:
         how = "the same" if ceiling.value < 1.01 else "almost the same"
         return (
             f"No linear map can immunize here: both tasks use the same directions in {how} proportions (ceiling "
-            f"{ceiling.value:.3g}), so change the features, not the map behind them."
+            f"{ceiling.value:.3g}), so change the features, not the map after them."
         )
     if ceiling.value < _WORTHWHILE:
         return (

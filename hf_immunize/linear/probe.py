@@ -1,9 +1,7 @@
 """Linear probing by gradient descent with exact line search, the attacker of the paper's theory, and in closed form.
 
-The paper measures how slowly a linear probe converges on immunized features (Zheng et al., ICML 2025, figure of
-``‖w_t − w*‖² / ‖w_0 − w*‖²``). Gradient descent with exact line search on ``½‖Zw − y‖²`` contracts by a factor that
-depends on ``κ(ZᵀZ)`` alone (Boyd & Vandenberghe, 2004, §9.3), so the curve is the condition number seen at work.
-Everything is computed in float64, whatever the dtype of the features.
+Gradient descent with exact line search on ``½‖Zw − y‖²`` contracts by a factor that depends on ``κ(ZᵀZ)`` alone (Boyd
+& Vandenberghe, 2004, §9.3): its curve is the condition number seen at work. Everything is computed in float64.
 """
 
 from collections.abc import Sequence
@@ -15,14 +13,7 @@ from torch import Tensor
 
 from hf_immunize.errors import RankError, ShapeError
 from hf_immunize.linear.inputs import as_data, as_targets, dtype_of_origin, keep_above_noise
-from hf_immunize.spectra.checks import (
-    as_labels,
-    binary_scale,
-    check_count,
-    check_number,
-    check_result,
-    decomposing,
-)
+from hf_immunize.spectra.checks import as_labels, binary_scale, check_count, check_number, check_result, decomposing
 
 
 def descent_residuals(s: Tensor, weights: Tensor, steps: Sequence[int]) -> list[Tensor]:
@@ -31,9 +22,6 @@ def descent_residuals(s: Tensor, weights: Tensor, steps: Sequence[int]) -> list[
     In the eigenbasis of ``ZᵀZ`` one step multiplies the error of direction i by ``1 − α_t s_i²``, with
     ``α_t = Σ s_i⁴ p_i² w_i / Σ s_i⁶ p_i² w_i``, ``p`` the product so far and ``w_i`` the squared norm of the optimum's
     row i. So 100,000 steps cost as much as one on the features.
-
-    >>> descent_residuals(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), [1])
-    [tensor([ 0.8877, -0.0110])]
     """
     s, weights = s.cpu(), weights.cpu()
     kind = s.numpy().dtype
@@ -54,10 +42,7 @@ def descent_residuals(s: Tensor, weights: Tensor, steps: Sequence[int]) -> list[
 
 
 class _Problem(NamedTuple):
-    """``Z = U diag(s) Vᵀ`` without its null part, and the targets in it: all a quadratic problem needs.
-
-    Of features and targets divided by powers of two near their size, so that no square leaves the range.
-    """
+    """``Z = U diag(s) Vᵀ`` without its null part, and the targets in it, both divided by powers of two."""
 
     s: Tensor  # (r,)
     V: Tensor  # (D, r)
@@ -104,16 +89,13 @@ def probe_convergence(
         y: Targets, ``(N,)`` or ``(N, C)``; one-hot rows for classes.
         steps: Number of steps.
         intercept: Add a column of ones to the features; its weight is part of ``w``.
-        produced_dtype: The dtype the features were computed in, where it is not the one they carry: it decides which
-            small singular values count as rounding noise.
+        produced_dtype: The dtype the features were computed in, where it is not the one they carry.
 
     Returns:
         ``(steps,)`` float64, for t = 1..steps.
 
     Raises:
-        ShapeError: Shapes do not fit, or there are fewer than two rows.
-        NonFiniteError: A feature or target is NaN or infinite.
-        RankError: All features are zero.
+        ShapeError, NonFiniteError, RankError: Shapes do not fit, a number is not finite, or all features are zero.
         ArgumentError: ``steps`` is not a positive whole number.
 
     Example:
@@ -143,10 +125,8 @@ def probe_accuracy(Z: Any, labels: Any, Z_test: Any, labels_test: Any, steps: in
     test = _with_ones(test).to(matrix.device)
     # The largest score does not depend on a factor on all of them.
     projected = test / binary_scale(test) @ problem.V
-    hits = [
-        (projected @ ((1 - left)[:, None] * problem.optimum)).argmax(1) == wanted for left in problem.residuals(steps)
-    ]
-    return torch.stack(hits).to(torch.float64).mean(1)
+    fitted = ((1 - left)[:, None] * problem.optimum for left in problem.residuals(steps))
+    return torch.stack([(projected @ part).argmax(1) == wanted for part in fitted]).to(torch.float64).mean(1)
 
 
 class LinearProbe(NamedTuple):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_immunize.errors import ArgumentError, PerfectConditioningError, RankError
+from hf_immunize.errors import PerfectConditioningError, RankError
 from hf_immunize.spectra.regularizers import ill_denominator
 
 
@@ -59,8 +59,7 @@ def feature_spectrum(Z: Tensor) -> RowSpectrum:
 
 def tied(values: Tensor) -> int:
     """How many of the eigenvalues count as the largest one: all within `TIE`, or a smaller distance."""
-    tie = TIE
-    top = int((values >= (1 - tie) * values[0]).sum())
+    top, tie = len(values), 10 * TIE
     while top == len(values) and tie > 1e-12:
         tie /= 10
         top = int((values >= (1 - tie) * values[0]).sum())
@@ -79,12 +78,8 @@ def well_step(values: Tensor, dim: int) -> float:
     """The largest step of ``R_well`` for which κ(H_P) provably falls (or stays, at κ = 1, where it is 0).
 
     The top eigenspace of ``m`` values must not sink below the next eigenvalue, nor change order within itself:
-
-        η ≤ (1 − r) / (2σ_m(1/m − 1/D) + 2rσ_{m+1}/D),   r = √(σ_{m+1}/σ_m)      and, for m > 1,
-        η ≤ 1 / (6σ_1(1/m − 1/D))
-
-    Then every eigenvalue outside the top eigenspace grows and the largest falls. (The range of the paper's Theorem 4.3
-    lets the largest eigenvalue be annihilated, after which κ jumps up; tests keep such cases.)
+    ``η ≤ (1 − r)/(2σ_m(1/m − 1/D) + 2rσ_{m+1}/D)``, ``r = √(σ_{m+1}/σ_m)``, and for m > 1 ``η ≤ 1/(6σ_1(1/m − 1/D))``.
+    (The range of the paper's Theorem 4.3 lets the largest eigenvalue be annihilated, after which κ jumps up.)
     """
     top = tied(values)
     share = 1 / top - 1 / dim
@@ -100,8 +95,8 @@ def _denominator(values: Tensor) -> float:
     d = float(ill_denominator(values, values[-1], len(values)))
     if d <= 1e-14 * float(values[0].square()):
         raise PerfectConditioningError(
-            "Expected harmful features with κ > 1, found κ = 1, where R_ill is undefined. Start from another θ than "
-            "one that whitens them, for example theta_init='random'."
+            "Expected harmful features with κ > 1, found κ = 1, where R_ill is undefined. Start from another θ, as by "
+            "theta_init='random'."
         )
     return d
 
@@ -114,29 +109,19 @@ def ill_weights(values: Tensor) -> Tensor:
 
 
 def ill_step_limit(values: Tensor) -> float:
-    """``d²/(2(1 − 1/k)σ_k)``: below it the smallest eigenvalue shrinks but stays, so κ(H_H) rises.
-
-    At the limit it is annihilated, the rank drops, and a κ over the non-zero spectrum *falls*.
-    """
+    """``d²/(2(1 − 1/k)σ_k)``: below it the smallest eigenvalue shrinks, so κ(H_H) rises; at it, it is annihilated."""
     return _denominator(values) ** 2 / (2 * (1 - 1 / len(values)) * float(values[-1]))
 
 
 def ill_step(values: Tensor, growth: float) -> float:
-    """The step of ``R_ill`` after which κ(H_H) is ``growth`` times what it was, always inside the provable range.
-
-    With ``a`` the fraction of :func:`ill_step_limit`, the extremes are multiplied by ``(1 − a)²`` and
-    ``(1 + aκ/(k−1))²``; setting their ratio to ``growth`` is linear in ``a``.
-    """
-    if not growth > 1:
-        raise ArgumentError(f"Expected growth, the factor by which κ(H_H) rises, above 1, found {growth!r}.")
-    limit = ill_step_limit(values)
-    q = float(values[0] / values[-1]) / (len(values) - 1)
-    root = growth**0.5
-    return (root - 1) / (q + root) * limit
+    """The step of ``R_ill`` after which κ(H_H) is ``growth`` > 1 times what it was, inside the provable range."""
+    # At the fraction a of the limit the extremes are multiplied by (1 − a)² and (1 + aκ/(k−1))².
+    limit, root = ill_step_limit(values), growth**0.5
+    return (root - 1) / (float(values[0] / values[-1]) / (len(values) - 1) + root) * limit
 
 
 class Direction(NamedTuple):
-    """A ``(D, D)`` direction as the product of its thin factors: never formed, only subtracted."""
+    """A ``(D, D)`` direction as the product of thin factors: never formed, only subtracted."""
 
     tall: Tensor  # (D, k)
     flat: Tensor  # (k, D)
