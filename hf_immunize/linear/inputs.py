@@ -75,16 +75,8 @@ ARRAYS = (".npy", ".npz", ".safetensors")
 TABLES = (".csv", ".parquet")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # What numpy, pandas, pyarrow and pillow raise on damaged files, between them.
-_DAMAGE: tuple[type[Exception], ...] = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-)
-_DAMAGE += (struct.error, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
+_PACKED_DAMAGE = (struct.error, zipfile.BadZipFile, zlib.error)
 
 
 def read_pair(
