@@ -14,7 +14,6 @@ from hf_immunize.errors import ArgumentError
 from hf_immunize.features.cache import DTYPES
 from hf_immunize.training.distillation import MAX_TV_PER_IMAGE
 from hf_immunize.training.objectives import AUTO, OBJECTIVES
-from hf_immunize.training.weighting import WeightRule
 
 
 # Old to new names of objectives.
@@ -108,19 +107,6 @@ class Method:
     def needs_harmful_labels(self) -> bool:
         """Whether harmful images need labels."""
         return self.objective != AUTO and OBJECTIVES[self.objective].needs_harmful_labels
-
-    @property
-    def rule(self) -> WeightRule:
-        """The part that decides the weights."""
-        return WeightRule(
-            benign=self.benign_weight,
-            harmful=self.harmful_weight,
-            ratio=self.auto_weight_ratio,
-            averaging=self.auto_weight_averaging,
-            bound=self.auto_weight_bound,
-            warmup_steps=self.weight_warmup_steps,
-            budget=self.benign_budget,
-        )
 
     @classmethod
     def of(cls, settings: Any) -> Method:

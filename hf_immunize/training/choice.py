@@ -18,7 +18,7 @@ from hf_immunize.data.sources import choose
 from hf_immunize.errors import DataError
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.distributed import broadcast_from_main, is_main
-from hf_immunize.training.objectives import AUTO, OBJECTIVES, Objective
+from hf_immunize.training.objectives import AUTO, OBJECTIVES
 from hf_immunize.vision.head import HeadInput, in_eval_mode
 
 
@@ -41,10 +41,6 @@ class Choice:
     objective: str
     reads: tuple[str, ...] = ()
     reason: str = "by name"
-
-    def build(self, method: Method) -> Objective:
-        """The objective itself."""
-        return OBJECTIVES[self.objective](self.reads, method.scale_free)
 
 
 def choose_objective(

@@ -35,7 +35,7 @@ from hf_immunize.training.distributed import (
     sum_is_smaller,
     world_size,
 )
-from hf_immunize.training.objectives import Objective, Side, Terms, gradient_norm
+from hf_immunize.training.objectives import OBJECTIVES, Objective, Side, Terms, gradient_norm
 from hf_immunize.training.weighting import Weighting
 from hf_immunize.vision.head import HeadInput, check_full_precision, find_head, in_eval_mode, outermost_name
 from hf_immunize.vision.relu import ReluInputs
@@ -121,7 +121,7 @@ class ImmunizationStep:
             )
         self.still = modules_in_eval(model, moving, freeze_batchnorm, head_module)
         self.together = not has_batch_statistics(model, self.still)
-        self.weighting = Weighting(self.method.rule)
+        self.weighting = Weighting(self.method)
         self.start = StartingModel(model) if self.method.needs_start else None
         # Micro-batches so far: the Trainer sees by it that none goes past the method.
         self.calls = 0
@@ -156,7 +156,7 @@ class ImmunizationStep:
                 self._choose(choose_objective(self.method, self._plain_model, self.head, self.moving, sample))
 
     def _choose(self, choice: Choice) -> None:
-        self.choice, self._objective = choice, choice.build(self.method)
+        self.choice, self._objective = choice, OBJECTIVES[choice.objective](choice.reads, self.method.scale_free)
 
     # ---- the loss ----
 

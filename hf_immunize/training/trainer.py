@@ -359,11 +359,7 @@ class ImmunizationTrainer(Trainer):
     # ---- the step ----
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Benign loss plus weighted regularizers for a pair of batches; the Trainer's own loss for a single batch.
 
@@ -382,9 +378,7 @@ class ImmunizationTrainer(Trainer):
         self._means.update(result.logged, self.state.global_step + 1, result.finite)
         return (result.loss, {"logits": result.logits}) if return_outputs else result.loss
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's; a `compute_loss` of a subclass that does not know batches of two sides is named."""
         before = self._step.calls
         try:
@@ -498,11 +492,7 @@ class ImmunizationTrainer(Trainer):
         return output
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
         """As the Trainer's; the loss counts by its images, and within `evaluate`, the features are kept."""
         measurement = None if self._evaluation is None else self._evaluation.benign

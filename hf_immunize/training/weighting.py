@@ -13,7 +13,7 @@ multiplied by it, and the multiplier grows by as much less: it would spend the b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,24 +23,15 @@ from hf_immunize.training.distributed import process_mean
 from hf_immunize.training.objectives import Terms, gradient_norm
 
 
+if TYPE_CHECKING:
+    from hf_immunize.training.arguments import Method
+
+
 # In a step the multiplier changes by this power of budget over measure, within these bounds: slower the nearer the
 # budget is, so that it settles there, and faster down than up, which keeps excursions above the budget short.
 _POWER = 0.1
 _LARGEST, _SMALLEST = 1.03, 0.9
 _START = 0.02
-
-
-@dataclass(frozen=True)
-class WeightRule:
-    """What decides the weights; `ImmunizationArguments` explains each number under ``auto_weight_…`` and the like."""
-
-    benign: str | float = "auto"
-    harmful: str | float = "auto"
-    ratio: float = 0.3
-    averaging: float = 0.9
-    bound: float = 3.0
-    warmup_steps: int = 0
-    budget: float | None = None
 
 
 def balanced_weight(scale: Tensor, term_norm: Tensor, factor: Tensor | float) -> Tensor:
@@ -56,8 +47,8 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
 class Weighting:
     """The weights of a run, with what they remember, which is the same on all processes."""
 
-    def __init__(self, rule: WeightRule) -> None:
-        self.rule = rule
+    def __init__(self, method: Method) -> None:
+        self.method = method
         self._multiplier = torch.tensor(_START)
         self._divergence = torch.tensor(0.0)  # running mean over steps
         self._pending = torch.zeros(2)  # sum and count over the micro-batches of the step at hand
@@ -70,11 +61,13 @@ class Weighting:
     @property
     def factor(self) -> Tensor:
         """The multiplier under a budget, else the fixed ratio; 0-D."""
-        return self._multiplier if self.rule.budget is not None else torch.tensor(self.rule.ratio)
+        return (
+            self._multiplier if self.method.benign_budget is not None else torch.tensor(self.method.auto_weight_ratio)
+        )
 
     def spent(self) -> tuple[float, float] | None:
         """How far the benign side has moved of late, and the multiplier over its start: a wait for the device."""
-        if self.rule.budget is None:
+        if self.method.benign_budget is None:
             return None
         return float(self._divergence), float(self._multiplier) / _START
 
@@ -84,18 +77,18 @@ class Weighting:
         if step != self._step:
             self._adapt()
             self._step = step
-        if self.rule.budget is not None:
+        if self.method.benign_budget is not None:
             mean = process_mean(divergence.detach().to(torch.promote_types(divergence.dtype, torch.float32)))
             self._pending = self._pending + torch.stack([mean, torch.ones_like(mean)])
 
     def _adapt(self) -> None:
-        if self._step < 0 or self.rule.budget is None:
+        if self._step < 0 or self.method.benign_budget is None:
             return
         mean = self._pending[0] / self._pending[1]
-        keep = self.rule.averaging if self._step > 0 else 0.0
+        keep = self.method.auto_weight_averaging if self._step > 0 else 0.0
         self._divergence = keep * self._divergence + (1 - keep) * mean
         # A loss may have fallen, which has no logarithm.
-        part = (self._divergence / self.rule.budget).clamp_min(torch.finfo(self._divergence.dtype).eps)
+        part = (self._divergence / self.method.benign_budget).clamp_min(torch.finfo(self._divergence.dtype).eps)
         change = part.pow(-_POWER).clamp(_SMALLEST, _LARGEST)
         left = torch.where(self._left[1] > 0, self._left[0] / self._left[1].clamp_min(1), 1)
         change = torch.where(change > 1, change.pow(left), change)
@@ -105,13 +98,13 @@ class Weighting:
     def benign_scale(self, norm: Tensor) -> Tensor:
         """The benign loss's gradient norm, averaged over micro-batches and bounded."""
         self._to(norm.device)
-        keep = self.rule.averaging
+        keep = self.method.auto_weight_averaging
         self._norm = keep * self._norm + (1 - keep) * norm.detach()
         self._norm_weight = keep * self._norm_weight + (1 - keep)
         mean = self._norm / self._norm_weight
         # A benign loss that rises because the weights are too large must not raise them further.
         self._smallest = torch.minimum(self._smallest, mean)
-        return torch.minimum(mean, self.rule.bound * self._smallest)
+        return torch.minimum(mean, self.method.auto_weight_bound * self._smallest)
 
     def weigh(
         self,
@@ -125,7 +118,7 @@ class Weighting:
 
         ``benign_scale`` computes the unit of gradients on the features, and is called where a weight is "auto".
         """
-        warmup, left = warmup_factor(step, self.rule.warmup_steps), _most_left(terms)
+        warmup, left = warmup_factor(step, self.method.weight_warmup_steps), _most_left(terms)
         if left is not None:
             self._left = self._left + torch.stack([left, torch.ones_like(left)]).to(self._left)
         total, logged = benign_loss, dict[str, Tensor]()
@@ -144,23 +137,25 @@ class Weighting:
                 weight = self._balanced(inner.scale, inner.gradient_norm, inner.left)
             total = total + warmup * weight * inner.value
             logged[name] = inner.value
-        if self.rule.budget is not None:
+        if self.method.benign_budget is not None:
             logged["multiplier"] = self.factor
         return total, logged
 
     def _balanced(self, scale: Tensor, norm: Tensor, left: Tensor | None) -> Tensor:
         # A number stays a number: a tensor made of it would be copied to the device in every step.
-        factor = self.factor.to(norm.device) if self.rule.budget is not None else self.rule.ratio
+        factor = (
+            self.factor.to(norm.device) if self.method.benign_budget is not None else self.method.auto_weight_ratio
+        )
         weight = balanced_weight(scale, norm, factor)
         return weight if left is None else left * weight
 
     def _fixed(self, side: str, term: Tensor) -> Tensor | None:
         """The user's number for a side, under a budget times the multiplier; None for "auto"."""
-        given = getattr(self.rule, side)
+        given = getattr(self.method, f"{side}_weight")
         if given == "auto":
             return None
         number = term.detach().new_full((), float(given))
-        return number if self.rule.budget is None else number * self.factor.to(term.device)
+        return number if self.method.benign_budget is None else number * self.factor.to(term.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on exactly."""

@@ -11,6 +11,7 @@ import pytest
 
 
 SCRIPTS = Path(__file__).parent / "scripts"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -20,19 +21,29 @@ def torchrun():
     def launch(script, *arguments):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         command += [str(SCRIPTS / script), *map(str, arguments)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
     return launch
 
 
 @pytest.fixture(scope="session")
-def script():
-    """The script of what one process and two should agree on, as a module."""
-    spec = importlib.util.spec_from_file_location("two_ranks", SCRIPTS / "two_ranks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_script():
+    """A script as a module."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def script(load_script):
+    """What one process and two should agree on."""
+    return load_script("two_ranks")
 
 
 @pytest.fixture(scope="session")

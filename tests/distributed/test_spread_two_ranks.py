@@ -1,11 +1,6 @@
 """Two processes cache a trunk and audit as one does, each its share of the images."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from attacked import pictures, saved_images, tiny_vit
@@ -17,12 +12,10 @@ from hf_immunize.features.ranks import ALONE
 
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-SCRIPT = Path(__file__).parent / "scripts" / "spread_two_ranks.py"
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory):
+def started(torchrun, tmp_path_factory):
     """Where two processes cached trunks, where they then audited, the words of that, and how they ended."""
     folder, root = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("audit")
     for seed, name in enumerate(("model", "reference")):
@@ -34,10 +27,7 @@ def started(tmp_path_factory):
     words = ["audit", root / "model", "--reference", root / "reference", "--quick"]
     words += ["--harmful", root / "harmful", "--benign", root / "benign"]
     words = [*map(str, words), "--attackers", "ridge,knn,bias_only,restore_interpolation"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    launch += [str(folder), *words, "--output-dir", str(root / "out-2")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+    done = torchrun("spread_two_ranks.py", folder, *words, "--output-dir", root / "out-2")
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, root, words, done
 
@@ -46,11 +36,8 @@ def started(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("spread_two_ranks", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("spread_two_ranks")
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +58,10 @@ def one(script, tmp_path_factory):
     return script.everything(tmp_path_factory.mktemp("one"), ALONE)
 
 
-def test_there_were_two_processes(one, two):
+def test_shares_are_contiguous_and_disks_of_their_own_are_told_from_a_shared_one(one, two):
     assert [found["processes"] for found in (one, *two)] == [1, 2, 2]
-
-
-def test_shares_are_contiguous_and_none_is_lost(two):
     assert two[0]["shares"] == two[1]["shares"] == [[0, 1, 2], [3, 4]]
+    assert [(found["shared_folder"], found["own_folder"]) for found in two] == [(True, False)] * 2
 
 
 @pytest.mark.parametrize("name", ["many", "few"])
@@ -85,12 +70,8 @@ def test_two_processes_store_bit_by_bit_what_one_stores(name, one, two):
         assert (found["rows"][name], found["labels"][name]) == (one["rows"][name], one["labels"][name])
 
 
-def test_each_process_wrote_its_part(folder):
-    parts = {name: len(list((folder / name).glob("*.arrow"))) for name in ("many", "few")}
-    assert parts == {"many": 2, "few": 1}
-
-
-def test_what_two_processes_stored_is_found_again_by_two_and_by_one(script, folder, two):
+def test_each_process_wrote_its_part_which_two_and_one_find_again(script, folder, two):
+    assert {name: len(list((folder / name).glob("*.arrow"))) for name in ("many", "few")} == {"many": 2, "few": 1}
     assert [found["found_again"] for found in two] == [True, True]
     rows = script.cache(folder / "many", ALONE, script.images(11, 1)).find()
     assert [row["pixel_values"].tolist() for row in rows] == two[0]["rows"]["many"]
@@ -102,20 +83,7 @@ def test_a_process_that_fails_ends_all_with_an_error_and_leaves_nothing(folder, 
     assert not [path.name for path in folder.iterdir() if path.name.startswith(("failing", "_unfinished"))]
 
 
-def test_disks_of_their_own_are_told_from_a_shared_one(two):
-    assert [(found["shared_folder"], found["own_folder"]) for found in two] == [(True, False)] * 2
-
-
 # ---- the audit ----
-
-
-@pytest.fixture(scope="module")
-def audited(started):
-    """The run directories of one process and of two, and what was printed."""
-    _, root, words, two = started
-    alone = CliRunner().invoke(app, [*words, "--output-dir", str(root / "out-1")])
-    assert alone.exit_code == 0, alone.output
-    return root, two
 
 
 def report(folder):
@@ -128,25 +96,14 @@ def report(folder):
     return without_seconds(json.loads((folder / "audit.json").read_text()))
 
 
-def test_two_processes_report_what_one_reports(audited):
-    root, _ = audited
+def test_two_processes_report_what_one_reports_and_print_it_once(started):
+    _, root, words, two = started
+    alone = CliRunner().invoke(app, [*words, "--output-dir", str(root / "out-1")])
+    assert alone.exit_code == 0, alone.output
     assert report(root / "out-2") == report(root / "out-1")
-
-
-def test_outcomes_are_kept_once(audited):
-    root, _ = audited
     lines = [len((root / f"out-{count}" / "outcomes.jsonl").read_text().splitlines()) for count in (1, 2)]
     assert lines[0] == lines[1] > 20
-
-
-def test_the_report_is_printed_once_and_one_process_shows_progress(audited):
-    _, two = audited
     assert two.stdout.count("Report: ") == 1
-    # One bar for the training images, one for the test images, as they begin.
-    assert two.stderr.count("reference: harmful:   0%") == 2
-    assert two.stderr.count("Loading weights:   0%") == 2
-
-
-def test_features_are_gone_when_the_report_is_there(audited):
-    root, _ = audited
+    # One process shows progress: one bar for the training images, one for the test images, as they begin.
+    assert two.stderr.count("reference: harmful:   0%") == two.stderr.count("Loading weights:   0%") == 2
     assert not list((root / "out-2").glob("_unfinished*"))

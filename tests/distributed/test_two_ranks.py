@@ -34,10 +34,6 @@ def same_weights(found, expected, tolerance):
         assert float((some[name] - values).norm()) < tolerance * max(least, float(values.norm())), name
 
 
-def test_there_were_two_processes(one, two):
-    assert (one["world_size"], two["world_size"]) == (1, 2)
-
-
 def same_gradients(found, expected, tolerance):
     assert len(found) == len(expected) > 0
     for some, wanted in zip(found, expected, strict=True):
@@ -56,6 +52,7 @@ def test_gradients_of_every_objective_are_exact(place, dtype, tolerance, one, tw
 def test_terms_inside_the_network_are_weighed_alike(one, two):
     case = "dead_relu torch.float64 batch weighing"
     same_gradients(two["gradients"][case], one["gradients"][case], 1e-12)
+    assert two["norm"] == pytest.approx(one["norm"], rel=1e-6)
 
 
 @pytest.mark.parametrize("objective", SPECTRAL)
@@ -64,66 +61,39 @@ def test_gradients_by_the_summed_hessian_are_those_of_one_process_by_its_feature
     same_gradients(found, expected, 1e-6)
 
 
-def test_hessians_are_summed_where_they_are_smaller_and_never_by_one_process(one, two):
+def test_hessians_are_summed_where_they_are_smaller_and_choices_are_those_of_the_first_process(one, two):
+    assert (one["world_size"], two["world_size"]) == (1, 2) and two["main"] == {"rank": 0}
     # Of both sides, in two steps of each run.
     assert (one["sums"], two["sums"]) == (0, 2 * 2 * (len(SPECTRAL) + 1))
 
 
-def test_choices_are_those_of_the_first_process(two):
-    assert two["main"] == {"rank": 0}
-
-
-def test_the_norm_of_the_mean_losss_gradient_is_that_of_one_process(one, two):
-    assert two["norm"] == pytest.approx(one["norm"], rel=1e-6)
-
-
 @pytest.mark.parametrize("name", RUNS)
-def test_steps_end_at_the_same_weights(name, one, two):
-    same_weights(two["runs"][name]["weights"], one["runs"][name]["weights"], 1e-4)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_the_log_is_of_all_processes(name, one, two):
+def test_weights_logs_and_metrics_are_those_of_one_process(name, one, two):
+    found, expected = two["runs"][name], one["runs"][name]
+    same_weights(found["weights"], expected["weights"], 1e-4)
     # A divergence of 1e-9 is rounding.
-    assert two["runs"][name]["log"] == pytest.approx(one["runs"][name]["log"], rel=1e-4, abs=1e-7)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_metrics_are_of_each_image_once(name, one, two):
-    assert "eval_rir" in two["runs"][name]["metrics"]
-    assert two["runs"][name]["metrics"] == pytest.approx(one["runs"][name]["metrics"], rel=1e-3)
+    assert found["log"] == pytest.approx(expected["log"], rel=1e-4, abs=1e-7)
+    assert "eval_rir" in found["metrics"] and found["metrics"] == pytest.approx(expected["metrics"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", EXACTLY)
-def test_in_float64_steps_end_at_the_same_weights_to_rounding(name, one, two):
-    same_weights(two["exactly"][name]["weights"], one["exactly"][name]["weights"], 1e-9)
+def test_in_float64_weights_and_metrics_are_those_of_one_process_to_rounding(name, one, two):
+    found, expected = two["exactly"][name], one["exactly"][name]
+    same_weights(found["weights"], expected["weights"], 1e-9)
+    assert {"eval_rir", "eval_benign_log10_kappa", "eval_harmful_log10_kappa"} <= set(expected["metrics"])
+    assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-9)
 
 
-@pytest.mark.parametrize("name", EXACTLY)
-def test_in_float64_kappa_and_rir_of_merged_factors_are_those_of_one_process(name, one, two):
-    found, expected = (each["exactly"][name]["metrics"] for each in (two, one))
-    assert {"eval_rir", "eval_benign_log10_kappa", "eval_harmful_log10_kappa"} <= set(expected)
-    assert found == pytest.approx(expected, rel=1e-9)
-
-
-def test_all_processes_report_the_same_metrics(two):
+def test_all_processes_keep_the_same_weights_and_report_the_same_metrics(two):
     first, second = (each["exactly"] for each in two["each"])
-    assert {name: run["metrics"] for name, run in first.items()} == {
-        name: run["metrics"] for name, run in second.items()
-    }
+    for name, run in first.items():
+        assert (run["metrics"], run["weights"]) == (second[name]["metrics"], second[name]["weights"])
 
 
 @pytest.mark.parametrize(("name", "count"), [("one image", 1), *((f"stream of {n}", n) for n in (8, 11, 13))])
 def test_awkward_sets_are_measured_of_each_image_once(name, count, one, two):
     assert two["measured"][name][0] == one["measured"][name][0] == count
     assert two["measured"][name][1] == pytest.approx(one["measured"][name][1], rel=1e-12)
-
-
-def test_all_processes_keep_the_same_weights(two):
-    first, second = (each["exactly"] for each in two["each"])
-    assert {name: run["weights"] for name, run in first.items()} == {
-        name: run["weights"] for name, run in second.items()
-    }
 
 
 @pytest.mark.parametrize("objective", ["concentration", "imma"])
@@ -134,26 +104,14 @@ def test_beside_someone_elses_trainer_steps_end_at_the_same_weights(objective, o
 # ---- sharded weights ----
 
 
-def test_weights_were_sharded(two):
-    assert two["sharded"]["is_sharded"]
-
-
-def test_steps_of_sharded_weights_end_where_one_process_does(one, two):
-    same_weights(two["sharded"]["weights"], one["runs"]["adam"]["weights"], 1e-4)
-
-
-def test_sharded_weights_are_saved_whole(two):
-    same_weights(two["sharded"]["saved"], two["sharded"]["weights"], 1e-12)
-
-
-def test_a_sharded_run_is_resumed(two):
-    same_weights(two["sharded"]["resumed"], two["sharded"]["weights"], 1e-6)
-
-
-def test_sharded_weights_are_measured_as_whole_ones(one, two):
-    expected = one["runs"]["adam"]["metrics"]
-    found = two["sharded"]["metrics"]
-    assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-3) and "eval_rir" in found
+def test_sharded_weights_end_where_one_process_does_and_are_measured_saved_whole_and_resumed(one, two):
+    expected, found = one["runs"]["adam"], two["sharded"]
+    assert found["is_sharded"]
+    same_weights(found["weights"], expected["weights"], 1e-4)
+    same_weights(found["saved"], found["weights"], 1e-12)
+    same_weights(found["resumed"], found["weights"], 1e-6)
+    metrics = {name: expected["metrics"][name] for name in found["metrics"]}
+    assert found["metrics"] == pytest.approx(metrics, rel=1e-3) and "eval_rir" in metrics
 
 
 @pytest.mark.parametrize(
@@ -180,25 +138,15 @@ def test_one_process_goes_on_from_two(one, two_folder, script, tmp_path):
 def test_two_processes_go_on_from_one(one, two):
     assert two["from_one"]["step"] == 5
     same_weights(two["from_one"]["weights"], one["whole"]["weights"], 1e-4)
+    for found in ("from_one", "whole"):
+        assert two[found]["metrics"] == pytest.approx(one["whole"]["metrics"], rel=1e-3)
 
 
-@pytest.mark.parametrize("found", ["from_one", "whole"])
-def test_rir_is_that_of_the_run_of_one_process(found, one, two):
-    assert two[found]["metrics"] == pytest.approx(one["whole"]["metrics"], rel=1e-3)
-
-
-def test_a_dead_process_ends_the_run_with_an_error(killed):
-    _, ended = killed
+def test_a_dead_process_ends_the_run_with_an_error_and_leaves_a_whole_checkpoint(killed):
+    folder, ended = killed
     assert ended.returncode != 0 and "SIGKILL" in ended.stderr + ended.stdout
-
-
-def test_the_last_checkpoint_of_a_dead_process_is_whole(killed):
-    path, _ = last_whole_checkpoint(str(killed[0]))
+    path, _ = last_whole_checkpoint(str(folder))
     assert path is not None and path.rpartition("-")[2] in ("2", "3")
-
-
-def test_the_list_of_a_checkpoint_has_the_random_state_of_each_process(killed):
-    path, _ = last_whole_checkpoint(str(killed[0]))
     listed = checked((Path(path) / MANIFEST).read_text(encoding="utf-8"))["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= set(listed)
 
@@ -212,26 +160,13 @@ def test_a_run_resumed_after_a_death_ends_as_the_one_without(two):
 # ---- callbacks of processes whose metrics differ ----
 
 
-@pytest.fixture
-def stopped(two):
-    """What each of the two found."""
-    return [each["callbacks"] for each in two["each"]]
-
-
-@pytest.mark.parametrize("case", ["restore", "target"])
-def test_all_processes_stop_when_one_would(case, stopped):
-    assert [each[case]["step"] for each in stopped] == [3, 3]
-
-
-def test_all_processes_go_back_to_the_first_ones_checkpoint(two_folder, stopped):
+def test_all_processes_stop_when_one_would_and_go_back_to_the_first_ones_checkpoint(two, two_folder):
+    stopped = [each["callbacks"] for each in two["each"]]
+    for case in ("restore", "target"):
+        assert [each[case]["step"] for each in stopped] == [3, 3]
     # The first process, whose accuracy never fell, has not saved the step at which the second stopped.
     saved = hf.ViTForImageClassification.from_pretrained(two_folder / "restore" / "checkpoint-2")
     expected = sum(float(parameter.detach().double().sum()) for parameter in saved.parameters())
     assert [each["restore"]["sum"] for each in stopped] == pytest.approx([expected, expected], abs=1e-9)
-
-
-def test_one_process_alone_draws(two_folder):
-    assert sorted(path.name for path in (two_folder / "restore" / "spectrum").iterdir()) == [
-        "spectrum.png",
-        "starting_spectra.safetensors",
-    ]
+    drawn = sorted(path.name for path in (two_folder / "restore" / "spectrum").iterdir())  # by one process alone
+    assert drawn == ["spectrum.png", "starting_spectra.safetensors"]

@@ -5,12 +5,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_immunize.training.arguments import Method
 from hf_immunize.training.objectives import InnerTerm, Terms
-from hf_immunize.training.weighting import Weighting, WeightRule, warmup_factor
+from hf_immunize.training.weighting import Weighting, warmup_factor
+
+
+def ruled(budget=None, **options):
+    """Weighting by a rule: options without their prefix."""
+    names = {"benign": "benign_weight", "harmful": "harmful_weight", "warmup_steps": "weight_warmup_steps"}
+    options = {names.get(name, f"auto_weight_{name}"): value for name, value in options.items()}
+    return Weighting(Method(benign_budget=budget, budget_measure="kl", **options))
 
 
 def budgeted(count=1, budget=1.0):
-    made = [Weighting(WeightRule(budget=budget)) for _ in range(count)]
+    made = [ruled(budget=budget) for _ in range(count)]
     return made[0] if count == 1 else made
 
 
@@ -66,22 +74,22 @@ def test_micro_batches_count_by_their_mean_and_share_one_multiplier(divergences,
 
 
 def test_automatic_weights_are_inverse_to_gradient_norms_and_numbers_are_used_as_given():
-    found = weights(Weighting(WeightRule(ratio=0.6)), scale=2.0)
+    found = weights(ruled(ratio=0.6), scale=2.0)
     assert found[:2] == pytest.approx((0.6 * 2 / 3, 0.6 * 2 / 6)) and "multiplier" not in found[2]
-    assert weights(Weighting(WeightRule(benign=0.5, harmful=2.0)))[:2] == (0.5, 2.0)
-    assert weights(Weighting(WeightRule(benign=0.5, ratio=0.6)), scale=2.0)[:2] == pytest.approx((0.5, 0.2))
+    assert weights(ruled(benign=0.5, harmful=2.0))[:2] == (0.5, 2.0)
+    assert weights(ruled(benign=0.5, ratio=0.6), scale=2.0)[:2] == pytest.approx((0.5, 0.2))
 
 
 def test_a_multiplier_scales_fixed_weights_too():
-    benign, harmful, logged = weights(Weighting(WeightRule(benign=5.0, harmful=7.0, budget=1.0)))
+    benign, harmful, logged = weights(ruled(benign=5.0, harmful=7.0, budget=1.0))
     assert (benign, harmful) == pytest.approx((5 * logged["multiplier"].item(), 7 * logged["multiplier"].item()))
 
 
 def test_the_benign_scale_is_a_running_mean_and_is_bounded_where_it_runs_away():
-    weighting = Weighting(WeightRule(averaging=0.5, bound=100.0))
+    weighting = ruled(averaging=0.5, bound=100.0)
     found = [weighting.benign_scale(torch.tensor(value)).item() for value in (4.0, 4.0, 8.0)]
     assert found == pytest.approx([4.0, 4.0, (0.125 * 4 + 0.25 * 4 + 0.5 * 8) / 0.875])
-    weighting = Weighting(WeightRule(averaging=0.0, bound=3.0))
+    weighting = ruled(averaging=0.0, bound=3.0)
     assert [weighting.benign_scale(torch.tensor(value)).item() for value in (2.0, 1.0, 50.0)] == [2.0, 1.0, 3.0]
 
 
@@ -92,7 +100,7 @@ def test_warmup_rises_to_one_and_stays(step, length):
 
 
 def test_warmup_scales_all_weights():
-    assert weights(Weighting(WeightRule(benign=8.0, harmful=4.0, warmup_steps=4)))[:2] == (2.0, 1.0)
+    assert weights(ruled(benign=8.0, harmful=4.0, warmup_steps=4))[:2] == (2.0, 1.0)
 
 
 # ---- inner terms, which say how much of their work is left ----
@@ -117,7 +125,7 @@ def weigh(weighting, left, step=0):
     ],
 )
 def test_both_weights_fall_with_what_is_left_unless_they_are_numbers(rule, left, expected):
-    assert weigh(Weighting(WeightRule(**rule)), left) == pytest.approx(expected)
+    assert weigh(ruled(**rule), left) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("divergence", "sign"), [(0.1, 0), (2.0, -1)])
