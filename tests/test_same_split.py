@@ -15,7 +15,7 @@ from hf_immunize.cli import main as cli
 from hf_immunize.cli.audit import _data, _draw
 from hf_immunize.cli.hub import _images
 from hf_immunize.cli.train import load_splits, parse_arguments, run_train
-from hf_immunize.data.identity import image_hashes
+from hf_immunize.data.images import image_hashes
 from hf_immunize.errors import RecordError, TrainingImagesError
 from hf_immunize.hub.record import read_record, write_record
 

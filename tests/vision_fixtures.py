@@ -48,3 +48,17 @@ def with_damaged():
         return datasets.Dataset.from_dict(rows, features=dataset.features)
 
     return damage
+
+
+@pytest.fixture
+def unreadable():
+    """Three rows made on the fly, of which none may be read."""
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise AssertionError("an item was read")
+
+    return Rows()

@@ -12,33 +12,20 @@ import torch
 from hf_immunize.errors import ArgumentError
 
 
-Access = Literal["head_input", "fine_tuning"]
-
-
 @dataclass(frozen=True)
 class Attacker:
-    """One attacker. Its module lists it in ``ATTACKERS``; presets, labels, tables and the report read that list.
+    """One attacker. Its module lists it in ``ATTACKERS``; presets, labels, tables and the report read that list."""
 
-    Attributes:
-        name: In commands and files.
-        label: In reports.
-        access: What it has: the features at the classifier's input, or the weights.
-        closed_form: Whether it takes no gradient steps, which ill-conditioning slows.
-        run: ``(ProbeData, ProbeBudget, seed)`` for features. For fine-tuning ``(model, Part, TuningBudget, seed)``
-            with ``head_module`` and ``chosen``. Where `shares` are given ``({share: ProbeData}, ProbeBudget, seed)``.
-        preset: The smallest preset that runs it: "quick", "standard" or "full".
-        where: What it trains, for attackers with weights.
-        shares: Shares of the public starting weights that it tries; the audit makes the features of each mixture.
-    """
-
-    name: str
-    label: str
-    access: Access
-    closed_form: bool
+    name: str  # in commands and files
+    label: str  # in reports
+    access: Literal["head_input", "fine_tuning"]  # what it has: the features at the classifier's input, or the weights
+    closed_form: bool  # takes no gradient steps, which ill-conditioning slows
+    # (ProbeData, ProbeBudget, seed) for features, (model, Part, TuningBudget, seed) with head_module and chosen for
+    # fine-tuning, ({share: ProbeData}, ProbeBudget, seed) where there are shares.
     run: Callable[..., Found]
-    preset: str = "full"
-    where: str = ""
-    shares: tuple[float, ...] = ()
+    preset: str = "full"  # the smallest that runs it: "quick", "standard" or "full"
+    where: str = ""  # what it trains, with access to the weights
+    shares: tuple[float, ...] = ()  # of the public starting weights; the audit makes the features of each mixture
 
 
 @dataclass(frozen=True)
@@ -57,28 +44,18 @@ class Found:
 
 @dataclass(frozen=True)
 class ProbeBudget:
-    """What one probe may spend, tuning included.
+    """What one probe may spend, tuning included."""
 
-    Attributes:
-        descent_steps: Steps of gradient descent with exact line search (each over all data).
-        iterations: Iterations of conjugate gradient; a third as many of L-BFGS for each penalty.
-        steps: Steps of optimizers on mini-batches; half as many for each learning rate tried.
-        batch_size: Images in a mini-batch.
-        rates: Learning rates tried, as multiples of a natural one on features scaled to a mean square of 1:
-            ``C/λ_max(ZᵀZ/N)`` for SGD and momentum (C classes), 0.01 for Adam and AdamW.
-        ridge_decades: How many decades below ``σ_max²`` the ridge strengths reach.
-        validation_fraction: Part of the training images on which settings are chosen.
-        seconds: Wall-clock time of an attack on mini-batches, half of it for the search of its settings. None: as long
-            as its steps take. Closed forms, solvers and neighbours run to their end.
-    """
-
-    descent_steps: int = 10_000
-    iterations: int = 100
-    steps: int = 300
+    descent_steps: int = 10_000  # of gradient descent with exact line search, each over all data
+    iterations: int = 100  # of conjugate gradient; a third as many of L-BFGS for each penalty
+    steps: int = 300  # of optimizers on mini-batches; half as many for each learning rate tried
     batch_size: int = 128
+    # Multiples of a natural learning rate on features scaled to a mean square of 1.
     rates: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
-    ridge_decades: int = 18
-    validation_fraction: float = 0.2
+    ridge_decades: int = 18  # below σ_max² that the strengths of ridge reach
+    validation_fraction: float = 0.2  # of the training images, on which settings are chosen
+    # Wall-clock time of an attack on mini-batches, half of it for the search of its settings; None: no limit. Closed
+    # forms, solvers and neighbours run to their end.
     seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -88,27 +65,16 @@ class ProbeBudget:
 
 @dataclass(frozen=True)
 class TuningBudget:
-    """What one fine-tuning attack may spend.
-
-    Attributes:
-        steps: Steps of the attack with the settings chosen.
-        trial_steps: Steps of each setting tried.
-        batch_size: Images in a batch.
-        optimizers: Optimizer to the learning rates tried.
-        max_images: Training images at most.
-        max_test_images: Test images at most.
-        evaluations: How often accuracy is measured along the way.
-        seconds: Wall-clock time of an attack, half of it for the search of its settings. None: as long as its steps
-            take. Copying the model, and the one pass through a frozen part, come on top.
-    """
+    """What one fine-tuning attack may spend."""
 
     steps: int = 300
-    trial_steps: int = 100
+    trial_steps: int = 100  # of each setting tried
     batch_size: int = 32
-    optimizers: dict[str, tuple[float, ...]] | None = None
+    optimizers: dict[str, tuple[float, ...]] | None = None  # to the learning rates tried
     max_images: int = 5000
     max_test_images: int = 2000
-    evaluations: int = 8
+    evaluations: int = 8  # along the way
+    # As of probes; copying the model, and the one pass through a frozen part, come on top.
     seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -123,23 +89,17 @@ _MOST, _MOST_SEEDS = 100_000_000, 10_000
 def check_positive(what: str, **numbers: Any) -> None:
     """Refuse numbers of a budget that are not positive, or not whole; seconds may be fractions."""
     for name, value in numbers.items():
-        seconds = name == "seconds"
-        kinds, most = ((int, float), math.inf) if seconds else ((int,), _MOST_SEEDS if "seeds" in name else _MOST)
         if value is None:
             continue
+        seconds = name == "seconds"
+        kinds, most = ((int, float), math.inf) if seconds else ((int,), _MOST_SEEDS if "seeds" in name else _MOST)
         if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value <= most or value == math.inf:
             whole = "" if seconds else f", a whole number up to {most:,}"
             raise ArgumentError(f"Expected {what.format(name=name)} above 0{whole}, found {value!r}.")
 
 
 def guarded(attack: Callable[[], Found]) -> Found:
-    """Run an attack; if memory runs out or its decomposition fails, that is what it found.
-
-    >>> def attack():
-    ...     raise MemoryError("12 GiB")
-    >>> guarded(attack).status, guarded(attack).note
-    ('skipped', 'not enough memory: 12 GiB')
-    """
+    """Run an attack; if memory runs out or its decomposition fails, that is what it found."""
     try:
         return attack()
     except torch.linalg.LinAlgError as error:

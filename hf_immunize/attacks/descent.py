@@ -1,8 +1,4 @@
-"""Attacks by steps on features: the ones that ill-conditioning slows, and an MLP head.
-
-Gradient descent with exact line search on the squared loss is the attacker of the paper (Zheng et al., ICML 2025). The
-others minimize the cross-entropy on mini-batches, with rates that fall to zero.
-"""
+"""Attacks by steps on features: the ones that ill-conditioning slows, and an MLP head."""
 
 from __future__ import annotations
 
@@ -22,17 +18,9 @@ from hf_immunize.linear.probe import descent_residuals
 
 
 class Clock:
-    """How much of its steps or of its time an attack has used, whichever is further.
+    """How much of its steps or of its time an attack has used, whichever is further."""
 
-    A schedule that follows `progress` ends under either limit: an attack that runs out of time is a complete attack of
-    fewer steps. Without seconds nothing depends on the machine.
-
-    >>> clock = Clock(10)
-    >>> clock.progress(5), clock.over(9), clock.over(10)
-    (0.5, False, True)
-    >>> Clock(10, seconds=0.0).over(1)
-    True
-    """
+    # Rates follow `progress`, so an attack that runs out of time is a complete attack of fewer steps.
 
     def __init__(self, steps: int, seconds: float | None = None) -> None:
         self.steps, self.seconds = steps, seconds
@@ -68,17 +56,16 @@ def minibatches(count: int, batch_size: int, steps: int, seed: int) -> list[Tens
 # ---- full-batch solvers of least squares, in the eigenbasis of ZᵀZ: 100,000 steps cost as much as one on the features
 
 
-def descent_factors(s: Tensor, weights: Tensor, steps: list[int]) -> list[Tensor]:
-    """The part of the least-squares solution that descent with exact line search has after given steps, ``(r,)``."""
-    return [1 - left for left in descent_residuals(s, weights, steps)]
+def descent_weights(part: Part, steps: list[int]) -> list[Tensor]:
+    """Weights ``(r, C)`` in the eigenbasis after steps of gradient descent with exact line search, as in the paper."""
+    optimum = part.spectrum.U.mT @ part.targets / part.spectrum.s[:, None]
+    residuals = descent_residuals(part.spectrum.s, optimum.square().sum(dim=1), steps)
+    return [(1 - left)[:, None] * optimum for left in residuals]
 
 
-def conjugate_path(s: Tensor, coefficients: Tensor, steps: list[int]) -> list[Tensor]:
-    """Conjugate gradient for ``diag(s²) W = diag(s) B``, ``B = UᵀY``, column by column from zero; ``W`` after steps.
-
-    >>> conjugate_path(torch.tensor([2.0, 1.0]), torch.tensor([[2.0], [3.0]]), [2])[0].flatten()
-    tensor([1., 3.])
-    """
+def conjugate_weights(part: Part, steps: list[int]) -> list[Tensor]:
+    """Weights ``(r, C)`` after steps of conjugate gradient for ``diag(s²) W = diag(s) UᵀY``, class by class."""
+    s, coefficients = part.spectrum.s, part.spectrum.U.mT @ part.targets
     top = s.max() if len(s) else torch.ones(())
     tiny = torch.finfo(s.dtype).tiny
     q = (s / top).square()[:, None]
@@ -99,16 +86,6 @@ def conjugate_path(s: Tensor, coefficients: Tensor, steps: list[int]) -> list[Te
         if step in wanted:
             path.append(weight / top)
     return path
-
-
-def _descent_weights(part: Part, steps: list[int]) -> list[Tensor]:
-    optimum = part.spectrum.U.mT @ part.targets / part.spectrum.s[:, None]
-    factors = descent_factors(part.spectrum.s, optimum.square().sum(dim=1), steps)
-    return [factor[:, None] * optimum for factor in factors]
-
-
-def _conjugate_weights(part: Part, steps: list[int]) -> list[Tensor]:
-    return conjugate_path(part.spectrum.s, part.spectrum.U.mT @ part.targets, steps)
 
 
 def _solve(
@@ -169,11 +146,6 @@ def _descent_rate(part: Part) -> float:
             return 1.0
         vector = image / value
     return part.num_classes / value
-
-
-def _adam_rate(part: Part) -> float:
-    """A step of Adam changes each weight by the rate: on features of mean square 1, logits by about as much."""
-    return 1e-2
 
 
 def _minibatch_attack(
@@ -314,14 +286,22 @@ def _train_mlp(part: Part, rate: float, clock: Clock, batch_size: int, seed: int
     return curve, steps
 
 
+# A step of Adam changes each weight by the rate: on features of mean square 1, logits by about as much.
 _MINIBATCH = [
     ("sgd", "SGD", "standard", _momentum_update(0.0), _descent_rate, Part.scaled),
     ("momentum", "SGD with momentum", "standard", _momentum_update(0.9), _descent_rate, Part.scaled),
-    ("adam", "Adam", "standard", _adam_update(0.0), _adam_rate, Part.scaled),
-    ("adamw", "AdamW", "quick", _adam_update(0.01), _adam_rate, Part.scaled),
-    ("batchnorm_adamw", "AdamW after a BatchNorm", "standard", _adam_update(0.01), _adam_rate, Part.standardized),
+    ("adam", "Adam", "standard", _adam_update(0.0), lambda part: 1e-2, Part.scaled),
+    ("adamw", "AdamW", "quick", _adam_update(0.01), lambda part: 1e-2, Part.scaled),
+    (
+        "batchnorm_adamw",
+        "AdamW after a BatchNorm",
+        "standard",
+        _adam_update(0.01),
+        lambda part: 1e-2,
+        Part.standardized,
+    ),
 ]
-_CG, _GD = partial(_solve, _conjugate_weights, "iterations"), partial(_solve, _descent_weights, "descent_steps")
+_CG, _GD = partial(_solve, conjugate_weights, "iterations"), partial(_solve, descent_weights, "descent_steps")
 
 ATTACKERS = (
     Attacker("conjugate_gradient", "conjugate gradient", "head_input", False, _CG, "quick"),

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,13 +26,11 @@ def _choose(
     seed: int,
     settings: list[S],
     read: Callable[[Part, list[S]], list[float]],
-    describe: Callable[[S], dict[str, object]],
+    describe: Callable[[S], dict[str, Any]],
     path: bool = False,
 ) -> Found:
-    """What the setting that validation prefers reads with all training rows.
-
-    On a `path` each setting starts from the one before; that is most of the cost, so it is chosen in float32.
-    """
+    """What the setting that validation prefers reads with all training rows."""
+    # On a path each setting starts from the one before; that is most of the cost, so it is chosen in float32.
     tuning = data.at(torch.float32) if path else data
     name = read.__qualname__
     part = tuning.tuning(seed, budget.validation_fraction)
@@ -59,11 +57,7 @@ def ridge(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
 
 
 def whitening(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
-    """Least squares on the leading k principal directions, each scaled to the same variance.
-
-    On whitened features κ = 1, so gradient descent with exact line search is there after its first step; this is that
-    step.
-    """
+    """Least squares on the leading k principal directions, each scaled to the same variance, so that κ = 1."""
 
     def read(part: Part, counts: list[int]) -> list[float]:
         s = part.spectrum.s
@@ -74,10 +68,8 @@ def whitening(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
 
 
 def filter_accuracies(part: Part, filters: list[Tensor]) -> list[float]:
-    """Accuracy of ``W = V diag(h/s) Uᵀ(Y − 1bᵀ)`` with an intercept ``b`` that is not shrunk, for each filter ``h``.
-
-    Its normal equation ``1ᵀ(I − U diag(h) Uᵀ)(Y − 1bᵀ) = 0`` gives ``b`` without a decomposition of centred features.
-    """
+    """Accuracy of ``W = V diag(h/s) Uᵀ(Y − 1bᵀ)`` with an unshrunk intercept ``b``, for each filter ``h``."""
+    # 1ᵀ(I − U diag(h) Uᵀ)(Y − 1bᵀ) = 0 gives b without a decomposition of centred features.
     targets, (U, s, V) = part.targets, part.spectrum
     ones = part.Z.new_ones(len(part.Z))
     inside, ones_inside = U.mT @ targets, U.mT @ ones
@@ -123,12 +115,12 @@ def lbfgs(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
     """Softmax regression by L-BFGS on standardized features, over penalties, each from the last one's weights."""
 
     def read(part: Part, penalties: list[float]) -> list[float]:
-        return softmax_path(part.standardized(), penalties, max(1, budget.iterations // 3))
+        return _softmax_path(part.standardized(), penalties, max(1, budget.iterations // 3))
 
     return _choose(data, budget, seed, [1e-1, 1e-2, 1e-3], read, lambda value: {"penalty": value}, path=True)
 
 
-def softmax_path(part: Part, penalties: list[float], iterations: int) -> list[float]:
+def _softmax_path(part: Part, penalties: list[float], iterations: int) -> list[float]:
     """Accuracy of softmax regression with the mean loss plus ``penalty/2D · ‖W‖²``, for falling penalties."""
     d = part.Z.shape[1]
     weight = part.Z.new_zeros(d, part.num_classes, requires_grad=True)
@@ -166,10 +158,8 @@ def logistic_regression(data: ProbeData, budget: ProbeBudget, seed: int) -> Foun
             values.append(float((model.predict(part.Z_test.numpy()) == part.y_test.numpy()).mean()))
         return values
 
-    def describe(strength: float) -> dict[str, object]:
-        return {"C": strength, "scaled_to_mean_square": 1.0}
-
-    return _choose(data, budget, seed, [1e-2, 1e-1, 1.0], read, describe, path=True)
+    about = {"scaled_to_mean_square": 1.0}
+    return _choose(data, budget, seed, [1e-2, 1e-1, 1.0], read, lambda value: {"C": value} | about, path=True)
 
 
 _NEIGHBOURS = (1, 3, 5, 10, 20, 50)
@@ -203,18 +193,13 @@ def _neighbours(part: Part, view: str) -> Tensor:
     return torch.cat([torch.cdist(rows, train).topk(most, largest=False).indices for rows in test.split(1024)])
 
 
+_SKLEARN = "logistic_regression", "scikit-learn's logistic regression"
+
 ATTACKERS = (
     Attacker("ridge", "closed-form least squares (ridge)", "head_input", True, ridge, "quick"),
     Attacker("whitening", "least squares on whitened features", "head_input", True, whitening, "quick"),
     Attacker("lda", "linear discriminant analysis", "head_input", True, lda, "quick"),
     Attacker("lbfgs", "L-BFGS", "head_input", False, lbfgs, "quick"),
-    Attacker(
-        "logistic_regression",
-        "scikit-learn's logistic regression",
-        "head_input",
-        False,
-        logistic_regression,
-        "standard",
-    ),
+    Attacker(*_SKLEARN, "head_input", False, logistic_regression, "standard"),
     Attacker("knn", "k nearest neighbours", "head_input", True, knn, "quick"),
 )

@@ -1,4 +1,4 @@
-"""Fine-tuning attackers: the last stage, the whole network, its biases, or low-rank adapters, with a new head."""
+"""Attackers with the weights: they fine-tune a part with a new head, or mix the public starting weights back in."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_immunize.attacks.attacker import Attacker, Found, TuningBudget
+from hf_immunize.attacks.attacker import Attacker, Found, ProbeBudget, TuningBudget
 from hf_immunize.attacks.descent import Clock, half_cosine, minibatches
-from hf_immunize.attacks.probe_data import Part, accuracy, best_index, log_steps, stratified_split
-from hf_immunize.errors import ArgumentError, HeadError, TrunkError
+from hf_immunize.attacks.direct import ridge
+from hf_immunize.attacks.probe_data import Part, ProbeData, accuracy, best_index, log_steps, stratified_split
+from hf_immunize.errors import ArgumentError, DataError, HeadError, TrunkError
 from hf_immunize.features.extract import pass_size
 from hf_immunize.features.trunk import TrunkSplit, split_trunk
 from hf_immunize.vision.head import find_head
@@ -51,12 +52,9 @@ def fine_tune(
     head_module: str | None = None,
     chosen: dict[str, Any] | None = None,
 ) -> Found:
-    """Fine-tune a copy of a model on pixel values with a new head, after trying optimizers and learning rates.
-
-    Each setting is tried on four fifths of the training images and compared on the rest; the best one then runs on all
-    of them. Dropout is off and BatchNorm keeps its statistics; the best setting is also tried with those of the batch.
-    `chosen` are the settings of an earlier seed, used without a search.
-    """
+    """Fine-tune a copy of a model with a new head, by the best of the settings, or by those of an earlier seed."""
+    # Each setting is tried on four fifths of the training images and compared on the rest; the best one then runs on
+    # all of them. Dropout is off and BatchNorm keeps its statistics; the best is also tried with those of the batch.
     fit, validation = stratified_split(data.y, 0.2, seed)
     validation = validation[: budget.max_test_images]
     optimizers = budget.optimizers or _DEFAULT_OPTIMIZERS
@@ -65,11 +63,13 @@ def fine_tune(
 
     @cache
     def frozen() -> tuple[TrunkSplit, Part] | None:
-        attacked = prepare(model, attacker, data.num_classes, seed, head_module)
-        return frozen_part(attacked, data, find_head(model, head_module)[0])
+        return frozen_part(attacked_copy(), data, find_head(model, head_module)[0])
+
+    def attacked_copy() -> PreTrainedModel:
+        return prepare(model, attacker, data.num_classes, seed, head_module)
 
     def attempt(setting: Setting, final: bool) -> tuple[list[float], list[int], str]:
-        attacked = prepare(model, attacker, data.num_classes, seed, head_module)
+        attacked = attacked_copy()
         # With the statistics of the batch the frozen part is no fixed function of an image.
         stored = frozen() if attacker == "last_stage" and not setting.batch_statistics else None
         split, part = stored or (None, data)
@@ -103,10 +103,8 @@ def fine_tune(
             curve, _, note = attempt(other, final=False)
             setting = other if not note and curve[-1] > tried[best][0][-1] else setting
     curve, steps, note = attempt(setting, final=True)
-    settings = setting._asdict() | {
-        "steps": steps[-1] if steps else 0,
-        "batch_size": min(budget.batch_size, len(data.y)),
-    }
+    spent = {"steps": steps[-1] if steps else 0, "batch_size": min(budget.batch_size, len(data.y))}
+    settings = setting._asdict() | spent
     return Found(None if note else curve[-1], steps, curve, settings, trials, "diverged" if note else "done", note)
 
 
@@ -148,12 +146,11 @@ def _with_adapters(model: Any, rank: int, head_name: str) -> Any:
     from peft import LoraConfig, inject_adapter_in_model
 
     # An adapter of a grouped convolution would need a rank that its groups divide.
-    targets = [
-        name
+    fits = {
+        name: isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
         for name, module in model.named_modules()
-        if name != head_name
-        and (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
-    ]
+    }
+    targets = [name for name, fit in fits.items() if fit and name != head_name]
     return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
 
 
@@ -219,24 +216,72 @@ def _measure(model: PreTrainedModel, part: Part, norms: list[_BatchNorm]) -> flo
     return accuracy(torch.cat(scores), part.y_test)
 
 
+# ---- restoring the public starting weights, wholly or in part
+
+
+def changed_parameters(model: PreTrainedModel, reference: PreTrainedModel) -> list[str]:
+    """Names of the parameters and buffers in which two checkpoints of one architecture differ."""
+    ours, theirs = model.state_dict(), reference.state_dict()
+    shared = [name for name in ours if name in theirs and ours[name].shape == theirs[name].shape]
+    # A new head is no other backbone.
+    if len(shared) < len(ours) - 2:
+        odd = [name for name in {**ours, **theirs} if name not in set(shared)]
+        raise DataError(
+            f"Expected a reference of the same architecture, found other names or shapes of {len(odd)} tensors, first "
+            f"{odd[0]!r}. Give the weights that the immunization started from."
+        )
+    return [name for name in shared if not torch.equal(ours[name].cpu(), theirs[name].cpu().to(ours[name].dtype))]
+
+
+def interpolate(model: PreTrainedModel, reference: PreTrainedModel, share: float) -> PreTrainedModel:
+    """A copy of the model whose weights are mixed with a share of the reference's: 0 none, 1 all."""
+    restored = copy.deepcopy(model)
+    state, theirs = restored.state_dict(), reference.state_dict()
+    for name in changed_parameters(model, reference):
+        ours = state[name]
+        if ours.is_floating_point():
+            mixed = (1 - share) * ours.double() + share * theirs[name].to(ours.device).double()
+            state[name] = mixed.to(ours.dtype)
+        elif share == 1:
+            state[name] = theirs[name]
+    restored.load_state_dict(state)
+    return restored
+
+
+def _best_share(candidates: dict[float, ProbeData], budget: ProbeBudget, seed: int) -> Found:
+    """The ridge probe on the mixture of weights that validation prefers."""
+    if not candidates:
+        return Found(None, status="diverged", note="every mixture of the weights gave features that are not finite")
+    found = {share: ridge(data, budget, seed) for share, data in candidates.items()}
+    best = max(found, key=lambda share: found[share].validation or 0.0)
+    settings = {"share_of_public_weights": best, **found[best].settings}
+    return Found(found[best].accuracy, settings=settings, trials=sum(one.trials for one in found.values()))
+
+
+# ---- the list
+
+
+def _tuning(name: str, label: str, where: str, preset: str) -> Attacker:
+    run = partial(fine_tune, name)
+    return Attacker(name, label, "fine_tuning", False, run, preset, f"{where} and a new head")
+
+
 def adapters(rank: int, preset: str = "full") -> Attacker:
     """Fine-tuning of low-rank adapters; any rank can be named."""
-    name = f"lora_r{rank}"
-    where = "low-rank adapters and a new head"
-    run = partial(fine_tune, name)
-    return Attacker(name, f"LoRA of rank {rank}", "fine_tuning", False, run, preset, where)
+    return _tuning(f"lora_r{rank}", f"LoRA of rank {rank}", "low-rank adapters", preset)
 
 
-def _scoped(name: str, what: str, preset: str) -> Attacker:
-    where, run = f"{what} and a new head", partial(fine_tune, name)
-    return Attacker(name, f"fine-tuning of the {what}", "fine_tuning", False, run, preset, where)
+def _restoring(name: str, label: str, *shares: float) -> Attacker:
+    return Attacker(name, label, "fine_tuning", True, _best_share, "quick", shares=shares)
 
 
 ATTACKERS = (
-    _scoped("last_stage", "last stage", "quick"),
-    _scoped("whole_network", "whole network", "quick"),
-    _scoped("bias_only", "biases", "standard"),
+    _tuning("last_stage", "fine-tuning of the last stage", "last stage", "quick"),
+    _tuning("whole_network", "fine-tuning of the whole network", "whole network", "quick"),
+    _tuning("bias_only", "fine-tuning of the biases", "biases", "standard"),
     adapters(2),
     adapters(8, "quick"),
     adapters(32),
+    _restoring("restore_swap", "restoring the public weights", 1.0),
+    _restoring("restore_interpolation", "mixing the public weights back in", 0.5, 0.8),
 )

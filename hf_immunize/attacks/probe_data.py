@@ -63,13 +63,7 @@ class Part:
 
 
 class ProbeData:
-    """Features ``(N, D)`` and class numbers of one task at one layer of one model, and what attacks computed of them.
-
-    >>> data = ProbeData(torch.randn(6, 2), torch.tensor([0, 1] * 3), torch.randn(2, 2), torch.tensor([0, 1]), 2)
-    >>> part = data.tuning(0, 0.34)
-    >>> tuple(part.Z.shape), tuple(part.Z_test.shape)
-    ((4, 2), (2, 2))
-    """
+    """Features ``(N, D)`` and class numbers of one task at one layer of one model, and what attacks made of them."""
 
     def __init__(self, Z: Tensor, y: Tensor, Z_test: Tensor, y_test: Tensor, num_classes: int) -> None:
         if len(Z) != len(y) or len(Z_test) != len(y_test) or len(Z) < 2 or len(Z_test) < 1:
@@ -127,12 +121,7 @@ class ProbeData:
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to fit on and rows to choose settings on, class by class; a class of one row is fitted on.
-
-    >>> fit, validation = stratified_split(torch.tensor([0, 0, 0, 0, 0, 1]), 0.2, seed=0)
-    >>> len(fit), len(validation), 5 in fit
-    (5, 1, True)
-    """
+    """Rows to fit on and rows to choose settings on, class by class; a class of one row is fitted on."""
     generator = np.random.default_rng(seed)
     values = labels.cpu().numpy()
     validation = torch.zeros(len(values), dtype=torch.bool)
@@ -146,11 +135,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def decompose(Z: Tensor) -> Spectrum:
-    """Thin singular value decomposition, cut at ``eps·sqrt(max(N, D))·σ_max``: the rounding of its own arithmetic.
-
-    >>> decompose(torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0]])).s
-    tensor([3., 1.])
-    """
+    """Thin singular value decomposition, cut at ``eps·sqrt(max(N, D))·σ_max``: the rounding of its own arithmetic."""
     n, d = Z.shape
     if n > d:
         # Three times as fast as one decomposition of a tall matrix.
@@ -170,21 +155,12 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def log_steps(last: int, per_decade: int = 8) -> list[int]:
-    """Whole numbers from 1 to `last`, evenly spaced in logarithm.
-
-    >>> log_steps(100, per_decade=3)
-    [1, 2, 5, 10, 22, 46, 100]
-    """
+    """Whole numbers from 1 to `last`, evenly spaced in logarithm."""
     count = max(2, round(per_decade * np.log10(max(last, 1))) + 1)
     return sorted({round(step) for step in np.geomspace(1, last, count)})
 
 
 def best_index(accuracies: list[float]) -> int:
-    """The best of settings in order of strength; of ties, which are frequent on few images, the middle one.
-
-    >>> best_index([0.1, 0.5, 0.5, 0.5, 0.2])
-    2
-    """
-    top = max(accuracies)
-    tied = [index for index, value in enumerate(accuracies) if value == top]
+    """The best of settings in order of strength; of ties, which are frequent on few images, the middle one."""
+    tied = [index for index, value in enumerate(accuracies) if value == max(accuracies)]
     return tied[len(tied) // 2]

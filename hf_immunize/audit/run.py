@@ -28,9 +28,9 @@ from transformers import AutoImageProcessor
 from transformers.utils import logging
 
 from hf_immunize.attacks.attacker import Attacker, Found, guarded
+from hf_immunize.attacks.finetune import changed_parameters, interpolate
 from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_attacker, find_preset
 from hf_immunize.attacks.probe_data import Part, ProbeData
-from hf_immunize.attacks.restore import changed_parameters, interpolate
 from hf_immunize.audit.feature_metrics import FeatureMetrics
 from hf_immunize.audit.journal import FeatureStore, Journal, View, fingerprint, key_of
 from hf_immunize.audit.passes import Pass, StoredPasses, make_folder

@@ -1,7 +1,4 @@
-"""The image and the label column of a dataset, its labels, and the model's outputs that stand for them.
-
-Nothing here decodes an image, but for one row where the columns cannot be known otherwise.
-"""
+"""The image and the label column of a dataset, its labels, and the model's outputs that stand for them."""
 
 from __future__ import annotations
 
@@ -89,10 +86,8 @@ def find_columns(
 
 
 def validate_labels(dataset: Any, label_column: str, num_labels: int, name: str) -> None:
-    """Check that all stored labels are integers in ``range(num_labels)``.
-
-    Labels of items made on the fly would load every image; `ImageRows` checks them as they come.
-    """
+    """Check that all stored labels are integers in ``range(num_labels)``."""
+    # Labels of items made on the fly would load every image; `ImageRows` checks them as they come.
     if not isinstance(dataset, datasets.Dataset) or is_transformed(dataset) or label_column not in dataset.features:
         return
     labels = read_labels(dataset, label_column)
@@ -154,10 +149,8 @@ def listed(names: Any, limit: int = 20) -> str:
 
 def _column_kinds(dataset: Any) -> dict[str, str]:
     """Map each column to "image", "class" or "other"."""
-    if isinstance(dataset, datasets.DatasetDict):
-        raise DataError(f"Expected one dataset, found the splits {listed(dataset)}. Give one, as in data['train'].")
     if isinstance(dataset, dict):
-        raise DataError(f"Expected one dataset, found a dictionary with {listed(dataset)}. Give one of its values.")
+        raise DataError(f"Expected one dataset, found several, {listed(dataset)}. Give one, as in data['train'].")
     streamed = isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset))
     if streamed or not hasattr(dataset, "__getitem__") or isinstance(dataset, str):
         remedy = "Load the data without streaming" if streamed else "Load it first"

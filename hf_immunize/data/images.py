@@ -1,10 +1,12 @@
-"""Stored images as rows, and rows as batches of pixel values."""
+"""Stored images as rows, rows as batches of pixel values, and images known again by their bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,8 +17,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_immunize.data.columns import check_label, is_stored_image, is_transformed, read_labels
-from hf_immunize.data.identity import image_hashes
 from hf_immunize.errors import DataError, ImageDecodeError, ShapeError
+from hf_immunize.tensor_hash import tensor_bytes
 
 
 logger = logging.get_logger(__name__)
@@ -26,10 +28,7 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.Decompressio
 
 
 class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """A dataset as rows ``{"image": PIL.Image in RGB, "labels": int}``, or with ``"pixel_values"`` ``(C, H, W)``.
-
-    Errors name the row. With ``outputs``, the label of an item is the model's output for it, ``outputs[label]``.
-    """
+    """A dataset as rows ``{"image": PIL.Image in RGB, "labels": int}``, or with ``"pixel_values"`` ``(C, H, W)``."""
 
     def __init__(
         self,
@@ -38,11 +37,9 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
         image_column: str,
         label_column: str | None = None,
         num_labels: int | None = None,
-        outputs: Sequence[int] | None = None,
+        outputs: Sequence[int] | None = None,  # by label, where items have the model's outputs as labels
     ) -> None:
-        self.name = name
-        self.image_column = image_column
-        self.label_column = label_column
+        self.name, self.image_column, self.label_column = name, image_column, label_column
         self.num_labels = num_labels if outputs is None else len(outputs)
         self.outputs = outputs
         self._numbers: list[int] | None = None  # in the whole, of a subset's rows
@@ -155,11 +152,7 @@ def decoded(value: Any) -> Any:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB; what is transparent becomes white, as on a page.
-
-    More than 8 bits per channel say nothing of their range: it is the least of 8, 12 and 16 bits that holds the
-    brightest pixel, and 0 to 1 for floating-point pixels up to 1.
-    """
+    """An image of any mode as RGB; what is transparent becomes white, as on a page."""
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_eight_bits(np.asarray(image), floating=image.mode == "F"))
     elif image.mode in _ALPHA_MODES or "transparency" in image.info:
@@ -170,6 +163,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(shades: np.ndarray, floating: bool) -> np.ndarray:
+    # More than 8 bits say nothing of their range: the least of 8, 12 and 16 bits that holds the brightest pixel, and 0
+    # to 1 for floating-point pixels up to 1.
     low, high = (float(shades.min()), float(shades.max())) if shades.size else (0.0, 0.0)
     whole = next((bits for bits in (8, 12, 16) if high < 2**bits), None)
     if not (low >= 0 and whole is not None):  # NaN is neither
@@ -180,7 +175,71 @@ def _eight_bits(shades: np.ndarray, floating: bool) -> np.ndarray:
         return (shades * 255).astype(np.uint8)
     if whole > 8:
         logger.warning_once(
-            "Some images have more than 8 bits per channel: the range of each is the least of 8, 12 and 16 bits that "
+            "Some images have more than 8 bits per channel: each is scaled by the least of 8, 12 and 16 bits that "
             "holds its brightest pixel. To compare images by brightness, convert them to 8 bits by one scale."
         )
     return (shades / 2 ** (whole - 8)).astype(np.uint8)
+
+
+# ---- knowing images again by their stored bytes, whatever their files, rows and data sets are called
+
+# A record cannot hold a hash of every image. It holds the smallest of them, a sketch (4 KiB of text): a uniform sample
+# by content, so that a share of a set that was trained on shows up in the sketch as that share.
+_SIZE, _DIGITS = 256, 16
+
+
+def image_hashes(dataset: Any, column: str) -> np.ndarray | None:
+    """A hash of every stored image or array, without decoding any."""
+    if isinstance(dataset, list):
+        return _hashed(row.get(column) for row in dataset)
+    if not isinstance(dataset, datasets.Dataset):
+        return None
+    images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    stored = column if column in dataset.features else images[0] if len(images) == 1 else None
+    if stored is None:
+        return None
+    dataset = dataset.select_columns([stored])
+    if stored in images:
+        dataset = dataset.with_format(None).cast_column(stored, datasets.Image(decode=False))
+    else:
+        dataset = dataset.with_format("numpy")
+    return _hashed(value for batch in dataset.iter(batch_size=100) for value in batch[stored])
+
+
+def sketch_of(rows: Any) -> str | None:
+    """The sketch of a set of images."""
+    hashes = getattr(rows, "hashes", None)
+    return None if hashes is None else "".join(f"{each:0{_DIGITS}x}" for each in np.unique(hashes)[:_SIZE].tolist())
+
+
+def count_trained(hashes: np.ndarray | None, train_sketch: str, sketch: str | None) -> int:
+    """How many images are known to be training images, those aside that training itself measured on."""
+    if hashes is None:
+        return 0
+    trained, measured = _read(train_sketch), _read(sketch or "")
+    if len(measured) == _SIZE:
+        trained = trained[trained <= measured[-1]]  # of larger ones it is not known whether they were measured on
+    return int(np.isin(hashes, np.setdiff1d(trained, measured)).sum())
+
+
+def _read(sketch: str) -> np.ndarray:
+    return np.array([int(sketch[i : i + _DIGITS], 16) for i in range(0, len(sketch), _DIGITS)], dtype=np.uint64)
+
+
+def _hashed(values: Iterator[Any]) -> np.ndarray:
+    digests = (hashlib.blake2b(_content(value), digest_size=_DIGITS // 2).digest() for value in values)
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
+
+
+def _content(value: Any) -> bytes:
+    if isinstance(value, dict):
+        content = value.get("bytes")
+        if content is None and value.get("path"):
+            path = Path(value["path"])
+            content = path.read_bytes() if path.is_file() else str(path).encode()
+        return content or b""
+    if isinstance(value, Image.Image):
+        return f"{value.mode} {value.size}".encode() + value.tobytes()
+    if isinstance(value, torch.Tensor):
+        value = tensor_bytes(value)
+    return b"" if value is None else np.ascontiguousarray(value).tobytes()

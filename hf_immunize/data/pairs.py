@@ -1,8 +1,4 @@
-"""Benign and harmful images, and images to distil on, paired in one DataLoader; and sides that no training can use.
-
-One loader leaves shuffling, sharding over processes and resuming to the Trainer; two loaders zipped in the loss would
-not.
-"""
+"""Benign and harmful images, and images to distil on, paired in one DataLoader; and sides that no training can use."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from transformers.utils import logging
 
 from hf_immunize.data.columns import is_transformed
 from hf_immunize.data.images import ImageRows
-from hf_immunize.errors import ArgumentError, DataError, ShapeError
+from hf_immunize.errors import DataError, ShapeError
 
 
 logger = logging.get_logger(__name__)
@@ -45,14 +41,12 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
     """Draw benign rows, each with rows of the other sides; an epoch is one pass over the benign data."""
 
     # The benign order depends on (seed, epoch) alone. The other sides run through permutations of their own, cycling
-    # across epochs, so that all rows are used equally often whichever set is larger; their rows are spread over the
-    # benign rows of a batch. No global random state: every process draws the same rows, and a resumed run those of
-    # the interrupted one. (With drop_last, the rows of a last partial batch are skipped, not moved on.)
+    # across epochs, so that all rows are used equally often whichever set is larger. No global random state: every
+    # process draws the same rows, and a resumed run those of the interrupted one.
     #
-    # Accelerate calls `set_epoch` of a sampler found in `batch_sampler` or `batch_sampler.batch_sampler`. With several
-    # processes, resuming within an epoch adds a third layer, where neither accelerate 1.15 nor transformers 5.23 finds
-    # it, and the rest of the epoch would follow the order of epoch 0. Accelerate then announces the epoch to the
-    # dataset, and `PairedDataset.set_epoch` passes it on.
+    # With several processes, resuming within an epoch wraps the sampler once more than accelerate 1.15 looks into, and
+    # the rest of the epoch would follow the order of epoch 0. Accelerate then announces the epoch to the dataset, and
+    # `PairedDataset.set_epoch` passes it on.
 
     def __init__(
         self,
@@ -62,21 +56,13 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         shuffle: bool = True,
         *,
         num_distillation: int | None = 0,
-        num_held_out: int = 0,
+        num_held_out: int | None = 0,
         batch_sizes: BatchSizes = ONE_EACH,
     ) -> None:
-        if num_benign < 1 or num_harmful == 0:
-            raise ArgumentError(
-                f"Expected at least one benign and one harmful row, found {num_benign} and {num_harmful}. Give both."
-            )
-        self.num_benign = num_benign
-        self.num_harmful = num_harmful
-        self.num_distillation = num_distillation
-        self.num_held_out = num_held_out
+        self.num_benign, self.num_harmful = num_benign, num_harmful
+        self.num_distillation, self.num_held_out = num_distillation, num_held_out
         self.batch_sizes = batch_sizes
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 0
+        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, counted from 0, whose rows the next iteration draws."""
@@ -100,13 +86,10 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         for step in range(self.num_benign):
             rows: list[int] = []
             for _ in range(self._drawn(step + 1, batch_size) - self._drawn(step, batch_size)):
-                if length is None:
-                    rows.append(position)
-                else:
-                    if position // length != cycle:
-                        cycle = position // length
-                        order = self._permutation(length, kind, cycle)
-                    rows.append(order[position % length])
+                if length is not None and position // length != cycle:
+                    cycle = position // length
+                    order = self._permutation(length, kind, cycle)
+                rows.append(position if length is None else order[position % length])
                 position += 1
             yield tuple(rows)
 
@@ -137,12 +120,8 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         for name, data in sides.items():
             if data is not None and _length(data) == 0:
                 raise DataError(f"Expected at least one {name} image, found an empty {name} dataset. Give images.")
-        self.benign = benign
-        self.harmful = harmful
-        self.harmful_labels = harmful_labels
-        self.distillation = distillation
-        self.held_out = held_out
-        self.batch_sizes = batch_sizes
+        self.benign, self.harmful, self.distillation, self.held_out = benign, harmful, distillation, held_out
+        self.harmful_labels, self.batch_sizes = harmful_labels, batch_sizes
         self._sampler: PairedSampler | None = None
 
     def __len__(self) -> int:
@@ -167,14 +146,10 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """Make the sampler that draws this dataset's rows, and keep its epoch current; see `set_epoch`."""
         optional = {"distillation": self.distillation, "held_out": self.held_out}
         absent = {side: 0 for side, rows in optional.items() if rows is None}
+        counts = {f"num_{side}": 0 if rows is None else _length(rows) for side, rows in optional.items()}
+        sizes = replace(self.batch_sizes, **absent)
         self._sampler = PairedSampler(
-            len(self.benign),
-            _length(self.harmful),
-            seed,
-            shuffle,
-            num_distillation=0 if self.distillation is None else _length(self.distillation),
-            num_held_out=0 if self.held_out is None else len(self.held_out),
-            batch_sizes=replace(self.batch_sizes, **absent),
+            len(self.benign), _length(self.harmful), seed, shuffle, batch_sizes=sizes, **counts
         )
         return self._sampler
 
@@ -242,10 +217,8 @@ _CHECKED = 8
 
 
 def degenerate_sides(trained: Any, measured: Any) -> list[str]:
-    """Sentences, also logged, on images of which κ and RIR say nothing: those trained on, else those measured.
-
-    Only `ImageRows` that are stored are read, so that no random transform of a user's runs.
-    """
+    """Sentences, also logged, on images of which κ and RIR say nothing: those trained on, else those measured."""
+    # Only `ImageRows` that are stored are read, so that no random transform of a user's runs.
     for kind, sides in (("", trained), (" evaluation", measured)):
         benign, harmful = (sides or (None, None))[:2]
         found = _of_both(f"benign{kind}", benign, f"harmful{kind}", harmful)
@@ -282,8 +255,8 @@ def _of_both(benign_name: str, benign: Any, harmful_name: str, harmful: Any) -> 
 def _of_one_side(side: str, rows: ImageRows, different: int) -> list[str]:
     if different < _FEWEST:
         return [
-            f"The {side} images are one single image ({len(rows)} times): κ of one image is 1, whatever the weights. "
-            "Give different images, at least as many as the features have dimensions."
+            f"The {side} images are one single image ({len(rows)} times), of which κ is 1, whatever the weights. Give "
+            "different images, at least as many as the features have dimensions."
         ]
     sentences = []
     if 2 * different <= len(rows):

@@ -1,7 +1,4 @@
-"""Where images come from: loaded, divided into those to learn from and to measure on, and split by class.
-
-Training, audit and verification all divide here, so that they measure on the same images. No image is decoded.
-"""
+"""Where images come from: loaded, divided into those to learn from and to measure on, and split by class."""
 
 from __future__ import annotations
 
@@ -51,8 +48,10 @@ def load_image_splits(source: str) -> dict[str, datasets.Dataset]:
     """All splits of an image dataset: a folder of images, what save_to_disk writes, parquet files, a Hub name."""
     path = Path(source).expanduser()
     try:
+        if path.is_file() and path.suffix != ".parquet":
+            raise DataError(f"Expected a parquet file or a folder, found {source!r}. Convert it, or give its folder.")
         if path.is_file():
-            return _load_file(path)
+            return datasets.load_dataset("parquet", data_files={"train": str(path)})
         if path.is_dir():
             return _load_folder(path)
         return _load_from_hub(source)
@@ -64,12 +63,6 @@ def load_image_splits(source: str) -> dict[str, datasets.Dataset]:
             f"Expected images in one subfolder per class, parquet files, or what save_to_disk writes in {source!r}, "
             f"found none that can be read ({_first_line(error)}). Check the data."
         ) from error
-
-
-def _load_file(path: Path) -> dict[str, datasets.Dataset]:
-    if path.suffix != ".parquet":
-        raise DataError(f"Expected a parquet file or a folder, found {str(path)!r}. Convert it, or give its folder.")
-    return datasets.load_dataset("parquet", data_files={"train": str(path)})
 
 
 def _load_folder(path: Path) -> dict[str, datasets.Dataset]:
@@ -263,13 +256,12 @@ def split_benign_harmful(
             "out of harmful_classes."
         )
 
-    parts: tuple[dict[str, datasets.Dataset], dict[str, datasets.Dataset]] = ({}, {})
-    for split, data in splits.items():
-        for part, is_harmful in zip(parts, (False, True), strict=True):
-            part[split] = _take_classes(data, column, codes[split], names, is_harmful, harmful)
-    if isinstance(dataset, datasets.Dataset):
-        return parts[0][""], parts[1][""]
-    return datasets.DatasetDict(parts[0]), datasets.DatasetDict(parts[1])
+    parts = []
+    for side in (False, True):
+        kept = [code for code in range(len(names)) if (code in harmful) == side]
+        taken = {k: _take_classes(data, column, codes[k], list(names.values()), kept) for k, data in splits.items()}
+        parts.append(taken[""] if isinstance(dataset, datasets.Dataset) else datasets.DatasetDict(taken))
+    return parts[0], parts[1]
 
 
 def _class_names(dataset: datasets.Dataset, column: str, values: dict[str, list[Any]]) -> dict[Any, str]:
@@ -317,18 +309,11 @@ def _harmful_codes(harmful_classes: Sequence[str | int], names: dict[Any, str], 
 
 
 def _take_classes(
-    dataset: datasets.Dataset,
-    column: str,
-    codes: np.ndarray,
-    names: dict[Any, str],
-    is_harmful: bool,
-    harmful: set[int],
+    dataset: datasets.Dataset, column: str, codes: np.ndarray, names: list[str], kept: list[int]
 ) -> datasets.Dataset:
-    kept = [code for code in range(len(names)) if (code in harmful) == is_harmful]
     relabel = np.zeros(len(names), dtype=np.int64)
     relabel[kept] = np.arange(len(kept))
-    all_names = list(names.values())
-    feature = datasets.ClassLabel(names=[all_names[code] for code in kept])
+    feature = datasets.ClassLabel(names=[names[code] for code in kept])
     # The column is replaced before the rows are chosen: that way images are neither copied nor decoded.
     old = f"{column} before the split"
     relabelled = dataset.rename_column(column, old).add_column(column, relabel[codes], feature=feature)

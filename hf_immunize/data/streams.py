@@ -18,11 +18,7 @@ def is_stream(dataset: Any) -> bool:
 
 
 class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """A stream as rows by position over all passes; going back reads it again.
-
-    Its order is kept: shuffle the stream with a seed before. With ``raw``, rows come as the stream has them, else as
-    `ImageRows` gives them.
-    """
+    """A stream as rows by position over all passes, in its own order; going back reads it again."""
 
     def __init__(
         self,
@@ -31,7 +27,7 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
         image_column: str | None = None,
         label_column: str | None = None,
         *,
-        raw: bool = False,
+        raw: bool = False,  # rows as the stream has them, else as `ImageRows` gives them
     ) -> None:
         if iter(dataset) is dataset:
             raise DataError(
@@ -41,9 +37,7 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
         first = next(iter(dataset), None)
         if first is None:
             raise DataError(f"Expected at least one image in {name}, found an empty stream. Check the split.")
-        self.dataset = dataset
-        self.name = name
-        self._raw = raw
+        self.dataset, self.name, self._raw = dataset, name, raw
         if not raw:
             self._image, self._label = find_columns([first], image_column, label_column, need_label=False)
         self._length: int | None = None  # known after the first pass
@@ -67,10 +61,7 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _seek(self, position: int) -> dict[str, Any]:
         while True:
-            if self._length is not None:
-                wanted_pass, wanted = divmod(position, self._length)
-            else:
-                wanted_pass, wanted = 0, position
+            wanted_pass, wanted = (0, position) if self._length is None else divmod(position, self._length)
             if not self._started or wanted_pass != self._pass or wanted < self._position:
                 self._restart(wanted_pass, wanted)
             for row in self._rows:

@@ -1,8 +1,7 @@
-"""The activations of a frozen trunk on disk: Arrow files, found where they fit, else written once the disk holds them.
+"""The activations of a frozen trunk on disk: Arrow files, found where they fit, else written anew."""
 
-`datasets` maps the files into memory. They are not written by its `map`, which knows neither a checksum of what it
-wrote nor processes that each write a part of one data set.
-"""
+# `datasets` maps the files into memory. They are not written by its `map`, which knows neither a checksum of what it
+# wrote nor processes that each write a part of one data set.
 
 from __future__ import annotations
 
@@ -52,8 +51,8 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _SAME = 3e-2
 _KEY_FILE, _FILES = "trunk.json", "activations*.arrow"
 # What a configuration says about the head or about where the model came from.
-_NOT_OF_THE_TRUNK = {"id2label", "label2id", "num_labels", "architectures", "problem_type", "transformers_version"}
-_NOT_OF_THE_TRUNK |= {"_name_or_path"}
+_HEAD_OR_ORIGIN = {"id2label", "label2id", "num_labels", "architectures", "problem_type"}
+_HEAD_OR_ORIGIN |= {"transformers_version", "_name_or_path"}
 
 
 class CachedRows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -161,11 +160,9 @@ class TrunkCache:
         return bool((now - then).abs().max() <= _SAME * now.abs().max())
 
     def write(self) -> CachedRows:
-        """Compute and store the activations in place of what was there; a collective.
-
-        Each process computes whole batches, those that a single one would, into a file of its own: the rows and their
-        order do not depend on the number of processes.
-        """
+        """Compute and store the activations in place of what was there; a collective."""
+        # Each process computes whole batches, those that a single one would, into a file of its own: the rows and
+        # their order do not depend on the number of processes.
         staging = self.processes.broadcast_from_main(self._start_anew)
         try:
             with _seeded(0):
@@ -270,11 +267,9 @@ class TrunkCache:
 
 
 def open_or_write(*caches: TrunkCache) -> list[CachedRows]:
-    """Find the stored activations of caches in sister folders, and write those that are missing; a collective.
-
-    Other runs that share the folder wait until it is done. Where the disk does not hold what is missing, that is an
-    error before anything is written or removed.
-    """
+    """Find the stored activations of caches in sister folders, and write those that are missing; a collective."""
+    # Other runs that share the folder wait until it is done. Where the disk does not hold what is missing, that is an
+    # error before anything is written or removed.
     processes, parent = caches[0].processes, caches[0].folder.parent
     parent.mkdir(parents=True, exist_ok=True)
     with _locked(parent / ".lock", processes):
@@ -291,11 +286,9 @@ def open_or_write(*caches: TrunkCache) -> list[CachedRows]:
 
 @contextmanager
 def _locked(path: Path, processes: Processes) -> Iterator[None]:
-    """Hold a lock on behalf of all processes.
-
-    Another run may hold it for as long as it writes, which no collective would wait for: so each process waits at the
-    file first, and the first one takes it only if it is still free.
-    """
+    """Hold a lock on behalf of all processes."""
+    # Another run may hold it for as long as it writes, which no collective would wait for: so each process waits at
+    # the file first, and the first one takes it only if it is still free.
     with ExitStack() as stack:
 
         def take() -> bool:
@@ -348,7 +341,7 @@ def trunk_fingerprint(model: nn.Module, split: TrunkSplit) -> str:
 
 def _model_fingerprint(model: PreTrainedModel, split: TrunkSplit) -> str:
     """Hash what else decides how a trunk computes: class, configuration, where it ends, version of transformers."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_THE_TRUNK}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _HEAD_OR_ORIGIN}
     return _text_hash([type(model).__name__, config, repr(split), transformers.__version__])
 
 

@@ -1,7 +1,4 @@
-"""One loop of a model over images: the classifier's input and output, and earlier layers, for whoever measures.
-
-What is measured of it: the spectrum of a data set (`Measurement`), and views of earlier layers (`extract_views`).
-"""
+"""One loop of a model over images: the spectrum of the classifier's input, and views of earlier layers."""
 
 from __future__ import annotations
 
@@ -29,9 +26,6 @@ from hf_immunize.vision.scope import block_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# ---- the loop ----
 
 
 @dataclass(frozen=True)
@@ -135,11 +129,7 @@ def _read_layers(model: nn.Module, layers: Iterable[Layer]) -> Iterator[dict[Lay
 
 
 def pass_size(model: nn.Module) -> int:
-    """Images in a batch of a pass without gradients: 64 on an accelerator, 8 on a CPU.
-
-    Activations of many take tens of megabytes each, which the C library gives back to the system and has to be given
-    anew at every layer: 64 images of 160 pixels through MobileNetV2 cost 40 ms each on a CPU, 8 cost 22.
-    """
+    """Images per batch of a pass without gradients: 64 on an accelerator; on a CPU 8 take half the time of 64."""
     return 8 if next(model.parameters()).device.type == "cpu" else 64
 
 
@@ -148,11 +138,7 @@ def pass_size(model: nn.Module) -> int:
 
 @dataclass
 class Measurement:
-    """Features of one data set through one state of the model, as a QR factor, with a checksum of the images.
-
-    The checksum shows whether two measurements are of the same images, whatever the weights, the order of the images,
-    and the processes among which they were divided.
-    """
+    """Features of one data set through one state of the model, as a QR factor, with a checksum of the images."""
 
     factor: FeatureFactor = field(default_factory=FeatureFactor)
     checksum: float = 0.0
@@ -192,11 +178,9 @@ def of_side(name: str) -> Iterator[None]:
 
 
 def images_checksum(pixel_values: Tensor) -> float:
-    """A number by which to know images again: a sum over them, so that it does not depend on their order.
-
-    Each adds ``e + e²``, with e its mean squared pixel, where the weight of pixels rises from 1 to 2 over the image so
-    that a flipped one is another one, and the square so that the sum says more than the mean of all images together.
-    """
+    """A number by which to know images again: a sum over them, so that it does not depend on their order."""
+    # Each adds e + e², with e its mean squared pixel, where the weight of pixels rises from 1 to 2 over the image so
+    # that a flipped one is another one, and the square so that the sum says more than the mean of all images together.
     rows = pixel_values.detach().float().flatten(1)
     weights = 1 + torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device) / rows.shape[1]
     energies = (rows.square() * weights).mean(dim=1).cpu().double()
@@ -209,13 +193,9 @@ def spectral_metrics(
     harmful: Measurement | None,
     harmful_reference: Measurement | None,
 ) -> dict[str, float]:
-    """Metrics of an evaluation, by stable names and without a prefix.
-
-    ``benign_log10_kappa``, ``benign_is_bound`` (1.0 where rank was lost, so that κ is only bounded from below),
-    ``benign_rank``, ``benign_effective_rank``, the same for ``harmful``, and against the references ``rir``,
-    ``log10_rir``, ``harmful_ratio``, ``benign_ratio`` with ``rir_is_lower_bound`` and ``rir_is_upper_bound``
-    (both 1.0: no statement, and ``rir`` is NaN). A reference of other data, through the starting weights, is ignored.
-    """
+    """Metrics of an evaluation, by stable names and without a prefix; a reference of other data is ignored."""
+    # benign_is_bound: 1.0 where rank was lost, so that κ is only bounded from below; rir_is_lower_bound and
+    # rir_is_upper_bound both 1.0: no statement, and rir is NaN.
     metrics: dict[str, float] = {}
     conditionings = {}
     for side, now, before in (("benign", benign, benign_reference), ("harmful", harmful, harmful_reference)):
@@ -244,12 +224,8 @@ def spectral_metrics(
 
 def save_measurements(path: str | os.PathLike[str], measurements: dict[str, Measurement]) -> None:
     """Write measurements by name, as safetensors."""
-    tensors = {
-        f"{name}/{key}": value.cpu()
-        for name, measurement in measurements.items()
-        for key, value in measurement.state_dict().items()
-    }
-    save_file(tensors, path)
+    states = {name: measurement.state_dict() for name, measurement in measurements.items()}
+    save_file({f"{name}/{key}": value.cpu() for name, state in states.items() for key, value in state.items()}, path)
 
 
 def load_measurements(path: str | os.PathLike[str]) -> dict[str, Measurement]:
@@ -276,13 +252,10 @@ class Extraction:
 def find_layers(
     model: PreTrainedModel, pixel_values: Tensor, max_layers: int, head_module: str | None = None
 ) -> list[Layer]:
-    """The layers to probe, in the order of the pass: what enters the blocks, every stage's output, what enters ReLUs.
-
-    A stage ends where the resolution changes; where it never does (ViT), every block is one. A dead ReLU hides what
-    enters it from all that follows, and an attacker has only to look there: at the first one up to the end of each
-    stage, before which nothing of the stage is hidden, and at the last. Stages are at most `max_layers`, evenly
-    spaced, the last among them. A model without a list of blocks has no such layers.
-    """
+    """The layers to probe, in their order: what enters the blocks, every stage's output, what enters ReLUs."""
+    # A stage ends where the resolution changes; where it never does (ViT), every block is one. A dead ReLU hides what
+    # enters it from all that follows, and an attacker has only to look there: at the first one up to the end of each
+    # stage, before which nothing of the stage is hidden, and at the last.
     try:
         blocks = block_modules(model, head_module)
     except ScopeError:
@@ -320,10 +293,8 @@ def _with_relus(found: list[Layer], passed: list[Layer], relus: set[Layer]) -> l
 def choose_views(
     layers: list[Layer], rows: int, limit: int, memory: int, flattened: bool
 ) -> tuple[list[tuple[Layer, str]], dict[str, str]]:
-    """Which layers are read in which form, within the memory there is; and for those left out a sentence why.
-
-    `limit` bounds the values per image of a flattened layer, `memory` the bytes of all views; deep layers come first.
-    """
+    """Which layers are read in which form, within the memory there is; and for those left out a sentence why."""
+    # The limit bounds the values per image of a flattened layer, the memory the bytes of all views; deep layers first.
     chosen = [(layer, "pooled") for layer in layers]
     left_out = {}
     # The dual form's matrices, N × N in float64, and one working copy.
@@ -347,10 +318,7 @@ def choose_views(
 
 
 def extract_views(
-    model: PreTrainedModel,
-    batches: Iterable[Tensor],
-    views: list[tuple[Layer, str]],
-    head_module: str | None = None,
+    model: PreTrainedModel, batches: Iterable[Tensor], views: list[tuple[Layer, str]], head_module: str | None = None
 ) -> Extraction:
     """Run a model over pixel values once, and read all views; on the CPU, in float32 at least."""
     head = find_head(model, head_module)[1]
@@ -377,13 +345,10 @@ def _host(value: Tensor) -> Tensor:
 
 
 def dual_coordinates(Z: Tensor, Z_test: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
-    """Features in an orthonormal basis of the training rows' span: at most N coordinates in place of D.
-
-    ``K = ZZᵀ = QΛQᵀ`` gives ``Z = QΛ^½·Bᵀ`` with orthonormal ``B``, so any probe that commutes with rotations and
-    starts at zero (ridge, gradient descent, L-BFGS with a penalty on ‖W‖²) finds the same scores on ``QΛ^½`` and
-    ``K_test QΛ^-½``. In float64; directions below 1e-8 of the largest are lost to the square. Where D ≤ N, features
-    stay as they are. Columns become float64 in chunks.
-    """
+    """Features in an orthonormal basis of the training rows' span, in float64: at most N coordinates in place of D."""
+    # K = ZZᵀ = QΛQᵀ gives Z = QΛ^½·Bᵀ with orthonormal B, so any probe that commutes with rotations and starts at zero
+    # (ridge, gradient descent, L-BFGS with a penalty on ‖W‖²) finds the same scores on QΛ^½ and K_test QΛ^-½.
+    # Directions below 1e-8 of the largest are lost to the square.
     if Z.shape[1] <= len(Z):
         return Z.double(), Z_test.double()
     K = torch.zeros(len(Z), len(Z), dtype=torch.float64)

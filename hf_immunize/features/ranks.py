@@ -1,7 +1,6 @@
 """The processes that torchrun or ``accelerate launch`` started: who takes which share, and what all learn from all.
 
-What a process does for the others may fail. Waiting for it in a collective would then be a deadlock, so everything
-that is waited for here ends in an exchange of results or of what went wrong.
+Everything that is waited for ends in an exchange of results or of what went wrong: a failure is no deadlock.
 """
 
 from __future__ import annotations
@@ -29,16 +28,7 @@ _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class Processes:
-    """Some processes that do one piece of work together; `ALONE` is this one by itself.
-
-    Args:
-        state: accelerate's; None for this process alone.
-        owned: Whether the process group was started for this work, so that `leave` ends it.
-
-    Example:
-        >>> ALONE.count, ALONE.first, ALONE.share([3, 4]), ALONE.together(lambda: "done")
-        (1, True, [3, 4], ['done'])
-    """
+    """Some processes that do one piece of work together; `ALONE` is this one by itself."""
 
     def __init__(self, state: PartialState | None = None, owned: bool = False) -> None:
         self._state = state if state is not None and state.num_processes > 1 else None
@@ -66,10 +56,9 @@ class Processes:
             return list(part)
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Do something on all processes at once, and report to all what came of it, in their order; a collective.
+        """Do something small on all processes, without a collective in it, and report to all, in their order.
 
-        The work does this process's part, without a collective of its own, and returns something small. What it raises
-        here is raised here; where it failed on another process, that is a `ProcessError`.
+        What it raises here is raised here; where it failed on another process, that is a `ProcessError`.
         """
         if self._state is None:
             return [work()]

@@ -1,8 +1,7 @@
 """The frozen trunk: where a model splits, and how the trainable part runs from a stored activation.
 
-What runs after the split is the model's own code. Its forward is replayed with the modules of the trunk replaced by
-stubs: one of them hands out the stored activation, and whatever else the trunk gives is replaced by NaN. A model that
-uses anything of the trunk but the activation thus yields NaN, never a wrong number, and is refused.
+The model's own forward is replayed with stubs in place of the trunk: one gives the activation, the others NaN. A model
+that uses anything else of the trunk thus yields NaN, never a wrong number, and is refused.
 """
 
 from __future__ import annotations
@@ -82,11 +81,7 @@ class TrunkSplit:
 
     @contextmanager
     def replayed(self, model: nn.Module) -> Iterator[None]:
-        """Within, ``model(pixel_values=activations)`` runs the trainable part, and the trunk is not computed.
-
-        The model's class, parameters and state dictionary stay as they are, so a wrapper such as
-        ``DistributedDataParallel`` may be called in its place; the model is given without its wrapper.
-        """
+        """Within, ``model(pixel_values=activations)``, or its wrapper, runs the trainable part, and no trunk."""
         activation = torch.empty(0)
         calls: dict[str, int] = {}
 
@@ -158,15 +153,11 @@ def split_trunk(
     trainable_names: list[str],
     pixel_shape: tuple[int, ...],
     *,
-    eval_modules: list[nn.Module] | None = None,
+    eval_modules: list[nn.Module] | None = None,  # kept in eval mode in training
     head_module: str | None = None,
 ) -> TrunkSplit:
-    """Find where the frozen trunk of a model ends, as late as the model's structure allows.
-
-    The model runs a few times on random images, and the split is accepted only if features and logits from stored
-    activations equal those of the whole model. Modes, weights and the random state stay as they are. Where there is
-    no such split, that is a `TrunkError`. `eval_modules` are kept in eval mode in training.
-    """
+    """Find where the frozen trunk of a model ends, as late as the model's structure allows; else a `TrunkError`."""
+    # A split is accepted only if features and logits from activations of random images equal those of the whole model.
     _, head = find_head(model, head_module)
     if eval_modules is None:
         eval_modules = modules_in_eval(model, trainable_names, head_module=head_module)
@@ -247,23 +238,19 @@ _Candidate = tuple[_Call, list[CallKey], tuple[str, ...]]
 
 
 def _candidates(call: _Call, trainable: set[int]) -> list[_Candidate]:
-    """The places where a frozen trunk may end, latest first.
-
-    Going down the calls to the first module with a trainable parameter, all that ran before on every level is frozen.
-    Below a module that itself owns a trainable parameter nothing is known about the order.
-    """
+    """The places where a frozen trunk may end, latest first."""
+    # Going down the calls to the first module with a trainable parameter, all that ran before on every level is
+    # frozen. Below a module that itself owns a trainable parameter nothing is known about the order.
     around: list[str] = []
     trunk: list[CallKey] = []
     found: dict[int, _Candidate] = {}
     while not any(id(parameter) in trainable for parameter in call.module.parameters(recurse=False)):
         around.append(call.name)
         children = call.children
-        has_trainable = (
-            any(id(parameter) in trainable for parameter in child.module.parameters()) for child in children
-        )
-        number = next((number for number, has in enumerate(has_trainable) if has), None)
-        if number is None:
+        trains = [any(id(one) in trainable for one in child.module.parameters()) for child in children]
+        if not any(trains):
             break
+        number = trains.index(True)
         trunk += [child.key for child in children[:number]]
         call = children[number]
         if trunk:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_immunize import __version__
-from hf_immunize.data.identity import count_trained, sketch_of
+from hf_immunize.data.images import count_trained, sketch_of
 from hf_immunize.data.sources import HeldOut
 from hf_immunize.errors import TrainingImagesError
 from hf_immunize.features.extract import Measurement

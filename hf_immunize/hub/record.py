@@ -137,7 +137,7 @@ class DataRecord:
     # How the images measured on were held out of the training split; None where they are a split of their own.
     held_out_fraction: Annotated[float, Rule(lambda part: 0 < part < 1, "between 0 and 1")] | None = None
     held_out_seed: Annotated[int, _between(0, 2**64 - 1)] | None = None
-    # By which to recognize images trained on and measured on (see `hf_immunize.data.identity`).
+    # By which to recognize images trained on and measured on (see `hf_immunize.data.images`).
     train_sketch: Sketch | None = None
     sketch: Sketch | None = None
     unknown: Unknown = field(default_factory=dict, repr=False)

@@ -1,15 +1,7 @@
 """A linear head on a bare backbone (`AutoModel`), so that it can be trained, immunized and saved like a classifier.
 
-A backbone says nothing about which of its outputs are the features, so the caller does, by ``pooling=``:
-
-- ``"head_input"``: what the family's own image classifier feeds its head. The result is that classifier (a
-  `ViTForImageClassification`, say) with the backbone's weights and a new head: an ordinary checkpoint.
-- ``"pooler"``: the backbone's ``pooler_output``.
-- ``"cls"``: the class token of ``last_hidden_state``.
-- ``"mean"``: the mean of ``last_hidden_state`` over patches (class and register tokens left out) or positions.
-
-With the last three, what is saved is the backbone's ordinary checkpoint, which `AutoModel.from_pretrained` loads
-without this library, and beside it the head: ``head.safetensors`` and ``head_config.json``.
+What is saved is the backbone's ordinary checkpoint, which `AutoModel.from_pretrained` loads without this library, and
+beside it the head: ``head.safetensors`` and ``head_config.json``.
 """
 
 from __future__ import annotations
@@ -37,6 +29,8 @@ from hf_immunize.vision.families import FAMILIES, classifier_class, family_of, i
 from hf_immunize.vision.head import in_eval_mode
 
 
+# The head reads what the family's own image classifier feeds its head (and the result is that classifier, an ordinary
+# checkpoint), pooler_output, or of last_hidden_state the class token or the mean over patches.
 POOLINGS = ("head_input", "pooler", "cls", "mean")
 HEAD_FILES = HEAD_FILE, HEAD_CONFIG_FILE = "head.safetensors", "head_config.json"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -45,10 +39,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 def with_linear_head(backbone: PreTrainedModel, num_labels: int | None = None, pooling: str = "") -> PreTrainedModel:
     """Put a new linear head on a bare backbone."""
     if pooling not in POOLINGS:
-        raise ArgumentError(
-            f"Expected pooling= out of {', '.join(POOLINGS)}, found {pooling!r}. For a vision transformer, 'cls' and "
-            f"'mean' are usual; 'head_input' is what the family's own classifier takes."
-        )
+        raise ArgumentError(f"Expected pooling= out of {', '.join(POOLINGS)}, found {pooling!r}. Choose one of these.")
     _check_bare(backbone)
     num_labels = backbone.config.num_labels if num_labels is None else num_labels
     if pooling == "head_input":
@@ -85,12 +76,8 @@ class LinearHeadForImageClassification(PreTrainedModel):
         outputs = self.backbone(pixel_values=pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(pooled(self.backbone, outputs, self.pooling))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        result = ImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=getattr(outputs, "hidden_states", None),
-            attentions=getattr(outputs, "attentions", None),
-        )
+        inner = {name: getattr(outputs, name, None) for name in ("hidden_states", "attentions")}
+        result = ImageClassifierOutput(loss=loss, logits=logits, **inner)
         return result.to_tuple() if return_dict is False else result
 
     def save_pretrained(
@@ -186,31 +173,25 @@ def pooled(backbone: PreTrainedModel, outputs: Any, pooling: str) -> Tensor:
     if pooling == "pooler":
         features = getattr(outputs, "pooler_output", None)
         if features is None:
-            raise HeadError(f'{kind} has no pooler_output; choose pooling="mean" or, with a class token, "cls".')
+            raise HeadError(f"Expected a pooler_output, found none of {kind}. Choose pooling='mean' or 'cls'.")
         return features.flatten(1)
     hidden = outputs.last_hidden_state
     if hidden.dim() == 4:
         if pooling == "cls":
-            raise HeadError(f'{kind} is convolutional and has no class token; choose pooling="mean" or "pooler".')
+            raise HeadError(f"Expected a class token, found {kind}, a convolution. Choose pooling='mean' or 'pooler'.")
         return hidden.mean((2, 3))
     leading = _leading_tokens(backbone)
-    if pooling == "cls":
-        if leading == 0:
-            raise HeadError(f'{kind} has no class token; choose pooling="mean" or, if it has one, "pooler".')
-        return hidden[:, 0]
-    return hidden[:, leading:].mean(1)
+    if pooling == "cls" and leading == 0:
+        raise HeadError(f"Expected a class token, found none in {kind}. Choose pooling='mean' or 'pooler'.")
+    return hidden[:, 0] if pooling == "cls" else hidden[:, leading:].mean(1)
 
 
 def _leading_tokens(backbone: PreTrainedModel) -> int:
     """How many tokens stand before the patches: the class token, DeiT's distillation token, registers."""
-    count = 0
-    for name, parameter in backbone.named_parameters():
-        last = name.rpartition(".")[2]
-        if last in ("cls_token", "class_embedding", "distillation_token"):
-            count += 1
-        elif last == "register_tokens":
-            count += parameter.shape[1]
-    return count
+    single = ("cls_token", "class_embedding", "distillation_token")
+    named = [(name.rpartition(".")[2], parameter) for name, parameter in backbone.named_parameters()]
+    registers = sum(parameter.shape[1] for name, parameter in named if name == "register_tokens")
+    return registers + sum(name in single for name, _ in named)
 
 
 def _check_bare(backbone: PreTrainedModel) -> None:
@@ -220,9 +201,8 @@ def _check_bare(backbone: PreTrainedModel) -> None:
             f"Expected a bare backbone, found {kind} with a classifier. Leave out pooling=, or load AutoModel."
         )
     usual = MODEL_MAPPING.get(type(backbone.config), None)
-    usual = usual if isinstance(usual, tuple) or usual is None else (usual,)
     if usual is not None and not isinstance(backbone, usual):
-        raise HeadError(f"Expected a backbone as AutoModel loads it, found {kind}. Load a {usual[0].__name__}.")
+        raise HeadError(f"Expected a backbone as AutoModel loads it, found {kind}. Load it by AutoModel.")
     if "pixel_values" not in arguments or "input_ids" in arguments or "spatial_shapes" in arguments:
         raise HeadError(
             f"Expected a backbone that takes pixel_values alone, found {kind}, which takes "

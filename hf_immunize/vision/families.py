@@ -1,8 +1,6 @@
-"""What the package knows about single model families, one row each.
+"""What the package knows about single model families, one row each: what structure does not tell.
 
-The head, the blocks and the ReLUs of a model are found by its structure, whatever its family (`head`, `scope`,
-`relu`). A row says what structure does not tell, and what docs/backbones.md shows. To add a family, write its row
-here and its tiny model in tests/families.py.
+To add a family, write its row here and its tiny model in tests/families.py.
 """
 
 from __future__ import annotations
@@ -33,9 +31,11 @@ MEAN_TOKEN = "mean of the tokens after the last norm"
 MEAN_MAP = "mean of the last feature map"
 NORMED_MAP = "norm of the mean of the last feature map"
 
-_DINOV2 = {"patch_size": 14, "image_size": 518}
+_DINOV2, _SWINV2 = {"patch_size": 14, "image_size": 518}, {"image_size": 256, "window_size": 8}
 _B0 = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 224, "hidden_dim": 1280}
-_NORM = ("vision_model.post_layernorm",)
+_PATCHES = f"{CLASS_AND_PATCHES}; registers left out"
+_CLIP, _NORM = "mean of the patches, before the last norm", ("vision_model.post_layernorm",)
+_SIGLIP, _HEAD = "mean of the patches after the last norm", ("vision_model.head",)
 
 # Model type of the classifier to its family.
 FAMILIES = {
@@ -43,33 +43,12 @@ FAMILIES = {
     "deit": Family("DeiT", "facebook/deit-base-patch16-224", CLASS_TOKEN),
     "beit": Family("BEiT", "microsoft/beit-base-patch16-224", "norm of the mean of the patches"),
     "dinov2": Family("DINOv2", "facebook/dinov2-base", CLASS_AND_PATCHES, _DINOV2),
-    "dinov2_with_registers": Family(
-        "DINOv2 with registers",
-        "facebook/dinov2-with-registers-base",
-        f"{CLASS_AND_PATCHES}; registers left out",
-        _DINOV2,
-    ),
-    "clip": Family(
-        "CLIP",
-        "openai/clip-vit-base-patch32",
-        "mean of the patches, before the last norm",
-        unread=_NORM,
-        pooler="post_layernorm",
-        backbone="clip_vision_model",
-    ),
+    "dinov2_with_registers": Family("DINOv2 with registers", "facebook/dinov2-with-registers-base", _PATCHES, _DINOV2),
+    "clip": Family("CLIP", "openai/clip-vit-base-patch32", _CLIP, {}, _NORM, "post_layernorm", "clip_vision_model"),
     "metaclip_2": Family("MetaCLIP 2", unread=_NORM),
-    "siglip": Family(
-        "SigLIP",
-        "google/siglip-base-patch16-224",
-        "mean of the patches after the last norm",
-        unread=("vision_model.head",),
-        pooler="head",
-        backbone="siglip_vision_model",
-    ),
+    "siglip": Family("SigLIP", "google/siglip-base-patch16-224", _SIGLIP, {}, _HEAD, "head", "siglip_vision_model"),
     "swin": Family("Swin", "microsoft/swin-tiny-patch4-window7-224", MEAN_TOKEN),
-    "swinv2": Family(
-        "SwinV2", "microsoft/swinv2-tiny-patch4-window8-256", MEAN_TOKEN, {"image_size": 256, "window_size": 8}
-    ),
+    "swinv2": Family("SwinV2", "microsoft/swinv2-tiny-patch4-window8-256", MEAN_TOKEN, _SWINV2),
     "focalnet": Family("FocalNet", "microsoft/focalnet-tiny", MEAN_TOKEN),
     "resnet": Family("ResNet", "microsoft/resnet-50", MEAN_MAP),
     "regnet": Family("RegNet", "facebook/regnet-y-040", MEAN_MAP),

@@ -1,8 +1,6 @@
 """The input of the final classifier: the one notion of features that all Hugging Face vision models share.
 
-``pooler_output`` is absent in ViT, unpooled in ResNet, and half of what DINOv2's head sees; the head's input is what a
-linear probe would be trained on, whatever the family. It is captured by a hook, so the forward pass stays the model's
-own (and, under data parallelism, the wrapper's own).
+It is captured by a hook, so the forward pass stays the model's own (and, under data parallelism, the wrapper's own).
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,10 +106,7 @@ def without_wrapper(model: Any) -> PreTrainedModel:
 
 
 def running_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a model as its author built it: without an adapter's matrices, or copies that do not run.
-
-    Names are those of ``named_modules(remove_duplicate=False)``; of a layer with LoRA it is its ``base_layer``.
-    """
+    """Names and modules of a model as its author built it: without an adapter's matrices or idle copies."""
     inner = _that_runs(module)
     if inner is not None:
         name, part = inner
@@ -167,10 +161,7 @@ def _joined(prefix: str, name: str) -> str:
 
 
 def find_head(model: PreTrainedModel, head_module: str | None = None) -> tuple[str, nn.Linear]:
-    """Name and module of the final classifier, the ``nn.Linear`` with one output per label.
-
-    A head of several linear layers is refused, unless ``head_module`` names the one whose input is to be measured.
-    """
+    """Name and module of the final classifier, the only ``nn.Linear`` of a head with one output per label."""
     if not isinstance(model, nn.Module) or not hasattr(without_wrapper(model), "base_model"):
         raise HeadError(
             f"Expected an image classifier of transformers, found {type(model).__name__}. Load it with "
@@ -205,10 +196,8 @@ def _only_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     # Outside the base model alone, where a block may be as wide as the number of labels.
     candidates: dict[str, nn.Linear] = {}
     for name, module in running:
-        if not isinstance(module, nn.Linear) or module.out_features != num_labels or module in inside:
-            continue
-        if module not in candidates.values():
-            candidates[name] = module
+        if isinstance(module, nn.Linear) and module.out_features == num_labels and module not in inside:
+            candidates |= {} if module in candidates.values() else {name: module}
     if not candidates and callable(getattr(base, "get_classifier", None)):
         # timm builds the classifier into what transformers calls the base model.
         asked = base.get_classifier()
@@ -259,11 +248,8 @@ def _check_unshared(model: PreTrainedModel, name: str, head: nn.Linear) -> None:
             "classifier its own module (copy.deepcopy)."
         )
     own = {id(parameter) for parameter in head.parameters()}
-    tied = [
-        other
-        for other, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in own and other.rpartition(".")[0] != name
-    ]
+    shared = [other for other, p in model.named_parameters(remove_duplicate=False) if id(p) in own]
+    tied = [other for other in shared if other.rpartition(".")[0] != name]
     if tied:
         raise HeadError(
             f"Expected a head of its own in {_kind(model)}, found {name!r} tied to {_shown(tied)}. Give it its own "
@@ -291,16 +277,12 @@ class HeadInput:
 
     def __enter__(self) -> HeadInput:
         if self._handle is not None:
-            raise HeadError(
-                "Expected a new HeadInput, found one that is recording. Use another one for an inner block."
-            )
+            raise HeadError("Expected a new HeadInput, found one that is recording. Use another for an inner block.")
         self._features = None
         self._handle = self.head.register_forward_pre_hook(self._record)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -381,4 +363,4 @@ def _kind(model: PreTrainedModel) -> str:
 
 
 def _shown(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "absent"
+    return ", ".join(map(repr, names)) or "absent"

@@ -1,7 +1,6 @@
 """Image classifiers loaded whole: plain checkpoints, backbones with a head beside them, adapters on a base.
 
-Transformers draws a weight that a checkpoint lacks at random, leaves one aside that it does not know, and goes on.
-Here either is a named error, unless a new head was asked for.
+A weight that a checkpoint lacks, or that has no place, is a named error here, unless a new head was asked for.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def plain_names(model: Any, head_module: str | None = None) -> dict[str, str]:
         return {}
     head, _ = find_head(plain, head_module)
     head = _WRAPPERS.sub("", head)
-    place = _head_of_class(plain)
+    place = "classifier" if _pooled(plain) else find_head(_skeleton(plain, "meta"))[0]
     names = {name: f"{place}{name[len(head) :]}" for name in own if name.startswith(f"{head}.")}
     renamed = {names.get(name, name): shape for name, shape in own.items()}
     wrapped = plain is not model
@@ -126,6 +125,10 @@ def noise_images(model: PreTrainedModel) -> Tensor:
     return torch.randn(_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
 
 
+def _pooled(model: Any) -> bool:
+    return isinstance(model, LinearHeadForImageClassification)
+
+
 def _own_shapes(plain: Any) -> dict[str, torch.Size]:
     """Shapes of weights and statistics by the names they have without PEFT's wrappers."""
     found = {}
@@ -140,14 +143,11 @@ def _own_shapes(plain: Any) -> dict[str, torch.Size]:
 
 def _expected_shapes(plain: Any) -> dict[str, torch.Size] | None:
     """Shapes of what the model's class loads; None where the class cannot be built from its config alone."""
-    if isinstance(plain, LinearHeadForImageClassification):
+    if _pooled(plain):
         # The backbone may lack a pooler, and is loaded without one.
         own = {n: shape for n, shape in _own_shapes(plain).items() if n.startswith("backbone.")}
-        head = {
-            "weight": (plain.config.num_labels, find_head(plain)[1].in_features),
-            "bias": (plain.config.num_labels,),
-        }
-        return own | {f"classifier.{part}": torch.Size(shape) for part, shape in head.items()}
+        labels, width = plain.config.num_labels, find_head(plain)[1].in_features
+        return own | {"classifier.weight": torch.Size((labels, width)), "classifier.bias": torch.Size((labels,))}
     skeleton = _skeleton(plain, "meta")
     return None if skeleton is None else _own_shapes(skeleton)
 
@@ -161,16 +161,10 @@ def _skeleton(plain: Any, device: str) -> Any:
         return None
 
 
-def _head_of_class(plain: Any) -> str:
-    if isinstance(plain, LinearHeadForImageClassification):
-        return "classifier"
-    return find_head(_skeleton(plain, "meta"))[0]
-
-
 def _same_as_class(plain: Any, names: dict[str, str]) -> bool:
     """Whether the class's own computation gives the model's logits, with the weights under the plain names."""
     state = {names.get(name, name): tensor for name, tensor in plain.state_dict().items()}
-    if isinstance(plain, LinearHeadForImageClassification):
+    if _pooled(plain):
         with torch.random.fork_rng(devices=[]):
             rebuilt: Any = LinearHeadForImageClassification(plain.backbone, plain.config.num_labels, plain.pooling)
     else:
@@ -323,7 +317,7 @@ def _check_whole(info: dict[str, Any], model: Any, source: Any, drawn: Iterable[
     if missing or unexpected:
         found = [f"none that fits {', '.join(missing[:4])}"] if missing else []
         found += [f"no place for {', '.join(unexpected[:4])}"] if unexpected else []
-        name = model.backbone if isinstance(model, LinearHeadForImageClassification) else model
+        name = model.backbone if _pooled(model) else model
         raise WeightsError(
             f"Expected all weights of a {type(name).__name__} in {source}, found {', and '.join(found)}. {_REMEDY}"
         )

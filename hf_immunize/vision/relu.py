@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_immunize.errors import DataError
-
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 
 # A dead ReLU gives exactly zero and passes no gradient. GELU, SiLU and LeakyReLU do neither.
@@ -41,19 +37,14 @@ def find_relus(model: nn.Module, trainable: list[str]) -> list[str]:
 
 @torch.no_grad()
 def choke_points(model: nn.Module, names: list[str], features: Callable[[], Tensor]) -> list[str]:
-    """Of the named ReLUs, those that no shortcut bypasses, in the order in which they run.
-
-    Each in turn is made to give zeros; where ``features()`` of different images then coincide, nothing bypasses it.
-    """
+    """Of the named ReLUs, those that no shortcut bypasses, in the order in which they run."""
+    # Each in turn is made to give zeros; where features of different images then coincide, nothing bypasses it.
     calls: list[str] = []
-    hooks = [
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name)) for name in names
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+            hooks.callback(hook.remove)
         usual = _spread(features())
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not 0 < usual < math.inf:
         raise DataError(
             "Expected images with different features to find the ReLUs that all must pass, found "
@@ -63,12 +54,10 @@ def choke_points(model: nn.Module, names: list[str], features: Callable[[], Tens
     found = []
     # One that runs more than once is left out: its inputs come from several places.
     for name in (name for name in calls if calls.count(name) == 1):
-        hook = model.get_submodule(name).register_forward_hook(lambda module, given, output: output * 0)
-        try:
+        with ExitStack() as hooks:
+            hooks.callback(model.get_submodule(name).register_forward_hook(lambda *given: given[2] * 0).remove)
             if _spread(features()) <= _ROUNDING * usual:
                 found.append(name)
-        finally:
-            hook.remove()
     return found
 
 
@@ -82,7 +71,7 @@ class ReluInputs:
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         self._modules = {name: model.get_submodule(name) for name in names}
         self._parts: dict[str, list[Tensor]] = {name: [] for name in names}
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -91,15 +80,11 @@ class ReluInputs:
 
     def __enter__(self) -> ReluInputs:
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._recorder(name)))
+            self._hooks.callback(module.register_forward_pre_hook(self._recorder(name)).remove)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
 
     def _recorder(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         # As in `HeadInput`: a compiled graph ends here, or the hooks of the first pass would serve for all others.

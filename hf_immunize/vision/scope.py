@@ -50,11 +50,8 @@ def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[s
 
 
 def select_trainable(model: PreTrainedModel, trainable: str, head_module: str | None = None) -> list[str]:
-    """Set ``requires_grad`` on all parameters, and return the names of the trainable ones, at least one of a feature.
-
-    ``trainable`` is "last_stage", "all" or a regular expression searched in names. Under PEFT it chooses among what
-    PEFT trains and saves, since the adapter's files would not hold a parameter of the base model.
-    """
+    """Set ``requires_grad`` on all parameters by "last_stage", "all" or an expression; names of the trainable ones."""
+    # Under PEFT it chooses among what PEFT trains and saves: the adapter's files would not hold a base parameter.
     head_name, _ = find_head(model, head_module)
     names = [name for name, _ in model.named_parameters()]
     if trainable == "all":
@@ -78,15 +75,9 @@ def select_trainable(model: PreTrainedModel, trainable: str, head_module: str | 
 
 
 def modules_in_eval(
-    model: PreTrainedModel,
-    trainable_names: list[str],
-    freeze_batchnorm: bool = True,
-    head_module: str | None = None,
+    model: PreTrainedModel, trainable_names: list[str], freeze_batchnorm: bool = True, head_module: str | None = None
 ) -> list[nn.Module]:
-    """The modules, without repetition, to keep in eval mode while the named parameters train.
-
-    They are a flat list: set ``module.training = False`` on each, since ``module.eval()`` would recurse.
-    """
+    """The modules to keep in eval mode while the named parameters train; a flat list: ``eval()`` would recurse."""
     _, head = find_head(model, head_module)
     chosen = set(trainable_names)
     trained = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in chosen}

@@ -5,10 +5,9 @@ import torch
 from attacked import CLASSES, pictures, tiny_resnet, tiny_vit
 
 from hf_immunize.attacks.attacker import TuningBudget
-from hf_immunize.attacks.finetune import fine_tune, prepare
+from hf_immunize.attacks.finetune import changed_parameters, fine_tune, interpolate, prepare
 from hf_immunize.attacks.presets import find_attacker
 from hf_immunize.attacks.probe_data import Part
-from hf_immunize.attacks.restore import changed_parameters, interpolate
 from hf_immunize.errors import ArgumentError, DataError
 
 

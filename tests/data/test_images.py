@@ -1,7 +1,8 @@
-"""Rows become RGB images, and images become batches."""
+"""Rows become RGB images, images become batches, and images are known again by their content."""
 
 import io
 import warnings
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -11,29 +12,16 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from hf_immunize.data.columns import find_columns
-from hf_immunize.data.images import ImageCollator, ImageRows, to_rgb
+from hf_immunize.data.images import ImageCollator, ImageRows, count_trained, image_hashes, sketch_of, to_rgb
 from hf_immunize.errors import DataError, ImageDecodeError, ShapeError
 
 
-def png(size=64):
-    buffer = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def test_rows_are_rgb_images_with_labels(image_dataset):
-    row = ImageRows(image_dataset, "train_dataset", "image", "label")[4]
-    assert row["image"].mode == "RGB" and row["image"].getpixel((0, 0)) == (80, 80, 80) and row["labels"] == 1
-
-
-def test_without_a_label_column_rows_have_no_labels(image_dataset):
+def test_rows_are_rgb_images_with_labels_where_there_is_a_label_column(image_dataset):
+    for data in (image_dataset, image_dataset.with_format("torch")):
+        row = ImageRows(data, "train_dataset", "image", "label")[4]
+        assert row["image"].mode == "RGB" and row["image"].getpixel((0, 0)) == (80, 80, 80)
+        assert row["labels"] == 1 and isinstance(row["labels"], int)
     assert set(ImageRows(image_dataset, "harmful_dataset", "image")[0]) == {"image"}
-
-
-def test_a_torch_format_is_set_aside_for_images(image_dataset):
-    row = ImageRows(image_dataset.with_format("torch"), "train_dataset", "image", "label")[0]
-    assert isinstance(row["image"], Image.Image) and isinstance(row["labels"], int)
 
 
 def test_other_image_columns_are_not_decoded(image_dataset, with_damaged):
@@ -42,49 +30,36 @@ def test_other_image_columns_are_not_decoded(image_dataset, with_damaged):
     assert ImageRows(data, "train_dataset", "image", "label")[0]["labels"] == 0
 
 
-def test_pixel_values_pass_through(image_dataset):
+def test_pixel_values_pass_through_stored_transformed_and_listed(image_dataset):
     def transform(rows):
         return {"pixel_values": [torch.ones(3, 4, 4) for _ in rows["image"]], "labels": rows["label"]}
 
-    row = ImageRows(image_dataset.with_transform(transform), "train_dataset", "pixel_values", "labels")[1]
-    assert torch.equal(row["pixel_values"], torch.ones(3, 4, 4)) and row["labels"] == 1
-
-
-def test_stored_pixel_values_become_tensors():
-    data = datasets.Dataset.from_dict({"pixel_values": np.ones((2, 3, 4, 4), np.float32), "labels": [0, 1]})
-    row = ImageRows(data, "train_dataset", "pixel_values", "labels")[0]
-    assert row["pixel_values"].shape == (3, 4, 4) and row["pixel_values"].dtype == torch.float32
-
-
-def test_labels_of_a_torch_dataset_may_be_tensors():
-    rows = ImageRows(
-        [{"pixel_values": torch.zeros(3, 4, 4), "labels": torch.tensor(2)}], "d", "pixel_values", "labels"
-    )
-    assert rows[0]["labels"] == 2 and isinstance(rows[0]["labels"], int)
+    stored = datasets.Dataset.from_dict({"pixel_values": np.ones((2, 3, 4, 4), np.float32), "labels": [0, 1]})
+    listed = [{"pixel_values": torch.ones(3, 4, 4), "labels": torch.tensor(label)} for label in (0, 1)]
+    for data in (image_dataset.with_transform(transform), stored, listed):
+        row = ImageRows(data, "train_dataset", "pixel_values", "labels")[1]
+        assert torch.equal(row["pixel_values"], torch.ones(3, 4, 4)) and row["pixel_values"].dtype == torch.float32
+        assert row["labels"] == 1 and isinstance(row["labels"], int)
 
 
 def test_a_label_out_of_range_is_named_on_access():
     items = [{"pixel_values": torch.zeros(3, 4, 4), "labels": label} for label in (0, 9)]
-    rows = ImageRows(items, "train_dataset", "pixel_values", "labels", num_labels=3)
     with pytest.raises(DataError, match="9 in row 1 of train_dataset"):
-        rows[1]
+        ImageRows(items, "train_dataset", "pixel_values", "labels", num_labels=3)[1]
 
 
-DAMAGED = {"no image": b"no image", "nothing": b"", "cut header": png()[:40], "cut data": png()[:200]}
-DAMAGED["broken data"] = png()[:60] + bytes(200) + png()[260:]
+NOISE = io.BytesIO()
+Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(NOISE, "PNG")
+PNG = NOISE.getvalue()
+DAMAGED = {"no image": b"no image", "nothing": b"", "cut header": PNG[:40], "cut data": PNG[:200], "missing": None}
+DAMAGED["broken data"] = PNG[:60] + bytes(200) + PNG[260:]
 
 
 @pytest.mark.parametrize("damage", list(DAMAGED))
-def test_a_damaged_image_is_named_with_its_row(image_dataset, with_damaged, damage):
+def test_a_damaged_or_missing_image_is_named_with_its_row(image_dataset, with_damaged, damage):
     rows = ImageRows(with_damaged(image_dataset, 3, DAMAGED[damage]), "harmful_dataset", "image", "label")
     assert rows[2]["labels"] == 2
     with pytest.raises(ImageDecodeError, match="row 3 of harmful_dataset"):
-        rows[3]
-
-
-def test_a_missing_image_is_named_with_its_row(image_dataset, with_damaged):
-    rows = ImageRows(with_damaged(image_dataset, 3, None), "harmful_dataset", "image", "label")
-    with pytest.raises(ImageDecodeError, match="row 3 of harmful_dataset, found none"):
         rows[3]
 
 
@@ -102,27 +77,18 @@ def test_every_mode_becomes_rgb(mode):
     assert to_rgb(Image.new(mode, (4, 4))).mode == "RGB"
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_sixteen_bits_are_scaled_not_clipped(dtype):
-    shades = np.array([[0, 256, 32768, 65535]], dtype=dtype)
-    assert np.asarray(to_rgb(Image.fromarray(shades)))[0, :, 0].tolist() == [0, 1, 128, 255]
-
-
-HALF = np.array([[0.0, 0.25, 0.5, 1.0]])
-SHADES = [0, 63, 127, 255]
+HALF, SHADES = np.array([[0.0, 0.25, 0.5, 1.0]]), [0, 63, 127, 255]
+FULL = np.array([[0, 256, 32768, 65535]])
 
 
 @pytest.mark.parametrize(
     ("pixels", "shades"),
     [
+        *((FULL.astype(dtype), [0, 1, 128, 255]) for dtype in (np.uint16, np.int32)),
         (HALF.astype(np.float32), SHADES),
-        ((HALF * 255).astype(np.float32), SHADES),
-        ((HALF * 255).astype(np.int32), SHADES),
-        ((HALF * 255).astype(np.uint16), SHADES),
-        ((HALF * 4095).astype(np.uint16), SHADES),
-        ((HALF * 4095).astype(np.int32), SHADES),
-        ((HALF * 65535).astype(np.int32), SHADES),
-        ((HALF * 65535).astype(np.float32), SHADES),
+        *(((HALF * 255).astype(dtype), SHADES) for dtype in (np.float32, np.int32, np.uint16)),
+        *(((HALF * 4095).astype(dtype), SHADES) for dtype in (np.uint16, np.int32)),
+        *(((HALF * 65535).astype(dtype), SHADES) for dtype in (np.int32, np.float32)),
         (np.zeros((1, 4), np.float32), [0, 0, 0, 0]),
     ],
 )
@@ -131,33 +97,37 @@ def test_the_range_is_the_least_that_holds_the_brightest_pixel(pixels, shades):
 
 
 @pytest.mark.parametrize("worst", [-1.0, 65536.0, float("nan"), float("inf")])
-def test_a_range_that_cannot_be_known_is_refused_with_its_row(worst, image_dataset):
+def test_a_range_that_cannot_be_known_is_refused_with_its_row(worst):
     image = Image.fromarray(np.array([[0.5, worst]], dtype=np.float32))
-    rows = ImageRows([{"image": image, "label": 0}], "train_dataset", "image")
     with pytest.raises(ImageDecodeError, match=r"row 0 of train_dataset.*0 to 65535"):
-        rows[0]
+        ImageRows([{"image": image, "label": 0}], "train_dataset", "image")[0]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
 def test_what_is_transparent_is_white_whatever_lies_beneath(mode):
     red = Image.new("RGB", (2, 1), (200, 0, 0))
+    image = red.convert(mode)
     if mode in ("RGBA", "LA"):
-        image = red.convert(mode)
         image.putalpha(Image.fromarray(np.array([[0, 255]], dtype=np.uint8)))
     else:
-        image = red.convert(mode)
-        image.putpixel((0, 0), {"P": 5, "RGB": (1, 2, 3), "L": 7}[mode])
-        image.info["transparency"] = {"P": 5, "RGB": (1, 2, 3), "L": 7}[mode]
+        image.info["transparency"] = colour = {"P": 5, "RGB": (1, 2, 3), "L": 7}[mode]
+        image.putpixel((0, 0), colour)
     seen = np.asarray(to_rgb(image))[0].tolist()
     assert seen[0] == [255, 255, 255] and seen[1] == list(red.convert(mode).convert("RGB").getpixel((1, 0)))
 
 
+def test_a_palette_with_transparency_converts_without_warning():
+    image = Image.new("P", (4, 4))
+    image.info["transparency"] = b"\x00\xff"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert to_rgb(image).mode == "RGB"
+
+
 def test_images_that_are_not_decoded_are(image_dataset):
     stored = image_dataset.cast_column("image", datasets.Image(decode=False))
-    listed = [stored[index] for index in range(6)]
-    for data in (stored, listed, stored.with_transform(lambda batch: batch)):
-        image, label = find_columns(data)
-        row = ImageRows(data, "d", image, label)[3]
+    for data in (stored, [stored[index] for index in range(6)], stored.with_transform(lambda batch: batch)):
+        row = ImageRows(data, "d", *find_columns(data))[3]
         assert row["image"].getpixel((0, 0)) == (60, 60, 60) and row["labels"] == 0
 
 
@@ -170,41 +140,74 @@ def test_whole_numbers_are_no_pixel_values(dtype):
         rows[1]
 
 
-def test_a_palette_with_transparency_converts_without_warning():
-    image = Image.new("P", (4, 4))
-    image.info["transparency"] = b"\x00\xff"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert to_rgb(image).mode == "RGB"
+# ---- batches
 
 
 def images(*sizes):
     return [{"image": Image.new("RGB", size), "labels": i} for i, size in enumerate(sizes)]
 
 
-def test_images_are_processed_into_a_batch():
-    collate = ImageCollator(ViTImageProcessorPil(size={"height": 16, "width": 16}))
-    batch = collate(images((8, 8), (9, 12)))
-    assert batch["pixel_values"].shape == (2, 3, 16, 16) and batch["pixel_values"].dtype == torch.float32
-    assert batch["labels"].tolist() == [0, 1]
-
-
-def test_the_batch_is_what_the_processor_makes():
+def test_a_batch_is_what_the_processor_makes():
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
-    rows = images((8, 8), (8, 8))
+    rows = images((8, 8), (9, 12))
+    batch = ImageCollator(processor)(rows)
     expected = processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(ImageCollator(processor)(rows)["pixel_values"], expected)
-
-
-def test_rows_without_labels_give_a_batch_without():
+    torch.testing.assert_close(batch["pixel_values"], expected)
+    assert batch["pixel_values"].shape == (2, 3, 16, 16) and batch["labels"].tolist() == [0, 1]
     assert set(ImageCollator()([{"pixel_values": torch.zeros(3, 4, 4)}])) == {"pixel_values"}
 
 
-def test_unequal_images_are_refused_with_both_shapes():
+def test_unequal_images_and_images_without_a_processor_are_refused():
     with pytest.raises(ShapeError, match=r"\(3, 8, 8\) and \(3, 12, 9\)"):
         ImageCollator(ViTImageProcessorPil(do_resize=False))(images((8, 8), (9, 12)))
-
-
-def test_images_without_processor_are_refused():
     with pytest.raises(DataError, match="processing_class="):
         ImageCollator()(images((8, 8)))
+
+
+# ---- known again
+
+
+def sketch(numbers):
+    return sketch_of(SimpleNamespace(hashes=np.array(list(numbers), np.uint64)))
+
+
+def test_images_are_the_same_under_other_names_and_in_other_places(tmp_path, image_dataset):
+    forms = [image_dataset, image_dataset.shuffle(seed=1), image_dataset.with_transform(lambda batch: batch)]
+    for place in ("one", "two/deeper"):
+        (tmp_path / place).mkdir(parents=True)
+        for index, image in enumerate(image_dataset["image"]):
+            image.save(tmp_path / place / f"{index if place == 'one' else f'renamed-{9 - index}'}.png")
+        files = [str(path) for path in (tmp_path / place).iterdir()]
+        forms.append(datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image()))
+    found = [set(image_hashes(form, "image").tolist()) for form in forms]
+    assert all(len(one) == 6 for one in found)
+    assert found[0] == found[1] == found[2] and found[3] == found[4]
+
+
+def test_parts_of_rows_keep_their_hashes(image_dataset):
+    listed = [{"image": Image.new("L", (4, 4), shade), "label": 0} for shade in range(6)]
+    for data in (image_dataset, listed):
+        rows = ImageRows(data, "d", "image")
+        assert rows.subset([4, 1]).hashes.tolist() == rows.hashes[[4, 1]].tolist()
+
+
+def test_rows_made_on_the_fly_are_not_known_again(unreadable):
+    assert ImageRows(unreadable, "d", "image").hashes is None
+    assert count_trained(None, sketch(range(5)), None) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.7])
+def test_the_share_that_was_trained_on_shows_in_the_sketch(share):
+    draw = np.random.default_rng(0)
+    trained = draw.integers(0, 2**63, 5000).astype(np.uint64)
+    tested = np.concatenate([trained[: int(2000 * share)], draw.integers(0, 2**63, 2000).astype(np.uint64)])
+    found = count_trained(tested, sketch(trained), sketch(draw.integers(0, 2**63, 2000)))
+    assert found == pytest.approx(2000 * share * 256 / 5000, rel=0.4) if share else found == 0
+
+
+def test_what_training_measured_on_is_no_reason_to_refuse():
+    draw = np.random.default_rng(0)
+    trained, measured = (draw.integers(0, 2**63, size) for size in (3000, 9000))
+    measured[:40] = trained[:40]  # images that the data hold twice
+    assert count_trained(measured.astype(np.uint64), sketch(trained), sketch(measured)) == 0
+    assert count_trained(trained.astype(np.uint64), sketch(trained), sketch(measured)) > 0

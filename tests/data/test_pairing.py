@@ -1,8 +1,9 @@
-"""Benign and harmful rows come side by side, in an order that can be resumed."""
+"""Benign and harmful rows come side by side, stored or streamed, in an order that can be resumed."""
 
 import random
 from collections import Counter
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from hf_immunize.data.images import ImageCollator
-from hf_immunize.data.pairs import BatchSizes, PairedCollator, PairedDataset, PairedSampler
-from hf_immunize.errors import ArgumentError, DataError, ShapeError
+from hf_immunize.data.images import ImageCollator, ImageRows
+from hf_immunize.data.pairs import BatchSizes, PairedCollator, PairedDataset, PairedSampler, degenerate_sides
+from hf_immunize.data.streams import StreamedRows, is_stream
+from hf_immunize.errors import DataError, ShapeError
 
 
 def pairs_of(sampler, epochs):
@@ -28,16 +30,31 @@ def pairs_of(sampler, epochs):
 sizes = st.integers(1, 13)
 
 
-@given(num_benign=sizes, num_harmful=sizes, seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
-def test_an_epoch_is_one_pass_over_the_benign_rows(num_benign, num_harmful, seed, epoch):
-    sampler = PairedSampler(num_benign, num_harmful, seed)
-    benign = [pair[0] for pair in pairs_of(sampler, [epoch])]
-    assert sorted(benign) == list(range(num_benign)) and len(sampler) == num_benign
+@given(
+    counts=st.tuples(sizes, sizes, sizes),
+    batch=st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 7), st.integers(0, 3)),
+    seed=st.integers(0, 2**32),
+    epochs=st.integers(1, 6),
+)
+def test_an_epoch_is_one_pass_over_the_benign_rows_and_full_batches_hold_the_sizes_asked(counts, batch, seed, epochs):
+    benign, harmful, distillation = counts
+    others = {"num_distillation": distillation, "num_held_out": 4, "batch_sizes": BatchSizes(*batch)}
+    sampler = PairedSampler(benign, harmful, seed, **others)
+    times = Counter()
+    for epoch in range(epochs):
+        drawn = pairs_of(sampler, [epoch])
+        assert sorted(draw[0] for draw in drawn) == list(range(benign)) and len(sampler) == benign
+        times.update(row for draw in drawn for row in draw[1])
+        for start in range(0, benign - batch[0] + 1, batch[0]):
+            rows_of_batch = drawn[start : start + batch[0]]
+            assert [sum(len(draw[side]) for draw in rows_of_batch) for side in (1, 2, 3)] == list(batch[1:])
+    if benign * batch[1] % batch[0] == 0:  # else the rows of a last partial batch are skipped
+        assert max(times.values()) - min(times[row] for row in range(harmful)) <= 1
 
 
-@given(num_benign=sizes, num_harmful=sizes, seed=st.integers(0, 2**32), epochs=st.integers(1, 6))
-def test_harmful_rows_are_used_equally_often(num_benign, num_harmful, seed, epochs):
-    drawn = pairs_of(PairedSampler(num_benign, num_harmful, seed), range(epochs))
+@given(num_benign=sizes, num_harmful=sizes, epochs=st.integers(1, 6))
+def test_harmful_rows_are_used_equally_often(num_benign, num_harmful, epochs):
+    drawn = pairs_of(PairedSampler(num_benign, num_harmful, 0), range(epochs))
     counts = Counter(row for pair in drawn for row in pair[1])
     times = [counts[row] for row in range(num_harmful)]
     assert max(times) - min(times) <= 1
@@ -46,43 +63,25 @@ def test_harmful_rows_are_used_equally_often(num_benign, num_harmful, seed, epoc
 def test_pairs_depend_on_seed_and_epoch_alone():
     first = pairs_of(PairedSampler(10, 7, seed=3), [2])
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
-    assert pairs_of(PairedSampler(10, 7, seed=3), [2]) == first
-
-
-def test_no_global_random_state_is_used():
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    list(PairedSampler(10, 7, seed=3))
+    assert pairs_of(PairedSampler(10, 7, seed=3), [2]) == first
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1]) and random.getstate() == before[2]
-
-
-def test_epochs_seeds_and_sides_differ():
     orders = [pairs_of(PairedSampler(50, 50, seed), [epoch]) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
     assert len({tuple(order) for order in orders}) == 3
     assert [pair[0] for pair in orders[0]] != [pair[1][0] for pair in orders[0]]
-
-
-def test_an_empty_side_has_no_sampler():
-    with pytest.raises(ArgumentError, match="3 and 0"):
-        PairedSampler(3, 0, seed=0)
 
 
 def rows(count, shape=(3, 4, 4), first=0):
     return [{"pixel_values": torch.full(shape, float(first + i)), "labels": i} for i in range(count)]
 
 
-def test_a_pair_holds_both_rows_and_the_benign_label_alone():
-    pair = PairedDataset(rows(3), rows(2, first=10))[2, (1,), (), ()]
-    assert pair["benign"]["labels"] == 2 and set(pair["harmful"][0]) == {"pixel_values"}
+def test_a_pair_holds_both_rows_and_the_harmful_label_on_request_alone():
+    pairs = PairedDataset(rows(3), rows(2, first=10))
+    pair = pairs[2, (1,), (), ()]
+    assert len(pairs) == 3 and pair["benign"]["labels"] == 2 and set(pair["harmful"][0]) == {"pixel_values"}
     assert pair["harmful"][0]["pixel_values"][0, 0, 0] == 11
-
-
-def test_harmful_labels_come_on_request():
     assert PairedDataset(rows(3), rows(2), harmful_labels=True)[2, (1,), (), ()]["harmful"][0]["labels"] == 1
-
-
-def test_the_length_is_the_benign_one():
-    assert len(PairedDataset(rows(3), rows(2))) == 3
 
 
 @pytest.mark.parametrize("benign, harmful, name", [(0, 2, "benign"), (2, 0, "harmful")])
@@ -91,67 +90,44 @@ def test_an_empty_side_is_refused(benign, harmful, name):
         PairedDataset(rows(benign), rows(harmful))
 
 
-def test_pairs_are_collated_side_by_side():
-    batch = PairedCollator(ImageCollator())([PairedDataset(rows(3), rows(2))[i, (0,), (), ()] for i in range(3)])
-    assert batch["benign"]["pixel_values"].shape == batch["harmful"]["pixel_values"].shape == (3, 3, 4, 4)
-    assert batch["benign"]["labels"].tolist() == [0, 1, 2] and "labels" not in batch["harmful"]
-
-
-@given(
-    counts=st.tuples(sizes, sizes, sizes),
-    batch=st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 7), st.integers(0, 3)),
-    epochs=st.integers(1, 4),
-)
-def test_full_batches_hold_the_sizes_asked(counts, batch, epochs):
-    sampler = PairedSampler(
-        counts[0], counts[1], 0, num_distillation=counts[2], num_held_out=4, batch_sizes=BatchSizes(*batch)
-    )
-    for epoch in range(epochs):
-        drawn = pairs_of(sampler, [epoch])
-        for start in range(0, counts[0] - batch[0] + 1, batch[0]):
-            rows_of_batch = drawn[start : start + batch[0]]
-            found = [sum(len(draw[side]) for draw in rows_of_batch) for side in (1, 2, 3)]
-            assert found == list(batch[1:])
-
-
-@given(num_harmful=sizes, batch=st.integers(1, 7), epochs=st.integers(1, 5))
-def test_harmful_rows_are_used_equally_often_in_batches_of_another_size(num_harmful, batch, epochs):
-    sampler = PairedSampler(8, num_harmful, 0, batch_sizes=BatchSizes(4, batch))
-    counts = Counter(row for draw in pairs_of(sampler, range(epochs)) for row in draw[1])
-    times = [counts[row] for row in range(num_harmful)]
-    assert max(times) - min(times) <= 1
-
-
-def test_a_stream_is_counted_on_over_the_epochs():
-    drawn = pairs_of(PairedSampler(4, None, 0, batch_sizes=BatchSizes(2, 3)), [0, 1])
-    assert [row for draw in drawn for row in draw[1]] == list(range(12))
-
-
-def test_distillation_rows_come_without_labels():
-    data = PairedDataset(rows(2), rows(2), distillation=rows(3), batch_sizes=BatchSizes(2, 2, 4))
+def test_sides_are_collated_apart_with_the_labels_that_a_loss_may_read():
+    data = PairedDataset(rows(4), rows(2), distillation=rows(3), held_out=rows(3), batch_sizes=BatchSizes(4, 4, 6, 1))
     batch = PairedCollator(ImageCollator())([data[draw] for draw in data.make_sampler(0)])
-    assert set(batch["distillation"]) == {"pixel_values"} and len(batch["distillation"]["pixel_values"]) == 4
+    shapes = {side: tuple(part["pixel_values"].shape) for side, part in batch.items()}
+    counts = {"benign": 4, "harmful": 4, "distillation": 6, "held_out": 1}
+    assert shapes == {side: (count, 3, 4, 4) for side, count in counts.items()}
+    assert {side for side, part in batch.items() if "labels" in part} == {"benign", "held_out"}
+    assert set(PairedCollator(ImageCollator())(rows(2))) == {"pixel_values", "labels"}  # rows that are no pairs
+    without = PairedDataset(rows(2), rows(2), batch_sizes=BatchSizes(2, 2, 4))
+    assert [draw[2] for draw in without.make_sampler(0)] == [(), ()]
 
 
-def test_without_a_distillation_set_its_batch_size_does_not_matter():
-    data = PairedDataset(rows(2), rows(2), batch_sizes=BatchSizes(2, 2, 4))
-    assert [draw[2] for draw in data.make_sampler(0)] == [(), ()]
+def whole_numbers(side):
+    def collate(given):
+        dtype = torch.uint8 if given[0]["labels"] == side else torch.float32
+        return {"pixel_values": torch.zeros(len(given), 3, 4, 4, dtype=dtype)}
+
+    return collate
 
 
-def test_single_rows_are_collated_as_one():
-    assert set(PairedCollator(ImageCollator())(rows(2))) == {"pixel_values", "labels"}
+@pytest.mark.parametrize(
+    ("harmful", "collate", "error", "named"),
+    [
+        (rows(1), lambda given: {"images": len(given)}, DataError, "batch of benign images, found images"),
+        (rows(2)[1:], whole_numbers(0), DataError, "benign images, found torch.uint8"),
+        (rows(2)[1:], whole_numbers(1), DataError, "harmful images, found torch.uint8"),
+        (rows(1, shape=(3, 5, 5)), ImageCollator(), ShapeError, r"\(3, 4, 4\) and \(3, 5, 5\)"),
+    ],
+)
+def test_batches_that_cannot_pass_together_are_named_with_their_side(harmful, collate, error, named):
+    data = PairedDataset(rows(1), harmful, harmful_labels=True)
+    with pytest.raises(error, match=named):
+        PairedCollator(collate)([data[0, (0,), (), ()]])
 
 
-def test_a_collator_that_gives_no_pixel_values_is_named_with_its_side():
-    pairs = PairedDataset(rows(2), rows(2))
-    with pytest.raises(DataError, match="pixel_values in a collated batch of benign images, found images"):
-        PairedCollator(lambda items: {"images": len(items)})([pairs[0, (0,), (), ()]])
-
-
-def test_sides_of_different_shapes_are_refused():
-    data = PairedDataset(rows(1), rows(1, shape=(3, 5, 5)))
-    with pytest.raises(ShapeError, match=r"\(3, 4, 4\) and \(3, 5, 5\)"):
-        PairedCollator(ImageCollator())([data[0, (0,), (), ()]])
+def test_a_loader_that_draws_for_itself_is_refused():
+    with pytest.raises(DataError, match="PairedSampler"):
+        PairedDataset(rows(2), rows(2))[0]
 
 
 class Indices(PairedDataset):
@@ -161,12 +137,9 @@ class Indices(PairedDataset):
         return pair
 
 
-def prepared(processes, rank=0):
-    """Return a loader as accelerate prepares it for one of several processes."""
-    Accelerator(cpu=True)
+def loader(workers=0):
     data = Indices(rows(16), rows(5))
-    loader = DataLoader(data, batch_size=2, sampler=data.make_sampler(seed=1), collate_fn=list)
-    return prepare_data_loader(loader, num_processes=processes, process_index=rank, put_on_device=False)
+    return DataLoader(data, batch_size=2, sampler=data.make_sampler(seed=1), collate_fn=list, num_workers=workers)
 
 
 def batches(epoch):
@@ -175,39 +148,131 @@ def batches(epoch):
 
 
 @pytest.mark.parametrize("processes, rank", [(1, 0), (2, 0), (2, 1)])
-def test_accelerate_announces_each_epoch(processes, rank):
-    loader = prepared(processes, rank)
+def test_accelerate_announces_each_epoch_also_to_a_run_resumed_within_one(processes, rank):
+    Accelerator(cpu=True)
+
+    def prepared():
+        return prepare_data_loader(loader(), num_processes=processes, process_index=rank, put_on_device=False)
+
+    straight = prepared()
     for epoch in (0, 1):
-        assert list(loader) == batches(epoch)[rank::processes]
-
-
-@pytest.mark.parametrize("processes, rank", [(1, 0), (2, 0), (2, 1)])
-def test_a_run_resumed_within_an_epoch_draws_the_same_pairs(processes, rank):
-    resumed = skip_first_batches(prepared(processes, rank), 3)
+        assert list(straight) == batches(epoch)[rank::processes]
+    resumed = skip_first_batches(prepared(), 3)
     resumed.set_epoch(4)
     assert list(resumed) == batches(4)[rank::processes][3:]
 
 
 def test_loader_workers_draw_the_same_pairs():
-    data = Indices(rows(16), rows(5))
-    loader = DataLoader(data, batch_size=2, sampler=data.make_sampler(seed=1), collate_fn=list, num_workers=1)
-    assert list(loader) == batches(0)
+    assert list(loader(workers=1)) == batches(0)
 
 
-def test_held_out_rows_come_with_their_labels():
-    data = PairedDataset(rows(8), rows(2), batch_sizes=BatchSizes(4, 4, 0, 1), held_out=rows(3))
-    draws = list(data.make_sampler(0))
-    batch = PairedCollator(ImageCollator())([data[draw] for draw in draws[:4]])
-    assert batch["held_out"]["labels"].shape == (1,) and "distillation" not in batch
+# ---- streams
 
 
-@pytest.mark.parametrize("side", ["benign", "harmful"])
-def test_a_collator_that_gives_whole_numbers_is_named_with_its_side(side):
-    pair = {"benign": {"whole": side == "benign"}, "harmful": [{"whole": side == "harmful"}]}
+def stream(count=5):
+    return datasets.Dataset.from_dict({"pixel_values": [[[[float(i)]]] for i in range(count)]}).to_iterable_dataset()
 
-    def collate(rows):
-        dtype = torch.uint8 if rows[0]["whole"] else torch.float32
-        return {"pixel_values": torch.zeros(len(rows), 3, 4, 4, dtype=dtype)}
 
-    with pytest.raises(DataError, match=f"{side} images, found torch.uint8"):
-        PairedCollator(collate)([pair] * 2)
+def values(given, positions):
+    streamed = StreamedRows(given, "harmful_dataset")
+    return [int(streamed[position]["pixel_values"]) for position in positions]
+
+
+def test_a_stream_is_read_by_position_over_all_passes_and_again_on_going_back():
+    assert values(stream(3), range(8)) == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert values(stream(), range(7, 13)) == values(stream(), range(13))[7:]  # a resumed run
+    assert values(stream(), [4, 1, 9, 0]) == [4, 1, 4, 0]
+    drawn = pairs_of(PairedSampler(4, None, 0, batch_sizes=BatchSizes(2, 3)), [0, 1])
+    assert [row for draw in drawn for row in draw[1]] == list(range(12))
+
+
+class Shrinking:
+    count = 4
+
+    def __iter__(self):
+        self.count -= 1
+        return iter([{"pixel_values": torch.zeros(1, 1, 1)}] * self.count)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (stream(1).filter(lambda row: False), "empty stream"),
+        (({"pixel_values": torch.zeros(1, 1, 1)} for _ in range(3)), "an iterator"),
+        (Shrinking(), "as many rows in each pass"),
+    ],
+)
+def test_a_stream_that_cannot_be_read_again_is_refused(given, named):
+    with pytest.raises(DataError, match=named):
+        values(given, range(9))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pairs_take_a_stream_in_its_order_but_not_in_workers(workers):
+    def stack(given):
+        return {"pixel_values": torch.stack([row["pixel_values"] for row in given])}
+
+    data = PairedDataset(rows(6, shape=(1, 1, 1)), StreamedRows(stream(), "harmful_dataset"))
+    sampler, collator = data.make_sampler(0), PairedCollator(stack)
+    loaded = DataLoader(data, batch_size=2, sampler=sampler, collate_fn=collator, num_workers=workers)
+    if workers:
+        with pytest.raises(DataError, match="dataloader_num_workers=0"):
+            next(iter(loaded))
+    else:
+        assert [one["harmful"]["pixel_values"].flatten().tolist() for one in loaded] == [[0, 1], [2, 3], [4, 0]]
+
+
+@pytest.mark.parametrize("data, streamed", [(stream(), True), ([1], False), (None, False)])
+def test_streams_are_separable_from_stored_data(data, streamed):
+    assert is_stream(data) == streamed
+
+
+# ---- sides of which nothing can come
+
+
+def noise(numbers, labels=None):
+    pixels = [torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(number)) for number in numbers]
+    labels = [number % 2 for number in numbers] if labels is None else labels
+    items = [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels, strict=True)]
+    return ImageRows(items, "rows", "pixel_values", "labels")
+
+
+BENIGN, HARMFUL = noise(range(20)), noise(range(100, 120))
+FLAT = ImageRows([{"pixel_values": torch.full((3, 4, 4), i / 20)} for i in range(20)], "flat", "pixel_values")
+DEGENERATE = {
+    "the same data": (BENIGN, noise(range(20)), "All 20 harmful"),
+    "some of the same": (BENIGN, noise(range(15, 35)), "5 of 20 harmful"),
+    "one harmful image": (BENIGN, noise([7000]), "harmful images are one single image"),
+    "one image many times": (BENIGN, noise([7000] * 20), "20 times"),
+    "duplicates": (BENIGN, noise([*range(100, 105)] * 4), "only 5 differ"),
+    "one colour each": (BENIGN, FLAT, "are of one colour"),
+    "one class": (noise(range(20), labels=[1] * 20), HARMFUL, "one class"),
+}
+
+
+@pytest.mark.parametrize("case", list(DEGENERATE))
+@pytest.mark.parametrize("part", ["trained", "measured"])
+def test_what_is_degenerate_is_reported_once(case, part, monkeypatch):
+    logged = []
+    monkeypatch.setattr("hf_immunize.data.pairs.logger.warning", logged.append)
+    benign, harmful, words = DEGENERATE[case]
+    said = degenerate_sides(**{"trained": None, "measured": (BENIGN, HARMFUL)} | {part: (benign, harmful)})
+    assert len(said) == 1 and said == logged and words in said[0].replace(" evaluation", "")
+
+
+def test_healthy_sides_and_rows_made_on_the_fly_are_passed_over(unreadable):
+    assert degenerate_sides((BENIGN, HARMFUL, None), (noise(range(30, 50)), noise(range(130, 150)))) == []
+    made = ImageRows(unreadable, "made", "pixel_values", "labels")
+    assert degenerate_sides((made, made), (made, None)) == []
+
+
+def test_a_random_transform_is_not_run(image_dataset):
+    data = image_dataset.with_transform(lambda batch: pytest.fail("the transform was run"))
+    side = ImageRows(data, "train_dataset", "pixel_values", "labels")
+    assert any("benign ones" in sentence for sentence in degenerate_sides((side, side), None))
+
+
+def test_pixels_in_half_precision_are_looked_at():
+    items = [{"pixel_values": (index + torch.arange(12.0).reshape(3, 2, 2)).bfloat16()} for index in range(4)]
+    rows = ImageRows(items, "half", "pixel_values")
+    assert degenerate_sides((rows, None), None) == [] and np.unique(rows.hashes).size == 4

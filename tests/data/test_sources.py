@@ -22,8 +22,8 @@ from hf_immunize.data.sources import (
 from hf_immunize.errors import DataError
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -34,17 +34,12 @@ def write_images(folder, **classes):
             Image.new("L", (8, 8), shade).save(folder / name / f"image_{i}.png")
 
 
-# Folder of splits -> splits and how many images of what classes they have.
-FOLDERS = {
-    ("",): {"train": 3},
-    ("train", "test"): {"train": 3, "test": 3},
-    ("training", "val"): {"train": 3, "validation": 3},
-}
+# Folders -> the splits that they are.
+FOLDERS = {("",): ["train"], ("train", "test"): ["train", "test"], ("training", "val"): ["train", "validation"]}
 
 
 @pytest.mark.parametrize("folders", list(FOLDERS))
 @pytest.mark.parametrize("classes", [("cat", "dog"), ("crash_test", "dog"), ("gun",)])
-@pytest.mark.usefixtures("own_cache")
 def test_folders_of_classes_below_folders_of_splits(tmp_path, folders, classes, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for folder in folders:
@@ -55,22 +50,17 @@ def test_folders_of_classes_below_folders_of_splits(tmp_path, folders, classes, 
         assert data.features["label"].names == list(classes) and len(data) == count
 
 
-@pytest.mark.usefixtures("own_cache")
-def test_images_at_several_depths_are_no_classes(tmp_path):
-    write_images(tmp_path, cat=[1, 2], dog=[3])
-    write_images(tmp_path / "dog", puppy=[4])
+def test_images_at_several_depths_and_in_a_flat_folder_have_no_classes(tmp_path):
+    write_images(tmp_path / "deep", cat=[1, 2], dog=[3])
+    write_images(tmp_path / "deep/dog", puppy=[4])
     with pytest.raises(DataError, match="each class a subfolder"):
-        find_columns(load_image_dataset(str(tmp_path)))
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_a_flat_folder_has_no_class(tmp_path):
-    Image.new("L", (8, 8)).save(tmp_path / "one.png")
-    assert list(load_image_dataset(str(tmp_path)).features) == ["image"]
+        find_columns(load_image_dataset(str(tmp_path / "deep")))
+    (tmp_path / "flat").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "flat/one.png")
+    assert list(load_image_dataset(str(tmp_path / "flat")).features) == ["image"]
 
 
 @pytest.mark.parametrize("form", ["saved", "saved splits", "one.parquet", "parquet folder"])
-@pytest.mark.usefixtures("own_cache")
 def test_stored_data_sets_load_as_they_were(tmp_path, image_dataset, form):
     place, test = tmp_path / form, image_dataset.select([0])
     if form == "saved":
@@ -91,18 +81,13 @@ def test_stored_data_sets_load_as_they_were(tmp_path, image_dataset, form):
     else:
         with pytest.raises(DataError, match=r"split 'test'.*found 'train'"):
             load_image_dataset(str(place), "test")
-
-
-def test_a_data_set_saved_alone_keeps_its_split(tmp_path, image_dataset):
+    # One saved alone keeps its split.
     datasets.Dataset(image_dataset.data, split="test").save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match="found 'test'"):
         load_image_dataset(str(tmp_path / "saved"))
 
 
-@pytest.mark.parametrize(
-    "source", ["/no/such/folder", "./no", "a/b/c", "what is this?", "nobody/nothing", "", "a.csv"]
-)
-@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("source", ["/no/such/folder", "a/b/c", "what is this?", "nobody/nothing", "", "a.csv"])
 def test_what_is_no_data_set_is_named(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("image,label\n")
@@ -165,11 +150,8 @@ def test_classes_are_split_after_the_images(many):
         (["tench, Tinca"], ["tench, Tinca"]),  # a name of nothing, which the split refuses
     ],
 )
-def test_classes_are_found_as_they_are_typed(many, typed, meant):
+def test_classes_are_found_as_they_are_typed_one_in_each_value(many, typed, meant):
     assert class_keys(many, typed) == meant
-
-
-def test_several_classes_in_one_value_name_the_spelling():
     data = datasets.Dataset.from_dict({"label": ["tench, Tinca", "gun", "cat"]})
     assert class_keys(data, ["tench, Tinca"]) == ["tench, Tinca"]
     with pytest.raises(DataError, match="--harmful-classes 'gun' --harmful-classes 'cat'"):
@@ -182,8 +164,8 @@ def test_a_limit_draws_the_same_rows_as_a_shuffle_of_the_data_set(many):
 
 
 @pytest.mark.parametrize("source", [7, datasets.DatasetDict(), datasets.Dataset.from_dict({"row": [1]})])
-def test_what_cannot_be_divided_is_one_sentence(source):
-    with pytest.raises(DataError, match="Expected"):
+def test_what_cannot_be_divided_is_refused(source):
+    with pytest.raises(DataError):
         divide(source)
 
 
@@ -213,12 +195,9 @@ def test_rows_go_to_the_side_of_their_class_with_new_numbers(data, harmful, side
     assert tuple((rows(side), side["label"][:], "".join(side.features["label"].names)) for side in found) == sides
 
 
-def test_a_label_column_of_another_name_can_be_given():
+def test_the_splits_of_a_dict_share_their_labels_and_the_column_may_have_another_name():
     benign, _ = split_benign_harmful(labelled([0, 1], column="kind"), [1], label_column="kind")
     assert benign.features["kind"].names == ["0"]
-
-
-def test_the_splits_of_a_dict_share_their_labels():
     data = datasets.DatasetDict(train=labelled([0, 1, 2], ABC), test=labelled([2, 2], ABC))
     benign, harmful = split_benign_harmful(data, ["b"])
     assert isinstance(benign, datasets.DatasetDict) and benign["test"]["label"][:] == [1, 1]
@@ -227,15 +206,12 @@ def test_the_splits_of_a_dict_share_their_labels():
     assert split_benign_harmful(numbers, [1])[0]["test"].features["label"].names == ["0", "2"]
 
 
-def test_images_stay_with_their_rows_and_are_not_decoded(image_dataset, with_damaged):
+def test_images_stay_with_their_rows_and_are_neither_decoded_nor_transformed(image_dataset, with_damaged):
     for data, classes, shades in ((image_dataset, ["b"], [20, 80]), (image_dataset.select([5, 4, 0]), ["c"], [100])):
         _, harmful = split_benign_harmful(data, classes)
         assert [row["image"].getpixel((0, 0)) for row in harmful] == shades
     benign, harmful = split_benign_harmful(with_damaged(image_dataset, 0, b"no image"), ["a"])
     assert len(benign) == 4 and len(harmful) == 2
-
-
-def test_a_transform_is_not_run_and_stays(image_dataset):
     calls = []
 
     def transform(batch):
@@ -259,11 +235,7 @@ ODD_CLASSES = [None, 3, 1.5, "abc", b"gun", {}, [], [None], [[]], [1.5], object(
         (labelled([0, 1, 2], ABC), ["a", "b", "c"], "all 3"),
         (datasets.Dataset.from_dict({"text": ["x"]}), ["a"], "'text'"),
         (labelled([0.5, 1.5]), ["a"], "float"),
-        (
-            datasets.DatasetDict(train=labelled([0], ABC), test=labelled([-1], ABC)),
-            ["a"],
-            "-1 in row 0.* 'test'",
-        ),
+        (datasets.DatasetDict(train=labelled([0], ABC), test=labelled([-1], ABC)), ["a"], "-1 in row 0.* 'test'"),
         (labelled([0]).to_iterable_dataset(), ["a"], "IterableDataset"),
     ],
 )

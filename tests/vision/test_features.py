@@ -1,29 +1,31 @@
-"""The classifier is found, and its input is recorded."""
+"""The classifier is found, its input is recorded, and it is measured in float32 at least."""
+
+import copy
 
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 
-from hf_immunize.errors import HeadError, ImmunizationError
-from hf_immunize.vision.head import HeadInput, find_head, penultimate_features
+from hf_immunize.errors import ArgumentError, HeadError, ImmunizationError
+from hf_immunize.features.extract import extract
+from hf_immunize.training.arguments import Method
+from hf_immunize.training.step import ImmunizationStep
+from hf_immunize.vision.head import HeadInput, find_head, half_tensors, penultimate_features, to_full_precision
 
 
 TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 TINY_VIT |= {"image_size": 32, "patch_size": 16}
 
 
-@pytest.mark.parametrize(
-    "name, head",
-    [("vit", "classifier"), ("resnet", "classifier.1"), ("clip", "classifier"), ("mobilenet_v2", "classifier")],
-)
-def test_head_is_found_by_name(tiny, name, head):
-    assert find_head(tiny(name))[0] == head
+def vit(num_labels):
+    return hf.ViTForImageClassification(hf.ViTConfig(**TINY_VIT, num_labels=num_labels))
 
 
-def test_a_block_as_wide_as_the_labels_is_not_the_head():
-    config = hf.ViTConfig(**TINY_VIT, num_labels=16)
-    assert find_head(hf.ViTForImageClassification(config))[0] == "classifier"
+def test_the_head_is_found_by_its_outputs_outside_the_backbone(tiny):
+    heads = {"vit": "classifier", "resnet": "classifier.1", "clip": "classifier", "mobilenet_v2": "classifier"}
+    assert {name: find_head(tiny(name))[0] for name in heads} == heads
+    assert find_head(vit(num_labels=16))[0] == "classifier"  # its blocks are as wide as the labels
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ def test_a_block_as_wide_as_the_labels_is_not_the_head():
     ],
 )
 def test_a_head_of_several_layers_is_refused_unless_it_is_named(head, single, pixels):
-    model = hf.ViTForImageClassification(hf.ViTConfig(**TINY_VIT, num_labels=5))
+    model = vit(num_labels=5)
     model.classifier = head()
     last = f"classifier.{len(model.classifier) - 1}"
     if single:
@@ -44,92 +46,61 @@ def test_a_head_of_several_layers_is_refused_unless_it_is_named(head, single, pi
     else:
         with pytest.raises(HeadError):
             find_head(model)
-    width = model.classifier[-1].in_features
-    assert penultimate_features(model, pixels, last).shape == (2, width)
+    assert penultimate_features(model, pixels, last).shape == (2, model.classifier[-1].in_features)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_mode_stays_as_it_is(tiny, pixels, training):
+def test_modes_stay_and_no_hook_is_left(tiny, pixels, training):
     model = tiny("resnet").train(training)
-    penultimate_features(model, pixels)
-    assert all(module.training == training for module in model.modules())
-
-
-def test_grad_mode_stays_as_it_is(tiny, pixels):
     with torch.no_grad():
-        assert not penultimate_features(tiny("vit"), pixels).requires_grad
-
-
-def test_no_hook_is_left_after_a_forward_pass(tiny, pixels):
-    model = tiny("vit")
-    penultimate_features(model, pixels)
-    assert not model.classifier._forward_pre_hooks
-
-
-def test_no_hook_is_left_after_an_error(tiny):
-    model = tiny("vit")
-    with pytest.raises(ZeroDivisionError), HeadInput(model.classifier):
+        assert not penultimate_features(model, pixels).requires_grad
+    assert all(module.training == training for module in model.modules())
+    head = find_head(model)[1]
+    with pytest.raises(ZeroDivisionError), HeadInput(head):
         raise ZeroDivisionError
-    assert not model.classifier._forward_pre_hooks
+    assert not head._forward_pre_hooks
 
 
-def test_a_recorder_can_be_used_again(tiny, pixels):
+def test_a_recorder_records_one_pass_at_a_time(tiny, pixels):
     model = tiny("vit")
     captured = HeadInput(model.classifier)
     for _ in range(2):
         with captured:
             model(pixel_values=pixels)
     torch.testing.assert_close(captured.features, penultimate_features(model, pixels))
-
-
-def test_a_recorder_is_not_entered_twice():
-    captured = HeadInput(nn.Linear(2, 2))
     with captured, pytest.raises(HeadError, match="recording"), captured:
         pass
-    assert not captured.head._forward_pre_hooks
-
-
-def test_a_backbone_without_head_is_refused():
-    config = hf.ViTConfig(**TINY_VIT, num_labels=3)
-    with pytest.raises(HeadError, match="AutoModelForImageClassification"):
-        find_head(hf.ViTModel(config))
-
-
-def test_zero_labels_are_refused():
-    with pytest.raises(HeadError, match="num_labels >= 1"):
-        find_head(hf.ViTForImageClassification(hf.ViTConfig(**TINY_VIT, num_labels=0)))
-
-
-def test_two_heads_are_refused_by_name_and_one_can_be_chosen():
-    model = hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**TINY_VIT, num_labels=3))
-    with pytest.raises(HeadError, match=r"'cls_classifier', 'distillation_classifier'.*head_module="):
-        find_head(model)
-    assert find_head(model, "cls_classifier") == ("cls_classifier", model.cls_classifier)
-
-
-@pytest.mark.parametrize(
-    "head_module, found", [("nowhere", "no module of that name"), ("vit.layernorm", "a LayerNorm")]
-)
-def test_a_wrong_head_module_is_refused(tiny, head_module, found):
-    with pytest.raises(HeadError, match=f"{found}.*'classifier'"):
-        find_head(tiny("vit"), head_module)
-
-
-def test_a_head_that_did_not_run_is_an_error(tiny, pixels):
-    model = tiny("vit")
-    with HeadInput(model.classifier) as captured:
+    with captured:
         model.base_model(pixel_values=pixels)
     with pytest.raises(HeadError, match="did not"):
         _ = captured.features
+    square = nn.Linear(2, 2)
+    with pytest.raises(HeadError, match="second time"), HeadInput(square):
+        square(square(torch.ones(1, 2)))
+    assert not model.classifier._forward_pre_hooks and not square._forward_pre_hooks
 
 
-def test_a_head_that_runs_twice_is_an_error():
-    head = nn.Linear(2, 2)
-    with pytest.raises(HeadError, match="second time"), HeadInput(head):
-        head(head(torch.ones(1, 2)))
+TWO_HEADS = hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**TINY_VIT, num_labels=3))
 
 
-def test_an_input_with_tokens_is_an_error(tiny, pixels):
+@pytest.mark.parametrize(
+    ("model", "head_module", "named"),
+    [
+        (hf.ViTModel(hf.ViTConfig(**TINY_VIT, num_labels=3)), None, "AutoModelForImageClassification"),
+        (vit(num_labels=0), None, "num_labels >= 1"),
+        (TWO_HEADS, None, r"'cls_classifier', 'distillation_classifier'.*head_module="),
+        (vit(num_labels=3), "nowhere", "no module of that name.*'classifier'"),
+        (vit(num_labels=3), "vit.layernorm", "a LayerNorm.*'classifier'"),
+        *((model, None, "found") for model in (None, "name", object(), nn.Linear(2, 2))),
+    ],
+)
+def test_what_has_no_head_or_several_is_named(model, head_module, named):
+    with pytest.raises(HeadError, match=named):
+        find_head(model, head_module)
+
+
+def test_of_two_heads_one_can_be_named_and_tokens_are_no_features(tiny, pixels):
+    assert find_head(TWO_HEADS, "cls_classifier") == ("cls_classifier", TWO_HEADS.cls_classifier)
     with pytest.raises(HeadError, match=r"\(2, 5, 16\)"):
         penultimate_features(tiny("vit"), pixels, head_module="vit.layers.0.attention.q_proj")
 
@@ -137,22 +108,20 @@ def test_an_input_with_tokens_is_an_error(tiny, pixels):
 @pytest.mark.parametrize("other", ["second", "vit.extra", "vit.prototypes.weight"])
 def test_a_head_that_is_another_part_too_is_refused(tiny, other):
     model = tiny("vit")
-    if other == "second":
-        model.second = model.classifier
-    elif other == "vit.extra":
-        model.vit.extra = model.classifier
-    else:
+    if other.endswith("weight"):
         model.vit.prototypes = nn.Linear(16, 3, bias=False)
         model.vit.prototypes.weight = model.classifier.weight
+    else:
+        place, _, name = other.rpartition(".")
+        setattr(model.get_submodule(place), name, model.classifier)
     with pytest.raises(HeadError, match=other):
         find_head(model, "classifier")
 
 
 @pytest.mark.parametrize("name", ["ViT", "Dinov2", "ResNet", "CLIPVision", "ConvNext"])
-def test_a_bare_backbone_is_told_from_a_missing_head(name):
-    config = getattr(hf, f"{name}Config")()
+def test_a_bare_backbone_is_separable_from_a_missing_head(name):
     with torch.device("meta"):
-        backbone = getattr(hf, f"{name}Model")(config)
+        backbone = getattr(hf, f"{name}Model")(getattr(hf, f"{name}Config")())
     with pytest.raises(HeadError, match=f"bare backbone {name}Model"):
         find_head(backbone)
 
@@ -167,18 +136,52 @@ def test_a_bare_backbone_is_told_from_a_missing_head(name):
     ids=str,
 )
 def test_what_are_no_images_is_a_named_error(images):
-    config = hf.ViTConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32
-    )
     with pytest.raises(ImmunizationError):
-        penultimate_features(hf.ViTForImageClassification(config), images)
+        penultimate_features(vit(num_labels=2), images)
 
 
-def kind(given):
-    return type(given).__name__
+# ---- precision
 
 
-@pytest.mark.parametrize("model", [None, "name", object(), torch.nn.Linear(2, 2)], ids=kind)
-def test_what_is_no_classifier_is_a_named_error(model):
-    with pytest.raises(HeadError):
-        penultimate_features(model, torch.ones(1, 3, 8, 8))
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def extracted(model, pixels):
+    return next(extract(model, [{"pixel_values": image} for image in pixels], progress=False)).features
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_features_of_half_precision_weights_are_those_of_the_same_weights_in_float32(dtype, family, tiny, pixels):
+    half = tiny(family).to(dtype)
+    wide = copy.deepcopy(half).float()
+    for measure in (penultimate_features, extracted):
+        found = measure(half, pixels)
+        assert found.dtype == torch.float32 and torch.equal(found, measure(wide, pixels))
+    assert half.dtype == dtype, "the caller's model stays as it is"
+
+
+def test_gradients_reach_weights_of_half_precision(tiny, pixels):
+    half = tiny("vit").bfloat16()
+    wide = copy.deepcopy(half).float()
+    for model in (half, wide):
+        penultimate_features(model, pixels).square().sum().backward()
+    for (name, found), expected in zip(half.named_parameters(), wide.parameters(), strict=True):
+        if expected.grad is not None:
+            assert torch.equal(found.grad, expected.grad.bfloat16()), name
+
+
+def test_parameters_stay_the_objects_they_are_so_that_an_optimizer_holds_them(tiny):
+    model = tiny("vit").half()
+    before = list(model.parameters())
+    assert all(one is other for one, other in zip(before, to_full_precision(model).parameters(), strict=True))
+    assert not half_tensors(model)
+
+
+def test_a_quantized_model_and_a_step_in_half_precision_are_refused(tiny):
+    for dtype in HALVES:
+        with pytest.raises(ArgumentError, match=str(dtype).removeprefix("torch.")):
+            ImmunizationStep(tiny("vit").to(dtype), Method(objective="kappa"))
+    model = tiny("vit")
+    model.is_quantized = True
+    with pytest.raises(ArgumentError, match="quantized"):
+        to_full_precision(model)

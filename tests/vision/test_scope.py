@@ -10,25 +10,19 @@ from hf_immunize.vision.head import penultimate_features
 from hf_immunize.vision.scope import has_batch_statistics, last_stage, modules_in_eval, select_trainable
 
 
-def train(model, still):
+def in_training(model, trainable, **options):
+    """Put a model into training as the Trainer does; the modules that stay in eval mode."""
+    frozen = modules_in_eval(model, select_trainable(model, trainable), **options)
     model.train()
-    for module in still:
+    for module in frozen:
         module.training = False
+    return frozen
 
 
 def test_blocks_of_pvt_are_stages_although_their_attention_strides():
-    config = hf.PvtConfig(
-        image_size=32,
-        hidden_sizes=[8, 16, 16],
-        depths=[1, 1, 1],
-        num_encoder_blocks=3,
-        num_attention_heads=[1, 2, 2],
-        sequence_reduction_ratios=[2, 2, 1],
-        patch_sizes=[4, 2, 2],
-        strides=[4, 2, 1],
-        mlp_ratios=[4, 4, 4],
-        num_labels=3,
-    )
+    three = {"hidden_sizes": [8, 16, 16], "depths": [1, 1, 1], "num_attention_heads": [1, 2, 2]}
+    three |= {"sequence_reduction_ratios": [2, 2, 1], "patch_sizes": [4, 2, 2], "strides": [4, 2, 1]}
+    config = hf.PvtConfig(image_size=32, num_encoder_blocks=3, mlp_ratios=[4, 4, 4], num_labels=3, **three)
     blocks = {name.split(".")[3] for name in last_stage(hf.PvtForImageClassification(config)) if ".block." in name}
     assert blocks == {"2"}
 
@@ -52,42 +46,35 @@ class Stage(nn.Module):
         self.inner = nn.Linear(4, 4)
 
 
-def test_a_model_without_blocks_asks_for_an_expression():
+def test_a_model_without_blocks_or_with_nothing_before_the_last_asks_for_an_expression():
+    model = Plain()
     with pytest.raises(ScopeError, match="none in Plain"):
-        last_stage(Plain())
+        last_stage(model)
+    model.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3))
+    with pytest.raises(ScopeError, match="none in Plain"):
+        last_stage(model)
 
 
-def test_stages_that_stand_in_the_model_itself_are_found():
+def test_stages_of_the_model_itself_are_found():
     model = Plain()
     for i in range(3):
         setattr(model, f"s{i}", Stage())
     assert last_stage(model) == ["classifier.weight", "classifier.bias", "s2.inner.weight", "s2.inner.bias"]
 
 
-def test_a_last_stage_that_is_everything_is_refused():
-    model = Plain()
-    model.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3))
-    with pytest.raises(ScopeError, match="none in Plain"):
-        last_stage(model)
-
-
-def test_select_sets_requires_grad_both_ways(tiny):
-    model = tiny("vit")
-    model.requires_grad_(False)
-    model.vit.embeddings.requires_grad_(True)
-    moving = select_trainable(model, "last_stage")
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == moving == last_stage(model)
-
-
-def test_all_moves_everything(tiny):
+@pytest.mark.parametrize(
+    ("trainable", "expected"),
+    [
+        ("last_stage", last_stage),
+        ("all", lambda model: [name for name, _ in model.named_parameters()]),
+        (r"layers\.1\..*q_proj", lambda _: [f"vit.layers.1.attention.q_proj.{part}" for part in ("weight", "bias")]),
+    ],
+)
+def test_select_sets_requires_grad_both_ways(tiny, trainable, expected):
     model = tiny("vit").requires_grad_(False)
-    assert len(select_trainable(model, "all")) == len(list(model.parameters()))
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_an_expression_is_searched_in_names(tiny):
-    moving = select_trainable(tiny("vit"), r"layers\.1\..*q_proj")
-    assert moving == ["vit.layers.1.attention.q_proj.weight", "vit.layers.1.attention.q_proj.bias"]
+    model.vit.embeddings.requires_grad_(True)
+    found = select_trainable(model, trainable)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == found == expected(model)
 
 
 @pytest.mark.parametrize(
@@ -103,83 +90,55 @@ def test_an_expression_that_chooses_no_part_is_refused_and_changes_nothing(tiny,
     model = tiny("vit")
     with pytest.raises(ScopeError, match=found):
         select_trainable(model, pattern)
+    with pytest.raises(HeadError):
+        select_trainable(model, "all", head_module="vit")
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_wrong_head_module_is_refused(tiny):
-    with pytest.raises(HeadError):
-        select_trainable(tiny("vit"), "all", head_module="vit")
-
-
-def test_modules_that_do_not_move_stay_in_eval(tiny):
+def test_modules_without_trainable_parts_alone_stay_in_eval(tiny):
     model = tiny("vit")
-    still = modules_in_eval(model, select_trainable(model, "last_stage"))
-    assert set(model.vit.embeddings.modules()) | set(model.vit.layers[1].modules()) <= set(still)
+    frozen = set(in_training(model, "last_stage"))
+    assert set(model.vit.embeddings.modules()) | set(model.vit.layers[1].modules()) <= frozen
+    assert not {model, model.vit, model.vit.layers, model.vit.layers[2], model.classifier} & frozen
 
 
-def test_modules_that_hold_moving_parts_train(tiny):
-    model = tiny("vit")
-    still = modules_in_eval(model, select_trainable(model, "last_stage"))
-    assert not {model, model.vit, model.vit.layers, model.vit.layers[2], model.classifier} & set(still)
-
-
-def test_dropout_trains_within_a_moving_block_only():
+def test_dropout_trains_within_a_trainable_block_only():
     config = hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=4)
     model = hf.SwinForImageClassification(config)
-    still = modules_in_eval(model, select_trainable(model, "last_stage"))
-    frozen, moving = model.swin.encoder.layers[0].blocks[0], model.swin.encoder.layers[1].blocks[1]
-    assert frozen.dropout in still and model.swin.embeddings.dropout in still
-    assert moving.dropout not in still and moving.drop_path not in still
-
-
-@pytest.mark.parametrize("freeze", [True, False])
-def test_batchnorm_of_the_moving_part_is_frozen_on_request(tiny, freeze):
-    model = tiny("resnet")
-    still = modules_in_eval(model, select_trainable(model, "last_stage"), freeze_batchnorm=freeze)
-    norms = {name: module in still for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    assert all(frozen for name, frozen in norms.items() if "stages.1." not in name)
-    assert all(frozen == freeze for name, frozen in norms.items() if "stages.1." in name)
+    in_eval = in_training(model, "last_stage")
+    frozen, trained = model.swin.encoder.layers[0].blocks[0], model.swin.encoder.layers[1].blocks[1]
+    assert frozen.dropout in in_eval and model.swin.embeddings.dropout in in_eval
+    assert trained.dropout not in in_eval and trained.drop_path not in in_eval
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet"])
-def test_dropout_before_the_head_never_drops(tiny, name):
+def test_dropout_before_the_head_never_drops(tiny, pixels, name):
     model = tiny(name)
-    assert model.dropout in modules_in_eval(model, select_trainable(model, "all"))
-
-
-def test_features_in_training_are_those_of_the_released_model(tiny, pixels):
-    model = tiny("mobilenet_v2")
     released = penultimate_features(model, pixels)
-    train(model, modules_in_eval(model, select_trainable(model, "all")))
-    torch.testing.assert_close(penultimate_features(model, pixels), released)
+    assert model.dropout in in_training(model, "all")
+    if name == "mobilenet_v2":
+        torch.testing.assert_close(penultimate_features(model, pixels), released)
 
 
-def test_running_statistics_stay(tiny, pixels):
+@pytest.mark.parametrize("freeze", [True, False])
+def test_batchnorm_of_the_trainable_part_is_frozen_on_request(tiny, pixels, freeze):
     model = tiny("resnet")
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    train(model, modules_in_eval(model, select_trainable(model, "last_stage")))
+    in_eval = in_training(model, "last_stage", freeze_batchnorm=freeze)
+    norms = {name: module in in_eval for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert all(frozen == (freeze or "stages.1." not in name) for name, frozen in norms.items())
     model(pixel_values=pixels)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    changed = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    assert all("stages.1." in name for name in changed) and bool(changed) != freeze
+    # One forward pass over two sides is two, unless features depend on the batch.
+    assert has_batch_statistics(model, in_eval) != freeze
+    if freeze:
+        apart = torch.cat([penultimate_features(model, image[None]) for image in pixels])
+        torch.testing.assert_close(penultimate_features(model, pixels), apart)
 
 
-@pytest.mark.parametrize(
-    "name, freeze, expected", [("resnet", True, False), ("resnet", False, True), ("vit", False, False)]
-)
-def test_batch_statistics_are_told(tiny, name, freeze, expected):
-    model = tiny(name)
-    still = modules_in_eval(model, select_trainable(model, "last_stage"), freeze_batchnorm=freeze)
-    assert has_batch_statistics(model, still) == expected
-
-
-def test_without_batch_statistics_one_forward_is_two(tiny, pixels):
-    model = tiny("resnet")
-    still = modules_in_eval(model, select_trainable(model, "last_stage"))
-    train(model, still)
-    assert not has_batch_statistics(model, still)
-    apart = torch.cat([penultimate_features(model, image[None]) for image in pixels])
-    torch.testing.assert_close(penultimate_features(model, pixels), apart)
-
-
-def test_a_batchnorm_without_running_statistics_uses_the_batch():
+def test_a_batchnorm_without_running_statistics_uses_the_batch(tiny):
     norm = nn.BatchNorm2d(4, track_running_stats=False)
     assert has_batch_statistics(norm, in_eval=[norm])
+    vit = tiny("vit")
+    assert not has_batch_statistics(vit, in_training(vit, "last_stage"))

@@ -45,25 +45,16 @@ def test_head_and_last_stage_are_found(wrapped, architecture):
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "vit_tiny_patch16_224"])
-def test_features_are_what_the_classifier_sees(wrapped, architecture):
+def test_features_are_what_the_classifier_reads_and_depend_on_the_last_stage(wrapped, architecture):
     model, pixels = wrapped(architecture), torch.randn(2, 3, 224, 224)
-    features = penultimate_features(model, pixels)
-    torch.testing.assert_close(find_head(model)[1](features), model(pixel_values=pixels).logits)
+    trainable, logits = select_trainable(model, "last_stage"), model(pixel_values=pixels).logits
+    torch.testing.assert_close(find_head(model)[1](penultimate_features(model, pixels)), logits)
+    logits.square().sum().backward()
+    assert trainable == [name for name, p in model.named_parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "vit_tiny_patch16_224"])
-def test_the_last_stage_moves_the_features(wrapped, architecture):
-    model = wrapped(architecture)
-    moving = select_trainable(model, "last_stage")
-    model(pixel_values=torch.randn(2, 3, 224, 224)).logits.square().sum().backward()
-    assert moving == [name for name, p in model.named_parameters() if p.grad is not None]
-
-
-def test_two_heads_are_refused_by_name(wrapped):
+def test_two_heads_and_blocks_that_are_not_separable_are_refused(wrapped):
     with pytest.raises(HeadError, match=r"'timm_model.head', 'timm_model.head_dist'"):
         find_head(wrapped("deit_tiny_distilled_patch16_224"))
-
-
-def test_blocks_that_cannot_be_told_apart_are_refused(wrapped):
     with pytest.raises(ScopeError, match="last_stage"):
         last_stage(wrapped("densenet121"))
