@@ -115,12 +115,12 @@ def lbfgs(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
     """Softmax regression by L-BFGS on standardized features, over penalties, each from the last one's weights."""
 
     def read(part: Part, penalties: list[float]) -> list[float]:
-        return _softmax_path(part.standardized(), penalties, max(1, budget.iterations // 3))
+        return softmax_path(part.standardized(), penalties, max(1, budget.iterations // 3))
 
     return _choose(data, budget, seed, [1e-1, 1e-2, 1e-3], read, lambda value: {"penalty": value}, path=True)
 
 
-def _softmax_path(part: Part, penalties: list[float], iterations: int) -> list[float]:
+def softmax_path(part: Part, penalties: list[float], iterations: int) -> list[float]:
     """Accuracy of softmax regression with the mean loss plus ``penalty/2D · ‖W‖²``, for falling penalties."""
     d = part.Z.shape[1]
     weight = part.Z.new_zeros(d, part.num_classes, requires_grad=True)

@@ -45,7 +45,6 @@ def test_what_is_trained_is_what_the_name_says_and_the_head_is_that_of_the_seed(
     }[name]
 
 
-@pytest.mark.outcome
 @pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
 def test_what_is_frozen_is_computed_once_and_changes_no_curve(build, monkeypatch):
     passes = []
@@ -61,21 +60,19 @@ def test_what_is_frozen_is_computed_once_and_changes_no_curve(build, monkeypatch
 
     monkeypatch.setattr(torch.nn.Conv2d, "forward", counted)
     settings = {"optimizer": "adamw", "learning_rate": 3e-3, "batch_statistics": False}
-    options = ("last_stage", model, LARGE, budget(60, 15), 0, None, settings)
+    options = ("last_stage", model, LARGE, budget(10), 0, None, settings)
     fast = fine_tune(*options)
     assert sum(passes) < 200  # 120 images, and a few to find where the frozen part ends
+    passes.clear()
     monkeypatch.setattr("hf_immunize.attacks.finetune.frozen_part", lambda *_: None)
+    # Within one of forty images: in ten steps, rounding does not grow further.
     assert fast.curve == pytest.approx(fine_tune(*options).curve, abs=0.026)
+    assert sum(passes) > 400
 
 
-@pytest.mark.outcome
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_one_diverging_rate_does_not_hide_a_sound_one(seed):
-    found = fine_tune("whole_network", tiny_vit(), SMALL, budget(60, 15, {"sgd": (1e30, 1e-2)}), seed)
-    assert found.settings["learning_rate"] == 1e-2
-
-
-def test_settings_of_an_earlier_seed_are_used_untried():
+def test_one_diverging_rate_does_not_hide_a_sound_one_and_settings_of_an_earlier_seed_are_used_untried():
+    found = fine_tune("whole_network", tiny_vit(), SMALL, budget(2, 2, {"sgd": (1e30, 1e-2)}), 0)
+    assert (found.trials, found.settings["learning_rate"]) == (2, 1e-2)
     chosen = {"optimizer": "sgd", "learning_rate": 0.5, "batch_statistics": False}
     found = fine_tune("bias_only", tiny_vit(), SMALL, budget(), 0, chosen=chosen)
     assert (found.trials, found.settings["learning_rate"]) == (1, 0.5)
@@ -92,21 +89,14 @@ def test_what_is_unknown_is_named(name, optimizers):
 # ---- public weights
 
 
-def test_only_tensors_that_differ_are_changed():
-    model, reference = tiny_vit(), tiny_vit()
-    with torch.no_grad():
-        model.vit.layernorm.bias += 1
-    assert changed_parameters(model, reference) == ["vit.layernorm.bias"]
-
-
-def test_all_of_the_reference_is_the_reference_and_the_model_stays_as_it_was():
+def test_only_tensors_that_differ_are_mixed_and_the_model_stays_as_it_was():
+    model = tiny_vit()
+    model.vit.layernorm.bias.data += 1
+    assert changed_parameters(model, tiny_vit()) == ["vit.layernorm.bias"]
     model, pixels = tiny_vit(1), torch.randn(2, 3, 8, 8)
     assert torch.equal(interpolate(model, tiny_vit(2), 1.0)(pixels).logits, tiny_vit(2)(pixels).logits)
     half = interpolate(model, tiny_vit(2), 0.5).classifier.weight
     assert torch.allclose(half, (tiny_vit(1).classifier.weight + tiny_vit(2).classifier.weight) / 2, atol=1e-7)
     assert changed_parameters(model, tiny_vit(1)) == []
-
-
-def test_another_architecture_is_refused():
     with pytest.raises(DataError):
         changed_parameters(tiny_vit(), tiny_resnet())

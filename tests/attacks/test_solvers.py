@@ -3,12 +3,11 @@
 import pytest
 import torch
 from attacked import CLASSES, clusters
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LogisticRegression, Ridge
 
-from hf_immunize.attacks.attacker import ProbeBudget
 from hf_immunize.attacks.descent import conjugate_weights, descent_weights, minibatches
-from hf_immunize.attacks.direct import filter_accuracies, lbfgs, logistic_regression
-from hf_immunize.attacks.probe_data import Part, ProbeData, decompose, log_steps, stratified_split
+from hf_immunize.attacks.direct import filter_accuracies, softmax_path
+from hf_immunize.attacks.probe_data import Part, ProbeData, best_index, decompose, log_steps, stratified_split
 from hf_immunize.errors import DataError, NonFiniteError
 
 
@@ -45,26 +44,25 @@ def test_ridge_with_an_intercept_is_scikit_learns():
     assert filter_accuracies(Part(part.Z, part.y, part.Z_test, torch.from_numpy(theirs), 4), [h]) == [1.0]
 
 
-@pytest.mark.outcome
-def test_lbfgs_is_as_good_as_scikit_learns_logistic_regression():
-    data, budget = ProbeData(*clusters(120, 0), *clusters(80, 1), CLASSES), ProbeBudget(iterations=100)
-    ours, theirs = (attack(data, budget, 0).accuracy for attack in (lbfgs, logistic_regression))
-    assert ours >= theirs - 0.02
+def test_softmax_regression_with_a_penalty_is_scikit_learns():
+    part, penalty = whole(), 0.1  # the mean loss plus penalty/2D · ‖W‖², where theirs is C times the sum plus ‖W‖²/2
+    strength = part.Z.shape[1] / (len(part.Z) * penalty)
+    model = LogisticRegression(C=strength, max_iter=1000, tol=1e-8).fit(part.Z.numpy(), part.y.numpy())
+    theirs = torch.from_numpy(model.predict(part.Z_test.numpy()))
+    assert softmax_path(Part(part.Z, part.y, part.Z_test, theirs, 4), [penalty], 1000) == [1.0]
 
 
 def test_minibatches_of_a_pass_hold_every_row_once():
     assert sorted(torch.cat(minibatches(10, 5, 2, seed=0)).tolist()) == list(range(10))
 
 
-def test_a_constant_feature_is_standardized_to_zero():
+def test_a_constant_feature_is_standardized_to_zero_and_decomposition_leaves_out_what_is_none():
     Z = torch.tensor([[1.0, 7.0], [3.0, 7.0]])
     assert Part(Z, torch.tensor([0, 1]), Z, torch.tensor([0, 1]), 2).standardized().Z[:, 1].tolist() == [0.0, 0.0]
-
-
-def test_decomposition_restores_tall_features():
     Z = torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    Z[:, 4] = Z[:, 0]
     U, s, V = decompose(Z)
-    assert torch.allclose(U @ torch.diag(s) @ V.T, Z)
+    assert len(s) == 4 and torch.allclose(U @ torch.diag(s) @ V.T, Z)
 
 
 @pytest.mark.parametrize(
@@ -95,5 +93,6 @@ def test_what_is_kept_is_made_once_for_a_seed_and_dropped_with_the_next():
     assert data.tuning(0, 0.2) is not first
 
 
-def test_steps_reach_the_last():
-    assert log_steps(100_000)[-1] == 100_000
+def test_steps_are_even_in_logarithm_up_to_the_last_and_of_ties_the_middle_is_best():
+    assert log_steps(100, per_decade=3) == [1, 2, 5, 10, 22, 46, 100] and log_steps(100_000)[-1] == 100_000
+    assert best_index([0.1, 0.5, 0.5, 0.5, 0.2]) == 2

@@ -76,30 +76,29 @@ def test_logits_and_gradients_from_activations_are_the_models(family, tiny):
         torch.testing.assert_close(part[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "entry"), [("vit", "vit.layers.2"), ("mobilenet_v2", "mobilenet_v2.layer.12")])
-def test_the_trunk_ends_at_the_first_trainable_block(name, entry, tiny):
-    assert split(tiny(name)).entry == entry
+@pytest.mark.parametrize(
+    ("name", "trainable", "entry"),
+    [
+        ("vit", "last_stage", "vit.layers.2"),
+        ("mobilenet_v2", "last_stage", "mobilenet_v2.layer.12"),
+        # Inside the block, the residual branch carries a second activation.
+        ("vit", r"layers\.2\.mlp|classifier", "vit.layers.2"),
+    ],
+)
+def test_the_trunk_ends_at_the_first_trainable_block(name, trainable, entry, tiny):
+    assert split(tiny(name), trainable).entry == entry
 
 
-def test_a_trunk_ends_before_a_block_of_which_only_an_inner_part_is_trainable(tiny):
-    # Inside the block, the residual branch carries a second activation.
-    assert split(tiny("vit"), r"layers\.2\.mlp|classifier").entry == "vit.layers.2"
-
-
-def test_the_trunk_is_not_computed(tiny):
+def test_each_part_runs_alone(tiny):
     model = tiny("vit")
     found = split(model)
+    hook = model.classifier.register_forward_hook(lambda *_: pytest.fail("the head ran"))
     activations = found.activations(model, IMAGES)
+    assert activations.shape == (5, *found.activation_shape)
+    hook.remove()
     model.vit.layers[0].mlp.fc1.weight.data.fill_(float("nan"))
     with found.replayed(model):
         assert torch.isfinite(model(pixel_values=activations).logits).all()
-
-
-def test_activations_stop_at_the_entry(tiny):
-    model = tiny("vit")
-    found = split(model)
-    model.classifier.register_forward_hook(lambda *_: pytest.fail("the head ran"))
-    assert found.activations(model, IMAGES).shape == (5, *found.activation_shape)
 
 
 def test_the_model_is_as_before(tiny):
@@ -113,12 +112,8 @@ def test_the_model_is_as_before(tiny):
     assert modes == [module.training for module in model.modules()]
     assert before[0] == model.state_dict().keys() and torch.equal(before[1], torch.get_rng_state())
     assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_a_forward_put_in_place_by_others_is_put_back(tiny):
-    model = tiny("vit")
-    found = split(model)
-    block = model.vit.layers[0]
+    # A forward put in place by others is put back.
+    block = model.swin.encoder.layers[0]
     block.forward = other = block.forward
     with found.replayed(model):
         assert block.forward is not other
@@ -135,23 +130,22 @@ def test_a_copy_runs_with_its_own_weights(tiny):
     torch.testing.assert_close(logits, teacher(pixel_values=IMAGES).logits)
 
 
-def test_a_wrapper_for_data_parallelism_may_be_called(tiny, tmp_path):
+def same_gradients(whole, part):
+    return whole.keys() == part.keys() and all(torch.allclose(part[name], whole[name]) for name in whole)
+
+
+def test_gradients_are_the_same_in_a_wrapper_for_data_parallelism_and_under_gradient_checkpointing(tiny, tmp_path):
     init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     try:
         model = tiny("resnet")
         found = split(model)
-        whole, part = both(model, found, nn.parallel.DistributedDataParallel(model))
+        assert same_gradients(*both(model, found, nn.parallel.DistributedDataParallel(model)))
     finally:
         destroy_process_group()
-    assert whole.keys() == part.keys() and all(torch.allclose(part[name], whole[name]) for name in whole)
-
-
-def test_gradients_are_the_same_under_gradient_checkpointing(tiny):
     model = tiny("vit").train()
     found = split(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    whole, part = both(model, found)
-    assert whole.keys() == part.keys() and all(torch.allclose(part[name], whole[name]) for name in whole)
+    assert same_gradients(*both(model, found))
 
 
 def test_a_peft_model_splits_at_its_first_adapter(tiny):
@@ -170,18 +164,17 @@ def test_a_module_that_is_used_again_after_the_trunk_runs(small):
     assert found.trunk == ("first", "act") and torch.allclose(logits, small(pixel_values=IMAGES).logits)
 
 
-def test_all_parameters_trainable_leaves_no_trunk(tiny):
-    with pytest.raises(TrunkError, match="nothing frozen runs before them"):
-        split(tiny("vit"), "all")
-
-
 @pytest.mark.parametrize(
-    ("leaks", "reason"),
-    [(True, "uses more of it than one activation"), ("unnamed", "0 of its outputs enter 'second'")],
+    ("build", "trainable", "reason"),
+    [
+        (Small, "all", "nothing frozen runs before them"),
+        (lambda: Small(leaks=True), "second|classifier", "uses more of it than one activation"),
+        (lambda: Small(leaks="unnamed"), "second|classifier", "0 of its outputs enter 'second'"),
+    ],
 )
-def test_a_trunk_that_gives_more_or_less_than_one_activation_is_refused(leaks, reason):
+def test_a_trunk_that_gives_more_or_less_than_one_activation_is_refused(build, trainable, reason):
     with pytest.raises(TrunkError, match=reason):
-        split(Small(leaks=leaks), "second|classifier")
+        split(build(), trainable)
 
 
 def test_dropout_in_the_trunk_is_refused_unless_it_stays_in_eval_mode():
@@ -201,13 +194,10 @@ def test_batchnorm_over_the_batch_in_the_trunk_is_refused(tiny):
         split(model)
 
 
-def test_images_of_another_size_are_refused(tiny):
+def test_images_of_another_size_and_where_activations_belong_are_refused(tiny):
     model = tiny("resnet")
+    found = split(model)
     with pytest.raises(ShapeError, match="resizes and crops"):
-        split(model).activations(model, torch.zeros(2, 3, 64, 64))
-
-
-def test_images_where_activations_belong_are_refused(tiny):
-    model = tiny("resnet")
-    with split(model).replayed(model), pytest.raises(ShapeError, match="stored activations"):
+        found.activations(model, torch.zeros(2, 3, 64, 64))
+    with found.replayed(model), pytest.raises(ShapeError, match="stored activations"):
         model(pixel_values=IMAGES)

@@ -71,69 +71,47 @@ def shades(dataset):
     return ImageRows(dataset, "train_dataset", "image", "label"), processor
 
 
-def test_float32_activations_are_the_trunks(cache, setting, images):
-    (rows,) = open_or_write(cache())
-    torch.testing.assert_close(activations(rows), expected(setting, images()), rtol=1e-5, atol=1e-6)
-    assert [rows[i]["labels"] for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
-
-
-def test_float16_rounding_is_small(cache, setting, images):
-    (rows,) = open_or_write(cache(dtype="float16"))
-    stored, exact = activations(rows), expected(setting, images())
-    assert stored.dtype == torch.float16 and float((stored - exact).norm() / exact.norm()) < 5e-4
-
-
-def test_rows_without_labels_have_none(cache, images):
-    (rows,) = open_or_write(cache([{"pixel_values": row["pixel_values"]} for row in images()]))
-    assert set(rows[0]) == {"pixel_values"}
-
-
-def test_the_file_is_a_dataset_about_as_large_as_was_estimated(cache):
-    made = cache()
+def test_stored_rows_are_the_trunks_in_a_mapped_file_as_large_as_was_estimated(cache, setting, images):
+    made, modes, state = cache(), [module.training for module in setting[0].modules()], torch.get_rng_state()
     (rows,) = open_or_write(made)
+    assert modes == [module.training for module in setting[0].modules()]
+    assert torch.equal(state, torch.get_rng_state())
+    exact = expected(setting, images())
+    torch.testing.assert_close(activations(rows), exact, rtol=1e-5, atol=1e-6)
+    assert [rows[i]["labels"] for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
     size = sum(file.stat().st_size for file in made.folder.glob("*"))
     assert rows.dataset.cache_files and rows.dataset.features["labels"].dtype == "int64"
     assert size <= made.nbytes <= size + 2**16 + 3 * 1024
+    content = pickle.dumps(rows)  # as they travel to worker processes
+    assert len(content) < exact.nbytes and torch.equal(activations(pickle.loads(content)), activations(rows))
 
 
-def test_rows_travel_to_worker_processes(cache):
-    (rows,) = open_or_write(cache())
-    before = activations(rows)
-    content = pickle.dumps(rows)
-    assert len(content) < before.nbytes and torch.equal(activations(pickle.loads(content)), before)
+def test_float16_rounding_is_small_and_rows_without_labels_have_none(cache, setting, images):
+    (rows,) = open_or_write(cache([{"pixel_values": row["pixel_values"]} for row in images()], dtype="float16"))
+    stored, exact = activations(rows), expected(setting, images())
+    assert stored.dtype == torch.float16 and float((stored - exact).norm() / exact.norm()) < 5e-4
+    assert set(rows[0]) == {"pixel_values"}
 
 
-def changed_weights(setting, _):
-    setting[0].resnet.embedder.embedder.convolution.weight.data.mul_(1.5)
+EMBEDDER = "resnet.embedder.embedder"
+# What is changed, in what decides the activations and in the head, which does not.
+CHANGES = {
+    "weights": lambda model, _: model.get_submodule(f"{EMBEDDER}.convolution").weight.data.mul_(1.5),
+    "statistics": lambda model, _: model.get_submodule(f"{EMBEDDER}.normalization").running_var.mul_(2),
+    "head": lambda model, _: model.classifier[1].weight.data.add_(1),
+    "images": lambda _, options: options["rows"][3].update(pixel_values=options["rows"][3]["pixel_values"] + 1),
+    "type": lambda _, options: options.update(dtype="float16"),
+}
 
 
-def changed_statistics(setting, _):
-    setting[0].resnet.embedder.embedder.normalization.running_var.mul_(2)
-
-
-def changed_head(setting, _):
-    setting[0].classifier[1].weight.data.add_(1)
-
-
-def changed_images(_, options):
-    options["rows"][3]["pixel_values"] += 1
-
-
-def changed_type(_, options):
-    options["dtype"] = "float16"
-
-
-@pytest.mark.parametrize(
-    ("change", "times"),
-    [(changed_weights, 2), (changed_statistics, 2), (changed_head, 1), (changed_images, 2), (changed_type, 2)],
-)
-def test_what_decides_the_activations_decides_whether_they_are_found(change, times, cache, setting, images, written):
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_decides_the_activations_decides_whether_they_are_found(change, cache, setting, images, written):
     options = {"rows": images()}
     first = activations(open_or_write(cache(**options))[0])
-    change(setting, options)
+    CHANGES[change](setting[0], options)
     found = activations(open_or_write(cache(**options))[0])
-    assert len(written) == times
-    if times == 1:
+    assert len(written) == (1 if change == "head" else 2)
+    if change == "head":
         assert torch.equal(found, first)
     else:
         torch.testing.assert_close(found.float(), expected(setting, options["rows"]), rtol=1e-3, atol=1e-3)
@@ -209,26 +187,18 @@ def free(monkeypatch):
     return only
 
 
-def test_a_full_disk_is_refused_before_anything_runs(cache, free, tmp_path):
-    made = cache()
-    free(made.nbytes - 1)
-    with pytest.raises(DiskSpaceError, match=r"found 0.\d+ MB free .* choose another trunk_cache_dir"):
-        open_or_write(made)
-    assert not made.folder.exists()
-
-
-def test_a_cache_that_is_there_needs_no_space(cache, free):
-    open_or_write(cache())
-    free(0)
-    assert len(open_or_write(cache())[0]) == 7
-
-
-def test_the_space_of_all_missing_caches_is_added_up(cache, setting, images, free, tmp_path):
+def test_a_disk_that_does_not_hold_all_that_is_missing_is_refused_before_anything_runs(
+    cache, setting, images, free, tmp_path
+):
     made = cache()
     other = TrunkCache(*setting, images(), tmp_path / "trunk" / "harmful", progress=False)
     free(made.nbytes + other.nbytes - 1)
-    with pytest.raises(DiskSpaceError):
+    with pytest.raises(DiskSpaceError, match=r"found 0.\d+ MB free .* choose another trunk_cache_dir"):
         open_or_write(made, other)
+    assert not made.folder.exists()
+    open_or_write(made)
+    free(0)  # a cache that is there needs no space
+    assert len(open_or_write(cache())[0]) == 7
 
 
 def test_a_disk_that_fills_up_meanwhile_is_named(cache, monkeypatch, tmp_path):
@@ -237,14 +207,6 @@ def test_a_disk_that_fills_up_meanwhile_is_named(cache, monkeypatch, tmp_path):
     with pytest.raises(DiskSpaceError, match="No space left"):
         open_or_write(made)
     assert not made.folder.exists()
-
-
-def test_modes_and_random_state_stay(cache, setting):
-    modes = [module.training for module in setting[0].modules()]
-    state = torch.get_rng_state()
-    open_or_write(cache())
-    assert modes == [module.training for module in setting[0].modules()]
-    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_activations_too_large_for_float16_are_named(cache, images):
@@ -273,18 +235,14 @@ class Flipped(torch.utils.data.Dataset):
         return {"pixel_values": image.flip(-1) if torch.rand(()) < 0.5 else image, "labels": index % 3}
 
 
-def test_random_rows_are_refused(cache, images):
-    with pytest.raises(DataError, match="freeze one draw"):
-        cache(Flipped(images()))
-
-
-def test_a_random_transform_is_refused_alike(cache, image_dataset):
+def test_random_rows_and_random_transforms_are_refused(cache, images, image_dataset):
     def transform(batch):
         return {"pixel_values": [torch.rand(SHAPE) for _ in batch["image"]], "label": batch["label"]}
 
-    rows = ImageRows(image_dataset.with_transform(transform), "train_dataset", "pixel_values", "label")
-    with pytest.raises(DataError, match="freeze one draw"):
-        cache(rows)
+    transformed = ImageRows(image_dataset.with_transform(transform), "train_dataset", "pixel_values", "label")
+    for rows in (Flipped(images()), transformed):
+        with pytest.raises(DataError, match="freeze one draw"):
+            cache(rows)
 
 
 @pytest.mark.parametrize(
