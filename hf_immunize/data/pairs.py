@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,11 +135,10 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 "your own order, sort train_dataset and set train_sampling_strategy='sequential'."
             )
         benign, harmful, distillation, held_out = draw
-        harmful_rows = [self.harmful[row] for row in harmful]
         return {
             "benign": self.benign[benign],
-            "harmful": harmful_rows if self.harmful_labels else [_unlabelled(row) for row in harmful_rows],
-            "distillation": [_unlabelled(self.distillation[row]) for row in distillation],
+            "harmful": [_read(self.harmful, row, self.harmful_labels) for row in harmful],
+            "distillation": [_read(self.distillation, row, labelled=False) for row in distillation],
             "held_out": [self.held_out[row] for row in held_out],
         }
 
@@ -206,8 +206,8 @@ def _length(data: Any) -> int | None:
     return len(data) if hasattr(data, "__len__") else None
 
 
-def _unlabelled(row: dict[str, Any]) -> dict[str, Any]:
-    return {column: value for column, value in row.items() if column != "labels"}
+def _read(rows: Any, number: int, labelled: bool) -> dict[str, Any]:
+    return {column: value for column, value in rows[number].items() if labelled or column != "labels"}
 
 
 # Fewer different images have next to no spectrum; to read more rows than these would take too long.
@@ -237,11 +237,10 @@ def _of_both(benign_name: str, benign: Any, harmful_name: str, harmful: Any) -> 
             different.append(np.unique(rows.hashes))
             sentences += _of_one_side(name, rows, len(different[-1]))
     if len(different) == 2 and (shared := np.intersect1d(different[0], different[1]).size):
-        count = len(different[1])
+        share = f"All {shared}" if shared == len(different[1]) else f"{shared} of {len(different[1])}"
         sentences.append(
-            f"{f'All {count}' if shared == count else f'{shared} of {count}'} {harmful_name} images are benign ones "
-            "too: the goals of the two sides contradict each other on them, and RIR stays near 1. Remove them from "
-            "one side."
+            f"{share} {harmful_name} images are benign ones too: the goals of the two sides contradict each other on "
+            "them, and RIR stays near 1. Remove them from one side."
         )
     labels = benign.all_labels() if isinstance(benign, ImageRows) else None
     if labels and len(set(labels)) == 1:
@@ -277,10 +276,8 @@ def _shows_nothing(rows: ImageRows) -> bool:
         return False
     plain = []
     for index in np.linspace(0, len(rows) - 1, _CHECKED).astype(int):
-        try:
+        with suppress(DataError):  # reported by the step that reads it
             row = rows[index]
-        except DataError:  # reported by the step that reads it
-            continue
-        pixels = torch.from_numpy(np.array(row["image"])).permute(2, 0, 1) if "image" in row else row["pixel_values"]
-        plain.append(bool((pixels.flatten(1) == pixels.flatten(1)[:, :1]).all()))
+            pixels = torch.from_numpy(np.array(row["image"])).movedim(2, 0) if "image" in row else row["pixel_values"]
+            plain.append(bool((pixels.flatten(1) == pixels.flatten(1)[:, :1]).all()))
     return bool(plain) and all(plain)

@@ -18,15 +18,9 @@ from hf_immunize.errors import DataError
 
 # Folder names that stand for a split, as the Hub's own conventions have them.
 SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -54,15 +48,26 @@ def load_image_splits(source: str) -> dict[str, datasets.Dataset]:
             return datasets.load_dataset("parquet", data_files={"train": str(path)})
         if path.is_dir():
             return _load_folder(path)
-        return _load_from_hub(source)
+        if not _HUB_ID.fullmatch(source):
+            raise DataError(f"Expected a path or a name on the Hub, found {source!r}. Check the spelling.")
+        return datasets.load_dataset(source)
     except DataError:
         raise
+    except (FileNotFoundError, ConnectionError) as error:
+        raise DataError(
+            f"Expected a path or a dataset on the Hub, found neither under {source!r} ({_first_line(error)}). Check "
+            "the spelling, the connection, and the access."
+        ) from error
     # Of datasets and pyarrow, on what is damaged, unfinished or of another kind.
     except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"Expected images in one subfolder per class, parquet files, or what save_to_disk writes in {source!r}, "
             f"found none that can be read ({_first_line(error)}). Check the data."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
 
 
 def _load_folder(path: Path) -> dict[str, datasets.Dataset]:
@@ -93,25 +98,6 @@ def _one_class(folders: list[Path]) -> bool:
     images = [(file, root) for root in folders for file in root.rglob("*") if file.suffix.lower() in endings]
     places = {file.parent.relative_to(root) for file, root in images}
     return len(places) == 1 and len(places.pop().parts) == 1
-
-
-def _load_from_hub(source: str) -> dict[str, datasets.Dataset]:
-    if not _HUB_ID.fullmatch(source):
-        raise DataError(
-            f"Expected an existing path or the name of a dataset on the Hub, such as 'user/name', found {source!r}. "
-            "Check the spelling."
-        )
-    try:
-        return datasets.load_dataset(source)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise DataError(
-            f"Expected a path or a dataset on the Hub, found neither under {source!r} ({_first_line(error)}). Check "
-            "the spelling, the connection, and the access."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
 
 
 # Splits to measure on, the preferred one first.
@@ -149,8 +135,8 @@ def divide(source: Any, draw: HeldOut = AS_USUAL, *, test: Any = None, name: str
         return Parts(train, load_image_dataset(str(test)) if isinstance(test, (str, Path)) else test)
     if not isinstance(splits, dict):
         raise DataError(
-            f"Expected the {name} as a path, a name on the Hub, a datasets.Dataset or a DatasetDict, found "
-            f"{type(source).__name__}. Give one of these, or images to measure on as well."
+            f"Expected the {name} as a path, a name on the Hub or a datasets.Dataset, found {type(source).__name__}. "
+            "Give one of these, or images to measure on as well."
         )
     train = _split(splits, "train", f"the {name}")
     found = next((split for split in MEASURED_SPLITS if split in splits), None)
@@ -234,27 +220,21 @@ def split_benign_harmful(
         >>> benign["label"][:], benign.features["label"].names, len(harmful)
         ([0, 1], ['cat', 'dog'], 2)
     """
-    if isinstance(dataset, datasets.Dataset):
-        splits = {"": dataset}
-    elif isinstance(dataset, datasets.DatasetDict) and dataset:
-        splits = dict(dataset)
-    else:
+    splits: Any = {"": dataset} if isinstance(dataset, datasets.Dataset) else dataset
+    if not isinstance(dataset, (datasets.Dataset, datasets.DatasetDict)) or not splits:
         raise DataError(
             f"Expected a datasets.Dataset or a DatasetDict with splits, found {type(dataset).__name__}. Load the data "
             "without streaming."
         )
-
-    column = find_stored_label_column(next(iter(splits.values())), label_column)
+    first = next(iter(splits.values()))
+    column = find_stored_label_column(first, label_column)
     values = {split: read_labels(data, column) for split, data in splits.items()}
-    names = _class_names(next(iter(splits.values())), column, values)
+    names = _class_names(first, column, values)
     codes = {split: _codes(labels, names, split) for split, labels in values.items()}
-    present = set().union(*(set(code.tolist()) for code in codes.values()))
+    present = set(np.concatenate(list(codes.values())).tolist())
     harmful = _harmful_codes(harmful_classes, names, present)
     if not present - harmful:
-        raise DataError(
-            f"Expected at least one benign class, found all {len(present)} classes among the harmful ones. Leave one "
-            "out of harmful_classes."
-        )
+        raise DataError(f"Expected a benign class, found all {len(present)} to be harmful. Leave one out.")
 
     parts = []
     for side in (False, True):
@@ -288,17 +268,14 @@ def _codes(labels: list[Any], names: dict[Any, str], split: str) -> np.ndarray:
 
 
 def _harmful_codes(harmful_classes: Sequence[str | int], names: dict[Any, str], present: set[int]) -> set[int]:
-    listed_classes = isinstance(harmful_classes, Iterable) and not isinstance(harmful_classes, str | bytes)
-    harmful_classes = list(harmful_classes) if listed_classes else harmful_classes
-    if not isinstance(harmful_classes, list) or not harmful_classes:
-        raise DataError(
-            f"Expected harmful_classes as a list out of {listed(names.values())}, found {harmful_classes!r}. Give at "
-            "least one."
-        )
+    several = isinstance(harmful_classes, Iterable) and not isinstance(harmful_classes, str | bytes)
+    wanted_classes = list(harmful_classes) if several else []
+    if not wanted_classes:
+        raise DataError(f"Expected a list of classes out of {listed(names.values())}, found {harmful_classes!r}.")
     by_name = {name: code for code, name in enumerate(names.values())}
     by_label = {label: code for code, label in enumerate(names)}
     harmful = set()
-    for wanted in harmful_classes:
+    for wanted in wanted_classes:
         known: dict[Any, int] = by_name if isinstance(wanted, str) else by_label
         code = known.get(wanted) if isinstance(wanted, Hashable) else None
         if code not in present:

@@ -130,6 +130,15 @@ def write_head(folder: str | os.PathLike[str], about: Mapping[str, Any], head: M
         save_file(tensors, Path(folder) / HEAD_FILE, metadata={"format": "pt"})
 
 
+def read_head(source: str | os.PathLike[str], **options: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is said of a head beside a checkpoint, and its weights; empty where there are no such files."""
+    about, weights = (cached_file(source, name, **options) for name in (HEAD_CONFIG_FILE, HEAD_FILE))
+    described = json.loads(Path(about).read_text(encoding="utf-8")) if about is not None else {}
+    if described and not {"pooling", "num_labels"} <= set(described):
+        raise ValueError(f"only {sorted(described)}")
+    return described, load_file(weights) if weights is not None else {}
+
+
 def load_with_linear_head(folder: str | os.PathLike[str], *, output_loading_info: bool = False, **kwargs: Any) -> Any:
     """Load a backbone and the linear head that was saved beside it."""
     # Said in so many words: where transformers is told nothing, it asks at the keyboard.
@@ -143,8 +152,7 @@ def load_with_linear_head(folder: str | os.PathLike[str], *, output_loading_info
         ) from error
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     try:
-        about = json.loads(Path(cached_file(folder, HEAD_CONFIG_FILE, **hub)).read_text(encoding="utf-8"))
-        head = load_file(cached_file(folder, HEAD_FILE, **hub))
+        about, head = read_head(folder, **hub)
         pooling, shape = about["pooling"], (about["num_labels"], about["feature_dim"])
         if pooling not in POOLINGS[1:] or tuple(head["weight"].shape) != shape or len(head["bias"]) != shape[0]:
             raise ValueError(f"{about} beside weights of shape {tuple(head['weight'].shape)}")

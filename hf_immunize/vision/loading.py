@@ -5,7 +5,6 @@ A weight that a checkpoint lacks, or that has no place, is a named error here, u
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.initialization import no_init_weights
@@ -29,6 +27,7 @@ from hf_immunize.vision.bare import (
     HUB_OPTIONS,
     LinearHeadForImageClassification,
     load_with_linear_head,
+    read_head,
     with_linear_head,
     write_head,
 )
@@ -175,6 +174,8 @@ def _same_as_class(plain: Any, names: dict[str, str]) -> bool:
     return same_logits(plain, rebuilt)
 
 
+# What cannot be reached is named when weights are asked for.
+_IF_THERE = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 ADAPTER_FILES = ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 _REMEDY = (
     "What is missing would be drawn at random, what has no place left out. Save the model again as its own class has "
@@ -192,7 +193,7 @@ def load_classifier(
     options = {"dtype": torch.float32, "trust_remote_code": False, **options}
     if find_adapter_config_file(name, **hub) is not None:
         return _load_adapted(name, hub, **options)
-    if _file_of(name, HEAD_CONFIG_FILE, hub) is not None:
+    if cached_file(name, HEAD_CONFIG_FILE, **_IF_THERE, **hub) is not None:
         model, info = load_with_linear_head(
             name, output_loading_info=True, **{"ignore_mismatched_sizes": True, **options}
         )
@@ -246,7 +247,12 @@ def _load_adapted(source: str, hub: dict[str, Any], **options: Any) -> PreTraine
     # Of the base alone: files and revision of the adapter are others.
     options = {name: value for name, value in options.items() if name not in ("revision", "local_files_only")}
     options["revision"] = adapter.revision
-    about, head = _head_beside(source, hub)
+    try:
+        about, head = read_head(source, **_IF_THERE, **hub)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise WeightsError(
+            f"Expected {HEAD_CONFIG_FILE} and {HEAD_FILE} of the adapter {source}, found: {error}. Fetch them again."
+        ) from error
     if about and about["pooling"] != "head_input":
         model: Any = with_linear_head(
             load_backbone(base, about["pooling"], **options), about["num_labels"], about["pooling"]
@@ -269,7 +275,7 @@ def _load_adapted(source: str, hub: dict[str, Any], **options: Any) -> PreTraine
         name, module = find_head(model)
         module.load_state_dict(head)
         provided |= {f"{name}.{part}" for part in head}
-    weights = _file_of(source, ADAPTER_FILE, hub)
+    weights = cached_file(source, ADAPTER_FILE, **_IF_THERE, **hub)
     if weights is None:
         raise WeightsError(f"Expected {ADAPTER_FILE} of the adapter {source}, found none. Fetch it again.")
     with safe_open(weights, "pt") as file:
@@ -281,29 +287,6 @@ def _load_adapted(source: str, hub: dict[str, Any], **options: Any) -> PreTraine
             f"Expected an adapter that can be merged into its base in {source}, found {adapter.peft_type}. Use LoRA."
         )
     return model.merge_and_unload().eval()
-
-
-def _head_beside(source: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    about, weights = (_file_of(source, name, hub) for name in (HEAD_CONFIG_FILE, HEAD_FILE))
-    try:
-        described = json.loads(Path(about).read_text(encoding="utf-8")) if about is not None else {}
-        if described and not {"pooling", "num_labels"} <= set(described):
-            raise ValueError(f"only {sorted(described)}")
-        return described, load_file(weights) if weights is not None else {}
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise WeightsError(
-            f"Expected {HEAD_CONFIG_FILE} and {HEAD_FILE} of the adapter {source}, found: {error}. Fetch them again."
-        ) from error
-
-
-def _file_of(source: str, name: str, hub: dict[str, Any]) -> str | None:
-    return cached_file(
-        source,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,  # what cannot be reached is named when weights are asked for
-        **hub,
-    )
 
 
 def _absent(info: dict[str, Any]) -> set[str]:
