@@ -34,45 +34,6 @@ def test_every_method_returns_a_map_and_its_history(method):
         assert torch.equal(found.theta, again.theta)
 
 
-@pytest.mark.outcome
-def test_rules_move_both_condition_numbers_the_right_way_in_every_epoch():
-    P, y, H, _ = tasks()
-    found = immunize_linear(P, y, H, "kappa", step="rule", epochs=60, lr=1e-12)
-    benign = [row["kappa_benign"] for row in found.history]
-    assert all(b <= a * (1 + 1e-9) for a, b in pairwise(benign))
-    harmful = [row["kappa_harmful"] for row in immunize_linear(P, y, H, "r_ill", step="rule", lr=1e-12).history]
-    assert all(b > a for a, b in pairwise(harmful))
-    assert found.rir > 10
-
-
-@pytest.mark.outcome
-def test_rules_come_close_to_the_ceiling():
-    P, y, H, _ = tasks()
-    found = immunize_linear(P, y, H, "kappa", step="rule", epochs=200)
-    assert found.rir > 0.9 * rir_ceiling(P, H).value
-
-
-@pytest.mark.outcome
-@pytest.mark.parametrize(
-    "options", [{}, {"batch_size": 16}, {"theta_init": "random"}, {"theta_init": 2 * torch.eye(6)}]
-)
-def test_the_benign_task_is_learnt_beside(options):
-    P, y, H, _ = tasks()
-    found = immunize_linear(P, y, H, "kappa", epochs=100, lr=0.02, **options)
-    assert found.history[-1]["loss"] < 0.5 * found.history[0]["loss"]
-
-
-@pytest.mark.outcome
-def test_classes_and_several_targets():
-    P, y, H, _ = tasks()
-    labels = (y > 0).long()
-    found = immunize_linear(P, labels, H, "kappa", epochs=30, lr=0.1)
-    assert found.omega.shape == (6, 2) and found.history[-1]["loss"] < found.history[0]["loss"]
-    assert immunize_linear(P, torch.stack([y, -y], 1), H, "kappa", epochs=2).omega.shape == (6, 2)
-    # One digit's images have one label; that is a task too, if a dull one.
-    assert immunize_linear(P, torch.zeros(40, dtype=torch.long), H, "kappa", epochs=2).omega.shape == (6, 2)
-
-
 def test_fixed_weights_are_plain_gradient_descent():
     P, y, H, _ = tasks()
     options = {"epochs": 1, "lr": 1e-3, "benign_weight": 0.0, "harmful_weight": 0.0}
@@ -92,28 +53,6 @@ def test_balanced_weights_have_the_norm_of_the_task_gradient():
     both = immunize_linear(P, y, H, "r_ill", **options).theta - eye
     assert (both - task).norm() == pytest.approx(float(task.norm()), rel=1e-6)
     assert torch.equal(immunize_linear(P, y, H, "kappa", **options, **none).theta - eye, task)
-
-
-@pytest.mark.outcome
-def test_imma_raises_the_adapted_harmful_loss():
-    P, y, H, y_h = tasks()
-    found = immunize_linear(P, y, H, "imma", y_harmful=y_h, epochs=30)
-    before = adapted_loss(torch.eye(6, dtype=torch.float64), H, y_h[:, None], 5)
-    plain = immunize_linear(P, y, H, "imma", y_harmful=y_h, epochs=30, harmful_weight=0.0)
-    assert adapted_loss(found.theta, H, y_h[:, None], 5) > adapted_loss(plain.theta, H, y_h[:, None], 5)
-    assert torch.isfinite(before)
-
-
-def test_history_can_be_short():
-    P, y, H, _ = tasks()
-    assert len(immunize_linear(P, y, H, "kappa", epochs=9, record_every=0).history) == 2
-    assert len(immunize_linear(P, y, H, "kappa", epochs=9, record_every=4).history) == 4
-
-
-def test_settings_and_single_options_combine():
-    P, y, H, _ = tasks()
-    found = immunize_linear(P, y, H, "kappa", settings=LinearSettings(epochs=3, lr=1e-4), seed=5)
-    assert found.settings["epochs"] == 3 and found.settings["seed"] == 5
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (4, 7)])
@@ -178,3 +117,65 @@ P, y, H, y_h = tasks()
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
+
+
+@SEEDS
+def test_rules_move_both_condition_numbers_the_right_way_in_every_epoch(seed):
+    P, y, H, _ = tasks(seed)
+    found = immunize_linear(P, y, H, "kappa", step="rule", epochs=60, lr=1e-12)
+    benign = [row["kappa_benign"] for row in found.history]
+    assert all(b <= a * (1 + 1e-9) for a, b in pairwise(benign))
+    harmful = [row["kappa_harmful"] for row in immunize_linear(P, y, H, "r_ill", step="rule", lr=1e-12).history]
+    assert all(b == pytest.approx(1.2 * a) for a, b in pairwise(harmful))  # by growth=
+
+
+@pytest.mark.outcome
+@SEEDS
+def test_rules_come_close_to_the_ceiling(seed):
+    P, y, H, _ = tasks(seed)
+    close = 0.9 * rir_ceiling(P, H).value
+    assert immunize_linear(P, y, H, "kappa", step="rule", epochs=200).rir > close
+    assert immunize_linear(P, y, H, "kappa", step="fixed", epochs=200).rir < close
+
+
+@pytest.mark.outcome
+@SEEDS
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_size": 16}, {"theta_init": "random"}, {"theta_init": 2 * torch.eye(6)}, {"classes": True}]
+)
+def test_the_benign_task_is_learnt_too(options, seed):
+    P, y, H, _ = tasks(seed)
+    options = dict(options)
+    targets = (y > 0).long() if options.pop("classes", False) else y
+
+    def fall(lr):
+        history = immunize_linear(P, targets, H, "kappa", epochs=100, lr=lr, seed=seed, **options).history
+        return history[-1]["loss"] / history[0]["loss"]
+
+    assert fall(0.02) < 0.5 < fall(1e-9)
+
+
+@pytest.mark.outcome
+@SEEDS
+def test_imma_raises_the_adapted_harmful_loss(seed):
+    P, y, H, y_h = tasks(seed)
+
+    def adapted(**options):
+        theta = immunize_linear(P, y, H, "imma", y_harmful=y_h, epochs=30, **options).theta
+        return float(adapted_loss(theta, H, y_h[:, None], 5))
+
+    assert adapted() > 1.01 * adapted(harmful_weight=0.0)
+
+
+def test_targets_settings_and_records():
+    P, y, H, _ = tasks()
+    # One digit's images have one label; that is a task too, if a dull one.
+    for targets in ((y > 0).long(), torch.stack([y, -y], 1), torch.zeros(40, dtype=torch.long)):
+        assert immunize_linear(P, targets, H, "kappa", epochs=2).omega.shape == (6, 2)
+    for every, records in ((0, 2), (4, 4)):
+        found = immunize_linear(P, y, H, "kappa", settings=LinearSettings(epochs=9, seed=5), record_every=every)
+        assert len(found.history) == records
+        assert (found.settings["epochs"], found.settings["seed"]) == (9, 5)

@@ -138,19 +138,6 @@ def test_scale_and_rotation_do_not_matter():
         assert other.value == pytest.approx(rir_ceiling(P, H).value, rel=1e-8)
 
 
-def test_frontier_is_a_straight_line_up_to_the_ceiling():
-    ceiling = rir_ceiling(data(9, 30, 4), data(10, 30, 4))
-    points = ceiling.frontier(5)
-    assert points[0][0] == 1 and points[-1][1] == pytest.approx(1.0)
-    assert all(i == pytest.approx(ceiling.value * ii) for _, ii, i in points)
-
-
-def test_float32_features_of_low_rank_stay_finite():
-    basis = torch.randn(4, 10)
-    ceiling = rir_ceiling(torch.randn(200, 4) @ basis, torch.randn(200, 4) @ basis)
-    assert ceiling.benign_rank == ceiling.harmful_rank == ceiling.common_rank == 4 and math.isfinite(ceiling.value)
-
-
 def test_frontier_of_singular_harmful_data_inside_the_benign_ones_ends_at_the_ceiling():
     P = data(11, 40, 5)
     H = torch.randn(30, 2, dtype=torch.float64) @ torch.randn(2, 5, dtype=torch.float64)
@@ -161,64 +148,9 @@ def test_frontier_of_singular_harmful_data_inside_the_benign_ones_ends_at_the_ce
         assert kappa(P @ best, 5) / kappa(P, 5) == pytest.approx(benign, rel=1e-7)
         assert kappa(H @ best, 2) / kappa(H, 2) == pytest.approx(harmful, rel=1e-7)
     assert ceiling.frontier()[-1] == pytest.approx((ceiling.benign_kappa, 1, ceiling.value))
-
-
-def test_frontier_of_one_harmful_direction_is_flat():
-    ceiling = rir_ceiling(torch.diag(torch.tensor([3.0, 1.0])), torch.ones(4, 2))
-    assert ceiling.value == pytest.approx(9)
-    points = ceiling.frontier(3)
-    assert [point[2] for point in points] == [1, 1, 1] and points[0][1] == pytest.approx(1 / 9)
-
-
-@pytest.mark.parametrize("shape", [(50, 6), (4, 9)])
-def test_rows_have_the_gram_matrix_of_the_data(shape):
-    X = torch.randn(shape, dtype=torch.float64)
-    factor = row_factor(X)
-    torch.testing.assert_close(factor.rows.T @ factor.rows, X.T @ X)
-    assert factor.rank == min(shape) and factor.dim == shape[1] and factor.num_samples == shape[0]
-
-
-def test_constant_and_dependent_columns_lower_the_rank():
-    X = torch.randn(40, 5, dtype=torch.float64)
-    X = torch.cat([X, X[:, :1] + X[:, 1:2], torch.zeros(40, 1, dtype=torch.float64)], 1)
-    assert row_factor(X).rank == 5
-
-
-def test_float32_noise_is_no_direction_even_after_a_cast():
-    X = torch.randn(300, 3) @ torch.randn(3, 8)
-    assert row_factor(X).rank == 3
-    assert row_factor(X.double(), produced_dtype=torch.float32).rank == 3
-
-
-def test_uncentred_images_do_not_gain_rank_from_rounding():
-    # Many equal columns and a dominant mean: the decomposition's own noise exceeds ten units of rounding.
-    X = (torch.randint(0, 2, (3000, 60)).double().repeat(1, 4) / 255 - 0.1307) / 0.3081
-    assert row_factor(X).rank <= 61
-
-
-def test_null_basis_completes():
-    V = torch.linalg.qr(torch.randn(7, 3, dtype=torch.float64)).Q
-    N = null_basis(V)
-    assert N.shape == (7, 4) and (V.T @ N).abs().max() < 1e-14
-    assert null_basis(torch.zeros(3, 0, dtype=torch.float64)).shape == (3, 3)
-
-
-def test_angles_between_known_planes():
-    angle = torch.tensor(0.3, dtype=torch.float64)
-    e = torch.eye(4, dtype=torch.float64)
-    P = torch.stack([2 * e[0], e[1]])
-    H = torch.stack([2 * e[0], angle.cos() * e[1] + angle.sin() * e[2]])
-    found = torch.deg2rad(principal_angles(P, H))
-    assert found.tolist() == pytest.approx([0.0, 0.3], abs=1e-12)
-    assert torch.rad2deg(angle) == pytest.approx(float(principal_angles(P, H, leading=2)[1]))
-
-
-def test_small_and_right_angles_keep_their_digits():
-    e = torch.eye(3, dtype=torch.float64)
-    tilted = torch.stack([e[0] + 1e-9 * e[1], 1e-3 * e[2]])
-    plain = torch.stack([e[0], 1e-3 * e[2]])
-    assert float(torch.deg2rad(principal_angles(plain, tilted, leading=1))[0]) == pytest.approx(1e-9, rel=1e-6)
-    assert float(principal_angles(plain, torch.stack([e[1], 0 * e[1]]))[0]) == 90.0
+    # One harmful direction has κ = 1 under every map.
+    flat = rir_ceiling(torch.diag(torch.tensor([3.0, 1.0])), torch.ones(4, 2)).frontier(3)
+    assert [point[2] for point in flat] == [1, 1, 1] and flat[0][1] == pytest.approx(1 / 9)
 
 
 X3 = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
@@ -241,10 +173,6 @@ def test_advice_is_one_sentence_for_every_kind_of_pair(P, H, said):
     assert said in text and text.endswith(".") and "\n" not in text
 
 
-def test_whole_numbers_are_data_too():
-    assert row_factor(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)).rank == 2
-
-
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -264,3 +192,37 @@ def test_whole_numbers_are_data_too():
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("shape", [(50, 6), (4, 9)])
+def test_a_factor_has_the_gram_matrix_and_the_rank_of_the_data(shape):
+    X = torch.randn(shape, dtype=torch.float64)
+    factor = row_factor(X)
+    torch.testing.assert_close(factor.rows.T @ factor.rows, X.T @ X)
+    assert (factor.rank, factor.dim, factor.num_samples) == (min(shape), shape[1], shape[0])
+    N = null_basis(factor.V)
+    assert N.shape == (shape[1], shape[1] - factor.rank) and (factor.V.T @ N).abs().sum() < 1e-12
+    dependent = torch.cat([X, X[:, :1] + X[:, 1:2], torch.zeros(shape[0], 1, dtype=torch.float64)], 1)
+    assert row_factor(dependent).rank == min(shape)
+
+
+def test_rounding_is_no_direction():
+    X = torch.randn(300, 3) @ torch.randn(3, 8)
+    assert row_factor(X).rank == row_factor(X.double(), produced_dtype=torch.float32).rank == 3
+    ceiling = rir_ceiling(X, torch.randn(200, 8) @ X[:8].T @ X[:8])
+    assert ceiling.common_rank == 3 and math.isfinite(ceiling.value)
+    # Many equal columns and a dominant mean: the decomposition's own noise exceeds ten units of rounding.
+    images = (torch.randint(0, 2, (3000, 60)).double().repeat(1, 4) / 255 - 0.1307) / 0.3081
+    assert row_factor(images).rank <= 61
+    assert row_factor(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)).rank == 2
+
+
+def test_angles_between_known_planes_keep_their_digits():
+    e = torch.eye(4, dtype=torch.float64)
+    angle = torch.tensor(0.3, dtype=torch.float64)
+    tilted = torch.stack([2 * e[0], angle.cos() * e[1] + angle.sin() * e[2]])
+    found = torch.deg2rad(principal_angles(torch.stack([2 * e[0], e[1]]), tilted, leading=2))
+    assert found.tolist() == pytest.approx([0.0, 0.3], abs=1e-12)
+    plain, tilted = torch.stack([e[0], 1e-3 * e[2]]), torch.stack([e[0] + 1e-9 * e[1], 1e-3 * e[2]])
+    assert float(torch.deg2rad(principal_angles(plain, tilted, leading=1))[0]) == pytest.approx(1e-9, rel=1e-6)
+    assert float(principal_angles(plain, torch.stack([e[1], 0 * e[1]]))[0]) == 90.0

@@ -119,21 +119,6 @@ def test_a_repeated_top_eigenvalue_moves_as_one():
     assert after[0] == after[2] < 5 and after[3] > 1
 
 
-def test_nothing_to_gain_at_perfect_conditioning():
-    assert well_step(torch.ones(3, dtype=torch.float64), 3) == 0
-    with pytest.raises(PerfectConditioningError, match="κ = 1"):
-        ill_weights(torch.ones(3, dtype=torch.float64))
-    with pytest.raises(PerfectConditioningError):
-        ill_step_limit(torch.ones(1, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("growth", [1.01, 1.5, 100.0])
-def test_growth_is_what_was_asked_for(growth):
-    values = torch.tensor([7.0, 3.0, 2.0, 0.5], dtype=torch.float64)
-    after = step_of([7.0, 3.0, 2.0, 0.5], ill_weights, ill_step(values, growth))
-    assert float(after[0] / after[-1]) == pytest.approx(growth * 14)
-
-
 def test_small_singular_values_come_from_the_features():
     # σ_min²/σ_max² = 1e-24 is lost in the Gram matrix.
     Z = (
@@ -143,3 +128,15 @@ def test_small_singular_values_come_from_the_features():
     assert float(feature_spectrum(Z).values[-1]) == pytest.approx(1e-24, rel=1e-3)
     with pytest.raises(RankError):
         feature_spectrum(torch.zeros(2, 3, dtype=torch.float64))
+
+
+def test_steps_have_ends():
+    ones = torch.ones(3, dtype=torch.float64)
+    assert well_step(ones, 3) == 0  # nothing to gain at perfect conditioning
+    for call in (lambda: ill_weights(ones), lambda: ill_step_limit(ones[:1])):
+        with pytest.raises(PerfectConditioningError):
+            call()
+    values = [7.0, 3.0, 2.0, 0.5]
+    for growth in (1.01, 1.5, 100.0):
+        after = step_of(values, ill_weights, ill_step(torch.tensor(values).double(), growth))
+        assert float(after[0] / after[-1]) == pytest.approx(growth * 14)

@@ -33,11 +33,8 @@ def test_the_fields_describe_the_features():
     assert not conditioning.is_bound and conditioning.reference_rank is None
     shares = np.array([4.0, 2.0, 1.0]) / 7
     assert conditioning.effective_rank == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
-
-
-def test_a_share_that_underflows_does_not_count():
-    features = torch.diag(torch.tensor([1e10, 5e-324], dtype=torch.float64))
-    assert feature_conditioning(features).effective_rank == 1.0
+    # A share that underflows does not count.
+    assert feature_conditioning(torch.diag(torch.tensor([1e10, 5e-324]).double())).effective_rank == 1.0
 
 
 @properties
@@ -56,9 +53,6 @@ def test_kappa_and_rank_do_not_change_with_rotations_of_either_side(rows, column
     before, after = feature_conditioning(features), feature_conditioning(turned)
     assert after.kappa == pytest.approx(before.kappa, rel=1e-9)
     assert after.rank == before.rank == min(rows, columns, rank)
-
-
-# ---- rank ----------------------------------------------------------------------------------------------------------
 
 
 # Plain, around a large mean (σ_max far above the rest), and with columns of very different size.
@@ -89,136 +83,63 @@ def test_a_cast_to_float64_does_not_hide_where_the_features_come_from():
     assert feature_conditioning(cast, reference=cast, produced_dtype=torch.float32).reference_rank == 17
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_features_have_the_rank_they_had(dtype):
-    assert feature_conditioning(plain(300, 60, 3, 5).to(dtype)).rank == 3
-
-
-def test_float32_reads_a_small_direction_well_above_its_own_rounding():
-    features = with_singular_values(geometric(1e3, 40), 400, 40)
-    conditioning = feature_conditioning(features.float())
-    assert conditioning.rank == 40
-    assert conditioning.kappa == pytest.approx(1e6, rel=1e-3)
-
-
-def test_the_cut_off_is_ten_times_the_norm_of_rounding_noise():
-    eps = torch.finfo(torch.float32).eps
-    noise = eps * (math.sqrt(100) + math.sqrt(25)) * 7.0 / math.sqrt(2500)
+def test_the_cut_off_is_ten_times_the_larger_of_features_and_decompositions_rounding():
+    noise = torch.finfo(torch.float32).eps * (math.sqrt(100) + math.sqrt(25)) * 7.0 / math.sqrt(2500)
     assert rank_cutoff(1.0, 7.0, 100, 25, torch.float32) == pytest.approx(10 * noise)
+    # The rounding of the decomposition grows with the root of the size.
+    eps = torch.finfo(torch.float64).eps
+    assert rank_cutoff(1.0, 0.01, 100, 100, torch.float64) == pytest.approx(10 * eps, rel=1e-12)
+    assert rank_cutoff(1.0, 1.0, 10**4, 10**4, torch.float64) == pytest.approx(100 * eps, rel=1e-12)
 
 
-def test_the_cut_off_is_not_below_the_rounding_of_the_decomposition():
-    # A Frobenius norm of 0.01 takes the term of the features' own rounding out of the way.
-    floor = 10 * torch.finfo(torch.float64).eps
-    assert rank_cutoff(1.0, 0.01, 100, 100, torch.float64) == pytest.approx(floor, rel=1e-12)
-
-
-def test_the_rounding_of_the_decomposition_grows_with_the_root_of_the_size():
-    floor = 100 * torch.finfo(torch.float64).eps
-    assert rank_cutoff(1.0, 1.0, 10**4, 10**4, torch.float64) == pytest.approx(floor, rel=1e-12)
-
-
-# ---- collapse ------------------------------------------------------------------------------------------------------
-
-
-def collapsed():
+def test_collapse_is_a_bound_at_the_cut_off_against_a_reference_alone():
     reference = gaussian(50, 6, seed=1)
-    return reference * torch.tensor([1.0, 1, 1, 0, 0, 0], dtype=torch.float64), reference
-
-
-def test_collapse_against_a_reference_is_a_bound_at_the_cut_off():
-    features, reference = collapsed()
-    conditioning = feature_conditioning(features, reference=reference)
-    assert conditioning.is_bound
-    assert (conditioning.rank, conditioning.reference_rank) == (3, 6)
-    assert feature_conditioning(features, reference=feature_conditioning(reference)) == conditioning
-    assert conditioning.kappa == pytest.approx((conditioning.sigma_max / conditioning.cutoff) ** 2)
-
-
-def test_collapse_without_a_reference_is_the_pseudo_inverse_kappa():
-    features, _ = collapsed()
-    conditioning = feature_conditioning(features)
-    assert not conditioning.is_bound
-    assert conditioning.kappa == pytest.approx((conditioning.sigma_max / conditioning.sigma_min) ** 2)
-
-
-def test_collapse_to_one_direction_does_not_read_as_perfect_conditioning():
-    _, reference = collapsed()
+    features = reference * torch.tensor([1.0, 1, 1, 0, 0, 0], dtype=torch.float64)
+    bound = feature_conditioning(features, reference=reference)
+    assert (bound.is_bound, bound.rank, bound.reference_rank) == (True, 3, 6)
+    assert feature_conditioning(features, reference=feature_conditioning(reference)) == bound
+    assert bound.kappa == pytest.approx((bound.sigma_max / bound.cutoff) ** 2)
+    assert str(bound).startswith("κ ≥ ") and "rank 3 of 6 before" in str(bound)
+    alone = feature_conditioning(features)
+    assert not alone.is_bound and alone.kappa == pytest.approx((alone.sigma_max / alone.sigma_min) ** 2)
+    # Collapse to one direction does not read as perfect conditioning; the same rank changes nothing.
     one = torch.outer(reference[:, 0], reference[0])
     assert feature_conditioning(one).kappa == pytest.approx(1.0)
     assert feature_conditioning(one, reference=reference).kappa > 1e20
-
-
-def test_a_reference_of_the_same_rank_changes_nothing():
-    _, reference = collapsed()
     other = gaussian(50, 6, seed=2)
     assert feature_conditioning(other, reference=reference).kappa == feature_conditioning(other).kappa
-
-
-def test_a_bound_is_printed_as_one():
-    features, reference = collapsed()
-    text = str(feature_conditioning(features, reference=reference))
-    assert text.startswith("κ ≥ ") and "rank 3 of 6 before" in text
-
-
-# ---- inputs --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("function", [condition_number, feature_conditioning])
-def test_numpy_arrays_are_welcome(function):
-    features = gaussian(9, 4)
-    assert function(features.numpy()) == function(features)
-
-
-def test_features_with_a_gradient_are_welcome():
-    features = gaussian(9, 4)
-    assert feature_conditioning(features.clone().requires_grad_()) == feature_conditioning(features)
+    for shape in ((50, 5), (49, 6)):
+        with pytest.raises(ShapeError, match=str(shape[0])):
+            feature_conditioning(reference, reference=gaussian(*shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_autocast_changes_nothing(dtype):
+def test_arrays_gradients_and_autocast_change_nothing(dtype):
     features = gaussian(40, 10, dtype=dtype)
+    expected = feature_conditioning(features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = feature_conditioning(features)
-    assert found == feature_conditioning(features)
+        assert feature_conditioning(features.clone().requires_grad_()) == expected
+    if dtype != torch.bfloat16:
+        assert feature_conditioning(features.numpy()) == expected
+        assert condition_number(features.numpy()) == condition_number(features)
+    assert feature_conditioning(plain(300, 60, 3, 5).to(dtype)).rank == 3
+    # Large, and their sum beyond the dtype, but finite.
+    assert math.isfinite(feature_conditioning((6e4 * torch.sign(gaussian(64, 8))).to(dtype)).kappa)
 
 
-def test_large_finite_half_precision_features_are_not_taken_for_infinite():
-    features = (6e4 * torch.sign(gaussian(64, 8))).half()
-    assert math.isfinite(feature_conditioning(features).kappa)
-
-
-# ---- errors --------------------------------------------------------------------------------------------------------
-
-
-def entries(**cells):
-    features = gaussian(6, 4)
-    for value, cell in cells.values():
-        features[cell] = value
-    return features
+BAD = [
+    (gaussian(6, 4).index_put((torch.tensor(5), torch.tensor(1)), torch.tensor(math.nan).double()), NonFiniteError,
+     r"row 5, column 1 \(1 of 24"),
+    (gaussian(6, 4).index_fill(1, torch.tensor([0]), -math.inf), NonFiniteError, "row 0, column 0"),
+    *[(torch.ones(shape), ShapeError, str(shape[0])) for shape in ((4,), (0, 4), (4, 0))],
+    *[(torch.ones(3, 4, dtype=dtype), ArgumentError, str(dtype)) for dtype in (torch.int64, torch.complex64)],
+    (torch.zeros(3, 4), RankError, "rank 0"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("function", [condition_number, feature_conditioning])
-@pytest.mark.parametrize(
-    ("features", "error", "found"),
-    [
-        (entries(a=(math.nan, (5, 1))), NonFiniteError, r"row 5, column 1 \(1 of 24"),
-        (entries(a=(math.inf, (1, 0)), b=(-math.inf, (2, 0))), NonFiniteError, "row 1, column 0"),
-        (torch.ones(4), ShapeError, r"\(4,\)"),
-        (torch.ones(0, 4), ShapeError, r"\(0, 4\)"),
-        (torch.ones(4, 0), ShapeError, r"\(4, 0\)"),
-        (torch.ones(3, 4, dtype=torch.int64), ArgumentError, "int64"),
-        (torch.ones(3, 4, dtype=torch.complex64), ArgumentError, "complex64"),
-        (torch.zeros(3, 4), RankError, "rank 0"),
-    ],
-)
+@pytest.mark.parametrize(("features", "error", "found"), BAD)
 def test_bad_input_is_named(function, features, error, found):
     with pytest.raises(error, match=found) as caught:
         function(features)
     assert isinstance(caught.value, ValueError)
-
-
-@pytest.mark.parametrize("shape", [(8, 4), (9, 3)])
-def test_a_reference_of_another_shape_is_refused(shape):
-    with pytest.raises(ShapeError, match=str(shape[0])):
-        feature_conditioning(gaussian(9, 4), reference=gaussian(*shape))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from matrices import gaussian, geometric, orthonormal, relative_error, value_and_gradient, with_singular_values
 
 from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError, ShapeError
-from hf_immunize.spectra.conditioning import condition_number, feature_conditioning
+from hf_immunize.spectra.conditioning import condition_number
 from hf_immunize.spectra.regularizers import (
     hessian_log_kappa,
     hessian_r_ill,
@@ -66,10 +66,6 @@ NAIVE = {
 }
 
 
-def naive_scale_free(function, z, rank):
-    return NAIVE[function](z * torch.sqrt(z.shape[1] / z.square().sum()), rank)
-
-
 # rows, columns, rank, κ(Z)
 SMALL = [
     pytest.param(6, 10, 6, 10, id="N<D"),
@@ -92,16 +88,13 @@ def test_value_and_gradient_agree_with_autograd_through_the_full_spectrum(functi
     expected, expected_gradient = value_and_gradient(NAIVE[function], matrix, rank=rank)
     assert float(value) == pytest.approx(float(expected), rel=1e-10)
     assert relative_error(gradient, expected_gradient) < 1e-10
-
-
-@pytest.mark.parametrize("function", [hessian_r_well, hessian_r_ill])
-@pytest.mark.parametrize(("rows", "columns", "rank", "kappa"), SMALL)
-def test_scale_free_form_is_that_of_the_hessian_of_mean_eigenvalue_one(function, rows, columns, rank, kappa):
-    matrix = with_singular_values(geometric(kappa, rank), rows, columns, seed=rows)
-    value, gradient = value_and_gradient(function, matrix, scale_free=True)
-    expected, expected_gradient = value_and_gradient(lambda z: naive_scale_free(function, z, rank), matrix)
-    assert float(value) == pytest.approx(float(expected), rel=1e-10)
-    assert relative_error(gradient, expected_gradient) < 1e-10
+    if function in (hessian_r_well, hessian_r_ill):
+        value, gradient = value_and_gradient(function, matrix, scale_free=True)
+        expected, expected_gradient = value_and_gradient(
+            lambda z: NAIVE[function](z * torch.sqrt(z.shape[1] / z.square().sum()), rank), matrix
+        )
+        assert float(value) == pytest.approx(float(expected), rel=1e-10)
+        assert relative_error(gradient, expected_gradient) < 1e-10
 
 
 @pytest.mark.parametrize("function", FEATURE_FUNCTIONS)
@@ -129,16 +122,6 @@ def test_float32_features_are_computed_in_float64(function):
 )
 def test_gradcheck(function, shape):
     assert torch.autograd.gradcheck(function, (gaussian(*shape, seed=3).requires_grad_(),))
-
-
-def test_a_factor_on_the_value_reaches_the_gradient():
-    features = gaussian(7, 5, seed=1)
-    _, gradient = value_and_gradient(hessian_r_ill, features)
-    _, weighted = value_and_gradient(lambda z: -3e8 * hessian_r_ill(z), features)
-    assert relative_error(weighted, -3e8 * gradient) < 1e-14
-
-
-# ---- repeated and nearly repeated extremes -------------------------------------------------------------------------
 
 
 def diagonal(values, rows=None):
@@ -193,34 +176,6 @@ def test_a_tiny_gap_at_the_top_is_resolved(gap, neighbours):
     assert relative_error(gradient, torch.diag(2 * (top - sigma**2 / 400) * sigma)) < 1e-10
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 4, 7])
-def test_features_of_low_rank_are_right(rank):
-    sigma = torch.linspace(2.0, 1.0, rank, dtype=torch.float64)
-    u, v = orthonormal(500, rank, seed=1), orthonormal(400, rank, seed=2)
-    _, gradient = value_and_gradient(hessian_r_well, (u * sigma) @ v.mT)
-    top = (torch.arange(rank) == 0).double()
-    assert relative_error(gradient, (u * (2 * (4 * top - sigma**2 / 400) * sigma)) @ v.mT) < 1e-10
-
-
-def test_float32_r_ill_moves_the_smallest_direction_of_an_ill_conditioned_matrix():
-    sigma, u, v = geometric(1e4, 64), orthonormal(64, 64, seed=1), orthonormal(64, 64, seed=2)
-    _, gradient = value_and_gradient(r_ill, ((u * sigma) @ v.mT).float())
-    d = (sigma**2).sum() / 128 - sigma[-1] ** 2 / 2
-    along_bottom = u[:, -1] @ gradient.double() @ v[:, -1]
-    assert float(along_bottom) == pytest.approx(float(sigma[-1] * (1 - 1 / 64) / d**2), rel=0.1)
-
-
-def test_float32_r_well_tells_a_gap_well_above_float32_rounding():
-    sigma = torch.cat([torch.tensor([1.0005]), torch.linspace(1.0, 0.1, 63)]).double()
-    u, v = orthonormal(64, 64, seed=1), orthonormal(64, 64, seed=2)
-    _, gradient = value_and_gradient(r_well, ((u * sigma) @ v.mT).float())
-    along_top = u[:, 0] @ gradient.double() @ v[:, 0]
-    assert float(along_top) == pytest.approx(1.0005 * (1 - 1 / 64), rel=1e-3)
-
-
-# ---- properties ----------------------------------------------------------------------------------------------------
-
-
 seeds = st.integers(0, 2**20)
 sizes = st.integers(2, 9)
 spectra = st.lists(st.floats(0.01, 100.0), min_size=2, max_size=7)
@@ -228,52 +183,6 @@ spectra = st.lists(st.floats(0.01, 100.0), min_size=2, max_size=7)
 
 def spread(values):
     return max(values) > 1.001 * min(values)
-
-
-def sorted_tensor(values):
-    return torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
-
-
-@properties
-@given(columns=st.integers(1, 8), extra_rows=st.integers(0, 5), scale=st.floats(1e-3, 1e3), seed=seeds)
-def test_hessian_r_well_vanishes_at_perfect_conditioning_with_full_column_rank(columns, extra_rows, scale, seed):
-    features = scale * orthonormal(columns + extra_rows, columns, seed)
-    assert float(hessian_r_well(features, scale_free=True)) <= 1e-13
-
-
-@properties
-@given(rows=st.integers(1, 8), missing=st.integers(1, 5), seed=seeds)
-def test_hessian_r_well_is_positive_for_orthonormal_rows_fewer_than_columns(rows, missing, seed):
-    # κ is 1, yet the column rank is not full: ½ − N/(2D)
-    value = hessian_r_well(orthonormal(rows + missing, rows, seed).mT)
-    assert float(value) == pytest.approx(0.5 * missing / (rows + missing), rel=1e-12)
-
-
-@properties
-@given(values=spectra, seed=seeds)
-def test_r_well_bounds_log_kappa_from_above(values, seed):
-    sigma = sorted_tensor(values)
-    matrix = with_singular_values(sigma, len(values) + 1, len(values), seed)
-    bound = len(values) * float(r_well(matrix)) / float(sigma[-1]) ** 2
-    assert math.log(condition_number(matrix)) <= bound * (1 + 1e-9) + 1e-9
-
-
-@properties
-@given(values=spectra.filter(spread), seed=seeds)
-def test_r_ill_bounds_the_inverse_of_log_kappa_from_above(values, seed):
-    sigma = sorted_tensor(values)
-    matrix = with_singular_values(sigma, len(values) + 1, len(values), seed)
-    assert 1 / math.log(condition_number(matrix)) <= float(sigma[0]) ** 2 * float(r_ill(matrix)) * (1 + 1e-9)
-
-
-@properties
-@given(values=spectra, extra_rows=st.integers(0, 4), extra_columns=st.integers(0, 4), seed=seeds)
-def test_concentration_bounds_log_kappa_from_below(values, extra_rows, extra_columns, seed):
-    features = with_singular_values(values, len(values) + extra_rows, len(values) + extra_columns, seed)
-    conditioning = feature_conditioning(features)
-    floor = math.log(conditioning.rank - 1) - float(spectral_concentration(features))
-    # tr H − σ_1 keeps about eight digits where σ_1 is 1e8 times the rest.
-    assert floor <= conditioning.log_kappa + 1e-6
 
 
 @properties
@@ -322,77 +231,6 @@ def test_gradients_turn_with_the_features(rows, columns, seed):
         assert relative_error(turned_gradient, left @ gradient @ right) < 1e-6
 
 
-def test_log_kappa_of_equal_singular_values_has_no_gradient():
-    _, gradient = value_and_gradient(hessian_log_kappa, torch.eye(4, dtype=torch.float64))
-    assert gradient.abs().max() < 1e-12
-
-
-# ---- collapse, precision, determinism ------------------------------------------------------------------------------
-
-
-def test_concentration_of_collapsed_features_stays_at_its_floor_with_zero_gradient():
-    features = torch.outer(gaussian(1, 20)[0], gaussian(1, 9, seed=1)[0])
-    value, gradient = value_and_gradient(spectral_concentration, features)
-    assert float(value) == pytest.approx(math.log(64 * torch.finfo(torch.float64).eps))
-    assert not gradient.any()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (330, 340)])
-@pytest.mark.parametrize("function", ALL_FUNCTIONS)
-def test_half_precision_gives_a_float32_value_and_a_gradient_of_its_own_dtype(function, shape, dtype):
-    value, gradient = value_and_gradient(function, gaussian(*shape, dtype=dtype))
-    assert value.dtype == torch.float32
-    assert gradient.dtype == dtype
-    assert bool(torch.isfinite(value)) and bool(torch.isfinite(gradient).all())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("function", ALL_FUNCTIONS)
-def test_autocast_changes_nothing(function, dtype):
-    features = gaussian(12, 30, dtype=dtype)
-    value, gradient = value_and_gradient(function, features)
-    leaf = features.clone().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast_value = function(leaf)
-        autocast_value.backward()
-    assert torch.equal(autocast_value, value)
-    assert torch.equal(leaf.grad, gradient)
-
-
-@pytest.mark.parametrize("function", ALL_FUNCTIONS)
-def test_results_are_deterministic_and_the_global_generator_is_not_touched(function):
-    features = gaussian(340, 360)
-    state, given = torch.get_rng_state(), features.clone()
-    value, gradient = value_and_gradient(function, features)
-    again, again_gradient = value_and_gradient(function, features)
-    assert torch.equal(value, again) and torch.equal(gradient, again_gradient)
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(features, given)
-
-
-@pytest.mark.parametrize("function", ALL_FUNCTIONS)
-def test_a_second_derivative_is_refused_and_not_silently_wrong(function):
-    leaf = gaussian(5, 4).requires_grad_()
-    (gradient,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        gradient.sum().backward()
-
-
-@properties
-@given(values=spectra.filter(spread), extra_rows=st.integers(0, 4), extra_columns=st.integers(0, 4), seed=seeds)
-def test_the_regularizers_have_their_sign(values, extra_rows, extra_columns, seed):
-    matrix = with_singular_values(values, len(values) + extra_rows, len(values) + extra_columns, seed)
-    assert min(float(function(matrix)) for function in (r_well, hessian_r_well)) >= 0
-    assert min(float(function(matrix)) for function in (r_ill, hessian_r_ill)) > 0
-
-
-def test_the_bounds_fail_without_their_factors():
-    lower, upper = (torch.diag(torch.tensor(values, dtype=torch.float64)) for values in ([0.1, 0.01], [100.0, 1.0]))
-    assert float(r_well(lower)) == pytest.approx(0.002475) and float(r_well(lower)) < math.log(condition_number(lower))
-    assert float(r_ill(upper)) == pytest.approx(4.0004e-4, rel=1e-4)
-    assert float(r_ill(upper)) < 1 / math.log(condition_number(upper))
-
-
 EQUAL = 3 * orthonormal(6, 4, seed=0)
 BAD = [
     *[(torch.ones(shape), ShapeError, "found") for shape in ((5,), (2, 3, 4), (), (0, 4), (4, 0))],
@@ -413,3 +251,75 @@ def test_bad_input_is_named(function):
             continue
         with pytest.raises(error, match=found):
             function(matrix)
+
+
+@properties
+@given(values=spectra.filter(spread), extra_rows=st.integers(0, 4), extra_columns=st.integers(0, 4), seed=seeds)
+def test_the_regularizers_are_bounds_of_kappa(values, extra_rows, extra_columns, seed):
+    matrix = with_singular_values(values, len(values) + extra_rows, len(values) + extra_columns, seed)
+    size, largest, smallest = min(matrix.shape), max(values), min(values)
+    log_kappa = math.log(condition_number(matrix))
+    assert log_kappa <= size * float(r_well(matrix)) / smallest**2 * (1 + 1e-9) + 1e-9
+    assert 1 / log_kappa <= largest**2 * float(r_ill(matrix)) * (1 + 1e-9)
+    # tr H − σ_1 keeps about eight digits where σ_1 is 1e8 times the rest.
+    assert math.log(len(values) - 1) - float(spectral_concentration(matrix)) <= 2 * log_kappa + 1e-6
+    assert float(hessian_r_well(matrix)) >= 0 and float(hessian_r_ill(matrix)) > 0
+
+
+def test_the_bounds_fail_without_their_factors():
+    lower, upper = (torch.diag(torch.tensor(values, dtype=torch.float64)) for values in ([0.1, 0.01], [100.0, 1.0]))
+    assert float(r_well(lower)) == pytest.approx(0.002475) and float(r_well(lower)) < math.log(condition_number(lower))
+    assert float(r_ill(upper)) == pytest.approx(4.0004e-4, rel=1e-4)
+    assert float(r_ill(upper)) < 1 / math.log(condition_number(upper))
+
+
+@properties
+@given(columns=st.integers(1, 8), extra=st.integers(0, 5), scale=st.floats(1e-3, 1e3), seed=seeds)
+def test_at_perfect_conditioning_hessian_r_well_vanishes_with_full_column_rank_alone(columns, extra, scale, seed):
+    features = orthonormal(columns + extra, columns, seed)
+    assert float(hessian_r_well(scale * features, scale_free=True)) <= 1e-13
+    # Of fewer rows than columns κ is 1 too: ½ − N/(2D).
+    assert float(hessian_r_well(features.mT)) == pytest.approx(0.5 * extra / (columns + extra), rel=1e-12, abs=1e-13)
+    assert value_and_gradient(hessian_log_kappa, features)[1].abs().max() < 1e-12
+    assert not r_well(torch.zeros(columns, 3)) and not value_and_gradient(r_well, torch.zeros(columns, 3))[1].any()
+
+
+def test_concentration_of_collapsed_features_stays_at_its_floor_with_zero_gradient():
+    features = torch.outer(gaussian(1, 20)[0], gaussian(1, 9, seed=1)[0])
+    value, gradient = value_and_gradient(spectral_concentration, features)
+    assert float(value) == pytest.approx(math.log(64 * torch.finfo(torch.float64).eps))
+    assert not gradient.any()
+
+
+def test_float32_matrices_tell_what_is_well_above_float32_rounding():
+    u, v = orthonormal(64, 64, seed=1), orthonormal(64, 64, seed=2)
+    sigma = torch.cat([torch.tensor([1.0005]), torch.linspace(1.0, 0.1, 63)]).double()
+    along_top = u[:, 0] @ value_and_gradient(r_well, ((u * sigma) @ v.mT).float())[1].double() @ v[:, 0]
+    assert float(along_top) == pytest.approx(1.0005 * (1 - 1 / 64), rel=1e-3)
+    sigma = geometric(1e4, 64)
+    along_bottom = u[:, -1] @ value_and_gradient(r_ill, ((u * sigma) @ v.mT).float())[1].double() @ v[:, -1]
+    d = (sigma**2).sum() / 128 - sigma[-1] ** 2 / 2
+    assert float(along_bottom) == pytest.approx(float(sigma[-1] * (1 - 1 / 64) / d**2), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (330, 340)])
+@pytest.mark.parametrize("function", ALL_FUNCTIONS)
+def test_value_and_gradient_have_their_dtype_and_depend_on_the_features_alone(function, shape, dtype):
+    features = gaussian(*shape, dtype=dtype)
+    state, given = torch.get_rng_state(), features.clone()
+    value, gradient = value_and_gradient(function, features)
+    assert (value.dtype, gradient.dtype) == (torch.promote_types(dtype, torch.float32), dtype)
+    assert bool(torch.isfinite(value)) and bool(torch.isfinite(gradient).all())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, again_gradient = value_and_gradient(function, features)
+    assert torch.equal(value, again) and torch.equal(gradient, again_gradient)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(features, given)
+    if dtype == torch.float64:
+        _, weighted = value_and_gradient(lambda z: -3e8 * function(z), features)
+        assert relative_error(weighted, -3e8 * gradient) < 1e-14
+        # A second derivative is refused, not silently wrong.
+        leaf = features.clone().requires_grad_()
+        (once,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            once.sum().backward()

@@ -63,6 +63,7 @@ def test_merged_factors_are_the_factor_of_all_rows(parts, columns, seed):
 
 
 def test_a_factor_merged_with_itself_holds_every_row_twice():
+    assert FeatureFactor().merge(FeatureFactor()).num_samples == 0
     features = gaussian(50, 6)
     factor, other = streamed(features), streamed(features)
     assert torch.equal(FeatureFactor().merge(other).singular_values(), other.singular_values())
@@ -70,65 +71,6 @@ def test_a_factor_merged_with_itself_holds_every_row_twice():
     factor.merge(factor)
     assert factor.num_samples == 100
     assert largest_difference(factor, torch.cat([features, features])) < 1e-12
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(40, 9), (9, 40), (9, 9)])
-def test_the_factor_is_trapezoidal_and_shares_the_gram_matrix(rows, columns):
-    features = gaussian(rows, columns)
-    matrix = streamed(features, batch=4).matrix()
-    assert matrix.shape == (min(rows, columns), columns)
-    assert torch.equal(matrix, matrix.triu())
-    assert torch.allclose(matrix.mT @ matrix, features.mT @ features, rtol=1e-12, atol=1e-12)
-
-
-def test_writing_to_the_matrix_does_not_write_to_the_factor():
-    factor = streamed(gaussian(40, 9))
-    factor.matrix().zero_()
-    assert factor.conditioning().rank == 9
-
-
-def test_the_conditioning_is_that_of_all_rows_at_once():
-    features = gaussian(200, 9, dtype=torch.float32)
-    found, expected = streamed(features).conditioning(), feature_conditioning(features)
-    assert (found.rank, found.num_samples, found.dim) == (expected.rank, 200, 9)
-    assert found.kappa == pytest.approx(expected.kappa, rel=1e-12)
-    assert found.cutoff == pytest.approx(expected.cutoff, rel=1e-12)
-
-
-def test_the_buffer_does_not_grow_with_the_rows():
-    few, many = streamed(gaussian(100, 8), batch=50), streamed(gaussian(5000, 8), batch=50)
-    assert few._buffer.shape == many._buffer.shape
-
-
-@pytest.mark.parametrize("block", [None, 3, 1000])
-def test_a_batch_longer_than_the_block_is_taken_in_parts(block):
-    features = gaussian(2500, 7)
-    assert largest_difference(FeatureFactor(block).update(features), features) < 1e-12
-
-
-# ---- rank ----------------------------------------------------------------------------------------------------------
-
-
-def test_float32_batches_of_lower_rank_have_that_rank():
-    features = (gaussian(900, 11) @ gaussian(11, 40, seed=1)).float()
-    assert streamed(features).conditioning().rank == 11
-
-
-def test_the_declared_dtype_decides_the_rank():
-    features = (gaussian(900, 11) @ gaussian(11, 40, seed=1)).float().double()
-    factor = FeatureFactor()
-    for rows in features.split(100):
-        factor.update(rows, produced_dtype=torch.float32)
-    assert factor.conditioning().rank == 11
-    assert streamed(features).conditioning().rank == 40
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_the_coarsest_dtype_of_all_batches_decides_the_rank(order):
-    factor = FeatureFactor()
-    for dtype in (torch.float64, torch.float32, torch.bfloat16)[::order]:
-        factor.update(gaussian(5, 3, dtype=dtype))
-    assert factor.produced_dtype == torch.bfloat16
 
 
 def test_thousands_of_folds_do_not_turn_rounding_into_rank():
@@ -147,43 +89,20 @@ def test_lost_rank_against_a_reference_factor_is_a_bound():
     assert conditioning.kappa == pytest.approx((conditioning.sigma_max / conditioning.cutoff) ** 2)
 
 
-# ---- state ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_a_state_survives_safetensors(tmp_path, dtype):
     features = gaussian(90, 6, dtype=dtype)
-    factor = streamed(features)
+    factor, found = streamed(features[:4]), streamed(features).conditioning()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert streamed(features).conditioning() == found
+    expected = feature_conditioning(features)
+    assert (found.rank, found.num_samples, found.dim) == (expected.rank, 90, 6)
+    assert (found.kappa, found.cutoff) == pytest.approx((expected.kappa, expected.cutoff), rel=1e-9)
     save_file(factor.state_dict(), tmp_path / "factor.safetensors")
     restored = FeatureFactor.from_state_dict(load_file(tmp_path / "factor.safetensors"))
-    assert restored.produced_dtype == dtype
-    assert restored.num_samples == 90
+    assert (restored.produced_dtype, restored.num_samples) == (dtype, 4)
+    restored.update(features[4:])
     assert largest_difference(restored, features) < 1e-12
-
-
-def test_a_restored_factor_of_fewer_rows_than_columns_takes_more_rows():
-    features = gaussian(30, 20)
-    restored = FeatureFactor.from_state_dict(streamed(features[:5]).state_dict()).update(features[5:])
-    assert largest_difference(restored, features) < 1e-12
-
-
-# ---- precision -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_autocast_changes_nothing(dtype):
-    features = gaussian(90, 6, dtype=dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = streamed(features).conditioning()
-    assert found == streamed(features).conditioning()
-
-
-def test_no_graph_is_kept():
-    factor = streamed(gaussian(90, 6).requires_grad_())
-    assert not factor.matrix().requires_grad
-
-
-# ---- errors --------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_with_an_entry_that_is_not_finite_is_named_and_not_taken_in():
@@ -194,17 +113,10 @@ def test_a_batch_with_an_entry_that_is_not_finite_is_named_and_not_taken_in():
         factor.update(batch)
     assert factor.num_samples == 90
     assert largest_difference(factor, features) < 1e-12
-
-
-def test_a_refused_first_batch_does_not_fix_the_dimension():
     factor = FeatureFactor()
     with pytest.raises(NonFiniteError):
         factor.update(torch.full((2, 5), math.nan))
     assert factor.update(gaussian(20, 3)).dim == 3
-
-
-def test_merging_two_empty_factors_is_an_empty_factor():
-    assert FeatureFactor().merge(FeatureFactor()).num_samples == 0
 
 
 def test_what_was_read_before_does_not_stay_when_rows_follow():
@@ -237,3 +149,38 @@ def test_what_was_read_before_does_not_stay_when_rows_follow():
 def test_bad_input_is_named(call, error, found):
     with pytest.raises(error, match=found):
         call()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 9), (9, 40), (9, 9)])
+def test_the_factor_is_trapezoidal_and_shares_the_gram_matrix(rows, columns):
+    features = gaussian(rows, columns).requires_grad_()
+    factor = streamed(features, batch=4)
+    matrix = factor.matrix()
+    assert matrix.shape == (min(rows, columns), columns) and not matrix.requires_grad
+    assert torch.equal(matrix, matrix.triu())
+    assert torch.allclose(matrix.mT @ matrix, features.mT @ features, rtol=1e-12, atol=1e-12)
+    matrix.zero_()
+    assert factor.conditioning().rank == min(rows, columns)
+
+
+def test_memory_does_not_grow_with_the_rows_and_long_batches_are_taken_in_parts():
+    few, many = streamed(gaussian(100, 8), batch=50), streamed(gaussian(5000, 8), batch=50)
+    assert few._buffer.shape == many._buffer.shape
+    features = gaussian(2500, 7)
+    for block in (None, 3, 1000):
+        assert largest_difference(FeatureFactor(block).update(features), features) < 1e-12
+
+
+def test_the_coarsest_dtype_of_all_batches_decides_the_rank():
+    single = (gaussian(900, 11) @ gaussian(11, 40, seed=1)).float()
+    assert streamed(single).conditioning().rank == 11
+    factor = FeatureFactor()
+    for rows in single.double().split(100):
+        factor.update(rows, produced_dtype=torch.float32)
+    assert factor.conditioning().rank == 11
+    assert streamed(single.double()).conditioning().rank == 40
+    for order in (1, -1):
+        factor = FeatureFactor()
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)[::order]:
+            factor.update(gaussian(5, 3, dtype=dtype))
+        assert factor.produced_dtype == torch.bfloat16
