@@ -99,7 +99,7 @@ class TrunkCache:
                 f"Expected {self.name} that are the same at every access, found that they differ (a random transform "
                 "or collator): a cached trunk would freeze one draw. Remove it, or train with cache_trunk='no'."
             )
-        with _seeded(0):
+        with seeded(0):
             self._labelled = "labels" in self._collate([self.rows[0]])
         processor = self.processor.to_dict() if hasattr(self.processor, "to_dict") else type(self.processor).__name__
         self._key = {
@@ -123,7 +123,7 @@ class TrunkCache:
         """The stored activations, if there are any that fit; the log says why those that are there do not."""
         if not self.folder.exists():
             return None
-        with _seeded(0):
+        with seeded(0):
             found = self._found()
         if isinstance(found, CachedRows):
             return found
@@ -165,7 +165,7 @@ class TrunkCache:
         # their order do not depend on the number of processes.
         staging = self.processes.broadcast_from_main(self._start_anew)
         try:
-            with _seeded(0):
+            with seeded(0):
                 parts = self.processes.together(lambda: self._write_part(staging))
             self.processes.broadcast_from_main(lambda: self._finish(staging, dict(part for part in parts if part)))
         finally:
@@ -261,7 +261,7 @@ class TrunkCache:
                 for row in range(len(batch["pixel_values"]))
             ]
 
-        with _seeded(0):
+        with seeded(0):
             parts = self.processes.together(of_own)
         return _text_hash([each for part in parts for each in part])
 
@@ -371,7 +371,7 @@ def _is_random(rows: Any, collate: Callable[[list[Any]], dict[str, Tensor]]) -> 
     for row in sorted({round(step * (len(rows) - 1) / 3) for step in range(4)}):
         draws = []
         for seed in range(4):
-            with _seeded(seed):
+            with seeded(seed):
                 draws.append(collate([rows[row]])["pixel_values"])
         if any(draw.shape != draws[0].shape or not torch.equal(draw, draws[0]) for draw in draws[1:]):
             return True
@@ -379,7 +379,7 @@ def _is_random(rows: Any, collate: Callable[[list[Any]], dict[str, Tensor]]) -> 
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed the generators that transforms draw from, and put them back."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)

@@ -147,9 +147,7 @@ def checkpoint_to_resume(given: str | Literal[True], output_dir: str) -> str:
     for other, wrong in broken.items():
         logger.warning(f"Passing over {other}: {wrong}.")
     if path is None:
-        raise CheckpointError(
-            f"Expected a whole checkpoint in {output_dir}, found none. Start without resume_from_checkpoint."
-        )
+        raise CheckpointError(f"Expected a whole checkpoint in {output_dir}, found none. Start a new run.")
     return path
 
 
@@ -243,7 +241,7 @@ def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> dict[str,
         if step.start is not None:
             raise CheckpointError(
                 f"Expected {name} in {folder}, found none: the starting model is lost. Resume from a checkpoint that "
-                "this Trainer wrote without save_only_model, or start anew."
+                "was written without save_only_model, or start anew."
             )
         logger.warning(f"{folder} has no {name}: running means, multiplier and queue of the weights start anew.")
         return {}

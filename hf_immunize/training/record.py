@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from hf_immunize.errors import HubError, ImmunizationError, RecordError, WeightsError
+from hf_immunize.errors import ImmunizationError, RecordError, WeightsError
 from hf_immunize.features.extract import Measurement
 from hf_immunize.files import staged_directory
 from hf_immunize.hub.card import CardOptions, budget_words, write_card
@@ -75,7 +75,7 @@ class BudgetWatch:
         self._exceeded = False
 
     def look(self, step: ImmunizationStep, steps: int) -> dict[str, float]:
-        """What to log: ``budget_spent``, the part of the limit that is spent; nothing without a budget."""
+        """What to log: the part of the limit that is spent; nothing without a budget."""
         state = describe_budget(step)
         if state is None:
             return {}
@@ -151,12 +151,12 @@ class Evidence:
     @property
     def step(self) -> int | None:
         """The step of the weights that were evaluated last, which may be earlier ones gone back to."""
-        return None if self._latest is None else self._latest.step
+        return self._latest.step if self._latest else None
 
     @property
     def budget(self) -> BudgetRecord | None:
         """What had become of the benign budget at that step."""
-        return None if self._latest is None else self._latest.budget
+        return self._latest.budget if self._latest else None
 
     def _is_of(self, benign: Measurement) -> bool:
         """Whether what was before is of these images, as far as that is known."""
@@ -312,34 +312,21 @@ def _files_to_push(folder: str | os.PathLike[str]) -> list[str]:
 # ---- the card and the push ----
 
 
-def create_model_card(
-    trainer: Any,
-    *,
-    finetuned_from: str | None = None,
-    dataset: Any = None,
-    dataset_tags: Any = None,
-    tags: Any = None,
-    **words: Any,
-) -> None:
+def create_model_card(trainer: Any, *, finetuned_from: Any = None, dataset: Any = None, **given: Any) -> None:
     """Write the card into the output folder, from the record of the Trainer's weights; arguments as the Trainer's."""
     record = make_record(trainer) or bare_record(trainer)
     if finetuned_from:
         record.base_model = describe_base_model(finetuned_from)
     if dataset and record.benign is not None:
         record.benign.name = ", ".join(public_name(name) for name in _listed(dataset))
-    options = CardOptions(repo_id=trainer.hub_model_id, tags=_listed(tags), datasets=_listed(dataset_tags), **words)
+    tags, datasets = (_listed(given.pop(name, None)) for name in ("tags", "dataset_tags"))
     os.makedirs(trainer.args.output_dir, exist_ok=True)
+    options = CardOptions(repo_id=trainer.hub_model_id, tags=tags, datasets=datasets, **given)
     write_card(trainer.args.output_dir, record, options)
 
 
 def push_to_hub(
-    trainer: Any,
-    commit_message: str | None,
-    blocking: bool,
-    token: str | None,
-    revision: str | None,
-    private: bool | None,
-    **card: Any,
+    trainer: Any, message: Any, blocking: bool, token: str | None, revision: str | None, private: Any, **card: Any
 ) -> PushResult | Future[PushResult] | None:
     """Save, write the card, and push what is allowed to leave; None on other processes than the first."""
     args = trainer.args
@@ -353,7 +340,7 @@ def push_to_hub(
     card["tags"] = [*_listed(card.get("tags")), *_listed(getattr(trainer.model, "model_tags", None))]
     trainer.create_model_card(**card)
     trainer._finish_current_push()
-    call = _push_call(trainer, commit_message or "End of training", token, revision, private)
+    call = _push_call(trainer, message or "End of training", token, revision, private)
     return call() if blocking else HfApi().run_as_future(call)
 
 
@@ -388,11 +375,7 @@ _RESUMED_FROM = re.compile(
 
 
 def push_from_checkpoint(trainer: Any, checkpoint: str) -> None:
-    """Push during training, in the background. What goes wrong is logged, and training goes on.
-
-    With ``hub_strategy`` "checkpoint" or "all_checkpoints", what is needed to resume goes too; links, tokens and
-    local paths are refused, and the path in the Trainer's state is left out.
-    """
+    """Push during training, in the background. What goes wrong is logged, and training goes on."""
     args = trainer.args
     if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
         return
@@ -441,7 +424,10 @@ def _push_checkpoint_files(trainer: Any, checkpoint: str, path: str, step: int) 
     check_private(root, names, args.hub_token)
     with tempfile.TemporaryDirectory() as folder:
         public = Path(folder) / STATE
-        public.write_text(_without_path(root / STATE), encoding="utf-8")
+        state = json.loads((root / STATE).read_text(encoding="utf-8"))
+        if state.get("best_model_checkpoint"):  # a local path
+            state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+        public.write_text(json.dumps(state, indent=2), encoding="utf-8")
         check_private(folder, [STATE], args.hub_token)
         files = {name: root / name for name in names} | {STATE: public}
 
@@ -455,17 +441,8 @@ def _push_checkpoint_files(trainer: Any, checkpoint: str, path: str, step: int) 
         return retried(attempt, f"push of a checkpoint to {trainer.hub_model_id}")
 
 
-def _without_path(file: Path) -> str:
-    """The Trainer's state without the local path in it."""
-    state = json.loads(file.read_text(encoding="utf-8"))
-    if state.get("best_model_checkpoint"):
-        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
-    return json.dumps(state, indent=2)
-
-
 def _report(checkpoint: str, job: Future[Any]) -> None:
     error = None if job.cancelled() else job.exception()
     if error is not None:
         named = error if isinstance(error, ImmunizationError) else name_outcome(error, "push") or error
-        kind = f" ({named.outcome})" if isinstance(named, HubError) else ""
-        logger.warning(f"The checkpoint {Path(checkpoint).name} is saved, but was not pushed{kind}: {named}")
+        logger.warning(f"The checkpoint {Path(checkpoint).name} is saved, but was not pushed: {named}")

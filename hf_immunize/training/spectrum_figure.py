@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from transformers.utils import logging
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.images import ImageRows
 from hf_immunize.errors import ArgumentError, CheckpointError, NonFiniteError, RankError
+from hf_immunize.features.cache import seeded
 from hf_immunize.features.extract import Measurement, extract, load_measurements, save_measurements, spectral_metrics
 from hf_immunize.files import staged_directory
 from hf_immunize.training.checkpoints import History, by_step
@@ -68,9 +67,7 @@ def draw_curves(
 ) -> None:
     """Draw, for (side, moment), values over the steps 1, 2, … of gradient descent."""
     _draw_sides(axes, curves)
-    axes.set_xscale("log")
-    if log:
-        axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log" if log else "linear")
     _finish(axes, title, "steps of gradient descent (exact line search)", ylabel)
 
 
@@ -81,9 +78,7 @@ def _draw_sides(axes: Axes, curves: Mapping[tuple[str, str], Tensor]) -> None:
 
 
 def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.set_title(title)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(True, alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
 
@@ -150,8 +145,7 @@ def _of_the_whole_set(curves: Curves) -> Curves:
 
 def _draw_terms(axes: Axes, curves: Curves) -> None:
     for index, (name, curve) in enumerate(curves.items()):
-        dash = _DASHES[index // 10 % len(_DASHES)]
-        axes.plot(list(curve), list(curve.values()), dash, marker=".", label=name)
+        axes.plot(list(curve), list(curve.values()), _DASHES[index // 10 % len(_DASHES)], marker=".", label=name)
     values = [value for curve in curves.values() for value in curve.values()]
     if min(values) > 0:
         axes.set_yscale("log")
@@ -161,9 +155,8 @@ def _draw_terms(axes: Axes, curves: Curves) -> None:
 
 
 def _draw_accuracies(axes: Axes, curves: Curves) -> None:
-    for index, (name, curve) in enumerate(curves.items()):
-        dash = _DASHES[index % len(_DASHES)]
-        axes.plot(list(curve), list(curve.values()), dash, marker="o", color=COLOURS["benign"], label=name)
+    for name, curve in curves.items():
+        axes.plot(list(curve), list(curve.values()), marker="o", label=name)
 
 
 def _draw_with_bounds(axes: Axes, curves: Curves, history: History) -> None:
@@ -181,9 +174,8 @@ def _draw_with_bounds(axes: Axes, curves: Curves, history: History) -> None:
             kind = "^" if lower.get(step) else "v" if upper.get(step) else "o"
             kinds.add(kind)
             axes.plot([step], [value], kind, color=side, fillstyle="full" if kind == "o" else "none")
-    for kind, words in (("^", "lower bound"), ("v", "upper bound")):
-        if kind in kinds:
-            axes.plot([], [], kind, color="black", fillstyle="none", label=words)
+    for kind in sorted(kinds - {"o"}):
+        axes.plot([], [], kind, color="black", fillstyle="none", label=f"{'lower' if kind == '^' else 'upper'} bound")
 
 
 # ---- the callback ----
@@ -236,16 +228,12 @@ class SpectrumFigureCallback(TrainerCallback):
         batch_size: int = 64,
         head_module: str | None = None,
     ) -> None:
-        for name, value in (("max_samples", max_samples), ("batch_size", batch_size)):
-            if value < 1:
-                raise ArgumentError(f"Expected {name}= of at least 1, found {value}.")
+        if min(max_samples, batch_size) < 1:
+            raise ArgumentError(f"Expected sizes of at least 1, found {max_samples=}, {batch_size=}. Raise them.")
         given = {"benign": benign, "harmful": harmful}
         self._data = {side: _sample(data, side, max_samples) for side, data in given.items() if data is not None}
-        self.output_dir = output_dir
-        self.processing_class = processing_class
-        self.keep_all = keep_all
-        self.batch_size = batch_size
-        self.head_module = head_module
+        self.output_dir, self.processing_class, self.keep_all = output_dir, processing_class, keep_all
+        self.batch_size, self.head_module = batch_size, head_module
         self._references: dict[str, Measurement] = {}
         # Of the weights at hand: several evaluation sets are evaluated one after the other.
         self._now: dict[str, Measurement] | None = None
@@ -256,8 +244,8 @@ class SpectrumFigureCallback(TrainerCallback):
         self._training, self._now = True, None
         if self._data and sharded_weights():
             raise ArgumentError(
-                "Expected whole weights in each process for spectra of images, found weights sharded by FSDP or "
-                "DeepSpeed. Leave benign= and harmful= out to draw the curves alone."
+                "Expected whole weights in each process, found them sharded by FSDP or DeepSpeed. Leave benign= and "
+                "harmful= out to draw the curves alone."
             )
         if not self._data or not state.is_world_process_zero:
             return
@@ -280,8 +268,8 @@ class SpectrumFigureCallback(TrainerCallback):
         self._now = None
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Forget the spectra, since other weights may have been loaded."""
-        self._training, self._now = False, None
+        """From now on other weights may be loaded at any time."""
+        self._training = False
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure and draw."""
@@ -331,7 +319,7 @@ class SpectrumFigureCallback(TrainerCallback):
     def _measure(self, args: Any, model: Any, processing_class: Any = None, **kwargs: Any) -> dict[str, Measurement]:
         processor = self.processing_class if self.processing_class is not None else processing_class
         found = {}
-        with _same_random_numbers(next(model.parameters()).device):
+        with seeded(0):  # training goes on with the random numbers that it would have had
             for side, rows in self._data.items():
                 found[side] = Measurement()
                 options: dict[str, Any] = {"batch_size": self.batch_size, "head_module": self.head_module}
@@ -372,15 +360,3 @@ def _draw_measured(
         value = f"{'≥' if lower else '≤' if upper else '='} {metrics['log10_rir']:.2f}"
         title += "\nRIR of the sample: undetermined" if lower and upper else f"\nlog10 RIR of the sample {value}"
     axes.set_title(title)
-
-
-@contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Leave the random numbers that follow as they would have been."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

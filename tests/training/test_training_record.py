@@ -73,13 +73,6 @@ def test_weights_that_were_not_evaluated_have_no_record(trainer, tmp_path):
     assert not (tmp_path / "model" / "immunization.json").exists()
 
 
-def test_other_data_leave_no_trace_in_the_record(trainer, images, saved):
-    run = trainer()
-    metrics = finished(run)
-    run.evaluate(images(24, 99))
-    assert saved(run).metric.after == metrics["eval_accuracy"]
-
-
 def test_of_several_benign_sets_the_first_counts(trainer, images, saved):
     run = trainer(eval_dataset={"near": images(24, 3), "far": images(20, 5)})
     metrics = finished(run)
@@ -87,12 +80,14 @@ def test_of_several_benign_sets_the_first_counts(trainer, images, saved):
     assert record.metric.after == metrics["eval_near_accuracy"] and record.benign.size == 24
 
 
-def test_names_that_were_given_are_kept(trainer, saved):
+def test_names_that_were_given_are_kept_and_other_data_leave_no_trace(trainer, images, saved):
     run = trainer()
     run.evidence.benign = DataRecord("user/pets", on_hub=True, revision="abc")
-    finished(run)
-    benign = saved(run).benign
-    assert (benign.name, benign.revision, benign.size) == ("user/pets", "abc", 24)
+    metrics = finished(run)
+    run.evaluate(images(24, 99))
+    record = saved(run)
+    assert (record.benign.name, record.benign.revision, record.benign.size) == ("user/pets", "abc", 24)
+    assert record.metric.after == metrics["eval_accuracy"]
 
 
 def test_what_was_attached_belongs_to_its_weights_only(trainer, saved):
@@ -120,20 +115,15 @@ def test_the_path_of_the_base_model_does_not_get_in(trainer, tiny, saved, tmp_pa
 # ---- checkpoints ----
 
 
-def test_every_checkpoint_has_its_own_figures(trainer):
-    run = trainer(**CHECKPOINTS)
+def test_every_checkpoint_has_its_own_figures_and_the_best_model_the_best_steps(trainer, saved, tmp_path):
+    # The least log10 κ of harmful features: of the first step, since training raises it.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_log10_rir", "greater_is_better": False}
+    run = trainer(**CHECKPOINTS, **best)
     run.train()
     logged = {entry["step"]: entry["eval_log10_rir"] for entry in run.state.log_history if "eval_log10_rir" in entry}
     for step in (1, 2, 3):
         record = read_record(Path(run.args.output_dir) / f"checkpoint-{step}")
         assert record.ratios["exact"].log10_rir == pytest.approx(logged[step]) and record.method.steps == step
-
-
-def test_the_best_model_gets_the_best_steps_figures_evaluated_again_or_not(trainer, saved, tmp_path):
-    # The least log10 κ of harmful features: of the first step, since training raises it.
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_log10_rir", "greater_is_better": False}
-    run = trainer(**CHECKPOINTS, **best)
-    run.train()
     step = run.state.best_global_step
     assert step != 3, "the last step is the best one: the test shows nothing"
     for expected in (lambda: run.state.best_metric, lambda: run.evaluate()["eval_log10_rir"]):
@@ -194,18 +184,14 @@ def test_a_budget_that_is_exceeded_is_said_once_and_stands_in_the_record(trainer
     assert (kept.limit, kept.measure, kept.spent) == (0.01, "kl", pytest.approx(state.spent))
 
 
-def test_within_the_budget_nothing_is_said(trainer, warnings):
-    run = trainer(**BUDGET, learning_rate=1e-5)
-    run.train()
+def test_within_the_budget_or_without_one_nothing_is_said(trainer, warnings):
+    run, free = trainer(**BUDGET, learning_rate=1e-5), trainer()
+    for each in (run, free):
+        each.train()
     spent = [entry["budget_spent"] for entry in run.state.log_history if "budget_spent" in entry]
     assert 0 < max(spent) < 1 and not warnings
-
-
-def test_without_a_budget_there_is_no_state(trainer):
-    run = trainer()
-    run.train()
-    assert describe_budget(run._step) is None
-    assert not any("budget_spent" in entry for entry in run.state.log_history)
+    assert describe_budget(free._step) is None
+    assert not any("budget_spent" in entry for entry in free.state.log_history)
 
 
 # ---- the fingerprint ----

@@ -7,7 +7,7 @@ import transformers as hf
 from torch import nn
 
 from hf_immunize.errors import ArgumentError, DataError, NonFiniteError
-from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.arguments import ImmunizationArguments, Method
 from hf_immunize.training.trainer import ImmunizationTrainer
 
 
@@ -68,15 +68,11 @@ class GoesPast(ImmunizationTrainer):
 
 class OwnStep(ImmunizationTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step < self.args.weight_warmup_steps:
+            return super().training_step(model, inputs, num_items_in_batch)
         loss = model(**inputs["benign"]).loss
         self.accelerator.backward(loss)
         return loss.detach()
-
-
-class SometimesOwnStep(OwnStep):
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        kind = OwnStep if self.state.global_step else ImmunizationTrainer
-        return kind.training_step(self, model, inputs, num_items_in_batch)
 
 
 class Adds(ImmunizationTrainer):
@@ -99,12 +95,12 @@ def of(kind, images, arguments, tiny, **options):
         (UnpacksInputs, "UnpacksInputs.compute_loss"),
         (GoesPast, "GoesPast.compute_loss"),
         (OwnStep, "OwnStep.training_step"),
-        (SometimesOwnStep, "SometimesOwnStep.training_step"),
     ],
 )
 def test_a_subclass_that_would_train_without_the_method_is_refused(kind, found, images, arguments, tiny):
-    with pytest.raises((ArgumentError, DataError), match=found):
-        of(kind, images, arguments, tiny).train()
+    for steps in (0, 1) if kind is OwnStep else (0,):  # from the first step on, and from a later one
+        with pytest.raises((ArgumentError, DataError), match=found):
+            of(kind, images, arguments, tiny, weight_warmup_steps=steps).train()
 
 
 def test_a_subclass_may_add_to_the_loss(images, arguments, tiny):
@@ -137,22 +133,24 @@ def test_what_to_report_to_must_be_installed(trainer, monkeypatch):
         trainer(report_to="wandb")
 
 
+def test_the_defaults_of_the_options_are_those_of_the_method(tmp_path):
+    assert Method.of(ImmunizationArguments(str(tmp_path), report_to="none", use_cpu=True)) == Method()
+
+
 # ---- evaluation ----
 
 
-def test_an_evaluation_set_without_labels_is_refused_with_the_reason(trainer):
-    with pytest.raises(DataError, match=r"In eval_dataset: .*found none among 'pixel_values'.*needed for eval_loss"):
-        trainer(eval_dataset=unlabelled(8, 3))
-
-
-def test_one_of_several_evaluation_sets_without_labels_is_named(trainer, images):
-    with pytest.raises(DataError, match="In eval_dataset b:"):
-        trainer(eval_dataset={"a": images(8), "b": unlabelled(8, 3)})
-
-
-def test_training_on_the_task_without_labels_names_what_needs_none(trainer):
-    with pytest.raises(DataError, match=r"In train_dataset: .*not by 'distillation'"):
-        trainer(train_dataset=unlabelled(8, 1), benign_loss="task")
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"eval_dataset": unlabelled(8, 3)}, r"In eval_dataset: .*none among 'pixel_values'.*needed for eval_loss"),
+        ({"eval_dataset": {"b": unlabelled(8, 3)}}, "In eval_dataset b:"),
+        ({"train_dataset": unlabelled(8, 1), "benign_loss": "task"}, r"In train_dataset: .*not by 'distillation'"),
+    ],
+)
+def test_a_set_without_the_labels_that_it_needs_is_refused_with_the_reason(options, found, trainer):
+    with pytest.raises(DataError, match=found):
+        trainer(**options)
 
 
 def test_a_collator_of_ones_own_may_leave_the_labels_out(trainer):
@@ -185,37 +183,27 @@ def test_the_best_model_is_chosen_by_rir_of_one_of_several_sets(trainer, images)
     assert run.evaluate()["eval_b_log10_rir"] == pytest.approx(max(seen), abs=1e-6)
 
 
-@pytest.mark.parametrize("metric", ["benign_log10_kappa", "eval_a_benign_ratio", "harmful_effective_rank"])
+@pytest.mark.parametrize("metric", ["benign_log10_kappa", "eval_a_benign_ratio", "harmful_effective_rank", "rir"])
 def test_of_some_metrics_less_is_better(metric, arguments):
-    assert arguments(metric_for_best_model=metric).greater_is_better is False
+    assert arguments(metric_for_best_model=metric).greater_is_better is (metric == "rir")
     assert arguments(metric_for_best_model=metric, greater_is_better=True).greater_is_better is True
 
 
-def test_of_rir_more_is_better(arguments):
-    assert arguments(metric_for_best_model="rir").greater_is_better is True
-
-
-def test_tensorboard_receives_rir_and_the_terms(trainer, tmp_path, monkeypatch):
+def test_tensorboard_and_callbacks_of_the_user_receive_rir_and_the_terms(trainer, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    class Seen(hf.TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            seen.append(metrics["eval_rir"])
+
+    seen = []
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    run = finished(trainer(report_to="tensorboard", **EVERY_STEP))
+    run = finished(trainer(report_to="tensorboard", callbacks=[Seen()], **EVERY_STEP))
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()
     assert {"eval/rir", "eval/log10_rir", "eval/accuracy", "train/loss", "train/r_ill"} <= set(board.Tags()["scalars"])
     logged = [entry["eval_rir"] for entry in run.state.log_history if "eval_rir" in entry]
-    assert [event.value for event in board.Scalars("eval/rir")] == pytest.approx(logged)
-
-
-def test_callbacks_of_the_user_see_rir(trainer):
-    class Seen(hf.TrainerCallback):
-        metrics = None
-
-        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            Seen.metrics = metrics
-
-    trainer(callbacks=[Seen()]).evaluate()
-    assert Seen.metrics["eval_rir"] == 1.0
+    assert seen == logged and [event.value for event in board.Scalars("eval/rir")] == pytest.approx(logged)
 
 
 # ---- training ----
@@ -233,12 +221,9 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_used(tiny, trainer):
         assert torch.equal(parameter, before[name]) != parameter.requires_grad
 
 
-def test_rows_come_in_their_order_if_asked_for(trainer):
+def test_rows_come_in_their_order_if_asked_for_but_not_by_their_length(trainer, arguments):
     sampler = trainer(train_sampling_strategy="sequential")._get_train_sampler()
     assert [draw[0] for draw in sampler] == list(range(16))
-
-
-def test_lengths_of_images_are_not_grouped_by(arguments):
     with pytest.raises(ArgumentError, match=r"train_sampling_strategy=.*found 'group_by_length'"):
         arguments(train_sampling_strategy="group_by_length")
 
@@ -274,15 +259,11 @@ def test_each_training_of_a_model_from_a_function_starts_anew(tiny, trainer):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTING)
-def test_checkpointing_of_activations_changes_nothing_but_memory(name, tiny, trainer):
+def test_checkpointing_of_activations_changes_nothing_and_the_reentrant_kind_is_refused(name, tiny, trainer):
     plain, checkpointed = (finished(trainer(tiny(), **{name: asked})) for asked in (False, True))
     assert any(getattr(module, "gradient_checkpointing", False) for module in checkpointed.model.modules())
     for one, other in zip(plain.model.parameters(), checkpointed.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", CHECKPOINTING)
-def test_reentrant_checkpointing_is_refused_under_either_name(name, trainer):
     with pytest.raises(ArgumentError, match="use_reentrant=False"):
         trainer(**{name: True, f"{name}_kwargs": {"use_reentrant": True}})
 
