@@ -22,57 +22,53 @@ def table(heads: list[str], rows: list[list[str]]) -> list[str]:
     return [*("| " + " | ".join(row) + " |" for row in cells), ""]
 
 
-def interval(low: float, high: float) -> str:
-    return "–" if low != low else f"{100 * low:.1f} to {100 * high:.1f}"
+def interval(low: float, high: float, show=lambda value: f"{100 * value:.1f}") -> str:
+    return "–" if low != low else f"{show(low)} to {show(high)}"
 
 
-def number(value: float, show=percent) -> str:
+def number(value: float | None, show=percent) -> str:
     return "–" if value is None or value != value else show(value)
 
 
-def name_of(attacker: str, access: str, task: str, layer: str, precision: str) -> str:
-    where = f", {layer}" if access == "any_layer" else ""
-    return label(attacker) + where + (f", {precision}" if access == "head_input" and precision != "float64" else "")
+def whole(value: float) -> str:
+    return f"{value:.0f}"
 
 
-def around(low: float, high: float) -> str:
-    return "–" if low != low else f"{low:.0f} to {high:.0f}"
-
-
-def sides(frame, subject: str):
-    """Rows of a subject by what they are of."""
-    own = frame[frame["subject"] == subject]
-    return {(r["attacker"], r["access"], r["task"], r["layer"], r["precision"]): r for r in own.to_dict("records")}
-
-
-def page(report: AuditReport, title: str, figure: str, command: str, note: str) -> str:
-    data, tables = report.data, report.tables()
-    harmful, machine = data.tasks["harmful"], data.machine
-    budget = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in data.budget.items())
-    ours, theirs = (sides(tables["attacks"], subject) for subject in ("immunized", "reference"))
-    attacks = {
-        access: [
+def attacks(frame) -> dict[str, list[list[str]]]:
+    """Class of attackers to its lines of the harmful task."""
+    key = ["attacker", "access", "task", "layer", "precision"]
+    before = frame[frame["subject"] == "reference"].set_index(key)["accuracy"].to_dict()
+    found: dict[str, list[list[str]]] = {access: [] for access in CLASSES}
+    for row in frame[(frame["subject"] == "immunized") & (frame["task"] == "harmful")].to_dict("records"):
+        layer = f", {row['layer']}" * (row["access"] == "any_layer")
+        precision = f", {row['precision']}" * (row["access"] == "head_input" and row["precision"] != "float64")
+        found[row["access"]].append(
             [
-                name_of(*key),
-                number(theirs.get(key, {}).get("accuracy")),
+                label(row["attacker"]) + layer + precision,
+                number(before.get(tuple(row[name] for name in key))),
                 number(row["accuracy"]) if row["accuracy"] == row["accuracy"] else (row["note"] or "–"),
                 interval(row["low"], row["high"]),
                 number(row["gap"], signed),
                 f"{row['seconds']:,.1f}",
                 str(row["seeds"]),
             ]
-            for key, row in ours.items()
-            if key[1:3] == (access, "harmful")
-        ]
-        for access in CLASSES
-    }
-    heads = ["before", "after", "interval, %", "gap, points", "seconds a run", "seeds"]
+        )
+    return found
+
+
+def page(report: AuditReport, title: str, figure: str, command: str, note: str) -> str:
+    data, harmful, tables = report.data, report.data.tasks["harmful"], report.tables()
+    fine_tuning, deviation, steps, tasks = (
+        tables[name].to_dict("records") for name in ("fine_tuning", "deviation", "steps", "tasks")
+    )
+    budget = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in data.budget.items())
+    sides = [("reference_accuracy", percent), ("accuracy", percent), ("gap", signed)]
     lines = [f"# {title}", "", f"{date.today().isoformat()}. Written by `python -m examples.audit_page` from what"]
     lines += ["", "```bash", command.strip(), "```", ""] if command else [""]
     lines += [
         f"found: `{data.model}` against `{data.reference}`, preset {data.preset}, version {data.preset_version}; "
         f"{len(data.outcomes)} runs, {data.seconds / 60:.1f} minutes; "
-        f"{', '.join(f'{name}: {value}' for name, value in machine.items())}.",
+        f"{', '.join(f'{name}: {value}' for name, value in data.machine.items())}.",
         "",
         f"{harmful.num_classes} harmful classes, {harmful.train_size:,} images to learn from, {harmful.test_size:,} "
         f"to measure on, chance {percent(harmful.chance)}. Budget: {budget}.",
@@ -86,21 +82,20 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
         f"![Worst case by class of attackers]({figure})",
         "",
     ]
-    for access, name in CLASSES.items():
-        if attacks[access]:
-            lines += [f"## {name}", "", *table(["harmful task read by", *heads], attacks[access])]
-    lines += ["## Fine-tuning, by budget", ""] if len(tables["fine_tuning"]) else []
+    heads = ["harmful task read by", "before", "after", "interval, %", "gap, points", "seconds a run", "seeds"]
+    for access, rows in attacks(tables["attacks"]).items():
+        lines += [f"## {CLASSES[access]}", "", *table(heads, rows)] if rows else []
+    lines += ["## Fine-tuning, by budget", ""] if fine_tuning else []
     lines += table(
         ["operator", "steps, at most", "before", "after", "gap, points"],
         [
             [
                 label(row["operator"]),
                 f"{row['budget_steps']:,}",
-                number(row["reference_accuracy"]),
-                number(row["immunized_accuracy"]),
+                *(number(row[f"{side}_accuracy"]) for side in ("reference", "immunized")),
                 number(row["gap"], signed),
             ]
-            for row in tables["fine_tuning"].to_dict("records")
+            for row in fine_tuning
         ],
     )
     lines += table(
@@ -109,11 +104,11 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
             [
                 label(row["operator"]),
                 f"{row['signed']:+.0f}",
-                around(row["signed_low"], row["signed_high"]),
-                f"{row['absolute']:.0f}",
-                around(row["absolute_low"], row["absolute_high"]),
+                interval(row["signed_low"], row["signed_high"], whole),
+                whole(row["absolute"]),
+                interval(row["absolute_low"], row["absolute_high"], whole),
             ]
-            for row in tables["deviation"].to_dict("records")
+            for row in deviation
         ],
     )
     lines += ["## Steps", "", f"To {TARGET_SHARES[-1]:.0%} of what the attacker reads before above chance.", ""]
@@ -127,25 +122,19 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
                 f"{row['reference_steps']:,.0f}",
                 "not in " * row["is_bound"] + f"{row['immunized_steps']:,.0f}",
                 "≥ " * row["is_bound"] + ratio(row["ratio"]),
-                "–" if row["low"] != row["low"] else f"{ratio(row['low'])} to {ratio(row['high'])}",
+                interval(row["low"], row["high"], ratio),
             ]
-            for row in tables["steps"].to_dict("records")
+            for row in steps
             if row["share"] == TARGET_SHARES[-1]
         ],
     )
-    lines += ["## Other tasks", ""] if len(tables["tasks"]) else []
+    lines += ["## Other tasks", ""] if tasks else []
     lines += table(
         ["task", "class of attackers", "attacker", "before", "after", "gap, points"],
         [
-            [
-                row["task"],
-                CLASSES[row["access"]],
-                label(row["attacker"]),
-                number(row["reference_accuracy"]),
-                number(row["accuracy"]),
-                number(row["gap"], signed),
-            ]
-            for row in tables["tasks"].to_dict("records")
+            [row["task"], CLASSES[row["access"]], label(row["attacker"])]
+            + [number(row[name], show) for name, show in sides]
+            for row in tasks
         ],
     )
     return "\n".join(lines).rstrip() + "\n"

@@ -21,37 +21,7 @@ from hf_immunize.vision.scope import last_stage
 
 SHOWN = {kind: family for kind, family in FAMILIES.items() if family.checkpoint}
 
-NOTES = """\
-The features of an image are the input of the classifier, D numbers, found by a hook. `trainable="last_stage"` trains
-the parameters named above and no others; statistics of BatchNorm stay unless `freeze_batchnorm=False`. Any other
-choice is a regular expression on parameter names, or `"all"`; an expression that matches nothing, the head alone, or
-everything is refused. Parts that the classifier does not read (the last norm of CLIP, the attention pooling of SigLIP)
-stay frozen.
-
-- **`objective="auto"`** is `dead_relu` in ResNet, RegNet and MobileNetV2, whose last ReLU no shortcut bypasses, and
-  `concentration` in the others, where GELU and SiLU are never quite dead or a residual stream leads around every one
-  of them. The first hides harmful information from all that follows, where it succeeds; the second makes it small.
-  In the former too it is `concentration` where the starting model hardly separates harmful from benign images (a
-  ridge classifier puts fewer than 90 % of up to 64 images of each side, at least 32, on their own side): what is dead
-  on the ones would be dead on the others. A warning says so. With fewer images it is `dead_relu`, unchecked, and the
-  log says that. With `benign_loss="task"` and no number as `harmful_weight` it is always `concentration`.
-- **SigLIP 2** with a fixed resolution (`google/siglip2-base-patch16-224`) is loaded as SigLIP. The variant for images
-  of any size (NaFlex) is refused: its inputs are patches with masks and shapes.
-- **DeiT with a teacher** (`DeiTForImageClassificationWithTeacher`) is refused: it has two heads and is for inference.
-  The same checkpoint loads as `DeiTForImageClassification`.
-- **timm** (`TimmWrapperForImageClassification`): the head is the one timm names (`get_classifier`), the last stage is
-  found as above (`layer4` of a ResNet, the last block of a ViT, `s4` of a RegNet). Where no stage can be told from the
-  rest (DenseNet), give an expression.
-- **Bare backbones** (`AutoModel`): `pooling="head_input"`, `"pooler"`, `"cls"` or `"mean"` in the arguments, or
-  `with_linear_head` of `hf_immunize.vision.bare`, put a linear head on them. With `"head_input"` the result is the
-  family's own classifier; else the backbone is saved as its own ordinary checkpoint, and the head beside it
-  (`load_with_linear_head` loads both).
-- **PEFT** (`peft.get_peft_model`): `"last_stage"` takes, of what PEFT trains and saves, the parameters in the last
-  stage; `"all"` takes all that PEFT trains. The base model stays frozen. What is saved is PEFT's adapter.
-- **Gradient checkpointing** works where the table says that transformers supports it, in the kind that is not
-  reentrant, which is the default; the reentrant kind is refused where a part is frozen, since the blocks after it
-  would get no gradient.
-"""
+NOTES = Path(__file__).parent / "backbones_notes.md"
 
 
 def whole_modules(model: Any, names: list[str]) -> list[str]:
@@ -111,7 +81,7 @@ def page() -> str:
         *("| " + " | ".join(cells) + " |" for cells in rows),
         "",
     ]
-    return "\n".join(lines) + "\n" + NOTES
+    return "\n".join(lines) + "\n" + NOTES.read_text(encoding="utf-8")
 
 
 def main() -> None:

@@ -1,45 +1,47 @@
-"""What the two linear experiments share: measuring a map, a store that resumes, and the results page.
+"""What the two linear experiments share: command line, measuring a map, a store that resumes, and the results page.
 
 Run `house_prices.py` or `mnist_pairs.py`; this module does nothing by itself.
 """
 
 import json
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_immunize.linear.definition import check_definition
-from hf_immunize.linear.optimum import row_factor
+from hf_immunize.linear.optimum import common_basis, optimal_map, rir_ceiling, row_factor
 from hf_immunize.spectra.ratio import reference_condition_number
 
 
 ROOT = Path(__file__).resolve().parents[1]
+TEXTS = Path(__file__).parent / "linear_pages"
 PAGE = ROOT / "docs" / "results" / "linear.md"
 FIGURES = ROOT / "docs" / "results" / "figures"
-TITLE = """# The linear setting: results
 
-Two experiments of Zheng, Bai, Bullins and Yeh, "Model Immunization from a Condition Number Perspective" (ICML 2025,
-arXiv:2505.23760), repeated with this library. Each part below is written by the command it names. Terms: (i) is
-κ(H_H(θ)) / κ(H_H(I)), how much worse conditioned the harmful probing problem became; (ii) the same for the benign
-task; RIR = (i)/(ii). *Exact* takes κ over the non-zero spectrum, from singular values in float64. *Reference* is the
-recipe of the paper's code (`XᵀX + 1e-6·I`, smallest eigenvalue above 1e-6), which on rank-deficient data reads a null
-direction plus rounding noise; it stands here only for comparison with the published columns. Times are of one thread
-on a shared two-core machine.
-"""
+
+def command_line(description: str, data: str) -> ArgumentParser:
+    """The options of both; `data` says what ``--data`` is."""
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help=data)
+    parser.add_argument("--work", default="runs/linear", help="where results are kept (default %(default)s)")
+    parser.add_argument("--no-page", action="store_true", help="print only; leave docs/results/linear.md alone")
+    return parser
 
 
 class Measure:
     """Exact ratios with Definition 3.1, and the reference protocol's, of any map on one pair of tasks."""
 
-    def __init__(self, X_benign: torch.Tensor, X_harmful: torch.Tensor, y: torch.Tensor | None = None) -> None:
-        self.benign, self.harmful = X_benign, X_harmful
+    def __init__(self, X_benign: Tensor, X_harmful: Tensor, y: Tensor | None = None) -> None:
+        self.benign, self.harmful, self.targets = X_benign, X_harmful, y
         self.P, self.H = row_factor(X_benign), row_factor(X_harmful)
-        self.targets = y
         self.before = reference_condition_number(X_harmful), reference_condition_number(X_benign)
 
-    def __call__(self, theta: torch.Tensor) -> dict[str, Any]:
+    def __call__(self, theta: Tensor) -> dict[str, Any]:
         """Everything the tables show of one map ``(D, D)``."""
         found = check_definition(self.P, self.H, theta, self.targets, rows=self.benign)
         harmful = reference_condition_number(self.harmful @ theta) / self.before[0]
@@ -58,6 +60,26 @@ class Measure:
             "reference_ii": benign,
             "reference_rir": harmful / benign,
         }
+
+
+def attained(P: Tensor, H: Tensor, several: bool = False) -> dict[str, Any]:
+    """The ceiling, and the least share of it that the closed form reaches on the shared directions.
+
+    At t = 1, with `several` at 10 and κ(K_P) too; checked by singular values of the features themselves.
+    """
+    start, start_cpu = time.perf_counter(), time.process_time()
+    ceiling = rir_ceiling(P, H)
+    optimal_map(P, H)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    basis = common_basis(row_factor(P), row_factor(H), ceiling.tolerance)
+    shares = []
+    for t in (1.0, 10.0, ceiling.common_benign_kappa) if several else (1.0,):
+        theta = optimal_map(P @ basis, H @ basis, t=t)
+        s_p, s_h = (torch.linalg.svdvals(X @ basis @ theta) for X in (P, H))
+        reached = float((s_h[0] / s_h[-1]) / (s_p[0] / s_p[-1])) ** 2
+        reached *= ceiling.common_benign_kappa / ceiling.common_harmful_kappa
+        shares.append(reached / ceiling.common_value)
+    return {**vars(ceiling), "fraction": min(shares), "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
 class Store:
@@ -117,15 +139,17 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def write_section(name: str, text: str) -> None:
-    """Put a section into the results page, in place of the one of that name."""
-    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else TITLE
+def write_section(name: str, **parts: Any) -> None:
+    """Put a section into the results page, in place of the one of that name; `parts` go into its text."""
+    opening = (TEXTS / "opening.md").read_text(encoding="utf-8")
+    text = (TEXTS / f"{name.replace(' ', '_')}.md").read_text(encoding="utf-8").format(**parts)
+    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else opening
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     block = f"{start}\n{text.strip()}\n{end}"
     if start in page:
         page = page[: page.index(start)] + block + page[page.index(end) + len(end) :]
     else:
         page = page.rstrip() + "\n\n" + block + "\n"
-    # The page opens as this module says, whatever an older run wrote there.
+    # The page opens as it should, whatever an older run wrote there.
     PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text(TITLE.rstrip() + "\n\n" + page[page.index("<!-- ") :], encoding="utf-8")
+    PAGE.write_text(opening.rstrip() + "\n\n" + page[page.index("<!-- ") :], encoding="utf-8")

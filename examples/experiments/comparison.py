@@ -1,4 +1,4 @@
-"""The default beside other methods: what objective and recipe contribute, who is ahead at equal benign accuracy."""
+"""The default beside other methods: who is ahead at equal benign accuracy."""
 
 import math
 import statistics
@@ -7,39 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from examples.audit_page import table
-from examples.experiments.methods import BASELINES, METHODS, TITLES
+from examples.experiments.methods import TITLES
 from examples.experiments.rows import Group, benign_change, log10_rir, points, probe, rir_text, spread
-from examples.experiments.settings import describe_changes
 from hf_immunize.audit.names import signed
 
 
 # Rows that lose more than this beyond the default do not count as keeping as much.
 EQUAL_POINTS = 0.5
 FIGURES = ("benign change, points", "probe, %", "log10 RIR")
-
-
-def contributions(groups: list[Group]) -> list[str]:
-    """Every objective under the paper's recipe and under ours, all on one seed and for as many steps."""
-    plain = [group for group in groups if set(group.changes) <= {"max_steps"}]
-    choices = [
-        (length, seed, {group.method: group.of_seeds([seed]) for group in plain if _is(group, length, seed)})
-        for length in dict.fromkeys(describe_changes(group.changes) for group in plain)
-        for seed in dict.fromkeys(seed for group in groups for seed in group.seeds)
-    ]
-    length, seed, own = max(choices, key=lambda choice: len(choice[2]), default=("", 0, {}))
-    if len(own) < 2:
-        return []
-    lines = []
-    # An objective's name is that of its method under our recipe, less its ending.
-    for name in dict.fromkeys(method.removesuffix("_ours") for method in METHODS if method in own):
-        if name in BASELINES:
-            lines.append([BASELINES[name][1], *_cells(own.get(name)), *_cells(own.get(f"{name}_ours"))])
-        else:
-            called = f"default ({own[name].objectives})" if name == "default" else TITLES[name]
-            lines.append([called, *_cells(None), *_cells(own[name])])
-    heads = [f"{recipe} {what}" for recipe in ("paper's recipe:", "ours:") for what in FIGURES]
-    said = f"All of seed {seed}, {length or 'as many steps as the default'}; the recipe is all but the objective:"
-    return [said, "", *table(["objective", *heads], lines)]
 
 
 def at_equal_accuracy(groups: list[Group]) -> list[str]:
@@ -62,14 +37,14 @@ def at_equal_accuracy(groups: list[Group]) -> list[str]:
         found += ["† The default was not run for as many steps, and is shown with its own.", ""]
     found += [f"- {len(able)} of {len(pairs)} settings of other methods keep as much benign accuracy as the default."]
     if able:
-        weaker = [pair for pair in able if pair.probe_ahead > 0]
+        weaker = [pair for pair in able if pair.ahead(probe) < 0]
         higher, unknown = ([pair for pair in able if pair.higher_rir is wanted] for wanted in (True, None))
         bounds = f" Bounds leave open {_named(unknown)}." if unknown else ""
         found += [
             f"- Ahead of the default by a weaker strongest probe: "
-            f"{_named(weaker, lambda pair: f'{100 * pair.probe_ahead:.1f} points')}.",
+            f"{_named(weaker, lambda pair: f'{-100 * pair.ahead(probe):.1f} points')}.",
             f"- Ahead of the default by exact RIR: "
-            f"{_named(higher, lambda pair: f'by a factor of 10^{pair.rir_ahead:.2f}')}.{bounds}",
+            f"{_named(higher, lambda pair: f'by a factor of 10^{pair.ahead(log10_rir):.2f}')}.{bounds}",
         ]
     return [*found, ""]
 
@@ -94,18 +69,11 @@ class Pair:
     @property
     def keeps_as_much(self) -> bool:
         """Whether the setting's mean benign accuracy is at most `EQUAL_POINTS` behind the default's."""
-        behind = _mean(self.default, benign_change) - _mean(self.setting, benign_change)
-        return behind <= EQUAL_POINTS / 100 + 1e-9
+        return self.ahead(benign_change) >= -EQUAL_POINTS / 100 - 1e-9
 
-    @property
-    def probe_ahead(self) -> float:
-        """By how much less the strongest probe reads than of the default, a fraction."""
-        return _mean(self.default, probe) - _mean(self.setting, probe)
-
-    @property
-    def rir_ahead(self) -> float:
-        """Difference of the mean logarithms of the exact RIR."""
-        return _mean(self.setting, log10_rir) - _mean(self.default, log10_rir)
+    def ahead(self, value: Callable[[dict[str, Any]], float | None]) -> float:
+        """By how much the setting's mean of a figure is above the default's."""
+        return _mean(self.setting, value) - _mean(self.default, value)
 
     @property
     def higher_rir(self) -> bool | None:
@@ -126,10 +94,6 @@ def _pairs(groups: list[Group]) -> list[Pair]:
                 found.append(Pair(group.of_seeds(shared), own.of_seeds(shared)))
                 break
     return found
-
-
-def _is(group: Group, length: str, seed: int) -> bool:
-    return describe_changes(group.changes) == length and seed in group.seeds
 
 
 def _mean(group: Group, value: Callable[[dict[str, Any]], float | None], missing: float = math.nan) -> float:
@@ -155,7 +119,5 @@ def _named(pairs: list[Pair], by: Callable[[Pair], str] | None = None) -> str:
     return "; ".join(map(one, pairs)) or "none"
 
 
-def _cells(group: Group | None) -> list[str]:
-    if group is None:
-        return ["", "", ""]
+def _cells(group: Group) -> list[str]:
     return [spread(group.values(benign_change), signed), spread(group.values(probe), points), rir_text(group)]

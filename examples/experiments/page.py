@@ -11,9 +11,10 @@ import yaml
 from examples.audit_page import table
 from examples.experiments import comparison, tables
 from examples.experiments.files import read_json
-from examples.experiments.frontier import draw_frontier
+from examples.experiments.methods import BASELINES, COLOURS, METHODS, TITLES
 from examples.experiments.rows import (
     Group,
+    benign_change,
     bound_sign,
     group_rows,
     log10_rir,
@@ -27,6 +28,7 @@ from examples.experiments.sentences import sentences
 from examples.experiments.settings import Run, experiment_of, load_settings, planned_runs
 from hf_immunize.audit.names import clean, percent, signed
 from hf_immunize.errors import DataError
+from hf_immunize.training.spectrum_figure import new_figure, save_figure
 
 
 INTRODUCTION = """# Networks: results
@@ -207,19 +209,54 @@ def _facts(groups: list[Group]) -> list[str]:
 
 def _frontier(name: str, groups: list[Group], wanted: dict[str, Any], out: Path) -> list[str]:
     figure = out.parent / "figures" / f"{out.stem}-{name}.png"
-    draw_frontier(groups, figure)
+    _draw_frontier(groups, figure)
     return [
         f"![Benign accuracy against the strongest linear probe, and against exact RIR](figures/{figure.name})",
         "",
         *tables.frontier(groups, wanted),
-        "### Objective and recipe",
+        "### At equal benign accuracy",
         "",
-        *comparison.contributions(groups),
         f"At no less benign accuracy than the default's, within {comparison.EQUAL_POINTS:g} points on the seeds that "
         "both have, each method's setting with the weakest probe (chosen on these same images, in its favour):",
         "",
         *comparison.at_equal_accuracy(groups),
     ]
+
+
+def _draw_frontier(groups: list[Group], path: Path) -> None:
+    """One point a row; filled: our recipe, open: the paper's; large: the default; triangles: a bound."""
+    figure, (left, right) = new_figure(2)
+    for method in METHODS:
+        own = [group for group in groups if group.method == method]
+        colour, ours = COLOURS[method.removesuffix("_ours")], method not in BASELINES
+        for index, group in enumerate(own):
+            for row in group.rows:
+                style = {
+                    "color": colour,
+                    "markerfacecolor": colour if ours else "none",
+                    "linestyle": "none",
+                    "markersize": 9 if method == "default" and not group.changes else 6,
+                    "label": TITLES[method] if index == 0 and row is group.rows[0] else None,
+                }
+                change = 100 * benign_change(row)
+                if (read := probe(row)) is not None:
+                    left.plot(change, 100 * read, marker="o", **style)
+                if (log := log10_rir(row)) is not None:
+                    right.plot(change, log, marker="^" if bound_sign([row]) else "o", **style)
+    tasks = [row["probes"]["harmful"] for group in groups for row in group.rows]
+    left.axhline(100 * statistics.fmean(task["chance"] for task in tasks), color="grey", linestyle=":", label="chance")
+    before = [value for group in groups for value in group.values(lambda row: probe(row, moment="before"))]
+    if before:
+        left.axhline(100 * statistics.fmean(before), color="grey", linestyle="--", label="before immunization")
+    left.set_ylabel("harmful accuracy of the strongest linear probe\nat the classifier's input, % (less is better)")
+    right.set_ylabel("log10 of the exact RIR (more is better;\ntriangles: a bound)")
+    for axes in (left, right):
+        axes.set_xlabel("change of benign accuracy, points")
+        axes.axvline(0, color="grey", linewidth=0.5)
+        axes.grid(True, alpha=0.3)
+    left.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
 
 
 def _settings(groups: list[Group]) -> list[str]:

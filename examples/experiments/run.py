@@ -2,7 +2,6 @@
 
 import platform
 import shutil
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import describe_machine
-from examples.experiments import attacks, backbones, measure, methods, tasks, training
+from examples.experiments import attacks, backbones, measure, tasks, training
 from examples.experiments.files import Parts, alone, read_json, write_json
 from examples.experiments.settings import Run, differences, digest, plain
 from hf_immunize.audit.names import label
@@ -28,7 +27,6 @@ VERSION = 2
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 
 
-@methods.known()
 def run_one(run: Run) -> dict[str, Any]:
     """The row, as it is in the run's folder: made, or gone on with, or there already."""
     images = tasks.prepare(run)
@@ -86,35 +84,15 @@ def _weights_of(model: str) -> str:
     return digest(hash_weights(model)) if Path(model).is_dir() else model
 
 
-@dataclass(frozen=True)
-class Starting:
-    """What was measured and attacked of a starting model, once for all methods."""
-
-    model: str
-    folder: Path
-    seconds: dict[str, float]
-    resumed: list[str]
-
-    @property
-    def features(self) -> Path:
-        """Its features of all held-out images."""
-        return self.folder / measure.FEATURES
-
-    @property
-    def audit(self) -> Path:
-        """What attacks on it found."""
-        return self.folder / "audit"
-
-
-def _starting(run: Run, images: tasks.Data, start: str, settings: dict[str, Any]) -> Starting:
+def _starting(run: Run, images: tasks.Data, start: str, settings: dict[str, Any]) -> Path:
+    """The folder of what is measured and attacked of the starting model, once for all methods."""
     mark = digest({"data": settings["data"], "start": settings["start"]["weights"], "audit": settings["audit"]})
     folder = run.shared / "before" / f"{run.experiment}-seed{run.seed}-{mark}"
     with alone(folder):
-        parts = Parts(folder)
-        found = Starting(start, folder, parts.seconds(), parts.resumed())
-        parts.run("measuring the starting model", lambda: measure.store_features(start, images, found.features))
-        _attack(parts, "attacks on the starting model", start, images, settings, found.audit)
-    return Starting(start, folder, parts.seconds(), parts.resumed())
+        parts, path = Parts(folder), folder / measure.FEATURES
+        parts.run("measuring the starting model", lambda: measure.store_features(start, images, path))
+        _attack(parts, "attacks on the starting model", start, images, settings, folder / "audit")
+    return folder
 
 
 def _attack(parts: Parts, name: str, model: str, images: tasks.Data, settings: dict[str, Any], folder: Path) -> None:
@@ -122,8 +100,8 @@ def _attack(parts: Parts, name: str, model: str, images: tasks.Data, settings: d
     parts.run(name, lambda: attacks.attack(model, images, settings["audit"], folder), resumed=begun)
 
 
-def _make(run: Run, images: tasks.Data, file: Path, settings: dict[str, Any], before: Starting) -> dict[str, Any]:
-    folder, parts = run.folder, Parts(run.folder)
+def _make(run: Run, images: tasks.Data, file: Path, settings: dict[str, Any], before: Path) -> dict[str, Any]:
+    folder, parts, shared = run.folder, Parts(run.folder), Parts(before)
     model = folder / "model"
     results = parts.run(
         "training, with measuring before and after",
@@ -134,12 +112,12 @@ def _make(run: Run, images: tasks.Data, file: Path, settings: dict[str, Any], be
 
     def measured() -> dict[str, Any]:
         measure.store_features(str(model), images, folder / measure.FEATURES)
-        return measure.compare(before.features, folder / measure.FEATURES)
+        return measure.compare(before / measure.FEATURES, folder / measure.FEATURES)
 
     found = parts.run("measuring the immunized model", measured)
     _attack(parts, "attacks on the immunized model", str(model), images, settings, folder / "audit")
-    sides = AuditReport.load(before.audit), AuditReport.load(folder / "audit")
-    report = attacks.joined(*sides, (Path(before.model).name, run.name), found["utility"])
+    sides = AuditReport.load(before / "audit"), AuditReport.load(folder / "audit")
+    report = attacks.joined(*sides, (settings["start"]["name"], run.name), found["utility"])
     parts.run("card", lambda: _finish_card(model, report))
     return {
         "name": run.name,
@@ -157,7 +135,7 @@ def _make(run: Run, images: tasks.Data, file: Path, settings: dict[str, Any], be
         "settings": settings,
         "seconds": parts.seconds(),
         "resumed": parts.resumed(),
-        "shared": {"name": before.folder.name, "seconds": before.seconds, "resumed": before.resumed},
+        "shared": {"name": before.name, "seconds": shared.seconds(), "resumed": shared.resumed()},
         "steps": results["steps"],
         # What "auto" came to.
         "objective": results["objective"],

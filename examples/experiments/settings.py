@@ -27,20 +27,13 @@ NEEDED = {"title", "start", "benign", "training", "harmful"}
 _TAKEN = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "overwrite_output_dir", "trunk_cache_dir"}
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Names and values of a YAML file."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ArgumentError(f"Expected a YAML file at {path}, found: {error}.") from error
-    if not isinstance(values, dict):
-        raise ArgumentError(f"Expected names and values in {path}, found {type(values).__name__}.")
-    return values
-
-
 def load_settings(path: str | Path | None = None) -> dict[str, Any]:
     """Backbones, tasks and plan of a file; by default of `SETTINGS`."""
-    found = read_yaml(path or SETTINGS)
+    path = Path(path or SETTINGS)
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ArgumentError(f"Expected a YAML file at {path}, found: {error}.") from error
     for part, known in (("backbones", BACKBONE), ("tasks", TASK)):
         for name, one in found.get(part, {}).items():
             lacking, unknown = sorted(NEEDED & known - set(one)), sorted(set(one) - known)

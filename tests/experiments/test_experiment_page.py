@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples.experiments.__main__ import main
-from examples.experiments.comparison import at_equal_accuracy, contributions
+from examples.experiments.comparison import at_equal_accuracy
 from examples.experiments.files import read_json, write_json
 from examples.experiments.page import BEGIN, END, one_line, write_overview, write_page
 from examples.experiments.rows import Group, group_rows, pooled_difference, read_rows, seconds_of
@@ -212,8 +212,8 @@ def test_sentences_say_what_is_not_reached_and_how_many_images_are_lost():
         assert any(all(one in sentence for one in figures) for sentence in said), figures
 
 
-def compared(*rows, by=at_equal_accuracy):
-    return "\n".join(by(group_rows(rows)))
+def compared(*rows):
+    return "\n".join(at_equal_accuracy(group_rows(rows)))
 
 
 def test_at_equal_accuracy_a_method_stands_by_its_best_setting():
@@ -260,18 +260,6 @@ def test_settings_ahead_of_the_default_are_named():
     assert "by exact RIR: R_ill only (by a factor of 10^1.00, seed 0). Bounds leave open IMMA (seed 0)." in said
     said = compared(a_row(), a_row("kappa", probe=0.3, log=1.0, bound=None))
     assert "probe: none." in said and "RIR: none." in said
-
-
-def test_objective_and_recipe_are_side_by_side_on_one_seed():
-    short = {"max_steps": 300}
-    rows = [a_row(seed=seed) for seed in (0, 1)]
-    rows += [a_row("default", seed=1, probe=0.2, changes=short), a_row("kappa", seed=1, probe=0.3, changes=short)]
-    rows += [a_row("kappa_ours", seed=1, probe=0.25, log=2.0, bound=None, changes=short)]
-    said = compared(*rows, by=contributions)
-    assert "All of seed 1, max_steps=300" in said
-    assert "| default (dead_relu) |  |  |  | −5.0 | 20.0 | ≥ 9.00 |" in said
-    assert "| κ | −5.0 | 30.0 | ≥ 9.00 | −5.0 | 25.0 | 2.00 |" in said
-    assert contributions(group_rows(rows[:2])) == []
 
 
 def test_one_line_for_the_terminal():

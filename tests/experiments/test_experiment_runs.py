@@ -1,7 +1,6 @@
 """One command makes one row: on tiny images, with interruptions, and never from what other settings left."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -93,15 +92,14 @@ def test_an_interrupted_run_goes_on_where_it_was(words, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def failing(monkeypatch):
+def failing(monkeypatch, tmp_path):
     """A training that fails."""
 
     def fail(file, folder):
         raise NonFiniteError("Expected a finite loss, found NaN.")
 
     monkeypatch.setattr(training, "train", fail)
-    nothing = run.Starting("start", Path("nowhere"), {}, [])
-    monkeypatch.setattr(run, "_starting", lambda *args: nothing)
+    monkeypatch.setattr(run, "_starting", lambda *args: tmp_path)
 
 
 def test_other_settings_are_not_taken_for_these(failing, words, tiny, tmp_path, capsys):
@@ -119,11 +117,11 @@ def test_other_settings_are_not_taken_for_these(failing, words, tiny, tmp_path, 
 
 
 def test_all_goes_on_after_a_run_that_fails(failing, words, tiny, tmp_path, capsys):
-    entry = {"runs": {"tiny": ["arms"]}, "methods": ["default", "inner_ridge"], "seeds": [0]}
+    entry = {"runs": {"tiny": ["arms"]}, "methods": ["default", "kappa_ours"], "seeds": [0]}
     tiny(plan=[entry])
     assert main(["all", *words[5:]]) == 1
     said = capsys.readouterr().err
-    assert f"{NAME}, tiny_arms-inner_ridge-seed0 failed" in said and said.count("found NaN") == 2
+    assert f"{NAME}, tiny_arms-kappa_ours-seed0 failed" in said and said.count("found NaN") == 2
     assert "found NaN" in (tmp_path / "runs" / NAME / "failed.json").read_text()
 
 

@@ -4,21 +4,27 @@ import pytest
 import yaml
 
 from examples.experiments import tasks
-from examples.experiments.__main__ import main, parse
-from examples.experiments.methods import BASELINES, METHODS, PAPER, TITLES
+from examples.experiments.__main__ import main
+from examples.experiments.methods import BASELINES, COLOURS, METHODS, PAPER, TITLES
 from examples.experiments.settings import Run, differences, load_settings, parse_changes, planned_runs
 from examples.experiments.training import write_arguments
 from hf_immunize.errors import ArgumentError, DataError
-from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.arguments import ImmunizationArguments, Method
 
 
 PAIRS = dict.fromkeys((run.backbone, run.task) for run in planned_runs(gpu=True))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_valid(method, tmp_path):
+    args = ImmunizationArguments(str(tmp_path), report_to="none", use_cpu=True, **METHODS[method])
+    assert Method.of(args).objective == METHODS[method].get("objective", Method.objective)
+
+
 def test_under_our_recipe_only_the_objective_differs():
     assert all(METHODS[f"{name}_ours"] == {"objective": name} for name in BASELINES) and METHODS["default"] == {}
     assert all(METHODS[name] == {"objective": name, **PAPER} for name in BASELINES)
-    assert set(TITLES) == set(METHODS)
+    assert set(TITLES) == set(METHODS) == {name for name in METHODS if COLOURS[name.removesuffix("_ours")]}
 
 
 @pytest.mark.parametrize(("backbone", "task"), PAIRS)
@@ -77,16 +83,6 @@ def test_what_is_no_part_of_a_run_is_refused_by_name(given, named):
 def test_settings_with_unknown_or_missing_parts_are_refused(parts, named, tiny):
     with pytest.raises(ArgumentError, match=rf"\['{named}'\]"):
         load_settings(tiny(**parts))
-
-
-def test_a_file_gives_arguments_and_flags_override_it(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({"backbone": "vit_cifar10", "seed": 4, "set": ["max_steps=3"]}))
-    found = parse(["run", "--config", str(path), "--seed", "5"])
-    assert (found.backbone, found.seed, found.set) == ("vit_cifar10", 5, ["max_steps=3"])
-    path.write_text(yaml.safe_dump({"backbones": "vit_cifar10"}))
-    with pytest.raises(ArgumentError, match="backbones"):
-        parse(["run", "--config", str(path)])
 
 
 def test_what_differs_is_named():

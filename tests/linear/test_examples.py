@@ -104,7 +104,7 @@ def test_without_data_the_error_says_what_to_install(example, monkeypatch, name,
         module.load(None) if name == "house_prices" else module.load(None, False)
 
 
-def test_the_store_survives_a_cut_off_line_and_the_page_keeps_other_sections(example, tmp_path):
+def test_the_store_survives_a_cut_off_line_and_the_page_keeps_other_sections(example, tmp_path, monkeypatch):
     example("house_prices")
     common = importlib.import_module("linear_common")
     store = common.Store(tmp_path / "s.jsonl")
@@ -112,8 +112,10 @@ def test_the_store_survives_a_cut_off_line_and_the_page_keeps_other_sections(exa
     with store.path.open("a") as file:
         file.write('{"key": "b", "x"')
     assert list(common.Store(store.path).rows) == ["a"]
-    common.write_section("one", "first")
-    common.write_section("two", "second")
-    common.write_section("one", "third")
+    for name, text in (("one", "first"), ("two", "second"), ("one", "third")):
+        monkeypatch.setattr(common, "TEXTS", tmp_path)
+        (tmp_path / "opening.md").write_text("# The linear setting")
+        (tmp_path / f"{name}.md").write_text("{text}")
+        common.write_section(name, text=text)
     page = common.PAGE.read_text(encoding="utf-8")
     assert "third" in page and "second" in page and "first" not in page and page.startswith("# The linear setting")
