@@ -9,42 +9,31 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it.
-_HOMES = {
-    "Conditioning": "hf_immunize.spectra.conditioning",
-    "condition_number": "hf_immunize.spectra.conditioning",
-    "feature_conditioning": "hf_immunize.spectra.conditioning",
-    "FeatureFactor": "hf_immunize.spectra.streaming",
-    "r_well": "hf_immunize.spectra.regularizers",
-    "r_ill": "hf_immunize.spectra.regularizers",
-    "hessian_r_well": "hf_immunize.spectra.regularizers",
-    "hessian_r_ill": "hf_immunize.spectra.regularizers",
-    "spectral_concentration": "hf_immunize.spectra.regularizers",
-    "ImmunizationRatio": "hf_immunize.spectra.ratio",
-    "relative_immunization_ratio": "hf_immunize.spectra.ratio",
-    "immunize_linear": "hf_immunize.linear.algorithm",
-    "Ceiling": "hf_immunize.linear.optimum",
-    "rir_ceiling": "hf_immunize.linear.optimum",
-    "probe_convergence": "hf_immunize.linear.probe",
-    "ProbingTime": "hf_immunize.linear.time",
-    "fitted_fraction": "hf_immunize.linear.time",
-    "probing_time": "hf_immunize.linear.time",
-    "penultimate_features": "hf_immunize.vision.head",
-    "split_benign_harmful": "hf_immunize.data.sources",
-    "ImmunizationRecord": "hf_immunize.hub.record",
-    "load_immunized": "hf_immunize.hub.load",
-    "verify": "hf_immunize.hub.verify",
-    "ImmunizationArguments": "hf_immunize.training.arguments",
-    "ImmunizationTrainer": "hf_immunize.training.trainer",
-    "ImmunizationCallback": "hf_immunize.training.immunization_callback",
-    "ImmunizationStep": "hf_immunize.training.step",
-    "Method": "hf_immunize.training.arguments",
-    "BenignUtilityCallback": "hf_immunize.training.callbacks",
-    "TargetRIRCallback": "hf_immunize.training.callbacks",
-    "SpectrumFigureCallback": "hf_immunize.training.spectrum_figure",
-    "AuditReport": "hf_immunize.audit.report",
-    "audit": "hf_immunize.audit.run",
+# Module -> the public names that it defines.
+_PUBLIC = {
+    "spectra.conditioning": ("Conditioning", "condition_number", "feature_conditioning"),
+    "spectra.streaming": ("FeatureFactor",),
+    "spectra.regularizers": ("r_well", "r_ill", "hessian_r_well", "hessian_r_ill", "spectral_concentration"),
+    "spectra.ratio": ("ImmunizationRatio", "relative_immunization_ratio"),
+    "linear.algorithm": ("immunize_linear",),
+    "linear.optimum": ("Ceiling", "rir_ceiling"),
+    "linear.probe": ("probe_convergence",),
+    "linear.time": ("ProbingTime", "fitted_fraction", "probing_time"),
+    "vision.head": ("penultimate_features",),
+    "data.sources": ("split_benign_harmful",),
+    "hub.record": ("ImmunizationRecord",),
+    "hub.load": ("load_immunized",),
+    "hub.verify": ("verify",),
+    "training.arguments": ("ImmunizationArguments", "Method"),
+    "training.trainer": ("ImmunizationTrainer",),
+    "training.immunization_callback": ("ImmunizationCallback",),
+    "training.step": ("ImmunizationStep",),
+    "training.callbacks": ("BenignUtilityCallback", "TargetRIRCallback"),
+    "training.spectrum_figure": ("SpectrumFigureCallback",),
+    "audit.report": ("AuditReport",),
+    "audit.run": ("audit",),
 }
+_HOMES = {name: f"hf_immunize.{module}" for module, names in _PUBLIC.items() for name in names}
 
 __all__ = ["__version__", *_HOMES]
 

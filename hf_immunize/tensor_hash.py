@@ -17,10 +17,7 @@ def tensor_bytes(tensor: Tensor) -> Any:
 
 
 def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash tensors with their names, types and shapes, in the order given; 40 hexadecimal digits.
-
-    A sum or a norm of them would not see two values change places, nor a change below its rounding.
-    """
+    """Hash tensors with their names, types and shapes, in order; a sum would not see two values change places."""
     digest = hashlib.blake2b(digest_size=20)
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,10 +1,17 @@
-"""Features and images of four classes that any attacker should tell apart, and tiny models to attack."""
+"""Features and images of four classes that any attacker should separate, tiny models to attack, tiny budgets."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 import transformers as hf
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
+
+from hf_immunize.attacks.attacker import ProbeBudget, TuningBudget
+from hf_immunize.attacks.presets import find_preset
+from hf_immunize.attacks.probe_data import ProbeData
 
 
 CLASSES = 4
@@ -52,3 +59,39 @@ def tiny_resnet(seed=0):
     torch.manual_seed(seed)
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
     return hf.ResNetForImageClassification(hf.ResNetConfig(num_labels=4, **sizes)).eval()
+
+
+@pytest.fixture
+def features():
+    return ProbeData(*clusters(120, 0), *clusters(80, 1), CLASSES)
+
+
+@pytest.fixture
+def probe_budget():
+    return ProbeBudget(descent_steps=200, iterations=20, steps=60, batch_size=32)
+
+
+@pytest.fixture
+def tuning_budget():
+    return TuningBudget(steps=60, trial_steps=15, optimizers={"adamw": (3e-3,)}, evaluations=3)
+
+
+@pytest.fixture
+def tiny_preset(probe_budget, tuning_budget):
+    return replace(
+        find_preset("quick"),
+        probes=("ridge", "gd_line_search"),
+        fine_tuning=("bias_only",),
+        benign_attackers=("ridge",),
+        probe_seeds=2,
+        layer_seeds=1,
+        tuning_seeds=2,
+        max_layers=2,
+        probe_budget=probe_budget,
+        tuning_budget=replace(tuning_budget, steps=4, trial_steps=2),
+    )
+
+
+@pytest.fixture
+def harmful():
+    return rows_of(*pictures(40, 0)), rows_of(*pictures(24, 1))

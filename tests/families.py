@@ -11,14 +11,8 @@ from hf_immunize.vision.families import classifier_class
 
 
 LABELS = {"num_labels": 3}
-TRANSFORMER = {
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 32,
-    "patch_size": 16,
-}
+TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+TRANSFORMER |= {"image_size": 32, "patch_size": 16}
 TEXT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 50}
 TEXT |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 DINO = TRANSFORMER | {"mlp_ratio": 2}
@@ -27,20 +21,11 @@ CONVOLUTIONAL = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2]}
 CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2}
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
 MOBILE = {"image_size": 32, "depth_multiplier": 0.25, "min_depth": 4, "depth_divisible_by": 4}
-EFFICIENT = {
-    "image_size": 32,
-    "initializer_range": 0.3,  # with the default of 0.02, features of an untrained network are of the order 1e-18
-    "width_coefficient": 0.25,
-    "depth_coefficient": 0.5,
-    "hidden_dim": 320,
-    "in_channels": [32, 16, 24],
-    "out_channels": [16, 24, 40],
-    "kernel_sizes": [3, 3, 3],
-    "strides": [1, 2, 1],
-    "num_block_repeats": [1, 2, 2],
-    "expand_ratios": [1, 6, 6],
-    "depthwise_padding": [],
-}
+# With the default range of 0.02, features of an untrained network are of the order 1e-18.
+EFFICIENT = {"image_size": 32, "initializer_range": 0.3, "width_coefficient": 0.25, "depth_coefficient": 0.5}
+EFFICIENT |= {"in_channels": [32, 16, 24], "out_channels": [16, 24, 40], "hidden_dim": 320, "strides": [1, 2, 1]}
+EFFICIENT |= {"kernel_sizes": [3, 3, 3], "num_block_repeats": [1, 2, 2], "expand_ratios": [1, 6, 6]}
+EFFICIENT |= {"depthwise_padding": []}
 FOCAL = {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "hidden_sizes": [8, 16]}
 FOCAL |= {"focal_levels": [1, 1], "focal_windows": [3, 3]}
 

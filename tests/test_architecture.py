@@ -1,45 +1,55 @@
-"""The house has one direction of imports, and its front door is light."""
+"""What is read off the files: one direction of imports, a light front door, declared dependencies, UTF-8, skips."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-PACKAGE = Path(__file__).parents[1] / "hf_immunize"
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hf_immunize"
 # Lowest first. A room imports from rooms of a lower level, from itself, and from errors.py.
 LEVEL = {"text": 0, "files": 0, "tensor_hash": 0, "spectra": 1, "linear": 2, "metrics": 2, "data": 2, "vision": 2}
 LEVEL |= {"features": 3, "attacks": 4, "hub": 4, "audit": 5, "training": 5, "cli": 6, "__main__": 7}
 
 
-def rooms_imported(file):
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("hf_immunize"):
-            yield from [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level > 0:
-            raise AssertionError(f"{file}: use absolute imports, so that this test can follow them")
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("hf_immunize."):
-                    yield alias.name.split(".")[1]
+@cache
+def nodes(file):
+    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
+def imported(file):
+    """Dotted names that a file imports; ``from hf_immunize import x`` as ``hf_immunize.x``."""
+    for node in nodes(file):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: use absolute imports, so that this test can follow them"
+            whole = node.module == "hf_immunize"
+            yield from (f"hf_immunize.{alias.name}" for alias in node.names) if whole else [node.module]
 
 
 def test_rooms_import_only_from_below():
     for file in PACKAGE.rglob("*.py"):
         room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for target in rooms_imported(file):
-            if target not in ("errors", "__version__", room):
+        for name in imported(file):
+            target = name.removeprefix("hf_immunize.").split(".")[0]
+            if name.startswith("hf_immunize.") and target not in ("errors", "__version__", room):
                 assert LEVEL[target] < LEVEL[room], f"{file} imports {target}"
 
 
 def test_spectra_imports_torch_alone():
     allowed = {"torch", "hf_immunize", "math", "dataclasses", "typing", "collections", "contextlib", "__future__"}
     for file in (PACKAGE / "spectra").glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                assert name.split(".")[0] in allowed, f"{file} imports {name}"
+        assert {name.split(".")[0] for name in imported(file)} <= allowed, file
 
 
 def test_importing_the_package_alone_loads_nothing_heavy():
@@ -49,11 +59,8 @@ def test_importing_the_package_alone_loads_nothing_heavy():
 
 
 def test_text_files_are_read_and_written_as_utf8():
-    root = PACKAGE.parent
-    for file in (
-        file for folder in (PACKAGE, root / "examples", root / "benchmarks") for file in folder.rglob("*.py")
-    ):
-        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for file in (file for name in ("hf_immunize", "examples", "benchmarks") for file in (ROOT / name).rglob("*.py")):
+        for call in nodes(file):
             if isinstance(call, ast.Call) and _opens_text(call):
                 named = {keyword.arg for keyword in call.keywords}
                 assert "encoding" in named, f"{file}:{call.lineno} leaves the encoding to the machine"
@@ -63,9 +70,64 @@ def _opens_text(call):
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name in ("read_text", "write_text"):
         return True
-    # The method of a path has its mode first, the function behind the path; methods of other things take no mode.
+    # The method of a path has its mode first, the function after the path; methods of other things take no mode.
     values = [*call.args[:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
     texts = [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
     modes = [text for text in texts if set(text) <= set("rwxab+t")]
     is_open = name == "open" and (isinstance(call.func, ast.Name) or bool(modes))
     return is_open and not any("b" in mode for mode in modes)
+
+
+# ---- dependencies: declared, bounded and pinned ----
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DECLARED = {canonicalize_name(one.name): one for one in map(Requirement, PROJECT["dependencies"])}
+TOOLS = {canonicalize_name(one.name): one for one in map(Requirement, PROJECT["optional-dependencies"]["test"])}
+PINS = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] not in "#"]
+PINNED = {canonicalize_name(name): version for name, version in (line.split("==") for line in PINS)}
+
+
+def test_what_the_package_imports_is_declared():
+    names = {name.split(".")[0] for file in PACKAGE.rglob("*.py") for name in imported(file)}
+    # timm is imported where the user has it, and guarded there.
+    names -= {*sys.stdlib_module_names, "hf_immunize", "timm"}
+    owners = packages_distributions()
+    found = {canonicalize_name(owner) for name in names for owner in owners.get(name, [name])[:1]}
+    assert len(found) > 10 and found <= DECLARED.keys()
+
+
+@pytest.mark.parametrize("name", [*DECLARED, *TOOLS])
+def test_what_is_declared_is_pinned_within_its_bounds(name):
+    specifier = (DECLARED.get(name) or TOOLS[name]).specifier
+    assert specifier.contains(PINNED[name]) and any(one.operator == ">=" for one in specifier)
+    if name in ("transformers", "accelerate", "datasets", "huggingface-hub", "peft"):  # no major version untried
+        assert not specifier.contains(f"{int(PINNED[name].split('.')[0]) + 1}.0.0")
+
+
+# ---- a test that is skipped says what would let it run ----
+
+REMEDY = re.compile(r"(pip|apt-get) install \S|needs ")
+
+
+def skips(found):
+    """Line and reason (None where there is none) of every call that skips a test."""
+    for node in found:
+        name = getattr(node.func, "attr", "") if isinstance(node, ast.Call) else ""
+        if name in ("skip", "skipif", "importorskip"):
+            given = [keyword.value for keyword in node.keywords if keyword.arg == "reason"]
+            given += node.args[:1] if name == "skip" else []
+            yield node.lineno, given[0].value if given and isinstance(given[0], ast.Constant) else None
+
+
+def test_a_skipped_test_names_what_it_wants():
+    found = [(file, *skip) for file in Path(__file__).parent.rglob("*.py") for skip in skips(nodes(file))]
+    assert found
+    assert not [(file, line) for file, line, reason in found if not (reason and REMEDY.search(reason))]
+
+
+@pytest.mark.parametrize(
+    "call", ["pytest.skip()", "pytest.importorskip('x')", "pytest.mark.skipif(True, reason='no')"]
+)
+def test_a_reason_without_a_remedy_is_found(call):
+    ((_, reason),) = skips(ast.walk(ast.parse(call)))
+    assert reason is None or not REMEDY.search(reason)

@@ -44,11 +44,8 @@ print("all three work")
 
 
 def test_the_recipes_work_as_they_stand(tmp_path):
-    assert {file for file, _ in RECIPES} == {
-        "hf_immunize/training/objectives.py",
-        "hf_immunize/attacks/direct.py",
-        "hf_immunize/vision/families.py",
-    }
+    places = {"training/objectives.py", "attacks/direct.py", "vision/families.py"}
+    assert {file for file, _ in RECIPES} == {f"hf_immunize/{place}" for place in places}
     shutil.copytree(ROOT / "hf_immunize", tmp_path / "hf_immunize", ignore=shutil.ignore_patterns("__pycache__"))
     for file, code in RECIPES:
         assert len(code.splitlines()) <= 20

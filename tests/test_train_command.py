@@ -22,6 +22,8 @@ from hf_immunize.vision.bare import load_with_linear_head
 
 
 CLASSES = ("cat", "dog", "gun", "knife")
+HARMFUL = ("--harmful_classes", "gun", "knife")
+NAMES = ("--model", "m", "--benign", "a", "--harmful", "b")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,7 @@ def images(tmp_path_factory):
         for label, name in enumerate(CLASSES):
             (root / split / name).mkdir(parents=True)
             for index in range(count):
-                mode = ("RGB", "L", "RGBA")[index % 3]
-                shape = (10 + index, 12, *{"RGB": (3,), "L": (), "RGBA": (4,)}[mode])
+                shape = (10 + index, 12, *((3,), (), (4,))[index % 3])
                 pixels = generator.integers(0, 128, shape) + 30 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{index}.png")
     return root
@@ -43,76 +44,36 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    config = ViTConfig(
-        image_size=8,
-        patch_size=4,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=8,
-        num_labels=2,
-    )
-    ViTForImageClassification(config).save_pretrained(folder)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=2, **sizes)).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
     return folder
 
 
-def flags(model, output, *more):
-    common = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu"]
-    return ["--model", str(model), "--output_dir", str(output), "--disable_tqdm", "True", *common, *map(str, more)]
+def flags(model, output, *more, steps=2):
+    common = ["--max_steps", steps, "--per_device_train_batch_size", 4, "--report_to", "none", "--use_cpu"]
+    words = ["--model", model, "--output_dir", output, "--disable_tqdm", "True", *common, *more]
+    return [str(word) for word in words]
 
 
 @pytest.fixture(scope="module")
 def finished(images, model, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    return output, run_train(flags(model, output, "--dataset", images, "--harmful_classes", "gun", "knife"))
+    return output, run_train(flags(model, output, "--dataset", images, *HARMFUL, "--groups"))
 
 
-def test_imagefolder_is_split_by_harmful_classes(finished):
-    _, results = finished
-    assert results["images"] == {"benign_train": 16, "harmful_train": 16, "benign_eval": 8, "harmful_eval": 8}
-
-
-def test_checkpoint_is_plain_transformers(finished):
-    output, _ = finished
-    assert type(AutoModelForImageClassification.from_pretrained(output)).__name__ == "ViTForImageClassification"
-
-
-def test_writes_results_card_and_figure(finished):
-    output, _ = finished
-    assert {"results.json", "README.md", "spectra.png", "preprocessor_config.json"} <= {
-        p.name for p in output.iterdir()
-    }
-
-
-def test_writes_a_record_of_the_classes_without_paths(finished):
+def test_a_folder_of_images_becomes_a_checkpoint_with_record_card_and_figure(finished):
     output, results = finished
-    record = read_record(output)
+    assert results["images"] == {"benign_train": 16, "harmful_train": 16, "benign_eval": 8, "harmful_eval": 8}
+    assert type(AutoModelForImageClassification.from_pretrained(output)).__name__ == "ViTForImageClassification"
+    record, card = read_record(output), (output / "README.md").read_text()
     assert record.harmful.classes == ["gun", "knife"]
     assert record.metric.before == results["before"]["eval_accuracy"]
     assert [(data.train_size, data.size) for data in (record.benign, record.harmful)] == [(16, 8), (16, 8)]
-    assert str(output.parent) not in (output / "immunization.json").read_text() + (output / "README.md").read_text()
-
-
-def test_measured_again_the_record_agrees(finished, images):
-    output, _ = finished
-    words = ["verify", output, "--dataset", images, "--harmful-classes", "gun", "--harmful-classes", "knife"]
-    assert CliRunner().invoke(cli.app, [str(word) for word in words]).exit_code == 0
-
-
-def test_figure_is_named_by_the_record_and_shown_by_the_card(finished):
-    output, _ = finished
-    assert read_record(output).figures == ["spectra.png"]
-    assert "(spectra.png)" in (output / "README.md").read_text()
-
-
-def test_groups_of_too_few_images_are_left_out(images, model, tmp_path):
-    run_train(flags(model, tmp_path, "--dataset", images, "--harmful_classes", "gun", "knife", "--groups"))
-    assert set(read_record(tmp_path).ratios) == {"exact"}
-
-
-def test_results_are_strict_json(finished):
-    output, _ = finished
+    assert set(record.ratios) == {"exact"}  # groups of 100 images there are none
+    assert record.figures == ["spectra.png"] and (output / "spectra.png").exists() and "(spectra.png)" in card
+    assert (output / "preprocessor_config.json").exists()
+    assert str(output.parent) not in (output / "immunization.json").read_text() + card
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -120,51 +81,60 @@ def test_results_are_strict_json(finished):
     json.loads((output / "results.json").read_text(), parse_constant=refuse)
 
 
+def test_measured_again_the_record_agrees(finished, images):
+    words = ["verify", finished[0], "--dataset", images, "--harmful-classes", "gun", "--harmful-classes", "knife"]
+    assert CliRunner().invoke(cli.app, [str(word) for word in words]).exit_code == 0
+
+
 def test_resumes(finished, images, model):
     output, results = finished
-    args = flags(model, output, "--dataset", images, "--harmful_classes", "gun", "knife")
-    args[args.index("--max_steps") + 1] = "3"
-    resumed = run_train([*args, "--resume_from_checkpoint", "True"])
+    words = ("--dataset", images, *HARMFUL, "--resume_from_checkpoint", "True")
+    resumed = run_train(flags(model, output, *words, steps=3))
     assert resumed["steps"] == 3
     assert resumed["before"] == results["before"]
 
 
-def test_config_file_is_overridden_by_flags(tmp_path, model):
+def test_a_run_resumed_with_other_images_reports_what_was_before_on_those(images, model, tmp_path):
+    words = ("--dataset", images, *HARMFUL, "--seed", 3, "--save_steps", 1)
+    fewer = ("--max_images", 5)
+    first = run_train(flags(model, tmp_path, *words))["before"]
+    resumed = run_train(flags(model, tmp_path, *words, *fewer, "--resume_from_checkpoint", "True", steps=3))["before"]
+    other = run_train(flags(model, tmp_path / "other", *words, *fewer))["before"]
+    names = ("eval_accuracy", "eval_benign_rank", "eval_harmful_log10_kappa")
+    assert [resumed[name] for name in names] == pytest.approx([other[name] for name in names])
+    assert [resumed[name] for name in names] != pytest.approx([first[name] for name in names])
+
+
+@pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"], ["{}"]])
+def test_config_file_is_read_however_it_is_given_and_flags_override_it(tmp_path, form):
     config = tmp_path / "args.yaml"
-    config.write_text("learning_rate: 0.5\nmax_steps: 7\nbenign: a\nharmful: b\n")
-    _, training = parse_arguments(["--config", str(config), "--model", str(model), "--max_steps", "9"])
-    assert (training.learning_rate, training.max_steps) == (0.5, 9)
+    config.write_text("model: m\nobjective: r_ill\nlearning_rate: 0.5\nmax_steps: 7\nbenign: a\nharmful: b\n")
+    given = [word.format(config) for word in form]
+    assert parse_arguments(given)[1].objective == "r_ill"
+    if form[0] != "{}":
+        _, training = parse_arguments([*given, "--max_steps", "9"])
+        assert (training.learning_rate, training.max_steps) == (0.5, 9)
 
 
-def test_config_file_with_unknown_name_is_refused(tmp_path, model):
-    config = tmp_path / "args.json"
-    config.write_text('{"learning_rat": 0.5}')
-    with pytest.raises(ArgumentError, match="learning_rat"):
-        parse_arguments(["--config", str(config), "--model", str(model)])
+def test_unknown_flag_suggests_the_near_one():
+    with pytest.raises(ArgumentError, match="--learning_rate"):
+        parse_arguments([*NAMES, "--learning_ratee", "1"])
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "error", "named"),
     [
-        ["--benign", "a"],
-        ["--dataset", "a"],
-        ["--benign", "a", "--harmful", "b", "--dataset", "c", "--harmful_classes", "d"],
-        ["--benign", "a", "--harmful", "b", "--eval_fraction", "1.5"],
+        (("--dataset", "{images}", "--harmful_classes", "tank"), DataError, "knife"),
+        (("--benign", "{images}", "--harmful", "{images}"), DataError, "num_labels=4"),
+        # It would get a head drawn at random otherwise.
+        (("--dataset", "{images}", *HARMFUL, "--model", "{tmp}/backbone"), WeightsError, "classifier"),
     ],
 )
-def test_incomplete_data_arguments_are_refused(words, model):
-    with pytest.raises(ArgumentError, match="Expected"):
-        parse_arguments(["--model", str(model), *words])
-
-
-def test_unknown_harmful_class_lists_the_classes(images, model, tmp_path):
-    with pytest.raises(DataError, match="knife"):
-        run_train(flags(model, tmp_path, "--dataset", images, "--harmful_classes", "tank"))
-
-
-def test_labels_beyond_the_head_name_the_remedy(images, model, tmp_path):
-    with pytest.raises(DataError, match="num_labels=4"):
-        run_train(flags(model, tmp_path, "--benign", images, "--harmful", images))
+def test_what_does_not_fit_is_named(images, model, tmp_path, words, error, named):
+    ViTForImageClassification.from_pretrained(model).vit.save_pretrained(tmp_path / "backbone")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "backbone")
+    with pytest.raises(error, match=named):
+        run_train(flags(model, tmp_path / "run", *(word.format(images=images, tmp=tmp_path) for word in words)))
 
 
 def test_new_head_takes_the_benign_classes(images, model, tmp_path, monkeypatch):
@@ -175,57 +145,21 @@ def test_new_head_takes_the_benign_classes(images, model, tmp_path, monkeypatch)
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == dict(enumerate(CLASSES))
 
 
-def test_a_backbone_without_a_classifier_gets_no_head_unsaid(images, model, tmp_path):
-    backbone = tmp_path / "backbone"
-    ViTForImageClassification.from_pretrained(model).vit.save_pretrained(backbone)
-    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(backbone)
-    with pytest.raises(WeightsError, match="classifier"):
-        run_train(flags(backbone, tmp_path / "run", "--dataset", images, "--harmful_classes", "gun", "knife"))
-
-
-def test_a_run_resumed_with_other_images_tells_what_was_before_on_those(images, model, tmp_path):
-    words = ["--harmful_classes", "gun", "knife", "--seed", "3", "--save_steps", "1"]
-    first = run_train(flags(model, tmp_path, "--dataset", images, *words))
-    args = flags(model, tmp_path, "--dataset", images, *words, "--max_images", "5", "--resume_from_checkpoint", "True")
-    args[args.index("--max_steps") + 1] = "3"
-    resumed = run_train(args)["before"]
-    other = run_train(flags(model, tmp_path / "other", "--dataset", images, *words, "--max_images", "5"))["before"]
-    names = ("eval_accuracy", "eval_benign_rank", "eval_harmful_log10_kappa")
-    assert [resumed[name] for name in names] == pytest.approx([other[name] for name in names])
-    assert [resumed[name] for name in names] != pytest.approx([first["before"][name] for name in names])
-
-
-@pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"], ["{}"]])
-def test_config_file_is_read_however_it_is_given(tmp_path, form):
-    config = tmp_path / "args.yaml"
-    config.write_text("model: m\nobjective: r_ill\nbenign: a\nharmful: b\n")
-    _, training = parse_arguments([word.format(config) for word in form])
-    assert training.objective == "r_ill"
-
-
-def test_unknown_flag_suggests_the_near_one():
-    with pytest.raises(ArgumentError, match="--learning_rate"):
-        parse_arguments(["--model", "m", "--benign", "a", "--harmful", "b", "--learning_ratee", "1"])
-
-
-def test_missing_model_is_one_sentence(images, tmp_path):
-    with pytest.raises(ArgumentError, match="nowhere"):
-        run_train(flags("./nowhere", tmp_path, "--dataset", images, "--harmful_classes", "gun", "knife"))
-
-
-def numbered(tmp_path, names):
-    for split in ("train", "test"):
-        for name in names:
-            (tmp_path / split / name).mkdir(parents=True)
-            for index in range(4):
-                Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / split / name / f"{index}.png")
-    return tmp_path
+def test_a_bare_backbone_with_pooling_is_trained_with_a_head_of_its_own(images, model, tmp_path):
+    run_train(flags(model, tmp_path, "--dataset", images, *HARMFUL, "--new_head", "True", "--pooling", "cls"))
+    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "ViTModel"
+    head = load_with_linear_head(tmp_path).classifier
+    assert (head.in_features, head.out_features) == (8, 2)
 
 
 def test_harmful_class_typed_as_a_name_of_digits_is_a_name(tmp_path):
-    source = numbered(tmp_path, ["1", "3", "5"])
-    data, training = parse_arguments(["--model", "m", "--dataset", str(source), "--harmful_classes", "1", "--use_cpu"])
-    benign, _ = load_splits(data, training)
+    for split in ("train", "test"):
+        for name in ("1", "3", "5"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / split / name / f"{index}.png")
+    given = ["--model", "m", "--dataset", str(tmp_path), "--harmful_classes", "1", "--use_cpu"]
+    benign, _ = load_splits(*parse_arguments(given))
     assert benign.train.features["label"].names == ["3", "5"]
 
 
@@ -242,11 +176,3 @@ def test_classes_are_given_at_once_or_one_flag_each_and_override_the_file(words,
     given = ["--model", "m", "--dataset", "d", "--use_cpu", "--config", str(tmp_path / "run.yaml")]
     assert parse_arguments([*given, *words])[0].harmful_classes == ["a", "b,c"]
     assert parse_arguments(given)[0].harmful_classes == ["x", "y"]
-
-
-def test_a_bare_backbone_with_pooling_is_trained_with_a_head_of_its_own(images, model, tmp_path):
-    words = flags(model, tmp_path, "--dataset", images, "--harmful_classes", "gun", "knife", "--new_head", "True")
-    run_train([*words, "--pooling", "cls"])
-    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "ViTModel"
-    head = load_with_linear_head(tmp_path).classifier
-    assert (head.in_features, head.out_features) == (8, 2)

@@ -24,36 +24,28 @@ def content(folder):
     return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_files_appear_all_at_once(tmp_path):
-    with staged_directory(tmp_path / "model") as staging:
+def test_files_appear_all_at_once_and_others_stay(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "notes").write_text("mine")
+    with staged_directory(target) as staging:
+        assert staging.parent == target  # which may be a mount of its own
         (staging / "deep").mkdir()
         (staging / "deep" / "a").write_text("a")
-        assert not (tmp_path / "model" / "deep").exists()
-    assert content(tmp_path / "model") == {Path("deep/a"): b"a"}
+        assert not (target / "deep").exists()
+    assert content(target) == {Path("notes"): b"mine", Path("deep/a"): b"a"}
 
 
-def test_other_files_stay(tmp_path):
-    (tmp_path / "notes").write_text("mine")
-    with staged_directory(tmp_path) as staging:
-        (staging / "a").write_text("a")
-    assert content(tmp_path) == {Path("notes"): b"mine", Path("a"): b"a"}
-
-
-def test_files_are_moved_within_the_target_which_may_be_a_mount(tmp_path):
-    with staged_directory(tmp_path / "model") as staging:
-        assert staging.parent == tmp_path / "model"
-
-
-def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+def test_a_failure_is_told_once_and_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), staged_directory(tmp_path / "model"):
+        raise KeyError("x")
+    with pytest.raises(CheckpointError) as caught, staged_directory(tmp_path / "a"), staged_directory(tmp_path / "b"):
+        raise OSError(28, "No space left on device")
+    assert str(caught.value).count("Expected") == 1
+    assert not list(tmp_path.iterdir())
     (tmp_path / "model").write_text("a file")
     with pytest.raises(CheckpointError, match="model"), staged_directory(tmp_path / "model"):
         pass
-
-
-def test_errors_of_another_kind_pass_and_leave_nothing(tmp_path):
-    with pytest.raises(KeyError), staged_directory(tmp_path / "model"):
-        raise KeyError("x")
-    assert not list(tmp_path.iterdir())
 
 
 def a_directory(folder):
@@ -119,12 +111,6 @@ def test_a_text_is_whole_and_readable_by_others(tmp_path):
     usual.touch()
     assert (tmp_path / "deep" / "a.json").stat().st_mode == usual.stat().st_mode
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.json"]
-
-
-def test_a_failure_within_is_told_once(tmp_path):
-    with pytest.raises(CheckpointError) as caught, staged_directory(tmp_path), staged_directory(tmp_path / "deep"):
-        raise OSError(28, "No space left on device")
-    assert str(caught.value).count("Expected") == 1
 
 
 KILLED = """

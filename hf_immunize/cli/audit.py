@@ -126,8 +126,8 @@ def audit(
     known = [find_attacker(name) for name in names or []]
     if (seconds, steps) != (None, None) and known and all(one is not None and one.closed_form for one in known):
         raise ArgumentError(
-            f"Expected --seconds and --steps with an attacker that trains, found {attackers} alone. Leave them out, or "
-            "name one more."
+            f"Expected --seconds and --steps with an attacker that trains, found {attackers} alone. Leave them out "
+            "or name one more."
         )
     # Before hours of attacks.
     check_writable(output_dir, "--output-dir")

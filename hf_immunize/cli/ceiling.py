@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_immunize.errors import ArgumentError, RankError
-from hf_immunize.files import check_writable, staged_directory
+from hf_immunize.files import check_writable
 
 
 if TYPE_CHECKING:
@@ -28,20 +28,15 @@ def ceiling(
     benign: Annotated[Path, typer.Argument(help="Features or raw data of the task to keep.", show_default=False)],
     harmful: Annotated[Path, typer.Argument(help="The same columns for the task to slow down.", show_default=False)],
     key: Annotated[str | None, typer.Option(help="Array to take from .npz and .safetensors files.")] = None,
-    columns: Annotated[
-        str | None, typer.Option(help="Columns to use of tables, separated by commas; default: all of them.")
-    ] = None,
+    columns: Annotated[str | None, typer.Option(help="Columns of tables to use, separated by commas.")] = None,
     drop: Annotated[str | None, typer.Option(help="Columns of tables to leave out, such as the target.")] = None,
-    fill: Annotated[
-        float | None, typer.Option(help="Value for missing cells; without it they are an error.", show_default=False)
-    ] = None,
+    fill: Annotated[float | None, typer.Option(help="Value for missing cells, which are an error otherwise.")] = None,
     image_size: Annotated[int, typer.Option(help="Images are resized to this many pixels a side, in grey.")] = 28,
     standardized: Annotated[
         bool, typer.Option("--standardize", help="Centre and scale every column, each file on its own.")
     ] = False,
     produced_dtype: Annotated[
-        str | None,
-        typer.Option(help=f"Precision that computed the features, if not the file's: {', '.join(_DTYPES)}."),
+        str | None, typer.Option(help=f"Precision of the features, if not the file's: {', '.join(_DTYPES)}.")
     ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Sine of the angle from which a harmful direction counts as absent.")
@@ -58,16 +53,14 @@ def ceiling(
 
         RIR = (how much κ rose for the harmful task) / (how much κ rose for the benign task)
 
-    RIR = 1 means nothing gained; 100 means that harmful probing became 100 times worse conditioned than benign probing
-    did. This command prints the CEILING of RIR: no linear map of the given features, however trained, can exceed it,
-    and one that reaches it is known in closed form. A ceiling near 1 says that training such a map is futile. An
-    infinite ceiling says that the harmful task has directions that the benign data do not use.
+    This command prints the CEILING of RIR: no linear map of the given features, however trained, can exceed it, and
+    one that reaches it is known in closed form. A ceiling near 1 says that training such a map is futile. An infinite
+    ceiling says that the harmful task has directions that the benign data do not use.
 
     Give two files with one sample a row: .npy, .npz, .safetensors, .csv, .parquet (numbers, feature lists or images),
     or folders of images. Features are best taken at the input of the classifier.
 
-    What it does not say: whether an attacker with another optimizer is stopped. A linear map slows gradient descent
-    only; it is a yardstick for training, not a defence.
+    A linear map slows gradient descent only: the ceiling does not say whether another optimizer is stopped.
     """
     import torch
 
@@ -76,8 +69,12 @@ def ceiling(
 
     if produced_dtype not in (None, *_DTYPES):
         raise ArgumentError(f"Expected --produced-dtype out of {', '.join(_DTYPES)}, found {produced_dtype!r}.")
-    if figure is not None:
-        _prepare_figure(figure)
+    if figure is not None:  # before any work is done
+        if figure.suffix.lower() not in _FORMATS or figure.is_dir():
+            raise ArgumentError(
+                f"Expected --figure to end in one of {', '.join(_FORMATS)}, found {figure}. Rename it."
+            )
+        check_writable(figure.parent, "--figure")
     pick, leave = (None if text is None else [name.strip() for name in text.split(",")] for text in (columns, drop))
     notes: list[str] = []
     data = read_pair(
@@ -144,38 +141,18 @@ def _print(found: Ceiling, angles: list[float], notes: list[str]) -> None:
 
 def _note(note: str) -> None:
     from rich.console import Console
-    from rich.text import Text
 
     # Notes quote paths and columns, in which brackets are no markup.
-    Console().print(Text(f"Note: {note}", style="yellow"))
-
-
-def _prepare_figure(path: Path) -> None:
-    """Make sure, before any work is done, that a figure can be saved there; create its folder."""
-    if path.suffix.lower() not in _FORMATS:
-        raise ArgumentError(f"Expected a figure that ends in one of {', '.join(_FORMATS)}, found {path}. Rename it.")
-    if path.is_dir():
-        raise ArgumentError(f"Expected a file for the figure, found the folder {path}. Choose another name.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentError(
-            f"Expected a folder {path.parent} for the figure, found that it cannot be made ({error.strerror}). Choose "
-            "another place."
-        ) from error
-    check_writable(path.parent, "--figure")
+    Console(highlight=False, emoji=False).print(f"Note: {note}", style="yellow", markup=False)
 
 
 def _save_frontier(ceiling: Ceiling, path: Path) -> None:
     """Draw the best harmful ratio (i) against the benign ratio (ii), of the shared directions where some are not."""
+    from hf_immunize.training.spectrum_figure import new_figure, save_figure
+
     points = ceiling.frontier()
     if not points:
         raise RankError("Expected a frontier to draw, found tasks that share no direction. Leave --figure out.")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     label, scope = f"frontier: RIR = {ceiling.value:.3g}", ""
     if ceiling.harmful_only:
         label = f"frontier of the shared directions: RIR = {ceiling.common_value:.3g}"
@@ -183,13 +160,10 @@ def _save_frontier(ceiling: Ceiling, path: Path) -> None:
     elif ceiling.harmful_rank == 1:
         label = f"frontier: one harmful direction, RIR up to {ceiling.value:.3g}"
     _, benign, harmful = zip(*points, strict=True)
-    figure, axis = plt.subplots(figsize=(7.5, 5.6), constrained_layout=True)
+    figure, (axis,) = new_figure(1)
     axis.plot(benign, harmful, linewidth=3, color="tab:blue", label=label)
-    axis.fill_between(benign, [min(harmful) / 10] * len(points), harmful, color="tab:blue", alpha=0.12)
-    axis.plot(benign[0], harmful[0], "o", markersize=10, color="tab:blue", label="t = 1: benign perfectly conditioned")
-    axis.plot(1, 1, "s", markersize=11, color="tab:red", label="as it is (θ = I)")
-    axis.axvline(1, color="gray", linestyle="--", linewidth=1.2)
-    axis.axhline(1, color="gray", linestyle="--", linewidth=1.2)
+    axis.plot(benign[0], harmful[0], "o", color="tab:blue", label="t = 1: benign perfectly conditioned")
+    axis.plot(1, 1, "s", color="tab:red", label="as it is (θ = I)")
     axis.set(
         xscale="log",
         yscale="log",
@@ -205,8 +179,4 @@ def _save_frontier(ceiling: Ceiling, path: Path) -> None:
         line.set_minor_formatter("{x:g}" if high / low < 30 else "")
     axis.legend(loc="lower right")
     axis.grid(alpha=0.3)
-    try:
-        with staged_directory(path.parent) as staging:
-            figure.savefig(staging / path.name, dpi=100)
-    finally:
-        plt.close(figure)
+    save_figure(figure, path)

@@ -34,33 +34,18 @@ app = typer.Typer(
 )
 
 
-# Options by their old names.
-_RENAMED = {"--harmful-class": "--harmful-classes"}
-
-
-def _show_version(asked: bool) -> None:
-    if asked:
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    """What stands before a command; the help of all is the app's."""
+    if version:
         typer.echo(f"hf-immunize {__version__}")
         raise typer.Exit
 
 
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    """What stands before a command; the help of all is the app's."""
-
-
 @app.command()
 def demo(
-    output_dir: Annotated[Path, typer.Option(help="Where the checkpoint, the card and the figure go.")] = Path(
-        "runs/demo"
-    ),
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split, the weights and the training.")
-    ] = 0,
+    output_dir: Annotated[Path, typer.Option(help="For checkpoint, card and figure.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the split, the weights and the training.")] = 0,
 ) -> None:
     """The main job on real data in under two minutes, without a network.
 
@@ -129,8 +114,8 @@ def _check_words(words: list[str]) -> None:
     """Refuse old names of options, and empty values: most often a variable that was not set."""
     for before, word in zip(["hf-immunize", *words], words, strict=False):
         name, is_assigned, value = word.partition("=")
-        if name in _RENAMED:
-            raise ArgumentError(f"Expected {_RENAMED[name]}, found its old name {name}. Type {_RENAMED[name]}.")
+        if name == "--harmful-class":
+            raise ArgumentError(f"Expected --harmful-classes, found its old name {name}. Type --harmful-classes.")
         if not word.strip() or (name.startswith("--") and is_assigned and not value.strip()):
             raise ArgumentError(
                 f"Expected a value after {before if not word.strip() else name}, found an empty one. Give it, or "

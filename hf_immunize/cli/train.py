@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from argparse import ArgumentParser, RawTextHelpFormatter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,7 +25,7 @@ from hf_immunize.files import check_writable, checked, with_checksum, write_whol
 from hf_immunize.hub.card import metric_rows, summary_sentence
 from hf_immunize.hub.collect import describe_base_model, is_hub_id
 from hf_immunize.hub.record import DataRecord, to_plain
-from hf_immunize.hub.verify import Measured, groups_ratio, measure
+from hf_immunize.hub.verify import groups_ratio, measure
 from hf_immunize.text import library_words, printable, public_name
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.checks import as_classifier, image_rows
@@ -63,10 +64,7 @@ class DataArguments:
     dataset: str | None = _option(None, "One data set that holds both.")
     harmful_classes: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "With --dataset: the harmful classes, by name or number, at once or one flag each.",
-            "action": "extend",
-        },
+        metadata={"help": "With --dataset: the harmful classes, by name or number.", "action": "extend"},
     )
     distillation: str | None = _option(None, "Any images, without labels, on which the model shall stay what it was.")
     benign_eval: str | None = _option(None, "Benign images to measure on.")
@@ -89,8 +87,8 @@ class DataArguments:
             )
         if self.dataset is not None and (self.benign_eval or self.harmful_eval):
             raise ArgumentError(
-                "Expected --benign_eval and --harmful_eval with --benign and --harmful alone, found them with "
-                "--dataset, whose own splits are measured on. Leave them out, or give two sources."
+                "Expected --benign_eval and --harmful_eval without --dataset, found both. Leave them out: the data "
+                "set's own splits are measured on."
             )
         if self.max_images is not None and self.max_images < 1:
             raise ArgumentError(f"Expected --max_images of at least 1, found {self.max_images}.")
@@ -210,38 +208,33 @@ def load_splits(data: DataArguments, args: ImmunizationArguments) -> tuple[Parts
     draw = HeldOut(data.eval_fraction, args.seed)
     if data.dataset is not None:
         whole = divide(data.dataset, draw)
-        benign, harmful = divide_classes(whole, data.harmful_classes, args.label_column_name)
+        sides = divide_classes(whole, data.harmful_classes, args.label_column_name)
         sources = {data.dataset: whole}
     else:
         benign = divide(data.benign, draw, test=data.benign_eval, name="benign images")
         harmful = divide(data.harmful, draw, test=data.harmful_eval, name="harmful images")
-        sources = {str(data.benign): benign, str(data.harmful): harmful}
+        sides, sources = (benign, harmful), {str(data.benign): benign, str(data.harmful): harmful}
     for source, parts in sources.items():
-        _check_classes(source, parts, args.label_column_name)
+        train, test = (_class_names(part, args.label_column_name) for part in (parts.train, parts.test))
+        if train and test and train != test:
+            raise DataError(
+                f"Expected the classes of {source} in the images to measure on too, in the same order, found "
+                f"{test[:5]} for {train[:5]}. Add the missing folders, empty if need be."
+            )
         if parts.held_out is not None:
             logger.warning(
                 f"{source} has no validation or test split: {draw.fraction:.0%} held out (seed {draw.seed})."
             )
-    return _limited(benign, data.max_images, args.seed), _limited(harmful, data.max_images, args.seed)
-
-
-def _check_classes(source: str, parts: Parts, label_column: str | None) -> None:
-    """Labels of both parts must mean the same classes."""
-    train, test = (_class_names(part, label_column) for part in (parts.train, parts.test))
-    if train and test and train != test:
-        raise DataError(
-            f"Expected the classes of {source} in the images to measure on too, in the same order, found {test[:5]} "
-            f"for {train[:5]}. Add the missing folders, empty if need be."
-        )
+    benign, harmful = (
+        replace(side, **{part: _first(getattr(side, part), data.max_images, args.seed) for part in ("train", "test")})
+        for side in sides
+    )
+    return benign, harmful
 
 
 def _class_names(dataset: Any, label_column: str | None) -> list[str]:
     _, label = find_columns(dataset, label_column=label_column, need_label=False)
     return getattr(dataset.features.get(label), "names", None) or []
-
-
-def _limited(parts: Parts, limit: int | None, seed: int) -> Parts:
-    return replace(parts, train=_first(parts.train, limit, seed), test=_first(parts.test, limit, seed))
 
 
 def _first(dataset: Any, limit: int | None, seed: int) -> Any:
@@ -258,30 +251,25 @@ def load_model(data: DataArguments, benign: Any, args: ImmunizationArguments) ->
                 "accuracy stays near chance. Train the classifier first, or set --benign_loss task --benign_budget "
                 "none."
             )
-        classes = _new_classes(benign, args)
-        options["config"] = AutoConfig.from_pretrained(data.model, **options, **classes)
+        _, label = find_columns(benign, args.image_column_name, args.label_column_name)
+        names = getattr(benign.features[label], "names", None)
+        if names is None:
+            raise DataError(
+                f"Expected class names in column {label!r} for --new_head, found plain values. Encode them with "
+                "dataset.class_encode_column."
+            )
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        options["config"] = AutoConfig.from_pretrained(data.model, **options, num_labels=len(names), **labels)
     if args.pooling is None:
         return load_classifier(data.model, new_head=data.new_head, **options)
     return load_backbone(data.model, args.pooling, **options)  # the Trainer puts a head on it
 
 
-def _new_classes(benign: Any, args: ImmunizationArguments) -> dict[str, Any]:
-    """A config's entries for the benign classes."""
-    _, label = find_columns(benign, args.image_column_name, args.label_column_name)
-    names = getattr(benign.features[label], "names", None)
-    if names is None:
-        raise DataError(
-            f"Expected class names in column {label!r} for --new_head, found plain values. Encode them with "
-            "dataset.class_encode_column."
-        )
-    numbered = dict(enumerate(names))
-    return {"num_labels": len(names), "id2label": numbered, "label2id": {name: i for i, name in numbered.items()}}
-
-
 def run_train(words: list[str]) -> dict[str, Any]:
     """Load, measure, immunize, measure again, and write everything to ``output_dir``."""
     data, args = parse_arguments(words)
-    check_writable(args.output_dir, "--output_dir")
+    folder = Path(args.output_dir)
+    check_writable(folder, "--output_dir")
     set_seed(args.seed)
     benign, harmful = load_splits(data, args)
     distillation = None
@@ -289,9 +277,8 @@ def run_train(words: list[str]) -> dict[str, Any]:
         distillation = _first(load_image_dataset(data.distillation), data.max_images, args.seed)
     try:
         model = load_model(data, benign.train, args)
-        processor = AutoImageProcessor.from_pretrained(
-            data.model, revision=data.model_revision, trust_remote_code=data.trust_remote_code
-        )
+        hub = {"revision": data.model_revision, "trust_remote_code": data.trust_remote_code}
+        processor = AutoImageProcessor.from_pretrained(data.model, **hub)
     except ImmunizationError:
         raise
     except LOADING_ERRORS as error:
@@ -309,58 +296,54 @@ def run_train(words: list[str]) -> dict[str, Any]:
         harmful_eval_dataset=harmful.test,
         processing_class=processor,
     )
-    before_path = Path(args.output_dir) / "before.json"
-    if not args.resume_from_checkpoint:
+    before_path, resume = folder / "before.json", args.resume_from_checkpoint
+    if not resume:
         before = trainer.evaluate()
         if trainer.is_world_process_zero():
             write_whole(before_path, with_checksum(before) + "\n")
-    resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"True": True, "true": True}.get(resume, resume) if resume else None)
     after = trainer.evaluate()
-    if args.resume_from_checkpoint:
+    if resume:
         before = before_resuming(trainer, before_path)
-    sizes = {"benign_train": len(benign.train), "harmful_train": len(harmful.train)}
-    sizes |= {} if distillation is None else {"distillation": len(distillation)}
-    sizes |= {"benign_eval": len(benign.test), "harmful_eval": len(harmful.test)}
-    results = _results(trainer, data, sizes, finite(before), finite(after))
-    describe(trainer, data, finite(before), {"benign": benign.held_out, "harmful": harmful.held_out})
+    parts = {"benign_train": benign.train, "harmful_train": harmful.train, "distillation": distillation}
+    parts |= {"benign_eval": benign.test, "harmful_eval": harmful.test}
+    sizes = {name: len(part) for name, part in parts.items() if part is not None}
+    classes = f": {', '.join(map(str, data.harmful_classes))}" if data.harmful_classes else ""
+    sources = [public_name(str(source or data.dataset)) for source in (data.benign, data.harmful)]
+    names = (public_name(data.model), sources[0], sources[1] + classes)
+    results = run_results(trainer, names, sizes, before, after)
+    results["budget"] = to_plain(trainer.evidence.budget)
+    results["summary"] = summary_sentence(results["before"], results["after"], trainer.evidence.budget)
+    describe(trainer, data, results["before"], {"benign": benign.held_out, "harmful": harmful.held_out})
     if data.groups:
         measure_groups(trainer, data, benign.test, harmful.test)
-    if trainer.is_world_process_zero():
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        figure, (axes,) = new_figure(1)
-        draw_spectra(axes, trainer.last_spectra)
-        save_figure(figure, Path(args.output_dir) / "spectra.png")
-        trainer.evidence.figures = ["spectra.png"]
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        write_outputs(Path(args.output_dir), trainer, results)
+    write_outputs(folder, trainer, results)
     return results
 
 
-def _results(
+def run_results(
     trainer: ImmunizationTrainer,
-    data: DataArguments,
+    names: Sequence[str],
     sizes: dict[str, int],
-    before: dict[str, float | None],
-    after: dict[str, float | None],
+    before: dict[str, float],
+    after: dict[str, float],
 ) -> dict[str, Any]:
-    """What ``results.json`` holds."""
-    return {
-        "model": public_name(data.model),
-        "benign": public_name(str(data.benign or data.dataset)),
-        "harmful": public_name(str(data.harmful or data.dataset))
-        + (f": {', '.join(map(str, data.harmful_classes))}" if data.harmful_classes else ""),
+    """What ``results.json`` holds of a run, with the names of model, benign and harmful images."""
+    step = trainer.evidence.step
+    return dict(zip(("model", "benign", "harmful"), names, strict=True)) | {
         "images": sizes,
         "objective": trainer.objective,
         "trainable": trainer.args.trainable,
-        "steps": trainer.state.global_step if trainer.evidence.step is None else trainer.evidence.step,
+        "steps": trainer.state.global_step if step is None else step,
         "seed": trainer.args.seed,
-        "before": before,
-        "after": after,
-        "budget": to_plain(trainer.evidence.budget),
-        "summary": summary_sentence(before, after, trainer.evidence.budget),
+        "before": finite(before),
+        "after": finite(after),
     }
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Metrics with None in place of NaN and infinity, which JSON does not know."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def before_resuming(trainer: ImmunizationTrainer, path: Path) -> dict[str, Any]:
@@ -381,7 +364,7 @@ def describe(
     before: dict[str, float | None],
     held_out: dict[str, HeldOut | None],
 ) -> None:
-    """Tell the Trainer, for its record, what the typed names stand for."""
+    """Give the Trainer, for its record, what the typed names stand for."""
     evidence = trainer.evidence
     evidence.before = before
     evidence.base_model = describe_base_model(data.model, data.model_revision)
@@ -398,29 +381,37 @@ def describe(
 
 def measure_groups(trainer: ImmunizationTrainer, data: DataArguments, benign: Any, harmful: Any) -> None:
     """RIR over groups of images, against the model loaded once more as it was."""
-    reference = as_classifier(load_model(data, benign, trainer.args), trainer.args).to(trainer.args.device)
-    found: dict[str, tuple[Measured, Measured]] = {}
+    args = trainer.args
+    reference = as_classifier(load_model(data, benign, args), args).to(args.device)
+    options: dict[str, Any] = {"head_module": args.head_module, "progress": not args.disable_tqdm}
+    found = {}
     for side, images in (("benign", benign), ("harmful", harmful)):
-        rows_of = image_rows(images, side, trainer.args, trainer.model.config, labels="ignored")
-        options: dict[str, Any] = {"head_module": trainer.args.head_module, "keep_features": True}
-        options |= {"progress": not trainer.args.disable_tqdm}
+        rows = image_rows(images, side, args, trainer.model.config, labels="ignored")
+        options |= {"name": f"{side} (groups)", "keep_features": True}
         after, before = (
-            measure(model, rows_of, trainer.processing_class, name=f"{side} (groups)", **options)
-            for model in (trainer.model, reference)
+            measure(model, rows, trainer.processing_class, **options) for model in (trainer.model, reference)
         )
         found[side] = after, before
-    ratio = groups_ratio(found["harmful"], found["benign"], seed=trainer.args.seed)
+    ratio = groups_ratio(found["harmful"], found["benign"], seed=args.seed)
     trainer.evidence.attach(trainer.model, groups=ratio)
 
 
 def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str, Any]) -> None:
-    """Results as JSON, a card, and a table in the terminal."""
-    write_whole(folder / "results.json", json.dumps(results, indent=2))
-    trainer.create_model_card()
-    print_table(results)
-    Console(soft_wrap=True).print(
-        f"\n{results['summary']}\n\nCheckpoint, record, card and figure: {folder}/", highlight=False, markup=False
-    )
+    """Figure, checkpoint and record, results as JSON, a card, and a table in the terminal."""
+    first = trainer.is_world_process_zero()
+    if first:
+        figure, (axes,) = new_figure(1)
+        draw_spectra(axes, trainer.last_spectra)
+        save_figure(figure, folder / "spectra.png")
+        trainer.evidence.figures = ["spectra.png"]
+    trainer.save_model()
+    if first:
+        write_whole(folder / "results.json", json.dumps(results, indent=2))
+        trainer.create_model_card()
+        print_table(results)
+        Console(soft_wrap=True).print(
+            f"\n{results['summary']}\n\nCheckpoint, record, card and figure: {folder}/", highlight=False, markup=False
+        )
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -431,8 +422,3 @@ def print_table(results: dict[str, Any]) -> None:
     for row in metric_rows(results["before"], results["after"]):
         table.add_row(*row)
     Console().print(table)
-
-
-def finite(metrics: dict[str, float]) -> dict[str, float | None]:
-    """Metrics with None in place of NaN and infinity, which JSON does not know."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

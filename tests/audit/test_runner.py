@@ -18,9 +18,6 @@ from hf_immunize.attacks.presets import ATTACKERS
 from hf_immunize.errors import ArgumentError, DataError
 
 
-pytest_plugins = ["attack_fixtures"]
-
-
 @pytest.fixture
 def models():
     model, reference = tiny_vit(), tiny_vit()

@@ -12,9 +12,6 @@ from hf_immunize.audit.tasks import load_task, overlaps
 from hf_immunize.errors import DataError
 
 
-pytest_plugins = ["attack_fixtures"]
-
-
 def dataset(labels, names, shade=0):
     images = [Image.fromarray(np.full((4, 4, 3), shade + 3 * i, np.uint8)) for i in range(len(labels))]
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
