@@ -53,11 +53,10 @@ class LinearSettings:
 
     def check(self, method: str) -> None:
         """Refuse impossible values."""
-        check_count(self.epochs, "epochs")
+        for name, least in (("epochs", 1), ("inner_steps", 1), ("record_every", 0)):
+            check_count(getattr(self, name), name, least)
         if self.batch_size is not None:
             check_count(self.batch_size, "batch_size", least=2)
-        check_count(self.inner_steps, "inner_steps")
-        check_count(self.record_every, "record_every", least=0)
         check_count(self.seed, "seed", least=-(2**63), most=2**63 - 1)
         for name, least, most, excluded in (("lr", 0, math.inf, 0), ("share", 0, 1, 1), ("growth", 1, math.inf, 1)):
             if check_number(getattr(self, name), name, least, most) == excluded:
@@ -233,9 +232,8 @@ def immunize_linear(
 
 def _settings(settings: LinearSettings | None, options: dict[str, Any]) -> LinearSettings:
     known = LinearSettings.__dataclass_fields__
-    for name in options:
-        if name not in known:
-            raise ArgumentError(f"Expected options out of {', '.join(known)}, found {name!r}.")
+    if unknown := set(options).difference(known):
+        raise ArgumentError(f"Expected options out of {', '.join(known)}, found {', '.join(unknown)}.")
     if settings is not None and not isinstance(settings, LinearSettings):
         raise ArgumentError(f"Expected settings as LinearSettings, found {type(settings).__name__}.")
     return replace(settings or LinearSettings(), **options)

@@ -277,7 +277,9 @@ def optimal_map(
     # Directions that neither task sees get the typical size of the rest of θ, which stays invertible.
     outer = Wh.new_full((Wh.shape[0],), float(torch.linalg.svdvals(shared).log().mean().exp()))
     if outside:
-        outer[:outside] = harmful_gain * torch.linalg.matrix_norm(H.rows @ shared, 2) / strengths[:outside]
+        # Without a shared direction there is nothing to exceed but rounding.
+        largest = H.s[0] if outside == H.rank else torch.linalg.matrix_norm(H.rows @ shared, 2)
+        outer[:outside] = harmful_gain * largest / strengths[:outside]
     return check_result(torch.cat([shared, null @ (Wh.T * outer)], dim=1) / scale, "the map")
 
 
