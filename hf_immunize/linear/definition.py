@@ -1,10 +1,8 @@
-"""Definition 3.1 of the paper as a check: which of its three parts a given map meets, with the figures.
+"""Definition 3.1 of the paper as a check: which of its three parts a given map meets.
 
-Zheng et al. (ICML 2025) call a model immunized when
-
-    (a) κ(H_H(θ_I)) ≫ κ(H_H(I))     probing the harmful task becomes much slower,
-    (b) κ(H_P(θ_I)) ≤ κ(H_P(I))     probing the benign task becomes no slower,
-    (c) min_ω L(D_P, ω, θ_I) ≈ min_{ω,θ} L(D_P, ω, θ)     and the benign task can still be solved as well.
+(a) κ(H_H(θ_I)) ≫ κ(H_H(I))     probing the harmful task becomes much slower,
+(b) κ(H_P(θ_I)) ≤ κ(H_P(I))     probing the benign task becomes no slower,
+(c) min_ω L(D_P, ω, θ_I) ≈ min_{ω,θ} L(D_P, ω, θ)     and the benign task can still be solved as well.
 """
 
 import math
@@ -18,7 +16,6 @@ from hf_immunize.linear.inputs import as_data, as_targets
 from hf_immunize.linear.optimum import Factor, factors
 from hf_immunize.linear.probe import least_squares_probe
 from hf_immunize.spectra.checks import binary_scale, check_number, check_result
-from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.ratio import ImmunizationRatio, relative_immunization_ratio
 
 
@@ -52,15 +49,13 @@ class Definition31:
 def map_ratio(P: Factor, H: Factor, theta: torch.Tensor) -> ImmunizationRatio:
     """Exact RIR of the map ``θ``, ``(D, D')``, against the identity (Eq. 15), by a decomposition of the features."""
     # The rank rule compares features of equal width, and a map may change it; columns of zeros leave κ alone.
-    width = max(theta.shape)
-    units, theta = [F.unit()[0].rows for F in (P, H)], theta / binary_scale(theta)
-    before_p, before_h = (feature_conditioning(torch.nn.functional.pad(F, (0, width - F.shape[1]))) for F in units)
-    mapped = [torch.nn.functional.pad(F @ theta, (0, width - theta.shape[1])) for F in units]
+    width, theta = max(theta.shape), theta / binary_scale(theta)
+    before = [F.unit()[0].rows for F in (P, H)]
+    benign, harmful, benign_reference, harmful_reference = (
+        torch.nn.functional.pad(Z, (0, width - Z.shape[1])) for Z in (*(Z @ theta for Z in before), *before)
+    )
     return relative_immunization_ratio(
-        benign=feature_conditioning(mapped[0], reference=before_p),
-        benign_reference=before_p,
-        harmful=feature_conditioning(mapped[1], reference=before_h),
-        harmful_reference=before_h,
+        harmful=harmful, harmful_reference=harmful_reference, benign=benign, benign_reference=benign_reference
     )
 
 

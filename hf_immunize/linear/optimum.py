@@ -7,10 +7,8 @@ Let ``K_P``, ``K_H`` be the Gram matrices of the benign and the harmful data and
 
 and ``θ = K_P^{-1/2} Q diag(s)`` with ``M = Q diag(μ) Qᵀ`` attains it for any ``s`` that increases with ``μ``. With
 ``s_i² = (μ_i/μ_min)^{log t / log κ(M)}`` one dial ``t`` runs along the frontier: ``κ(H_P) = t``, ``κ(H_H) = κ(M) t``.
-This bound is this library's, not the paper's.
-
-Nothing here squares a matrix: ``M`` enters through the singular values of ``X_H K_P^{-1/2}``, so ratios up to the
-inverse of rounding keep their digits. Every function takes data ``(N, D)`` or their `Factor`.
+This bound is this library's, not the paper's. Nothing here squares a matrix: ``M`` enters through the singular values
+of ``X_H K_P^{-1/2}``. Every function takes data ``(N, D)`` or their `Factor`.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ class Factor(NamedTuple):
 
     @property
     def dim(self) -> int:
-        """``D``, the number of columns."""
+        """The columns of the data."""
         return self.V.shape[0]
 
     def unit(self) -> tuple[Factor, float]:
@@ -92,8 +90,6 @@ def factors(X_benign: Any, X_harmful: Any, produced_dtype: torch.dtype | None = 
 
 def null_basis(V: torch.Tensor) -> torch.Tensor:
     """Orthonormal basis of the directions that the columns of ``V`` miss."""
-    if V.shape[1] == 0:
-        return torch.eye(V.shape[0], dtype=V.dtype, device=V.device)
     return torch.linalg.qr(V, mode="complete").Q[:, V.shape[1] :]
 
 

@@ -27,7 +27,7 @@ def descent_residuals(s: Tensor, weights: Tensor, steps: Sequence[int]) -> list[
     kind = s.numpy().dtype
     # Scaled so that the sixth power of the largest is 1.
     q = (s / s.max()).square().numpy() if len(s) else s.numpy()
-    scale = weights / weights.max() if len(s) and float(weights.max()) > 0 else weights
+    scale = weights / weights.max() if weights.any() else weights
     w = scale.to(s.dtype).numpy() * q * q
     p = np.ones_like(q)
     residuals, wanted = [], set(steps)

@@ -1,8 +1,7 @@
 """One update of Algorithm 1, without an inverse, and the step sizes that provably move κ the right way.
 
-The paper preconditions the gradient of ``R(H)``, ``H = θᵀKθ``, with ``K⁻¹`` (Zheng et al., ICML 2025, Algorithm 1).
-The chain rule gives ``∇_θ R = 2Kθ ∇_H R``, so the preconditioner cancels and the update is ``θ ← θ − 2ηθ ∇_H R``. It
-needs neither ``K`` nor its inverse and holds where ``K`` is singular.
+The paper preconditions the gradient of ``R(H)``, ``H = θᵀKθ``, with ``K⁻¹``. As ``∇_θ R = 2Kθ ∇_H R`` it cancels: the
+update is ``θ ← θ − 2ηθ ∇_H R``, also where ``K`` is singular.
 
 Both regularizers have a gradient that the eigenvectors of ``H = ZᵀZ`` diagonalize. With ``Z = U diag(√σ) Vᵀ`` an
 update multiplies ``θv_i`` by ``1 − 2η b_i σ_i``, where only the weights ``b`` tell the regularizers apart:
@@ -24,7 +23,7 @@ from hf_immunize.errors import PerfectConditioningError, RankError
 from hf_immunize.spectra.regularizers import ill_denominator
 
 
-# Below this ratio the small eigenvalues of the Gram matrix carry too few digits, and the SVD of the features decides.
+# Below this ratio the small eigenvalues of the Gram matrix carry too few digits.
 _GRAM_IS_ENOUGH = 1e-10
 # Eigenvalues this close (relative) to the largest are one eigenspace for R_well: otherwise a gap that closes
 # geometrically keeps every step tiny. Once all of them are, the distance shrinks.

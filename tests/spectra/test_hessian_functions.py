@@ -170,6 +170,8 @@ def test_each_side_keeps_the_directions_that_it_can_tell():
     features = with_singular_values(geometric(1e10, 8), 30, 8)
     assert float(hessian_log_kappa(features)) == pytest.approx(2 * math.log(1e10), rel=1e-6)
     assert float(hessian_log_kappa(Hessian.of(features))) < 2 * math.log(1e9)
+    huge = Hessian.of(1e60 * gaussian(9, 5))  # whose fourth power has no float64
+    assert float(hessian_r_well(huge, scale_free=True)) == pytest.approx(float(scale_free_r_well(gaussian(9, 5))))
     # Below the smallest of six true directions there is nothing but the rounding of the Gram matrix.
     for dtype in (torch.float32, torch.float64):
         found = hessian_log_kappa(Hessian.of(with_singular_values(geometric(1e3, 6), 6, 200).to(dtype)))
