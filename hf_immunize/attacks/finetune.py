@@ -61,15 +61,14 @@ def fine_tune(
     grid = [Setting(name, rate) for name, rates in optimizers.items() for rate in rates]
     has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
 
+    copied = partial(prepare, model, attacker, data.num_classes, seed, head_module)
+
     @cache
     def frozen() -> tuple[TrunkSplit, Part] | None:
-        return frozen_part(attacked_copy(), data, find_head(model, head_module)[0])
-
-    def attacked_copy() -> PreTrainedModel:
-        return prepare(model, attacker, data.num_classes, seed, head_module)
+        return frozen_part(copied(), data, find_head(model, head_module)[0])
 
     def attempt(setting: Setting, final: bool) -> tuple[list[float], list[int], str]:
-        attacked = attacked_copy()
+        attacked = copied()
         # With the statistics of the batch the frozen part is no fixed function of an image.
         stored = frozen() if attacker == "last_stage" and not setting.batch_statistics else None
         split, part = stored or (None, data)
@@ -103,8 +102,8 @@ def fine_tune(
             curve, _, note = attempt(other, final=False)
             setting = other if not note and curve[-1] > tried[best][0][-1] else setting
     curve, steps, note = attempt(setting, final=True)
-    spent = {"steps": steps[-1] if steps else 0, "batch_size": min(budget.batch_size, len(data.y))}
-    settings = setting._asdict() | spent
+    size = min(budget.batch_size, len(data.y))
+    settings = setting._asdict() | {"steps": steps[-1] if steps else 0, "batch_size": size}
     return Found(None if note else curve[-1], steps, curve, settings, trials, "diverged" if note else "done", note)
 
 

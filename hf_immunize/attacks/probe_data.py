@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 class Spectrum(NamedTuple):
-    """``Z = U diag(s) Vᵀ`` without the directions at rounding level."""
+    """``Z = U diag(s) Vᵀ``, of ``(N, r)``, ``(r,)`` and ``(D, r)``, without the directions at rounding level."""
 
-    U: Tensor  # (N, r)
-    s: Tensor  # (r,)
-    V: Tensor  # (D, r)
+    U: Tensor
+    s: Tensor
+    V: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +106,8 @@ class ProbeData:
 
     def keep(self, seed: int | None, key: Any, make: Callable[[], T]) -> T:
         """What was made under this key, else what `make` makes; things of one seed go when the next seed comes."""
-        if seed is not None and seed not in self._kept:
-            for other in [one for one in self._kept if one is not None]:
+        if seed not in self._kept:
+            for other in [one for one in self._kept if None not in (one, seed)]:
                 del self._kept[other]
         store = self._kept.setdefault(seed, {})
         if key not in store:

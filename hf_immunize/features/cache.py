@@ -334,8 +334,8 @@ def trunk_fingerprint(model: nn.Module, split: TrunkSplit) -> str:
     named: list[tuple[str, Tensor]] = []
     for name in (*split.trunk, *split.around):
         module, inner = model.get_submodule(name), name in split.trunk
-        tensors = [*module.named_parameters(recurse=inner), *module.named_buffers(recurse=inner)]
-        named += [(f"{name}.{key}", tensor) for key, tensor in sorted(tensors, key=lambda pair: pair[0])]
+        tensors = dict(module.named_parameters(recurse=inner)) | dict(module.named_buffers(recurse=inner))
+        named += [(f"{name}.{key}", tensors[key]) for key in sorted(tensors)]
     return tensors_hash(named)
 
 
@@ -368,26 +368,25 @@ def _collated(collate: Callable[[list[Any]], dict[str, Tensor]], rows: list[Any]
 
 def _is_random(rows: Any, collate: Callable[[list[Any]], dict[str, Tensor]]) -> bool:
     """Whether 4 draws of any of 4 rows differ; a random flip of every image goes unseen once in 4,096 times."""
-    for row in sorted({round(step * (len(rows) - 1) / 3) for step in range(4)}):
-        draws = []
-        for seed in range(4):
-            with seeded(seed):
-                draws.append(collate([rows[row]])["pixel_values"])
-        if any(draw.shape != draws[0].shape or not torch.equal(draw, draws[0]) for draw in draws[1:]):
-            return True
-    return False
+
+    def draw(row: int, seed: int) -> Tensor:
+        with seeded(seed):
+            return collate([rows[row]])["pixel_values"]
+
+    chosen = sorted({round(step * (len(rows) - 1) / 3) for step in range(4)})
+    return not all(torch.equal(draw(row, 0), draw(row, seed)) for row in chosen for seed in range(1, 4))
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the generators that transforms draw from, and put them back."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.random.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.random.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])

@@ -68,17 +68,15 @@ def run_batches(
 ) -> Iterator[ExtractedBatch]:
     """Run a model over batches in eval mode, without gradients and autocast, by default in float32 at least."""
     weight = next(model.parameters())
-    device = weight.device
     forward = forward or full_precision_forward(model)
     with in_eval_mode(model):
         for batch in batches:
-            given = batch["pixel_values"]
-            pixel_values = given.to(device, torch.promote_types(given.dtype, weight.dtype))
-            exact = torch.autocast(device.type, enabled=False)
+            given, labels = batch["pixel_values"], batch.get("labels")
+            pixel_values = given.to(weight.device, torch.promote_types(given.dtype, weight.dtype))
+            exact = torch.autocast(weight.device.type, enabled=False)
             with exact, HeadInput(head) as captured, _read_layers(model, layers) as passed:
                 logits = forward(pixel_values=pixel_values).logits
-            labels = batch.get("labels")
-            labels = None if labels is None else labels.to(device)
+            labels = None if labels is None else labels.to(weight.device)
             yield ExtractedBatch(captured.features, logits, pixel_values, labels, passed)
 
 
@@ -103,21 +101,21 @@ def _read_layers(model: nn.Module, layers: Iterable[Layer]) -> Iterator[dict[Lay
     """What passes at some layers in a forward pass, in its order."""
     found: dict[Layer, Tensor] = {}
 
-    def note(layer: Layer, values: Any, in_place: bool = False) -> None:
+    def note(layer: Layer, values: Any) -> None:
         tensor = next((value for value in values if isinstance(value, Tensor)), None)
         if tensor is not None:
-            found[layer] = tensor.clone() if in_place else tensor
+            # A module in place writes over what entered.
+            writes = layer.before and getattr(model.get_submodule(layer.name), "inplace", False)
+            found[layer] = tensor.clone() if writes else tensor
 
     def attach(layer: Layer) -> Any:
-        module = model.get_submodule(layer.name)
-        in_place = getattr(module, "inplace", False)  # it writes over what entered
-
         def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            note(layer, (*inputs, *named.values()), in_place)
+            note(layer, (*inputs, *named.values()))
 
         def after(_: nn.Module, inputs: Any, output: Any) -> None:
             note(layer, output if isinstance(output, (tuple, list)) else (output,))
 
+        module = model.get_submodule(layer.name)
         if layer.before:
             return module.register_forward_pre_hook(before, with_kwargs=True)
         return module.register_forward_hook(after)
@@ -144,7 +142,7 @@ class Measurement:
     checksum: float = 0.0
 
     def update(self, features: Tensor, pixel_values: Tensor) -> None:
-        """Fold in a batch: features ``(n, D)``, and the images they came from, ``(n, C, H, W)``."""
+        """Fold in a batch: features ``(n, D)`` of images ``(n, C, H, W)``."""
         self.checksum += images_checksum(pixel_values)
         self.factor.update(features)
 
@@ -203,22 +201,15 @@ def spectral_metrics(
             continue
         start = before.factor.conditioning() if before is not None and now.same_data(before) else None
         conditioning = now.factor.conditioning(start)
-        metrics[f"{side}_log10_kappa"] = conditioning.log10_kappa
-        metrics[f"{side}_is_bound"] = float(conditioning.is_bound)
-        metrics[f"{side}_rank"] = float(conditioning.rank)
-        metrics[f"{side}_effective_rank"] = conditioning.effective_rank
+        for name in ("log10_kappa", "is_bound", "rank", "effective_rank"):
+            metrics[f"{side}_{name}"] = float(getattr(conditioning, name))
         conditionings[side] = (conditioning, start)
     if len(conditionings) == 2 and all(start is not None for _, start in conditionings.values()):
         (b, b0), (h, h0) = conditionings["benign"], conditionings["harmful"]
         ratio = relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0)
-        metrics |= {
-            "rir": ratio.rir,
-            "log10_rir": ratio.log10_rir,
-            "harmful_ratio": ratio.harmful_ratio,
-            "benign_ratio": ratio.benign_ratio,
-            "rir_is_lower_bound": float(ratio.bound in ("lower", "undetermined")),
-            "rir_is_upper_bound": float(ratio.bound in ("upper", "undetermined")),
-        }
+        metrics |= {name: getattr(ratio, name) for name in ("rir", "log10_rir", "harmful_ratio", "benign_ratio")}
+        for bound in ("lower", "upper"):
+            metrics[f"rir_is_{bound}_bound"] = float(ratio.bound in (bound, "undetermined"))
     return metrics
 
 

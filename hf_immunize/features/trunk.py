@@ -320,11 +320,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [leaf for part in value.values() for leaf in _leaves(part)]
-    if isinstance(value, (tuple, list)):
-        return [leaf for part in value for leaf in _leaves(part)]
-    return [value]
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return [leaf for part in parts for leaf in _leaves(part)] if isinstance(parts, (tuple, list)) else [value]
 
 
 def _map(function: Callable[..., Any], value: Any, *others: Any) -> Any:
@@ -369,9 +366,9 @@ def _not_fixed(model: nn.Module, split: TrunkSplit, eval_modules: list[nn.Module
 def _not_equal(model: nn.Module, head: nn.Module, split: TrunkSplit, probes: list[Tensor]) -> str | None:
     """Why the trainable part, run from activations, is not the whole model, if it is not."""
     for images in probes:
+        activations = split.activations(model, images)
         with HeadInput(head) as whole:
             logits = model(pixel_values=images).logits
-        activations = split.activations(model, images)
         try:
             with split.replayed(model), HeadInput(head) as replayed:
                 replayed_logits = model(pixel_values=activations).logits

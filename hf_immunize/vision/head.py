@@ -124,12 +124,10 @@ def adapter_parameters(model: Any) -> list[str] | None:
         return None
     from peft import get_peft_model_state_dict
 
-    active = model.active_adapter
-    names = [active] if isinstance(active, str) else list(active)
     parameters = dict(model.named_parameters())
     state = parameters | dict(model.named_buffers())
     saved: set[int] = set()
-    for name in names:
+    for name in [model.active_adapter] if isinstance(model.active_adapter, str) else model.active_adapter:
         # PEFT renames what it saves; the objects are the same.
         kept = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
         saved |= {id(parameter) for parameter in kept.values()}
@@ -147,9 +145,9 @@ def _that_runs(module: nn.Module) -> tuple[str, nn.Module] | None:
     if peft is None:
         return None
     if isinstance(module, peft.utils.ModulesToSaveWrapper):
-        active = module.active_adapters
-        if active and active[0] in module.modules_to_save and not module.disable_adapters:
-            return f"modules_to_save.{active[0]}", module.modules_to_save[active[0]]
+        for active in module.active_adapters[:1]:
+            if active in module.modules_to_save and not module.disable_adapters:
+                return f"modules_to_save.{active}", module.modules_to_save[active]
         return "original_module", module.original_module
     if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) and hasattr(module, "base_layer"):
         return "base_layer", module.base_layer
@@ -341,11 +339,9 @@ def penultimate_features(model: PreTrainedModel, pixel_values: Tensor, head_modu
     try:
         with HeadInput(head) as captured:
             full_precision_forward(model)(images)
-    except ImmunizationError:
+    except (ImmunizationError, torch.OutOfMemoryError):
         raise
-    except (ValueError, RuntimeError) as error:  # of the model, whose own words tell most
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except (ValueError, RuntimeError) as error:  # of the model, whose own words say most
         said = " ".join(str(error).split())
         raise ShapeError(
             f"Expected images that {_kind(model)} takes, found {tuple(images.shape)} of {images.dtype} on "

@@ -24,9 +24,7 @@ logger = logging.get_logger(__name__)
 
 def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[str]:
     """Names of the last stage's parameters: the deepest blocks at one resolution, what follows them, and the head."""
-    # The blocks are in the outermost ModuleList of the base model (of several, the largest). Where they are stages
-    # with lists of their own (Swin, ConvNeXt), the last one is the stage; else it starts at the last block with a
-    # strided convolution (MobileNetV2), or is the last block (ViT).
+    # The blocks are in the outermost ModuleList of the base model (of several, the largest).
     head_name, head = find_head(model, head_module)
     blocks = _block_list(without_wrapper(model), head)
     stage = blocks[_stage_start(blocks) :]
@@ -157,8 +155,9 @@ def _size(module: nn.Module) -> int:
 
 def _stage_start(blocks: list[nn.Module]) -> int:
     last = max(index for index, block in enumerate(blocks) if _size(block))
+    # Where blocks are stages with lists of their own (Swin, ConvNeXt), the last one is the stage; else it starts at
+    # the last block with a strided convolution (MobileNetV2), or is the last block (ViT).
     if _outermost(blocks[last], nn.ModuleList):
-        # The children are stages. Swin and FocalNet downsample at the end of a stage.
         return last
     convolutions = [[part for part in block.modules() if isinstance(part, nn.Conv2d)] for block in blocks]
     strided = (i for i, parts in enumerate(convolutions) if any(max(part.stride) > 1 for part in parts))
@@ -167,13 +166,12 @@ def _stage_start(blocks: list[nn.Module]) -> int:
 
 def _matching(pattern: str, names: list[str]) -> list[str]:
     try:
-        expression = re.compile(pattern)
+        chosen = [name for name in names if re.search(pattern, name)]
     except re.error as error:
         raise ScopeError(
             f'Expected trainable= as "last_stage", "all" or a regular expression, found {pattern!r} ({error}). '
             "Correct the expression."
         ) from error
-    chosen = [name for name in names if expression.search(name)]
     if len(chosen) in (0, len(names)):
         # "classifier|" and "." match all by mistake, and a network trained as a whole is lost within some steps.
         found = f"{'every one' if chosen else 'none'} with trainable={pattern!r}"

@@ -41,26 +41,22 @@ def test_a_changed_budget_is_in_the_name():
     assert QUICK.changed() is QUICK
 
 
-@pytest.mark.parametrize("name", ["seconds", "steps", "seeds"])
-@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "5", True])
-def test_a_change_is_a_positive_number(name, value):
-    with pytest.raises(ArgumentError, match=name):
-        QUICK.changed(**{name: value})
+COUNTS = [
+    lambda value: ProbeBudget(steps=value),
+    lambda value: TuningBudget(max_test_images=value),
+    lambda value: replace(QUICK, probe_seeds=value),
+    lambda value: replace(QUICK, tuning_seeds=value),
+    lambda value: QUICK.changed(steps=value),
+    lambda value: QUICK.changed(seeds=value),
+]
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5, "3", 10**20])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda value: ProbeBudget(steps=value),
-        lambda value: TuningBudget(max_test_images=value),
-        lambda value: replace(QUICK, probe_seeds=value),
-        lambda value: replace(QUICK, tuning_seeds=value),
-    ],
-)
-def test_a_budget_of_ones_own_is_checked_too(make, value):
-    with pytest.raises(ArgumentError):
-        make(value)
+@pytest.mark.parametrize("value", [0, -1, 2.5, "3", True, math.nan, math.inf, 10**20])
+def test_a_budget_is_a_positive_number(value):
+    seconds = [] if value in (2.5, 10**20) else [lambda value: QUICK.changed(seconds=value)]
+    for make in (*COUNTS, *seconds):
+        with pytest.raises(ArgumentError):
+            make(value)
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)

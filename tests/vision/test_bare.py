@@ -117,15 +117,12 @@ def test_outputs_are_those_of_a_classifier_in_the_backbones_dtype(bare, vit, pix
     assert found.shape == (2, 5) and found.dtype == torch.float64
 
 
-def test_a_look_at_the_features_leaves_modes_and_statistics(bare):
+def test_modes_and_statistics_stay_and_a_backbone_without_its_pooler_comes_back_without(bare, tmp_path):
     inner = bare("resnet").train()
     before = [buffer.clone() for buffer in inner.buffers()]
     LinearHeadForImageClassification(inner, 3, "mean")
     assert all(module.training for module in inner.modules())
     assert all(map(torch.equal, before, inner.buffers()))
-
-
-def test_a_backbone_without_its_pooler_comes_back_without(tmp_path):
     model = with_linear_head(backbone("vit", add_pooling_layer=False), 3, "cls")
     model.save_pretrained(tmp_path)
     loaded, info = load_with_linear_head(tmp_path, output_loading_info=True)

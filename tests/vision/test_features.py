@@ -160,7 +160,7 @@ def test_features_of_half_precision_weights_are_those_of_the_same_weights_in_flo
     assert half.dtype == dtype, "the caller's model stays as it is"
 
 
-def test_gradients_reach_weights_of_half_precision(tiny, pixels):
+def test_gradients_reach_weights_of_half_precision_and_widened_they_stay_the_objects_they_are(tiny, pixels):
     half = tiny("vit").bfloat16()
     wide = copy.deepcopy(half).float()
     for model in (half, wide):
@@ -168,13 +168,9 @@ def test_gradients_reach_weights_of_half_precision(tiny, pixels):
     for (name, found), expected in zip(half.named_parameters(), wide.parameters(), strict=True):
         if expected.grad is not None:
             assert torch.equal(found.grad, expected.grad.bfloat16()), name
-
-
-def test_parameters_stay_the_objects_they_are_so_that_an_optimizer_holds_them(tiny):
-    model = tiny("vit").half()
-    before = list(model.parameters())
-    assert all(one is other for one, other in zip(before, to_full_precision(model).parameters(), strict=True))
-    assert not half_tensors(model)
+    before = list(half.parameters())  # which an optimizer holds
+    assert all(one is other for one, other in zip(before, to_full_precision(half).parameters(), strict=True))
+    assert not half_tensors(half)
 
 
 def test_a_quantized_model_and_a_step_in_half_precision_are_refused(tiny):
