@@ -92,10 +92,9 @@ class LinearHeadForImageClassification(PreTrainedModel):
         if push_to_hub:
             raise ArgumentError("Expected push_to_hub=False, found True. Use model.push_to_hub(...) after saving.")
         state = self.state_dict() if state_dict is None else state_dict
-        of_backbone = {n.removeprefix("backbone."): t for n, t in state.items() if n.startswith("backbone.")}
-        self.backbone.save_pretrained(
-            save_directory, is_main_process, of_backbone if state_dict is not None else None, **kwargs
-        )
+        inner = {n.removeprefix("backbone."): t for n, t in state.items() if n.startswith("backbone.")}
+        given = None if state_dict is None else inner
+        self.backbone.save_pretrained(save_directory, is_main_process, given, **kwargs)
         if not is_main_process:
             return
         head = {n: state[f"classifier.{n}"] for n in ("weight", "bias")}

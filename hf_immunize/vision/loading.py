@@ -111,17 +111,12 @@ def same_logits(one: Any, other: Any) -> bool:
 
 
 def _logits(model: nn.Module) -> Tensor:
-    plain, weight = without_wrapper(model), next(p for p in model.parameters() if p.is_floating_point())
-    pixels = noise_images(plain).to(weight.device, weight.dtype)
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    shape = image_shape(without_wrapper(model).config, default=_ANY_SIZE)
+    pixels = torch.randn(_IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     with in_eval_mode(model), torch.autocast(weight.device.type, enabled=False):
         # The class's own: what accelerate put in its place runs under autocast.
         return type(model).forward(model, pixel_values=pixels).logits.float().cpu()
-
-
-def noise_images(model: PreTrainedModel) -> Tensor:
-    """A few images of noise, of the size that a model takes, always the same."""
-    shape = image_shape(model.config, default=_ANY_SIZE)
-    return torch.randn(_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def _pooled(model: Any) -> bool:
@@ -133,8 +128,7 @@ def _own_shapes(plain: Any) -> dict[str, torch.Size]:
     found = {}
     for name, module in running_modules(plain):
         place = _WRAPPERS.sub("", name)
-        kept = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for part, tensor in kept:
+        for part, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if part not in module._non_persistent_buffers_set:
                 found[f"{place}.{part}" if place else part] = tensor.shape
     return found
@@ -194,9 +188,8 @@ def load_classifier(
     if find_adapter_config_file(name, **hub) is not None:
         return _load_adapted(name, hub, **options)
     if cached_file(name, HEAD_CONFIG_FILE, **_IF_THERE, **hub) is not None:
-        model, info = load_with_linear_head(
-            name, output_loading_info=True, **{"ignore_mismatched_sizes": True, **options}
-        )
+        options = {"ignore_mismatched_sizes": True, **options}
+        model, info = load_with_linear_head(name, output_loading_info=True, **options)
         _check_whole(info, model, name)
         return model
     return _load_plain(kind or AutoModelForImageClassification, name, new_head, **options)
@@ -254,9 +247,8 @@ def _load_adapted(source: str, hub: dict[str, Any], **options: Any) -> PreTraine
             f"Expected {HEAD_CONFIG_FILE} and {HEAD_FILE} of the adapter {source}, found: {error}. Fetch them again."
         ) from error
     if about and about["pooling"] != "head_input":
-        model: Any = with_linear_head(
-            load_backbone(base, about["pooling"], **options), about["num_labels"], about["pooling"]
-        )
+        backbone = load_backbone(base, about["pooling"], **options)
+        model: Any = with_linear_head(backbone, about["num_labels"], about["pooling"])
         missing: set[str] = set()
     else:
         if about:

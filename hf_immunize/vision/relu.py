@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.errors import DataError
+from hf_immunize.vision.scope import with_training
 
 
 # A dead ReLU gives exactly zero and passes no gradient. GELU, SiLU and LeakyReLU do neither.
@@ -21,18 +22,8 @@ _ROUNDING = 1e-4
 
 def find_relus(model: nn.Module, trainable: list[str]) -> list[str]:
     """Names of the ReLUs whose nearest ancestor with parameters has some of the trainable ones."""
-    chosen, found = set(trainable), []
-
-    def visit(module: nn.Module, name: str, inherited: bool) -> None:
-        own = [f"{name}.{part}".lstrip(".") for part, _ in module.named_parameters()]
-        trains = any(part in chosen for part in own) if own else inherited
-        if trains and isinstance(module, RELUS):
-            found.append(name)
-        for part, child in module.named_children():
-            visit(child, f"{name}.{part}".lstrip("."), trains)
-
-    visit(model, "", False)
-    return found
+    modules = with_training(model, trainable)
+    return [name for name, module, trains in modules if trains and isinstance(module, RELUS)]
 
 
 @torch.no_grad()

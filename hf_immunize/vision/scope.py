@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -77,26 +78,30 @@ def modules_in_eval(
 ) -> list[nn.Module]:
     """The modules to keep in eval mode while the named parameters train; a flat list: ``eval()`` would recurse."""
     _, head = find_head(model, head_module)
-    chosen = set(trainable_names)
-    trained = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in chosen}
     in_eval: dict[nn.Module, None] = {}  # a dictionary keeps the order
-
-    def visit(module: nn.Module, inherited: bool) -> None:
-        # A module without parameters (dropout, stochastic depth) goes with its nearest ancestor that has some.
-        own = [id(parameter) for parameter in module.parameters()]
-        trains = any(parameter in trained for parameter in own) if own else inherited
+    for _, module, trains in with_training(model, trainable_names):
         if not trains or (freeze_batchnorm and isinstance(module, _BatchNorm)):
             in_eval[module] = None
-        has_head = any(part is head for part in module.modules())
-        for child in module.children():
+        if any(part is head for part in module.modules()):
             # MobileNetV2 drops 80 % of the head's input: the regularizers would see features, and a rank, that no
             # probe of the released model ever sees.
-            if has_head and isinstance(child, _DropoutNd):
-                in_eval[child] = None
-            visit(child, trains)
-
-    visit(model, False)
+            in_eval |= dict.fromkeys(child for child in module.children() if isinstance(child, _DropoutNd))
     return list(in_eval)
+
+
+def with_training(model: nn.Module, trainable_names: list[str]) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Modules by name, each with whether it trains; one without parameters goes with its nearest ancestor."""
+    chosen = set(trainable_names)
+    trained = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in chosen}
+
+    def visit(name: str, module: nn.Module, inherited: bool) -> Iterator[tuple[str, nn.Module, bool]]:
+        own = [id(parameter) for parameter in module.parameters()]
+        trains = any(parameter in trained for parameter in own) if own else inherited
+        yield name, module, trains
+        for part, child in module.named_children():
+            yield from visit(f"{name}.{part}".lstrip("."), child, trains)
+
+    yield from visit("", model, False)
 
 
 def has_batch_statistics(model: nn.Module, in_eval: list[nn.Module]) -> bool:
