@@ -68,7 +68,7 @@ class ProbeData:
     def __init__(self, Z: Tensor, y: Tensor, Z_test: Tensor, y_test: Tensor, num_classes: int) -> None:
         if len(Z) != len(y) or len(Z_test) != len(y_test) or len(Z) < 2 or len(Z_test) < 1:
             raise DataError(
-                f"Expected one label a row, at least two training rows and a test row, found {len(Z)} rows with "
+                f"Expected one label per row, at least two training rows and a test row, found {len(Z)} rows with "
                 f"{len(y)} labels, and {len(Z_test)} with {len(y_test)} to test on."
             )
         for name, features in (("training", Z), ("test", Z_test)):

@@ -203,7 +203,7 @@ def split_benign_harmful(
     Args:
         dataset: A ``Dataset``, or a ``DatasetDict`` whose splits are all divided.
         harmful_classes: The harmful classes, by name or by integer label.
-        label_column: The column that holds the labels, where it cannot be told by its type or name.
+        label_column: The column that holds the labels, where neither its type nor its name shows it.
 
     Returns:
         The benign and the harmful part, of the same type as ``dataset``.

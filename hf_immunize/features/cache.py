@@ -350,7 +350,7 @@ def _text_hash(value: Any) -> str:
 
 
 def _collated(collate: Callable[[list[Any]], dict[str, Tensor]], rows: list[Any]) -> dict[str, Tensor]:
-    """A batch of pixel values and maybe one class a row, which is all that can be stored."""
+    """A batch of pixel values and maybe one class per row, which is all that can be stored."""
     batch = dict(collate(rows))
     labels = batch.get("labels")
     if not {"pixel_values"} <= batch.keys() <= {"pixel_values", "labels"}:

@@ -140,7 +140,7 @@ def read_head(source: str | os.PathLike[str], **options: Any) -> tuple[dict[str,
 
 def load_with_linear_head(folder: str | os.PathLike[str], *, output_loading_info: bool = False, **kwargs: Any) -> Any:
     """Load a backbone and the linear head that was saved beside it."""
-    # Said in so many words: where transformers is told nothing, it asks at the keyboard.
+    # Without a word on it, transformers asks at the keyboard.
     kwargs.setdefault("trust_remote_code", False)
     try:
         backbone, info = AutoModel.from_pretrained(folder, output_loading_info=True, **kwargs)

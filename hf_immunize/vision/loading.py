@@ -183,7 +183,7 @@ def load_classifier(
 ) -> PreTrainedModel:
     """Load an image classifier with every one of its weights."""
     name, hub = os.fspath(source), {key: options[key] for key in HUB_OPTIONS if key in options}
-    # Said in so many words: where transformers is told nothing about code, it asks at the keyboard.
+    # Without a word on it, transformers asks at the keyboard.
     options = {"dtype": torch.float32, "trust_remote_code": False, **options}
     if find_adapter_config_file(name, **hub) is not None:
         return _load_adapted(name, hub, **options)
@@ -212,7 +212,7 @@ def load_backbone(source: str | os.PathLike[str], pooling: str, **options: Any) 
 
 
 def _load_plain(kind: Any, source: str, new_head: bool, **options: Any) -> PreTrainedModel:
-    options["ignore_mismatched_sizes"] = True  # what does not fit is told below, with all the rest
+    options["ignore_mismatched_sizes"] = True  # what does not fit is named below, with all the rest
     model, info = kind.from_pretrained(source, output_loading_info=True, **options)
     drawn: list[str] = []
     if new_head:
