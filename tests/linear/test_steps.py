@@ -78,39 +78,6 @@ def test_beyond_half_its_range_r_ill_lowers_kappa():
     assert float(after[-1]) == pytest.approx(0.1)
 
 
-def test_the_preconditioner_cancels():
-    X, theta = torch.randn(9, 5, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
-    K = X.T @ X
-    for well in (True, False):
-        H = theta.T @ K @ theta
-        sigma = torch.linalg.svdvals(H)
-        if well:
-            value = sigma[0].square() / 2 - H.square().sum() / 10
-        else:
-            value = 1 / (H.square().sum() / 10 - sigma[-1].square() / 2)
-        expected = torch.linalg.solve(K, torch.autograd.grad(value, theta)[0])
-        fixed = theta.detach()
-        spectrum = feature_spectrum(X @ fixed)
-        weights = well_weights(spectrum.values, 5) if well else ill_weights(spectrum.values)
-        assert tied(spectrum.values) == 1
-        (found,) = directions(fixed, [(X @ fixed, spectrum.left, weights)])
-        torch.testing.assert_close(found.tall @ found.flat, expected, rtol=1e-7, atol=1e-12)
-        assert found.norm() == pytest.approx(float(expected.norm()))
-
-
-def test_singular_k_moves_as_the_full_gradient_does():
-    # With K singular K⁻¹ does not exist; what H sees of the direction is the pseudo-inverse's.
-    X = torch.randn(9, 3, dtype=torch.float64) @ torch.randn(3, 5, dtype=torch.float64)
-    theta = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
-    H = theta.T @ (X.T @ X) @ theta
-    value = torch.linalg.svdvals(H)[0].square() / 2 - H.square().sum() / 10
-    expected = torch.linalg.pinv(X.T @ X, rcond=1e-12) @ torch.autograd.grad(value, theta)[0]
-    fixed = theta.detach()
-    spectrum = feature_spectrum(X @ fixed)
-    (found,) = directions(fixed, [(X @ fixed, spectrum.left, well_weights(spectrum.values, 5))])
-    torch.testing.assert_close(X @ (found.tall @ found.flat), X @ expected, rtol=1e-6, atol=1e-9)
-
-
 def test_a_repeated_top_eigenvalue_moves_as_one():
     values = torch.tensor([5.0, 5.0, 5.0, 1.0], dtype=torch.float64)
     step = well_step(values, 4)
@@ -140,3 +107,28 @@ def test_steps_have_ends():
     for growth in (1.01, 1.5, 100.0):
         after = step_of(values, ill_weights, ill_step(torch.tensor(values).double(), growth))
         assert float(after[0] / after[-1]) == pytest.approx(growth * 14)
+
+
+@pytest.mark.parametrize("rank", [5, 3])
+@pytest.mark.parametrize("well", [True, False])
+def test_the_preconditioner_cancels(well, rank):
+    # With K singular K⁻¹ does not exist; what H sees of the direction is the pseudo-inverse's.
+    X = torch.randn(9, rank, dtype=torch.float64) @ torch.randn(rank, 5, dtype=torch.float64)
+    theta = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    H = theta.T @ (X.T @ X) @ theta
+    sigma = torch.linalg.svdvals(H)[:rank]
+    if well:
+        value = sigma[0].square() / 2 - H.square().sum() / 10
+    else:
+        value = 1 / (H.square().sum() / (2 * rank) - sigma[-1].square() / 2)
+    expected = torch.linalg.pinv(X.T @ X, rcond=1e-12) @ torch.autograd.grad(value, theta)[0]
+    fixed = theta.detach()
+    spectrum = feature_spectrum(X @ fixed)
+    assert tied(spectrum.values) == 1
+    weights = well_weights(spectrum.values, 5) if well else ill_weights(spectrum.values)
+    (found,) = directions(fixed, [(X @ fixed, spectrum.left, weights)])
+    moved = found.tall @ found.flat
+    if rank == 5:
+        torch.testing.assert_close(moved, expected, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(X @ moved, X @ expected, rtol=1e-6, atol=1e-9)
+    assert found.norm() == pytest.approx(float(moved.norm()))
