@@ -55,7 +55,10 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
         target.mkdir(parents=True, exist_ok=True)
         # Within the target, which may be a mount of its own.
         staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target))
-        lock = _locked(staging)
+        # It shows others that this is being written.
+        lock = FileLock(staging / _LOCK)
+        with suppress(NotImplementedError, OSError):  # of file systems that know no locks
+            lock.acquire()
         yield staging
         written = sorted(path for path in staging.rglob("*") if path != staging / _LOCK)
         files, folders = ([path for path in written if path.is_file() is kind] for kind in (True, False))
@@ -143,13 +146,3 @@ def checked(line: str) -> dict[str, Any]:
 
 def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-
-
-def _locked(staging: Path) -> FileLock | None:
-    """A lock that tells others that this is being written; None where the file system knows no locks."""
-    try:
-        lock = FileLock(staging / _LOCK)
-        lock.acquire()
-    except (NotImplementedError, OSError):
-        return None
-    return lock

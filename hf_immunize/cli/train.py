@@ -137,8 +137,7 @@ def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArgume
     except ImmunizationError:
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:  # of TrainingArguments
-        said = " ".join(str(error).split())
-        raise ArgumentError(f"Expected flags that fit each other and this machine, found: {said}") from error
+        raise ArgumentError(f"Expected flags that fit each other, found: {printable(error)}") from error
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         near = get_close_matches(unknown[0].split("=")[0], flags, n=3)
@@ -153,15 +152,12 @@ def _check_training(training: ImmunizationArguments) -> None:
     for name, value in vars(training).items():
         if name.endswith("_kwargs") and isinstance(value, str):
             raise ArgumentError(f"Expected --{name} as a mapping in JSON, found {value!r}. Leave it out, or mend it.")
-    missing = sorted(set(training.report_to) - set(get_available_reporting_integrations()))
-    if missing:
-        raise ArgumentError(
-            f"Expected --report_to with installed trackers, found {missing}. Install it, or give none."
-        )
+    if missing := sorted(set(training.report_to) - set(get_available_reporting_integrations())):
+        raise ArgumentError(f"Expected installed trackers as --report_to, found {missing}. Install them.")
     if not training.do_train or training.do_predict:
         raise ArgumentError(
-            "Expected --do_train and no --do_predict, since this command trains, and measures before and after; found "
-            f"do_train={training.do_train}, do_predict={training.do_predict}. hf-immunize verify measures alone."
+            f"Expected --do_train and no --do_predict, found do_train={training.do_train}, "
+            f"do_predict={training.do_predict}. Leave them out: hf-immunize verify measures alone."
         )
 
 
@@ -196,8 +192,7 @@ def _read_config(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise ArgumentError(f"Expected a YAML or JSON file in UTF-8 at {path}, found: {said}.") from error
+        raise ArgumentError(f"Expected YAML or JSON in UTF-8 at {path}, found: {printable(error)}.") from error
     if not isinstance(values, dict):
         raise ArgumentError(f"Expected names and values in {path}, found {type(values).__name__}.")
     return values
