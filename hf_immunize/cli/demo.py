@@ -320,7 +320,8 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
     after = trainer.evaluate()
     console.print("\n[bold]3/3[/] Probing the harmful digits before and after")
     old, new = (probe_harmful(one, harmful) for one in (reference, model))
-    names = ("a ViT of three layers trained on the benign digits", *(f"scikit-learn digits {d}" for d in _DIGITS))
+    names = ["a ViT of three layers trained on the benign digits"]
+    names += ["scikit-learn digits 0 to 4", "scikit-learn digits 5 to 9"]
     parts = {"benign_train": benign["train"], "harmful_train": harmful["train"]}
     parts |= {"benign_eval": benign["test"], "harmful_eval": harmful["test"]}
     results = run_results(trainer, names, {name: len(part) for name, part in parts.items()}, before, after)
@@ -349,9 +350,6 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
         f"{folder}/held_out/benign --harmful {folder}/held_out/harmful"
     )
     return results
-
-
-_DIGITS = ("0 to 4", "5 to 9")
 
 
 def describe(trainer: ImmunizationTrainer, results: dict[str, Any], old: Probing, new: Probing) -> None:
