@@ -272,17 +272,16 @@ def load_run_state(folder: str, step: ImmunizationStep, batch: int) -> dict[str,
     processes, path = world_size(), os.path.join(folder, _REFERENCES_FILE)
     about = load_step(step, os.path.join(folder, _STEP_FILE))
     old_batch, old_processes = about.get("batch", (batch, processes))
-    old, rest = old_batch * old_processes, old_batch * old_processes % processes
+    old = old_batch * old_processes
     if (old_batch, old_processes) != (batch, processes):
-        goes_on = f"{old_processes} processes" if rest else f"per_device_train_batch_size={old // processes}"
+        what = "dropout and the images of the budget's hold-out are drawn otherwise"
+        if old != batch * processes:
+            size = f"set per_device_train_batch_size={old // processes}"
+            same = f"run on {old_processes} processes" if old % processes else size
+            what = f"κ and the place in the epoch are of batches of another size (to keep it, {same})"
         logger.warning(
             f"The run was interrupted at {old_batch} benign images on each of {old_processes} processes, and goes on "
-            f"at {batch} on each of {processes}: "
-            + (
-                "dropout and the images of the budget's hold-out are drawn otherwise."
-                if old == batch * processes
-                else f"κ and the place in the epoch are of batches of another size, but for {goes_on}."
-            )
+            f"at {batch} on each of {processes}: {what}."
         )
     return load_measurements(path) if os.path.isfile(path) else {}
 

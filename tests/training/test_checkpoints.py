@@ -238,17 +238,6 @@ def test_a_checkpoint_that_is_not_there_is_refused(given, trainer):
         trainer().train(resume_from_checkpoint=given)
 
 
-def test_checkpoints_are_ordered_by_number(tmp_path):
-    for step in (9, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        hf.TrainerState().save_to_json(str(tmp_path / f"checkpoint-{step}" / STATE))
-        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "checkpoint-old").mkdir()
-    (tmp_path / "checkpoint-100" / STATE).write_text("[]")
-    last, broken = last_whole_checkpoint(str(tmp_path))
-    assert (last, list(broken)) == (str(tmp_path / "checkpoint-10"), [str(tmp_path / "checkpoint-100")])
-
-
 OLDER = [
     # Files of a checkpoint without a list, and the one that is missed.
     (["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STEP_FILE], None),
@@ -269,17 +258,18 @@ OLDER = [
 @pytest.mark.parametrize(("names", "missed"), OLDER)
 @pytest.mark.parametrize("emptied", [False, True])
 def test_a_checkpoint_without_a_list_is_judged_by_its_files(names, missed, emptied, tmp_path):
-    checkpoint = tmp_path / "checkpoint-2"
-    for name in names:
-        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
-        (checkpoint / name).write_bytes(b"numbers")
+    earlier, checkpoint = tmp_path / "checkpoint-9", tmp_path / "checkpoint-10"
+    for path in (earlier / "model.safetensors", *(checkpoint / name for name in names)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"numbers")
     checkpoint.mkdir(exist_ok=True)
     if emptied and names:
         (checkpoint / names[0]).write_bytes(b"")
         missed = names[0]
-    hf.TrainerState().save_to_json(str(checkpoint / STATE))
+    for folder in (earlier, checkpoint):
+        hf.TrainerState().save_to_json(str(folder / STATE))
     last, broken = last_whole_checkpoint(str(tmp_path))
-    assert (last is None) == (missed is not None)
+    assert last == str(checkpoint if missed is None else earlier)
     assert missed is None or missed in broken[str(checkpoint)]
 
 
@@ -360,8 +350,8 @@ def test_another_scope_and_a_damaged_state_are_refused(options, stopped, trainer
     [
         ((4, 2), (4, 2), None),
         ((4, 2), (8, 1), "drawn otherwise"),
-        ((4, 2), (4, 1), "but for per_device_train_batch_size=8"),
-        ((4, 2), (3, 3), "but for 2 processes"),
+        ((4, 2), (4, 1), "set per_device_train_batch_size=8"),
+        ((4, 2), (3, 3), "run on 2 processes"),
     ],
 )
 def test_other_batches_and_processes_are_said(before, now, words, tiny, tmp_path, monkeypatch, warnings):

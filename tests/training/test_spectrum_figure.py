@@ -121,12 +121,6 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_figure_is_written_and_can_be_opened(plain, figures, tmp_path):
-    plain(figures(), max_steps=1).train()
-    with Image.open(tmp_path / "run" / "spectrum" / "spectrum.png") as image:
-        assert image.format == "PNG" and image.width > image.height
-
-
 def test_the_figure_and_the_log_are_of_the_starting_and_of_the_present_weights(
     plain, figures, images, spectra, tmp_path
 ):
@@ -154,9 +148,10 @@ def test_either_side_may_be_left_out_or_both(plain, figures, spectra, tmp_path):
     assert spectra == [] and os.listdir(tmp_path / "curves" / "spectrum") == ["spectrum.png"]
 
 
-def test_an_immunizing_run_has_its_figure(trainer, figures, spectra, tmp_path):
-    trainer(eval_strategy="steps", eval_steps=1, callbacks=[figures()]).train()
-    assert (tmp_path / "run" / "spectrum" / "spectrum.png").is_file() and len(spectra) == 2
+def test_an_immunizing_run_has_its_figure_which_can_be_opened(trainer, figures, tmp_path):
+    trainer(eval_strategy="steps", eval_steps=2, callbacks=[figures()]).train()
+    with Image.open(tmp_path / "run" / "spectrum" / "spectrum.png") as image:
+        assert image.format == "PNG" and image.width > image.height
 
 
 def test_several_evaluation_sets_are_measured_once(plain, figures, images, monkeypatch, unpainted):
@@ -247,14 +242,10 @@ def test_starting_spectra_that_are_lost_or_of_other_images_are_left_out(
     kept = set() if lost else {("harmful", "before")}
     assert set(spectra[-1]) == {("benign", "after"), ("harmful", "after")} | kept
     assert "starting spectra" in " ".join(warnings) and "spectrum_log10_rir" not in resumed.state.log_history[-2]
-
-
-def test_a_new_run_in_the_same_folder_has_starting_spectra_of_its_own(plain, figures, images, spectra):
-    plain(figures(), max_steps=1).train()
-    second = plain(figures(), max_steps=1)
-    second.model.vit.layernorm.bias.data.mul_(3.0)
-    before = sigmas(second.model, images(24, 5))
-    second.train()
+    anew = plain(figures(), max_steps=1)  # in the same folder, with starting spectra of its own
+    anew.model.vit.layernorm.bias.data.mul_(3.0)
+    before = sigmas(anew.model, images(24, 5))
+    anew.train()
     close(spectra[-1]["benign", "before"], before)
 
 
