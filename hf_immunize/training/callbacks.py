@@ -1,8 +1,7 @@
 """Callbacks for any `transformers.Trainer`: stop before benign accuracy is lost, or when RIR is reached.
 
-They decide by ``state.log_history`` alone, which every checkpoint holds, and keep nothing of their own: a resumed run
-decides as the one that was not stopped, whether or not ``restore_callback_states_from_checkpoint`` is set, and
-several of one class do not disturb each other.
+They decide by ``state.log_history`` alone, which every checkpoint holds: a resumed run decides as one that was not
+stopped, and several of one class do not disturb each other.
 """
 
 from __future__ import annotations
@@ -66,7 +65,6 @@ class _EvaluationCallback(TrainerCallback):
         raise NotImplementedError
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Check the settings; stop a resumed run that had already come to its end."""
         if args.eval_strategy == "no":
             raise ArgumentError(
                 f"Expected evaluations for {type(self).__name__} to look at, found eval_strategy='no'. "
@@ -79,7 +77,6 @@ class _EvaluationCallback(TrainerCallback):
             _warn(state, f"This run was already at its end, and stops after one more step: {reason or _ELSEWHERE}.")
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Decide whether to go on."""
         if not self._training:
             return
         # With several evaluation sets, a later one may have it: only the next step shows.
@@ -93,7 +90,6 @@ class _EvaluationCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Refuse to train on without the metric that the decision needs."""
         if self._lacking is not None:
             found = sorted({key for entry in state.log_history for key in entry if key.startswith("eval_")})
             raise ArgumentError(
@@ -102,20 +98,17 @@ class _EvaluationCallback(TrainerCallback):
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Leave the evaluations that follow the training alone."""
-        self._training = False
+        self._training = False  # evaluations that follow are not looked at
 
 
 class BenignUtilityCallback(_EvaluationCallback):
     """Stop when benign accuracy falls more than a number of points below its starting value, or go back as well.
 
-    The starting value is the first evaluation in the log history: set ``eval_on_start=True``, or pass it as
-    ``baseline``. An evaluation before ``train()`` is not in the history, since the Trainer begins a new one.
-
-    ``action="restore"`` loads, at the end of training and after ``load_best_model_at_end``, the best checkpoint within
-    the limit: best by ``metric_for_best_model``, without it the latest. A checkpoint counts if it was evaluated at its
-    step: save as often as you evaluate, or less often by a whole factor. ``state.best_model_checkpoint`` names it, and
-    ``{"returned_to_step": …}`` is added to the log history. A run that is resumed beyond the limit takes one step.
+    The starting value is the first evaluation in training: set ``eval_on_start=True``, or pass it as ``baseline``.
+    ``action="restore"`` loads, at the end of training, the best checkpoint within the limit by
+    ``metric_for_best_model``, without it the latest. It must have been evaluated at its step: save as often as you
+    evaluate. ``state.best_model_checkpoint`` names it, and the log history gets ``{"returned_to_step": …}``. A run
+    that is resumed beyond the limit takes one step.
 
     Args:
         max_drop_points: Percentage points of accuracy that may be lost.
@@ -125,8 +118,7 @@ class BenignUtilityCallback(_EvaluationCallback):
         percent: Whether the metric is logged between 0 and 100, not between 0 and 1.
 
     Raises:
-        ArgumentError: At once for impossible values; when training begins, where there are no evaluations or, to
-            restore, no checkpoints; after the first evaluation, where it lacks the metric.
+        ArgumentError: For impossible values; without evaluations, their metric or, to restore, checkpoints.
         CheckpointError: At the end of training, where there is no checkpoint to go back to.
 
     Example:
@@ -215,11 +207,9 @@ class TargetRIRCallback(_EvaluationCallback):
     """Stop when the exact RIR has reached a target in successive evaluations.
 
     A lower bound (harmful rank was lost) counts; an upper bound and an undetermined RIR do not. RIR describes linear
-    probing by gradient descent, not fine-tuning: audit the result. The weights stay those of the last evaluation,
-    unless ``load_best_model_at_end`` replaces them: set ``metric_for_best_model="log10_rir"`` with it.
-
-    `ImmunizationTrainer` logs RIR; a plain Trainer can get it from ``compute_metrics``. A run that is resumed after it
-    had reached the target takes one step.
+    probing by gradient descent, not fine-tuning: audit the result. With ``load_best_model_at_end``, set
+    ``metric_for_best_model="log10_rir"``. `ImmunizationTrainer` logs RIR; a plain Trainer can get it from
+    ``compute_metrics``. A run that is resumed after it had reached the target takes one step.
 
     Args:
         target: The RIR to reach, dimensionless.
@@ -232,8 +222,7 @@ class TargetRIRCallback(_EvaluationCallback):
         percent: Whether the accuracy is logged between 0 and 100, not between 0 and 1.
 
     Raises:
-        ArgumentError: At once for impossible values; when training begins, where there are no evaluations; after the
-            first evaluation, where it lacks a metric.
+        ArgumentError: For impossible values; without evaluations, or where the first lacks a metric.
 
     Example:
         >>> callback = TargetRIRCallback(target=1000.0, patience=2, max_drop_points=2.0)

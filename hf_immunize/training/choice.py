@@ -18,7 +18,7 @@ from hf_immunize.data.sources import choose
 from hf_immunize.errors import DataError
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.distributed import broadcast_from_main, is_main
-from hf_immunize.training.objectives import AUTO, OBJECTIVES
+from hf_immunize.training.objectives import AUTO, AUTO_FEATURES, AUTO_INSIDE, OBJECTIVES
 from hf_immunize.vision.head import HeadInput, in_eval_mode
 
 
@@ -56,7 +56,7 @@ def choose_objective(
     two sides, so that it can be dead on one of them alone; else `Concentration`.
     """
     if method.objective == AUTO and method.benign_loss == "task" and method.harmful_weight == "auto":
-        return Choice("concentration", reason="beside the task's loss alone nothing weighs terms inside the network")
+        return Choice(AUTO_FEATURES, reason="beside the task's loss alone nothing weighs terms inside the network")
     if method.objective != AUTO and not OBJECTIVES[method.objective].looks_inside():
         return Choice(method.objective)
     found: Choice | DataError | None = None
@@ -94,13 +94,13 @@ def _seek(
             model(pixel_values=images)
         return captured.features
 
-    name = "dead_relu" if method.objective == AUTO else method.objective
+    name = AUTO_INSIDE if method.objective == AUTO else method.objective
     few = torch.cat([benign[:2], harmful[:2]])
     reads = tuple(OBJECTIVES[name].find(model, trainable, lambda: features(few)))
     if method.objective != AUTO:
         return Choice(name, reads)
     if not reads:
-        return Choice("concentration", reason="the trainable part has no ReLU that no shortcut bypasses")
+        return Choice(AUTO_FEATURES, reason="the trainable part has no ReLU that no shortcut bypasses")
     with torch.no_grad():
         sides = [torch.cat([features(part) for part in side.split(_AT_ONCE)]) for side in (benign, harmful)]
     share = separability(*sides)
@@ -119,7 +119,7 @@ def _seek(
         f"{100 * share:.0f}% of a sample on their own side (50% is chance). objective='auto' is 'concentration'. "
         "Expect linear probes to read nearly as much as before; objective='dead_relu' tries nonetheless."
     )
-    return Choice("concentration", reason=f"only {found}")
+    return Choice(AUTO_FEATURES, reason=f"only {found}")
 
 
 def separable(benign: Tensor, harmful: Tensor) -> Tensor:

@@ -30,16 +30,15 @@ _STEP_FILE = "immunization_callback.safetensors"
 class ImmunizationCallback(TrainerCallback):
     """Add the immunization loss to the training of an unmodified `transformers.Trainer`.
 
-    For users whose Trainer is a subclass of someone else's. At the beginning of each optimizer step the callback runs
-    benign and harmful images of its own through the model and adds the gradient of regularizers and distillation to
-    ``.grad``, before the Trainer's own backward passes add theirs: once a step whatever the accumulation, within what
-    gradient clipping sees, at the scale of fp16's loss scaler, and averaged over processes with the rest by DDP. The
-    Trainer keeps the task's own loss. What requires a gradient is trained (see `select_trainable`); BatchNorm stays in
-    eval mode in the callback's passes, so that no harmful image reaches running statistics.
+    For users whose Trainer is a subclass of someone else's, which keeps the task's own loss. At the beginning of each
+    optimizer step the callback runs benign and harmful images of its own through the model and adds the gradient of
+    regularizers and distillation to ``.grad``: once a step whatever the accumulation, within what gradient clipping
+    sees, at the scale of fp16's loss scaler, and averaged over processes by DDP. What requires a gradient is trained
+    (see `select_trainable`); no harmful image reaches running statistics.
 
-    Compared with `ImmunizationTrainer` it costs a forward and backward pass over benign images more, reads its images
-    in the main process, and does not measure κ in evaluations; terms are in ``trainer.state.log_history`` with the
-    Trainer's loss. DeepSpeed and FSDP, which own the gradients, are refused.
+    Compared with `ImmunizationTrainer` it costs a forward and backward pass over benign images more, and measures no
+    κ in evaluations; terms are in ``trainer.state.log_history``. DeepSpeed and FSDP, which own the gradients, are
+    refused.
 
     Args:
         harmful_dataset: Harmful images, stored or streamed; labels are needed by ``objective="imma"`` alone.
@@ -56,8 +55,8 @@ class ImmunizationCallback(TrainerCallback):
             ``budget_holdout``, since the budget is measured on the images of each step.
 
     Raises:
-        ArgumentError, DataError, HeadError: At the beginning of training, where something is missing, or the model is
-            none that can be immunized. ArgumentError at once, for unknown or impossible settings.
+        ArgumentError: At once, for unknown or impossible settings.
+        DataError, HeadError: At the beginning of training, where data are missing or the model cannot be immunized.
         CheckpointError: On resuming, where the checkpoint was written without this callback.
 
     Example:

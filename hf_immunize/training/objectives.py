@@ -221,8 +221,8 @@ def relu_activity(harmful: Tensor, benign: Tensor) -> InnerTerm:
     return InnerTerm(torch.log(mean), norm, 1 / (unit * entries**0.5), left)
 
 
-# What "auto" stands for is chosen before the first step; see `hf_immunize.training.choice`.
-AUTO = "auto"
+# What "auto" stands for is chosen before the first step: the first where the network allows it, else the second.
+AUTO, AUTO_INSIDE, AUTO_FEATURES = "auto", "dead_relu", "concentration"
 # In the order in which `--help` names them.
 OBJECTIVES: dict[str, type[Objective]] = {
     "dead_relu": DeadReLU,

@@ -72,10 +72,9 @@ class ImmunizationTrainer(Trainer):
 
     Weights of half precision are turned into float32, in which they are trained, measured and saved.
 
-    κ is not additive over micro-batches: under gradient accumulation the mean of the micro-batches' regularizers is
-    minimized, not the regularizer of the whole batch. Over processes it is exact, and evaluations do not depend on
-    their number. FSDP needs ``benign_loss="task"`` and ``benign_budget=None``, and measures no κ in half precision; it
-    is tested on the CPU (FSDP2). DeepSpeed, under the same conditions, is untested.
+    Under gradient accumulation the mean of the micro-batches' regularizers is minimized, since κ is not additive; over
+    processes the whole batch counts. FSDP needs ``benign_loss="task"`` and ``benign_budget=None``, and measures no κ
+    in half precision; it is tested on the CPU (FSDP2). DeepSpeed, under the same conditions, is untested.
 
     Args:
         model: An image classifier with one linear head (`AutoModelForImageClassification`).
@@ -425,12 +424,9 @@ class ImmunizationTrainer(Trainer):
     ) -> dict[str, float]:
         """As the Trainer's on benign data, with κ of both tasks and RIR against the starting weights.
 
-        Adds to the metrics (see `spectral_metrics` for all names) ``eval_benign_log10_kappa``,
-        ``eval_harmful_log10_kappa``, ``eval_rir``, ``eval_log10_rir``, …, and ``eval_benign_loss`` and
-        ``eval_benign_accuracy`` as other names of ``eval_loss`` and ``eval_accuracy``.
-
-        With other benign data as ``eval_dataset``, κ is reported without RIR; it may be the name of one of several
-        sets of the constructor's.
+        Adds ``eval_benign_log10_kappa``, ``eval_harmful_log10_kappa``, ``eval_rir``, ``eval_log10_rir``, … (see
+        `spectral_metrics`), and ``eval_benign_loss`` and ``eval_benign_accuracy`` as other names. ``eval_dataset`` may
+        name one of several sets of the constructor's; with other data, κ is reported without RIR.
         """
         checks.check_prepared(self.accelerator)
         if self._evaluation is not None:  # one of several sets
@@ -550,8 +546,8 @@ class ImmunizationTrainer(Trainer):
     def _measure_references(self) -> None:
         if self._harmful_eval is None or self.eval_dataset is None or not self._can_measure:
             return
-        benign = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        sets = {f"eval_{name}" if name else "eval": dataset for name, dataset in benign.items()}
+        benign, several = self.eval_dataset, isinstance(self.eval_dataset, dict)
+        sets = {f"eval_{name}": dataset for name, dataset in benign.items()} if several else {"eval": benign}
         for name, dataset in {**sets, "harmful": self._harmful_eval}.items():
             if name not in self._references:
                 self._references[name] = self._measure(self.get_eval_dataloader(dataset), name)
@@ -582,11 +578,7 @@ class ImmunizationTrainer(Trainer):
     # ---- training, saving, resuming ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As the Trainer's; measures κ of the starting weights first, so that RIR can be reported afterwards.
-
-        Args:
-            resume_from_checkpoint: A checkpoint's folder, or True for the last one that was written whole.
-            **kwargs: As the Trainer's.
+        """As the Trainer's, after κ of the starting weights was measured; True resumes the last whole checkpoint.
 
         Raises:
             CheckpointError: If the checkpoint is not as it was written, or none is.
@@ -708,10 +700,7 @@ class ImmunizationTrainer(Trainer):
             super().init_hf_repo(token=token, private=private)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card with the figures of the present weights; your own sections of an existing one stay.
-
-        Args: as the Trainer's; `tasks` and `dataset_args` are not used, since the task is always the same.
-        """
+        """As the Trainer's (less `tasks`, `dataset_args`): the card of the present weights; your own sections stay."""
         given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
         unused = ("self", "tasks", "dataset_args")
         if self.is_world_process_zero():
@@ -726,9 +715,7 @@ class ImmunizationTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Save, and push weights, configs, record, card and figures in one commit; nothing else leaves.
-
-        Args: as the Trainer's.
+        """As the Trainer's: save, and push weights, configs, record, card and figures in one commit; nothing else.
 
         Returns:
             `PushResult`, or its future where not `blocking`; None on other processes than the first.

@@ -151,12 +151,13 @@ def test_what_a_callback_needs_is_missed_before_the_first_step(callback, options
     assert run.state.global_step == 0
 
 
-IMPOSSIBLE = [{"max_drop_points": -1.0}, {"max_drop_points": math.nan}, {"action": "pause"}, {"baseline": 90.0}]
-IMPOSSIBLE += [{"baseline": 101.0, "percent": True}]
-IMPOSSIBLE = [(stop, options) for options in IMPOSSIBLE]
-IMPOSSIBLE += [(TargetRIRCallback, {name: value}) for name, value in (("target", 0.0), ("target", math.inf))]
-IMPOSSIBLE += [(TargetRIRCallback, {name: value}) for name, value in (("patience", 0), ("patience", 1.5))]
-IMPOSSIBLE += [(TargetRIRCallback, {"metric": "eval_rir"}), (TargetRIRCallback, {"max_drop_points": -1.0})]
+NO_LIMITS = [{"max_drop_points": value} for value in (-1.0, math.nan)]
+NO_LIMITS += [{"action": "pause"}, {"baseline": 90.0}, {"baseline": 101.0, "percent": True}]
+NO_TARGETS = [
+    {name: value} for name, values in {"target": (0.0, math.inf), "patience": (0, 1.5)}.items() for value in values
+]
+NO_TARGETS += [{"metric": "eval_rir"}, {"max_drop_points": -1.0}]
+IMPOSSIBLE = [*((stop, each) for each in NO_LIMITS), *((TargetRIRCallback, each) for each in NO_TARGETS)]
 
 
 @pytest.mark.parametrize(("callback", "options"), IMPOSSIBLE)
@@ -183,16 +184,11 @@ def test_going_back_loads_the_last_checkpoint_within_the_limit_and_the_state_say
 
 BY_RIR = {"metric_for_best_model": "log10_rir"}
 EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 3}
+BEYOND = {"rir": [0, 1.0, 2.0, 3.0, 9.0, 9.0, 9.0], **BY_RIR, "load_best_model_at_end": True}
 RETURNS = {
     "by the user's metric": ({"rir": [0, 1.0, 3.0, 2.0, 9.0, 9.0, 9.0], **BY_RIR}, 2),
-    "over a best model beyond the limit": (
-        {"rir": [0, 1.0, 2.0, 3.0, 9.0, 9.0, 9.0], **BY_RIR, "load_best_model_at_end": True},
-        3,
-    ),
-    "over a best model, all that is saved": (
-        {"rir": [0, 1.0, 2.0, 3.0, 9.0, 9.0, 9.0], **BY_RIR, "load_best_model_at_end": True, "save_strategy": "best"},
-        3,
-    ),
+    "over a best model beyond the limit": (BEYOND, 3),
+    "over a best model, all that is saved": (BEYOND | {"save_strategy": "best"}, 3),
     "by epoch": ({"accuracy": [0.9] * 5 + [0.5] * 8, **EPOCHS}, 4),
     "to one that was evaluated": ({"eval_steps": 2}, 2),
 }

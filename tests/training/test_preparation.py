@@ -1,6 +1,7 @@
 """What cannot work is refused before anything runs, by an error that says what to do."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_immunize.errors import (
     ArgumentError,
@@ -119,15 +121,12 @@ def test_degenerate_sides_are_told_before_the_first_step_and_in_the_record(train
     assert run.evidence.remarks == make_record(run).remarks
 
 
-def test_harmful_labels_may_be_anything(trainer, processor):
+def test_harmful_labels_may_be_anything_and_are_needed_by_imma_alone(trainer, processor, images):
     data = photos().remove_columns("label").add_column("label", ["gun"] * 8)
     sets = {"harmful_dataset": data, "harmful_eval_dataset": data}
     run = trainer(train_dataset=photos(), eval_dataset=photos(), processing_class=processor, **sets)
     run.train()
     assert "eval_harmful_log10_kappa" in run.evaluate()
-
-
-def test_harmful_images_without_the_labels_of_imma_are_named(trainer, images):
     with pytest.raises(DataError, match=r"In harmful_dataset: .*label.*needed by objective='imma'"):
         trainer(harmful_dataset=images(8, labels=False), objective="imma")
 
@@ -159,9 +158,6 @@ def test_images_of_several_shapes_are_refused(name, trainer, images):
     with pytest.raises(ShapeError, match="one shape"):
         run.train()
         run.evaluate()
-
-
-def test_benign_and_harmful_images_of_two_shapes_are_refused(trainer, images):
     with pytest.raises(ShapeError, match=r"benign and harmful.*\(3, 8, 8\) and \(3, 12, 12\)"):
         trainer(harmful_dataset=images(8, size=12), harmful_eval_dataset=None).train()
 
@@ -179,12 +175,11 @@ def test_images_without_a_processor_are_refused(trainer):
         trainer(train_dataset=photos()).train()
 
 
-@pytest.mark.parametrize("name", ["train_dataset", "harmful_dataset"])
-def test_an_undecodable_image_in_training_names_its_row(name, trainer, processor):
-    sets = {key: photos() for key in SETS}
-    run = trainer(**(sets | {name: damaged(8, 5)}), processing_class=processor)
+@pytest.mark.parametrize("name", ["train_dataset", "harmful_dataset", "eval_dataset"])
+def test_an_undecodable_image_names_its_row(name, trainer, processor):
+    run = trainer(**dict.fromkeys(SETS, photos()) | {name: damaged(8, 5)}, processing_class=processor)
     with pytest.raises(ImageDecodeError, match=f"row 5 of {name}"):
-        run.train()
+        (run.evaluate if name == "eval_dataset" else run.train)()
 
 
 @pytest.mark.parametrize("column", ["label", "labels"])
@@ -202,6 +197,9 @@ def test_a_collator_of_the_user_gets_the_items_of_both_sides(column, trainer, im
     assert "eval_rir" in run.evaluate()
 
 
+# ---- runs of a model from a function: each trial has its own settings and starting figures ----
+
+
 def test_a_model_may_come_from_a_function(tiny, trainer):
     run = trainer(model_init=lambda: tiny())
     run.train()
@@ -209,15 +207,68 @@ def test_a_model_may_come_from_a_function(tiny, trainer):
     assert "eval_rir" in metrics and not run.model.vit.layers[0].layernorm_before.weight.requires_grad
 
 
+@pytest.fixture
+def searched(tiny, trainer, monkeypatch):
+    """Make a trainer in the midst of a search, and a function that runs a trial with some settings."""
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+
+    def make(model_init=None, **options):
+        run = trainer(model_init=model_init or (lambda: tiny()), **options)
+        run.hp_search_backend, run.hp_space, run.hp_name = HPSearchBackend.OPTUNA, lambda trial: trial.params, None
+        return run, lambda **params: run.train(trial=SimpleNamespace(number=0, params=params))
+
+    return make
+
+
+def test_a_trial_has_its_own_settings_and_batch_sizes(searched):
+    run, try_with = searched(benign_weight="0", harmful_weight="auto", harmful_batch_size=4)
+    collate, seen = run.data_collator, []
+    run.data_collator = lambda rows: seen.append(sum(len(row.get("harmful", ())) for row in rows)) or collate(rows)
+    for weight in (0.5, 2.0):
+        try_with(harmful_weight=weight, harmful_batch_size=2)
+        assert run.state.log_history[0]["harmful_weight"] == pytest.approx(weight)
+    assert {count for count in seen if count} == {2}
+
+
+def test_a_trial_has_the_rir_of_its_own_starting_model(searched, tiny):
+    """With a learning rate of zero it is one, whatever the model."""
+
+    def model_init(trial):
+        model = tiny()
+        with torch.no_grad():
+            model.vit.layers[0].mlp.fc1.weight.mul_(1.0 if trial is None else trial.params["scale"])
+        return model
+
+    run, try_with = searched(model_init, learning_rate=0.0)
+    for scale in (2.0, 5.0):
+        try_with(scale=scale)
+        assert run.evaluate()["eval_rir"] == pytest.approx(1.0, rel=1e-6)
+
+
+def test_optuna_searches(tiny, trainer):
+    pytest.importorskip("optuna", reason="pip install optuna")
+    best = trainer(model_init=lambda: tiny(), eval_strategy="steps", eval_steps=1).hyperparameter_search(
+        hp_space=lambda trial: {"harmful_weight": trial.suggest_float("harmful_weight", 0.1, 1.0)},
+        compute_objective=lambda metrics: metrics["eval_log10_rir"],
+        direction="maximize",
+        backend="optuna",
+        n_trials=2,
+    )
+    assert isinstance(best, hf.trainer_utils.BestRun)
+
+
 # ---- arguments ----
+
+
+WHOLE = "as a whole number of at least 1 or None, found"
 
 
 @pytest.mark.parametrize(
     "option, message",
     [
         ({"remove_unused_columns": True}, "remove_unused_columns=False, found True"),
-        ({"harmful_batch_size": "many"}, "harmful_batch_size= as a whole number of at least 1 or None, found 'many'"),
-        ({"distillation_batch_size": 0}, "distillation_batch_size= as a whole number of at least 1 or None, found 0"),
+        ({"harmful_batch_size": "many"}, f"harmful_batch_size= {WHOLE} 'many'"),
+        ({"distillation_batch_size": 0}, f"distillation_batch_size= {WHOLE} 0"),
     ],
 )
 def test_an_impossible_value_is_refused(option, message, arguments):
@@ -225,14 +276,13 @@ def test_an_impossible_value_is_refused(option, message, arguments):
         arguments(**option)
 
 
-@pytest.mark.parametrize("given, meant", [("auto", "auto"), ("2.5", 2.5), (3, 3.0), ("0", 0.0)])
-def test_a_weight_is_auto_or_a_number(given, meant, arguments):
-    assert arguments(harmful_weight=given).harmful_weight == meant
-
-
-@pytest.mark.parametrize("name", ["queue_size", "weight_warmup_steps", "harmful_batch_size"])
-def test_whole_numbers_may_be_text_as_in_yaml(name, arguments):
-    assert getattr(arguments(**{name: "1e2"}), name) == 100
+@pytest.mark.parametrize(
+    "name, given, meant",
+    [("harmful_weight", given, meant) for given, meant in (("auto", "auto"), ("2.5", 2.5), (3, 3.0), ("0", 0.0))]
+    + [(name, "1e2", 100) for name in ("queue_size", "weight_warmup_steps", "harmful_batch_size")],
+)
+def test_numbers_may_be_text_as_in_yaml(name, given, meant, arguments):
+    assert getattr(arguments(**{name: given}), name) == meant
 
 
 def parse(tmp_path, *line):
