@@ -245,22 +245,16 @@ class ImmunizationStep:
         return _Passed(*found, {} if inside is None else inside.values, sides)
 
     def _side(self, name: str, batch: dict[str, Any], passed: _Passed) -> Side:
-        """A side, with features of all processes."""
-        rows = passed.sides[name]
-        labels = batch[name].get("labels")
+        """A side of the global batch: with features where rows are needed, else with the smaller of them and ZᵀZ."""
+        own, labels = passed.sides[name], batch[name].get("labels")
         if name == "harmful":
             labels = gather_labels(labels) if self._needs_harmful_labels else None
-        inner = {layer: values[rows] for layer, values in passed.inner.items()}
-        features = self._of_all_processes(passed.features[rows])
-        return Side(features, passed.logits[rows], labels, inner, batch[name].get("targets"))
-
-    def _of_all_processes(self, features: Tensor) -> Tensor | Hessian:
-        """The global batch: features where rows are needed, else whichever of features and Hessian moves less."""
-        rows = len(features) * world_size()
-        needs_rows = world_size() == 1 or self._queues or self._needs_harmful_labels
-        if needs_rows or not sum_is_smaller(rows, features.shape[1], features.dtype):
-            return gather_features(features)
-        return sum_hessian(features)
+        inner = {layer: values[own] for layer, values in passed.inner.items()}
+        features, processes = passed.features[own], world_size()
+        needs_rows = processes == 1 or self._queues or self._needs_harmful_labels
+        summed = not needs_rows and sum_is_smaller(len(features) * processes, features.shape[1], features.dtype)
+        whole = sum_hessian(features) if summed else gather_features(features)
+        return Side(whole, passed.logits[own], labels, inner, batch[name].get("targets"))
 
     def _distillation(
         self, batch: dict[str, Any], passed: _Passed, task_loss: TaskLoss

@@ -246,32 +246,26 @@ def test_an_objective_without_what_it_reads_says_so(name, kind):
         OBJECTIVES[name]()(Side(side(0).features), Side(side(1).features))
 
 
+IMPOSSIBLE = {
+    "benign_loss": ["none"],
+    "budget_measure": ["accuracy"],
+    "objective": ["nope"],
+    "benign_budget": [0, 0.2],
+    "budget_holdout": [0.7],
+    "auto_weight_averaging": [1.0],
+    "auto_weight_bound": [0.5],
+    "auto_weight_ratio": [-0.1, "some"],
+    "feature_distillation_weight": [-1],
+    "benign_weight": [-1.0],
+    "harmful_weight": ["much", "nan", float("inf"), None],
+    "weight_warmup_steps": ["some"],
+    "queue_size": [-1, 2.5],
+}
+TOGETHER = [{"queue_size": 8, "objective": "imma"}, {"benign_loss": "task", "objective": "dead_relu"}]
+
+
 @pytest.mark.parametrize(
-    "given",
-    [
-        {"benign_loss": "none"},
-        {"budget_measure": "accuracy"},
-        {"objective": "nope"},
-        {"benign_budget": 0},
-        {"benign_budget": 0.2},
-        {"budget_holdout": 0.7},
-        {"auto_weight_averaging": 1.0},
-        {"auto_weight_bound": 0.5},
-        {"auto_weight_ratio": -0.1},
-        {"auto_weight_ratio": "some"},
-        {"feature_distillation_weight": -1},
-        {"benign_weight": -1.0},
-        {"harmful_weight": "much"},
-        {"harmful_weight": "nan"},
-        {"harmful_weight": float("inf")},
-        {"harmful_weight": None},
-        {"weight_warmup_steps": "some"},
-        {"queue_size": -1},
-        {"queue_size": 2.5},
-        {"queue_size": 8, "objective": "imma"},
-        {"benign_loss": "task", "objective": "dead_relu"},
-    ],
-    ids=str,
+    "given", [{name: value} for name, values in IMPOSSIBLE.items() for value in values] + TOGETHER, ids=str
 )
 def test_an_impossible_method_is_refused_by_name_and_value(given):
     (name, value), *_ = given.items()

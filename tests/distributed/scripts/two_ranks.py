@@ -62,11 +62,9 @@ def resnet():
 
 def gathered(gradient):
     """The rows of all ranks, over the number of ranks: the mean that data parallelism takes."""
-    whole = [torch.empty_like(gradient) for _ in range(world_size())]
+    whole = [torch.empty_like(gradient) for _ in range(world_size())] if world_size() > 1 else [gradient]
     if world_size() > 1:
         dist.all_gather(whole, gradient)
-    else:
-        whole = [gradient]
     return (torch.cat(whole) / world_size()).tolist()
 
 
@@ -139,17 +137,9 @@ def outcome(run):
     names = ("kappa", "rank", "rir", "ratio", "accuracy", "loss")
     metrics = {key: value for key, value in run.evaluate().items() if any(name in key for name in names)}
     log = [entry for entry in run.state.log_history if "loss" in entry][-1]
-    names = ("loss", "benign_loss", "r_well", "r_ill", "benign_weight", "harmful_weight")
-    names = [
-        *names,
-        "kl",
-        "held_out_total_variation",
-        "spread",
-        "concentration",
-        "multiplier",
-        "negative_adapted_loss",
-        "negative_log_kappa",
-    ]
+    names = ["loss", "benign_loss", "r_well", "r_ill", "benign_weight", "harmful_weight", "kl"]
+    names += ["held_out_total_variation", "spread", "concentration", "multiplier", "negative_adapted_loss"]
+    names += ["negative_log_kappa"]
     moved = {name: p.flatten().tolist() for name, p in run.model.named_parameters() if p.requires_grad}
     return {"metrics": metrics, "log": {name: log[name] for name in names if name in log}, "weights": moved}
 
