@@ -72,19 +72,12 @@ class StartingModel:
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
         """Within, the model itself has its starting weights."""
-        now = model.state_dict(keep_vars=True) | dict(model.named_buffers())
-        kept = {name: now[name].detach().clone() for name in self._tensors}
-
-        def put(values: dict[str, Tensor]) -> None:
-            with torch.no_grad():
-                for name, value in values.items():
-                    now[name].copy_(value)
-
+        kept = {name: value.clone() for name, value in model.state_dict().items() if name in self._tensors}
         try:
-            put(self._tensors)
+            model.load_state_dict(self._tensors, strict=False)
             yield
         finally:
-            put(kept)
+            model.load_state_dict(kept, strict=False)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The starting tensors, by their names in the model."""
