@@ -110,8 +110,9 @@ def audit(
     from hf_immunize.audit.run import AuditSettings, audit_over_processes
     from hf_immunize.features.ranks import launched
     from hf_immunize.files import check_writable, remove_leftovers
-    from hf_immunize.hub.card import CARD_NAME, attach_audit, attachable_record
+    from hf_immunize.hub.card import attach_audit, attachable_record
     from hf_immunize.hub.record import RECORD_NAME
+    from hf_immunize.hub.weights import CARD_NAME
 
     _refuse_without_effect(model, revision, harmful, benign, dataset, harmful_test, benign_test)
     if quick and full:

@@ -133,8 +133,9 @@ def card(
 
     Example: hf-immunize card runs/mine --license apache-2.0
     """
-    from hf_immunize.hub.card import CARD_NAME, CardOptions, render_card, write_card
+    from hf_immunize.hub.card import CardOptions, render_card, write_card
     from hf_immunize.hub.record import read_record
+    from hf_immunize.hub.weights import CARD_NAME
     from hf_immunize.vision.loading import checkpoint_form
 
     record, options = read_record(folder), CardOptions(repo_id=repo_id, model_name=name, license=license)

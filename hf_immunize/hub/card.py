@@ -22,7 +22,6 @@ from transformers.utils import logging
 from hf_immunize.errors import CardError, WeightsError
 from hf_immunize.files import write_whole
 from hf_immunize.hub.collect import HUB_ID
-from hf_immunize.hub.outgoing import refuse_links
 from hf_immunize.hub.record import (
     RECORD_NAME,
     AuditRecord,
@@ -32,13 +31,12 @@ from hf_immunize.hub.record import (
     read_record,
     write_record,
 )
-from hf_immunize.hub.weights import changed_weights
+from hf_immunize.hub.weights import CARD_NAME, changed_weights, refuse_links
 from hf_immunize.text import printable
 from hf_immunize.vision.loading import checkpoint_form
 
 
 logger = logging.get_logger(__name__)
-CARD_NAME = "README.md"
 TAGS = ("model-immunization", "hf-immunize", "image-classification")
 # This library's part of a card. One whose end mark is lost does not reach to the end of the next one: what stands
 # between is the user's.

@@ -1,26 +1,59 @@
-"""Loading an immunized checkpoint with its record, from a folder or from the Hub."""
+"""Loading an immunized checkpoint with its record, from a folder or from the Hub, whose failures get names."""
 
 from __future__ import annotations
 
+import json
 import os
+import time
+import traceback
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionResolutionError,
+)
+from huggingface_hub.utils import get_session
+from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, WeightsChangedWarning, WeightsError
-from hf_immunize.hub.push import ALLOWED, load_model, retried
+from hf_immunize.errors import ArgumentError, CardError, HubError, WeightsChangedWarning, WeightsError
 from hf_immunize.hub.record import ImmunizationRecord, read_record
-from hf_immunize.hub.weights import changed_weights, pickled_weights
+from hf_immunize.hub.weights import ALLOWED, changed_weights, pickled_weights, weight_files
+from hf_immunize.text import library_words, printable
+from hf_immunize.vision.loading import LOADING_ERRORS, load_classifier
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# No pickle is ever fetched. Code only where the caller asks for it.
-_PATTERNS = [*ALLOWED, "*.safetensors"]
+logger = logging.get_logger(__name__)
+T = TypeVar("T")
+_PASSING = ("rate_limited", "server_error", "unreachable")
+_LONGEST_WAIT = 60.0
+# Seconds without a byte after which a server counts as one that does not answer. The client's own default is to wait.
+TIME_LIMIT = 30.0
+# The client's HTTP library is httpx or its successor; its errors share the base of the client's own.
+_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+_BY_STATUS = {401: "unauthorized", 403: "forbidden", 404: "not_found", 409: "conflict", 412: "conflict"}
+_REMEDY = {
+    "unauthorized": "Log in with `hf auth login`, or set HF_TOKEN to a valid token.",
+    "forbidden": "Use a token with write access, and a repository that is yours or your organization's.",
+    "not_found": "Check the spelling, and whether your token may see it.",
+    "conflict": "It changed meanwhile, or is another than asked for; look at it, and try again.",
+    "rejected": "The Hub's own words say why.",
+    "rate_limited": "The Hub asks to go slower; try again later.",
+    "server_error": "The Hub has trouble; try again later.",
+    "unreachable": "Check the connection (and HF_ENDPOINT, if set), and try again; what was sent is not sent twice.",
+    "timed_out": "It took the connection and then said nothing; try again later, or check HF_ENDPOINT and proxies.",
+    "offline": "Unset HF_HUB_OFFLINE to talk to the Hub.",
+}
 
 
 def load_immunized(
@@ -83,7 +116,8 @@ def fetch(
     if repo_id.startswith(("/", ".", "~")) or repo_id.count("/") != 1:
         raise ArgumentError(f"Expected a folder or a repository 'user/name', found {repo_id!r}. Check the spelling.")
     api = api or HfApi(token=token, library_name="hf_immunize")
-    patterns = [*_PATTERNS, *(["*.py"] if with_code else [])]
+    # No pickle is ever fetched, and code only where the caller asks for it.
+    patterns = [*ALLOWED, "*.safetensors", *(["*.py"] if with_code else [])]
 
     def download() -> str:
         return snapshot_download(
@@ -100,3 +134,128 @@ def fetch(
                 "any code when loaded. They were not fetched; ask the authors for safetensors."
             )
     return folder
+
+
+def load_model(
+    folder: str | os.PathLike[str], trust_remote_code: bool = False, token: str | None = None
+) -> PreTrainedModel:
+    """The model of a folder, whole and from safetensors alone, in eval mode and float32."""
+    weight_files(folder)
+    try:
+        return load_classifier(
+            folder, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True, token=token
+        )
+    except WeightsError:
+        raise
+    except LOADING_ERRORS as error:
+        raise WeightsError(
+            f"Expected an image classifier's config.json and weights, found: {library_words(error)}. Fetch or save "
+            "them again."
+        ) from error
+
+
+# ---- what the Hub answers, by name, and trying again ----
+
+
+@contextmanager
+def named_outcomes(what: str) -> Iterator[None]:
+    """Turn whatever the client raises within into a named outcome."""
+    _limit_waiting()
+    try:
+        yield
+    except Exception as error:
+        named = name_outcome(error, what)
+        if named is None:
+            raise
+        raise named from error
+
+
+def name_outcome(error: BaseException, what: str) -> HubError | CardError | None:
+    """The named outcome behind an exception of the client; None where it has nothing to do with the Hub."""
+    if isinstance(error, HubError | CardError):
+        return error
+    if isinstance(error, ValueError) and "Invalid metadata in README.md" in str(error):
+        return CardError(f"Expected metadata that the Hub accepts, found: {_words(error)}. Correct README.md.")
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    known = [named for each in chain if (named := _outcome_of(each)) is not None]
+    if type(error) is RuntimeError:  # as the client's upload by hf_xet raises
+        known.append((3, "unreachable", _words(error)))
+    odd = isinstance(error, LookupError | TypeError | AttributeError) or type(error) is ValueError
+    if odd and _raised_by_client(error):
+        known.append((3, "unreachable", f"JSON of another shape than its own ({type(error).__name__})"))
+    if not known:
+        return None
+    _, kind, found = min(known, key=lambda named: named[0])
+    return HubError(f"Expected the Hub to answer the {what}, found {found}. {_REMEDY[kind]}", kind)
+
+
+def _outcome_of(error: BaseException) -> tuple[int, str, str] | None:
+    """Rank, outcome and words of one exception of a chain; the one of the lowest rank says most."""
+    name = type(error).__name__
+    if isinstance(error, OfflineModeIsEnabled):
+        return 0, "offline", "HF_HUB_OFFLINE is set"
+    if isinstance(error, LocalTokenNotFoundError):
+        return 0, "unauthorized", "no token"
+    if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
+        status, said = error.response.status_code, _words(getattr(error, "server_message", None) or "")
+        kind = "rate_limited" if status == 429 else "server_error" if status >= 500 else "rejected"
+        return 0, _BY_STATUS.get(status, kind), f"{status}{f' ({said})' if said else ''}"
+    if isinstance(error, TimeoutError) or (isinstance(error, _HTTPError) and "Timeout" in name):
+        return 1, "timed_out", f"no answer in time ({name})"
+    if isinstance(error, json.JSONDecodeError):
+        return 1, "unreachable", "something else than its JSON (a proxy's or a login page, say)"
+    if isinstance(error, _HTTPError | ConnectionError | RevisionResolutionError):
+        return 2, "unreachable", f"no answer ({name})"
+    return None
+
+
+def _raised_by_client(error: BaseException) -> bool:
+    """Whether the innermost frame is the client's, which takes the shape of an answer for granted."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("huggingface_hub.")
+
+
+def retried(call: Callable[[], T], what: str) -> T:
+    """Call until it succeeds, or fails for a reason that trying again does not mend."""
+    for wait in (1.0, 2.0, 4.0, None):
+        try:
+            with named_outcomes(what):
+                return call()
+        except HubError as error:
+            if error.outcome not in _PASSING or wait is None:
+                raise
+            pause = min(max(wait, _retry_after(error)), _LONGEST_WAIT)
+            logger.warning(f"{error} Trying again in {pause:.0f} s.")
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _limit_waiting() -> None:
+    """Have the client give each request a time limit; its own goes up to a minute, six times for each file."""
+    hooks = get_session().event_hooks["request"]
+    if _limit not in hooks:
+        hooks.append(_limit)
+
+
+def _limit(request: Any) -> None:
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        name: min(TIME_LIMIT, limits.get(name) or TIME_LIMIT) for name in ("connect", "read", "write", "pool")
+    }
+
+
+def _words(text: Any) -> str:
+    words = printable(text)
+    return words if len(words) <= 300 else words[:297] + "..."
+
+
+def _retry_after(error: HubError) -> float:
+    response = getattr(error.__cause__, "response", None)
+    try:
+        return float(response.headers.get("Retry-After", 0)) if response is not None else 0.0
+    except ValueError:
+        return 0.0

@@ -1,244 +1,64 @@
-"""Pushing a checkpoint: an allow-list of files in one commit, which is made whole or not at all.
+"""Pushing a checkpoint: an allow-list of files without token or local path, in one commit, whole or not at all.
 
-First what the Hub may answer, by name, and trying again; then the model, which must load from the files that are
-pushed alone; then the push. It names its files one by one (`create_commit`): the patterns of `upload_folder` would be
-as long, and would match names that were never looked at.
+The files are named one by one (`create_commit`): `upload_folder` makes several commits of large folders, and takes
+names by patterns that were never looked at.
 """
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
 import shutil
 import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
+from urllib.parse import unquote
 
+import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RevisionResolutionError,
-)
-from huggingface_hub.utils import get_session
+from PIL import Image
 from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, CardError, HubError, RecordError, WeightsError
-from hf_immunize.hub.card import CARD_NAME, CardOptions, write_card
+from hf_immunize.errors import ArgumentError, HubError, RecordError, WeightsError
+from hf_immunize.hub.card import CardOptions, write_card
 from hf_immunize.hub.collect import is_hub_id
-from hf_immunize.hub.outgoing import check_private, refuse_links
+from hf_immunize.hub.load import load_model, retried
 from hf_immunize.hub.record import PICTURES, RECORD_NAME, ImmunizationRecord, read_record
-from hf_immunize.hub.weights import INDEX, changed_weights, weight_files
+from hf_immunize.hub.weights import ALLOWED, INDEX, changed_weights, refuse_links, weight_files
 from hf_immunize.text import library_words, printable, public_name
 from hf_immunize.vision.bare import HEAD_CONFIG_FILE
-from hf_immunize.vision.loading import ADAPTER_CONFIG_FILE, LOADING_ERRORS, load_classifier, same_logits
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from hf_immunize.vision.loading import ADAPTER_CONFIG_FILE, same_logits
 
 
 logger = logging.get_logger(__name__)
-
-
-T = TypeVar("T")
-_PASSING = ("rate_limited", "server_error", "unreachable")
-_LONGEST_WAIT = 60.0
-# Seconds without a byte after which a server counts as one that does not answer. The client's own default is to wait.
-TIME_LIMIT = 30.0
-# The client's HTTP library is httpx or its successor; its errors share the base of the client's own.
-_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
-_BY_STATUS = {401: "unauthorized", 403: "forbidden", 404: "not_found", 409: "conflict", 412: "conflict"}
-_REMEDY = {
-    "unauthorized": "Log in with `hf auth login`, or set HF_TOKEN to a valid token.",
-    "forbidden": "Use a token with write access, and a repository that is yours or your organization's.",
-    "not_found": "Check the spelling, and whether your token may see it.",
-    "conflict": "It changed meanwhile, or is another than asked for; look at it, and try again.",
-    "rejected": "The Hub's own words say why.",
-    "rate_limited": "The Hub asks to go slower; try again later.",
-    "server_error": "The Hub has trouble; try again later.",
-    "unreachable": "Check the connection (and HF_ENDPOINT, if set), and try again; what was sent is not sent twice.",
-    "timed_out": "It took the connection and then said nothing; try again later, or check HF_ENDPOINT and proxies.",
-    "offline": "Unset HF_HUB_OFFLINE to talk to the Hub.",
-}
-
-
-@contextmanager
-def named_outcomes(what: str) -> Iterator[None]:
-    """Turn whatever the client raises within into a named outcome."""
-    _limit_waiting()
-    try:
-        yield
-    except Exception as error:
-        named = name_outcome(error, what)
-        if named is None:
-            raise
-        raise named from error
-
-
-def name_outcome(error: BaseException, what: str) -> HubError | CardError | None:
-    """The named outcome behind an exception of the client; None where it has nothing to do with the Hub."""
-    if isinstance(error, HubError | CardError):
-        return error
-    if isinstance(error, ValueError) and "Invalid metadata in README.md" in str(error):
-        return CardError(f"Expected metadata that the Hub accepts, found: {_words(error)}. Correct README.md.")
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    known = [named for each in chain if (named := _outcome_of(each)) is not None]
-    if type(error) is RuntimeError:  # as the client's upload by hf_xet raises
-        known.append((3, "unreachable", _words(error)))
-    odd = isinstance(error, LookupError | TypeError | AttributeError) or type(error) is ValueError
-    if odd and _raised_by_client(error):
-        known.append((3, "unreachable", f"JSON of another shape than its own ({type(error).__name__})"))
-    if not known:
-        return None
-    _, kind, found = min(known, key=lambda named: named[0])
-    return HubError(f"Expected the Hub to answer the {what}, found {found}. {_REMEDY[kind]}", kind)
-
-
-def _outcome_of(error: BaseException) -> tuple[int, str, str] | None:
-    """Rank, outcome and words of one exception of a chain; the one of the lowest rank says most."""
-    name = type(error).__name__
-    if isinstance(error, OfflineModeIsEnabled):
-        return 0, "offline", "HF_HUB_OFFLINE is set"
-    if isinstance(error, LocalTokenNotFoundError):
-        return 0, "unauthorized", "no token"
-    if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
-        status, said = error.response.status_code, _words(getattr(error, "server_message", None) or "")
-        kind = "rate_limited" if status == 429 else "server_error" if status >= 500 else "rejected"
-        return 0, _BY_STATUS.get(status, kind), f"{status}{f' ({said})' if said else ''}"
-    if isinstance(error, TimeoutError) or (isinstance(error, _HTTPError) and "Timeout" in name):
-        return 1, "timed_out", f"no answer in time ({name})"
-    if isinstance(error, json.JSONDecodeError):
-        return 1, "unreachable", "something else than its JSON (a proxy's or a login page, say)"
-    if isinstance(error, _HTTPError | ConnectionError | RevisionResolutionError):
-        return 2, "unreachable", f"no answer ({name})"
-    return None
-
-
-def _raised_by_client(error: BaseException) -> bool:
-    """Whether the innermost frame is the client's, which takes the shape of an answer for granted."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("huggingface_hub.")
-
-
-def retried(call: Callable[[], T], what: str) -> T:
-    """Call until it succeeds, or fails for a reason that trying again does not mend."""
-    for wait in (1.0, 2.0, 4.0, None):
-        try:
-            with named_outcomes(what):
-                return call()
-        except HubError as error:
-            if error.outcome not in _PASSING or wait is None:
-                raise
-            pause = min(max(wait, _retry_after(error)), _LONGEST_WAIT)
-            logger.warning(f"{error} Trying again in {pause:.0f} s.")
-            time.sleep(pause)
-    raise AssertionError("unreachable")
-
-
-def _limit_waiting() -> None:
-    """Have the client give each request a time limit; its own goes up to a minute, six times for each file."""
-    hooks = get_session().event_hooks["request"]
-    if _limit not in hooks:
-        hooks.append(_limit)
-
-
-def _limit(request: Any) -> None:
-    limits = request.extensions.get("timeout", {})
-    request.extensions["timeout"] = {
-        name: min(TIME_LIMIT, limits.get(name) or TIME_LIMIT) for name in ("connect", "read", "write", "pool")
-    }
-
-
-def _words(text: Any) -> str:
-    words = printable(text)
-    return words if len(words) <= 300 else words[:297] + "..."
-
-
-def _retry_after(error: HubError) -> float:
-    response = getattr(error.__cause__, "response", None)
-    try:
-        return float(response.headers.get("Retry-After", 0)) if response is not None else 0.0
-    except ValueError:
-        return 0.0
-
-
-def load_model(
-    folder: str | os.PathLike[str], trust_remote_code: bool = False, token: str | None = None
-) -> PreTrainedModel:
-    """The model of a folder, whole and from safetensors alone, in eval mode and float32."""
-    weight_files(folder)
-    try:
-        return load_classifier(
-            folder, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True, token=token
-        )
-    except WeightsError:
-        raise
-    except LOADING_ERRORS as error:
-        raise WeightsError(
-            f"Expected an image classifier's config.json and weights, found: {library_words(error)}. Fetch or save "
-            "them again."
-        ) from error
-
-
-def check_loads_back(
-    folder: str | os.PathLike[str], names: list[str], token: str | None = None, trust_remote_code: bool = False
-) -> None:
-    """Refuse to publish files that others could not load as the model that lies here."""
-    root = Path(folder).resolve()
-    if ADAPTER_CONFIG_FILE in names:
-        about = json.loads((root / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
-        base = about.get("base_model_name_or_path")
-        if not is_hub_id(base or "none"):
-            raise WeightsError(
-                f"Expected the adapter in {public_name(root)} to name its base by an id on the Hub, found "
-                f"{public_name(base) if base else 'none'}, which nobody else has. Push the base first and name it "
-                "(base_model_name_or_path), or save the model with its adapter merged (model.merge_and_unload())."
-            )
-    with tempfile.TemporaryDirectory() as staged:
-        for name in names:
-            try:
-                os.symlink((root / name).resolve(), Path(staged) / name)
-            except OSError:  # Windows, without the right to make links
-                shutil.copyfile(root / name, Path(staged) / name)
-        pushed = load_model(staged, trust_remote_code, token)
-    if not same_logits(load_model(root, trust_remote_code, token), pushed):
-        raise WeightsError(
-            f"Expected the files to be pushed from {public_name(root)} to load as the model there, found one with "
-            "other logits. Save the model again, and push that; nothing was sent."
-        )
-
-
-# All that leaves the machine, in addition to the weights and the figures that the record names. The Trainer's
-# training_args.bin is not among them: it is a pickle with local paths and the token in it.
-ALLOWED = (
-    CARD_NAME,
-    RECORD_NAME,
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    ADAPTER_CONFIG_FILE,
-    HEAD_CONFIG_FILE,
-    INDEX,
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-)
 _REPO = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
 _WEIGHTS = re.compile(
     r"(model|adapter_model|pytorch_model|tf_model|flax_model|head)[\w.-]*\.(safetensors|bin|h5|msgpack)"
 )
+_TOKENS = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
+    r"|sk-(?:(?:proj|ant|svcacct)-[\w-]{20,}|[A-Za-z0-9]{32,})|xox[abeprs]-[\w-]{20,}|AKIA[0-9A-Z]{16})"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    re.ASCII,
+)
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+# What JSON, YAML and Python write for a character.
+_ESCAPED = re.compile(r"\\u00([0-9A-Fa-f]{2})|\\x([0-9A-Fa-f]{2})|\\(?=/)")
+# Of transformers and PEFT: where a model was loaded from.
+_LOADED_FROM = re.compile(r'"(?:\w*_)?name_or_path"\s*:\s*"((?:[^"\\]|\\.)+)"')
+# A path from the root, or from a drive: neither part of an address nor a closing tag.
+_ABSOLUTE = re.compile(
+    r"(?:(?<![\w.:/\\~<%@#+*-])|(?<=file://))(?:/[\w.@+-]+(?:/[\w.@+-]+)+|[A-Za-z]:(?:\\\\?|/)\w[^\s\"'`<>|]*)"
+)
+_PERSONS = ("/home/", "/Users/", "/root/")
+# The same on every machine: they give nothing away.
+_SYSTEMS = ("/bin/", "/dev/", "/etc/", "/lib/", "/lib64/", "/proc/", "/sbin/", "/sys/", "/usr/")
+_LONGEST_HEADER = 2**27
 
 
 @dataclass(frozen=True)
@@ -375,3 +195,116 @@ def _commit(
     operations += [CommitOperationDelete(name) for name in stale]
     commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return PushResult(repo_id, sizes, commit.oid, str(commit.repo_url), changed=commit.oid != info.sha)
+
+
+# ---- whether it loads back ----
+
+
+def check_loads_back(
+    folder: str | os.PathLike[str], names: list[str], token: str | None = None, trust_remote_code: bool = False
+) -> None:
+    """Refuse to publish files that others could not load as the model that lies here."""
+    root = Path(folder).resolve()
+    if ADAPTER_CONFIG_FILE in names:
+        about = json.loads((root / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+        base = about.get("base_model_name_or_path")
+        if not is_hub_id(base or "none"):
+            raise WeightsError(
+                f"Expected the adapter in {public_name(root)} to name its base by an id on the Hub, found "
+                f"{public_name(base) if base else 'none'}, which nobody else has. Push the base first and name it "
+                "(base_model_name_or_path), or save the model with its adapter merged (model.merge_and_unload())."
+            )
+    with tempfile.TemporaryDirectory() as staged:
+        for name in names:
+            try:
+                os.symlink((root / name).resolve(), Path(staged) / name)
+            except OSError:  # Windows, without the right to make links
+                shutil.copyfile(root / name, Path(staged) / name)
+        pushed = load_model(staged, trust_remote_code, token)
+    if not same_logits(load_model(root, trust_remote_code, token), pushed):
+        raise WeightsError(
+            f"Expected the files to be pushed from {public_name(root)} to load as the model there, found one with "
+            "other logits. Save the model again, and push that; nothing was sent."
+        )
+
+
+# ---- whether it is private ----
+
+
+def check_private(folder: str | os.PathLike[str], names: Iterable[str], token: str | None = None) -> None:
+    """Refuse to publish tokens and local paths, in whatever form a file holds its text."""
+    root = Path(folder)
+    tokens = {token, huggingface_hub.get_token(), *(os.environ.get(name) for name in _TOKEN_VARIABLES)}
+    secrets = [value for value in tokens if value and len(value) >= 8]
+    # A path ends where a name does: "/root" is no part of "/rooted".
+    homes = {str(Path.home()), str(root.resolve())}
+    own = [re.compile(rf"(?<![\w.]){re.escape(path)}(?![\w-])") for path in homes if len(path) > 2]
+    for name in names:
+        for text in (form for words in _words(root / name) for form in _forms(words)):
+            if _TOKENS.search(text) or any(secret in text for secret in secrets):
+                found: str | None = "a token"
+            else:
+                path = _local_path(text, own)
+                found = None if path is None else f"the local path {printable(path)}"
+            if found:
+                raise ArgumentError(
+                    f"Expected nothing private in what is pushed, found {found} in {printable(name)}. Remove it from "
+                    "that file (of a model's source, put its name on the Hub), and push again; nothing was sent."
+                )
+
+
+def _words(path: Path) -> Iterator[bytes | str]:
+    """What a reader of a file could find to read."""
+    if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            yield file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER))
+    elif path.suffix in PICTURES:
+        yield path.read_bytes()
+        yield from _comments(path)
+    elif zipfile.is_zipfile(path):  # as torch.save writes
+        with zipfile.ZipFile(path) as archive:
+            yield from (archive.read(name) for name in archive.namelist() if name.endswith(".pkl"))
+    else:
+        yield path.read_bytes()
+
+
+def _comments(picture: Path) -> list[bytes | str]:
+    """Comments and metadata of a picture, unpacked."""
+    try:
+        with Image.open(picture, formats=[PICTURES[picture.suffix]]) as image:
+            image.load()
+            return [value for value in image.info.values() if isinstance(value, bytes | str)]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RecordError(
+            f"Expected the figure {printable(picture.name)} to be a picture ({PICTURES[picture.suffix]}), found: "
+            f"{library_words(error)}. Draw it again, or take it out of the record."
+        ) from error
+
+
+def _forms(words: bytes | str) -> Iterator[str]:
+    """Text as it stands, without the zeros of wide encodings, and with escapes resolved."""
+    text = words if isinstance(words, str) else words.decode("utf-8", errors="replace")
+    yield text
+    if "\0" in text:
+        yield text.replace("\0", "")
+    plain = _ESCAPED.sub(lambda match: chr(int(match[1] or match[2] or "0", 16)) if match[0] != "\\" else "", text)
+    plain = unquote(html.unescape(plain))
+    if plain != text:
+        yield plain
+
+
+def _local_path(text: str, own: list[re.Pattern[str]]) -> str | None:
+    """The first local path in a text: of a person, of this machine, or where a model was loaded from."""
+    for pattern in own:
+        if match := pattern.search(text):
+            return match[0]
+    for match in _LOADED_FROM.finditer(text):
+        if public_name(match[1]) != match[1] or Path(match[1]).exists():
+            return match[1]
+    for match in _ABSOLUTE.finditer(text):
+        path = match[0]
+        if not path.startswith("/") or path.startswith(_PERSONS):
+            return path
+        if not path.startswith(_SYSTEMS) and os.path.exists(path):
+            return path
+    return None

@@ -27,8 +27,7 @@ from hf_immunize.hub.collect import (
     recorded_draw,
     refuse_training_images,
 )
-from hf_immunize.hub.load import fetch
-from hf_immunize.hub.push import load_model
+from hf_immunize.hub.load import fetch, load_model
 from hf_immunize.hub.record import (
     ConditioningRecord,
     DataRecord,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from hf_immunize.errors import ArgumentError, CheckpointError, HubError, NonFiniteError
 from hf_immunize.features.extract import Measurement, load_measurements, save_measurements
@@ -32,7 +32,7 @@ from hf_immunize.files import (
     with_checksum,
     write_whole,
 )
-from hf_immunize.hub.weights import INDEX, WEIGHT_PATTERNS
+from hf_immunize.hub.weights import INDEX
 from hf_immunize.training.distributed import sharded_weights, world_size
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.bare import HEAD_FILES
@@ -111,7 +111,7 @@ def _resumed_from(folder: Path) -> dict[str, Path]:
 
 def remove_other_forms(target: str | os.PathLike[str], staging: str | os.PathLike[str]) -> None:
     """Remove from a folder what an earlier save of another form left, which would change what the new one loads as."""
-    for name in ("config.json", WEIGHT_PATTERNS[0], INDEX, *ADAPTER_FILES, *HEAD_FILES):
+    for name in ("config.json", SAFE_WEIGHTS_NAME, INDEX, *ADAPTER_FILES, *HEAD_FILES):
         if not (Path(staging) / name).is_file():
             (Path(target) / name).unlink(missing_ok=True)
 

@@ -33,8 +33,8 @@ from hf_immunize.hub.collect import (
     exact_ratio,
     software_versions,
 )
-from hf_immunize.hub.outgoing import check_private, refuse_links
-from hf_immunize.hub.push import PushResult, check_loads_back, files_to_push, name_outcome, push_as_saved, retried
+from hf_immunize.hub.load import name_outcome, retried
+from hf_immunize.hub.push import PushResult, check_loads_back, check_private, files_to_push, push_as_saved
 from hf_immunize.hub.record import (
     RECORD_NAME,
     AuditRecord,
@@ -48,7 +48,7 @@ from hf_immunize.hub.record import (
     read_record,
     write_record,
 )
-from hf_immunize.hub.weights import changed_weights, hash_weights
+from hf_immunize.hub.weights import changed_weights, hash_weights, refuse_links
 from hf_immunize.tensor_hash import weights_fingerprint
 from hf_immunize.text import printable, public_name
 from hf_immunize.training.arguments import Method

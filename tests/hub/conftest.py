@@ -47,7 +47,7 @@ def record(checkpoint):
 @pytest.fixture
 def impatient(online, monkeypatch):
     """The client waits a moment where it waits long."""
-    monkeypatch.setattr("hf_immunize.hub.push.TIME_LIMIT", 0.3)
+    monkeypatch.setattr("hf_immunize.hub.load.TIME_LIMIT", 0.3)
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         monkeypatch.setattr(huggingface_hub.constants, name, 0.3)
 

@@ -1,7 +1,7 @@
 import pytest
 
 from hf_immunize.errors import HubError
-from hf_immunize.hub.push import name_outcome, retried
+from hf_immunize.hub.load import name_outcome, retried
 
 
 @pytest.fixture

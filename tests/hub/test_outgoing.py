@@ -7,7 +7,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from hf_immunize.errors import ArgumentError
-from hf_immunize.hub.outgoing import check_private
+from hf_immunize.hub.push import check_private
 
 
 HUB = "hf_" + "abcdefghijklmnopqrst0123456789"

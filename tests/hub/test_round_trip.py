@@ -20,7 +20,8 @@ from hf_immunize import ImmunizationArguments, ImmunizationTrainer, load_immuniz
 from hf_immunize.audit.run import _load_models
 from hf_immunize.cli.train import run_train
 from hf_immunize.errors import CheckpointError, HeadError, ImmunizationError, WeightsError
-from hf_immunize.hub.push import files_to_push, load_model, push
+from hf_immunize.hub.load import load_model
+from hf_immunize.hub.push import files_to_push, push
 from hf_immunize.hub.record import read_record
 from hf_immunize.vision.bare import with_linear_head
 from hf_immunize.vision.head import find_head
