@@ -17,6 +17,7 @@ import os
 import re
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -74,20 +75,24 @@ FileName = Annotated[str, _form(_FILE, "the name of a file beside the record")]
 Digest = Annotated[str, _form(r"[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
 _ENDINGS = "|".join(re.escape(ending) for ending in PICTURES)
 Picture = Annotated[str, _form(f"{_FILE}(?:{_ENDINGS})", f"the name of a picture beside the record ({_ENDINGS})")]
-# What a later version wrote and this one does not know.
-Unknown = dict[str, Any]
-UNKNOWN = "unknown"
+_UNKNOWN = "unknown"
 
 
 @dataclass
-class BudgetRecord:
+class Part:
+    """A part of a record; `unknown` is what a later version wrote and this one does not know."""
+
+    unknown: dict[str, Any] = field(default_factory=dict, repr=False, kw_only=True)
+
+
+@dataclass
+class BudgetRecord(Part):
     """What became of the benign budget (``benign_budget``)."""
 
     limit: float
     measure: str  # "total_variation", "kl" or "loss"
     spent: float  # how far the benign side has moved, as a running mean over the last steps
     weight: float  # the multiplier on the regularizers' weights over its value at the start
-    unknown: Unknown = field(default_factory=dict, repr=False)
 
     @property
     def exceeded(self) -> bool:
@@ -96,7 +101,7 @@ class BudgetRecord:
 
 
 @dataclass
-class MethodRecord:
+class MethodRecord(Part):
     """How the checkpoint was made."""
 
     objective: str  # what was minimized, such as "kappa"
@@ -108,21 +113,19 @@ class MethodRecord:
     freeze_batchnorm: bool | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # all further ones, as `ImmunizationArguments` names them
     budget: BudgetRecord | None = None
-    unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
-class BaseModelRecord:
+class BaseModelRecord(Part):
     """The model before immunization."""
 
     name: str  # id on the Hub, or the last part of a local path
     revision: str | None = None
     on_hub: bool = False  # whether `name` is an id on the Hub
-    unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
-class DataRecord:
+class DataRecord(Part):
     """One task's data."""
 
     name: str  # an id on the Hub where `on_hub`
@@ -140,11 +143,10 @@ class DataRecord:
     # By which to recognize images trained on and measured on (see `hf_immunize.data.images`).
     train_sketch: Sketch | None = None
     sketch: Sketch | None = None
-    unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
-class ConditioningRecord:
+class ConditioningRecord(Part):
     """Conditioning of ``ZᵀZ`` over all images measured on (see `Conditioning`), Z the classifier's inputs."""
 
     log10_kappa: Log10Kappa  # or the bound from below, where `is_bound`
@@ -157,37 +159,31 @@ class ConditioningRecord:
     sigma_max: Size | None = None
     sigma_min: Size | None = None  # the smallest singular value above `cutoff`, the rank rule's threshold
     cutoff: Size | None = None
-    unknown: Unknown = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, conditioning: Conditioning) -> ConditioningRecord:
         """What a record keeps of a measured conditioning."""
-        names = [item.name for item in dataclasses.fields(cls) if item.name != UNKNOWN]
-        return cls(**{name: getattr(conditioning, name) for name in names})
+        return cls(**{name: getattr(conditioning, name) for name in _hints(cls)})
 
     def conditioning(self) -> Conditioning:
         """The conditioning this was taken from; NaN where the record does not know a number."""
         log_kappa = self.log10_kappa * math.log(10.0)
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)[1:-1]}
-        values |= {
-            name: math.nan
-            for name in ("effective_rank", "sigma_max", "sigma_min", "cutoff")
-            if getattr(self, name) is None
-        }
+        values = {name: getattr(self, name) for name in _hints(type(self)) if name != "log10_kappa"}
+        for name in ("effective_rank", "sigma_max", "sigma_min", "cutoff"):
+            values[name] = math.nan if values[name] is None else values[name]
         return Conditioning(kappa=math.exp(min(log_kappa, 709.0)), log_kappa=log_kappa, **values)
 
 
 @dataclass
-class SideRecord:
+class SideRecord(Part):
     """Conditioning of one task's features, through the reference weights and through those beside the record."""
 
     before: ConditioningRecord | None = None
     after: ConditioningRecord | None = None
-    unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
-class RatioRecord:
+class RatioRecord(Part):
     """The relative immunization ratio under one protocol (see `relative_immunization_ratio`)."""
 
     log10_rir: Log10 | None  # of the mean over groups; None where it is undetermined
@@ -198,22 +194,20 @@ class RatioRecord:
     num_groups: Annotated[int, _between(1, 10_000)] | None = None
     group_size: Annotated[int, _between(2, 10_000_000)] | None = None
     seed: Annotated[int, _between(-(2**63), 2**64 - 1)] | None = None
-    unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
-class MetricRecord:
+class MetricRecord(Part):
     """The benign task's metric on the images measured on."""
 
     name: str  # such as "accuracy"
     after: float  # through the weights beside the record
     before: float | None = None  # through the starting weights, where they were evaluated
     precision: str | None = None  # mixed precision of the evaluation: "no", "bf16" or "fp16"
-    unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
-class AttackRecord:
+class AttackRecord(Part):
     """The strongest attacker of one kind of access, on the harmful task's held-out images."""
 
     attacker: str
@@ -221,11 +215,10 @@ class AttackRecord:
     reference_accuracy: Share | None = None  # of the strongest of its kind, on the model before immunization
     chance: Share | None = None  # accuracy of always naming the most frequent class
     layer: str | None = None  # where it probes, or what it fine-tunes
-    unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
-class AuditRecord:
+class AuditRecord(Part):
     """What an audit found, in short."""
 
     preset: str
@@ -233,11 +226,10 @@ class AuditRecord:
     strongest: dict[str, AttackRecord | None] = field(default_factory=dict)  # by `ACCESS`; others were not attacked
     utility: dict[str, Any] | None = None  # benign accuracy, as the audit measured it
     verdict: list[str] = field(default_factory=list)  # the report's sentences; names in them are the user's own
-    unknown: Unknown = field(default_factory=dict, repr=False)
 
 
 @dataclass
-class ImmunizationRecord:
+class ImmunizationRecord(Part):
     """Everything a checkpoint says of its immunization; the schema of ``immunization.json``.
 
     Attributes:
@@ -278,14 +270,9 @@ class ImmunizationRecord:
     figures: list[Picture] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     schema_version: str = SCHEMA_VERSION
-    unknown: Unknown = field(default_factory=dict, repr=False)
 
     def to_json(self) -> str:
-        """The text of ``immunization.json``.
-
-        Raises:
-            RecordError: If it holds what is not finite, or what cannot be.
-        """
+        """The text of ``immunization.json``; `RecordError` where it holds what is not finite, or what cannot be."""
         try:
             plain = to_plain(self)
         except RecursionError as error:
@@ -296,10 +283,7 @@ class ImmunizationRecord:
 
     @classmethod
     def from_json(cls, text: str) -> ImmunizationRecord:
-        """Read a record.
-
-        Args:
-            text: Text of ``immunization.json``.
+        """Read the text of ``immunization.json``.
 
         Raises:
             RecordVersionError: If a newer major version of the schema wrote it.
@@ -313,20 +297,17 @@ class ImmunizationRecord:
                 "fetch it again, or measure and save the model again."
             ) from error
         if isinstance(plain, dict):
-            _check_version(plain.get("schema_version"))
+            version = plain.get("schema_version")
+            if not isinstance(version, str) or not re.fullmatch(r"\d{1,6}\.\d{1,6}", version):
+                raise _unexpected("schema_version", "'major.minor'", version)
+            if int(version.split(".")[0]) > int(SCHEMA_VERSION.split(".")[0]):
+                raise RecordVersionError(
+                    f"Expected a record of schema {SCHEMA_VERSION} or of another minor version, found {version}, "
+                    "which is newer. Update hf_immunize."
+                )
         record = from_plain(cls, plain, "record")
         _check_together(record)
         return record
-
-
-def _check_version(version: Any) -> None:
-    if not isinstance(version, str) or not re.fullmatch(r"\d{1,6}\.\d{1,6}", version):
-        raise _unexpected("schema_version", "'major.minor'", version)
-    if int(version.split(".")[0]) > int(SCHEMA_VERSION.split(".")[0]):
-        raise RecordVersionError(
-            f"Expected a record of schema {SCHEMA_VERSION} or of another minor version, found {version}, which is "
-            "newer. Update hf_immunize."
-        )
 
 
 def _check_together(record: ImmunizationRecord) -> None:
@@ -337,15 +318,16 @@ def _check_together(record: ImmunizationRecord) -> None:
         drawn = (ratio.num_groups or 1) * (ratio.group_size or 1)
         if drawn > _MAX_DRAWN:
             raise _unexpected(f"ratios.{protocol}.num_groups", f"at most {_MAX_DRAWN} rows in all", drawn)
-    for side, features in (("benign", record.benign_features), ("harmful", record.harmful_features)):
-        for moment, part in (("before", features.before), ("after", features.after)):
-            if part is not None:
-                least, most = 0 if part.is_bound else 1, min(part.num_samples, part.dim)  # 0: all of it is lost
-                if not least <= part.rank <= most:
-                    words = f"between {least} and min(N, D) = {most}"
-                    raise _unexpected(f"{side}_features.{moment}.rank", words, part.rank)
+    for side in ("benign_features", "harmful_features"):
+        for moment in ("before", "after"):
+            part: ConditioningRecord | None = getattr(getattr(record, side), moment)
+            least = 0 if part is None or part.is_bound else 1  # 0: all of it is lost
+            if part is not None and not least <= part.rank <= min(part.num_samples, part.dim):
+                words = f"between {least} and min(N, D) = {min(part.num_samples, part.dim)}"
+                raise _unexpected(f"{side}.{moment}.rank", words, part.rank)
     if record.metric is not None and record.metric.name == "accuracy":
-        for moment, share in (("after", record.metric.after), ("before", record.metric.before)):
+        for moment in ("after", "before"):
+            share = getattr(record.metric, moment)
             if share is not None and not 0 <= share <= 1:
                 raise _unexpected(f"metric.{moment}", "between 0 and 1", share)
 
@@ -387,39 +369,28 @@ def write_record(folder: str | os.PathLike[str], record: ImmunizationRecord) -> 
 def to_plain(value: Any) -> Any:
     """Dataclasses as dictionaries, with their unknown fields where they were found; `from_plain` checks the values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [item.name for item in dataclasses.fields(value) if item.name != UNKNOWN]
-        return {name: to_plain(getattr(value, name)) for name in names} | to_plain(getattr(value, UNKNOWN, {}))
+        known = {name: to_plain(getattr(value, name)) for name in _hints(type(value))}
+        return known | to_plain(getattr(value, _UNKNOWN, {}))
     if isinstance(value, dict):
         return {str(key): to_plain(item) for key, item in value.items()}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def from_plain(kind: type[T], value: Any, where: str) -> T:
-    """Read a dataclass from a dictionary, checking every field; `RecordError` names the one that cannot be.
-
-    >>> @dataclasses.dataclass
-    ... class Point:
-    ...     x: float
-    ...     name: str | None = None
-    ...     unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
-    >>> point = from_plain(Point, {"x": 1, "colour": "red"}, "point")
-    >>> point, to_plain(point)
-    (Point(x=1.0, name=None, unknown={'colour': 'red'}), {'x': 1.0, 'name': None, 'colour': 'red'})
-    """
-    value = _sized(value, dict, where)
-    hints = _hints(kind)  # type: ignore[arg-type]
+    """Read a dataclass from a dictionary, checking every field; `RecordError` names the one that cannot be."""
+    value, hints = _sized(value, dict, where), _hints(kind)
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and item.name not in value:
+        if item.default is item.default_factory is dataclasses.MISSING and item.name not in value:
             raise _unexpected(f"{where}.{item.name}", "there", "none")
     known = {name: _read(hints[name], value[name], f"{where}.{name}") for name in hints if name in value}
     further = {_text(name, where, _MAX_NAME): item for name, item in value.items() if name not in hints}
-    return kind(**known, **{UNKNOWN: {name: _read(Any, item, f"{where}.{name}") for name, item in further.items()}})
+    return kind(**known, **{_UNKNOWN: {name: _read(Any, item, f"{where}.{name}") for name, item in further.items()}})
 
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
-    return {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if name != UNKNOWN}
+    """The fields of a part, save for the unknown ones, with what they hold."""
+    return {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if name != _UNKNOWN}
 
 
 def _read(hint: Any, value: Any, where: str, depth: int = 0) -> Any:
@@ -429,8 +400,8 @@ def _read(hint: Any, value: Any, where: str, depth: int = 0) -> Any:
             raise _unexpected(where, f"nested less than {_MAX_DEPTH} deep", value)
         if value is None:
             return None
-        nested: dict[type, Any] = {dict: dict[str, Any], list: list[Any]}
-        return _read(nested.get(type(value), type(value)), value, where, depth + 1)
+        nested = {dict: dict[str, Any], list: list[Any]}.get(type(value), type(value))
+        return _read(nested, value, where, depth + 1)
     if origin is Annotated:
         found, rule = _read(arguments[0], value, where), arguments[1]
         if not rule.holds(found):
@@ -441,21 +412,18 @@ def _read(hint: Any, value: Any, where: str, depth: int = 0) -> Any:
             return None
         *others, last = (option for option in arguments if option is not type(None))
         for option in others:
-            try:
+            with suppress(RecordError):
                 return _read(option, value, where)
-            except RecordError:
-                continue
         return _read(last, value, where)
     if origin is list:
-        items = enumerate(_sized(value, list, where))
-        return [_read(arguments[0], item, f"{where}[{index}]", depth) for index, item in items]
+        found = _sized(value, list, where)
+        return [_read(arguments[0], item, f"{where}[{index}]", depth) for index, item in enumerate(found)]
     if origin is dict:
-        return {
-            _read(arguments[0], _text(name, where, _MAX_NAME), where): _read(
-                arguments[1], item, f"{where}.{name}", depth
-            )
-            for name, item in _sized(value, dict, where).items()
+        key, inner = arguments
+        items = {
+            _read(key, _text(name, where, _MAX_NAME), where): item for name, item in _sized(value, dict, where).items()
         }
+        return {name: _read(inner, item, f"{where}.{name}", depth) for name, item in items.items()}
     reader: Callable[[type, Any, str], Any] = from_plain if dataclasses.is_dataclass(hint) else _read_leaf
     return reader(hint, value, where)
 
