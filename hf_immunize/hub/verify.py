@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,17 +75,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of measuring again.
+    """What came of measuring again."""
 
-    Attributes:
-        outcome: "agrees", "differs" or "cannot say".
-        figures: Every claim against its measurement.
-        reasons: Sentences for the reader.
-    """
-
-    outcome: str
-    figures: list[Figure] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
+    outcome: str  # "agrees", "differs" or "cannot say"
+    figures: list[Figure]  # every claim against its measurement
+    reasons: list[str]  # sentences for the reader
 
     @property
     def exit_code(self) -> int:
@@ -150,9 +143,9 @@ def verify(
     changed = changed_weights(folder, record.weights)
     model = load_model(folder, trust_remote_code)
     processor = image_processor or _processor(folder, trust_remote_code)
-    before: PreTrainedModel | None = None
-    if reference is not None:
-        before = reference if isinstance(reference, torch.nn.Module) else load_model(fetch(reference, token=token))
+    before: Any = reference
+    if isinstance(reference, str | os.PathLike):
+        before = load_model(fetch(reference, token=token))
     options: dict[str, Any] = {"batch_size": batch_size, "head_module": head_module, "progress": progress}
     options["keep_features"] = before is not None and "groups" in record.ratios
     found: dict[str, tuple[Measured, Measured | None]] = {}
@@ -258,25 +251,18 @@ def groups_ratio(
     group_size: int = _GROUP_SIZE,
     seed: int = 0,
 ) -> RatioRecord | None:
-    """RIR over random groups of images, with its spread; None where there are fewer images than a group needs.
+    """RIR over 20 random groups of images or as many as are disjoint; None where there are too few for one.
 
-    Each task is given through the immunized model and the reference, with features. By default there are 20 groups, or
-    as many disjoint ones as the rows give.
+    Each task is given through the immunized model and the reference, with features.
     """
     fewest = min(harmful[0].measurement.factor.num_samples, benign[0].measurement.factor.num_samples)
     if fewest < group_size:
         return None
     count = max(1, min(20, fewest // group_size)) if num_groups is None else num_groups
     drawn = {"num_groups": count, "group_size": group_size, "seed": seed}
-    ratio = relative_immunization_ratio(
-        harmful=harmful[0].features,
-        harmful_reference=harmful[1].features,
-        benign=benign[0].features,
-        benign_reference=benign[1].features,
-        protocol="groups",
-        **drawn,
-    )
-    return describe_ratio(ratio, **drawn)
+    names = ("harmful", "harmful_reference", "benign", "benign_reference")
+    features = {name: part.features for name, part in zip(names, (*harmful, *benign), strict=True)}
+    return describe_ratio(relative_immunization_ratio(**features, protocol="groups", **drawn), **drawn)
 
 
 # ---- comparing ----
@@ -293,32 +279,30 @@ def compare(record: ImmunizationRecord, benign: Pair, harmful: Pair, changed: li
             "The κ's before immunization are the record's own, taken on trust; give the reference model to measure "
             "them too."
         )
-    figures = list(_figures(record, found, other))
+    figures = list(_figures(record, found, {side: why is None for side, why in other.items()}))
     decisive = [figure for figure in figures if figure.claimed is not None and not figure.name.startswith("groups")]
+    outcome = CANNOT_SAY
     if changed or any(figure.outcome == DIFFERS for figure in figures):
         outcome = DIFFERS
     elif decisive and all(figure.outcome == AGREES for figure in decisive):
         outcome = AGREES
-    else:
-        outcome = CANNOT_SAY
     return Verification(outcome, figures, reasons)
 
 
-def _figures(record: ImmunizationRecord, found: dict[str, Pair], other: dict[str, str | None]) -> Iterator[Figure]:
-    """Every claim against its measurement, in the order in which they are reported."""
+def _figures(record: ImmunizationRecord, found: dict[str, Pair], same: dict[str, bool]) -> Iterator[Figure]:
+    """Every claim against its measurement, in the order in which they are reported; `same` are the record's images."""
     if record.metric is not None and record.metric.name == "accuracy":
-        yield _accuracy_figure(record.metric, found["benign"][0], other["benign"] is None)
+        yield _accuracy_figure(record.metric, found["benign"][0], same["benign"])
     sides: dict[str, SideRecord] = {}
     for side, (now, then) in found.items():
         claimed: SideRecord = getattr(record, f"{side}_features")
         sides[side] = _measured_side(now, then, claimed)
         for moment in ("before", "after") if then is not None else ("after",):
             claim, part = getattr(claimed, moment), getattr(sides[side], moment)
-            yield _conditioning_figure(f"log10 κ of {side} features, {moment}", claim, part, other[side] is None)
-    same = not any(other.values())
-    yield _exact_figure(record.ratios.get("exact"), sides, same)
+            yield _conditioning_figure(f"log10 κ of {side} features, {moment}", claim, part, same[side])
+    yield _exact_figure(record.ratios.get("exact"), sides, all(same.values()))
     if (groups := record.ratios.get("groups")) is not None:
-        yield _groups_figure(groups, found["benign"], found["harmful"], same)
+        yield _groups_figure(groups, found["benign"], found["harmful"], all(same.values()))
 
 
 def rounding_allowance(conditioning: Conditioning) -> float:
@@ -355,7 +339,9 @@ def _measured_side(now: Measured, then: Measured | None, claimed: SideRecord) ->
     return SideRecord(before, ConditioningRecord.of(factor.conditioning(before.conditioning())))
 
 
-def _judged(name: str, claimed: float, measured: float, allowance: float, note: str) -> Figure:
+def _judged(name: str, claimed: float, measured: float, note: str, *parts: ConditioningRecord | None) -> Figure:
+    """Two decimal logarithms; where their features lie near rounding noise, a small difference is no statement."""
+    allowance = sum(rounding_allowance(part.conditioning()) for part in parts if part is not None)
     apart, outcome = abs(claimed - measured), AGREES
     if LOG10_TOLERANCE < apart <= allowance:
         outcome = CANNOT_SAY
@@ -368,15 +354,14 @@ def _judged(name: str, claimed: float, measured: float, allowance: float, note: 
 def _conditioning_figure(
     name: str, claim: ConditioningRecord | None, part: ConditioningRecord | None, same: bool
 ) -> Figure:
-    if claim is None or part is None:
+    if claim is None or part is None or not same:
         claimed, measured = (None if each is None else each.log10_kappa for each in (claim, part))
-        return Figure(name, claimed, measured, LOG10_TOLERANCE, CANNOT_SAY, "one of the two is missing")
-    if not same:
-        return Figure(name, claim.log10_kappa, part.log10_kappa, LOG10_TOLERANCE, CANNOT_SAY, "other images")
+        note = "one of the two is missing" if claim is None or part is None else "other images"
+        return Figure(name, claimed, measured, LOG10_TOLERANCE, CANNOT_SAY, note)
     note = f"rank {part.rank} of {min(part.num_samples, part.dim)}"
     note += "" if claim.rank == part.rank else f", {claim.rank} by the record"
     note += ", a bound from below" if part.is_bound else ""
-    return _judged(name, claim.log10_kappa, part.log10_kappa, rounding_allowance(part.conditioning()), note)
+    return _judged(name, claim.log10_kappa, part.log10_kappa, note, part)
 
 
 def _accuracy_figure(claim: MetricRecord, now: Measured, same: bool) -> Figure:
@@ -391,37 +376,36 @@ def _accuracy_figure(claim: MetricRecord, now: Measured, same: bool) -> Figure:
 
 
 def _exact_figure(claim: RatioRecord | None, sides: dict[str, SideRecord], same: bool) -> Figure:
-    claimed = None if claim is None else claim.log10_rir
-    figure = partial(Figure, "log10 RIR (exact)", claimed, tolerance=LOG10_TOLERANCE)
-    now = exact_ratio(sides["benign"], sides["harmful"])
+    name, now = "log10 RIR (exact)", exact_ratio(sides["benign"], sides["harmful"])
+    claimed, measured = (None if ratio is None else ratio.log10_rir for ratio in (claim, now))
     if now is None:
-        return figure(measured=None, outcome=CANNOT_SAY, note="no κ before immunization to divide by")
-    note = _BOUND_WORDS[now.bound]
-    if now.log10_rir is None:
+        outcome, note = CANNOT_SAY, "no κ before immunization to divide by"
+    elif measured is None:
         agreed = claim is not None and claim.bound == "undetermined" and same
-        return figure(measured=None, outcome=AGREES if agreed else CANNOT_SAY, note=note)
-    if claim is None or claimed is None or not same:
-        note = "other images" if claim is not None and not same else note or "not claimed"
-        return figure(measured=now.log10_rir, outcome=CANNOT_SAY, note=note)
-    if claim.bound != now.bound:
-        note = f"{note or 'a number'} now, {_BOUND_WORDS[claim.bound] or 'a number'} by the record"
-        return figure(measured=now.log10_rir, outcome=DIFFERS, note=note)
-    parts = [sides[side].after for side in ("harmful", "benign")]
-    allowance = sum(rounding_allowance(part.conditioning()) for part in parts if part is not None)
-    return _judged("log10 RIR (exact)", claimed, now.log10_rir, allowance, note)
+        outcome, note = AGREES if agreed else CANNOT_SAY, _BOUND_WORDS[now.bound]
+    elif claim is None or claimed is None or not same:
+        words = _BOUND_WORDS[now.bound] or "not claimed"
+        outcome, note = CANNOT_SAY, "other images" if claim is not None and not same else words
+    elif claim.bound != now.bound:
+        found, recorded = (_BOUND_WORDS[ratio.bound] or "a number" for ratio in (now, claim))
+        outcome, note = DIFFERS, f"{found} now, {recorded} by the record"
+    else:
+        parts = [side.after for side in sides.values()]
+        return _judged(name, claimed, measured, _BOUND_WORDS[now.bound], *parts)
+    return Figure(name, claimed, measured, LOG10_TOLERANCE, outcome, note)
 
 
 def _groups_figure(claim: RatioRecord, benign: Pair, harmful: Pair, same: bool) -> Figure:
     claimed = None if claim.log10_rir is None else 10.0 ** min(claim.log10_rir, 300)
     spread = (claimed or 0.0) * (claim.relative_std or 0.0)
-    figure = partial(Figure, "groups: mean RIR", claimed, tolerance=spread)
-    if benign[1] is None or harmful[1] is None:
-        return figure(measured=None, outcome=CANNOT_SAY, note="needs the reference model")
-    drawn = {"group_size": claim.group_size or _GROUP_SIZE, "seed": claim.seed or 0}
-    now = groups_ratio((harmful[0], harmful[1]), (benign[0], benign[1]), num_groups=claim.num_groups, **drawn)
-    if now is None or now.log10_rir is None or claimed is None or not same:
-        return figure(measured=None, outcome=CANNOT_SAY, note="undetermined" if same else "other images")
-    mean = 10.0 ** min(now.log10_rir, 300)
-    # With one group there is no spread; then the figure must be met as an exact one is.
-    close = abs(mean - claimed) <= max(spread, claimed * (10**LOG10_TOLERANCE - 1))
-    return figure(measured=mean, outcome=AGREES if close else DIFFERS, note=f"within ± {spread:.3g}")
+    mean, outcome, note = None, CANNOT_SAY, "needs the reference model"
+    if benign[1] is not None and harmful[1] is not None:
+        drawn = {"group_size": claim.group_size or _GROUP_SIZE, "seed": claim.seed or 0}
+        now = groups_ratio((harmful[0], harmful[1]), (benign[0], benign[1]), num_groups=claim.num_groups, **drawn)
+        note = "undetermined" if same else "other images"
+        if same and now is not None and now.log10_rir is not None and claimed is not None:
+            mean, note = 10.0 ** min(now.log10_rir, 300), f"within ± {spread:.3g}"
+            # With one group there is no spread; then the figure must be met as an exact one is.
+            close = abs(mean - claimed) <= max(spread, claimed * (10**LOG10_TOLERANCE - 1))
+            outcome = AGREES if close else DIFFERS
+    return Figure("groups: mean RIR", claimed, mean, spread, outcome, note)
