@@ -26,6 +26,7 @@ from hf_immunize.hub.record import (
     RECORD_NAME,
     AuditRecord,
     BudgetRecord,
+    DataRecord,
     ImmunizationRecord,
     from_plain,
     read_record,
@@ -56,18 +57,13 @@ _ACCESS_WORDS = {
 }
 # Name, metric, form, and the flags that make it a bound from below and from above.
 _ROWS = (
-    ("benign accuracy", "eval_accuracy", "{:.1%}", None, None),
-    ("log10 κ of benign features", "eval_benign_log10_kappa", "{:.2f}", "eval_benign_is_bound", None),
-    ("log10 κ of harmful features", "eval_harmful_log10_kappa", "{:.2f}", "eval_harmful_is_bound", None),
-    ("rank of benign features", "eval_benign_rank", "{:.0f}", None, None),
-    ("rank of harmful features", "eval_harmful_rank", "{:.0f}", None, None),
+    ("benign accuracy", "eval_accuracy", "{:.1%}", "", ""),
+    ("log10 κ of benign features", "eval_benign_log10_kappa", "{:.2f}", "eval_benign_is_bound", ""),
+    ("log10 κ of harmful features", "eval_harmful_log10_kappa", "{:.2f}", "eval_harmful_is_bound", ""),
+    ("rank of benign features", "eval_benign_rank", "{:.0f}", "", ""),
+    ("rank of harmful features", "eval_harmful_rank", "{:.0f}", "", ""),
     ("RIR (exact)", "eval_rir", "{:,.4g}", "eval_rir_is_lower_bound", "eval_rir_is_upper_bound"),
 )
-# Below this ratio nothing worth the name was achieved; a larger loss of accuracy is reported as one. The default
-# budget bounds a change in the probability of the right class by as much.
-_ACHIEVED, _LOST = 2.0, 0.05
-# Regularizers of so small a part of their first weight change nothing.
-_FADED = 0.1
 
 
 # ---- text from outside, made harmless ----
@@ -112,8 +108,8 @@ def metric_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str
     ('RIR (exact)', '1', '≥ 50')
     """
 
-    def cell(metrics: dict[str, Any], key: str, form: str, below: str | None, above: str | None) -> str:
-        lower, upper = (bool(flag and metrics.get(flag)) for flag in (below, above))
+    def cell(metrics: dict[str, Any], key: str, form: str, below: str, above: str) -> str:
+        lower, upper = bool(metrics.get(below)), bool(metrics.get(above))
         value = metrics.get(key)
         if value is None or value != value:
             return "undetermined" if lower and upper else "–"
@@ -127,8 +123,7 @@ def _metrics_of(record: ImmunizationRecord) -> tuple[dict[str, Any], dict[str, A
     before: dict[str, Any] = {}
     after: dict[str, Any] = {}
     if (metric := record.metric) is not None:
-        after[f"eval_{metric.name}"] = metric.after
-        before |= {} if metric.before is None else {f"eval_{metric.name}": metric.before}
+        before[f"eval_{metric.name}"], after[f"eval_{metric.name}"] = metric.before, metric.after
     for side, features in (("benign", record.benign_features), ("harmful", record.harmful_features)):
         for metrics, part in ((before, features.before), (after, features.after)):
             if part is not None:
@@ -151,7 +146,7 @@ def record_rows(record: ImmunizationRecord) -> list[tuple[str, str, str]]:
         rows.insert(0, (f"benign {plain(record.metric.name)}", old, new))
     exact, groups = record.ratios.get("exact"), record.ratios.get("groups")
     for side, number in (("harmful", "(i)"), ("benign", "(ii)")):
-        value = None if exact is None else getattr(exact, f"log10_{side}_ratio")
+        value = getattr(exact, f"log10_{side}_ratio", None)
         if value is not None:
             features = getattr(record, f"{side}_features")
             now, then = features.after, features.before
@@ -175,75 +170,17 @@ def _power(exponent: float) -> float:
 
 
 def summary_sentence(before: dict[str, Any], after: dict[str, Any], budget: BudgetRecord | None = None) -> str:
-    """What was achieved by the metrics of `ImmunizationTrainer.evaluate`, and what went wrong, and why.
-
-    >>> before, after = {"eval_accuracy": 0.5}, {"eval_accuracy": 0.4, "eval_rir": 9.0}
-    >>> summary_sentence(before, after).split("fine-tuning. ")[1]
-    'This run cost 10.0 points of benign accuracy.'
-    """
-    rir, old, new = after.get("eval_rir"), before.get("eval_accuracy"), after.get("eval_accuracy")
-    lower, upper = after.get("eval_rir_is_lower_bound"), after.get("eval_rir_is_upper_bound")
-    if rir is None and lower and upper:
-        ratio = "the ratio of condition numbers is undetermined, since the ranks of both tasks' features changed"
-    elif rir is None:
-        ratio = "the ratio of condition numbers was not measured"
-    else:
-        bound = "at most " if upper else "at least " if lower else ""
-        ratio = (
-            f"the condition number of harmful probing grew {bound}{rir:,.3g} times as much as that of benign probing "
-            "(exact RIR)"
-        )
-    if new is None:
-        accuracy = "benign accuracy was not measured"
-    elif old is None:
-        accuracy = f"benign accuracy is {new:.1%} (it was not measured before)"
-    else:
-        accuracy = f"benign accuracy changed by {100 * (new - old):+.1f} points"
-    failed = [f"achieved nothing (an RIR of {rir:,.3g})"] if rir is not None and rir < _ACHIEVED and not lower else []
-    drop = 0.0 if old is None or new is None else old - new
-    if drop > _LOST:
-        failed.append(f"cost {100 * drop:.1f} points of benign accuracy")
-    return (
-        f"On held-out images {ratio}, and {accuracy}; a large ratio slows gradient descent on these features, and by "
-        f"itself stops neither least squares, nor probes of earlier layers, nor fine-tuning. "
-        f"{_outcome(' and '.join(failed), drop > _LOST, budget)}"
-    ).rstrip()
-
-
-def _outcome(failed: str, lost: bool, budget: BudgetRecord | None) -> str:
-    """What a run failed at, with the reason; the state of its budget where that is known."""
-    if budget is None:
-        return f"This run {failed}." if failed else ""
-    state = budget_words(budget)
-    if not failed:
-        return state
-    said = f"This run {failed}: {state[:1].lower()}{state[1:]}"
-    if budget.exceeded:
-        return said
-    if lost:
-        remedy = "lower the budget, or give more images to distil on"
-    elif budget.spent < 0.5 * budget.limit:
-        remedy = "train longer or at a higher learning rate"
-    else:
-        remedy = "raise the budget, train longer, or give images to distil on"
-    return f"{said.rstrip('.')}; {remedy}."
+    """What was achieved by the metrics of `ImmunizationTrainer.evaluate`, and what went wrong, and why."""
+    return _sentence("summary", before, after, budget)
 
 
 def budget_words(budget: BudgetRecord) -> str:
-    """The state of a benign budget and what it means, as one sentence.
+    """The state of a benign budget and what it means, as one sentence."""
+    return _sentence("budget_words", budget)
 
-    >>> budget_words(BudgetRecord(limit=0.05, measure="total_variation", spent=0.04, weight=1.0))
-    'The benign side moved 0.04 of its budget of 0.05 (total variation).'
-    """
-    measure = plain(budget.measure.replace("_", " "))
-    if not budget.exceeded:
-        return f"The benign side moved {budget.spent:.2g} of its budget of {budget.limit:g} ({measure})."
-    faded = f"faded to {budget.weight:.1g} of those at the start" if budget.weight < _FADED else "fade"
-    return (
-        f"The benign side moved {budget.spent:.2g}, {budget.spent / budget.limit:.1f} times its budget of "
-        f"{budget.limit:g} ({measure}), so that the weights of the regularizers {faded}: lower the learning rate, at "
-        "which a few steps go past it."
-    )
+
+def _sentence(name: str, *values: Any) -> str:
+    return " ".join(getattr(_template("sentences.jinja").module, name)(*values).split())
 
 
 # ---- metadata ----
@@ -254,9 +191,8 @@ def eval_results(record: ImmunizationRecord) -> list[EvalResult]:
     results = []
 
     def add(side: str, kind: str, name: str, value: float | None, **arguments: str | None) -> None:
-        data = getattr(record, side)
-        title = printable(data.name) if data is not None else ""
-        given = {key: item for key, item in arguments.items() if item is not None}
+        data = getattr(record, side) or DataRecord("")
+        title = printable(data.name)
         if value is not None:
             result = EvalResult(
                 task_type="image-classification",
@@ -265,12 +201,12 @@ def eval_results(record: ImmunizationRecord) -> list[EvalResult]:
                 dataset_type=slug(title),
                 dataset_name=title or f"{side} images",
                 dataset_config=side,
-                dataset_split=printable(data.split) if data is not None and data.split else None,
-                dataset_revision=printable(data.revision) if data is not None and data.revision else None,
+                dataset_split=printable(data.split) if data.split else None,
+                dataset_revision=printable(data.revision) if data.revision else None,
                 metric_type=kind,
                 metric_name=name,
                 metric_value=float(f"{value:.8g}"),
-                metric_args=given or None,
+                metric_args={key: item for key, item in arguments.items() if item is not None} or None,
             )
             results.append(result)
 
@@ -279,16 +215,14 @@ def eval_results(record: ImmunizationRecord) -> list[EvalResult]:
 
     if record.metric is not None:
         add("benign", slug(record.metric.name), f"Benign {printable(record.metric.name)}", record.metric.after)
-    harmful_bound = None
+    lower: dict[str, str | None] = {}
     for side, part in (("benign", record.benign_features.after), ("harmful", record.harmful_features.after)):
         if part is not None:
-            harmful_bound = "lower" if part.is_bound else None
-            name = f"log10 κ of {side} features{of_bound(harmful_bound)}"
-            add(side, "log10_kappa", name, part.log10_kappa, protocol="exact", bound=harmful_bound)
-    if record.harmful_features.after is None:
-        harmful_bound = None
+            lower[side] = "lower" if part.is_bound else None
+            name = f"log10 κ of {side} features{of_bound(lower[side])}"
+            add(side, "log10_kappa", name, part.log10_kappa, protocol="exact", bound=lower[side])
     for measured_by, ratio in record.ratios.items():
-        protocol, grown = printable(measured_by), harmful_bound if measured_by == "exact" else None
+        protocol, grown = printable(measured_by), lower.get("harmful") if measured_by == "exact" else None
         words = f"RIR, relative immunization ratio{of_bound(ratio.bound)} ({protocol})"
         if ratio.log10_rir is not None and abs(ratio.log10_rir) < 300:
             add("harmful", "rir", words, 10.0**ratio.log10_rir, protocol=protocol, bound=ratio.bound)
@@ -390,14 +324,14 @@ def write_card(folder: str | os.PathLike[str], record: ImmunizationRecord, optio
 
 
 @functools.cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {
         "plain": plain,
         "share": lambda value: "–" if value is None else f"{value:.1%}",
         "line": lambda text: " ".join(text.split()),
     }
-    source = files("hf_immunize.hub").joinpath("templates/card.md.jinja").read_text(encoding="utf-8")
+    source = files("hf_immunize.hub").joinpath("templates", name).read_text(encoding="utf-8")
     return environment.from_string(source)
 
 
@@ -406,7 +340,7 @@ def _body(record: ImmunizationRecord, options: CardOptions, title: str) -> str:
     parts = [part for side in (record.benign_features, record.harmful_features) for part in (side.before, side.after)]
     strongest = record.audit.strongest if record.audit is not None else {}
     place = options.repo_id or ""
-    return _template().render(
+    return _template("card.md.jinja").render(
         record=record,
         title=title,
         place=place if HUB_ID.fullmatch(place) else "path/to/this/folder",

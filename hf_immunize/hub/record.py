@@ -163,12 +163,12 @@ class ConditioningRecord(Part):
     @classmethod
     def of(cls, conditioning: Conditioning) -> ConditioningRecord:
         """What a record keeps of a measured conditioning."""
-        return cls(**{name: getattr(conditioning, name) for name in _hints(cls)})
+        return cls(**{name: getattr(conditioning, name) for name in _hints(cls)})  # type: ignore[arg-type]
 
     def conditioning(self) -> Conditioning:
         """The conditioning this was taken from; NaN where the record does not know a number."""
-        log_kappa = self.log10_kappa * math.log(10.0)
-        values = {name: getattr(self, name) for name in _hints(type(self)) if name != "log10_kappa"}
+        log_kappa, kind = self.log10_kappa * math.log(10.0), type(self)
+        values = {name: getattr(self, name) for name in _hints(kind) if name != "log10_kappa"}  # type: ignore[arg-type]
         for name in ("effective_rank", "sigma_max", "sigma_min", "cutoff"):
             values[name] = math.nan if values[name] is None else values[name]
         return Conditioning(kappa=math.exp(min(log_kappa, 709.0)), log_kappa=log_kappa, **values)
@@ -378,7 +378,7 @@ def to_plain(value: Any) -> Any:
 
 def from_plain(kind: type[T], value: Any, where: str) -> T:
     """Read a dataclass from a dictionary, checking every field; `RecordError` names the one that cannot be."""
-    value, hints = _sized(value, dict, where), _hints(kind)
+    value, hints = _sized(value, dict, where), _hints(kind)  # type: ignore[arg-type]
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]
         if item.default is item.default_factory is dataclasses.MISSING and item.name not in value:
             raise _unexpected(f"{where}.{item.name}", "there", "none")
@@ -400,8 +400,8 @@ def _read(hint: Any, value: Any, where: str, depth: int = 0) -> Any:
             raise _unexpected(where, f"nested less than {_MAX_DEPTH} deep", value)
         if value is None:
             return None
-        nested = {dict: dict[str, Any], list: list[Any]}.get(type(value), type(value))
-        return _read(nested, value, where, depth + 1)
+        nested: dict[type, Any] = {dict: dict[str, Any], list: list[Any]}
+        return _read(nested.get(type(value), type(value)), value, where, depth + 1)
     if origin is Annotated:
         found, rule = _read(arguments[0], value, where), arguments[1]
         if not rule.holds(found):

@@ -261,7 +261,7 @@ def groups_ratio(
     count = max(1, min(20, fewest // group_size)) if num_groups is None else num_groups
     drawn = {"num_groups": count, "group_size": group_size, "seed": seed}
     names = ("harmful", "harmful_reference", "benign", "benign_reference")
-    features = {name: part.features for name, part in zip(names, (*harmful, *benign), strict=True)}
+    features: dict[str, Any] = {name: part.features for name, part in zip(names, (*harmful, *benign), strict=True)}
     return describe_ratio(relative_immunization_ratio(**features, protocol="groups", **drawn), **drawn)
 
 
