@@ -87,26 +87,13 @@ def differences():
     return [line for line in difflib.unified_diff(*lines, lineterm="", n=0) if line[:3] not in ("---", "+++")]
 
 
-def test_three_lines_are_new_and_one_is_gone():
+def test_three_lines_make_it_immunize_and_the_readme_shows_them_where_they_are():
     changed = [line for line in differences() if line[0] in "+-"]
-    assert [line[0] for line in changed].count("+") == 3
-    assert [line[0] for line in changed].count("-") == 1
-
-
-def test_the_readme_shows_exactly_these_lines():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split("```diff\n")[1].split("```")[0]
-    assert [line for line in block.splitlines() if line[0] in "+-"] == [
-        line for line in differences() if line[0] in "+-"
-    ]
-
-
-def test_the_readme_shows_the_lines_where_they_are():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split("```diff\n")[1].split("```")[0]
-    after = [line[1:] for line in block.splitlines() if line[0] in " +"]
+    assert sorted(line[0] for line in changed) == ["+", "+", "+", "-"]
+    block = (ROOT / "README.md").read_text(encoding="utf-8").split("```diff\n")[1].split("```")[0].splitlines()
+    assert [line for line in block if line[0] in "+-"] == changed
     source = (EXAMPLES / "immunize.py").read_text().splitlines()
-    assert all(line in source for line in after if line.strip() != "…")
+    assert all(line[1:] in source for line in block if line[0] in " +" and line.strip() != "…")
 
 
 def test_what_the_readme_says_can_be_set_exists():
@@ -189,30 +176,24 @@ CONFIGS = sorted((EXAMPLES / "accelerate_configs").glob("*.yaml"))
 SCRIPT = [EXAMPLES / "immunize.py", "--model", "model", "--dataset", "./pets", "--max_steps", "2", *QUICK]
 
 
-def test_there_is_a_configuration_for_each_way_to_spread():
+def test_there_is_a_configuration_for_each_way_to_spread_and_the_readme_names_no_other():
     names = ["deepspeed", "fsdp", "multi_cpu", "multi_gpu", "multi_node", "one_cpu"]
     assert [config.stem for config in CONFIGS] == names
+    named = set(re.findall(r"accelerate_configs/(\w+)\.yaml", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert named and named <= set(names)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_accelerate_reads_each_configuration(config):
+def test_accelerate_reads_each_configuration_which_says_how_it_is_used(config):
     found = load_config_from_file(str(config))
     kinds = {"one_cpu": "NO", "multi_node": "MULTI_GPU"}
     assert found.distributed_type.value == kinds.get(config.stem, config.stem.upper())
     assert found.num_processes == {"one_cpu": 1, "multi_cpu": 2, "multi_node": 16}.get(config.stem, 8)
     # The Trainer's own flags say it.
     assert found.mixed_precision == "no"
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_each_configuration_says_how_it_is_used(config):
+    command = f"accelerate launch --config_file examples/accelerate_configs/{config.name}"
     comments = [line for line in config.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    assert any(f"accelerate launch --config_file examples/accelerate_configs/{config.name}" in c for c in comments)
-
-
-def test_the_readme_names_configurations_that_exist():
-    named = set(re.findall(r"accelerate_configs/(\w+)\.yaml", (ROOT / "README.md").read_text(encoding="utf-8")))
-    assert named and named <= {config.stem for config in CONFIGS}
+    assert any(command in line for line in comments)
 
 
 def test_what_a_configuration_of_shards_says_to_type_is_what_the_trainer_asks_for(tmp_path):
@@ -276,17 +257,21 @@ def test_the_page_of_an_audit_is_written_from_its_json(tmp_path, monkeypatch):
     data = AuditResult("my/model", "my/base", "quick", 1, {"steps": 100}, {"harmful": task}, runs)
     report = AuditReport(data)
     report.write(tmp_path / "run")
-    words = [
-        "audit_page",
-        str(tmp_path / "run"),
-        "--output",
-        str(tmp_path / "page.md"),
-        "--command",
-        "hf-immunize audit",
-    ]
-    monkeypatch.setattr(sys, "argv", words)
+    words = [str(tmp_path / "run"), "--output", str(tmp_path / "page.md"), "--command", "hf-immunize audit"]
+    monkeypatch.setattr(sys, "argv", ["audit_page", *words])
     script("audit_page").main()
     page = (tmp_path / "page.md").read_text()
     assert all(f"- {one}" in page for one in report.verdict())
     assert "| closed-form least squares (ridge) | 81.2% | 53.7% |" in page
     assert (tmp_path / "figures" / "page.svg").stat().st_size > 1000
+
+
+def test_the_page_of_model_families_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from examples.backbones_page import SHOWN, page
+
+    shown = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8").splitlines()
+    expected = page().splitlines()
+    # A family without a row is added to the table by the command.
+    rows = {line for line in expected if any(line.startswith(f"| {family.name} |") for family in SHOWN.values())}
+    assert set(expected) - rows <= set(shown) <= set(expected), "run: python -m examples.backbones_page"

@@ -8,7 +8,7 @@ from typing import Any
 
 from examples.audit_page import table
 from examples.experiments.methods import TITLES
-from examples.experiments.rows import Group, benign_change, log10_rir, points, probe, rir_text, spread
+from examples.experiments.rows import Group, benign_change, points, probe, rir_text, spread
 from hf_immunize.audit.names import signed
 
 
@@ -18,7 +18,7 @@ FIGURES = ("benign change, points", "probe, %", "log10 RIR")
 
 
 def at_equal_accuracy(groups: list[Group]) -> list[str]:
-    """Of each other method, its best setting among those that keep as much benign accuracy; who is ahead of these."""
+    """Of each other method, its best setting among those that keep as much benign accuracy."""
     pairs = _pairs(groups)
     if not pairs:
         return ["There is no seed of which both the default and another method were run.", ""]
@@ -27,7 +27,7 @@ def at_equal_accuracy(groups: list[Group]) -> list[str]:
     for method in dict.fromkeys(pair.setting.method for pair in pairs):
         own = [pair for pair in able if pair.setting.method == method]
         if own:
-            best = min(own, key=lambda pair: _mean(pair.setting, probe, 1.0))
+            best = min(own, key=lambda pair: _mean(pair.setting, probe))
             lines.append([best.title, best.setting.named_seeds, *_cells(best.setting), *_cells(best.default)])
         else:
             count = sum(pair.setting.method == method for pair in pairs)
@@ -35,18 +35,7 @@ def at_equal_accuracy(groups: list[Group]) -> list[str]:
     found = table(["setting", "seeds", *FIGURES, *(f"default's {one}" for one in FIGURES)], lines)
     if any(pair.other_length for pair in pairs):
         found += ["† The default was not run for as many steps, and is shown with its own.", ""]
-    found += [f"- {len(able)} of {len(pairs)} settings of other methods keep as much benign accuracy as the default."]
-    if able:
-        weaker = [pair for pair in able if pair.ahead(probe) < 0]
-        higher, unknown = ([pair for pair in able if pair.higher_rir is wanted] for wanted in (True, None))
-        bounds = f" Bounds leave open {_named(unknown)}." if unknown else ""
-        found += [
-            f"- Ahead of the default by a weaker strongest probe: "
-            f"{_named(weaker, lambda pair: f'{-100 * pair.ahead(probe):.1f} points')}.",
-            f"- Ahead of the default by exact RIR: "
-            f"{_named(higher, lambda pair: f'by a factor of 10^{pair.ahead(log10_rir):.2f}')}.{bounds}",
-        ]
-    return [*found, ""]
+    return found
 
 
 @dataclass(frozen=True)
@@ -69,17 +58,8 @@ class Pair:
     @property
     def keeps_as_much(self) -> bool:
         """Whether the setting's mean benign accuracy is at most `EQUAL_POINTS` behind the default's."""
-        return self.ahead(benign_change) >= -EQUAL_POINTS / 100 - 1e-9
-
-    def ahead(self, value: Callable[[dict[str, Any]], float | None]) -> float:
-        """By how much the setting's mean of a figure is above the default's."""
-        return _mean(self.setting, value) - _mean(self.default, value)
-
-    @property
-    def higher_rir(self) -> bool | None:
-        """Whether the setting's exact RIR is the higher one; None where bounds leave it open."""
-        (low, high), (own_low, own_high) = _between(self.setting), _between(self.default)
-        return True if low > own_high else False if high <= own_low else None
+        behind = _mean(self.default, benign_change) - _mean(self.setting, benign_change)
+        return behind <= EQUAL_POINTS / 100 + 1e-9
 
 
 def _pairs(groups: list[Group]) -> list[Pair]:
@@ -96,27 +76,8 @@ def _pairs(groups: list[Group]) -> list[Pair]:
     return found
 
 
-def _mean(group: Group, value: Callable[[dict[str, Any]], float | None], missing: float = math.nan) -> float:
-    values = group.values(value)
-    return statistics.fmean(values) if values else missing
-
-
-def _between(group: Group) -> tuple[float, float]:
-    """The least and the greatest that the mean logarithm of the exact RIR can be."""
-    low, high = [], []
-    for row in group.rows:
-        log, bound = log10_rir(row), row["ratios"]["exact"]["bound"]
-        low.append(-math.inf if log is None or bound == "upper" else log)
-        high.append(math.inf if log is None or bound == "lower" else log)
-    return statistics.fmean(low), statistics.fmean(high)
-
-
-def _named(pairs: list[Pair], by: Callable[[Pair], str] | None = None) -> str:
-    def one(pair: Pair) -> str:
-        seeds = f"seed{'s' if len(pair.setting.rows) > 1 else ''} {pair.setting.named_seeds}"
-        return f"{pair.title} ({f'{by(pair)}, ' if by else ''}{seeds})"
-
-    return "; ".join(map(one, pairs)) or "none"
+def _mean(group: Group, value: Callable[[dict[str, Any]], float | None]) -> float:
+    return statistics.fmean(group.values(value) or [math.inf])
 
 
 def _cells(group: Group) -> list[str]:
