@@ -8,7 +8,7 @@ import pytest
 from examples.experiments.__main__ import main
 from examples.experiments.comparison import at_equal_accuracy
 from examples.experiments.files import read_json, write_json
-from examples.experiments.page import BEGIN, END, one_line, write_overview, write_page
+from examples.experiments.page import BEGIN, END, write_overview, write_page
 from examples.experiments.rows import Group, group_rows, pooled_difference, read_rows, seconds_of
 from examples.experiments.run import VERSION
 from examples.experiments.sentences import sentences, stopped
@@ -142,28 +142,18 @@ def test_a_row_of_an_older_program_is_refused(rows, tmp_path):
         read_rows(tmp_path / "runs")
 
 
-def test_the_readme_shows_the_overview_of_the_page():
+def test_the_readme_shows_the_overview_of_the_page(tmp_path):
     readme = (ROOT / "README.md").read_text().partition(BEGIN)[2].partition(END)[0].strip()
     assert readme.startswith("| experiment |") and readme in (ROOT / "docs/results/networks.md").read_text()
-
-
-def test_without_marks_or_rows_the_overview_says_so(tmp_path):
-    (tmp_path / "README.md").write_text("nothing")
+    assert "not run" in overview(group_rows([a_row("kappa")]))
+    (tmp_path / "README.md").write_text("without marks")
     with pytest.raises(DataError, match=r"README\.md"):
         write_overview(tmp_path / "README.md", "table")
-    assert "not run" in overview(group_rows([a_row("kappa")]))
 
 
-# ---- what follows from several rows ----
-
-
-def test_a_pooled_difference_counts_every_held_out_image():
-    rows = [a_row(seed=seed, wrong=range(seed)) for seed in range(3)]
-    mean, (low, high), size = pooled_difference(rows)
+def test_a_pooled_difference_counts_every_held_out_image_and_none_twice():
+    mean, (low, high), size = pooled_difference([a_row(seed=seed, wrong=range(seed)) for seed in range(3)])
     assert (mean, size) == (pytest.approx(-3 / 60), 60) and low < mean < high
-
-
-def test_an_image_in_two_splits_does_not_count_as_two():
     one = a_row(wrong=(0, 1))
     twice = copy.deepcopy(one) | {"seed": 1}
     single, pooled = pooled_difference([one])[1], pooled_difference([one, twice])[1]
@@ -171,9 +161,7 @@ def test_an_image_in_two_splits_does_not_count_as_two():
     elsewhere = twice | {"test_rows": " ".join(str(100 + index) for index in range(20))}
     low, high = pooled_difference([one, elsewhere])[1]
     assert high - low < 0.8 * (pooled[1] - pooled[0])
-
-
-def test_where_no_image_differs_the_interval_is_not_empty():
+    # Where no image differs, the interval is not empty.
     mean, (low, high), _ = pooled_difference([a_row(wrong=())])
     assert mean == 0 and (low, high) == (pytest.approx(-0.15), pytest.approx(0.15))
 
@@ -246,7 +234,3 @@ def test_as_far_behind_as_counts_as_equal_is_equal():
     assert "| paper (κ) | 0 | −5.5 |" in compared(*rows)
     rows[1]["utility"]["difference"] -= 1 / 200
     assert "none of its 1 settings" in compared(*rows)
-
-
-def test_one_line_for_the_terminal():
-    assert "log10 RIR ≥ 9.00" in one_line(a_row()) and "harmful probe 50.0% → 12.0%" in one_line(a_row())

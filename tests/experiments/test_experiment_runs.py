@@ -50,7 +50,8 @@ def test_a_run_writes_its_row_card_and_figure(words, tmp_path, capsys, monkeypat
     assert (folder / "spectra.png").stat().st_size > 1000
     assert row["seconds"]["attacks on the immunized model"] > 0 and row["resumed"] == []
     assert read_record(folder / "model").audit.strongest["head_input"] is not None
-    assert f"{NAME}: benign" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{NAME}: benign" in said and f"harmful probe {100 * harmful['linear']['before']['accuracy']:.1f}%" in said
     assert str(tmp_path) not in json.dumps(row)
     card = tmp_path / "cards" / NAME
     checked = CliRunner().invoke(cli.app, ["card", str(card), "--check"])
@@ -172,9 +173,6 @@ def test_without_the_hub_it_says_what_is_missing(images, tmp_path, capsys):
     assert "ILSVRC/imagenet-1k" in capsys.readouterr().err
     assert main([*words, "--data_path", str(images)]) == 1
     assert "microsoft/resnet-18" in capsys.readouterr().err
-
-
-# ---- what is measured of features ----
 
 
 def test_lost_benign_images_are_counted_and_ratios_are_given_without_them():

@@ -6,7 +6,7 @@ import yaml
 from examples.experiments import tasks
 from examples.experiments.__main__ import main
 from examples.experiments.methods import BASELINES, COLOURS, METHODS, PAPER, TITLES
-from examples.experiments.settings import Run, differences, load_settings, parse_changes, planned_runs
+from examples.experiments.settings import Run, load_settings, parse_changes, planned_runs
 from examples.experiments.training import write_arguments
 from hf_immunize.errors import ArgumentError, DataError
 from hf_immunize.training.arguments import ImmunizationArguments, Method
@@ -51,14 +51,11 @@ def test_the_plan_names_each_row_once_and_all_that_is_in_the_settings():
     assert not any("imagenet" in run.backbone for run in planned_runs())
 
 
-def test_changes_are_part_of_the_name():
+def test_changes_are_part_of_the_name_which_is_safe_for_a_file():
     run = Run("mobilenet", "cars", "default", 1, parse_changes(["max_steps=700", "benign_budget=none"]))
     assert run.name == "mobilenet_cars-default-benign_budget=none-max_steps=700-seed1"
     assert "--set max_steps=700 --set benign_budget=none" in run.command()
     assert parse_changes(["learning_rate=1e-4"]) == {"learning_rate": 1e-4}
-
-
-def test_a_change_with_odd_characters_is_safe_as_a_file_name_and_one_of_its_own():
     names = {Run("x", "y", changes={"trainable": pattern}).name for pattern in (r"layer\.1[45]", r"layer\.1[46]")}
     assert len(names) == 2 and not any("/" in name or "\\" in name or "[" in name for name in names)
 
@@ -83,10 +80,6 @@ def test_what_is_no_part_of_a_run_is_refused_by_name(given, named):
 def test_settings_with_unknown_or_missing_parts_are_refused(parts, named, tiny):
     with pytest.raises(ArgumentError, match=rf"\['{named}'\]"):
         load_settings(tiny(**parts))
-
-
-def test_what_differs_is_named():
-    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "c": 2}}) == ["a.b: 1 → 3"]
 
 
 def test_the_list_names_every_backbone_task_and_method(capsys):
