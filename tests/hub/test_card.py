@@ -311,7 +311,7 @@ def shape(text):
 PLAIN_SHAPE = shape(rendered(record_of()).text)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(name=nasty, harmful=nasty, base=nasty, attacker=nasty, licence=nasty, remark=nasty)
 @example(*NASTY[:6])
 @example(*NASTY[6:12])

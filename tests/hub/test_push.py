@@ -25,16 +25,26 @@ def local(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+SHARDED = ["pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/.metadata", "optimizer_0/__0_0.distcp"]
+SHARDED += ["global_step4/mp_rank_00_model_states.pt", "global_step4/zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+SHARDED += ["latest", "zero_to_fp32.py", "pytorch_model_fsdp.bin", "checkpoint-4/model.safetensors"]
+UNKNOWN = ["training_args.bin", "notes.txt", "results.json", "optimizer.pt", "private.png", "of.a.format.to.come"]
+UNKNOWN += ["other.safetensors", "config.json.bak", "sub/config.json", "README.md.old", ".env"]
+
+
+@pytest.mark.parametrize("name", [*SHARDED, *UNKNOWN])
+def test_only_what_is_listed_leaves_whatever_else_lies_there(name, checkpoint):
+    (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+    (checkpoint / name).write_bytes(b"not for others")
+    assert set(push(checkpoint, REPO, dry_run=True).files) == EXPECTED - {"README.md"}
+
+
 def test_repository_holds_exactly_the_allowed_files(checkpoint, api, online):
     for name in ("training_args.bin", "notes.txt", "results.json", "optimizer.pt", "private.png"):
         (checkpoint / name).write_bytes(b"not for others")
     push(checkpoint, REPO, api=api)
-    assert set(online.files(REPO)) == EXPECTED | {".gitattributes"}
-
-
-def test_pushed_files_are_the_local_ones(checkpoint, api, online):
-    push(checkpoint, REPO, api=api)
     there = online.files(REPO)
+    assert set(there) == EXPECTED | {".gitattributes"}
     assert {name: there[name] for name in EXPECTED} == {name: local(checkpoint)[name] for name in EXPECTED}
 
 

@@ -182,18 +182,18 @@ def test_odd_values_anywhere_are_a_record_or_an_error_by_name(record):
     record.audit.verdict, record.benign.classes = ["A verdict."], ["cat", "dog"]
     values = plain(record)
     started, tried, refused = time.process_time(), 0, 0
-    for number, path in enumerate(leaves(values)):
+    for path in leaves(values):
         changed = inner = json.loads(json.dumps(values))
         for name in path[:-1]:
             inner = inner[name]
         inner[path[-1]] = "@odd@"
         text = json.dumps(changed)
-        for odd in ODD + LONG * (number % 8 == 0):
+        for odd in ODD + LONG:
             tried += 1
             try:
                 found = ImmunizationRecord.from_json(text.replace('"@odd@"', odd))
                 assert ImmunizationRecord.from_json(found.to_json()) == found
-                if tried % 23 == 0:  # the slowest part
+                if tried % 7 == 0:  # the slowest part
                     render_card(found)
                     str(record_rows(found))
             except RecordError as error:
