@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +136,8 @@ def describe_ratio(
 
 def software_versions() -> dict[str, str]:
     """Versions of the libraries that decide the figures."""
-    found = {"hf_immunize": __version__, "python": platform.python_version()}
-    for library in _LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
+    own = {"hf_immunize": __version__, "python": platform.python_version()}
+    return own | {library: version(library) for library in _LIBRARIES}
 
 
 def innermost(dataset: Any) -> Any:
