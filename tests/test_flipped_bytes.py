@@ -9,8 +9,7 @@ import torch
 import transformers as hf
 from attacked import tiny_vit
 
-from hf_immunize.audit.journal import FeatureStore, Journal
-from hf_immunize.audit.passes import Pass, StoredPasses
+from hf_immunize.audit.journal import FeatureStore, Journal, Pass, StoredPasses
 from hf_immunize.audit.result import Outcome
 from hf_immunize.cli.train import before_resuming
 from hf_immunize.errors import ImmunizationError

@@ -1,4 +1,4 @@
-"""Features of a run, kept on disk, so that an audit that goes on after an interruption extracts none of them again."""
+"""What an audit keeps on disk: outcomes and features to resume from, and the features of processes beside this one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -18,9 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_immunize.audit.result import Outcome
-from hf_immunize.errors import ArgumentError, CheckpointError
+from hf_immunize.errors import ArgumentError, CheckpointError, DiskSpaceError
 from hf_immunize.features.extract import Extraction, Layer
-from hf_immunize.files import checked, flush, remove_leftovers, staged_directory, with_checksum, write_whole
+from hf_immunize.files import (
+    UNFINISHED,
+    checked,
+    flush,
+    remove_leftovers,
+    staged_directory,
+    with_checksum,
+    write_whole,
+)
 from hf_immunize.tensor_hash import tensors_hash, weights_fingerprint
 
 
@@ -247,3 +256,72 @@ def _read(file: Path, rows: int) -> Tensor | None:
     except (OSError, ValueError, SafetensorError):
         return None
     return values if len(values) == rows else None
+
+
+# Several processes extract features ahead of the attacks: each writes its part, the first reads all. The features of
+# flattened layers may be larger than memory, and attacks take hours. So nothing is sent from process to process, and
+# none waits for the attacks: when all parts are on disk, the first process goes on alone.
+_PREFIX = f"{UNFINISHED}features-"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One set of images through one model."""
+
+    subject: str  # "immunized", "reference" or "random"
+    task: str  # "harmful", "unseen", "benign" or "unrelated"
+    side: str  # "train", "test" or "utility"
+    views: tuple[View, ...] = ()  # earlier layers that are read as well
+    restored: float = 0.0  # share of the reference's weights that the model gets back before
+
+
+class StoredPasses:
+    """Extractions on disk, in a folder for each pass (by its place in the list) with a file for each process."""
+
+    def __init__(self, folder: str | Path, passes: list[Pass]) -> None:
+        self.folder = Path(folder)
+        self.passes = passes
+
+    def write(self, wanted: Pass, extraction: Extraction | None, process: int) -> None:
+        """Keep what a process found; nothing where it had no images."""
+        if extraction is None:
+            return
+        tensors = {"features": extraction.features, "logits": extraction.logits}
+        tensors |= {f"view {label}": values for label, values in extraction.views.items()}
+        place = self._place(wanted)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            save_kept(tensors, place / f"{process:05d}")
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+            raise DiskSpaceError(
+                f"Expected to keep the features of {wanted.task} images in {self.folder}, found: {error}. Make room, "
+                "choose another --output-dir, or run the audit in one process, which keeps them in memory."
+            ) from error
+
+    def read(self, wanted: Pass) -> Extraction:
+        """What all processes found, in their order."""
+        try:
+            files = sorted(self._place(wanted).iterdir())
+            with safe_open(files[0], framework="pt") as first:
+                names = list(first.keys())
+            # One name at a time, so that no more than one is kept twice.
+            joined = {name: torch.cat([read_kept(file, name) for file in files]) for name in names}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"Expected the features of {wanted.task} images as they were just written to {self.folder}, found: "
+                f"{error}. Check the disk, and start again; finished attacks are kept."
+            ) from error
+        features, logits = joined.pop("features"), joined.pop("logits")
+        return Extraction(features, logits, {name.removeprefix("view "): value for name, value in joined.items()})
+
+    def _place(self, wanted: Pass) -> Path:
+        return self.folder / str(self.passes.index(wanted))
+
+
+def make_folder(parent: str | Path | None) -> Path:
+    """An empty folder for `StoredPasses` in a run directory, from which what a killed audit left is removed."""
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+        for leftover in Path(parent).glob(f"{_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))

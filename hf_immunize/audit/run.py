@@ -31,12 +31,12 @@ from hf_immunize.attacks.attacker import Attacker, Found, guarded
 from hf_immunize.attacks.finetune import changed_parameters, interpolate
 from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_attacker, find_preset
 from hf_immunize.attacks.probe_data import Part, ProbeData
-from hf_immunize.audit.feature_metrics import FeatureMetrics
-from hf_immunize.audit.journal import FeatureStore, Journal, View, fingerprint, key_of
-from hf_immunize.audit.passes import Pass, StoredPasses, make_folder
+from hf_immunize.audit.journal import FeatureStore, Journal, Pass, StoredPasses, View, fingerprint, key_of, make_folder
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.result import AuditResult, Outcome
+from hf_immunize.audit.result import AuditResult, FeatureSpectrum, Outcome, Utility
+from hf_immunize.audit.statistics import paired_utility
 from hf_immunize.audit.tasks import AttackedTask, Images, load_task, overlaps
+from hf_immunize.data.columns import outputs_by_name
 from hf_immunize.data.sources import HeldOut
 from hf_immunize.errors import ArgumentError, ImmunizationError, RecordError
 from hf_immunize.features.extract import (
@@ -51,6 +51,8 @@ from hf_immunize.features.extract import (
 from hf_immunize.features.ranks import ALONE, Processes
 from hf_immunize.hub.collect import draw_like, refuse_training_images
 from hf_immunize.hub.record import ImmunizationRecord, find_record
+from hf_immunize.spectra.conditioning import Conditioning, feature_conditioning, singular_values
+from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.text import library_words, printable
 from hf_immunize.vision.head import find_head, half_tensors, to_full_precision
 from hf_immunize.vision.loading import LOADING_ERRORS, load_classifier
@@ -196,6 +198,70 @@ def _wrong(name: str, expected: str, found: Any, remedy: str = "") -> ArgumentEr
     shown = printable(repr(found))
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     return ArgumentError(f"Expected {expected} as {name}, found {shown}.{' ' if remedy else ''}{remedy}")
+
+
+class FeatureMetrics:
+    """Noted while features pass by; the reference has to come before the immunized model."""
+
+    def __init__(self, warnings: list[str]) -> None:
+        self.warnings = warnings
+        self._conditioning: dict[tuple[str, str], Conditioning] = {}
+        self._sigma: dict[tuple[str, str], list[float]] = {}
+        self._hits: dict[str, Tensor] = {}
+
+    def note_features(self, subject: str, task: str, features: Tensor, produced_dtype: torch.dtype) -> None:
+        """Measure the spectrum of the classifier's input."""
+        before = self._conditioning.get(("reference", task)) if subject == "immunized" else None
+        if before is None and not features.any():
+            self.warnings.append(
+                f"All features of the {task} images through the {subject} model are zero: its κ is undefined."
+            )
+            return
+        self._conditioning[subject, task] = feature_conditioning(
+            features, reference=before, produced_dtype=produced_dtype
+        )
+        self._sigma[subject, task] = singular_values(features).tolist()
+
+    def note_logits(self, model: PreTrainedModel, subject: str, task: AttackedTask, logits: Tensor) -> None:
+        """Compare the released classifier's answers on benign test images with their labels."""
+        self._hits[subject] = logits.argmax(dim=1) == _expected_outputs(model, task, self.warnings)
+
+    def spectra(self) -> list[FeatureSpectrum]:
+        """One for each subject and task seen."""
+        return [
+            FeatureSpectrum(
+                subject, task, self._sigma[subject, task], c.num_samples, c.rank, c.log10_kappa, c.is_bound
+            )
+            for (subject, task), c in self._conditioning.items()
+        ]
+
+    def ratio(self) -> dict[str, Any]:
+        """RIR by the exact protocol and its parts; empty without benign data or without a reference."""
+        needed = [(subject, task) for subject in ("immunized", "reference") for task in ("harmful", "benign")]
+        if not all(pair in self._conditioning for pair in needed):
+            return {}
+        h, b, h0, b0 = (self._conditioning[pair] for pair in needed)
+        ratio = relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0)
+        names = ("rir", "log10_rir", "harmful_ratio", "benign_ratio", "bound")
+        return {name: getattr(ratio, name) for name in names}
+
+    def utility(self) -> Utility | None:
+        """Benign accuracy of the classifiers, or None without benign data."""
+        if "immunized" not in self._hits:
+            return None
+        return paired_utility(self._hits["immunized"], self._hits.get("reference"))
+
+
+def _expected_outputs(model: PreTrainedModel, task: AttackedTask, warnings: list[str]) -> Tensor:
+    """The output of the classifier that stands for each benign test image's label, by name where both have names."""
+    names, labels = task.label_names, task.utility.labels
+    outputs = outputs_by_name(names, model.config)
+    if outputs is not None:
+        return torch.tensor(outputs)[labels]
+    sentence = "No benign class is named like one of the model's: label i is taken for output i."
+    if names and sentence not in warnings:
+        warnings.append(sentence)
+    return labels
 
 
 # A fine-tuning attack costs about as much as this many probes.

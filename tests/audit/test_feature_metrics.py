@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_immunize.audit.feature_metrics import FeatureMetrics
+from hf_immunize.audit.run import FeatureMetrics
 
 
 def noted(*tasks, collapse=False):

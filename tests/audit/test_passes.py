@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_immunize.audit import passes
-from hf_immunize.audit.passes import Pass, StoredPasses, make_folder
+from hf_immunize.audit import journal
+from hf_immunize.audit.journal import Pass, StoredPasses, make_folder
 from hf_immunize.errors import DiskSpaceError
 from hf_immunize.features.extract import Extraction, Layer
 
@@ -33,7 +33,7 @@ def test_a_full_disk_is_named_with_what_to_do(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(passes, "save_kept", full)
+    monkeypatch.setattr(journal, "save_kept", full)
     with pytest.raises(DiskSpaceError, match=r"No space left.*one process"):
         StoredPasses(tmp_path, WANTED).write(WANTED[0], extraction(0), 0)
 

@@ -21,6 +21,7 @@ from hf_immunize.audit.statistics import (
     matched,
     mean_interval,
     of_class,
+    paired_interval,
     paired_utility,
     reached,
     relative_deviation,
@@ -65,11 +66,23 @@ def test_the_interval_over_test_images_is_wilsons(right, size):
 
 
 def test_pairing_narrows_the_interval():
-    ours, theirs = torch.arange(100) >= 50, torch.arange(100) >= 48
+    ours, theirs = torch.arange(200) >= 100, torch.arange(200) >= 96
     found = paired_utility(ours, theirs)
     assert (found.immunized, found.reference, found.difference) == (0.5, 0.52, -0.02)
-    assert found.interval[1] - found.interval[0] < 0.08  # unpaired it is 0.28
+    assert found.interval[1] - found.interval[0] < 0.06  # unpaired it is 0.20
     assert paired_utility(ours).reference is None
+
+
+def test_two_images_lost_of_a_hundred_allow_no_interval_of_six_points():
+    """An interval without -0.06 here has none at one or no image lost either, and so covers that truth too rarely."""
+    assert 1 - stats.binom.cdf(2, 100, 0.06) < 0.95  # none gained, 6 % lost
+    counts = [[0, lost, 100 - lost] for lost in range(2, 101)]
+    assert 2 * stats.multinomial.pmf(counts, 100, [0.01, 0.01, 0.98]).sum() > 0.05  # no difference: 0 is within too
+    low, high = paired_interval(0, 2, 100)
+    assert low <= -0.06 and high >= 0.0
+    up, down = 1 / 102, 3 / 102
+    half = 1.959964 * math.sqrt((up + down - (up - down) ** 2) / 102)
+    assert (low, high) == pytest.approx((up - down - half, up - down + half), rel=1e-6)
 
 
 def test_equal_answers_leave_open_what_another_draw_would_give():
@@ -84,14 +97,16 @@ def test_a_few_images_that_changed_are_a_difference_where_mcnemars_exact_test_sa
     assert (high < 0) == significant == (stats.binomtest(0, changed).pvalue < 0.05)
 
 
-def test_interval_covers_the_truth_nineteen_times_in_twenty():
-    generator = torch.Generator().manual_seed(0)
-    covered = 0
-    for _ in range(400):
-        draw = torch.rand(200, generator=generator)
-        low, high = paired_utility(draw < 0.7, (draw < 0.6) | (draw > 0.9)).interval
-        covered += low <= 0.0 <= high
-    assert 0.92 <= covered / 400 <= 0.98
+@pytest.mark.parametrize(
+    ("gained", "lost"), [(0.0, 0.02), (0.0, 0.1), (0.01, 0.01), (0.01, 0.03), (0.05, 0.05), (0.1, 0.1), (0.2, 0.1)]
+)
+def test_the_paired_interval_covers_the_truth_nineteen_times_in_twenty(gained, lost):
+    """By the exact distribution for 100 images: the method is approximate, and its lowest coverage is 93.7 %."""
+    counts = [(up, down, 100 - up - down) for up in range(101) for down in range(101 - up)]
+    chances = stats.multinomial.pmf(counts, 100, [gained, lost, 1 - gained - lost])
+    intervals = [paired_interval(up, down, 100) for up, down, _ in counts]
+    held = sum(p for p, (low, high) in zip(chances, intervals, strict=True) if low <= gained - lost <= high)
+    assert held >= (0.95 if min(gained, lost) > 0 else 0.937)
 
 
 # Summaries over seeds
