@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from attacked import pictures, saved_images, tiny_vit
@@ -53,14 +54,13 @@ def test_a_changed_budget_and_further_tasks_are_in_the_report(model, tmp_path):
     assert not (tmp_path / "out" / "features").exists()
 
 
-@pytest.mark.parametrize("given", ["0.2,x", "20"])
-def test_accuracies_that_are_none_are_one_sentence(model, given):
-    result = CliRunner().invoke(app, ["audit", model, "--harmful", "x", "--accuracies", given])
-    assert isinstance(result.exception, ArgumentError)
+def asked(harmful=None, benign=None, dataset=None, harmful_classes=None):
+    named = {"harmful": harmful, "benign": benign, "dataset": dataset, "harmful_classes": harmful_classes}
+    return SimpleNamespace(**named, harmful_test=None, benign_test=None, label_column=None)
 
 
 def test_one_data_set_is_split_by_harmful_classes(tmp_path):
-    harmful, benign = _data(None, None, saved(tmp_path / "both", 0), ["c", "d"], None, None, None, HeldOut)
+    harmful, benign = _data(asked(dataset=saved(tmp_path / "both", 0), harmful_classes=["c", "d"]), HeldOut)
     assert harmful.train.features["label"].names == ["c", "d"]
     assert benign.test.features["label"].names == ["a", "b"]
 
@@ -68,7 +68,7 @@ def test_one_data_set_is_split_by_harmful_classes(tmp_path):
 @pytest.mark.parametrize("given", [(None, None, None, None), ("a", None, "b", "c"), (None, None, "b", None)])
 def test_incomplete_data_are_one_sentence(given):
     with pytest.raises(ArgumentError, match="--harmful"):
-        _data(*given, None, None, None, HeldOut)
+        _data(asked(*given), HeldOut)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,9 @@ def test_incomplete_data_are_one_sentence(given):
         (["--harmful", "x", "--attackers", ""], "attackers"),
         (["--harmful", "x", "--attackers", ","], "attackers"),
         (["--harmful", "x", "--accuracies", ","], "--accuracies"),
+        (["--harmful", "x", "--accuracies", "0.2,x"], "--accuracies"),
+        (["--harmful", "x", "--accuracies", "20"], "accuracies"),
+        (["--harmful", "x", "--quick", "--full"], "--quick"),
         (["--harmful", "x", "--keep-features", "inf"], "--keep-features"),
         (["--harmful", "x", "--steps", "0"], "steps"),
         (["--harmful", "x", "--seeds", "-1"], "seeds"),
@@ -95,11 +98,6 @@ def test_what_would_do_nothing_or_the_impossible_is_one_sentence(model, tmp_path
     result = CliRunner().invoke(app, ["audit", model, *words, "--output-dir", str(tmp_path / "out")])
     assert isinstance(result.exception, ArgumentError) and named in str(result.exception)
     assert not (tmp_path / "out").exists()
-
-
-def test_quick_and_full_exclude_each_other(model):
-    result = CliRunner().invoke(app, ["audit", model, "--harmful", "x", "--quick", "--full"])
-    assert isinstance(result.exception, ArgumentError)
 
 
 FOUND = {"preset": "quick", "preset_version": 1, "strongest": {"head_input": {"attacker": "AdamW", "accuracy": 0.5}}}

@@ -42,7 +42,6 @@ class Journal:
 
     def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: str, warnings: list[str]) -> None:
         self.outcomes: dict[str, Outcome] = {}
-        self.resumed = 0
         self.path = None if folder is None else Path(folder) / "outcomes.jsonl"
         if self.path is None:
             return
@@ -57,7 +56,6 @@ class Journal:
                 f"Expected to keep outcomes in {self.path.parent}, found: {reason}. Make room or choose another run "
                 "directory."
             ) from error
-        self.resumed = len(self.outcomes)
 
     def add(self, outcome: Outcome) -> None:
         """Keep an outcome, on disk before this returns."""

@@ -6,17 +6,15 @@ import copy
 import hashlib
 import inspect
 import itertools
-import math
 import os
 import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -29,11 +27,12 @@ from transformers.utils import logging
 
 from hf_immunize.attacks.attacker import Attacker, Found, guarded
 from hf_immunize.attacks.finetune import changed_parameters, interpolate
-from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_attacker, find_preset
+from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_attacker
 from hf_immunize.attacks.probe_data import Part, ProbeData
 from hf_immunize.audit.journal import FeatureStore, Journal, Pass, StoredPasses, View, fingerprint, key_of, make_folder
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import AuditResult, FeatureSpectrum, Outcome, Utility
+from hf_immunize.audit.settings import AuditSettings
 from hf_immunize.audit.statistics import paired_utility
 from hf_immunize.audit.tasks import AttackedTask, Images, load_task, overlaps
 from hf_immunize.data.columns import outputs_by_name
@@ -53,7 +52,7 @@ from hf_immunize.hub.collect import draw_like, refuse_training_images
 from hf_immunize.hub.record import ImmunizationRecord, find_record
 from hf_immunize.spectra.conditioning import Conditioning, feature_conditioning, singular_values
 from hf_immunize.spectra.ratio import relative_immunization_ratio
-from hf_immunize.text import library_words, printable
+from hf_immunize.text import library_words
 from hf_immunize.vision.head import find_head, half_tensors, to_full_precision
 from hf_immunize.vision.loading import LOADING_ERRORS, load_classifier
 
@@ -63,141 +62,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.get_logger(__name__)
-
-
-_TASKS = ("harmful", "benign", "unseen", "unrelated")
-# Generators take no larger seed.
-_LARGEST_SEED = 2**32 - 1
-
-
-@dataclass(frozen=True)
-class AuditSettings:
-    """What an audit does; the command line, `audit` and the report read this one description.
-
-    Attributes:
-        model: The immunized image classifier, or its folder or name on the Hub.
-        harmful: Labelled images of the harmful task: a folder, a parquet file, a name on the Hub, a
-            ``datasets.Dataset``, a ``DatasetDict``, or a pair (train, test) of such.
-        benign: The benign task, in the same forms, for utility and for benign learning speed.
-        reference: The model before immunization; without it nothing can be said about what immunization changed.
-        attackers: Names of attackers, to run some only; by default those of the preset.
-        preset: "quick", "standard" or "full".
-        unseen: Harmful images of classes that immunization did not see.
-        unrelated: A third task, which immunization should leave alone.
-        processing_class: Image processor, where the model is not given by its name and the data hold images.
-        run_dir: Where finished attacks and features are kept; the same call resumes an interrupted audit there.
-        head_module: The classifier's name, where it cannot be found without help.
-        image_column: Of all data sets, where it cannot be found.
-        label_column: The same.
-        test_fraction: Held out where data have no validation or test split; by default what training held out, by the
-            model's record, else 0.3.
-        max_images: At most so many training and test images of each task.
-        seed: Seed of splits of data, by default that of the model's record, else 42; the attackers' are 0, 1, ….
-        accuracies: To which steps are counted on both models, between 0 and 1, beside shares of what the reference
-            gives.
-        memory_limit: Bytes of memory to use; by default 60 % of what is free.
-        keep_features: Bytes of features to keep in ``run_dir`` for resuming, small ones first; 0 keeps none.
-        progress: Whether to show progress bars.
-        revision: Branch, tag or commit of the model on the Hub.
-        trust_remote_code: Run code that comes with a model.
-    """
-
-    model: Any
-    _: KW_ONLY
-    harmful: Any
-    benign: Any = None
-    reference: Any = None
-    attackers: Sequence[str] | None = None
-    preset: str | Preset = "standard"
-    unseen: Any = None
-    unrelated: Any = None
-    processing_class: Any = None
-    run_dir: str | os.PathLike[str] | None = None
-    head_module: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    test_fraction: float | None = None
-    max_images: int | None = None
-    seed: int | None = None
-    accuracies: Sequence[float] = ()
-    memory_limit: int | None = None
-    keep_features: int = 2 * 2**30
-    progress: bool = True
-    revision: str = "main"
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if self.model is None:
-            raise ArgumentError("Expected an image classifier, its folder or its name as model, found None. Give one.")
-        for name in ("model", "reference", *_TASKS):
-            given = getattr(self, name)
-            for part in given if isinstance(given, (tuple, list)) else (given,):
-                if isinstance(part, str) and not part.strip():
-                    raise _wrong(name, "a name or a folder", part, "Give it, or leave it out.")
-        if self.harmful is None:
-            raise _wrong("harmful", "images of the harmful task", None, "Give a folder or a data set.")
-        for name in ("head_module", "image_column", "label_column"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value.strip()):
-                raise _wrong(name, "a name", value, "Leave it out where it can be found without help.")
-        for name in ("progress", "trust_remote_code"):
-            if not isinstance(getattr(self, name), bool):
-                raise _wrong(name, "True or False", getattr(self, name))
-        if not isinstance(self.revision, str) or not self.revision.strip():
-            raise _wrong("revision", "a branch, tag or commit", self.revision)
-        self._check_numbers()
-        folder = self.run_dir
-        if folder is not None and (not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder).strip()):
-            raise _wrong("run_dir", "a folder", folder, "Give one, or leave it out.")
-        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-            raise _wrong("run_dir", "a folder", os.fspath(folder), "It is a file: choose another run directory.")
-        self.chosen()
-
-    def _check_numbers(self) -> None:
-        for name, least in (("max_images", 2), ("seed", 0), ("memory_limit", 1), ("keep_features", 0)):
-            value, most = getattr(self, name), _LARGEST_SEED if name == "seed" else math.inf
-            if value is None and name != "keep_features":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                span = f"from {least} to {most}" if name == "seed" else f"of at least {least}"
-                raise _wrong(name, f"a whole number {span}", value)
-        if self.test_fraction is not None and not _is_share(self.test_fraction):
-            raise _wrong("test_fraction", "a number between 0 and 1", self.test_fraction)
-        if isinstance(self.accuracies, (str, bytes)) or not isinstance(self.accuracies, Sequence):
-            raise _wrong("accuracies", "a list of accuracies to reach", self.accuracies)
-        for value in self.accuracies:
-            if not _is_share(value):
-                raise _wrong("accuracies", "accuracies to reach between 0 and 1", value)
-
-    def chosen(self) -> Preset:
-        """The preset, with the attackers that were asked for."""
-        if not isinstance(self.preset, (str, Preset)):
-            raise _wrong("preset", "the name of a preset", self.preset)
-        chosen = find_preset(self.preset) if isinstance(self.preset, str) else self.preset
-        names = self.attackers
-        if names is not None:
-            listed = isinstance(names, Sequence) and not isinstance(names, (str, bytes))
-            if not listed or not names or not all(isinstance(name, str) for name in names):
-                raise _wrong("attackers", "a list of names, one at least", names, "Leave it out for the preset's.")
-            chosen = chosen.only(names)
-        if not chosen.attackers:
-            raise _wrong("preset", "attackers", "none", "An audit without attackers would report nothing.")
-        if set(chosen.attackers) == set(chosen.restoring) and self.reference is None:
-            raise ArgumentError(
-                f"Expected a reference for {' and '.join(chosen.restoring)}, which put its weights back, found "
-                "none. Give the model before immunization, or name other attackers."
-            )
-        return chosen
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and 0 < value < 1
-
-
-def _wrong(name: str, expected: str, found: Any, remedy: str = "") -> ArgumentError:
-    shown = printable(repr(found))
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return ArgumentError(f"Expected {expected} as {name}, found {shown}.{' ' if remedy else ''}{remedy}")
 
 
 class FeatureMetrics:

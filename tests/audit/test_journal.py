@@ -1,11 +1,14 @@
-"""A run directory keeps what is finished, whatever happens to it."""
+"""A run directory keeps what is finished, whatever happens to it: outcomes, features, and parts of processes."""
 
 import pytest
+import torch
 from attacked import tiny_vit
 
-from hf_immunize.audit.journal import Journal, fingerprint
+from hf_immunize.audit import journal
+from hf_immunize.audit.journal import FeatureStore, Journal, Pass, StoredPasses, fingerprint, make_folder
 from hf_immunize.audit.result import Outcome
-from hf_immunize.errors import ArgumentError, CheckpointError
+from hf_immunize.errors import ArgumentError, CheckpointError, DiskSpaceError
+from hf_immunize.features.extract import Extraction, Layer
 
 
 def outcome(seed):
@@ -16,9 +19,9 @@ def outcome(seed):
 
 @pytest.fixture
 def kept(tmp_path):
-    journal = Journal(tmp_path, "mark", [])
-    journal.add(outcome(0))
-    journal.add(outcome(1))
+    made = Journal(tmp_path, "mark", [])
+    made.add(outcome(0))
+    made.add(outcome(1))
     return tmp_path
 
 
@@ -26,21 +29,14 @@ def test_outcomes_come_back_without_loss(kept):
     assert list(Journal(kept, "mark", []).outcomes.values()) == [outcome(0), outcome(1)]
 
 
-def test_half_a_line_is_dropped_with_a_sentence(kept):
+def test_half_a_line_is_dropped_with_a_sentence_and_stays_mended(kept):
     path = kept / "outcomes.jsonl"
     path.write_text(path.read_text()[:-20])
-    said = []
-    assert list(Journal(kept, "mark", said).outcomes.values()) == [outcome(0)]
-    assert "1 unfinished" in said[0]
-
-
-def test_what_was_mended_stays_mended(kept):
-    path = kept / "outcomes.jsonl"
-    path.write_text(path.read_text()[:-20])
-    Journal(kept, "mark", []).add(outcome(2))
-    said = []
-    assert list(Journal(kept, "mark", said).outcomes.values()) == [outcome(0), outcome(2)]
-    assert said == []
+    said, again = [], []
+    found = Journal(kept, "mark", said)
+    assert list(found.outcomes.values()) == [outcome(0)] and "1 unfinished" in said[0]
+    found.add(outcome(2))
+    assert list(Journal(kept, "mark", again).outcomes.values()) == [outcome(0), outcome(2)] and again == []
 
 
 @pytest.mark.parametrize("content", ["", "{", "\0\0\0\n", '{"attacker": "ridge"}\n'])
@@ -66,3 +62,130 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
 def test_fingerprint_tells_weights_apart():
     marks = {fingerprint({"immunized": tiny_vit(seed)}, {}, {}) for seed in (0, 0, 1)}
     assert len(marks) == 2
+
+
+# Features
+
+
+VIEWS = [(Layer("block", False, (2, 4)), "pooled"), (Layer("block", False, (2, 4)), "flattened")]
+IMAGES = [b"one", b"two"]
+
+
+class Passes:
+    """Counts the passes over the images, and what each was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, views):
+        self.asked.append([layer.label(view) for layer, view in views])
+        sizes = {"pooled": 4, "flattened": 8}
+        made = {layer.label(view): torch.full((2, sizes[view]), 0.1) for layer, view in views}
+        return Extraction(torch.ones(2, 3), torch.zeros(2, 2), made)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "features"
+
+
+@pytest.fixture
+def passes():
+    return Passes()
+
+
+def test_a_second_run_makes_no_pass_and_finds_the_same(folder, passes):
+    store = FeatureStore(folder, 2**20, [])
+    first = store.through(tiny_vit(), IMAGES, VIEWS, passes)
+    second = FeatureStore(folder, 2**20, []).through(tiny_vit(), IMAGES, VIEWS, passes)
+    assert store.size == sum(file.stat().st_size for file in folder.iterdir()) > 0
+    assert len(passes.asked) == 1
+    assert torch.equal(first.features, second.features) and torch.equal(first.logits, second.logits)
+    assert all(torch.equal(first.views[label], second.views[label]) for label in first.views)
+
+
+@pytest.mark.parametrize(
+    ("seed", "images", "activation"), [(1, IMAGES, "gelu"), (0, [b"two", b"one"], "gelu"), (0, IMAGES, "relu")]
+)
+def test_features_of_other_weights_images_or_configuration_are_not_taken(folder, passes, seed, images, activation):
+    FeatureStore(folder, 2**20, []).through(tiny_vit(), IMAGES, VIEWS, passes)
+    other = tiny_vit(seed)
+    other.config.hidden_act = activation
+    FeatureStore(folder, 2**20, []).through(other, images, VIEWS, passes)
+    assert len(passes.asked) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])
+def test_a_half_written_file_is_extracted_again(folder, passes, damage):
+    FeatureStore(folder, 2**20, []).through(tiny_vit(), IMAGES, VIEWS, passes)
+    for file in folder.iterdir():
+        file.write_bytes(damage(file.read_bytes()))
+    FeatureStore(folder, 2**20, []).through(tiny_vit(), IMAGES, VIEWS, passes)
+    FeatureStore(folder, 2**20, []).through(tiny_vit(), IMAGES, VIEWS, passes)
+    assert len(passes.asked) == 2
+
+
+def test_what_is_above_the_limit_is_extracted_again_and_nothing_else(folder, passes):
+    # 2 rows of 3, 2 and 4 numbers fit, those of 8 do not.
+    for _ in range(2):
+        FeatureStore(folder, 90, []).through(tiny_vit(), IMAGES, VIEWS, passes)
+    assert passes.asked[1] == ["block (flattened)"]
+
+
+def test_without_a_limit_to_fill_nothing_is_written(folder, passes):
+    FeatureStore(folder, 0, []).through(tiny_vit(), IMAGES, VIEWS, passes)
+    assert not folder.exists()
+
+
+def test_what_was_cut_off_while_writing_is_cleared_away(folder):
+    (folder / "_unfinished-x").mkdir(parents=True)
+    FeatureStore(folder, 2**20, [])
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence_and_no_end(tmp_path, passes):
+    (tmp_path / "features").write_text("a file")
+    warnings = []
+    found = FeatureStore(tmp_path / "features", 2**20, warnings).through(tiny_vit(), IMAGES, VIEWS, passes)
+    assert len(found.views) == 2
+    assert ["could not be kept" in sentence for sentence in warnings] == [True]
+
+
+# Parts of several processes
+
+
+LAYER = Layer("blocks.0", False, (4,))
+WANTED = [Pass("reference", "harmful", side, ((LAYER, "pooled"),)) for side in ("train", "test")]
+
+
+def extraction(value):
+    rows = torch.full((2, 3), float(value))
+    return Extraction(rows, rows + 10, {LAYER.label("pooled"): rows + 20})
+
+
+def test_parts_are_joined_in_the_order_of_processes(tmp_path):
+    stored = StoredPasses(tmp_path, WANTED)
+    for process in (2, 0):
+        stored.write(WANTED[1], extraction(process), process)
+    stored.write(WANTED[1], None, 1)  # it had no images
+    found = stored.read(WANTED[1])
+    assert found.features[:, 0].tolist() == [0, 0, 2, 2]
+    assert found.logits[:, 0].tolist() == [10, 10, 12, 12]
+    assert found.views["blocks.0 (pooled)"][:, 0].tolist() == [20, 20, 22, 22]
+
+
+def test_a_full_disk_is_named_with_what_to_do(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal, "save_kept", full)
+    with pytest.raises(DiskSpaceError, match=r"No space left.*one process"):
+        StoredPasses(tmp_path, WANTED).write(WANTED[0], extraction(0), 0)
+
+
+def test_what_a_killed_audit_left_is_removed_and_its_outcomes_stay(tmp_path):
+    left = make_folder(tmp_path)
+    (left / "0").mkdir()
+    (tmp_path / "outcomes.jsonl").write_text("{}")
+    made = make_folder(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([made.name, "outcomes.jsonl"])

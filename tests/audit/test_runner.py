@@ -15,6 +15,7 @@ from transformers import ViTImageProcessorPil
 
 from hf_immunize import audit
 from hf_immunize.attacks.presets import ATTACKERS
+from hf_immunize.audit.run import FeatureMetrics
 from hf_immunize.errors import ArgumentError, DataError
 
 
@@ -40,18 +41,14 @@ def without_time(data):
     return [replace(outcome, seconds=0.0) for outcome in data.outcomes]
 
 
-def test_all_classes_of_access_are_attacked_on_both_models(models, harmful, benign, tiny_preset):
+def test_all_classes_are_attacked_on_both_models_and_utility_spectra_and_rir_measured(
+    models, harmful, benign, tiny_preset
+):
     data = run(models, harmful, tiny_preset, benign=benign)
     seen = {(one.subject, one.access) for one in data.outcomes if one.status == "done"}
     classes = ("head_input", "any_layer", "fine_tuning")
     assert seen == {(subject, access) for subject in ("immunized", "reference") for access in classes}
-
-
-def test_utility_spectra_and_rir_are_measured(models, harmful, benign, tiny_preset):
-    data = run(models, harmful, tiny_preset.only(["ridge"]), benign=benign)
-    assert data.utility.size == 24
-    assert len(data.spectra) == 4
-    assert data.rir["harmful_ratio"] > 100
+    assert data.utility.size == 24 and len(data.spectra) == 4 and data.rir["harmful_ratio"] > 100
 
 
 def test_models_of_half_precision_are_attacked_in_float32(models, harmful, tiny_preset):
@@ -60,10 +57,6 @@ def test_models_of_half_precision_are_attacked_in_float32(models, harmful, tiny_
     preset = tiny_preset.only(["ridge", "last_stage"])
     assert without_time(run(halves, harmful, preset)) == without_time(run(wide, harmful, preset))
     assert {model.dtype for model in halves} == {torch.bfloat16}
-
-
-def test_same_seeds_give_the_same_outcomes(models, harmful, tiny_preset):
-    assert without_time(run(models, harmful, tiny_preset)) == without_time(run(models, harmful, tiny_preset))
 
 
 def test_an_interrupted_audit_goes_on_where_it_was(models, harmful, tiny_preset, tmp_path, monkeypatch):
@@ -140,22 +133,12 @@ def test_restoring_all_public_weights_reads_what_the_reference_reads(models, har
     assert swapped and all(one.accuracy == reference[one.seed] for one in swapped)
 
 
-def test_overlapping_images_are_reported(models, harmful, tiny_preset):
-    data = run(models, harmful, tiny_preset.only(["ridge"]), benign=harmful)
-    assert any("both harmful and benign" in sentence for sentence in data.warnings)
-
-
-def test_too_little_memory_skips_what_does_not_fit_and_says_so(models, harmful, tiny_preset):
-    data = run(models, harmful, tiny_preset, memory_limit=1000)
+def test_what_does_not_fit_into_memory_runs_when_there_is_enough(models, harmful, tiny_preset, tmp_path):
+    data = run(models, harmful, tiny_preset, memory_limit=1000, run_dir=tmp_path)
     skipped = [one for one in data.outcomes if one.status == "skipped"]
     assert {one.access for one in skipped} == {"any_layer", "fine_tuning"}
     assert all("GiB" in one.note and one.accuracy is None for one in skipped)
-
-
-def test_what_was_skipped_for_want_of_memory_runs_when_there_is_enough(models, harmful, tiny_preset, tmp_path):
-    run(models, harmful, tiny_preset, memory_limit=1000, run_dir=tmp_path)
-    data = run(models, harmful, tiny_preset, run_dir=tmp_path)
-    assert {one.status for one in data.outcomes} == {"done"}
+    assert {one.status for one in run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes} == {"done"}
 
 
 def test_layers_that_immunization_left_alone_read_the_same(models, harmful, tiny_preset):
@@ -167,14 +150,10 @@ def test_layers_that_immunization_left_alone_read_the_same(models, harmful, tiny
     assert by_subject[0] == by_subject[1] != {}
 
 
-def test_a_random_initialisation_is_attacked_where_the_preset_says_so(models, harmful, tiny_preset):
-    preset = replace(tiny_preset.only(["ridge"]), random=True)
-    assert any(one.subject == "random" and one.status == "done" for one in run(models, harmful, preset).outcomes)
-
-
-def test_both_precisions_are_attacked_where_the_preset_says_so(models, harmful, tiny_preset):
-    preset = replace(tiny_preset.only(["ridge"]), both_precisions=True)
+def test_random_weights_and_both_precisions_are_attacked_where_the_preset_says_so(models, harmful, tiny_preset):
+    preset = replace(tiny_preset.only(["ridge"]), random=True, both_precisions=True)
     outcomes = run(models, harmful, preset).outcomes
+    assert any(one.subject == "random" and one.status == "done" for one in outcomes)
     assert {one.precision for one in outcomes if one.access == "head_input"} == {"float32", "float64"}
 
 
@@ -189,14 +168,11 @@ def test_learning_the_benign_task_is_measured_on_both_models(models, harmful, be
     assert seen == {(s, a) for s in ("immunized", "reference") for a in ("gd_line_search", "lora_r2")}
 
 
-def test_third_and_unseen_tasks_are_attacked(models, harmful, benign, tiny_preset):
-    data = run(models, harmful, tiny_preset.only(["ridge"]), unseen=benign, unrelated=benign)
+def test_third_and_unseen_tasks_are_attacked_by_those_asked_for(models, harmful, benign, tiny_preset):
+    data = run(models, harmful, tiny_preset, attackers=["ridge"], unseen=benign, unrelated=harmful)
     assert set(data.tasks) == {"harmful", "unseen", "unrelated"} == {one.task for one in data.outcomes}
-
-
-def test_only_attackers_asked_for_run(models, harmful, tiny_preset):
-    data = run(models, harmful, tiny_preset, attackers=["gd_line_search"])
-    assert {one.attacker for one in data.outcomes} == {"gd_line_search"}
+    assert {one.attacker for one in data.outcomes} == {"ridge"}
+    assert any("both harmful and unrelated" in sentence for sentence in data.warnings)
 
 
 def test_features_that_are_not_finite_are_one_sentence(models, harmful, tiny_preset):
@@ -228,3 +204,41 @@ def test_utility_follows_the_models_class_names(models, tiny_preset):
 def test_the_public_function_is_found_after_an_import_of_its_room(harmful):
     with pytest.raises(ArgumentError):
         sys.modules["hf_immunize.audit"](None, harmful=harmful)
+
+
+# What is measured in addition to the attacks
+
+
+def noted(*tasks, collapse=False):
+    Z = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    metrics = FeatureMetrics([])
+    for subject in ("reference", "immunized"):
+        for task in tasks:
+            scale = torch.ones(6, dtype=torch.float64)
+            if (subject, task) == ("immunized", "harmful"):
+                scale[0] = 0.0 if collapse else 1e-3
+            metrics.note_features(subject, task, Z * scale, torch.float64)
+    return metrics
+
+
+def test_ratio_has_its_parts():
+    ratio = noted("harmful", "benign").ratio()
+    assert ratio["benign_ratio"] == 1.0
+    assert ratio["rir"] == ratio["harmful_ratio"] > 1e5
+
+
+def test_collapse_is_a_bound_and_not_good_conditioning():
+    metrics = noted("harmful", "benign", collapse=True)
+    assert metrics.ratio()["bound"] == "lower"
+    assert [one.is_bound for one in metrics.spectra() if one.subject == "immunized"] == [True, False]
+
+
+def test_without_benign_data_there_is_neither_ratio_nor_utility():
+    assert (noted("harmful").ratio(), noted("harmful").utility()) == ({}, None)
+
+
+def test_features_that_are_all_zero_are_said_and_not_an_error():
+    warnings = []
+    metrics = FeatureMetrics(warnings)
+    metrics.note_features("immunized", "harmful", torch.zeros(6, 3), torch.float32)
+    assert metrics.spectra() == [] and "all zero" in " ".join(warnings).replace("are zero", "all zero")
