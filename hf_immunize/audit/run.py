@@ -1,4 +1,7 @@
-"""The audit: every attacker of a preset on the immunized model and on its reference, with the same draws."""
+"""The audit: every attacker of a preset on the immunized model and on its reference, with the same draws.
+
+`_audit` is the whole of it: load, plan what the journal does not hold yet, extract and attack, report.
+"""
 
 from __future__ import annotations
 
@@ -64,68 +67,229 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class FeatureMetrics:
-    """Noted while features pass by; the reference has to come before the immunized model."""
+def audit(model: Any, **options: Any) -> AuditReport:
+    """Attack an immunized model with everything there is, its reference with the same, and report.
 
-    def __init__(self, warnings: list[str]) -> None:
-        self.warnings = warnings
-        self._conditioning: dict[tuple[str, str], Conditioning] = {}
-        self._sigma: dict[tuple[str, str], list[float]] = {}
-        self._hits: dict[str, Tensor] = {}
+    Args:
+        model: The immunized image classifier, or its folder or name on the Hub.
+        **options: The other fields of `AuditSettings`: ``harmful`` (required), ``benign``, ``reference``, ``preset``,
+            ``attackers``, ….
 
-    def note_features(self, subject: str, task: str, features: Tensor, produced_dtype: torch.dtype) -> None:
-        """Measure the spectrum of the classifier's input."""
-        before = self._conditioning.get(("reference", task)) if subject == "immunized" else None
-        if before is None and not features.any():
-            self.warnings.append(
-                f"All features of the {task} images through the {subject} model are zero: its κ is undefined."
-            )
-            return
-        self._conditioning[subject, task] = feature_conditioning(
-            features, reference=before, produced_dtype=produced_dtype
-        )
-        self._sigma[subject, task] = singular_values(features).tolist()
+    Returns:
+        `AuditReport`.
 
-    def note_logits(self, model: PreTrainedModel, subject: str, task: AttackedTask, logits: Tensor) -> None:
-        """Compare the released classifier's answers on benign test images with their labels."""
-        self._hits[subject] = logits.argmax(dim=1) == _expected_outputs(model, task, self.warnings)
+    Raises:
+        ArgumentError: An unknown preset or attacker, or a run directory of another audit.
+        DataError: Data that cannot be used; the sentence says why and what to do.
+        TrainingImagesError: Test images on which the model was trained, by its record.
+    """
+    report = _audit(ALONE, AuditSettings(model, **options))
+    assert report is not None  # the one process is the first
+    return report
 
-    def spectra(self) -> list[FeatureSpectrum]:
-        """One for each subject and task seen."""
-        return [
-            FeatureSpectrum(
-                subject, task, self._sigma[subject, task], c.num_samples, c.rank, c.log10_kappa, c.is_bound
-            )
-            for (subject, task), c in self._conditioning.items()
-        ]
 
-    def ratio(self) -> dict[str, Any]:
-        """RIR by the exact protocol and its parts; empty without benign data or without a reference."""
-        needed = [(subject, task) for subject in ("immunized", "reference") for task in ("harmful", "benign")]
-        if not all(pair in self._conditioning for pair in needed):
-            return {}
-        h, b, h0, b0 = (self._conditioning[pair] for pair in needed)
-        ratio = relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0)
-        names = ("rir", "log10_rir", "harmful_ratio", "benign_ratio", "bound")
-        return {name: getattr(ratio, name) for name in names}
+audit.__signature__ = inspect.signature(AuditSettings).replace(return_annotation=AuditReport)  # type: ignore[attr-defined]
 
-    def utility(self) -> Utility | None:
-        """Benign accuracy of the classifiers, or None without benign data."""
-        if "immunized" not in self._hits:
+
+def audit_over_processes(processes: Processes, settings: AuditSettings) -> AuditReport | None:
+    """As `audit`, called on all processes: each runs its share of the images, the first one attacks and reports.
+
+    The others end when the features are there, and return None. The report is that of one process.
+    """
+    folder = settings.run_dir or tempfile.gettempdir()
+    if not processes.share_folder(folder):
+        first = processes.first
+        processes.leave()
+        if not first:
             return None
-        return paired_utility(self._hits["immunized"], self._hits.get("reference"))
+        logger.warning(f"The processes share no folder {folder}, so the first one extracts all features by itself.")
+        return _audit(ALONE, settings)
+    return _audit(processes, settings)
 
 
-def _expected_outputs(model: PreTrainedModel, task: AttackedTask, warnings: list[str]) -> Tensor:
-    """The output of the classifier that stands for each benign test image's label, by name where both have names."""
-    names, labels = task.label_names, task.utility.labels
-    outputs = outputs_by_name(names, model.config)
-    if outputs is not None:
-        return torch.tensor(outputs)[labels]
-    sentence = "No benign class is named like one of the model's: label i is taken for output i."
-    if names and sentence not in warnings:
-        warnings.append(sentence)
-    return labels
+def _audit(processes: Processes, settings: AuditSettings) -> AuditReport | None:
+    chosen = settings.chosen()
+    start = time.time()
+    warnings: list[str] = []
+    progress = settings.progress and processes.first
+    loaded = processes.run_on_all_ranks(lambda: _load(settings, chosen, warnings, processes.device))
+    models, processor, names, tasks = loaded
+    memory = settings.memory_limit or int(0.6 * psutil.virtual_memory().available)
+    memory = _load_images(tasks, processor, memory, progress, processes)
+    warnings += overlaps(tasks)
+    warnings += [f"{task.problem}; it was not attacked." for task in tasks if task.problem]
+    hashes = {f"{t.name} {s}": [*i.hashes, i.labels.numpy().tobytes()] for t in tasks for s, i in _sides(t)}
+    mark = fingerprint(models, hashes, {"preset": _without_choice(chosen), "version": PRESET_VERSION})
+    run_dir = settings.run_dir if processes.first else None
+    journal = processes.run_on_all_ranks(lambda: Journal(run_dir, mark, warnings))
+    folder = None if run_dir is None else os.path.join(run_dir, "features")
+    kept = FeatureStore(folder, settings.keep_features, warnings)
+    plan = Plan(chosen, models, tasks, processor, journal, settings.head_module, memory)
+    work = Work(plan, warnings, progress, kept)
+    with ExitStack() as stack:
+        if processes.count > 1:
+            work.stored = stack.enter_context(_extracted_by_all(work, processes, settings.run_dir))
+            # The others are done, and nobody waits in a collective for the attacks.
+            processes.leave()
+            if not processes.first:
+                return None
+        metrics = work.run()
+    total = sum(outcome.seconds for outcome in journal.outcomes.values())
+    return AuditReport(
+        AuditResult(
+            model=names["immunized"],
+            reference=names.get("reference"),
+            preset=chosen.name,
+            preset_version=PRESET_VERSION,
+            budget=_budget(chosen, settings.max_images),
+            tasks={task.name: task.describe() for task in tasks},
+            outcomes=[journal.outcomes[key] for key in work.order],
+            utility=metrics.utility(),
+            spectra=metrics.spectra(),
+            rir=metrics.ratio(),
+            warnings=warnings,
+            machine=_machine() | {"features kept": f"{kept.size / 2**20:,.1f} MiB"},
+            # A resumed audit cost what its parts cost.
+            seconds=max(time.time() - start, total),
+            accuracies=list(settings.accuracies),
+        )
+    )
+
+
+@contextmanager
+def _extracted_by_all(work: Work, processes: Processes, run_dir: Any) -> Iterator[StoredPasses]:
+    """What the attacks will need of the models, each process's share on disk; removed in the end."""
+    # The first one alone knows what the journal holds already.
+    passes, folder = processes.broadcast_from_main(lambda: (work.ahead(), make_folder(run_dir)))
+    stored = StoredPasses(folder, passes)
+    try:
+        for one in passes:
+            processes.together(partial(_extract_own, stored, one, work, processes.index))
+        yield stored
+    finally:
+        if processes.first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _extract_own(stored: StoredPasses, wanted: Pass, work: Work, process: int) -> None:
+    with underflow_to_zero():  # as in `Work.run`
+        extraction = work.compute(wanted)
+    stored.write(wanted, extraction, process)
+
+
+# Models, data and images
+
+
+def _load(
+    settings: AuditSettings, chosen: Preset, warnings: list[str], device: torch.device
+) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str], list[AttackedTask]]:
+    """Models, image processor, names and tasks."""
+    loaded = _load_models(
+        settings.model,
+        settings.reference,
+        settings.processing_class,
+        settings.revision,
+        settings.trust_remote_code,
+        device,
+    )
+    models = loaded[0]
+    if "reference" not in models:
+        warnings.append(
+            "No reference was given: accuracies are absolute, and what immunization changed cannot be told. Give "
+            "the model before immunization."
+        )
+    else:
+        changed_parameters(models["immunized"], models["reference"])  # refuses another architecture
+    if chosen.random:
+        models["random"] = _random_like(models["immunized"])
+    record = _record_of(settings.model, settings.revision, warnings)
+    drawn = HeldOut.seed if record is None else record.method.seed
+    tasks = [
+        load_task(
+            name,
+            getattr(settings, name),
+            warnings,
+            draw=draw_like(record, name, settings.test_fraction, settings.seed),
+            image_column=settings.image_column,
+            label_column=settings.label_column,
+            max_images=settings.max_images,
+            seed=drawn if settings.seed is None else settings.seed,
+            required=name != "benign",
+        )
+        for name in ("harmful", "unseen", "benign", "unrelated")
+        if getattr(settings, name) is not None
+    ]
+    for task in tasks:
+        measured = task.test.rows.subset(sorted({*task.test.indices, *task.utility.indices}))
+        refuse_training_images(getattr(record, task.name, None), measured, f"{task.name} test")
+    return *loaded, tasks
+
+
+def _load_models(
+    model: Any, reference: Any, processor: Any, revision: str, trust_remote_code: bool, device: torch.device
+) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str]]:
+    models, names = {}, {}
+    for subject, given in (("immunized", model), ("reference", reference)):
+        if given is None:
+            continue
+        if not isinstance(given, (str, os.PathLike)):
+            models[subject], names[subject] = given, type(given).__name__
+            continue
+        options = {"trust_remote_code": trust_remote_code}
+        if subject == "immunized":
+            options["revision"] = revision  # type: ignore[assignment]
+        try:
+            loaded = load_classifier(given, **options)
+            if processor is None:
+                processor = AutoImageProcessor.from_pretrained(given, **options)
+        except ImmunizationError:
+            raise
+        except LOADING_ERRORS as error:
+            raise ArgumentError(
+                f"Expected an image classifier with its processor as the {subject} model at {given}, found: "
+                f"{library_words(error)}. Check the spelling, the connection and your rights."
+            ) from error
+        models[subject] = loaded.to(device)
+        path = os.fspath(given)
+        names[subject] = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else path
+    # The caller's own model stays as it is.
+    wide = {name: to_full_precision(copy.deepcopy(one)) if half_tensors(one) else one for name, one in models.items()}
+    return wide, processor, names
+
+
+def _record_of(model: Any, revision: str, warnings: list[str]) -> ImmunizationRecord | None:
+    try:
+        return find_record(model, revision)
+    except RecordError as error:
+        warnings.append(f"{error} Whether the test images are training images cannot be told.")
+        return None
+
+
+def _random_like(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return type(model)(copy.deepcopy(model.config)).to(model.device)
+
+
+def _sides(task: AttackedTask) -> list[tuple[str, Images]]:
+    return [("train", task.train), ("test", task.test), ("utility", task.utility)]
+
+
+def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progress: bool, processes: Processes) -> int:
+    """Decode every image once, each process its share; returns the memory that would be left if one held them all."""
+    for task in tasks:
+        for side, images in _sides(task):
+            if not len(images):
+                continue
+            if side == "utility" and images.indices == task.test.indices:
+                images.hashes, images.own, images._held = task.test.hashes, task.test.own, task.test._held
+                continue
+            # Half of what is left: features and attacks need room too.
+            memory -= images.load(processor, memory // 2, progress, processes)
+    return memory
+
+
+# The attacks
 
 
 # A fine-tuning attack costs about as much as this many probes.
@@ -538,223 +702,74 @@ def _attacker(name: str) -> Attacker:
     return found
 
 
-def audit(model: Any, **options: Any) -> AuditReport:
-    """Attack an immunized model with everything there is, its reference with the same, and report.
-
-    Args:
-        model: The immunized image classifier, or its folder or name on the Hub.
-        **options: The other fields of `AuditSettings`: ``harmful`` (required), ``benign``, ``reference``, ``preset``,
-            ``attackers``, ….
-
-    Returns:
-        `AuditReport`.
-
-    Raises:
-        ArgumentError: An unknown preset or attacker, or a run directory of another audit.
-        DataError: Data that cannot be used; the sentence says why and what to do.
-        TrainingImagesError: Test images on which the model was trained, by its record.
-    """
-    report = _audit(ALONE, AuditSettings(model, **options))
-    assert report is not None  # the one process is the first
-    return report
+# What is measured in addition to the attacks
 
 
-audit.__signature__ = inspect.signature(AuditSettings).replace(return_annotation=AuditReport)  # type: ignore[attr-defined]
+class FeatureMetrics:
+    """Noted while features pass by; the reference has to come before the immunized model."""
 
+    def __init__(self, warnings: list[str]) -> None:
+        self.warnings = warnings
+        self._conditioning: dict[tuple[str, str], Conditioning] = {}
+        self._sigma: dict[tuple[str, str], list[float]] = {}
+        self._hits: dict[str, Tensor] = {}
 
-def audit_over_processes(processes: Processes, settings: AuditSettings) -> AuditReport | None:
-    """As `audit`, called on all processes: each runs its share of the images, the first one attacks and reports.
+    def note_features(self, subject: str, task: str, features: Tensor, produced_dtype: torch.dtype) -> None:
+        """Measure the spectrum of the classifier's input."""
+        before = self._conditioning.get(("reference", task)) if subject == "immunized" else None
+        if before is None and not features.any():
+            self.warnings.append(
+                f"All features of the {task} images through the {subject} model are zero: its κ is undefined."
+            )
+            return
+        self._conditioning[subject, task] = feature_conditioning(
+            features, reference=before, produced_dtype=produced_dtype
+        )
+        self._sigma[subject, task] = singular_values(features).tolist()
 
-    The others end when the features are there, and return None. The report is that of one process.
-    """
-    folder = settings.run_dir or tempfile.gettempdir()
-    if not processes.share_folder(folder):
-        first = processes.first
-        processes.leave()
-        if not first:
+    def note_logits(self, model: PreTrainedModel, subject: str, task: AttackedTask, logits: Tensor) -> None:
+        """Compare the released classifier's answers on benign test images with their labels."""
+        self._hits[subject] = logits.argmax(dim=1) == _expected_outputs(model, task, self.warnings)
+
+    def spectra(self) -> list[FeatureSpectrum]:
+        """One for each subject and task seen."""
+        return [
+            FeatureSpectrum(
+                subject, task, self._sigma[subject, task], c.num_samples, c.rank, c.log10_kappa, c.is_bound
+            )
+            for (subject, task), c in self._conditioning.items()
+        ]
+
+    def ratio(self) -> dict[str, Any]:
+        """RIR by the exact protocol and its parts; empty without benign data or without a reference."""
+        needed = [(subject, task) for subject in ("immunized", "reference") for task in ("harmful", "benign")]
+        if not all(pair in self._conditioning for pair in needed):
+            return {}
+        h, b, h0, b0 = (self._conditioning[pair] for pair in needed)
+        ratio = relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0)
+        names = ("rir", "log10_rir", "harmful_ratio", "benign_ratio", "bound")
+        return {name: getattr(ratio, name) for name in names}
+
+    def utility(self) -> Utility | None:
+        """Benign accuracy of the classifiers, or None without benign data."""
+        if "immunized" not in self._hits:
             return None
-        logger.warning(f"The processes share no folder {folder}, so the first one extracts all features by itself.")
-        return _audit(ALONE, settings)
-    return _audit(processes, settings)
+        return paired_utility(self._hits["immunized"], self._hits.get("reference"))
 
 
-def _audit(processes: Processes, settings: AuditSettings) -> AuditReport | None:
-    chosen = settings.chosen()
-    start = time.time()
-    warnings: list[str] = []
-    progress = settings.progress and processes.first
-    loaded = processes.run_on_all_ranks(lambda: _load(settings, chosen, warnings, processes.device))
-    models, processor, names, tasks = loaded
-    memory = settings.memory_limit or int(0.6 * psutil.virtual_memory().available)
-    memory = _load_images(tasks, processor, memory, progress, processes)
-    warnings += overlaps(tasks)
-    warnings += [f"{task.problem}; it was not attacked." for task in tasks if task.problem]
-    hashes = {f"{t.name} {s}": [*i.hashes, i.labels.numpy().tobytes()] for t in tasks for s, i in _sides(t)}
-    mark = fingerprint(models, hashes, {"preset": _without_choice(chosen), "version": PRESET_VERSION})
-    run_dir = settings.run_dir if processes.first else None
-    journal = processes.run_on_all_ranks(lambda: Journal(run_dir, mark, warnings))
-    folder = None if run_dir is None else os.path.join(run_dir, "features")
-    kept = FeatureStore(folder, settings.keep_features, warnings)
-    plan = Plan(chosen, models, tasks, processor, journal, settings.head_module, memory)
-    work = Work(plan, warnings, progress, kept)
-    with ExitStack() as stack:
-        if processes.count > 1:
-            work.stored = stack.enter_context(_extracted_by_all(work, processes, settings.run_dir))
-            # The others are done, and nobody waits in a collective for the attacks.
-            processes.leave()
-            if not processes.first:
-                return None
-        metrics = work.run()
-    total = sum(outcome.seconds for outcome in journal.outcomes.values())
-    return AuditReport(
-        AuditResult(
-            model=names["immunized"],
-            reference=names.get("reference"),
-            preset=chosen.name,
-            preset_version=PRESET_VERSION,
-            budget=_budget(chosen, settings.max_images),
-            tasks={task.name: task.describe() for task in tasks},
-            outcomes=[journal.outcomes[key] for key in work.order],
-            utility=metrics.utility(),
-            spectra=metrics.spectra(),
-            rir=metrics.ratio(),
-            warnings=warnings,
-            machine=_machine() | {"features kept": f"{kept.size / 2**20:,.1f} MiB"},
-            # A resumed audit cost what its parts cost.
-            seconds=max(time.time() - start, total),
-            accuracies=list(settings.accuracies),
-        )
-    )
+def _expected_outputs(model: PreTrainedModel, task: AttackedTask, warnings: list[str]) -> Tensor:
+    """The output of the classifier that stands for each benign test image's label, by name where both have names."""
+    names, labels = task.label_names, task.utility.labels
+    outputs = outputs_by_name(names, model.config)
+    if outputs is not None:
+        return torch.tensor(outputs)[labels]
+    sentence = "No benign class is named like one of the model's: label i is taken for output i."
+    if names and sentence not in warnings:
+        warnings.append(sentence)
+    return labels
 
 
-@contextmanager
-def _extracted_by_all(work: Work, processes: Processes, run_dir: Any) -> Iterator[StoredPasses]:
-    """What the attacks will need of the models, each process's share on disk; removed in the end."""
-    # The first one alone knows what the journal holds already.
-    passes, folder = processes.broadcast_from_main(lambda: (work.ahead(), make_folder(run_dir)))
-    stored = StoredPasses(folder, passes)
-    try:
-        for one in passes:
-            processes.together(partial(_extract_own, stored, one, work, processes.index))
-        yield stored
-    finally:
-        if processes.first:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _extract_own(stored: StoredPasses, wanted: Pass, work: Work, process: int) -> None:
-    with underflow_to_zero():  # as in `Work.run`
-        extraction = work.compute(wanted)
-    stored.write(wanted, extraction, process)
-
-
-def _load(
-    settings: AuditSettings, chosen: Preset, warnings: list[str], device: torch.device
-) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str], list[AttackedTask]]:
-    """Models, image processor, names and tasks."""
-    loaded = _load_models(
-        settings.model,
-        settings.reference,
-        settings.processing_class,
-        settings.revision,
-        settings.trust_remote_code,
-        device,
-    )
-    models = loaded[0]
-    if "reference" not in models:
-        warnings.append(
-            "No reference was given: accuracies are absolute, and what immunization changed cannot be told. Give "
-            "the model before immunization."
-        )
-    else:
-        changed_parameters(models["immunized"], models["reference"])  # refuses another architecture
-    if chosen.random:
-        models["random"] = _random_like(models["immunized"])
-    record = _record_of(settings.model, settings.revision, warnings)
-    drawn = HeldOut.seed if record is None else record.method.seed
-    tasks = [
-        load_task(
-            name,
-            getattr(settings, name),
-            warnings,
-            draw=draw_like(record, name, settings.test_fraction, settings.seed),
-            image_column=settings.image_column,
-            label_column=settings.label_column,
-            max_images=settings.max_images,
-            seed=drawn if settings.seed is None else settings.seed,
-            required=name != "benign",
-        )
-        for name in ("harmful", "unseen", "benign", "unrelated")
-        if getattr(settings, name) is not None
-    ]
-    for task in tasks:
-        measured = task.test.rows.subset(sorted({*task.test.indices, *task.utility.indices}))
-        refuse_training_images(getattr(record, task.name, None), measured, f"{task.name} test")
-    return *loaded, tasks
-
-
-def _load_models(
-    model: Any, reference: Any, processor: Any, revision: str, trust_remote_code: bool, device: torch.device
-) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str]]:
-    models, names = {}, {}
-    for subject, given in (("immunized", model), ("reference", reference)):
-        if given is None:
-            continue
-        if not isinstance(given, (str, os.PathLike)):
-            models[subject], names[subject] = given, type(given).__name__
-            continue
-        options = {"trust_remote_code": trust_remote_code}
-        if subject == "immunized":
-            options["revision"] = revision  # type: ignore[assignment]
-        try:
-            loaded = load_classifier(given, **options)
-            if processor is None:
-                processor = AutoImageProcessor.from_pretrained(given, **options)
-        except ImmunizationError:
-            raise
-        except LOADING_ERRORS as error:
-            raise ArgumentError(
-                f"Expected an image classifier with its processor as the {subject} model at {given}, found: "
-                f"{library_words(error)}. Check the spelling, the connection and your rights."
-            ) from error
-        models[subject] = loaded.to(device)
-        path = os.fspath(given)
-        names[subject] = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else path
-    # The caller's own model stays as it is.
-    wide = {name: to_full_precision(copy.deepcopy(one)) if half_tensors(one) else one for name, one in models.items()}
-    return wide, processor, names
-
-
-def _record_of(model: Any, revision: str, warnings: list[str]) -> ImmunizationRecord | None:
-    try:
-        return find_record(model, revision)
-    except RecordError as error:
-        warnings.append(f"{error} Whether the test images are training images cannot be told.")
-        return None
-
-
-def _random_like(model: PreTrainedModel) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return type(model)(copy.deepcopy(model.config)).to(model.device)
-
-
-def _sides(task: AttackedTask) -> list[tuple[str, Images]]:
-    return [("train", task.train), ("test", task.test), ("utility", task.utility)]
-
-
-def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progress: bool, processes: Processes) -> int:
-    """Decode every image once, each process its share; returns the memory that would be left if one held them all."""
-    for task in tasks:
-        for side, images in _sides(task):
-            if not len(images):
-                continue
-            if side == "utility" and images.indices == task.test.indices:
-                images.hashes, images.own, images._held = task.test.hashes, task.test.own, task.test._held
-                continue
-            # Half of what is left: features and attacks need room too.
-            memory -= images.load(processor, memory // 2, progress, processes)
-    return memory
+# What a report says of the run itself
 
 
 def _without_choice(preset: Preset) -> dict[str, Any]:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from hf_immunize.data.sources import HeldOut
 
 
-def _option(kind: Any, text: str, default: Any = None, **limits: Any) -> tuple[Any, Any]:
-    return Annotated[kind, typer.Option(help=text, **limits)], default
+def _option(kind: Any, text: str, default: Any = None, *flags: str, **limits: Any) -> tuple[Any, Any]:
+    return Annotated[kind, typer.Option(*flags, help=text, **limits)], default
 
 
 # What the command has beyond the fields of `AuditSettings`, or spells in another way.
@@ -41,8 +41,8 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "output_dir": _option(
         Path, "For the report, and for finished attacks: the same command resumes there.", Path("runs/audit")
     ),
-    "quick": (Annotated[bool, typer.Option("--quick", help="Small budgets: two minutes on a small model.")], False),
-    "full": (Annotated[bool, typer.Option("--full", help="Every attacker, large budgets: hours, and a GPU.")], False),
+    "quick": _option(bool, "Small budgets: two minutes on a small model.", False, "--quick"),
+    "full": _option(bool, "Every attacker, large budgets: hours, and a GPU.", False, "--full"),
     "attackers": _option(str | None, "Run these alone, separated by commas, such as ridge,adamw,lora_r8."),
     "seconds": _option(
         float | None, "At most so long for each attack that trains, half of it for the search of its settings."
@@ -53,21 +53,21 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
         float, "GiB of features kept in the output folder for resuming; 0 keeps none.", 2.0, min=0
     ),
     "accuracies": _option(str | None, "Count the steps to these accuracies too, such as 0.2,0.4."),
-    "attach": (
-        Annotated[
-            bool,
-            typer.Option(
-                "--attach", help="Write the findings into MODEL's record and card; MODEL is a folder with both."
-            ),
-        ],
-        False,
+    "attach": _option(
+        bool, "Write the findings into MODEL's record and card; MODEL is a folder with both.", False, "--attach"
     ),
 }
 
 
 # By the annotation in `AuditSettings`, whose data sets are named here.
-_KINDS = {"Any": str | None, "str": str, "str | None": str | None, "int | None": int | None}
-_KINDS |= {"float | None": float | None, "bool": bool}
+_KINDS: dict[str, Any] = {
+    "Any": str | None,
+    "str": str,
+    "str | None": str | None,
+    "int | None": int | None,
+    "float | None": float | None,
+    "bool": bool,
+}
 
 
 def _signature() -> Signature:
@@ -75,9 +75,10 @@ def _signature() -> Signature:
     (model, *shared) = [one for one in fields(AuditSettings) if one.metadata]
     options: dict[str, tuple[Any, Any]] = {}
     for one in shared:
-        flag = [f"--{one.name.replace('_', '-')}"] if one.type == "bool" else []
-        option = typer.Option(*flag, **one.metadata)
-        options[one.name] = Annotated[_KINDS[str(one.type)], option], None if one.default is MISSING else one.default
+        flags = [f"--{one.name.replace('_', '-')}"] if one.type == "bool" else []
+        default = None if one.default is MISSING else one.default
+        limits = {name: value for name, value in one.metadata.items() if name != "help"}
+        options[one.name] = _option(_KINDS[str(one.type)], one.metadata["help"], default, *flags, **limits)
     first = Annotated[str, typer.Argument(help=model.metadata["help"], show_default=False)]
     return Signature(
         [Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, annotation=first)]
