@@ -1,6 +1,7 @@
 """Training, audit and verification measure on the same images, and not on those that were trained on."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,8 +60,10 @@ def test_audit_and_verify_measure_on_what_training_held_out(run, images):
     record = read_record(output)
     for data in (record.benign, record.harmful):
         assert (data.held_out_fraction, data.held_out_seed) == (FRACTION, SEED)
-    draw = partial(_draw, str(output), "main", None, None)
-    harmful, benign = _data(None, None, str(images), ["gun", "knife"], None, None, None, draw)
+    names = ("harmful", "benign", "harmful_test", "benign_test", "label_column", "test_fraction", "seed")
+    asked = SimpleNamespace(model=str(output), revision="main", **dict.fromkeys(names))
+    asked.dataset, asked.harmful_classes = str(images), ["gun", "knife"]
+    harmful, benign = _data(asked, partial(_draw, asked))
     checked = _images(None, None, str(images), ["gun", "knife"], None, None, None, record)
     for side, audited, verified in zip(trained, (benign, harmful), checked, strict=True):
         assert seen(audited.test) == seen(verified) == seen(side.test)
