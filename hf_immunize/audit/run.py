@@ -124,8 +124,7 @@ def _audit(processes: Processes, settings: AuditSettings) -> AuditReport | None:
     journal = processes.run_on_all_ranks(lambda: Journal(run_dir, mark, warnings))
     folder = None if run_dir is None else os.path.join(run_dir, "features")
     kept = FeatureStore(folder, settings.keep_features, warnings)
-    plan = Plan(chosen, models, tasks, processor, journal, settings.head_module, memory)
-    work = Work(plan, warnings, progress, kept)
+    work = Work(chosen, models, tasks, processor, journal, settings, memory, warnings, progress, kept)
     with ExitStack() as stack:
         if processes.count > 1:
             work.stored = stack.enter_context(_extracted_by_all(work, processes, settings.run_dir))
@@ -296,8 +295,8 @@ def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progres
 TUNING_WEIGHT = 20.0
 
 
-class Plan:
-    """What is attacked by what, as far as the journal does not hold it already."""
+class Work:
+    """One audit under way: what is attacked by what, as far as the journal does not hold it, and what was found."""
 
     def __init__(
         self,
@@ -306,14 +305,50 @@ class Plan:
         tasks: list[AttackedTask],
         processor: Any,
         journal: Journal,
-        head_module: str | None,
+        settings: AuditSettings,
         memory: int,
+        warnings: list[str],
+        progress: bool,
+        kept: FeatureStore,
     ) -> None:
         self.preset, self.models, self.tasks, self.processor = preset, models, tasks, processor
-        self.journal, self.head_module, self.memory = journal, head_module, memory
+        self.journal, self.head_module, self.memory = journal, settings.head_module, memory
+        self.warnings, self.progress, self.kept = warnings, progress, kept
         self.able = [task for task in tasks if not task.problem]
         # The reference first: rank lost is rank lost against it.
         self.subjects = [name for name in ("reference", "immunized", "random") if name in models]
+        self.order: list[str] = []
+        self.metrics = FeatureMetrics(warnings)
+        self.head_data: dict[tuple[str, str], ProbeData] = {}
+        # What several processes have extracted before; None where this one does it as it goes.
+        self.stored: StoredPasses | None = None
+        self.bar: Any = None
+        # Label of a layer to the digest of the reference's features there.
+        self.seen: dict[str, bytes] = {}
+        self._mixture: tuple[float, PreTrainedModel] | None = None
+
+    def run(self) -> FeatureMetrics:
+        """Run all attacks that are not in the journal; returns what was measured in addition."""
+        self.bar = tqdm(
+            total=self.expected(),
+            disable=not self.progress,
+            desc="audit",
+            bar_format="{desc:<44.44} {percentage:3.0f}%|{bar}| {elapsed} so far, about {remaining} to go",
+        )
+        try:
+            with underflow_to_zero():
+                for task in self.tasks:
+                    for subject in self.subjects:
+                        self._probe(task, subject)
+                for task in self.able:
+                    self._fine_tune(task)
+                for subject in ("reference", "immunized") if "reference" in self.models else ():
+                    self._restore(self.able[0], subject)
+        finally:
+            self.bar.close()
+        return self.metrics
+
+    # ---- what is ahead
 
     def probes_of(self, task: AttackedTask) -> tuple[str, ...]:
         """Attackers at the classifier's input."""
@@ -422,51 +457,6 @@ class Plan:
                 ]
         return planned
 
-
-class Work:
-    """One audit under way: what is attacked, by what, and what was found."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        warnings: list[str],
-        progress: bool,
-        kept: FeatureStore,
-    ) -> None:
-        self.plan, self.warnings, self.progress, self.kept = plan, warnings, progress, kept
-        self.preset, self.models, self.tasks, self.processor = plan.preset, plan.models, plan.tasks, plan.processor
-        self.journal, self.head_module, self.memory = plan.journal, plan.head_module, plan.memory
-        self.order: list[str] = []
-        self.metrics = FeatureMetrics(warnings)
-        self.head_data: dict[tuple[str, str], ProbeData] = {}
-        # What several processes have extracted before; None where this one does it as it goes.
-        self.stored: StoredPasses | None = None
-        self.bar: Any = None
-        # Label of a layer to the digest of the reference's features there.
-        self.seen: dict[str, bytes] = {}
-        self._mixture: tuple[float, PreTrainedModel] | None = None
-
-    def run(self) -> FeatureMetrics:
-        """Run all attacks that are not in the journal; returns what was measured in addition."""
-        self.bar = tqdm(
-            total=self.plan.expected(),
-            disable=not self.progress,
-            desc="audit",
-            bar_format="{desc:<44.44} {percentage:3.0f}%|{bar}| {elapsed} so far, about {remaining} to go",
-        )
-        try:
-            with underflow_to_zero():
-                for task in self.tasks:
-                    for subject in self.plan.subjects:
-                        self._probe(task, subject)
-                for task in self.plan.able:
-                    self._fine_tune(task)
-                for subject in ("reference", "immunized") if "reference" in self.models else ():
-                    self._restore(self.plan.able[0], subject)
-        finally:
-            self.bar.close()
-        return self.metrics
-
     # ---- images through models
 
     def compute(self, wanted: Pass) -> Extraction | None:
@@ -483,7 +473,7 @@ class Work:
         """The passes that the attacks ask for, less those whose features were kept."""
         return [
             one
-            for one in self.plan.passes()
+            for one in self.passes()
             if not self.kept.holds(self._model(one), self._images(one).hashes, list(one.views))
         ]
 
@@ -513,9 +503,9 @@ class Work:
     # ---- probes
 
     def _probe(self, task: AttackedTask, subject: str) -> None:
-        views, left_out, ahead = self.plan.views(task, subject)
+        views, left_out, ahead = self.views(task, subject)
         model = self.models[subject]
-        if self.plan.probes_layers(task) and not (views or left_out):
+        if self.probes_layers(task) and not (views or left_out):
             self._warn(f"{type(model).__name__} has no list of blocks: earlier layers were not probed.")
         train = self._extracted(Pass(subject, task.name, "train", ahead))
         test = self._extracted(Pass(subject, task.name, "test", ahead)) if len(task.test) else None
@@ -530,8 +520,8 @@ class Work:
             self.head_data[subject, task.name] = data
         place = f"input of {find_head(model, self.head_module)[0]}"
         for seed in range(self.preset.probe_seeds):
-            for attacker in self.plan.probes_of(task):
-                for dtype in self.plan.precisions(task):
+            for attacker in self.probes_of(task):
+                for dtype in self.precisions(task):
                     self._attack_features(data, attacker, "head_input", subject, task, place, seed, dtype)
         data.forget()
         for layer, view in views:
@@ -543,14 +533,14 @@ class Work:
             self._keep(outcome)
 
     def _utility_logits(self, task: AttackedTask, subject: str, test: Extraction | None) -> Tensor:
-        if test is not None and not self.plan.needs_utility(task, subject):
+        if test is not None and not self.needs_utility(task, subject):
             return test.logits
         return self._extracted(Pass(subject, task.name, "utility")).logits
 
     def _probe_layer(
         self, parts: tuple[Tensor, Tensor] | None, label: str, view: str, subject: str, task: AttackedTask
     ) -> None:
-        outcomes = self.plan.layer_outcomes(label, view, subject, task)
+        outcomes = self.layer_outcomes(label, view, subject, task)
         data = None
         if parts is not None:
             self.bar.set_description(f"{subject}: {label}")
@@ -591,7 +581,7 @@ class Work:
     def _fine_tune(self, task: AttackedTask) -> None:
         budget, pixels = self.preset.tuning_budget, None
         # One attacker on all models before the next: what an interruption leaves can be compared.
-        for attacker, subject in itertools.product(self.plan.tuners_of(task), self.plan.subjects):
+        for attacker, subject in itertools.product(self.tuners_of(task), self.subjects):
             model, settings = self.models[subject], None
             for seed in range(self.preset.tuning_seeds):
                 precision = str(torch.float32).removeprefix("torch.")
@@ -636,9 +626,9 @@ class Work:
 
     def _restore(self, task: AttackedTask, subject: str) -> None:
         """The public weights put back; in the reference they are already, so that it is read as it is."""
-        ahead = dict(self.plan.restoring(task, subject))
+        ahead = dict(self.restoring(task, subject))
         for attacker in self.preset.restoring:
-            outcomes = self.plan.restore_outcomes(attacker, task, subject)
+            outcomes = self.restore_outcomes(attacker, task, subject)
             if attacker not in ahead:
                 for outcome in outcomes:
                     nothing = replace(outcome, status="skipped", note="No tensor differs from the reference.")
