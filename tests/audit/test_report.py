@@ -109,25 +109,17 @@ def test_the_headline_is_the_worst_case_beside_the_reference(tables):
     assert headline.loc["fine_tuning", "steps_ratio"] == pytest.approx(10 / 3)
 
 
-@pytest.mark.parametrize(
-    ("data", "finding"),
-    [
-        (make([]), ["not tested"] * 3),
-        (sample_data(utility=None), ["no claim", "not prevented", "not prevented"]),
-    ],
-)
-def test_the_headline_says_what_the_verdict_does(data, finding):
-    headline = make_tables(data)["headline"]
-    assert list(headline["finding"]) == finding
-    assert headline["accuracy"].isna().all() == (not data.outcomes)
+def test_the_headline_says_what_the_verdict_does():
+    headline = make_tables(make([]))["headline"]
+    assert set(headline["finding"]) == {"not tested"} and headline["accuracy"].isna().all()
+    headline = make_tables(sample_data(utility=None))["headline"]
+    assert list(headline["finding"]) == ["no claim", "not prevented", "not prevented"]
+    assert not headline["accuracy"].isna().any()
 
 
-def test_the_layers_end_with_the_head_and_other_tasks_have_their_own_table(tables):
+def test_layers_end_with_the_head_other_tasks_stand_apart_and_more_steps_read_no_less(tables):
     assert tables["layers"]["layer"].iloc[-1] == "classifier" and set(LAYERS) <= set(tables["layers"]["layer"])
     assert set(tables["tasks"]["task"]) == {"benign", "unseen", "unrelated"}
-
-
-def test_budgets_grow_up_to_all_steps_and_more_steps_read_no_less(tables):
     whole = tables["fine_tuning"].query("operator == 'whole_network'")
     assert list(whole["budget_steps"]) == [300, 1000, 3000] and whole["immunized_accuracy"].is_monotonic_increasing
     row = tables["deviation"].set_index("operator").loc["whole_network"]
@@ -144,12 +136,8 @@ def test_nothing_is_lost_on_the_way_and_the_json_is_finite(value):
     text = to_json(data)
     assert from_json(text) == data
     json.loads(text, parse_constant=lambda name: pytest.fail(name))
-
-
-def test_numbers_that_are_none_and_numpys_come_back():
-    data = make([], rir={"rir": math.nan}, budget={"steps": np.int64(5), "rate": np.float32(0.5)})
-    found = from_json(to_json(data))
-    assert math.isnan(found.rir["rir"]) and found.budget == {"steps": 5, "rate": 0.5}
+    odd = from_json(to_json(make([], rir={"rir": math.nan}, budget={"steps": np.int64(5), "rate": np.float32(0.5)})))
+    assert math.isnan(odd.rir["rir"]) and odd.budget == {"steps": 5, "rate": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -173,23 +161,14 @@ def test_other_content_is_refused_with_what_was_found(text, found):
 
 @pytest.mark.parametrize(
     ("changes", "found"),
-    [
-        ({"accuracy": None}, "None"),
-        ({"accuracy": float("nan")}, "nan"),
-        ({"accuracy": 48.6}, "48.6"),
-        ({"status": "failed"}, "failed"),
-        ({"access": "backdoor"}, "backdoor"),
-        ({"subject": "victim"}, "victim"),
-        ({"task": "other"}, "other"),
-        ({"steps": [1, 2]}, "found others"),
-        ({"steps": [], "curve": [0.5]}, "found others"),
-        ({"status": "diverged"}, "diverged"),
-    ],
+    [({"accuracy": None}, "None"), ({"accuracy": math.nan}, "nan"), ({"accuracy": 48.6}, "48.6")]
+    + [({name: "victim"}, "victim") for name in ("status", "access", "subject", "task")]
+    + [({"steps": [1, 2]}, "others"), ({"steps": [], "curve": [0.5]}, "others"), ({"status": "diverged"}, "diverged")],
 )
 def test_outcomes_that_contradict_themselves_are_refused(changes, found):
-    run = attack("gd_line_search", "head_input", "immunized", 0.4, half=10)[0]
+    run = dataclasses.replace(attack("gd_line_search", "head_input", "immunized", 0.4, half=10)[0], **changes)
     with pytest.raises(DataError, match="Expected") as caught:
-        AuditReport(dataclasses.replace(make([run]), outcomes=[dataclasses.replace(run, **changes)]))
+        AuditReport(dataclasses.replace(make([]), outcomes=[run]))
     assert found in str(caught.value)
 
 
@@ -209,7 +188,7 @@ def test_no_local_path_leaves_the_building(tmp_path, name):
 # The page and its figures
 
 
-def test_the_page_needs_nothing_but_itself_and_is_whole(page):
+def test_the_page_needs_nothing_but_itself_and_is_whole(report, page):
     assert page.named("script") == page.named("link") == page.named("iframe") == []
     (policy,) = [one["content"] for one in page.named("meta") if one.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'")
@@ -219,9 +198,6 @@ def test_the_page_needs_nothing_but_itself_and_is_whole(page):
     assert all(one.get("scope") in ("col", "row", "rowgroup") for one in page.named("th"))
     images = page.named("img")
     assert len(images) == 11 and all(len(one["alt"]) > 40 for one in images)
-
-
-def test_every_row_has_as_many_cells_as_its_table_has_headers(page):
     widths = []
     for tag, attributes in page.elements:
         if tag == "table":
@@ -231,12 +207,8 @@ def test_every_row_has_as_many_cells_as_its_table_has_headers(page):
         elif tag in ("td", "th"):
             widths[-1][-1] += int(attributes.get("colspan", 1))
     assert all(len(set(rows)) == 1 for rows in widths)
-
-
-def test_the_page_has_the_verdict_and_explains_its_words(report, page):
-    assert all(one in page.text for one in report.verdict())
-    words = ["prevented", "slowed", "reduced", "broken", "not tested", "out of budget"]
-    assert {word.capitalize() for word in words} <= set(page.text)
+    assert set(report.verdict()) <= set(page.text)
+    assert {"Prevented", "Slowed", "Reduced", "Broken", "Not tested", "Out of budget"} <= set(page.text)
     assert any("at least 10 times the steps" in one for one in page.text)
 
 
@@ -259,12 +231,9 @@ def test_every_measure_is_in_the_tables_the_json_and_the_page(report, tables, pa
     assert any(heading in text for text in page.text)
 
 
-def test_steps_to_given_accuracies_have_a_table_of_their_own():
+def test_given_accuracies_have_a_table_and_a_page_can_be_made_of_next_to_nothing():
     runs = [one for s in ("immunized", "reference") for one in attack("adamw", "head_input", s, 0.4, half=10)]
     assert "Steps to accuracies that were given" in AuditReport(make(runs, accuracies=[0.2])).to_html()
-
-
-def test_a_page_can_be_made_of_next_to_nothing():
     report = AuditReport(make([], utility=None, reference=None, rir={}, machine={}, budget={}))
     assert Page(report.to_html()).named("img") == []
 
@@ -331,7 +300,7 @@ def test_no_name_breaks_a_figure(name):
 # The short forms and files
 
 
-def test_the_card_is_plain_json_of_the_agreed_form(report):
+def test_the_card_is_plain_json_of_the_agreed_form_and_the_summary_plain_text(report):
     card = report.for_card()
     assert json.loads(json.dumps(card, allow_nan=False)) == card
     assert list(card) == ["preset", "preset_version", "strongest", "utility", "verdict"]
@@ -343,26 +312,20 @@ def test_the_card_is_plain_json_of_the_agreed_form(report):
     card = AuditReport(make(attack("ridge", "head_input", "immunized", 0.4), utility=None)).for_card()
     assert card["strongest"]["fine_tuning"] is None and card["utility"] is None
     assert card["strongest"]["head_input"]["reference_accuracy"] is None
-
-
-def test_the_summary_is_short_plain_text(report):
     text = report.summary()
     assert "Probes at any layer: 53.0% (reference 53.0%, chance 1.0%)" in text and len(text) < 4000
     assert all(line.isprintable() for line in text.split("\n"))
 
 
 def test_what_is_written_is_read_back(tmp_path):
+    with pytest.raises(DataError, match=r"Expected the audit\.json"):
+        AuditReport.load(tmp_path)
     report = AuditReport(small_data())
     report.write(tmp_path)
     assert AuditReport.load(tmp_path).data == AuditReport.load(tmp_path / "audit.json").data == report.data
     assert set(os.listdir(tmp_path)) == {"report.html", "audit.json", *(f"{name}.csv" for name in report.tables())}
     with open(tmp_path / "outcomes.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == len(report.data.outcomes)
-
-
-def test_a_folder_without_an_audit_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"Expected the audit\.json"):
-        AuditReport.load(tmp_path)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -417,12 +380,9 @@ def test_names_keep_no_character_that_acts(character):
     assert character not in clean(f"a{character}b")
 
 
-@pytest.mark.parametrize("size", [3, 80, 81, 1000])
-def test_names_are_short_and_of_any_script(size):
-    assert len(clean("x" * size)) == min(size, 80) and clean("汽车 чайка") == "汽车 чайка"
-
-
-def test_every_attacker_of_the_suite_has_a_name_for_people():
+def test_names_are_short_of_any_script_and_every_attacker_has_one():
+    assert [len(clean("x" * size)) for size in (3, 80, 81, 1000)] == [3, 80, 80, 80]
+    assert clean("汽车 чайка") == "汽车 чайка"
     assert {name: label(name) for name in ATTACKERS} == {name: one.label for name, one in ATTACKERS.items()}
     assert label("sam_l4") == "sam l4" and label("lora_r4") == "LoRA of rank 4"
 
