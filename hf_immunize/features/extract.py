@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_immunize.data.images import ImageCollator
-from hf_immunize.errors import NonFiniteError, ScopeError
+from hf_immunize.errors import NonFiniteError, RankError, ScopeError
+from hf_immunize.spectra.conditioning import Conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.spectra.streaming import FeatureFactor
 from hf_immunize.vision.head import HeadInput, find_head, full_precision_forward, in_eval_mode
@@ -156,6 +157,12 @@ class Measurement:
         same_number = self.factor.num_samples == other.factor.num_samples
         return same_number and math.isclose(self.checksum, other.checksum, rel_tol=1e-6)
 
+    def reference_conditioning(self, before: Measurement | None, *, intercept: bool = False) -> Conditioning | None:
+        """Conditioning of the reference's features; None where there is none of the same images."""
+        if before is None or not self.same_data(before):
+            return None
+        return before.factor.conditioning(intercept=intercept)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `from_state_dict` restores."""
         return {**self.factor.state_dict(), "checksum": torch.tensor(self.checksum, dtype=torch.float64)}
@@ -191,25 +198,44 @@ def spectral_metrics(
     harmful: Measurement | None,
     harmful_reference: Measurement | None,
 ) -> dict[str, float]:
-    """Metrics of an evaluation, by stable names and without a prefix; a reference of other data is ignored."""
-    # benign_is_bound: 1.0 where rank was lost, so that κ is only bounded from below; rir_is_lower_bound and
-    # rir_is_upper_bound both 1.0: no statement, and rir is NaN.
+    """Metrics of an evaluation, by stable names and without a prefix.
+
+    ``benign_log10_kappa``, ``benign_is_bound`` (1.0 where rank was lost, so that κ is only bounded from below),
+    ``benign_rank``, ``benign_effective_rank``, the same for ``harmful``, and against the references ``rir``,
+    ``log10_rir``, ``harmful_ratio``, ``benign_ratio`` with ``rir_is_lower_bound`` and ``rir_is_upper_bound``
+    (both 1.0: no statement, and ``rir`` is NaN). A reference of other data, through the starting weights, is ignored.
+    Names that begin with ``intercept_`` are of a probe with an intercept.
+    """
     metrics: dict[str, float] = {}
-    conditionings = {}
-    for side, now, before in (("benign", benign, benign_reference), ("harmful", harmful, harmful_reference)):
-        if now is None:
-            continue
-        start = before.factor.conditioning() if before is not None and now.same_data(before) else None
-        conditioning = now.factor.conditioning(start)
-        for name in ("log10_kappa", "is_bound", "rank", "effective_rank"):
-            metrics[f"{side}_{name}"] = float(getattr(conditioning, name))
-        conditionings[side] = (conditioning, start)
-    if len(conditionings) == 2 and all(start is not None for _, start in conditionings.values()):
-        (b, b0), (h, h0) = conditionings["benign"], conditionings["harmful"]
-        ratio = relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0)
-        metrics |= {name: getattr(ratio, name) for name in ("rir", "log10_rir", "harmful_ratio", "benign_ratio")}
-        for bound in ("lower", "upper"):
-            metrics[f"rir_is_{bound}_bound"] = float(ratio.bound in (bound, "undetermined"))
+    sides = {"benign": (benign, benign_reference), "harmful": (harmful, harmful_reference)}
+    for intercept in (False, True):
+        known: dict[str, Any] = {}
+        prefix = "intercept_" if intercept else ""
+        for side, (now, before) in sides.items():
+            if now is None or (intercept and now.factor.num_samples < 2):
+                continue
+            try:
+                start = now.reference_conditioning(before, intercept=intercept)
+                found = now.factor.conditioning(start, intercept=intercept)
+            except RankError:
+                if not intercept:
+                    raise
+                continue  # features that are all alike have a κ without an intercept alone
+            known |= {side: found} if start is None else {side: found, f"{side}_reference": start}
+            metrics[f"{prefix}{side}_log10_kappa"] = found.log10_kappa
+            metrics[f"{prefix}{side}_is_bound"] = float(found.is_bound)
+            metrics[f"{prefix}{side}_rank"] = float(found.rank)
+            metrics[f"{prefix}{side}_effective_rank"] = found.effective_rank
+        if len(known) == 4:
+            ratio = relative_immunization_ratio(**known, protocol="intercept" if intercept else "exact")
+            metrics |= {
+                f"{prefix}rir": ratio.rir,
+                f"{prefix}log10_rir": ratio.log10_rir,
+                f"{prefix}harmful_ratio": ratio.harmful_ratio,
+                f"{prefix}benign_ratio": ratio.benign_ratio,
+                f"{prefix}rir_is_lower_bound": float(ratio.bound in ("lower", "undetermined")),
+                f"{prefix}rir_is_upper_bound": float(ratio.bound in ("upper", "undetermined")),
+            }
     return metrics
 
 

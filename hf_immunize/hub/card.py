@@ -63,6 +63,13 @@ _ROWS = (
     ("rank of benign features", "eval_benign_rank", "{:.0f}", "", ""),
     ("rank of harmful features", "eval_harmful_rank", "{:.0f}", "", ""),
     ("RIR (exact)", "eval_rir", "{:,.4g}", "eval_rir_is_lower_bound", "eval_rir_is_upper_bound"),
+    (
+        "RIR (exact, of a probe with an intercept)",
+        "eval_intercept_rir",
+        "{:,.4g}",
+        "eval_intercept_rir_is_lower_bound",
+        "eval_intercept_rir_is_upper_bound",
+    ),
 )
 
 
@@ -104,7 +111,7 @@ def slug(text: str) -> str:
 def metric_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name, before and after of the metrics of `ImmunizationTrainer.evaluate`, as text, bounds with their direction.
 
-    >>> metric_rows({"eval_rir": 1.0}, {"eval_rir": 50.0, "eval_rir_is_lower_bound": 1.0})[-1]
+    >>> metric_rows({"eval_rir": 1.0}, {"eval_rir": 50.0, "eval_rir_is_lower_bound": 1.0})[-2]
     ('RIR (exact)', '1', '≥ 50')
     """
 
@@ -130,11 +137,12 @@ def _metrics_of(record: ImmunizationRecord) -> tuple[dict[str, Any], dict[str, A
                 metrics[f"eval_{side}_log10_kappa"] = part.log10_kappa
                 metrics[f"eval_{side}_is_bound"] = part.is_bound
                 metrics[f"eval_{side}_rank"] = part.rank
-    if (exact := record.ratios.get("exact")) is not None:
-        before["eval_rir"] = 1.0
-        after["eval_rir"] = None if exact.log10_rir is None else _power(exact.log10_rir)
-        after["eval_rir_is_lower_bound"] = exact.bound in ("lower", "undetermined")
-        after["eval_rir_is_upper_bound"] = exact.bound in ("upper", "undetermined")
+    for protocol, name in (("exact", "eval_rir"), ("intercept", "eval_intercept_rir")):
+        if (ratio := record.ratios.get(protocol)) is not None:
+            before[name] = 1.0
+            after[name] = None if ratio.log10_rir is None else _power(ratio.log10_rir)
+            after[f"{name}_is_lower_bound"] = ratio.bound in ("lower", "undetermined")
+            after[f"{name}_is_upper_bound"] = ratio.bound in ("upper", "undetermined")
     return before, after
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from hf_immunize import __version__
 from hf_immunize.data.images import count_trained, sketch_of
 from hf_immunize.data.sources import HeldOut
-from hf_immunize.errors import TrainingImagesError
+from hf_immunize.errors import RankError, TrainingImagesError
 from hf_immunize.features.extract import Measurement
 from hf_immunize.hub.record import (
     BaseModelRecord,
@@ -114,6 +114,22 @@ def exact_ratio(benign: SideRecord, harmful: SideRecord) -> RatioRecord | None:
         return None
     h, h0, b, b0 = known
     return describe_ratio(relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0))
+
+
+def intercept_ratio(
+    benign: tuple[Measurement | None, Measurement | None], harmful: tuple[Measurement | None, Measurement | None]
+) -> RatioRecord | None:
+    """RIR of a probe with an intercept, from what was measured now and before; None unless all four are known."""
+    known: dict[str, Any] = {}
+    try:
+        for side, (now, before) in (("benign", benign), ("harmful", harmful)):
+            start = None if now is None else now.reference_conditioning(before, intercept=True)
+            if now is None or start is None:
+                return None
+            known[f"{side}_reference"], known[side] = start, now.factor.conditioning(start, intercept=True)
+    except RankError:  # the starting model has one feature for all images
+        return None
+    return describe_ratio(relative_immunization_ratio(**known, protocol="intercept"))
 
 
 def describe_ratio(

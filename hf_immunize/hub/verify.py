@@ -23,6 +23,7 @@ from hf_immunize.hub.collect import (
     describe_side,
     exact_ratio,
     innermost,
+    intercept_ratio,
     recorded_draw,
     refuse_training_images,
 )
@@ -300,9 +301,14 @@ def _figures(record: ImmunizationRecord, found: dict[str, Pair], same: dict[str,
         for moment in ("before", "after") if then is not None else ("after",):
             claim, part = getattr(claimed, moment), getattr(sides[side], moment)
             yield _conditioning_figure(f"log10 κ of {side} features, {moment}", claim, part, same[side])
-    yield _exact_figure(record.ratios.get("exact"), sides, all(same.values()))
+    everything = all(same.values())
+    exact = exact_ratio(sides["benign"], sides["harmful"])
+    yield _ratio_figure("exact", record.ratios.get("exact"), exact, sides, everything)
+    recorded, centred = record.ratios.get("intercept"), _intercept_ratio(found)
+    if recorded is not None and centred is not None:  # without a reference model there is nothing to divide by
+        yield _ratio_figure("intercept", recorded, centred, sides, everything)
     if (groups := record.ratios.get("groups")) is not None:
-        yield _groups_figure(groups, found["benign"], found["harmful"], all(same.values()))
+        yield _groups_figure(groups, found["benign"], found["harmful"], everything)
 
 
 def rounding_allowance(conditioning: Conditioning) -> float:
@@ -375,8 +381,18 @@ def _accuracy_figure(claim: MetricRecord, now: Measured, same: bool) -> Figure:
     return Figure("benign accuracy", claim.after, now.accuracy, tolerance, outcome, note)
 
 
-def _exact_figure(claim: RatioRecord | None, sides: dict[str, SideRecord], same: bool) -> Figure:
-    name, now = "log10 RIR (exact)", exact_ratio(sides["benign"], sides["harmful"])
+def _intercept_ratio(found: dict[str, Pair]) -> RatioRecord | None:
+    pairs = [
+        (now.measurement, None if before is None else before.measurement)
+        for now, before in (found["benign"], found["harmful"])
+    ]
+    return intercept_ratio(*pairs)
+
+
+def _ratio_figure(
+    protocol: str, claim: RatioRecord | None, now: RatioRecord | None, sides: dict[str, SideRecord], same: bool
+) -> Figure:
+    name = f"log10 RIR ({protocol})"
     claimed, measured = (None if ratio is None else ratio.log10_rir for ratio in (claim, now))
     if now is None:
         outcome, note = CANNOT_SAY, "no κ before immunization to divide by"

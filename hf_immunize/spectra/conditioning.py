@@ -29,6 +29,8 @@ class Conditioning:
         cutoff: The rank rule's threshold on singular values of ``Z`` (see `rank_cutoff`).
         is_bound: Whether the rank fell below the reference's, so that `kappa` only bounds κ from below.
         reference_rank: Rank of the reference features, if one was given.
+        intercept: Whether all this is of ``Z − mean`` in place of ``Z``: of a probe with an intercept, whose Hessian
+            is ``Z_cᵀZ_c`` once the intercept is eliminated.
     """
 
     kappa: float
@@ -42,6 +44,7 @@ class Conditioning:
     cutoff: float
     is_bound: bool = False
     reference_rank: int | None = None
+    intercept: bool = False
 
     @property
     def log10_kappa(self) -> float:
@@ -51,7 +54,8 @@ class Conditioning:
     def __str__(self) -> str:
         sign = "≥" if self.is_bound else "="
         lost = f" of {self.reference_rank} before" if self.is_bound else ""
-        return f"κ {sign} {self.kappa:.4g} (rank {self.rank}{lost}, N = {self.num_samples}, D = {self.dim})"
+        of = ", with intercept" if self.intercept else ""
+        return f"κ {sign} {self.kappa:.4g} (rank {self.rank}{lost}, N = {self.num_samples}, D = {self.dim}{of})"
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -69,18 +73,24 @@ def summarize_spectrum(
     reference: Conditioning | None = None,
     name: str = "features",
     folds: int = 1,
+    centred: Tensor | None = None,
 ) -> Conditioning:
-    """Apply the rank rule to singular values of ``Z`` and describe the conditioning of ``ZᵀZ``."""
-    values = sigma.tolist()
+    """Apply the rank rule to singular values of ``Z`` and describe the conditioning of ``ZᵀZ``.
+
+    With the singular values of ``Z − mean`` in addition it is of ``Z_cᵀZ_c``; rounding noise stays that of Z.
+    """
+    given = sigma.tolist()
+    frobenius = check_result(math.hypot(*given), f"the norm of {name}")
+    cutoff = rank_cutoff(given[0], frobenius, num_samples, dim, produced_dtype, folds=folds)
+    values = given if centred is None else centred.tolist() or [0.0]  # of one sample nothing is left
     sigma_max = values[0]
-    frobenius = check_result(math.hypot(*values), f"the norm of {name}")
-    cutoff = rank_cutoff(sigma_max, frobenius, num_samples, dim, produced_dtype, folds=folds)
     cutoff = max(cutoff, grid_cutoff(num_samples, dim, produced_dtype))
     kept = [v for v in values if v > cutoff]
     if not kept and reference is None:
         raise RankError(
-            f"Expected {name} of rank at least 1, found rank 0 (N = {num_samples}, D = {dim}): all is zero or "
-            "rounding noise, so κ is undefined. Check that the network is not dead and the right layer is read."
+            f"Expected {name} of rank at least 1, found rank 0 (N = {num_samples}, D = {dim}): all is "
+            f"{'zero' if centred is None else 'alike'} or rounding noise, so κ is undefined. Check that the network "
+            "is not dead and the right layer is read."
         )
     parts = [v / sigma_max for v in values if v]
     total = math.fsum(parts)
@@ -93,6 +103,8 @@ def summarize_spectrum(
                 f"Expected the reference as a Conditioning, found {type(reference).__name__}. Pass what "
                 "feature_conditioning or FeatureFactor.conditioning gives."
             )
+        if reference.intercept != (centred is not None):
+            raise ArgumentError("Expected the reference with the same intercept=, found the other. Take both alike.")
         if (reference.num_samples, reference.dim) != (num_samples, dim):
             raise ShapeError(
                 f"Expected reference features of shape ({num_samples}, {dim}), found ({reference.num_samples}, "
@@ -118,6 +130,7 @@ def summarize_spectrum(
         cutoff=cutoff,
         is_bound=is_bound,
         reference_rank=None if reference is None else reference.rank,
+        intercept=centred is not None,
     )
 
 
@@ -147,7 +160,7 @@ def condition_number(matrix: Any) -> float:
 
 
 def feature_conditioning(
-    features: Any, *, reference: Any = None, produced_dtype: torch.dtype | None = None
+    features: Any, *, reference: Any = None, produced_dtype: torch.dtype | None = None, intercept: bool = False
 ) -> Conditioning:
     """Conditioning of the linear-probing Hessian ``ZᵀZ``, exact and rank-aware.
 
@@ -159,6 +172,9 @@ def feature_conditioning(
         features: ``Z``, shape ``(N, D)``, any real floating-point dtype, on any device.
         reference: The same data through the reference weights: features of shape ``(N, D)``, or their `Conditioning`.
         produced_dtype: The dtype in which the features were computed, where they have been cast since.
+        intercept: Of a probe with an intercept: ``Z_cᵀZ_c``, ``Z_c = Z − mean``. A direction in which all features
+            are the same then counts for nothing. Every network that ends in a LayerNorm has one, small and arbitrary,
+            which is the smallest singular value of ``Z`` and says nothing of the task.
 
     Returns:
         `Conditioning`, κ together with rank, N and D.
@@ -178,6 +194,16 @@ def feature_conditioning(
     """
     features, produced_dtype = as_matrix(features, "features"), check_dtype(produced_dtype)
     if reference is not None and not isinstance(reference, Conditioning):
-        reference = feature_conditioning(as_matrix(reference, "reference features"), produced_dtype=produced_dtype)
+        reference = as_matrix(reference, "reference features")
+        reference = feature_conditioning(reference, produced_dtype=produced_dtype, intercept=intercept)
     n, d = features.shape
-    return summarize_spectrum(singular_values(features), n, d, produced_dtype or features.dtype, reference)
+    centred = singular_values(centred_rows(features)) if intercept else None
+    dtype = produced_dtype or features.dtype
+    return summarize_spectrum(singular_values(features), n, d, dtype, reference, centred=centred)
+
+
+def centred_rows(features: Tensor) -> Tensor:
+    """``Z − mean`` in float64, on the CPU where the device has none."""
+    wide = features.detach().to("cpu" if features.device.type == "mps" else features.device, torch.float64)
+    # The mean of large numbers, without their sum.
+    return wide - (wide / len(wide)).sum(dim=0)

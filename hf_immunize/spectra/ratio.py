@@ -21,7 +21,7 @@ from hf_immunize.spectra.conditioning import Conditioning, feature_conditioning
 from hf_immunize.spectra.streaming import FeatureFactor
 
 
-PROTOCOLS = ("exact", "groups", "reference")
+PROTOCOLS = ("exact", "intercept", "groups", "reference")
 # Of the paper's code: the multiple of the identity it adds, and the eigenvalue below which it looks away.
 _REFERENCE_FLOOR = 1e-6
 # The mean over more says no more.
@@ -40,8 +40,8 @@ class ImmunizationRatio:
         std: Standard deviation of `rir` over groups; None without groups.
         bound: None, or what `rir` is of the true value: "lower" (harmful rank was lost, or benign rank gained),
             "upper" (benign rank lost, or harmful rank gained), "undetermined" (one of each: no statement).
-        protocol: "exact", "groups" or "reference".
-        harmful, harmful_reference, benign, benign_reference: The conditionings behind it, for protocol "exact".
+        protocol: "exact", "intercept", "groups" or "reference".
+        harmful, harmful_reference, benign, benign_reference: The conditionings behind it, for the first two.
     """
 
     rir: float
@@ -81,7 +81,9 @@ def relative_immunization_ratio(
 ) -> ImmunizationRatio:
     """Relative immunization ratio (Eq. 15 and 17 of Zheng et al. 2025) under one of three protocols.
 
-    - ``"exact"``: exact, rank-aware κ over all rows. The default, and the number to quote.
+    - ``"exact"``: exact, rank-aware κ of ``ZᵀZ`` over all rows: the paper's definition. The default.
+    - ``"intercept"``: the same of ``Z_cᵀZ_c``, ``Z_c = Z − mean``: of a probe with an intercept. The number to quote
+      of a network, where a direction that is constant over all images (each LayerNorm has one) rules the former.
     - ``"groups"``: exact κ in each of 20 random groups of 100 rows, mean and standard deviation over groups. With
       100 < D it describes samples of that size, not the task.
     - ``"reference"``: the recipe of the paper's code, for comparison with its tables only: the float64 Gram matrix
@@ -90,12 +92,12 @@ def relative_immunization_ratio(
       scale-free. Over all rows, or over `num_groups` groups as in the paper's network tables.
 
     Args:
-        harmful: Harmful features through the immunized weights, Z_H, shape ``(N_H, D)``; for "exact" a `FeatureFactor`
-            or a `Conditioning` does as well.
+        harmful: Harmful features through the immunized weights, Z_H, shape ``(N_H, D)``; for "exact" and "intercept" a
+            `FeatureFactor` or a `Conditioning` does as well.
         harmful_reference: The same data through the reference weights, same number of rows.
         benign: Benign features through the immunized weights, Z_P, shape ``(N_P, D)``.
         benign_reference: The same data through the reference weights.
-        protocol: "exact", "groups" or "reference".
+        protocol: "exact", "intercept", "groups" or "reference".
         num_groups: Number of groups; by default for "groups" 20, or as many disjoint ones as the rows give, for
             "reference" none (all rows). More than that, where asked for, share rows, and their spread says less.
         group_size: Rows a group, drawn without replacement; the same rows of immunized and reference features.
@@ -123,12 +125,12 @@ def relative_immunization_ratio(
         check_count(num_groups, "num_groups", most=_MOST_GROUPS, error=ProtocolError)
     check_count(group_size, "group_size", least=2, error=ProtocolError)
     check_count(seed, "seed", least=-(2**63), most=2**63 - 1)
-    if protocol == "exact":
+    if protocol in ("exact", "intercept"):
         pairs = []
         for features, reference in ((harmful, harmful_reference), (benign, benign_reference)):
-            before = _conditioning(reference, None)
-            pairs.append((_conditioning(features, before), before))
-        return _exact_ratio(*pairs[0], *pairs[1])
+            before = _conditioning(reference, None, protocol)
+            pairs.append((_conditioning(features, before, protocol), before))
+        return _exact_ratio(*pairs[0], *pairs[1], protocol)
     sides = [
         _feature_pair("harmful", harmful, harmful_reference),
         _feature_pair("benign", benign, benign_reference),
@@ -163,10 +165,16 @@ def reference_condition_number(features: Any) -> float:
     return float(above[-1] / above[0])
 
 
-def _conditioning(value: Any, reference: Conditioning | None) -> Conditioning:
+def _conditioning(value: Any, reference: Conditioning | None, protocol: str) -> Conditioning:
+    intercept = protocol == "intercept"
     if isinstance(value, FeatureFactor):
-        return value.conditioning(reference)
+        return value.conditioning(reference, intercept=intercept)
     if isinstance(value, Conditioning):
+        if value.intercept != intercept:
+            raise ProtocolError(
+                f"Expected a Conditioning taken with intercept={intercept} for protocol={protocol!r}, found one with "
+                f"intercept={value.intercept}. Pass the features, or choose the other protocol."
+            )
         if reference is not None and (value.num_samples, value.dim) != (reference.num_samples, reference.dim):
             raise ShapeError(
                 f"Expected a Conditioning of ({reference.num_samples}, {reference.dim}) features like its reference, "
@@ -178,10 +186,12 @@ def _conditioning(value: Any, reference: Conditioning | None) -> Conditioning:
                 f"{value.rank}, found one without. Call feature_conditioning(Z, reference=...)."
             )
         return value
-    return feature_conditioning(value, reference=reference)
+    return feature_conditioning(value, reference=reference, intercept=intercept)
 
 
-def _exact_ratio(h: Conditioning, h0: Conditioning, b: Conditioning, b0: Conditioning) -> ImmunizationRatio:
+def _exact_ratio(
+    h: Conditioning, h0: Conditioning, b: Conditioning, b0: Conditioning, protocol: str
+) -> ImmunizationRatio:
     log_harmful, harmful_below, harmful_above = _growth(h, h0)
     log_benign, benign_below, benign_above = _growth(b, b0)
     # A numerator bounded from below bounds the ratio from below, a denominator so bounded from above.
@@ -194,7 +204,7 @@ def _exact_ratio(h: Conditioning, h0: Conditioning, b: Conditioning, b0: Conditi
         benign_ratio=_exp(log_benign),
         std=None,
         bound=bound,
-        protocol="exact",
+        protocol=protocol,
         harmful=h,
         harmful_reference=h0,
         benign=b,

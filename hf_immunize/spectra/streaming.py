@@ -3,6 +3,8 @@
 ``R ← qr([R; Z_batch]).R`` keeps ``RᵀR = ZᵀZ`` with ``R`` of at most ``D`` rows: the singular values of ``R`` are those
 of all rows seen so far, at full accuracy (the squared matrix ``ZᵀZ`` would lose those below ``sqrt(eps)·σ_max``), in
 memory that does not grow with the number of rows. Factors of several processes merge the same way.
+
+A column of ones goes first: below its row stands the factor of ``Z − mean``, that of a probe with an intercept.
 """
 
 from typing import Any
@@ -55,7 +57,7 @@ class FeatureFactor:
         self._folded = True
         self._folds = 0
         # Of the rows seen so far, once asked for: references are asked at every evaluation.
-        self._sigma: Tensor | None = None
+        self._sigma: dict[bool, Tensor] = {}
 
     def update(self, features: Any, produced_dtype: torch.dtype | None = None) -> "FeatureFactor":
         """Fold in a batch.
@@ -71,7 +73,7 @@ class FeatureFactor:
             ShapeError, NonFiniteError: If they are not ``(n, D)`` as earlier batches, or hold NaN or infinity.
         """
         features = as_matrix(features, f"features (batch after {self.num_samples} rows)")
-        self._append(features, check_dtype(produced_dtype) or features.dtype)
+        self._append(features, features.new_ones(len(features)), check_dtype(produced_dtype) or features.dtype)
         self.num_samples += features.shape[0]
         return self
 
@@ -83,30 +85,38 @@ class FeatureFactor:
             )
         if other.produced_dtype is None:
             return self
-        self._append(other.matrix(), other.produced_dtype)
+        whole = other._whole()
+        self._append(whole[:, 1:], whole[:, 0], other.produced_dtype)
         self._folds += other._folds
         self.num_samples += other.num_samples
         return self
 
     def matrix(self) -> Tensor:
         """Upper-trapezoidal ``R`` of shape ``(min(N, D), D)``, float64, with ``RᵀR = ZᵀZ``; RankError without rows."""
-        if self._buffer is None:
-            raise RankError("Expected at least one batch of features, found none. Call update(features) first.")
-        if not self._folded:
-            self._fold()
-        return self._buffer[:, : self._filled].mT.clone()
+        whole = self._whole()
+        with torch.autocast(whole.device.type, enabled=False):
+            return torch.linalg.qr(whole[:, 1:], mode="r").R
 
-    def singular_values(self) -> Tensor:
-        """Singular values of all rows seen so far, descending, float64, shape ``(min(N, D),)``."""
-        if self._sigma is None:
-            self._sigma = singular_values(self.matrix())
-        return self._sigma.clone()
+    def singular_values(self, *, intercept: bool = False) -> Tensor:
+        """Singular values of all rows seen so far, descending, float64, shape ``(min(N, D),)``.
 
-    def conditioning(self, reference: "Conditioning | FeatureFactor | None" = None) -> Conditioning:
+        With ``intercept``, of ``Z − mean``, shape ``(min(N − 1, D),)``.
+        """
+        if intercept not in self._sigma:
+            whole = self._whole()
+            part = whole[1:, 1:] if intercept else whole[:, 1:]
+            # One more row than columns, whose singular value is zero, is the ones'.
+            self._sigma[intercept] = singular_values(part) if len(part) else part.new_zeros(0)
+        return self._sigma[intercept].clone()
+
+    def conditioning(
+        self, reference: "Conditioning | FeatureFactor | None" = None, *, intercept: bool = False
+    ) -> Conditioning:
         """Conditioning of ``ZᵀZ`` over all rows seen so far (see `feature_conditioning`).
 
         Args:
             reference: The same data through the reference weights, as a factor or its conditioning.
+            intercept: Of ``Z_cᵀZ_c`` instead: of a probe with an intercept.
 
         Returns:
             `Conditioning`; a bound where the rank is below the reference's.
@@ -115,15 +125,17 @@ class FeatureFactor:
             RankError, ShapeError: If all features are zero, without a reference, or it is of another shape.
         """
         if isinstance(reference, FeatureFactor):
-            reference = reference.conditioning()
+            reference = reference.conditioning(intercept=intercept)
         sigma = self.singular_values()
-        assert self.dim is not None and self.produced_dtype is not None  # matrix() raised otherwise
-        return summarize_spectrum(sigma, self.num_samples, self.dim, self.produced_dtype, reference, folds=self._folds)
+        centred = self.singular_values(intercept=True) if intercept else None
+        assert self.dim is not None and self.produced_dtype is not None  # singular_values() raised otherwise
+        described = self.num_samples, self.dim, self.produced_dtype
+        return summarize_spectrum(sigma, *described, reference, folds=self._folds, centred=centred)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `from_state_dict` restores, ready for safetensors."""
         return {
-            "factor": self.matrix().contiguous(),
+            "factor_with_ones": self._whole().contiguous(),
             "num_samples": torch.tensor(self.num_samples),
             "folds": torch.tensor(self._folds),
             "produced_eps": torch.tensor(torch.finfo(self.produced_dtype or torch.float64).eps, dtype=torch.float64),
@@ -133,7 +145,7 @@ class FeatureFactor:
     def from_state_dict(cls, state: dict[str, Tensor]) -> "FeatureFactor":
         """Restore a factor from the tensors of `state_dict`; ArgumentError where they are not such."""
         try:
-            rows = state["factor"]
+            rows = as_matrix(state["factor_with_ones"], "a stored factor")
             samples, folds, eps = (float(state[name]) for name in ("num_samples", "folds", "produced_eps"))
         except (TypeError, LookupError, ValueError, RuntimeError) as error:
             raise ArgumentError(
@@ -143,11 +155,19 @@ class FeatureFactor:
             raise ArgumentError(f"Expected a factor of at least one row, found {samples:g} rows, {folds:g} folds.")
         factor = cls()
         dtype = min(FLOATS, key=lambda dtype: abs(torch.finfo(dtype).eps / eps - 1.0))
-        factor._append(as_matrix(rows, "a stored factor"), dtype)
+        factor._append(rows[:, 1:], rows[:, 0], dtype)
         factor.num_samples, factor._folds = int(samples), int(folds)
         return factor
 
-    def _append(self, rows: Tensor, dtype: torch.dtype) -> None:
+    def _whole(self) -> Tensor:
+        """The factor of ones and features, ``(min(N, D + 1), D + 1)``."""
+        if self._buffer is None:
+            raise RankError("Expected at least one batch of features, found none. Call update(features) first.")
+        if not self._folded:
+            self._fold()
+        return self._buffer[:, : self._filled].mT.clone()
+
+    def _append(self, rows: Tensor, ones: Tensor, dtype: torch.dtype) -> None:
         dim = rows.shape[1]
         if self.dim not in (None, dim):
             raise ShapeError(
@@ -156,17 +176,19 @@ class FeatureFactor:
             )
         if self.produced_dtype is None or torch.finfo(dtype).eps > torch.finfo(self.produced_dtype).eps:
             self.produced_dtype = dtype
-        self.dim, self._sigma = dim, None
+        self.dim, self._sigma = dim, {}
         if self._buffer is None:
             block = self._block_rows or max(2 * dim, min(_BLOCK_PER_DIM * dim, _BUFFER_ENTRIES // dim), 256)
             # Features from a device without float64 (MPS) are folded on the CPU.
             device = torch.device("cpu") if rows.device.type == "mps" else rows.device
-            self._buffer = torch.empty(dim, dim + block, dtype=torch.float64, device=device)
-        for part in rows.detach().split(self._buffer.shape[1] - dim):
-            if self._filled + part.shape[0] > self._buffer.shape[1]:
+            self._buffer = torch.empty(dim + 1, dim + 1 + block, dtype=torch.float64, device=device)
+        room = self._buffer.shape[1] - dim - 1
+        for part, one in zip(rows.detach().split(room), ones.detach().split(room), strict=True):
+            if self._filled + len(part) > self._buffer.shape[1]:
                 self._fold()
-            self._buffer[:, self._filled : self._filled + part.shape[0]] = part.mT
-            self._filled += part.shape[0]
+            new = slice(self._filled, self._filled + len(part))
+            self._buffer[1:, new], self._buffer[0, new] = part.mT, one
+            self._filled += len(part)
             self._folded = False
 
     def _fold(self) -> None:

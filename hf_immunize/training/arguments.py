@@ -73,6 +73,11 @@ class Method:
             if not holds(number):
                 raise ArgumentError(f"Expected {name}= {expected}, found {given!r}.")
             object.__setattr__(self, name, int(number) if _NUMBERS[name] is _WHOLE else number)
+        own = None if self.objective == AUTO else OBJECTIVES[self.objective].weight
+        if own is not None and self.benign_loss != "task" and self.benign_weight == self.harmful_weight == "auto":
+            # It needs no multiplier, which noise of the first steps would drive to nothing.
+            for name, value in (("benign_weight", own), ("harmful_weight", own), ("benign_budget", None)):
+                object.__setattr__(self, name, value)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -167,7 +172,9 @@ class ImmunizationArguments(TrainingArguments):
             and why), "dead_relu" (the last ReLU or ReLU6 that no shortcut bypasses is deactivated on harmful images:
             where that succeeds, nothing is left to read after it; what enters it is still there, and BatchNorm with
             the statistics of the batch brings it back),
-            "concentration" (harmful features towards one direction, a bound on κ from the top pair alone),
+            "subspace" (harmful features vary in two directions and hardly outside them, which is what slows a probe
+            with an intercept, on transformers too), "concentration" (harmful features towards one direction, a bound
+            on κ from the top pair alone),
             "kappa" (the paper's: R_well of benign + R_ill of harmful features), or one of the paper's baselines:
             "r_ill" (without R_well), "opt_kappa" (log κ itself), "imma" (bi-level on the head; needs harmful labels).
         benign_loss: "distillation" (logits and features stay those of the starting model, which costs a forward pass
@@ -187,7 +194,7 @@ class ImmunizationArguments(TrainingArguments):
             on, since a few hundred images are soon overfitted. With fewer than 8 of them, or 0, it is measured on
             the images that are trained on.
         benign_weight, harmful_weight: Weight of each side's regularizer: a number, or "auto" to give its gradient on
-            the features the same size whatever its own.
+            the features the same size whatever its own; with ``objective="subspace"`` it is 0.05, without a budget.
         auto_weight_ratio: With "auto" and no budget, the norm of each regularizer's gradient on the features, relative
             to that of the benign loss's. More immunizes faster and costs more benign accuracy.
         auto_weight_averaging: Share of the past in running means (gradient norms, the budget's measure).

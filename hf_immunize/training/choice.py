@@ -41,6 +41,7 @@ class Choice:
     objective: str
     reads: tuple[str, ...] = ()
     reason: str = "by name"
+    directions: tuple[tuple[float, ...], ...] = ()  # that it has found in a sample
 
 
 def choose_objective(
@@ -57,7 +58,7 @@ def choose_objective(
     """
     if method.objective == AUTO and method.benign_loss == "task" and method.harmful_weight == "auto":
         return Choice(AUTO_FEATURES, reason="beside the task's loss alone nothing weighs terms inside the network")
-    if method.objective != AUTO and not OBJECTIVES[method.objective].looks_inside():
+    if method.objective != AUTO and not OBJECTIVES[method.objective].needs_sample():
         return Choice(method.objective)
     found: Choice | DataError | None = None
     if is_main():  # each process has images of its own in a loop of one's own
@@ -94,6 +95,13 @@ def _seek(
             model(pixel_values=images)
         return captured.features
 
+    @torch.no_grad()
+    def features_of(side: Tensor) -> Tensor:
+        return torch.cat([features(part) for part in side.split(_AT_ONCE)])
+
+    if method.objective == "subspace":
+        directions = OBJECTIVES["subspace"].prepare(features_of(benign), features_of(harmful))
+        return Choice("subspace", directions=tuple(map(tuple, directions)))
     name = AUTO_INSIDE if method.objective == AUTO else method.objective
     few = torch.cat([benign[:2], harmful[:2]])
     reads = tuple(OBJECTIVES[name].find(model, trainable, lambda: features(few)))
@@ -102,7 +110,7 @@ def _seek(
     if not reads:
         return Choice(AUTO_FEATURES, reason="the trainable part has no ReLU that no shortcut bypasses")
     with torch.no_grad():
-        sides = [torch.cat([features(part) for part in side.split(_AT_ONCE)]) for side in (benign, harmful)]
+        sides = [features_of(side) for side in (benign, harmful)]
     share = separability(*sides)
     if share is None:
         count = min(map(len, sides))

@@ -31,6 +31,7 @@ from hf_immunize.hub.collect import (
     describe_dataset,
     describe_side,
     exact_ratio,
+    intercept_ratio,
     software_versions,
 )
 from hf_immunize.hub.load import name_outcome, retried
@@ -207,7 +208,9 @@ def make_record(trainer: Any) -> ImmunizationRecord | None:
             if data is not None and measurement is not None:
                 data.size, data.checksum = measurement.factor.num_samples, measurement.checksum
         exact = exact_ratio(record.benign_features, record.harmful_features)
-        record.ratios = {} if exact is None else {"exact": exact}
+        centred = intercept_ratio(known.benign, known.harmful)
+        ratios = {"exact": exact, "intercept": centred}
+        record.ratios = {protocol: ratio for protocol, ratio in ratios.items() if ratio is not None}
     elif evidence._adopted is not None and evidence._adopted[0] == weights:
         record = dataclasses.replace(evidence._adopted[1])
         record.figures, record.remarks = list(evidence.figures), [printable(remark) for remark in evidence.remarks]

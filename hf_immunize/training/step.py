@@ -156,7 +156,8 @@ class ImmunizationStep:
                 self._choose(choose_objective(self.method, self._plain_model, self.head, self.moving, sample))
 
     def _choose(self, choice: Choice) -> None:
-        self.choice, self._objective = choice, OBJECTIVES[choice.objective](choice.reads, self.method.scale_free)
+        kind = OBJECTIVES[choice.objective]
+        self.choice, self._objective = choice, kind(choice.reads, self.method.scale_free, choice.directions)
 
     # ---- the loss ----
 
@@ -251,10 +252,11 @@ class ImmunizationStep:
             labels = gather_labels(labels) if self._needs_harmful_labels else None
         inner = {layer: values[own] for layer, values in passed.inner.items()}
         features, processes = passed.features[own], world_size()
-        needs_rows = processes == 1 or self._queues or self._needs_harmful_labels
+        asked = self._needs_harmful_labels or (self._objective is not None and self._objective.needs_rows)
+        needs_rows = processes == 1 or self._queues or asked
         summed = not needs_rows and sum_is_smaller(len(features) * processes, features.shape[1], features.dtype)
         whole = sum_hessian(features) if summed else gather_features(features)
-        return Side(whole, passed.logits[own], labels, inner, batch[name].get("targets"))
+        return Side(whole, passed.logits[own], labels, inner)
 
     def _distillation(
         self, batch: dict[str, Any], passed: _Passed, task_loss: TaskLoss
@@ -374,7 +376,8 @@ class ImmunizationStep:
         if "choice" in parts:
             found = json.loads(bytes(parts["choice"]["json"].tolist()))
             if found.pop("asked") == self.method.objective:
-                self._choose(Choice(found["objective"], tuple(found["reads"]), found["reason"]))
+                directions = tuple(map(tuple, found.get("directions", ())))
+                self._choose(Choice(found["objective"], tuple(found["reads"]), found["reason"], directions))
 
 
 def forward_both(

@@ -179,6 +179,8 @@ _REMEMBERED = ("multiplier", "divergence", "pending", "left", "norm", "smallest"
 
 
 def _most_left(terms: Terms) -> Tensor | None:
-    """The largest share of inner terms' work that remains; None where one does not say."""
+    """The largest share of the harmful terms' work that remains; None where one does not say."""
+    if terms.left is not None:
+        return terms.left
     lefts = [inner.left for inner in terms.inner.values() if inner.left is not None]
     return torch.stack(lefts).max() if lefts and len(lefts) == len(terms.inner) else None

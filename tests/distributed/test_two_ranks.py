@@ -16,7 +16,7 @@ from hf_immunize.training.objectives import OBJECTIVES
 
 INSIDE = [name for name, kind in OBJECTIVES.items() if kind.looks_inside()]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-SPECTRAL = [name for name in OBJECTIVES if name not in ("imma", *INSIDE)]
+SPECTRAL = [name for name, kind in OBJECTIVES.items() if not (kind.needs_rows or name in INSIDE)]
 PLACES = [f"{name} {rows}" for name in OBJECTIVES for rows in ("batch", "queue") if (name, rows) != ("imma", "queue")]
 # A ViT has no ReLU to train with.
 TRAINED = [place for place in PLACES if place.split()[0] not in INSIDE]

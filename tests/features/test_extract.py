@@ -128,6 +128,15 @@ def test_lost_harmful_rank_is_flagged_and_rank_lost_on_both_sides_makes_no_state
     assert "rir" not in spectral_metrics(measured(start), others, measured(start), measured(start))
 
 
+def test_a_constant_is_in_the_metrics_of_the_papers_probe_and_not_in_those_with_an_intercept():
+    start = torch.randn(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    metrics = spectral_metrics(measured(start), measured(start), measured(start + 100), measured(start))
+    assert metrics["log10_rir"] > 2 and metrics["intercept_log10_rir"] == pytest.approx(0.0, abs=1e-6)
+    assert {name.removeprefix("intercept_") for name in metrics} == {n for n in metrics if not n.startswith("inter")}
+    alike = spectral_metrics(measured(torch.ones(40, 4)), None, measured(start), None)
+    assert "benign_rank" in alike and "intercept_benign_rank" not in alike
+
+
 @pytest.mark.parametrize("change", ["one image", "one twice", "mirrored", "channels", "brightness"])
 def test_other_images_are_known(change):
     pixels = torch.rand(1000, 3, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from hf_immunize.hub.collect import describe_side, exact_ratio, software_versions
+from hf_immunize.hub.collect import describe_side, exact_ratio, intercept_ratio, software_versions
 from hf_immunize.hub.record import (
     AttackRecord,
     AuditRecord,
@@ -46,11 +46,12 @@ def image_set(seed, names, count=24):
 
 
 def make_record(model, reference, processor, benign, harmful):
-    sides, data, metric = {}, {}, None
+    sides, pairs, data, metric = {}, {}, {}, None
     for side, images in (("benign", benign), ("harmful", harmful)):
         rows = image_rows(images, side, model)
         now, then = (measure(m, rows, processor, progress=False) for m in (model, reference))
-        sides[side] = describe_side(now.measurement, then.measurement)
+        pairs[side] = now.measurement, then.measurement
+        sides[side] = describe_side(*pairs[side])
         data[side] = DataRecord(f"{side} set", size=len(images), checksum=now.measurement.checksum, split="test")
         if side == "benign":
             metric = MetricRecord("accuracy", now.accuracy, then.accuracy)
@@ -63,7 +64,7 @@ def make_record(model, reference, processor, benign, harmful):
         metric=metric,
         benign_features=sides["benign"],
         harmful_features=sides["harmful"],
-        ratios={"exact": exact_ratio(sides["benign"], sides["harmful"])},
+        ratios={"exact": exact_ratio(**sides), "intercept": intercept_ratio(**pairs)},
         audit=AuditRecord("quick", 1, {"head_input": attack}, {"immunized": 0.9}),
         image_processor="ViTImageProcessorPil",
         software=software_versions(),

@@ -137,11 +137,16 @@ def test_reference_figures_on_trust_are_said(checkpoint, benign, harmful):
     assert "taken on trust" in str(checked(checkpoint, benign, harmful))
 
 
-def test_reference_is_measured_where_it_is_given(checkpoint, benign, harmful, reference):
+def test_reference_is_measured_where_it_is_given(checkpoint, benign, harmful, reference, record):
     found = checked(checkpoint, benign, harmful, reference=reference)
     assert found.outcome == AGREES
     assert "trust" not in str(found)
     assert outcomes(found)["log10 κ of harmful features, before"] == AGREES
+    assert outcomes(found)["log10 RIR (intercept)"] == AGREES
+    record.ratios["intercept"].log10_rir += 1.0
+    write_record(checkpoint, record)
+    assert outcomes(checked(checkpoint, benign, harmful, reference=reference))["log10 RIR (intercept)"] == DIFFERS
+    assert checked(checkpoint, benign, harmful).outcome == AGREES  # without the reference it can't be measured
 
 
 def test_invented_reference_is_found_out(checkpoint, benign, harmful, reference, record):

@@ -92,6 +92,20 @@ def test_the_cut_off_is_ten_times_the_larger_of_features_and_decompositions_roun
     assert rank_cutoff(1.0, 1.0, 10**4, 10**4, torch.float64) == pytest.approx(100 * eps, rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_an_intercept_the_constant_direction_of_a_layer_norm_counts_for_nothing(dtype):
+    """It is the smallest singular value of the features, whatever the images; a probe's rank is without it."""
+    norm = torch.nn.LayerNorm(16, dtype=dtype)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.2, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(norm.bias, 0.0, 1e-4, generator=torch.Generator().manual_seed(1))
+    features = norm(gaussian(200, 16, dtype=dtype)).detach()
+    plain, found = feature_conditioning(features), feature_conditioning(features, intercept=True)
+    assert (plain.rank, found.rank, found.intercept) == (16, 15, True)
+    values = torch.linalg.svdvals(features.double() - features.double().mean(dim=0))[:15]
+    assert found.kappa == pytest.approx(float(values[0] / values[-1]) ** 2, rel=1e-4)
+    assert plain.kappa > 1e5 * found.kappa
+
+
 def test_collapse_is_a_bound_at_the_cut_off_against_a_reference_alone():
     reference = gaussian(50, 6, seed=1)
     features = reference * torch.tensor([1.0, 1, 1, 0, 0, 0], dtype=torch.float64)

@@ -37,16 +37,33 @@ def test_exact_is_the_quotient_of_the_two_ratios():
     assert relative_immunization_ratio(**scaled).rir == pytest.approx(ratio.rir, rel=1e-9)
 
 
-@pytest.mark.parametrize("convert", [lambda z: FeatureFactor().update(z), feature_conditioning])
+@pytest.mark.parametrize("protocol", ["exact", "intercept"])
+@pytest.mark.parametrize("kind", ["factor", "conditioning"])
 @pytest.mark.parametrize("names", [NAMES, ("harmful_reference",)])
-def test_features_their_factors_and_conditionings_agree(convert, names):
-    features = tasks()
-    found = relative_immunization_ratio(**(features | {name: convert(features[name]) for name in names}))
-    expected = relative_immunization_ratio(**features)
+def test_features_their_factors_and_conditionings_agree(kind, names, protocol):
+    features, intercept = tasks(), protocol == "intercept"
+
+    def convert(rows):
+        return FeatureFactor().update(rows) if kind == "factor" else feature_conditioning(rows, intercept=intercept)
+
+    given = features | {name: convert(features[name]) for name in names}
+    found = relative_immunization_ratio(**given, protocol=protocol)
+    expected = relative_immunization_ratio(**features, protocol=protocol)
     assert found.rir == pytest.approx(expected.rir, rel=1e-9)
-    assert [getattr(expected, name).kappa for name in NAMES] == [
-        feature_conditioning(features[n]).kappa for n in NAMES
-    ]
+    kappas = [feature_conditioning(features[name], intercept=intercept).kappa for name in NAMES]
+    assert [getattr(expected, name).kappa for name in NAMES] == kappas
+    if kind == "conditioning":
+        with pytest.raises(ProtocolError, match="intercept"):
+            relative_immunization_ratio(**given, protocol="exact" if intercept else "intercept")
+
+
+def test_a_constant_added_to_all_features_is_nothing_to_a_probe_with_an_intercept():
+    """It rules the ratio of the paper's definition, and immunizes against nothing."""
+    shift = 100 * torch.ones(tasks()["harmful"].shape[1], dtype=torch.float64)
+    plain = tasks() | {"harmful": tasks()["harmful_reference"], "benign": tasks()["benign_reference"]}
+    moved = plain | {"harmful": plain["harmful"] + shift}
+    assert relative_immunization_ratio(**moved).rir > 100
+    assert relative_immunization_ratio(**moved, protocol="intercept").rir == pytest.approx(1.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["tensors", "factors"])
@@ -98,7 +115,7 @@ def wide_pair():
     ]
 
 
-@pytest.mark.parametrize("protocol", ["exact", "groups", "reference"])
+@pytest.mark.parametrize("protocol", ["exact", "intercept", "groups", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_dtype_works_and_autocast_changes_nothing(protocol, dtype):
     features = {name: gaussian(60, 8, seed=i, dtype=dtype) for i, name in enumerate(NAMES)}
@@ -181,7 +198,7 @@ def with_nan(z):
     return z.index_fill(0, torch.tensor([4]), math.nan)
 
 
-@pytest.mark.parametrize("protocol", ["exact", "groups", "reference"])
+@pytest.mark.parametrize("protocol", ["exact", "intercept", "groups", "reference"])
 @pytest.mark.parametrize(
     ("names", "change", "error", "found"),
     [

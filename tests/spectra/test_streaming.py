@@ -48,6 +48,8 @@ def test_any_split_of_the_rows_and_any_block_give_the_same_singular_values(rows,
         factor.update(features[start:stop])
     assert factor.num_samples == rows
     assert largest_difference(factor, features) < 1e-12
+    centred = torch.linalg.svdvals(features - features.mean(dim=0))[: rows - 1]
+    torch.testing.assert_close(factor.singular_values(intercept=True), centred, rtol=0, atol=1e-12)
 
 
 @properties
@@ -60,6 +62,9 @@ def test_merged_factors_are_the_factor_of_all_rows(parts, columns, seed):
         whole.merge(part.update(rows) if len(rows) else part)
     assert whole.num_samples == sum(parts)
     assert largest_difference(whole, features) < 1e-12
+    if len(features) > columns:
+        expected = feature_conditioning(features, intercept=True)
+        assert whole.conditioning(intercept=True).kappa == pytest.approx(expected.kappa, rel=1e-9)
 
 
 def test_a_factor_merged_with_itself_holds_every_row_twice():
@@ -103,6 +108,8 @@ def test_a_state_survives_safetensors(tmp_path, dtype):
     assert (restored.produced_dtype, restored.num_samples) == (dtype, 4)
     restored.update(features[4:])
     assert largest_difference(restored, features) < 1e-12
+    expected = feature_conditioning(features, intercept=True)
+    assert restored.conditioning(intercept=True).kappa == pytest.approx(expected.kappa, rel=1e-9)
 
 
 def test_a_batch_with_an_entry_that_is_not_finite_is_named_and_not_taken_in():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_immunize.errors import ArgumentError, DataError, ScopeError
+from hf_immunize.linear.time import probing_time
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.regularizers import spectral_concentration
 from hf_immunize.training.arguments import Method
@@ -18,6 +19,7 @@ from hf_immunize.training.objectives import (
     InnerTerm,
     Objective,
     Side,
+    Subspace,
     Terms,
     adapted_loss,
     gradient_norm,
@@ -26,7 +28,7 @@ from hf_immunize.training.objectives import (
 from hf_immunize.training.step import ImmunizationStep
 
 
-SPECTRAL = [name for name, kind in OBJECTIVES.items() if not (kind.needs_harmful_labels or kind.looks_inside())]
+SPECTRAL = [name for name, kind in OBJECTIVES.items() if not (kind.needs_rows or kind.looks_inside())]
 # Descent on a harmful term, what it is to change, and by how much; likewise on a benign one.
 DESCENTS = [(name, "harmful", 0.05, 0.5) for name in SPECTRAL]
 DESCENTS += [(name, "benign", -0.02, -0.2) for name in SPECTRAL if name != "r_ill"]
@@ -125,19 +127,18 @@ def test_two_steps_run_on_the_meta_device_where_no_value_exists(objective, optio
 
 
 class Watched(Objective):
-    """Concentration of what enters a layer, towards the target of each benign image."""
+    """Concentration of what enters a layer."""
 
     def __call__(self, benign, harmful):
         (name,) = self.reads
         values = harmful.inner[name].flatten(1)
         value = spectral_concentration(values)
         scale = 1 / torch.linalg.vector_norm(benign.inner[name].detach())
-        error = (benign.features - benign.targets).square().sum()
-        return Terms({"error": error}, inner={"deep": InnerTerm(value, gradient_norm(value, values), scale)})
+        return Terms(inner={"deep": InnerTerm(value, gradient_norm(value, values), scale)})
 
 
-def test_an_objective_of_ones_own_reads_an_inner_layer_and_targets(tiny):
-    """Its gradient on what enters the layer has the norm that the rule says, and targets reach it row by row."""
+def test_an_objective_of_ones_own_reads_an_inner_layer(tiny):
+    """Its gradient on what enters the layer has the norm that the rule says."""
     model = tiny()
     layer = "vit.layers.1"
     step = ImmunizationStep(model, Method(benign_budget=None), objective=Watched([layer]))
@@ -147,13 +148,63 @@ def test_an_objective_of_ones_own_reads_an_inner_layer_and_targets(tiny):
     )
     draw = torch.Generator().manual_seed(0)
     batch = {side: {"pixel_values": torch.randn(4, 3, 8, 8, generator=draw)} for side in ("benign", "harmful")}
-    batch["benign"]["targets"] = torch.randn(4, 8, generator=draw)
     result = step(model, batch, 0)
     (gradient,) = torch.autograd.grad(result.loss, entering[0])
     expected = 0.3 / torch.linalg.vector_norm(entering[0][:4].detach())
     torch.testing.assert_close(torch.linalg.vector_norm(gradient[4:]), expected, rtol=1e-4, atol=0)
-    assert result.logged["error"] > 0
     assert not any(module._forward_pre_hooks for name, module in model.named_modules() if name != layer)
+
+
+# ---- two directions ----
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), st.floats(0.01, 100.0), st.floats(-100.0, 100.0))
+def test_what_is_outside_has_no_scale_no_mean_and_bounds_the_condition_number(seed, scale, mean):
+    features = side(seed, rows=30).features.detach() * torch.tensor([9.0, 5.0, 1.0, 0.5, 0.1, 0.02])
+    objective = OBJECTIVES["subspace"](directions=Subspace.prepare(features, features))
+    terms = objective(Side(features), Side(features))
+    moved = objective(*2 * [Side(scale * features + mean)])
+    for term, again in (
+        (terms.harmful["outside"], moved.harmful["outside"]),
+        (terms.benign["spread"], moved.benign["spread"]),
+    ):
+        assert torch.isclose(term, again, rtol=1e-9, atol=1e-9)
+    conditioning = feature_conditioning(features, intercept=True)
+    assert conditioning.log_kappa >= math.log((conditioning.rank - 2) / 2) - terms.harmful["outside"]
+
+
+def test_its_weights_are_its_own_unless_numbers_are_given():
+    """No multiplier: what the first steps of an optimizer do to a benign side would drive it to nothing."""
+    method = Method(objective="subspace")
+    assert (method.benign_weight, method.harmful_weight, method.benign_budget) == (0.05, 0.05, None)
+    assert Method(objective="subspace", harmful_weight=0.1).benign_budget == Method().benign_budget
+    assert Method(objective="concentration").harmful_weight == "auto"
+
+
+@pytest.mark.parametrize("seed", [0, 10, 20])
+def test_two_large_directions_slow_gradient_descent_on_a_task_that_neither_holds(seed):
+    draw = torch.Generator().manual_seed(seed)
+    features = torch.randn(400, 12, dtype=torch.float64, generator=draw)
+    labels = (features[:, 5] > 0).long()
+    large = features * torch.tensor([30.0, 30.0, *[1.0] * 10])
+    for method in ("line_search", "fixed_step"):
+        before, after = (probing_time(rows, labels, method=method).steps[0.9] for rows in (features, large))
+        assert after > 20 * before
+
+
+def test_the_directions_are_those_of_the_sample_and_what_is_left_fades():
+    features = side(0, rows=40).features.detach() * torch.tensor([1.0, 7.0, 1.0, 5.0, 1.0, 1.0])
+    found = torch.tensor(Subspace.prepare(features.flip(1), features), dtype=torch.float64)
+    assert (found[2:][:, [4, 2]].norm(dim=1) > 0.95).all()
+    found = found[:2]
+    assert (found[:, [1, 3]].norm(dim=1) > 0.95).all() and torch.allclose(found @ found.mT, torch.eye(2).double())
+    objective = OBJECTIVES["subspace"](directions=2 * torch.eye(6, dtype=torch.float64)[:2].tolist())
+    for factor, left in ((1.0, 1.0), (0.0, 0.0)):
+        only = features * torch.tensor([1.0, 1.0, factor, factor, factor, factor])
+        assert float(objective(Side(only), Side(only)).left) == pytest.approx(left, abs=1e-9)
+    with pytest.raises(DataError, match="subspace"):
+        Subspace.prepare(features, features[:1].expand(8, -1))
 
 
 # ---- dead ReLU ----

@@ -30,7 +30,7 @@ from hf_immunize.training.trainer import ImmunizationTrainer
 PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}
 # A ViT has no ReLU.
 TRAINED = [name for name, kind in OBJECTIVES.items() if not kind.looks_inside()]
-SPECTRAL = [name for name in TRAINED if name != "imma"]
+SPECTRAL = [name for name in TRAINED if not OBJECTIVES[name].needs_rows]
 # Its default would make steps of full size out of gradients that are rounding, as of the bias of attention's keys.
 ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-2}
 FIXED = PAPER | {"benign_weight": 0.5, "harmful_weight": 2.0}
