@@ -167,14 +167,10 @@ def load_task(
 ) -> AttackedTask:
     """Find and check the images of a task, without decoding any."""
     parts = _divided(name, source, draw, warnings)
-    sides = []
-    for part, side in ((parts.train, "training"), (parts.test, "test")):
-        called = f"the {name} {side} data"
-        if len(part) == 0:
-            raise DataError(f"Expected at least one image in {called}, found none. Check the split and its filters.")
-        image, label = find_columns(part, image_column, label_column)
-        assert label is not None
-        sides.append((ImageRows(part, called, image), _labels(part, label, called), _names(part, label)))
+    sides = [
+        _side(part, f"the {name} {side} data", image_column, label_column)
+        for part, side in ((parts.train, "training"), (parts.test, "test"))
+    ]
     (train_rows, train_labels, train_names), (test_rows, test_labels, test_names) = sides
     spoken = train_names is not None and test_names is not None
     keys = [
@@ -182,9 +178,7 @@ def load_task(
         for labels, names in ((train_labels, train_names), (test_labels, test_names))
     ]
     present = set(keys[0])
-    classes: list[Any] = (
-        [n for n in train_names if n in present] if spoken and train_names is not None else sorted(present)
-    )
+    classes = [key for key in (train_names if spoken and train_names else sorted(present)) if key in present]
     code = {key: index for index, key in enumerate(classes)}
     chosen = sorted(choose(len(keys[1]), max_images, seed))
     known = [row for row in chosen if keys[1][row] in code]
@@ -207,24 +201,27 @@ def load_task(
     rows = sorted(choose(len(keys[0]), max_images, seed))
     train_images = Images(train_rows, rows, torch.tensor([code[keys[0][row]] for row in rows]))
     test_images = Images(test_rows, known, torch.tensor([code[keys[1][row]] for row in known], dtype=torch.long))
-    every = chosen if name == "benign" else []
     single = int((torch.bincount(train_images.labels, minlength=len(classes)) == 1).sum())
     if single and not problem:
         warnings.append(
             f"{single} of {len(classes)} {name} classes have a single training image: it is learned from, and "
             "settings are chosen without it."
         )
-    label_names = test_names or []
-    if every and not label_names and any(isinstance(value, str) for value in test_labels):
-        label_names = sorted({str(value) for value in test_labels})
-    place = {name: index for index, name in enumerate(label_names)}
-    numbers = [place.get(value, -1) if isinstance(value, str) else value for value in test_labels] if every else []
-    utility = Images(test_rows, every, torch.tensor([numbers[row] for row in every], dtype=torch.long))
+    utility, label_names = _utility(test_rows, test_labels, test_names or [], chosen if name == "benign" else [])
     typed = source[0] if isinstance(source, (tuple, list)) else source
     called = str(typed) if isinstance(typed, (str, Path)) else f"{name} images"
     return AttackedTask(
         name, public_name(called), train_images, test_images, [str(c) for c in classes], utility, label_names, problem
     )
+
+
+def _utility(rows: ImageRows, labels: list[Any], names: list[str], every: list[int]) -> tuple[Images, list[str]]:
+    """Test images with the labels as the data set has them, and the names of these."""
+    if every and not names and any(isinstance(label, str) for label in labels):
+        names = sorted(set(map(str, labels)))
+    place = {name: index for index, name in enumerate(names)}
+    numbers = [place.get(labels[row], -1) if isinstance(labels[row], str) else labels[row] for row in every]
+    return Images(rows, every, torch.tensor(numbers, dtype=torch.long)), names
 
 
 def overlaps(tasks: list[AttackedTask]) -> list[str]:
@@ -259,6 +256,17 @@ def _divided(name: str, source: Any, draw: HeldOut, warnings: list[str]) -> Part
             "immunization saw these images, use the split that it held out."
         )
     return parts
+
+
+def _side(
+    part: Any, called: str, image_column: str | None, label_column: str | None
+) -> tuple[ImageRows, list[Any], list[str] | None]:
+    """Images, labels and class names of training or test data."""
+    if len(part) == 0:
+        raise DataError(f"Expected at least one image in {called}, found none. Check the split and its filters.")
+    image, label = find_columns(part, image_column, label_column)
+    assert label is not None
+    return ImageRows(part, called, image), _labels(part, label, called), _names(part, label)
 
 
 def _labels(dataset: Any, column: str, called: str) -> list[Any]:
