@@ -127,14 +127,10 @@ def test_an_attached_audit_is_in_the_record_and_its_strongest_attackers_on_the_c
     assert f"{strongest['fine_tuning'].accuracy:.1%}" in card
 
 
-def test_an_audit_is_attached_to_a_record_only(model):
-    result = CliRunner().invoke(app, ["audit", model, "--harmful", "x", "--attach"])
-    assert isinstance(result.exception, RecordError)
-
-
-def test_an_audit_of_a_name_on_the_hub_cannot_be_attached():
-    result = CliRunner().invoke(app, ["audit", "user/model", "--harmful", "x", "--attach"])
-    assert isinstance(result.exception, ArgumentError)
+@pytest.mark.parametrize(("local", "error"), [(True, RecordError), (False, ArgumentError)])
+def test_an_audit_is_attached_to_a_record_in_a_folder_only(model, local, error):
+    result = CliRunner().invoke(app, ["audit", model if local else "user/model", "--harmful", "x", "--attach"])
+    assert isinstance(result.exception, error)
 
 
 def test_an_audit_of_other_weights_is_not_attached(recorded):

@@ -90,35 +90,23 @@ def test_a_resumed_audit_extracts_no_features_again(models, harmful, benign, tin
     assert (again.spectra, again.utility, again.rir) == (first.spectra, first.utility, first.rir)
 
 
-def test_features_are_not_kept_where_they_are_not_wanted(models, harmful, tiny_preset, tmp_path):
-    run(models, harmful, tiny_preset.only(["ridge"]), run_dir=tmp_path, keep_features=0)
-    assert [file.name for file in tmp_path.iterdir()] == ["outcomes.jsonl"]
-
-
-def test_what_a_budget_allows_is_in_the_report(models, harmful, tiny_preset):
-    preset = tiny_preset.only(["ridge"]).changed(seconds=7, steps=9)
-    budget = run(models, harmful, preset, max_images=30).budget
+def test_what_a_budget_allows_is_in_the_report_and_a_layer_above_its_limit_is_named_with_it(
+    models, harmful, tiny_preset
+):
+    preset = replace(tiny_preset.only(["ridge"]).changed(seconds=7, steps=9), layer_entries=10)
+    data = run(models, harmful, preset, max_images=30)
     stated = ("seconds_of_an_attack_that_trains", "probe_steps", "fine_tuning_steps", "images_of_a_task")
-    assert [budget[name] for name in stated] == [7, 9, 9, 30]
-    assert budget["values_of_a_flattened_layer"] == preset.layer_entries
-
-
-def test_a_layer_above_the_presets_limit_is_named_with_it(models, harmful, tiny_preset):
-    data = run(models, harmful, replace(tiny_preset.only(["ridge"]), layer_entries=10))
+    assert [data.budget[name] for name in stated] == [7, 9, 9, 30]
+    assert data.budget["values_of_a_flattened_layer"] == 10
     notes = {one.note for one in data.outcomes if one.status == "skipped"}
     assert notes and all("more than the preset's 10" in note for note in notes)
 
 
-def test_a_run_directory_of_other_weights_is_refused(models, harmful, tiny_preset, tmp_path):
-    run(models, harmful, tiny_preset.only(["ridge"]), run_dir=tmp_path)
+def test_a_run_directory_keeps_no_unwanted_features_and_refuses_other_weights(models, harmful, tiny_preset, tmp_path):
+    run(models, harmful, tiny_preset.only(["ridge"]), run_dir=tmp_path, keep_features=0)
+    assert [file.name for file in tmp_path.iterdir()] == ["outcomes.jsonl"]
     with pytest.raises(ArgumentError, match="another run directory"):
         run((models[1], models[1]), harmful, tiny_preset.only(["ridge"]), run_dir=tmp_path)
-
-
-def test_without_a_reference_it_says_what_cannot_be_told(models, harmful, tiny_preset):
-    data = run(models, harmful, tiny_preset.only(["ridge"]), reference=None)
-    assert data.reference is None
-    assert any("No reference" in sentence for sentence in data.warnings)
 
 
 def test_a_reference_of_another_architecture_is_one_sentence(models, harmful, tiny_preset):
@@ -126,11 +114,17 @@ def test_a_reference_of_another_architecture_is_one_sentence(models, harmful, ti
         run(models, harmful, tiny_preset, reference=tiny_resnet())
 
 
-def test_restoring_all_public_weights_reads_what_the_reference_reads(models, harmful, tiny_preset):
+def test_restored_weights_and_layers_left_alone_read_what_the_reference_reads(models, harmful, tiny_preset):
     data = run(models, harmful, tiny_preset.only(["ridge", "restore_swap"]))
     reference = {o.seed: o.accuracy for o in data.outcomes if (o.subject, o.access) == ("reference", "head_input")}
     swapped = [o for o in data.outcomes if o.attacker == "restore_swap"]
     assert swapped and all(one.accuracy == reference[one.seed] for one in swapped)
+    # Layers that immunization left alone read the same.
+    by_subject = [
+        {one.layer: one.accuracy for one in data.outcomes if (one.subject, one.access) == (subject, "any_layer")}
+        for subject in ("reference", "immunized")
+    ]
+    assert by_subject[0] == by_subject[1] != {}
 
 
 def test_what_does_not_fit_into_memory_runs_when_there_is_enough(models, harmful, tiny_preset, tmp_path):
@@ -139,15 +133,6 @@ def test_what_does_not_fit_into_memory_runs_when_there_is_enough(models, harmful
     assert {one.access for one in skipped} == {"any_layer", "fine_tuning"}
     assert all("GiB" in one.note and one.accuracy is None for one in skipped)
     assert {one.status for one in run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes} == {"done"}
-
-
-def test_layers_that_immunization_left_alone_read_the_same(models, harmful, tiny_preset):
-    data = run(models, harmful, tiny_preset.only(["ridge"]))
-    by_subject = [
-        {one.layer: one.accuracy for one in data.outcomes if (one.subject, one.access) == (subject, "any_layer")}
-        for subject in ("reference", "immunized")
-    ]
-    assert by_subject[0] == by_subject[1] != {}
 
 
 def test_random_weights_and_both_precisions_are_attacked_where_the_preset_says_so(models, harmful, tiny_preset):
@@ -187,7 +172,7 @@ def test_a_missing_model_is_one_sentence(harmful, tiny_preset):
         audit("./nowhere", harmful=harmful, preset=tiny_preset)
 
 
-def test_utility_follows_the_models_class_names(models, tiny_preset):
+def test_utility_follows_the_models_class_names_and_a_missing_reference_is_said(models, tiny_preset):
     model = models[0]
     model.config.id2label = dict(enumerate(["d", "c", "b", "a"]))
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
@@ -198,7 +183,9 @@ def test_utility_follows_the_models_class_names(models, tiny_preset):
         model.classifier.bias.copy_(torch.tensor([0.0, 0, 0, 1]))  # always "a"
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     options = {"benign": (data, data), "processing_class": processor, "reference": None}
-    assert run(models, (data, data), tiny_preset.only(["ridge"]), **options).utility.immunized == 0.5
+    found = run(models, (data, data), tiny_preset.only(["ridge"]), **options)
+    assert found.utility.immunized == 0.5 and found.reference is None
+    assert any("No reference" in sentence for sentence in found.warnings)
 
 
 def test_the_public_function_is_found_after_an_import_of_its_room(harmful):
@@ -221,20 +208,17 @@ def noted(*tasks, collapse=False):
     return metrics
 
 
-def test_ratio_has_its_parts():
+def test_ratio_has_its_parts_and_needs_benign_data():
     ratio = noted("harmful", "benign").ratio()
     assert ratio["benign_ratio"] == 1.0
     assert ratio["rir"] == ratio["harmful_ratio"] > 1e5
+    assert (noted("harmful").ratio(), noted("harmful").utility()) == ({}, None)
 
 
 def test_collapse_is_a_bound_and_not_good_conditioning():
     metrics = noted("harmful", "benign", collapse=True)
     assert metrics.ratio()["bound"] == "lower"
     assert [one.is_bound for one in metrics.spectra() if one.subject == "immunized"] == [True, False]
-
-
-def test_without_benign_data_there_is_neither_ratio_nor_utility():
-    assert (noted("harmful").ratio(), noted("harmful").utility()) == ({}, None)
 
 
 def test_features_that_are_all_zero_are_said_and_not_an_error():

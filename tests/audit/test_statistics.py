@@ -71,6 +71,9 @@ def test_pairing_narrows_the_interval():
     assert (found.immunized, found.reference, found.difference) == (0.5, 0.52, -0.02)
     assert found.interval[1] - found.interval[0] < 0.06  # unpaired it is 0.20
     assert paired_utility(ours).reference is None
+    same = torch.ones(300, dtype=torch.bool)  # equal answers leave open what another draw would give
+    half = 1.959964 * math.sqrt(2 / 302 / 302)  # Bonett and Price's, without a difference: close to 3/300
+    assert paired_utility(same, same).interval == pytest.approx((-half, half), rel=1e-6)
 
 
 def test_two_images_lost_of_a_hundred_allow_no_interval_of_six_points():
@@ -83,12 +86,6 @@ def test_two_images_lost_of_a_hundred_allow_no_interval_of_six_points():
     up, down = 1 / 102, 3 / 102
     half = 1.959964 * math.sqrt((up + down - (up - down) ** 2) / 102)
     assert (low, high) == pytest.approx((up - down - half, up - down + half), rel=1e-6)
-
-
-def test_equal_answers_leave_open_what_another_draw_would_give():
-    same = torch.ones(300, dtype=torch.bool)
-    half = 1.959964 * math.sqrt(2 / 302 / 302)  # Bonett and Price's, without a difference: close to 3/300
-    assert paired_utility(same, same).interval == pytest.approx((-half, half), rel=1e-6)
 
 
 @pytest.mark.parametrize(("changed", "significant"), [(4, False), (5, False), (6, True), (9, True)])
@@ -117,9 +114,7 @@ def test_runs_of_one_attack_are_one_summary_with_its_seeds():
     assert sorted(one.accuracies) == [0, 1, 2, 3, 4]
     assert one.closed_form and one.interval[0] < one.mean < one.interval[1]
     assert one.upper == one.test_interval[1] > one.interval[1]
-
-
-def test_the_best_along_the_curve_counts():
+    # The best along the curve counts.
     assert reached(run("sgd", "head_input", "immunized", 0, [0.4], accuracy=0.1)) == 0.4
 
 
@@ -129,13 +124,10 @@ def test_an_attack_without_a_result_excludes_no_accuracy():
     assert (one.diverged, one.notes, one.before_divergence) == (1, ("NaN",), 0.2)
 
 
-def test_precisions_are_kept_apart():
+def test_precisions_are_kept_apart_and_any_layer_includes_the_head_where_an_earlier_layer_was_probed():
     runs = attack("ridge", "head_input", "immunized", 0.4)
     half = [dataclasses.replace(one, precision="bfloat16") for one in runs]
     assert [one.precision for one in summarize(make([*runs, *half]))] == ["float64", "bfloat16"]
-
-
-def test_any_layer_includes_the_head_where_an_earlier_layer_was_probed():
     found = of_class(summarize(sample_data()), "immunized", "harmful", "any_layer")
     assert {one.access for one in found} == {"any_layer", "head_input"}
     assert of_class(summarize(make(probes("immunized", 0.4))), "immunized", "harmful", "any_layer") == []
@@ -261,22 +253,16 @@ def test_an_equal_model_takes_equal_steps_to_a_share_of_what_the_reference_gives
     assert one.target == pytest.approx(0.01 + 0.9 * 0.49, abs=0.005)
 
 
-def test_a_slower_model_takes_more_steps_and_few_seeds_give_no_interval():
+def test_a_slower_model_takes_more_steps_few_seeds_give_no_interval_and_the_mean_ratio_is_geometric():
     assert ratio_of(speeds(300, 3)).ratio == pytest.approx(100)
     assert ratio_of(speeds(300, 3, seeds=2)).interval is None
-
-
-def test_a_model_never_read_gives_a_bound_at_the_budget():
-    one = ratio_of(speeds(1e6, 3))
-    assert one.is_bound and one.immunized == STEPS[-1] and one.ratio == pytest.approx(STEPS[-1] / one.reference)
-
-
-def test_the_mean_ratio_is_geometric():
     slow, fast = speeds(300, 3, seeds=2), speeds(3, 3, seeds=2)
     assert ratio_of([slow[0], fast[1], *slow[2:]]).ratio == pytest.approx(math.sqrt(100))
 
 
-def test_an_attack_that_cannot_read_the_reference_has_no_ratio():
+def test_a_model_never_read_gives_a_bound_at_the_budget_and_an_unread_reference_no_ratio():
+    one = ratio_of(speeds(1e6, 3))
+    assert one.is_bound and one.immunized == STEPS[-1] and one.ratio == pytest.approx(STEPS[-1] / one.reference)
     assert steps_ratios(make(speeds(10, 10, reads=0.02))) == []
 
 
