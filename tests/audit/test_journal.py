@@ -25,8 +25,10 @@ def kept(tmp_path):
     return tmp_path
 
 
-def test_outcomes_come_back_without_loss(kept):
+def test_outcomes_come_back_without_loss_and_those_of_other_weights_are_refused(kept):
     assert list(Journal(kept, "mark", []).outcomes.values()) == [outcome(0), outcome(1)]
+    with pytest.raises(ArgumentError, match="other weights"):
+        Journal(kept, "another mark", [])
 
 
 def test_half_a_line_is_dropped_with_a_sentence_and_stays_mended(kept):
@@ -46,11 +48,6 @@ def test_a_damaged_file_is_started_anew(tmp_path, content):
     Journal(tmp_path, "mark", said).add(outcome(0))
     assert said
     assert len(Journal(tmp_path, "mark", []).outcomes) == 1
-
-
-def test_outcomes_of_other_weights_are_refused(kept):
-    with pytest.raises(ArgumentError, match="other weights"):
-        Journal(kept, "another mark", [])
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
@@ -132,12 +129,9 @@ def test_what_is_above_the_limit_is_extracted_again_and_nothing_else(folder, pas
     assert passes.asked[1] == ["block (flattened)"]
 
 
-def test_without_a_limit_to_fill_nothing_is_written(folder, passes):
+def test_without_a_limit_nothing_is_written_and_what_was_cut_off_is_cleared_away(folder, passes):
     FeatureStore(folder, 0, []).through(tiny_vit(), IMAGES, VIEWS, passes)
     assert not folder.exists()
-
-
-def test_what_was_cut_off_while_writing_is_cleared_away(folder):
     (folder / "_unfinished-x").mkdir(parents=True)
     FeatureStore(folder, 2**20, [])
     assert list(folder.iterdir()) == []
