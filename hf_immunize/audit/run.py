@@ -183,14 +183,7 @@ def _load(
     settings: AuditSettings, chosen: Preset, warnings: list[str], device: torch.device
 ) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str], list[AttackedTask]]:
     """Models, image processor, names and tasks."""
-    loaded = _load_models(
-        settings.model,
-        settings.reference,
-        settings.processing_class,
-        settings.revision,
-        settings.trust_remote_code,
-        device,
-    )
+    loaded = _load_models(settings, device)
     models = loaded[0]
     if "reference" not in models:
         warnings.append(
@@ -225,18 +218,18 @@ def _load(
 
 
 def _load_models(
-    model: Any, reference: Any, processor: Any, revision: str, trust_remote_code: bool, device: torch.device
+    settings: AuditSettings, device: torch.device
 ) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str]]:
-    models, names = {}, {}
-    for subject, given in (("immunized", model), ("reference", reference)):
+    models, names, processor = {}, {}, settings.processing_class
+    for subject, given in (("immunized", settings.model), ("reference", settings.reference)):
         if given is None:
             continue
         if not isinstance(given, (str, os.PathLike)):
             models[subject], names[subject] = given, type(given).__name__
             continue
-        options = {"trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
         if subject == "immunized":
-            options["revision"] = revision  # type: ignore[assignment]
+            options["revision"] = settings.revision
         try:
             loaded = load_classifier(given, **options)
             if processor is None:
