@@ -57,17 +57,11 @@ def layers(subject, accuracy, **kwargs):
 
 
 def fine_tuning(subject, accuracy, slow=1.0, **kwargs):
+    tuners = (("last_stage", 0.9, 60), ("whole_network", 1.0, 80), ("lora_r8", 0.8, 50), ("bias_only", 0.5, 60))
     return [
         one
-        for attacker, factor, half in (
-            ("last_stage", 0.9, 60),
-            ("whole_network", 1.0, 80),
-            ("lora_r8", 0.8, 50),
-            ("bias_only", 0.5, 60),
-        )
-        for one in attack(
-            attacker, "fine_tuning", subject, accuracy * factor, half=half * slow, layer=attacker, **kwargs
-        )
+        for name, share, half in tuners
+        for one in attack(name, "fine_tuning", subject, accuracy * share, half=half * slow, layer=name, **kwargs)
     ]
 
 

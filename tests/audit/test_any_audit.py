@@ -83,6 +83,5 @@ def test_a_model_equal_to_its_reference_is_never_called_resistant(found):
 def test_attacks_without_a_result_are_never_resistance(found):
     data = make(found)
     assert not {one.kind for one in judge(data)} & (CLAIMS | {Kind.SLOWED, Kind.AT_RANDOM})
-    assert [one.kind for one in judge(data) if (one.access, one.task) == ("head_input", "harmful")] == [
-        Kind.NOT_TESTED
-    ]
+    at_head = [one.kind for one in judge(data) if (one.access, one.task) == ("head_input", "harmful")]
+    assert at_head == [Kind.NOT_TESTED]
