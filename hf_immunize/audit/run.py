@@ -583,19 +583,9 @@ class Work:
                 )
                 if key_of(outcome) not in self.journal.outcomes and pixels is None:
                     pixels = self._pixels(task, budget.max_images, budget.max_test_images)
-                kept = pixels
-
-                def attack(
-                    kept: Any = kept,
-                    seed: int = seed,
-                    settings: Any = settings,
-                    attacker: str = attacker,
-                    model: PreTrainedModel = model,
-                ) -> Found:
-                    if isinstance(kept, str):
-                        return Found(None, status="skipped", note=kept)
-                    return _attacker(attacker).run(model, kept, budget, seed, self.head_module, settings)
-
+                attack = partial(_attacker(attacker).run, model, pixels, budget, seed, self.head_module, settings)
+                if isinstance(pixels, str):
+                    attack = partial(Found, None, status="skipped", note=pixels)
                 self._attack(outcome, attack, TUNING_WEIGHT)
                 # The first seed chooses the optimizer and the rate for the others.
                 settings = settings or self.journal.outcomes[key_of(outcome)].settings or None

@@ -73,9 +73,8 @@ def test_an_interrupted_audit_goes_on_where_it_was(models, harmful, tiny_preset,
 
 def test_a_finished_audit_attacks_nothing_again(models, harmful, tiny_preset, tmp_path, monkeypatch):
     first = run(models, harmful, tiny_preset, run_dir=tmp_path)
-    monkeypatch.setattr(
-        sys.modules["hf_immunize.audit.run"], "find_attacker", lambda name: replace(ATTACKERS[name], run=None)
-    )
+    idle = {name: replace(one, run=lambda *_: pytest.fail("attacked again")) for name, one in ATTACKERS.items()}
+    monkeypatch.setattr(sys.modules["hf_immunize.audit.run"], "find_attacker", idle.get)
     assert run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes == first.outcomes
 
 
