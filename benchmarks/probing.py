@@ -1,0 +1,87 @@
+"""How long first-order probes with an intercept take before and after immunization: rows of a Markdown table.
+
+    python -m benchmarks.probing START IMMUNIZED --benign data/cifar10 --harmful data/stanford_cars_98
+
+Features of both checkpoints, of the training images that are given and the test images that each data set has; the
+library's attackers. Steps are to 80 % of what ridge attains above chance on the starting features; the optimizers'
+learning rates are tuned. A dozen minutes for a few thousand images on two cores.
+"""
+
+import argparse
+import math
+
+import torch
+from transformers import AutoImageProcessor
+
+from hf_immunize import relative_immunization_ratio
+from hf_immunize.attacks.attacker import Found, ProbeBudget
+from hf_immunize.attacks.presets import find_attacker
+from hf_immunize.attacks.probe_data import ProbeData
+from hf_immunize.data.images import ImageRows
+from hf_immunize.data.sources import choose, load_image_splits
+from hf_immunize.features.extract import extract
+from hf_immunize.hub.load import load_model
+
+
+PROBES = ("gd_line_search", "conjugate_gradient", "momentum", "adamw", "batchnorm_adamw")
+
+
+def probe_data(folder: str, source: str, limit: int) -> tuple[ProbeData, float]:
+    """Features of a data set's training and test images through a checkpoint, and the checkpoint's own accuracy."""
+    model, processor = load_model(folder), AutoImageProcessor.from_pretrained(folder)
+    splits, parts = load_image_splits(source), []
+    for name in ("train", "test"):
+        images = splits[name].select(choose(len(splits[name]), limit, 0))
+        batches = list(
+            extract(model, ImageRows(images, name, "image", "label"), processor, description=f"{folder} {name}")
+        )
+        parts.append([torch.cat([getattr(batch, of) for batch in batches]) for of in ("features", "labels", "logits")])
+    (Z, y, _), (Z_test, y_test, logits) = parts
+    accuracy = float((logits.argmax(dim=1) == y_test).float().mean())
+    return ProbeData(Z, y, Z_test, y_test, int(y.max()) + 1), accuracy
+
+
+def steps_to(found: Found, accuracy: float) -> float:
+    """The first step from which on a curve has reached an accuracy."""
+    reached = [step for step, value in zip(found.steps, found.curve, strict=True) if value >= accuracy]
+    return reached[0] if reached else math.inf
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs=2, metavar=("START", "IMMUNIZED"))
+    parser.add_argument("--benign", required=True)
+    parser.add_argument("--harmful", required=True)
+    parser.add_argument("--limit", type=int, default=3000, help="Images of each part (default: 3000).")
+    parser.add_argument("--steps", type=int, default=3000, help="Of optimizers on mini-batches (default: 3000).")
+    given = parser.parse_args()
+    budget = ProbeBudget(steps=given.steps)
+    sides: dict[str, list[ProbeData]] = {}
+    for side in ("benign", "harmful"):
+        (before, own), (after, now) = (
+            probe_data(folder, getattr(given, side), given.limit) for folder in given.checkpoints
+        )
+        sides[side] = [before, after]
+        if side == "benign":
+            print(f"| benign accuracy | {own:.1%} | {now:.1%} |")
+        ridge = [find_attacker("ridge").run(data, budget, 0).accuracy for data in (before, after)]
+        print(f"| {side}: ridge | {ridge[0]:.1%} | {ridge[1]:.1%} |")
+        goal = 1 / before.num_classes + 0.8 * (ridge[0] - 1 / before.num_classes)
+        for name in PROBES if side == "harmful" else PROBES[:1]:
+            found = [find_attacker(name).run(data, budget, 0) for data in (before, after)]
+            cells = [
+                f"{steps_to(one, goal):,.0f} (best {max(one.curve):.1%})".replace("inf", "not reached")
+                for one in found
+            ]
+            print(f"| {side}: steps of {find_attacker(name).label} | {' | '.join(cells)} |", flush=True)
+    for protocol in ("intercept", "exact"):
+        features = {
+            f"{side}{end}": data.Z
+            for side, pair in sides.items()
+            for end, data in zip(("_reference", ""), pair, strict=True)
+        }
+        print(f"| {protocol} | 1 | {relative_immunization_ratio(**features, protocol=protocol)} |")
+
+
+if __name__ == "__main__":
+    main()
