@@ -70,7 +70,7 @@ def test_a_folder_of_images_becomes_a_checkpoint_with_record_card_and_figure(fin
     assert record.harmful.classes == ["gun", "knife"]
     assert record.metric.before == results["before"]["eval_accuracy"]
     assert [(data.train_size, data.size) for data in (record.benign, record.harmful)] == [(16, 8), (16, 8)]
-    assert set(record.ratios) == {"exact"}  # groups of 100 images there are none
+    assert set(record.ratios) == {"exact", "intercept"}  # groups of 100 images there are none
     assert record.figures == ["spectra.png"] and (output / "spectra.png").exists() and "(spectra.png)" in card
     assert (output / "preprocessor_config.json").exists()
     assert str(output.parent) not in (output / "immunization.json").read_text() + card

@@ -108,10 +108,9 @@ class ImmunizationTrainer(Trainer):
         ...     harmful_dataset=harmful, eval_dataset=benign, harmful_eval_dataset=harmful)
         >>> _ = trainer.train()  # doctest: +ELLIPSIS
         {'train_runtime': ...}
-        >>> sorted(k for k in trainer.evaluate() if "kappa" in k or "rir" in k)  # doctest: +ELLIPSIS
+        >>> sorted(k for k in trainer.evaluate() if k.endswith("rir"))  # doctest: +ELLIPSIS
         {'eval_loss': ...}
-        ['eval_benign_log10_kappa', 'eval_harmful_log10_kappa', 'eval_log10_rir', 'eval_rir',
-         'eval_rir_is_lower_bound', 'eval_rir_is_upper_bound']
+        ['eval_intercept_log10_rir', 'eval_intercept_rir', 'eval_log10_rir', 'eval_rir']
     """
 
     # The loss is a per-batch mean: the Trainer divides it by the accumulation steps, and must not guess about it.
