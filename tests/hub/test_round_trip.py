@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_immunize import ImmunizationArguments, ImmunizationTrainer, load_immunized, verify
-from hf_immunize.audit.run import _load_models
+from hf_immunize.audit.run import audit
 from hf_immunize.cli.train import run_train
 from hf_immunize.errors import CheckpointError, HeadError, ImmunizationError, WeightsError
 from hf_immunize.hub.load import load_model
@@ -218,10 +218,6 @@ def damage(folder, how):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def audited(folder):
-    _load_models(str(folder), None, processor(), "main", False, torch.device("cpu"))
-
-
 def trained_again(folder):
     benign = folder.parent / "benign"
     benign_images().save_to_disk(benign)
@@ -232,7 +228,7 @@ def trained_again(folder):
 LOADERS = {
     "load_immunized": load_immunized,
     "verify": lambda folder: verify(folder, benign=benign_images(), harmful=harmful_images(), progress=False),
-    "audit": audited,
+    "audit": lambda folder: audit(str(folder), harmful=harmful_images(), processing_class=processor(), progress=False),
     "train": trained_again,
     "push": lambda folder: push(folder, REPO, dry_run=True, require_record=False),
 }
