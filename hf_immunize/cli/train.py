@@ -24,7 +24,7 @@ from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.files import check_writable, checked, with_checksum, write_whole
 from hf_immunize.hub.card import metric_rows, summary_sentence
 from hf_immunize.hub.collect import describe_base_model, is_hub_id
-from hf_immunize.hub.record import DataRecord, to_plain
+from hf_immunize.hub.record import DataRecord
 from hf_immunize.hub.verify import groups_ratio, measure
 from hf_immunize.text import library_words, printable, public_name
 from hf_immunize.training.arguments import ImmunizationArguments
@@ -243,8 +243,7 @@ def load_model(data: DataArguments, benign: Any, args: ImmunizationArguments) ->
         if args.benign_loss != "task" and args.pooling is None:  # of that head, the Trainer says it
             logger.warning(
                 f"A new head has learned nothing yet that --benign_loss {args.benign_loss} could keep: benign "
-                "accuracy stays near chance. Train the classifier first, or set --benign_loss task --benign_budget "
-                "none."
+                "accuracy stays near chance. Train the classifier first, or set --benign_loss task."
             )
         _, label = find_columns(benign, args.image_column_name, args.label_column_name)
         names = getattr(benign.features[label], "names", None)
@@ -307,8 +306,7 @@ def run_train(words: list[str]) -> dict[str, Any]:
     sources = [public_name(str(source or data.dataset)) for source in (data.benign, data.harmful)]
     names = (public_name(data.model), sources[0], sources[1] + classes)
     results = run_results(trainer, names, sizes, before, after)
-    results["budget"] = to_plain(trainer.evidence.budget)
-    results["summary"] = summary_sentence(results["before"], results["after"], trainer.evidence.budget)
+    results["summary"] = summary_sentence(results["before"], results["after"])
     describe(trainer, data, results["before"], {"benign": benign.held_out, "harmful": harmful.held_out})
     if data.groups:
         measure_groups(trainer, data, benign.test, harmful.test)
@@ -327,7 +325,7 @@ def run_results(
     step = trainer.evidence.step
     return dict(zip(("model", "benign", "harmful"), names, strict=True)) | {
         "images": sizes,
-        "objective": trainer.objective,
+        "objective": trainer.args.objective,
         "trainable": trainer.args.trainable,
         "steps": trainer.state.global_step if step is None else step,
         "seed": trainer.args.seed,

@@ -19,10 +19,10 @@ from hf_immunize.errors import DataError, ShapeError
 
 logger = logging.get_logger(__name__)
 
-# A benign row with the harmful, the distillation and the held-out rows that come with it.
-Draw = tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+# A benign row with the harmful and the distillation rows that come with it.
+Draw = tuple[int, tuple[int, ...], tuple[int, ...]]
 # The sides in addition to the benign one, in this order.
-BESIDE = ("harmful", "distillation", "held_out")
+BESIDE = ("harmful", "distillation")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class BatchSizes:
     benign: int = 1
     harmful: int = 1
     distillation: int = 0
-    held_out: int = 0
 
 
 ONE_EACH = BatchSizes()
@@ -57,11 +56,9 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         shuffle: bool = True,
         *,
         num_distillation: int | None = 0,
-        num_held_out: int | None = 0,
         batch_sizes: BatchSizes = ONE_EACH,
     ) -> None:
-        self.num_benign, self.num_harmful = num_benign, num_harmful
-        self.num_distillation, self.num_held_out = num_distillation, num_held_out
+        self.num_benign, self.num_harmful, self.num_distillation = num_benign, num_harmful, num_distillation
         self.batch_sizes = batch_sizes
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
 
@@ -76,8 +73,7 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         benign = self._permutation(self.num_benign, kind=0, count=self.epoch)
         harmful = self._beside(self.num_harmful, self.batch_sizes.harmful, kind=1)
         distillation = self._beside(self.num_distillation, self.batch_sizes.distillation, kind=2)
-        held_out = self._beside(self.num_held_out, self.batch_sizes.held_out, kind=3)
-        yield from zip(benign, harmful, distillation, held_out, strict=True)
+        yield from zip(benign, harmful, distillation, strict=True)
 
     def _beside(self, length: int | None, batch_size: int, kind: int) -> Iterator[tuple[int, ...]]:
         """Rows of another side, for each benign row of this epoch."""
@@ -115,13 +111,12 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         harmful_labels: bool = False,
         distillation: Any = None,
         batch_sizes: BatchSizes = ONE_EACH,
-        held_out: Any = None,
     ) -> None:
-        sides = {"benign": benign, "harmful": harmful, "distillation": distillation, "held-out": held_out}
+        sides = {"benign": benign, "harmful": harmful, "distillation": distillation}
         for name, data in sides.items():
             if data is not None and _length(data) == 0:
                 raise DataError(f"Expected at least one {name} image, found an empty {name} dataset. Give images.")
-        self.benign, self.harmful, self.distillation, self.held_out = benign, harmful, distillation, held_out
+        self.benign, self.harmful, self.distillation = benign, harmful, distillation
         self.harmful_labels, self.batch_sizes = harmful_labels, batch_sizes
         self._sampler: PairedSampler | None = None
 
@@ -134,22 +129,23 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 f"Expected rows of all sides as PairedSampler draws them, found {draw!r}. Leave the Trainer's; for "
                 "your own order, sort train_dataset and set train_sampling_strategy='sequential'."
             )
-        benign, harmful, distillation, held_out = draw
+        benign, harmful, distillation = draw
         return {
             "benign": self.benign[benign],
             "harmful": [_read(self.harmful, row, self.harmful_labels) for row in harmful],
             "distillation": [_read(self.distillation, row, labelled=False) for row in distillation],
-            "held_out": [self.held_out[row] for row in held_out],
         }
 
     def make_sampler(self, seed: int, shuffle: bool = True) -> PairedSampler:
         """Make the sampler that draws this dataset's rows, and keep its epoch current; see `set_epoch`."""
-        optional = {"distillation": self.distillation, "held_out": self.held_out}
-        absent = {side: 0 for side, rows in optional.items() if rows is None}
-        counts = {f"num_{side}": 0 if rows is None else _length(rows) for side, rows in optional.items()}
-        sizes = replace(self.batch_sizes, **absent)
+        none = self.distillation is None
         self._sampler = PairedSampler(
-            len(self.benign), _length(self.harmful), seed, shuffle, batch_sizes=sizes, **counts
+            len(self.benign),
+            _length(self.harmful),
+            seed,
+            shuffle,
+            num_distillation=0 if none else _length(self.distillation),
+            batch_sizes=replace(self.batch_sizes, distillation=0) if none else self.batch_sizes,
         )
         return self._sampler
 

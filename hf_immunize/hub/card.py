@@ -25,7 +25,6 @@ from hf_immunize.hub.collect import HUB_ID
 from hf_immunize.hub.record import (
     RECORD_NAME,
     AuditRecord,
-    BudgetRecord,
     DataRecord,
     ImmunizationRecord,
     from_plain,
@@ -177,18 +176,10 @@ def _power(exponent: float) -> float:
     return 10.0**exponent if exponent < math.log10(1.7e308) else 1.7e308
 
 
-def summary_sentence(before: dict[str, Any], after: dict[str, Any], budget: BudgetRecord | None = None) -> str:
-    """What was achieved by the metrics of `ImmunizationTrainer.evaluate`, and what went wrong, and why."""
-    return _sentence("summary", before, after, budget)
-
-
-def budget_words(budget: BudgetRecord) -> str:
-    """The state of a benign budget and what it means, as one sentence."""
-    return _sentence("budget_words", budget)
-
-
-def _sentence(name: str, *values: Any) -> str:
-    return " ".join(getattr(_template("sentences.jinja").module, name)(*values).split())
+def summary_sentence(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What was achieved by the metrics of `ImmunizationTrainer.evaluate`, and what to do where that is little."""
+    summary = _template("sentences.jinja").module.summary  # type: ignore[attr-defined]
+    return " ".join(summary(before, after).split())
 
 
 # ---- metadata ----
@@ -353,7 +344,7 @@ def _body(record: ImmunizationRecord, options: CardOptions, title: str) -> str:
         title=title,
         place=place if HUB_ID.fullmatch(place) else "path/to/this/folder",
         form=options.form,
-        summary=summary_sentence(*_metrics_of(record), record.method.budget),
+        summary=summary_sentence(*_metrics_of(record)),
         rows=rows,
         has_bounds=any("≥" in row[2] or "≤" in row[2] for row in rows),
         short=any(part is not None and part.num_samples < part.dim for part in parts),

@@ -86,21 +86,6 @@ class Part:
 
 
 @dataclass
-class BudgetRecord(Part):
-    """What became of the benign budget (``benign_budget``)."""
-
-    limit: float
-    measure: str  # "total_variation", "kl" or "loss"
-    spent: float  # how far the benign side has moved, as a running mean over the last steps
-    weight: float  # the multiplier on the regularizers' weights over its value at the start
-
-    @property
-    def exceeded(self) -> bool:
-        """Whether more was spent than the swing of the multiplier around the budget explains."""
-        return self.spent > 1.25 * self.limit
-
-
-@dataclass
 class MethodRecord(Part):
     """How the checkpoint was made."""
 
@@ -112,7 +97,6 @@ class MethodRecord(Part):
     harmful_weight: float | str | None = None
     freeze_batchnorm: bool | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # all further ones, as `ImmunizationArguments` names them
-    budget: BudgetRecord | None = None
 
 
 @dataclass

@@ -12,16 +12,12 @@ from transformers import TrainingArguments
 from hf_immunize.data.pairs import BatchSizes
 from hf_immunize.errors import ArgumentError
 from hf_immunize.features.cache import DTYPES
-from hf_immunize.training.distillation import MAX_TV_PER_IMAGE
-from hf_immunize.training.objectives import AUTO, OBJECTIVES
+from hf_immunize.training.objectives import DEFAULT, OBJECTIVES
 
 
 # Old to new names of objectives.
-RENAMED = {"silence": "dead_relu"}
-CHOICES = {
-    "benign_loss": ("distillation", "task", "both"),
-    "budget_measure": ("total_variation", "kl", "loss"),
-}
+RENAMED = {"silence": "dead_relu", "auto": DEFAULT, "subspace": DEFAULT}
+BENIGN_LOSSES = ("distillation", "task", "both")
 # Options that do not see that the trunk's modules are replaced while the rest runs.
 TRUNK_OBSTACLES = ("torch_compile", "fsdp", "deepspeed")
 
@@ -36,27 +32,21 @@ class Method:
         ArgumentError: If a setting has an impossible value, or two contradict each other.
 
     Example:
-        >>> Method(objective="kappa", benign_loss="task", benign_budget=None).needs_start
+        >>> Method(objective="kappa", benign_loss="task").needs_start
         False
     """
 
-    objective: str = AUTO
+    objective: str = DEFAULT
     benign_loss: str = "distillation"
     feature_distillation_weight: float = 5.0
-    benign_budget: float | None = 0.05
-    budget_measure: str = "total_variation"
-    budget_holdout: float = 0.1
+    benign_budget: float | None = None
     benign_weight: str | float = "auto"
     harmful_weight: str | float = "auto"
     auto_weight_ratio: float = 0.3
-    auto_weight_averaging: float = 0.9
-    auto_weight_bound: float = 3.0
-    weight_warmup_steps: int = 0
     scale_free: bool = False
-    queue_size: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in {"objective": (AUTO, *OBJECTIVES), **CHOICES}.items():
+        for name, known in {"objective": tuple(OBJECTIVES), "benign_loss": BENIGN_LOSSES}.items():
             value = getattr(self, name)
             if value in RENAMED:
                 raise ArgumentError(f"Expected {name}={RENAMED[value]!r}, the new name of {value!r}. Use that.")
@@ -72,31 +62,7 @@ class Method:
             number = _number(given)
             if not holds(number):
                 raise ArgumentError(f"Expected {name}= {expected}, found {given!r}.")
-            object.__setattr__(self, name, int(number) if _NUMBERS[name] is _WHOLE else number)
-        own = None if self.objective == AUTO else OBJECTIVES[self.objective].weight
-        if own is not None and self.benign_loss != "task" and self.benign_weight == self.harmful_weight == "auto":
-            # It needs no multiplier, which noise of the first steps would drive to nothing.
-            for name, value in (("benign_weight", own), ("harmful_weight", own), ("benign_budget", None)):
-                object.__setattr__(self, name, value)
-        self._check_together()
-
-    def _check_together(self) -> None:
-        if self.budget_measure == "total_variation" and (self.benign_budget or 0) >= MAX_TV_PER_IMAGE:
-            raise ArgumentError(
-                f"Expected benign_budget= below {MAX_TV_PER_IMAGE}, what one image counts at most in "
-                f"budget_measure='total_variation', found {self.benign_budget}. Lower it, or use budget_measure='kl'."
-            )
-        inside = self.objective != AUTO and OBJECTIVES[self.objective].looks_inside()
-        if inside and self.benign_loss == "task" and self.harmful_weight == "auto":
-            raise ArgumentError(
-                f"Expected benign_loss='distillation' or 'both' with objective={self.objective!r}, against which its "
-                "terms inside the network are weighed, found 'task'. Change it, or give harmful_weight= as a number."
-            )
-        if self.queue_size and self.needs_harmful_labels:
-            raise ArgumentError(
-                f"Expected queue_size=0 with objective={self.objective!r}, which needs a label for each row, found "
-                f"{self.queue_size}. Leave it out."
-            )
+            object.__setattr__(self, name, number)
 
     @property
     def needs_start(self) -> bool:
@@ -106,12 +72,12 @@ class Method:
     @property
     def needs_labels(self) -> bool:
         """Whether benign images need labels."""
-        return self.benign_loss != "distillation" or (self.benign_budget is not None and self.budget_measure == "loss")
+        return self.benign_loss != "distillation"
 
     @property
     def needs_harmful_labels(self) -> bool:
         """Whether harmful images need labels."""
-        return self.objective != AUTO and OBJECTIVES[self.objective].needs_harmful_labels
+        return OBJECTIVES[self.objective].needs_harmful_labels
 
     @classmethod
     def of(cls, settings: Any) -> Method:
@@ -129,17 +95,11 @@ def _number(value: Any) -> float:
 
 
 # Number to what it must satisfy (NaN satisfies nothing), and how that is said.
-_WHOLE = (lambda x: x >= 0 and x % 1 == 0, "as a whole number of at least 0")
 _WEIGHT = (lambda x: x >= 0, "'auto' or a number of at least 0")
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "benign_budget": (lambda x: x > 0, "above 0 (0.05 is a good start) or None"),
-    "budget_holdout": (lambda x: 0 <= x <= 0.5, "between 0 (the images that are trained on) and 0.5"),
     "auto_weight_ratio": (lambda x: x >= 0, "of at least 0 (typically 0.1 to 1)"),
-    "auto_weight_averaging": (lambda x: 0 <= x < 1, "from 0 to below 1 (0.9 averages over about ten steps)"),
-    "auto_weight_bound": (lambda x: x >= 1, "of at least 1"),
     "feature_distillation_weight": (lambda x: x >= 0, "of at least 0"),
-    "weight_warmup_steps": _WHOLE,
-    "queue_size": _WHOLE,
     "benign_weight": _WEIGHT,
     "harmful_weight": _WEIGHT,
 }
@@ -166,44 +126,25 @@ class ImmunizationArguments(TrainingArguments):
     > Parameters that control what is minimized
 
     Args:
-        objective: "auto" (chosen once, before the first step, on up to 64 images of each side: "dead_relu" where the
-            trainable part has such a ReLU and the starting features separate the two sides, else "concentration";
-            with `benign_loss` "task" always the latter, unless `harmful_weight` is a number; log and record say which,
-            and why), "dead_relu" (the last ReLU or ReLU6 that no shortcut bypasses is deactivated on harmful images:
-            where that succeeds, nothing is left to read after it; what enters it is still there, and BatchNorm with
-            the statistics of the batch brings it back),
-            "subspace" (harmful features vary in two directions and hardly outside them, which is what slows a probe
-            with an intercept, on transformers too), "concentration" (harmful features towards one direction, a bound
-            on κ from the top pair alone),
-            "kappa" (the paper's: R_well of benign + R_ill of harmful features), or one of the paper's baselines:
-            "r_ill" (without R_well), "opt_kappa" (log κ itself), "imma" (bi-level on the head; needs harmful labels).
+        objective: "time" (harmful features vary in two directions and hardly outside them, which is what slows a
+            probe; on convolutional networks and on transformers), "concentration" (harmful features towards one
+            direction, a bound on κ from the top pair alone), "dead_relu" (the last ReLU or ReLU6 that no shortcut
+            bypasses is deactivated on harmful images: where that succeeds, nothing is left to read after it; what
+            enters it is still there, and κ of the benign features grows), "kappa" (the paper's: R_well of benign +
+            R_ill of harmful features), or one of the paper's baselines: "r_ill" (without R_well), "opt_kappa" (log κ
+            itself), "imma" (bi-level on the head; needs harmful labels).
         benign_loss: "distillation" (logits and features stay those of the starting model, which costs a forward pass
             over the benign images, and no labels), "task" (the model's own loss), or "both".
         feature_distillation_weight: Weight of the relative squared feature error beside the logits' divergence.
-        benign_budget: How far the benign side may move: a multiplier on both weights rises while the running measure
-            is below it and falls while it is above; where the ReLU is nearly dead on harmful images, both weights fade
-            and the multiplier stays. None: the weights follow `auto_weight_ratio`. With
-            ``objective="kappa", benign_loss="task", benign_budget=None`` and two numbers as weights, the paper's
-            training.
-        budget_measure: What the budget is in: "total_variation" (half the sum of absolute differences between the
-            starting model's probabilities and the present ones, mean over images, each of which counts 0.2 at most:
-            the few benign images that show what is harmful shall not use up the budget of all), "kl" (divergence from
-            the starting model's predictions, in nats; single images can outweigh hundreds in its mean) or "loss" (rise
-            of the benign task's loss over the starting model's).
-        budget_holdout: Part of the benign training images on which the budget is measured and which are not trained
-            on, since a few hundred images are soon overfitted. With fewer than 8 of them, or 0, it is measured on
-            the images that are trained on.
-        benign_weight, harmful_weight: Weight of each side's regularizer: a number, or "auto" to give its gradient on
-            the features the same size whatever its own; with ``objective="subspace"`` it is 0.05, without a budget.
-        auto_weight_ratio: With "auto" and no budget, the norm of each regularizer's gradient on the features, relative
-            to that of the benign loss's. More immunizes faster and costs more benign accuracy.
-        auto_weight_averaging: Share of the past in running means (gradient norms, the budget's measure).
-        auto_weight_bound: The benign loss's gradient norm counts at most this many times its smallest running mean, so
-            that a benign loss driven up by the weights does not drive them further.
-        weight_warmup_steps: Steps over which all weights rise from zero.
+        benign_budget: How far the benign side may move, as the total variation between the starting model's
+            probabilities and the present ones (mean over a batch's images, each of which counts 0.2 at most: the few
+            benign images that show what is harmful shall not use up the budget of all). All regularizers are
+            multiplied by the part of it that is not spent. None: no limit but the benign loss.
+        benign_weight, harmful_weight: Weight of each side's regularizer: a number, or "auto": 0.05 for "time" and
+            "dead_relu", whose terms are logarithms; for others what gives its gradient on the features the same size
+            whatever its own. Less moves the benign side less, and immunizes less.
+        auto_weight_ratio: The norm of that gradient, relative to that of the benign loss's.
         scale_free: Take the regularizers of H·D/tr(H), so that they do not reward shrinking or growing features.
-        queue_size: Recent features, in rows, to which a batch's are added before the regularizers are taken; 0 for
-            none. It estimates the population's κ where a batch holds fewer images than the features' dimensions.
 
     > Parameters that control what is trainable, the data, and the cached trunk
 
@@ -232,20 +173,14 @@ class ImmunizationArguments(TrainingArguments):
         (10.0, 'auto')
     """
 
-    objective: str = _option(AUTO, f"What is minimized beside the benign loss: {', '.join((AUTO, *OBJECTIVES))}.")
-    benign_loss: str = _option("distillation", f"What keeps the benign task: {', '.join(CHOICES['benign_loss'])}.")
+    objective: str = _option(DEFAULT, f"What is minimized beside the benign loss: {', '.join(OBJECTIVES)}.")
+    benign_loss: str = _option("distillation", f"What keeps the benign task: {', '.join(BENIGN_LOSSES)}.")
     feature_distillation_weight: float = _option(5.0, "Weight of the features' error beside the logits' divergence.")
-    benign_budget: str | None = _option(0.05, "How far the benign side may move: a number, or 'none'.")
-    budget_measure: str = _option("total_variation", f"What that is in: {', '.join(CHOICES['budget_measure'])}.")
-    budget_holdout: float = _option(0.1, "Part of the benign images on which it is measured; not trained on.")
-    benign_weight: str = _option("auto", "Weight of the benign regularizer: a number, or 'auto' (by gradient norm).")
-    harmful_weight: str = _option("auto", "Weight of the harmful regularizer: a number, or 'auto' (by gradient norm).")
+    benign_budget: str | None = _option(None, "How far the benign side may move, in total variation, or 'none'.")
+    benign_weight: str = _option("auto", "Weight of the benign regularizer: a number, or 'auto'.")
+    harmful_weight: str = _option("auto", "Weight of the harmful regularizer: a number, or 'auto'.")
     auto_weight_ratio: float = _option(0.3, "With 'auto': a regularizer's gradient norm over the benign loss's.")
-    auto_weight_averaging: float = _option(0.9, "Share of the past in running means, in [0, 1).")
-    auto_weight_bound: float = _option(3.0, "The benign gradient norm counts at most this many times its smallest.")
-    weight_warmup_steps: int = _option(0, "Steps over which all weights rise from zero.")
     scale_free: bool = _option(False, "Take the regularizers of H*D/tr(H), which ignores their scale.")
-    queue_size: int = _option(0, "Recent features that join each batch's, in rows; 0 for none.")
     trainable: str = _option("last_stage", "What is trainable: 'last_stage', 'all', or a regex on parameter names.")
     freeze_batchnorm: bool = _option(True, "Keep all BatchNorm running statistics.")
     head_module: str | None = _option(None, "Name of the classifier module, where it cannot be found without help.")
@@ -314,5 +249,4 @@ class ImmunizationArguments(TrainingArguments):
             benign=benign,
             harmful=self.harmful_batch_size or benign,
             distillation=self.distillation_batch_size or max(1, benign // 2),
-            held_out=max(1, benign // 8),
         )

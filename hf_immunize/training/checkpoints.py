@@ -243,7 +243,7 @@ def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> dict[str,
                 f"Expected {name} in {folder}, found none: the starting model is lost. Resume from a checkpoint that "
                 "was written without save_only_model, or start anew."
             )
-        logger.warning(f"{folder} has no {name}: running means, multiplier and queue of the weights start anew.")
+        logger.warning(f"{folder} has no {name}: running means of the weights start anew.")
         return {}
     try:
         state = load_file(path)
@@ -274,7 +274,7 @@ def load_run_state(folder: str, step: ImmunizationStep, batch: int) -> dict[str,
     old_batch, old_processes = about.get("batch", (batch, processes))
     old = old_batch * old_processes
     if (old_batch, old_processes) != (batch, processes):
-        what = "dropout and the images of the budget's hold-out are drawn otherwise"
+        what = "dropout is drawn otherwise"
         if old != batch * processes:
             size = f"set per_device_train_batch_size={old // processes}"
             same = f"run on {old_processes} processes" if old % processes else size

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
@@ -36,7 +34,7 @@ def as_classifier(model: PreTrainedModel, args: ImmunizationArguments) -> PreTra
         return model
     kind = type(model).__name__
     model = with_linear_head(model, pooling=args.pooling)
-    held = ", and is held near it: train the classifier first, or set benign_loss='task' and benign_budget=None"
+    held = ", and is held near it: train the classifier first, or set benign_loss='task'"
     logger.warning(
         f"The linear head of {model.config.num_labels} outputs on {kind} (pooling={args.pooling!r}) is new and "
         f"untrained: benign accuracy starts at chance{held if Method.of(args).needs_start else ''}."
@@ -230,10 +228,6 @@ def check_batches(args: ImmunizationArguments, processes: int) -> None:
         )
 
 
-# Of fewer images, the mean divergence says little.
-_FEWEST_HELD_OUT = 8
-
-
 def image_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any, labels: str = "needed") -> Any:
     """A dataset as rows of an image (or pixel values) and, unless its labels are "ignored", of an output's index."""
     if isinstance(dataset, ImageRows):
@@ -299,11 +293,8 @@ def side_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any,
 def paired_rows(benign: Any, harmful: Any, args: ImmunizationArguments, distillation: Any = None) -> PairedDataset:
     """Benign, harmful and distillation rows as one dataset, long enough for a batch."""
     # ImageRows of harmful data have no labels unless the objective reads them; a user's own collator gets all items.
-    benign, held_out = hold_out(benign, args)
     sizes = args.batch_sizes
-    paired = PairedDataset(
-        benign, harmful, harmful_labels=True, distillation=distillation, batch_sizes=sizes, held_out=held_out
-    )
+    paired = PairedDataset(benign, harmful, harmful_labels=True, distillation=distillation, batch_sizes=sizes)
     batch, harmful_batch = sizes.benign * world_size(), sizes.harmful * world_size()
     if min(batch, harmful_batch) < 2:
         raise DataError(
@@ -316,14 +307,3 @@ def paired_rows(benign: Any, harmful: Any, args: ImmunizationArguments, distilla
             "per_device_train_batch_size or give more images."
         )
     return paired
-
-
-def hold_out(benign: Any, args: ImmunizationArguments) -> tuple[Any, Any]:
-    """Keep a part of the benign rows from training, to measure the budget on."""
-    count = int(args.budget_holdout * len(benign))
-    if args.benign_budget is None or count < _FEWEST_HELD_OUT:
-        return benign, None
-    seed = args.data_seed if args.data_seed is not None else args.seed
-    order = np.random.default_rng([seed, len(benign)]).permutation(len(benign)).tolist()
-    subset = ImageRows.subset if isinstance(benign, ImageRows) else torch.utils.data.Subset
-    return subset(benign, sorted(order[count:])), subset(benign, sorted(order[:count]))

@@ -1,6 +1,6 @@
-"""Choices that a run makes for its user: each once, before the first step, with the reason.
+"""What an objective looks for before the first step, once, on a sample that does not depend on the batch size.
 
-They are made by the main process on a sample that does not depend on the batch size, and are kept in checkpoints.
+The main process looks; what it found is kept in checkpoints.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from hf_immunize.data.sources import choose
 from hf_immunize.errors import DataError
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.distributed import broadcast_from_main, is_main
-from hf_immunize.training.objectives import AUTO, AUTO_FEATURES, AUTO_INSIDE, OBJECTIVES
+from hf_immunize.training.objectives import OBJECTIVES
 from hf_immunize.vision.head import HeadInput, in_eval_mode
 
 
 logger = logging.get_logger(__name__)
 
-# Images of each side that choices are made on, and how many pass the model at a time.
+# Images of each side that are looked at, and how many pass the model at a time.
 SAMPLE, _AT_ONCE = 64, 32
 # Fewer images of a side than this say too little.
 LEAST_IMAGES = 32
@@ -36,34 +36,27 @@ _RIDGE = 1e-2
 
 @dataclass(frozen=True)
 class Choice:
-    """The objective of a run by name, the inner modules that it reads, and why it was chosen."""
+    """What an objective found in a sample: inner modules to read, directions, and how separable the two sides are."""
 
-    objective: str
     reads: tuple[str, ...] = ()
-    reason: str = "by name"
-    directions: tuple[tuple[float, ...], ...] = ()  # that it has found in a sample
+    directions: tuple[tuple[float, ...], ...] = ()
+    separability: float | None = None
 
 
-def choose_objective(
+def prepare_objective(
     method: Method,
     model: nn.Module,
     head: nn.Module,
     trainable: list[str],
     sample: Callable[[], tuple[Tensor, Tensor]],
 ) -> Choice:
-    """The objective for a method, the same on all processes; ``sample`` gives benign and harmful images.
-
-    "auto" is `DeadReLU` where the trainable part has a ReLU that no shortcut bypasses and the features separate the
-    two sides, so that it can be dead on one of them alone; else `Concentration`.
-    """
-    if method.objective == AUTO and method.benign_loss == "task" and method.harmful_weight == "auto":
-        return Choice(AUTO_FEATURES, reason="beside the task's loss alone nothing weighs terms inside the network")
-    if method.objective != AUTO and not OBJECTIVES[method.objective].needs_sample():
-        return Choice(method.objective)
+    """What a method's objective looks for, the same on all processes; ``sample`` gives benign and harmful images."""
+    if not OBJECTIVES[method.objective].needs_sample():
+        return Choice()
     found: Choice | DataError | None = None
     if is_main():  # each process has images of its own in a loop of one's own
         try:
-            found = _seek(method, model, head, trainable, *sample())
+            found = _look(method, model, head, trainable, *sample())
         except DataError as error:
             found = error
     found = broadcast_from_main(found)
@@ -87,7 +80,7 @@ def draw_sample(
     return sides[0], sides[1]
 
 
-def _seek(
+def _look(
     method: Method, model: nn.Module, head: nn.Module, trainable: list[str], benign: Tensor, harmful: Tensor
 ) -> Choice:
     def features(images: Tensor) -> Tensor:
@@ -95,39 +88,19 @@ def _seek(
             model(pixel_values=images)
         return captured.features
 
-    @torch.no_grad()
-    def features_of(side: Tensor) -> Tensor:
-        return torch.cat([features(part) for part in side.split(_AT_ONCE)])
-
-    if method.objective == "subspace":
-        directions = OBJECTIVES["subspace"].prepare(features_of(benign), features_of(harmful))
-        return Choice("subspace", directions=tuple(map(tuple, directions)))
-    name = AUTO_INSIDE if method.objective == AUTO else method.objective
+    objective = OBJECTIVES[method.objective]
     few = torch.cat([benign[:2], harmful[:2]])
-    reads = tuple(OBJECTIVES[name].find(model, trainable, lambda: features(few)))
-    if method.objective != AUTO:
-        return Choice(name, reads)
-    if not reads:
-        return Choice(AUTO_FEATURES, reason="the trainable part has no ReLU that no shortcut bypasses")
+    reads = tuple(objective.find(model, trainable, lambda: features(few)))
     with torch.no_grad():
-        sides = [features_of(side) for side in (benign, harmful)]
+        sides = [torch.cat([features(part) for part in side.split(_AT_ONCE)]) for side in (benign, harmful)]
     share = separability(*sides)
-    if share is None:
-        count = min(map(len, sides))
+    if share is not None and share < MIN_SEPARABILITY:
         logger.warning_once(
-            f"objective='auto' is 'dead_relu', unchecked: whether the model separates harmful from benign images is "
-            f"measured from {LEAST_IMAGES} images of each side on, and there are {count}. Give more images."
+            f"The model hardly separates harmful from benign images: a ridge classifier at the classifier's input "
+            f"puts {100 * share:.0f}% of a sample on their own side (50% is chance). What is done to one side "
+            "is done to the other: expect less immunization, or a larger loss of benign accuracy."
         )
-        return Choice(name, reads, f"no shortcut bypasses {reads[0]}; {count} images are too few for the separability")
-    found = f"{100 * share:.0f}% of a sample are separable at the classifier's input"
-    if share >= MIN_SEPARABILITY:
-        return Choice(name, reads, f"no shortcut bypasses {reads[0]}, and {found}")
-    logger.warning_once(
-        f"The model hardly separates harmful from benign images: a ridge classifier at the classifier's input puts "
-        f"{100 * share:.0f}% of a sample on their own side (50% is chance). objective='auto' is 'concentration'. "
-        "Expect linear probes to read nearly as much as before; objective='dead_relu' tries nonetheless."
-    )
-    return Choice(AUTO_FEATURES, reason=f"only {found}")
+    return Choice(reads, tuple(map(tuple, objective.prepare(*sides))), share)
 
 
 def separable(benign: Tensor, harmful: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from hf_immunize.errors import ArgumentError
 from hf_immunize.vision.head import HeadInput, in_eval_mode
 
 
-# Benign images that show what is harmful (a fire engine, where that is cars) are lost first and wholly. Two of them
-# among 70 held-out images would use up the budget of all others.
+# Benign images that show what is harmful (a fire engine, where that is cars) are lost first and wholly: two of them
+# among 70 would use up the budget of all others.
 MAX_TV_PER_IMAGE = 0.2
 
 
@@ -32,7 +32,7 @@ def logit_divergence(logits: Tensor, start_logits: Tensor) -> Tensor:
     return F.kl_div(now, start, log_target=True, reduction="batchmean")
 
 
-def total_variation(logits: Tensor, start_logits: Tensor, most: float = 1.0) -> Tensor:
+def total_variation(logits: Tensor, start_logits: Tensor, most: float = MAX_TV_PER_IMAGE) -> Tensor:
     """``½ Σ_c |p_c − p⁰_c|`` of logits ``(N, C)``, of which a row counts ``most`` at most, mean over rows."""
     # The largest change in the probability of any event, such as the right class. Unlike the divergence it is bounded.
     now, start = (F.softmax(_widened(rows), dim=1) for rows in (logits, start_logits))

@@ -20,7 +20,6 @@ from hf_immunize.training.arguments import Method
 from hf_immunize.training.checkpoints import load_step, load_weights, save_step
 from hf_immunize.training.choice import draw_sample
 from hf_immunize.training.distributed import sharded_weights, world_size
-from hf_immunize.training.record import BudgetWatch
 from hf_immunize.training.step import ImmunizationStep, RunningMeans
 
 
@@ -43,7 +42,7 @@ class ImmunizationCallback(TrainerCallback):
     Args:
         harmful_dataset: Harmful images, stored or streamed; labels are needed by ``objective="imma"`` alone.
         benign_dataset: Benign images; by default the Trainer's training data, collated as the Trainer does. Labels
-            are needed by ``benign_loss="task"`` and "both", and by ``budget_measure="loss"``.
+            are needed by ``benign_loss="task"`` and "both".
         distillation_dataset: Any images on which the model shall stay what it was.
         processing_class: Image processor, where these data sets hold images rather than ``pixel_values``.
         batch_size: Images of each side a process and step; by default the Trainer's.
@@ -51,8 +50,7 @@ class ImmunizationCallback(TrainerCallback):
         image_column_name: Column of images (or of pixel values) in these data sets, likewise.
         label_column_name: Column of labels, likewise.
         seed: Seed of the callback's draws; by default the Trainer's.
-        **method: The settings of `Method`, such as ``objective="kappa"`` or ``benign_budget=0.05``; less
-            ``budget_holdout``, since the budget is measured on the images of each step.
+        **method: The settings of `Method`, such as ``objective="kappa"`` or ``harmful_weight=0.1``.
 
     Raises:
         ArgumentError: At once, for unknown or impossible settings.
@@ -61,7 +59,7 @@ class ImmunizationCallback(TrainerCallback):
 
     Example:
         >>> harmful = [{"pixel_values": torch.randn(3, 8, 8)} for _ in range(8)]
-        >>> callback = ImmunizationCallback(harmful, objective="r_ill", benign_loss="task", benign_budget=None)
+        >>> callback = ImmunizationCallback(harmful, objective="r_ill", benign_loss="task")
         >>> callback.method.objective
         'r_ill'
     """
@@ -85,11 +83,6 @@ class ImmunizationCallback(TrainerCallback):
             raise ArgumentError(
                 f"Expected settings out of {', '.join(Method.__dataclass_fields__)}, found {', '.join(unknown)}."
             )
-        if method.get("budget_holdout"):
-            raise ArgumentError(
-                f"Expected no budget_holdout= with ImmunizationCallback, found {method['budget_holdout']}: which "
-                "benign images are trained on is the Trainer's affair. The budget is measured on those of each step."
-            )
         self.method = Method(**method)
         self.batch_size = batch_size
         self.head_module = head_module
@@ -99,12 +92,6 @@ class ImmunizationCallback(TrainerCallback):
         self._collator = ImageCollator(processing_class)
         self._step: ImmunizationStep | None = None
         self._means = RunningMeans()
-        self._budget_watch = BudgetWatch()
-
-    @property
-    def objective(self) -> str:
-        """What is minimized, by name; "auto" until training begins."""
-        return self.method.objective if self._step is None else self._step.objective
 
     # ---- the Trainer's events ----
 
@@ -130,7 +117,7 @@ class ImmunizationCallback(TrainerCallback):
             if isinstance(kwargs["model"], PreTrainedModel):
                 load_weights(kwargs["model"], folder)
         device, seed = next(kwargs["model"].parameters()).device, self._sampler.seed
-        self._step.choose(lambda: draw_sample(self._data, seed, device, self._collate_benign, self._collator))
+        self._step.prepare(lambda: draw_sample(self._data, seed, device, self._collate_benign, self._collator))
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the gradient of this step, before the Trainer's own backward passes."""
@@ -152,8 +139,6 @@ class ImmunizationCallback(TrainerCallback):
         """Log the means of all terms with the Trainer's loss."""
         if logs is not None and "loss" in logs:
             means = self._means.take(state.global_step)
-            if self._step is not None:
-                means |= self._budget_watch.look(self._step, state.global_step)
             logs.update(means)
             # The Trainer has put its own copy there before it calls the callbacks.
             state.log_history[-1].update(means)

@@ -33,18 +33,6 @@ class Side:
 
 
 @dataclass(frozen=True)
-class InnerTerm:
-    """A term of something inside the network instead of the classifier's input; all 0-D."""
-
-    value: Tensor  # the same on every process
-    gradient_norm: Tensor  # of its gradient on what it is of, detached
-    scale: Tensor  # the unit in which that norm is weighed, detached
-    # Share of its work that remains, between 0 and 1, detached; None for all of it. Balanced by its norm, a term would
-    # push as hard for the last trifle as at the start, and a multiplier would rise for it until the budget is spent.
-    left: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Terms:
     """Name to term to be minimized, 0-D, by the side whose features it is of.
 
@@ -54,8 +42,7 @@ class Terms:
 
     benign: dict[str, Tensor] = field(default_factory=dict)
     harmful: dict[str, Tensor] = field(default_factory=dict)
-    inner: dict[str, InnerTerm] = field(default_factory=dict)
-    left: Tensor | None = None  # as `InnerTerm.left`, of the harmful side's terms
+    inner: dict[str, Tensor] = field(default_factory=dict)  # the same on every process
 
 
 def gradient_norm(value: Tensor, features: Tensor | Hessian) -> Tensor:
@@ -75,7 +62,7 @@ class Objective:
     needs_harmful_labels: ClassVar[bool] = False
     # Features as rows, in place of their Hessian where there are several processes.
     needs_rows: ClassVar[bool] = False
-    # Of its terms where "auto" is asked for; without one, a multiplier under the budget or norms of gradients decide.
+    # Of its terms where "auto" is asked for, as suits logarithms; without one, norms of gradients decide.
     weight: ClassVar[float | None] = None
 
     def __init__(
@@ -128,7 +115,7 @@ _DIRECTIONS = 2
 _OUTSIDE = 0.0025
 
 
-class Subspace(Objective):
+class Time(Objective):
     """Harmful features vary in two directions and hardly outside them; benign features stay what they are.
 
     With Z_c the centred harmful features and Q, ``(D, 2)``, their leading directions in the starting model, it lowers
@@ -151,7 +138,7 @@ class Subspace(Objective):
             kept = min(_DIRECTIONS, rows.shape[1] - 1)
             if len(values) < kept or not bool(values[kept - 1] > 1e-6 * rows.norm()):
                 raise DataError(
-                    f"Expected at least {kept + 1} different {name} images for objective='subspace', found features "
+                    f"Expected at least {kept + 1} different {name} images for objective='time', found features "
                     "that are alike. Check how the images are loaded, or choose objective='concentration'."
                 )
             found += directions[:kept].tolist()
@@ -169,7 +156,6 @@ class Subspace(Objective):
         return Terms(
             benign={"spread": (leading / (leading + others)).log()},
             harmful={"outside": (share + _OUTSIDE).log()},
-            left=(share.detach() / _OUTSIDE).clamp(max=1),
         )
 
 
@@ -249,8 +235,11 @@ def adapted_loss(features: Tensor, labels: Tensor, steps: int = 5) -> Tensor:
 class DeadReLU(Objective):
     """The last ReLU that no shortcut bypasses is deactivated on harmful images; benign features keep their spread.
 
-    Where it is dead for all positions and channels, every image has exactly the same features after it.
+    Where it is dead for all positions and channels, every image has exactly the same features after it. Benign images
+    that look harmful lose theirs too, and κ of the benign features grows: condition (b) of the paper does not hold.
     """
+
+    weight = 0.05
 
     @staticmethod
     def find(model: nn.Module, trainable: list[str], features: Callable[[], Tensor]) -> list[str]:
@@ -280,32 +269,25 @@ class DeadReLU(Objective):
 
 # How far below zero harmful images shall enter, in units of what benign ones enter with: for images not trained on.
 _MARGIN = 0.5
-# Keeps the logarithm finite where all are dead.
-_FLOOR = 1e-12
-# From this mean square on, in units of u², the term counts as nearly done, and weighs less the smaller it is.
-_NEARLY_DONE = 1e-4
+# From this mean square on, in units of u², the ReLU counts as nearly dead; the term pushes the less the smaller it is.
+_NEARLY_DEAD = 1e-4
 
 
-def relu_activity(harmful: Tensor, benign: Tensor) -> InnerTerm:
+def relu_activity(harmful: Tensor, benign: Tensor) -> Tensor:
     """``log mean relu(a/u + margin)²`` of what enters a ReLU of harmful images; u is the size of benign ones."""
     dtype = torch.promote_types(harmful.dtype, torch.float32)
-    entries = benign[0].numel() * len(benign) * world_size()
     unit = process_mean(benign.detach().to(dtype).square().mean()).clamp_min(torch.finfo(dtype).tiny).sqrt()
     count = harmful[0].numel() * len(harmful) * world_size()
     squares = sum_over_processes(torch.relu(harmful.to(dtype) / unit + _MARGIN).square().sum())
-    mean = squares / count + _FLOOR
-    norm = 2 * squares.detach().sqrt() / (unit * count * mean.detach())
-    left = (squares.detach() / count / _NEARLY_DONE).clamp(max=1)
-    return InnerTerm(torch.log(mean), norm, 1 / (unit * entries**0.5), left)
+    return torch.log(squares / count + _NEARLY_DEAD)
 
 
-# What "auto" stands for is chosen before the first step: the first where the network allows it, else the second.
-AUTO, AUTO_INSIDE, AUTO_FEATURES = "auto", "dead_relu", "concentration"
+DEFAULT = "time"
 # In the order in which `--help` names them.
 OBJECTIVES: dict[str, type[Objective]] = {
-    "subspace": Subspace,
-    "dead_relu": DeadReLU,
+    "time": Time,
     "concentration": Concentration,
+    "dead_relu": DeadReLU,
     "kappa": Kappa,
     "r_ill": IllOnly,
     "opt_kappa": OptKappa,

@@ -1,4 +1,4 @@
-"""What a Trainer publishes of its model: budget, record, card, the push, and pushes during training."""
+"""What a Trainer publishes of its model: record, card, the push, and pushes during training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers.utils.hub import PushInProgress
 from hf_immunize.errors import ImmunizationError, RecordError, WeightsError
 from hf_immunize.features.extract import Measurement
 from hf_immunize.files import staged_directory
-from hf_immunize.hub.card import CardOptions, budget_words, write_card
+from hf_immunize.hub.card import CardOptions, write_card
 from hf_immunize.hub.collect import (
     describe_base_model,
     describe_dataset,
@@ -40,7 +40,6 @@ from hf_immunize.hub.record import (
     RECORD_NAME,
     AuditRecord,
     BaseModelRecord,
-    BudgetRecord,
     DataRecord,
     ImmunizationRecord,
     MethodRecord,
@@ -54,36 +53,10 @@ from hf_immunize.tensor_hash import weights_fingerprint
 from hf_immunize.text import printable, public_name
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.checkpoints import STATE
-from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.head import without_wrapper
 
 
 logger = logging.get_logger(__name__)
-
-
-def describe_budget(step: ImmunizationStep) -> BudgetRecord | None:
-    """How far the benign side has moved, against its limit; None without a budget, or before the first step."""
-    spent, limit = step.weighting.spent(), step.method.benign_budget
-    if spent is None or limit is None or step.calls == 0:
-        return None
-    return BudgetRecord(limit, step.method.budget_measure, *spent)
-
-
-class BudgetWatch:
-    """Logs when a run begins to exceed its budget and when it is back within, not in every step."""
-
-    def __init__(self) -> None:
-        self._exceeded = False
-
-    def look(self, step: ImmunizationStep, steps: int) -> dict[str, float]:
-        """What to log: the part of the limit that is spent; nothing without a budget."""
-        state = describe_budget(step)
-        if state is None:
-            return {}
-        if state.exceeded != self._exceeded:
-            (logger.warning if state.exceeded else logger.info)(f"Step {steps}: {budget_words(state)}")
-            self._exceeded = state.exceeded
-        return {"budget_spent": state.spent / state.limit}
 
 
 # ---- what is known of the weights ----
@@ -97,7 +70,6 @@ class _Evaluated:
     metrics: dict[str, float]
     benign: tuple[Measurement, Measurement | None]
     harmful: tuple[Measurement | None, Measurement | None]
-    budget: BudgetRecord | None
 
 
 @dataclass
@@ -117,7 +89,7 @@ class Evidence:
     _adopted: tuple[str, ImmunizationRecord] | None = None
     _saved: tuple[str, str, dict[str, str]] | None = None  # before their evaluation: folder, hashes of its files
     _attached: tuple[str, RatioRecord | None, AuditRecord | None] | None = None
-    _seen: dict[str, tuple[int, BudgetRecord | None]] = field(default_factory=dict)  # step and budget at first sight
+    _seen: dict[str, int] = field(default_factory=dict)  # the step at first sight
     # Size and checksum of the benign images that `before` is of.
     _before_of: tuple[int | None, float | None] = (None, None)
 
@@ -130,11 +102,10 @@ class Evidence:
         benign: Measurement,
         harmful: Measurement | None,
         references: dict[str, Measurement],
-        budget: BudgetRecord | None = None,
     ) -> None:
         """Keep what an evaluation of the constructor's data found; of several benign sets, the first one counts."""
         weights = weights_fingerprint(model)
-        step, budget = self._seen.setdefault(weights, (step, budget))
+        step = self._seen.setdefault(weights, step)
         last = self._latest
         if last is not None and (last.weights, last.step) == (weights, step) and last.prefix != prefix:
             return
@@ -143,7 +114,7 @@ class Evidence:
         elif not self._is_of(benign):
             self.before = None
         sides = (benign, references.get(prefix)), (harmful, references.get("harmful"))
-        self._latest = _Evaluated(weights, step, prefix, dict(metrics), *sides, budget)
+        self._latest = _Evaluated(weights, step, prefix, dict(metrics), *sides)
 
     def know_before(self, metrics: dict[str, float], benign: Measurement) -> None:
         """Keep what the starting weights were found to do."""
@@ -153,11 +124,6 @@ class Evidence:
     def step(self) -> int | None:
         """The step of the weights that were evaluated last, which may be earlier ones gone back to."""
         return self._latest.step if self._latest else None
-
-    @property
-    def budget(self) -> BudgetRecord | None:
-        """What had become of the benign budget at that step."""
-        return self._latest.budget if self._latest else None
 
     def _is_of(self, benign: Measurement) -> bool:
         """Whether what was before is of these images, as far as that is known."""
@@ -180,7 +146,7 @@ class Evidence:
             logger.warning(f"Passing over the record in {folder}: {error}")
             return
         self._adopted = weights_fingerprint(model), record
-        self._seen[self._adopted[0]] = record.method.steps, record.method.budget
+        self._seen[self._adopted[0]] = record.method.steps
         if self.before is None and record.metric is not None and record.metric.before is not None:
             self.before = {f"eval_{record.metric.name}": record.metric.before}
             if record.benign is not None:
@@ -199,7 +165,6 @@ def make_record(trainer: Any) -> ImmunizationRecord | None:
     known = evidence._latest
     if known is not None and known.weights == weights:
         record = bare_record(trainer, known.prefix, known.step)
-        record.method.budget = known.budget
         record.metric = _metric(
             evidence.before or {}, known.metrics, known.prefix, trainer.accelerator.mixed_precision
         )
@@ -237,7 +202,7 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
     base = evidence.base_model or describe_base_model(config._name_or_path, getattr(config, "_commit_hash", None))
     return ImmunizationRecord(
         method=MethodRecord(
-            objective=trainer.objective,
+            objective=args.objective,
             trainable=printable(args.trainable),
             steps=trainer.state.global_step if step is None else step,
             seed=args.seed,

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_immunize.errors import DataError, ImmunizationError, NonFiniteError, ScopeError, ShapeError
+from hf_immunize.errors import DataError, ImmunizationError, NonFiniteError, ScopeError
 from hf_immunize.spectra.hessian_functions import Hessian
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.checks import check_checkpointing, check_classifier
-from hf_immunize.training.choice import Choice, choose_objective
-from hf_immunize.training.distillation import (
-    MAX_TV_PER_IMAGE,
-    StartingModel,
-    feature_error,
-    logit_divergence,
-    total_variation,
-)
+from hf_immunize.training.choice import Choice, prepare_objective
+from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence, total_variation
 from hf_immunize.training.distributed import (
     gather_features,
     gather_labels,
@@ -50,7 +44,7 @@ class StepResult:
     """What a step gives."""
 
     loss: Tensor  # 0-D, to call ``backward`` on
-    logged: dict[str, Tensor]  # by name, 0-D: benign_loss, the terms, their weights, the divergence, the multiplier
+    logged: dict[str, Tensor]  # by name, 0-D: benign_loss and its parts, the terms, their weights
     logits: Tensor  # of the benign images, (N_P, C)
     finite: dict[str, Tensor] = field(default_factory=dict)  # side to whether all features of its images are, 0-D
 
@@ -93,7 +87,7 @@ class ImmunizationStep:
         >>> result = step(model, batch, step=0)
         >>> result.loss.backward()
         >>> list(result.logged)[:4]
-        ['benign_loss', 'kl', 'feature_error', 'total_variation']
+        ['benign_loss', 'kl', 'feature_error', 'r_well']
     """
 
     def __init__(
@@ -121,7 +115,6 @@ class ImmunizationStep:
             )
         self.still = modules_in_eval(model, moving, freeze_batchnorm, head_module)
         self.together = not has_batch_statistics(model, self.still)
-        self.weighting = Weighting(self.method)
         self.start = StartingModel(model) if self.method.needs_start else None
         # Micro-batches so far: the Trainer sees by it that none goes past the method.
         self.calls = 0
@@ -130,19 +123,13 @@ class ImmunizationStep:
         self.choice: Choice | None = None
         self._plain_model = model
         self._objective = objective
+        self.weighting = Weighting(self.method, (objective or OBJECTIVES[self.method.objective]).weight)
         self._needs_harmful_labels = (objective or self.method).needs_harmful_labels
-        size = self.method.queue_size
-        self._queues = {side: FeatureQueue(size) for side in ("benign", "harmful")} if size else {}
 
     # ---- the objective ----
 
-    @property
-    def objective(self) -> str:
-        """The objective by name; what "auto" stands for is known once it was chosen."""
-        return self.method.objective if self.choice is None else self.choice.objective
-
-    def choose(self, sample: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        """Choose what the method leaves open, once, before the first step; a resumed run keeps the choice.
+    def prepare(self, sample: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Let the objective look at images, once, before the first step; a resumed run keeps what it found.
 
         Args:
             sample: Gives some dozens of benign and of harmful images, each of shape ``(N, C, H, W)``, on the first
@@ -153,10 +140,10 @@ class ImmunizationStep:
         """
         if self._objective is None:
             with self.replayed(self._plain_model):
-                self._choose(choose_objective(self.method, self._plain_model, self.head, self.moving, sample))
+                self._set(prepare_objective(self.method, self._plain_model, self.head, self.moving, sample))
 
-    def _choose(self, choice: Choice) -> None:
-        kind = OBJECTIVES[choice.objective]
+    def _set(self, choice: Choice) -> None:
+        kind = OBJECTIVES[self.method.objective]
         self.choice, self._objective = choice, kind(choice.reads, self.method.scale_free, choice.directions)
 
     # ---- the loss ----
@@ -190,7 +177,7 @@ class ImmunizationStep:
                 "hf_immunize.data.pairs.PairedCollator, or give a dictionary of both sides."
             )
         self.calls += 1
-        self.choose(lambda: (batch["benign"]["pixel_values"], batch["harmful"]["pixel_values"]))
+        self.prepare(lambda: (batch["benign"]["pixel_values"], batch["harmful"]["pixel_values"]))
         task_loss = task_loss or nn.functional.cross_entropy
         passed = self._forward(model, batch)
         finite = {side: torch.isfinite(passed.features[rows].detach()).all() for side, rows in passed.sides.items()}
@@ -203,9 +190,7 @@ class ImmunizationStep:
         task = None
         if self.method.benign_loss != "distillation" and (add_task_loss or labels is not None):
             task = task_loss(passed.logits[passed.sides["benign"]], labels)
-        distillation, logged, measured = self._distillation(batch, passed, task_loss)
-        if measured is not None:
-            self.weighting.observe(measured, step)
+        distillation, logged, spent = self._distillation(batch, passed)
         nothing = passed.logits.new_zeros(())
         parts = [part for part in (task, distillation) if part is not None]
         benign_loss = torch.stack(parts).sum() if parts else nothing
@@ -214,23 +199,18 @@ class ImmunizationStep:
             self.terms(benign, harmful, step),
             {"benign": benign.features, "harmful": harmful.features},
             lambda: self._benign_scale(benign_loss, benign, passed.benign_graph),
-            step,
+            spent,
         )
-        for queue, side in zip(self._queues.values(), (benign, harmful), strict=False):
-            queue.push(_rows(side))
         logits = passed.logits[passed.sides["benign"]]
         return StepResult(loss, {"benign_loss": benign_loss, **logged, **weighed}, logits, finite)
 
     def terms(self, benign: Side, harmful: Side, step: int) -> Terms:
         """The objective's terms, which the weighting weighs; override it to minimize something else."""
-        sides = {"benign": benign, "harmful": harmful}
-        for name, queue in self._queues.items():
-            sides[name] = replace(sides[name], features=queue.join(_rows(sides[name])))
-        assert self._objective is not None  # chosen
+        assert self._objective is not None  # prepared
         try:
-            return self._objective(sides["benign"], sides["harmful"])
+            return self._objective(benign, harmful)
         except ImmunizationError as error:
-            raise type(error)(f"Objective {self.objective!r} at step {step + 1}: {error}") from error
+            raise type(error)(f"Objective {self.method.objective!r} at step {step + 1}: {error}") from error
 
     def _forward(self, model: nn.Module, batch: dict[str, Any]) -> _Passed:
         for module in self.still:
@@ -253,55 +233,32 @@ class ImmunizationStep:
         inner = {layer: values[own] for layer, values in passed.inner.items()}
         features, processes = passed.features[own], world_size()
         asked = self._needs_harmful_labels or (self._objective is not None and self._objective.needs_rows)
-        needs_rows = processes == 1 or self._queues or asked
+        needs_rows = processes == 1 or asked
         summed = not needs_rows and sum_is_smaller(len(features) * processes, features.shape[1], features.dtype)
         whole = sum_hessian(features) if summed else gather_features(features)
         return Side(whole, passed.logits[own], labels, inner)
 
     def _distillation(
-        self, batch: dict[str, Any], passed: _Passed, task_loss: TaskLoss
+        self, batch: dict[str, Any], passed: _Passed
     ) -> tuple[Tensor | None, dict[str, Tensor], Tensor | None]:
-        """The distillation loss, its parts by name, and what the budget is measured by; None where not used."""
+        """The distillation loss, its parts by name, and the part of the budget that is spent; None where not used."""
         if self.start is None:
             return None, {}, None
         kept = [side for side in passed.sides if side != "harmful"]
         with self.replayed(self._plain_model):
             images = torch.cat([batch[side]["pixel_values"] for side in kept])
             start_features, start_logits = self.start(self._plain_model, self.head, images)
-        kl = logit_divergence(torch.cat([passed.logits[passed.sides[side]] for side in kept]), start_logits)
-        parts, loss, measured = {"kl": kl}, None, kl
+        logits = torch.cat([passed.logits[passed.sides[side]] for side in kept])
+        parts, loss, spent = {"kl": logit_divergence(logits, start_logits)}, None, None
         if self.method.benign_loss != "task":
             now = torch.cat([passed.features[passed.sides[side]] for side in kept])
             parts["feature_error"] = feature_error(now, start_features)
-            loss = kl + self.method.feature_distillation_weight * parts["feature_error"]
+            loss = parts["kl"] + self.method.feature_distillation_weight * parts["feature_error"]
         if self.method.benign_budget is not None:
-            rows = passed.sides["benign"]
-            trained = passed.logits[rows].detach(), start_logits[rows]
-            measured, name = self._spent(kl, trained, batch, task_loss)
-            parts |= {name: measured} if name != "kl" else {}
-        return loss, parts, measured
-
-    def _spent(
-        self, kl: Tensor, trained: tuple[Tensor, Tensor], batch: dict[str, Any], task_loss: TaskLoss
-    ) -> tuple[Tensor, str]:
-        """How much of the budget is spent, and its name in the log: on held-out images where there are any."""
-        measure, (logits, start_logits), prefix = self.method.budget_measure, trained, ""
-        labels = batch["benign"].get("labels")
-        if "held_out" in batch:
-            assert self.start is not None  # a budget needs the starting model
-            pixels, labels = batch["held_out"]["pixel_values"], batch["held_out"].get("labels")
-            prefix = "held_out_"
-            with self.replayed(self._plain_model), torch.no_grad():
-                with in_eval_mode(self._plain_model):  # as it would be released now
-                    logits = self._plain_model(pixel_values=pixels)["logits"]
-                _, start_logits = self.start(self._plain_model, self.head, pixels)
-        if measure == "kl":
-            return logit_divergence(logits, start_logits) if prefix else kl, f"{prefix}kl"
-        if measure == "total_variation":
-            return total_variation(logits, start_logits, MAX_TV_PER_IMAGE), f"{prefix}total_variation"
-        assert labels is not None  # checked before training began
-        with torch.no_grad():
-            return task_loss(logits, labels) - task_loss(start_logits, labels), f"{prefix}task_loss_rise"
+            count = len(batch["benign"]["pixel_values"])
+            moved = process_mean(total_variation(logits[:count].detach(), start_logits[:count]))
+            parts["total_variation"], spent = moved, moved / self.method.benign_budget
+        return loss, parts, spent
 
     def _benign_scale(self, benign_loss: Tensor, benign: Side, loss_features: Tensor) -> Tensor:
         """The unit in which gradients of terms on the features are measured."""
@@ -319,13 +276,12 @@ class ImmunizationStep:
     def _check_unlabelled(self, add_task_loss: bool) -> None:
         """Whether labels of the benign images can be missing."""
         method = self.method
-        balanced = "auto" in (method.benign_weight, method.harmful_weight)
-        spent = method.benign_budget is not None and method.budget_measure == "loss"
-        if method.needs_labels and (add_task_loss or balanced or spent):
+        balanced = self.weighting.own is None and "auto" in (method.benign_weight, method.harmful_weight)
+        if method.needs_labels and (add_task_loss or balanced):
             raise DataError(
-                f"Expected labels of the benign images, which benign_loss={method.benign_loss!r} with "
-                f"budget_measure={method.budget_measure!r} needs, found none in the batch, which has "
-                "'pixel_values' alone. Let the collator put them under 'labels', or use benign_loss='distillation'."
+                f"Expected labels of the benign images, which benign_loss={method.benign_loss!r} needs, found none in "
+                "the batch, which has 'pixel_values' alone. Let the collator put them under 'labels', or use "
+                "benign_loss='distillation'."
             )
 
     def _check_sides(self, finite: dict[str, Tensor], batch: dict[str, Any], step: int) -> None:
@@ -339,25 +295,20 @@ class ImmunizationStep:
                 else "NaN or infinity. Lower the learning rate or the weights, or train in full precision"
             )
             raise NonFiniteError(
-                f"Objective {self.objective!r} at step {step + 1}: Expected finite features of the "
+                f"Objective {self.method.objective!r} at step {step + 1}: Expected finite features of the "
                 f"{' and '.join(lost)} images, found {found}; the last checkpoint is sound."
             )
 
     # ---- what a resumed run needs ----
 
-    def _stateful(self) -> dict[str, Weighting | FeatureQueue | StartingModel]:
-        start = {} if self.start is None else {"start": self.start}
-        return {
-            "weighting": self.weighting,
-            **{f"queue_{side}": queue for side, queue in self._queues.items()},
-            **start,
-        }
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights, queues, the chosen objective and starting tensors, with which a resumed run goes on exactly."""
-        parts = {part: of.state_dict() for part, of in self._stateful().items()}
+        """Running means, what the objective found, and starting tensors, with which a resumed run goes on exactly."""
+        parts = {
+            "weighting": self.weighting.state_dict(),
+            "start": {} if self.start is None else self.start.state_dict(),
+        }
         if self.choice is not None:
-            text = json.dumps({"asked": self.method.objective, **asdict(self.choice)})
+            text = json.dumps({"objective": self.method.objective, **asdict(self.choice)})
             parts["choice"] = {"json": torch.tensor(list(text.encode()), dtype=torch.uint8)}
         return {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
 
@@ -367,17 +318,18 @@ class ImmunizationStep:
         Raises:
             ArgumentError: If the starting tensors are of another model, scope or method.
         """
-        parts: dict[str, dict[str, Tensor]] = {}
+        parts: dict[str, dict[str, Tensor]] = {"start": {}}
         for name, value in state.items():
             part, key = name.split("/", 1)
             parts.setdefault(part, {})[key] = value
-        for part, of in self._stateful().items():
-            of.load_state_dict(parts.get(part, {}))
+        self.weighting.load_state_dict(parts["weighting"])
+        if self.start is not None:
+            self.start.load_state_dict(parts["start"])
         if "choice" in parts:
             found = json.loads(bytes(parts["choice"]["json"].tolist()))
-            if found.pop("asked") == self.method.objective:
-                directions = tuple(map(tuple, found.get("directions", ())))
-                self._choose(Choice(found["objective"], tuple(found["reads"]), found["reason"], directions))
+            if found["objective"] == self.method.objective:
+                directions = tuple(map(tuple, found["directions"]))
+                self._set(Choice(tuple(found["reads"]), directions, found["separability"]))
 
 
 def forward_both(
@@ -401,50 +353,6 @@ def forward_both(
         other_logits = model(pixel_values=others)["logits"]
     logits = torch.cat([benign_logits, other_logits])
     return torch.cat([first.features, second.features]), logits, first.features
-
-
-def _rows(side: Side) -> Tensor:
-    assert isinstance(side.features, Tensor)  # where there is a queue, features are gathered
-    return side.features
-
-
-class FeatureQueue:
-    """The last rows of features, of slightly older weights, without gradient.
-
-    A regularizer of ``[Z_batch; queue]`` estimates that of the population, with its gradient through the batch alone.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._rows: Tensor | None = None
-
-    def join(self, features: Tensor) -> Tensor:
-        """The batch's features ``(N, D)`` and the queue's below them."""
-        if self._rows is None:
-            return features
-        if self._rows.shape[1] != features.shape[1]:
-            raise ShapeError(
-                f"Expected features of dimension {self._rows.shape[1]}, which the queue holds, found "
-                f"{features.shape[1]}: the checkpoint is of another model. Resume with the model of the interrupted "
-                "run, or start anew."
-            )
-        return torch.cat([features, self._rows.to(features.device, features.dtype)])
-
-    def push(self, features: Tensor) -> None:
-        """Take in the rows of a step; the oldest ones make room."""
-        rows = features.detach()
-        if self._rows is not None:
-            rows = torch.cat([self._rows.to(rows.device, rows.dtype), rows])
-        self._rows = rows[-self.size :].clone()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The rows; empty before the first step."""
-        return {} if self._rows is None else {"rows": self._rows}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
-        rows = state.get("rows")
-        self._rows = None if rows is None else rows[-self.size :]
 
 
 class RunningMeans:

@@ -31,7 +31,7 @@ from hf_immunize.hub.record import RECORD_NAME
 from hf_immunize.hub.weights import CARD_NAME
 from hf_immunize.training import checkpoints, checks, evaluation, record
 from hf_immunize.training.arguments import TRUNK_OBSTACLES, ImmunizationArguments, Method
-from hf_immunize.training.choice import Choice, draw_sample
+from hf_immunize.training.choice import draw_sample
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.step import ImmunizationStep, RunningMeans
 from hf_immunize.vision.head import HeadInput, without_wrapper
@@ -73,7 +73,7 @@ class ImmunizationTrainer(Trainer):
     Weights of half precision are turned into float32, in which they are trained, measured and saved.
 
     Under gradient accumulation the mean of the micro-batches' regularizers is minimized, since κ is not additive; over
-    processes the whole batch counts. FSDP needs ``benign_loss="task"`` and ``benign_budget=None``, and measures no κ
+    processes the whole batch counts. FSDP needs ``benign_loss="task"`` without a budget, and measures no κ
     in half precision; it is tested on the CPU (FSDP2). DeepSpeed, under the same conditions, is untested.
 
     Args:
@@ -158,7 +158,7 @@ class ImmunizationTrainer(Trainer):
         # over `num_items_in_batch`; it is a mean.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_Guard(self))
-        self._means, self._budget_watch = RunningMeans(), record.BudgetWatch()
+        self._means = RunningMeans()
         self._set_scope(self.model)
         self._sides: tuple[Any, Any, Any] | None = None
         if train_dataset is not None:
@@ -183,18 +183,15 @@ class ImmunizationTrainer(Trainer):
         self._step = self.create_step(model)
 
     @property
-    def objective(self) -> str:
-        """What is minimized in addition to the benign loss, by name; "auto" until training begins."""
-        return self._step.objective
-
-    @property
     def choices(self) -> dict[str, str]:
         """What the run works with and why, by option: objective, head, scope and batch sizes."""
-        args, choice = self.args, self._step.choice or Choice(self.objective, reason="not chosen yet")
+        args, found = self.args, self._step.choice
+        share = None if found is None else found.separability
+        sides = "" if share is None else f"; {share:.0%} of a sample are separable at the classifier's input"
         head = "by name" if args.head_module else "the only linear layer that gives the logits"
         same = "by default as many as benign ones" if args.harmful_batch_size is None else "as asked"
         return {
-            "objective": f"{choice.objective}: {choice.reason}",
+            "objective": f"{args.objective}{sides}",
             "head_module": f"{self._step.head_name}: {head}",
             "trainable": f"{len(self._moving)} parameters: trainable={args.trainable!r}",
             "harmful_batch_size": f"{args.batch_sizes.harmful}: {same}",
@@ -299,7 +296,7 @@ class ImmunizationTrainer(Trainer):
     def _cached_pairs(self) -> PairedDataset:
         """Pairs with stored activations of the frozen trunk in place of images; each process computes a share."""
         args, pairs = self.args, self.train_dataset
-        sides = {side: getattr(pairs, side) for side in ("benign", "harmful", "distillation", "held_out")}
+        sides = {side: getattr(pairs, side) for side in ("benign", "harmful", "distillation")}
         sides = {side: rows for side, rows in sides.items() if rows is not None}
         for side, rows in sides.items():
             if isinstance(rows, StreamedRows):
@@ -404,10 +401,9 @@ class ImmunizationTrainer(Trainer):
         return self.model.loss_function(labels, logits, self.model.config)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's, with the mean of every term and weight since the last log, and the part of the budget."""
+        """As the Trainer's, with the mean of every term and weight since the last log."""
         if "loss" in logs:
             logs.update(self._means.take(self.state.global_step))
-            logs.update(self._budget_watch.look(self._step, self.state.global_step))
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -472,8 +468,7 @@ class ImmunizationTrainer(Trainer):
         metrics.update({f"{prefix}_{metric}": value for metric, value in spectral.items()})
         if self.args.should_save and not self._is_sharded and own_data:
             named = {metric.replace(prefix, name, 1): value for metric, value in metrics.items()}
-            step, budget = self.state.global_step, record.describe_budget(self._step)
-            self.evidence.note(self.model, name, step, named, benign, harmful, references, budget)
+            self.evidence.note(self.model, name, self.state.global_step, named, benign, harmful, references)
         return output
 
     def _loop_with_exact_loss(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -601,13 +596,13 @@ class ImmunizationTrainer(Trainer):
         if resume_from_checkpoint is None:
             self._measure_references()
         if isinstance(self.train_dataset, PairedDataset):
-            self._step.choose(self._sample)
+            self._step.prepare(self._sample)
             if self.is_world_process_zero():
                 logger.info(f"Choices: {'; '.join(f'{name} {why}' for name, why in self.choices.items())}.")
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
 
     def _sample(self) -> tuple[Tensor, Tensor]:
-        """Images to choose the objective on, which do not depend on the batch size."""
+        """Images for the objective to look at, which do not depend on the batch size."""
         self.model.to(self.args.device)
         collate = self.data_collator.inner
         return draw_sample(self.train_dataset, self._data_seed, self.args.device, collate, collate)
