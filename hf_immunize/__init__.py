@@ -25,6 +25,7 @@ _PUBLIC = {
     "hub.load": ("load_immunized",),
     "hub.verify": ("verify",),
     "training.arguments": ("ImmunizationArguments", "Method"),
+    "training.immunize": ("immunize",),
     "training.trainer": ("ImmunizationTrainer",),
     "training.immunization_callback": ("ImmunizationCallback",),
     "training.step": ("ImmunizationStep",),

@@ -6,8 +6,9 @@ benign training set does not show.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,3 +95,20 @@ class StartingModel:
                     "benign_loss= of the interrupted run."
                 )
         self._tensors = {name: state[name].to(value.device) for name, value in self._tensors.items()}
+
+
+class StartedRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Stored activations, each with what the starting model makes of it: computed once, since neither changes."""
+
+    def __init__(self, rows: Any, run: Callable[[Tensor], tuple[Tensor, Tensor]], batch_size: int) -> None:
+        self.rows, parts = rows, []
+        for first in range(0, len(rows), batch_size):
+            batch = [rows[row]["pixel_values"] for row in range(first, min(first + batch_size, len(rows)))]
+            parts.append([part.cpu() for part in run(torch.stack(batch))])
+        self.features, self.logits = (torch.cat(part) for part in zip(*parts, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.rows[row] | {"start_features": self.features[row], "start_logits": self.logits[row]}

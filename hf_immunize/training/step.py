@@ -245,9 +245,12 @@ class ImmunizationStep:
         if self.start is None:
             return None, {}, None
         kept = [side for side in passed.sides if side != "harmful"]
-        with self.replayed(self._plain_model):
-            images = torch.cat([batch[side]["pixel_values"] for side in kept])
-            start_features, start_logits = self.start(self._plain_model, self.head, images)
+        if all("start_logits" in batch[side] for side in kept):
+            start_features, start_logits = (
+                torch.cat([batch[side][name] for side in kept]) for name in ("start_features", "start_logits")
+            )
+        else:
+            start_features, start_logits = self.run_start(torch.cat([batch[side]["pixel_values"] for side in kept]))
         logits = torch.cat([passed.logits[passed.sides[side]] for side in kept])
         parts, loss, spent = {"kl": logit_divergence(logits, start_logits)}, None, None
         if self.method.benign_loss != "task":
@@ -259,6 +262,12 @@ class ImmunizationStep:
             moved = process_mean(total_variation(logits[:count].detach(), start_logits[:count]))
             parts["total_variation"], spent = moved, moved / self.method.benign_budget
         return loss, parts, spent
+
+    def run_start(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits of the starting model; with a cached trunk, of its activations."""
+        assert self.start is not None
+        with self.replayed(self._plain_model):
+            return self.start(self._plain_model, self.head, pixel_values)
 
     def _benign_scale(self, benign_loss: Tensor, benign: Side, loss_features: Tensor) -> Tensor:
         """The unit in which gradients of terms on the features are measured."""

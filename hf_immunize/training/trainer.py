@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -32,6 +33,7 @@ from hf_immunize.hub.weights import CARD_NAME
 from hf_immunize.training import checkpoints, checks, evaluation, record
 from hf_immunize.training.arguments import TRUNK_OBSTACLES, ImmunizationArguments, Method
 from hf_immunize.training.choice import draw_sample
+from hf_immunize.training.distillation import StartedRows
 from hf_immunize.training.distributed import world_size
 from hf_immunize.training.step import ImmunizationStep, RunningMeans
 from hf_immunize.vision.head import HeadInput, without_wrapper
@@ -274,7 +276,7 @@ class ImmunizationTrainer(Trainer):
         try:
             # Here, since the weights of a checkpoint are loaded by now.
             self.train_dataset = self._cached_pairs()
-            self.data_collator = PairedCollator(ImageCollator())
+            self.data_collator = PairedCollator(default_collate)
             return super().get_train_dataloader()
         finally:
             self.train_dataset, self.data_collator = given
@@ -326,7 +328,14 @@ class ImmunizationTrainer(Trainer):
         ]
         stored = dict(zip(sides, open_or_write(*caches), strict=True))
         self._step.replayed = split.replayed
+        self.model.to(args.device)
+        for side in ("benign", "distillation"):
+            if self._step.start is not None and side in stored:
+                stored[side] = StartedRows(stored[side], self._run_start, options["batch_size"])
         return PairedDataset(**stored, harmful_labels=True, batch_sizes=pairs.batch_sizes)
+
+    def _run_start(self, activations: Tensor) -> tuple[Tensor, Tensor]:
+        return self._step.run_start(activations.to(self.args.device, next(self.model.parameters()).dtype))
 
     @contextmanager
     def _all_rows(self) -> Iterator[None]:

@@ -24,7 +24,10 @@ logger = logging.get_logger(__name__)
 
 
 def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[str]:
-    """Names of the last stage's parameters: the deepest blocks at one resolution, what follows them, and the head."""
+    """Names of the last stage's parameters: the deepest blocks at one resolution, what follows them, and the head.
+
+    Of transformers whose blocks all have one resolution, it is the last third of them, and at least two.
+    """
     # The blocks are in the outermost ModuleList of the base model (of several, the largest).
     head_name, head = find_head(model, head_module)
     blocks = _block_list(without_wrapper(model), head)
@@ -161,12 +164,12 @@ def _size(module: nn.Module) -> int:
 def _stage_start(blocks: list[nn.Module]) -> int:
     last = max(index for index, block in enumerate(blocks) if _size(block))
     # Where blocks are stages with lists of their own (Swin, ConvNeXt), the last one is the stage; else it starts at
-    # the last block with a strided convolution (MobileNetV2), or is the last block (ViT).
+    # the last block with a strided convolution (MobileNetV2), or is the last third of the blocks (ViT).
     if _outermost(blocks[last], nn.ModuleList):
         return last
     convolutions = [[part for part in block.modules() if isinstance(part, nn.Conv2d)] for block in blocks]
     strided = (i for i, parts in enumerate(convolutions) if any(max(part.stride) > 1 for part in parts))
-    return max(strided, default=last)
+    return max(strided, default=last + 1 - min(max(2, round((last + 1) / 3)), max(1, last)))
 
 
 def _matching(pattern: str, names: list[str]) -> list[str]:
