@@ -55,20 +55,21 @@ _ACCESS_WORDS = {
     "fine_tuning": "all weights (fine-tuning)",
 }
 # Name, metric, form, and the flags that make it a bound from below and from above.
+INTERCEPT_ROW = "RIR (of a probe with an intercept)"
 _ROWS = (
     ("benign accuracy", "eval_accuracy", "{:.1%}", "", ""),
     ("log10 κ of benign features", "eval_benign_log10_kappa", "{:.2f}", "eval_benign_is_bound", ""),
     ("log10 κ of harmful features", "eval_harmful_log10_kappa", "{:.2f}", "eval_harmful_is_bound", ""),
     ("rank of benign features", "eval_benign_rank", "{:.0f}", "", ""),
     ("rank of harmful features", "eval_harmful_rank", "{:.0f}", "", ""),
-    ("RIR (exact)", "eval_rir", "{:,.4g}", "eval_rir_is_lower_bound", "eval_rir_is_upper_bound"),
     (
-        "RIR (exact, of a probe with an intercept)",
+        INTERCEPT_ROW,
         "eval_intercept_rir",
         "{:,.4g}",
         "eval_intercept_rir_is_lower_bound",
         "eval_intercept_rir_is_upper_bound",
     ),
+    ("RIR (exact, the paper's)", "eval_rir", "{:,.4g}", "eval_rir_is_lower_bound", "eval_rir_is_upper_bound"),
 )
 
 
@@ -110,8 +111,8 @@ def slug(text: str) -> str:
 def metric_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name, before and after of the metrics of `ImmunizationTrainer.evaluate`, as text, bounds with their direction.
 
-    >>> metric_rows({"eval_rir": 1.0}, {"eval_rir": 50.0, "eval_rir_is_lower_bound": 1.0})[-2]
-    ('RIR (exact)', '1', '≥ 50')
+    >>> metric_rows({"eval_rir": 1.0}, {"eval_rir": 50.0, "eval_rir_is_lower_bound": 1.0})[-1]
+    ("RIR (exact, the paper's)", '1', '≥ 50')
     """
 
     def cell(metrics: dict[str, Any], key: str, form: str, below: str, above: str) -> str:
