@@ -98,10 +98,10 @@ def plain_steps(model: torch.nn.Module, images: list[dict[str, Any]], folder: st
     return clock.seconds
 
 
-TASK: dict[str, Any] = {"benign_loss": "task", "benign_budget": None}
+TASK: dict[str, Any] = {"benign_loss": "task"}
 # What is asked to cost at most 1.05 of a plain step, and what is only stated.
 ASKED = {name: TASK | {"objective": name} for name in ("kappa", "concentration", "r_ill", "opt_kappa")}
-STATED = {"imma": TASK | {"objective": "imma"}, "the defaults (distillation, budget)": {}}
+STATED = {"imma": TASK | {"objective": "imma"}, "the defaults (time, distillation)": {}}
 CALLBACK = "ImmunizationCallback, concentration, fixed weights"
 
 

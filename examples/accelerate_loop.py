@@ -64,7 +64,7 @@ def main(words):
 
     # What is trainable, and what is minimized. The step keeps the model as it is now, to distil from.
     moving = select_trainable(model, "last_stage")
-    step = ImmunizationStep(model, Method(objective="auto", benign_budget=0.05), moving=moving)
+    step = ImmunizationStep(model, Method(), moving=moving)
 
     tests = {side: load_rows(getattr(options, side), "test") for side in ("benign", "harmful")}
     before = {side: measure(model, rows, processor, accelerator) for side, rows in tests.items()}

@@ -1,6 +1,6 @@
 """The methods that the experiments compare, as arguments that differ from the library's defaults.
 
-`default` is what a user gets who sets nothing; `concentration` and `dead_relu` are its two choices by name. `kappa`,
+`default` is what a user gets who sets nothing; `concentration` and `dead_relu` are other objectives by name. `kappa`,
 `r_ill`, `opt_kappa` and `imma` are the paper's objective and its three baselines with the paper's own recipe;
 `kappa_ours`, … are the same objectives under ours, so that only the objective differs from `default`.
 
@@ -26,9 +26,7 @@ PAPER: dict[str, Any] = {
     # What the paper has not, whatever the library's defaults come to be.
     "weight_decay": 0.0,
     "warmup_steps": 0,
-    "weight_warmup_steps": 0,
     "scale_free": False,
-    "queue_size": 0,
 }
 
 # Of the paper: name to what the page calls it under the paper's recipe, and under ours.

@@ -43,7 +43,7 @@ class Group:
 
     @property
     def objectives(self) -> str:
-        """What was minimized, by name: of the default, what "auto" took; of more than one, with their seeds."""
+        """What was minimized, by name; of more than one, with their seeds."""
         taken: dict[str, list[str]] = {}
         for row in self.rows:
             taken.setdefault(row["objective"], []).append(str(row["seed"]))

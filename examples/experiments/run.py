@@ -137,7 +137,6 @@ def _make(run: Run, images: tasks.Data, file: Path, settings: dict[str, Any], be
         "resumed": parts.resumed(),
         "shared": {"name": before.name, "seconds": shared.seconds(), "resumed": shared.resumed()},
         "steps": results["steps"],
-        # What "auto" came to.
         "objective": results["objective"],
         "images": {side: one["images"] for side, one in images.about.items()},
         "sources": {side: one["source"] for side, one in images.about.items()},

@@ -48,9 +48,8 @@ def write_arguments(run: Run, data: Data, start: str) -> tuple[Path, dict[str, A
 
 def _trunk(run: Run, values: dict[str, Any], data: Data, start: str) -> Path:
     """The stored trunk's folder, the same for all runs that would store the same, so that none rewrites another's."""
-    held_out = values.get("benign_budget", Method.benign_budget) is not None and values.get("budget_holdout")
     names = ("cache_trunk", "trainable", "head_module", "per_device_train_batch_size")
-    alike = {name: values.get(name) for name in names} | {"held out": held_out, "start": start, "seed": run.seed}
+    alike = {name: values.get(name) for name in names} | {"start": start, "seed": run.seed}
     alike |= {"loss": values.get("benign_loss"), "data": data.settings()}
     return run.shared / "trunk" / f"{run.experiment}-seed{run.seed}-{digest(alike)}"
 

@@ -32,7 +32,7 @@ sizes = st.integers(1, 13)
 
 @given(
     counts=st.tuples(sizes, sizes, sizes),
-    batch=st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 7), st.integers(0, 3)),
+    batch=st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 7)),
     seed=st.integers(0, 2**32),
     epochs=st.integers(1, 6),
 )
@@ -40,7 +40,7 @@ def test_an_epoch_is_one_pass_with_the_sizes_asked_and_harmful_rows_are_used_equ
     counts, batch, seed, epochs
 ):
     benign, harmful, distillation = counts
-    others = {"num_distillation": distillation, "num_held_out": 4, "batch_sizes": BatchSizes(*batch)}
+    others = {"num_distillation": distillation, "batch_sizes": BatchSizes(*batch)}
     sampler = PairedSampler(benign, harmful, seed, **others)
     times = Counter()
     for epoch in range(epochs):
@@ -49,7 +49,7 @@ def test_an_epoch_is_one_pass_with_the_sizes_asked_and_harmful_rows_are_used_equ
         times.update(row for draw in drawn for row in draw[1])
         for start in range(0, benign - batch[0] + 1, batch[0]):
             rows_of_batch = drawn[start : start + batch[0]]
-            assert [sum(len(draw[side]) for draw in rows_of_batch) for side in (1, 2, 3)] == list(batch[1:])
+            assert [sum(len(draw[side]) for draw in rows_of_batch) for side in (1, 2)] == list(batch[1:])
     used = [times[row] for row in range(harmful)]
     assert max(used) - min(used) <= 1
 
@@ -72,10 +72,10 @@ def rows(count, shape=(3, 4, 4), first=0):
 
 def test_a_pair_holds_both_rows_and_the_harmful_label_on_request_alone():
     pairs = PairedDataset(rows(3), rows(2, first=10))
-    pair = pairs[2, (1,), (), ()]
+    pair = pairs[2, (1,), ()]
     assert len(pairs) == 3 and pair["benign"]["labels"] == 2 and set(pair["harmful"][0]) == {"pixel_values"}
     assert pair["harmful"][0]["pixel_values"][0, 0, 0] == 11
-    assert PairedDataset(rows(3), rows(2), harmful_labels=True)[2, (1,), (), ()]["harmful"][0]["labels"] == 1
+    assert PairedDataset(rows(3), rows(2), harmful_labels=True)[2, (1,), ()]["harmful"][0]["labels"] == 1
 
 
 @pytest.mark.parametrize("benign, harmful, name", [(0, 2, "benign"), (2, 0, "harmful")])
@@ -85,12 +85,12 @@ def test_an_empty_side_is_refused(benign, harmful, name):
 
 
 def test_sides_are_collated_apart_with_the_labels_that_a_loss_may_read():
-    data = PairedDataset(rows(4), rows(2), distillation=rows(3), held_out=rows(3), batch_sizes=BatchSizes(4, 4, 6, 1))
+    data = PairedDataset(rows(4), rows(2), distillation=rows(3), batch_sizes=BatchSizes(4, 4, 6))
     batch = PairedCollator(ImageCollator())([data[draw] for draw in data.make_sampler(0)])
     shapes = {side: tuple(part["pixel_values"].shape) for side, part in batch.items()}
-    counts = {"benign": 4, "harmful": 4, "distillation": 6, "held_out": 1}
+    counts = {"benign": 4, "harmful": 4, "distillation": 6}
     assert shapes == {side: (count, 3, 4, 4) for side, count in counts.items()}
-    assert {side for side, part in batch.items() if "labels" in part} == {"benign", "held_out"}
+    assert {side for side, part in batch.items() if "labels" in part} == {"benign"}
     assert set(PairedCollator(ImageCollator())(rows(2))) == {"pixel_values", "labels"}  # rows that are no pairs
     without = PairedDataset(rows(2), rows(2), batch_sizes=BatchSizes(2, 2, 4))
     assert [draw[2] for draw in without.make_sampler(0)] == [(), ()]
@@ -116,7 +116,7 @@ def whole_numbers(side):
 def test_batches_that_cannot_pass_together_are_named_with_their_side(harmful, collate, error, named):
     data = PairedDataset(rows(1), harmful, harmful_labels=True)
     with pytest.raises(error, match=named):
-        PairedCollator(collate)([data[0, (0,), (), ()]])
+        PairedCollator(collate)([data[0, (0,), ()]])
 
 
 def test_a_loader_that_draws_for_itself_is_refused():

@@ -42,18 +42,18 @@ def trainer(name, folder, **options):
         logging_steps=1,
         **settings,
     )
-    sets = {"distillation_dataset": rows(7, 5)} if "queue_size" in options else {}
+    sets = {"distillation_dataset": rows(7, 5)} if "benign_budget" in options else {}
     sets |= {"train_dataset": rows(17, 1), "harmful_dataset": rows(9, 2), "eval_dataset": rows(20, 3)}
     return ImmunizationTrainer(build(name), args, **sets, harmful_eval_dataset=rows(20, 4))
 
 
-PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}
+PAPER = {"objective": "kappa", "benign_loss": "task"}
 RUNS = [
     ("vit", PAPER),
     ("resnet", PAPER),
     ("resnet", PAPER | {"freeze_batchnorm": False}),
-    # The defaults, and all that remembers: multiplier, running means, queue, starting weights, a set beside.
-    ("vit", {"queue_size": 10, "harmful_batch_size": 3, "weight_warmup_steps": 3, "budget_measure": "loss"}),
+    # The defaults, with directions and starting weights, and a set beside.
+    ("vit", {"benign_budget": 0.1, "harmful_batch_size": 3}),
     ("resnet", {"benign_loss": "both", "objective": "kappa", "gradient_accumulation_steps": 2, "max_steps": 5}),
 ]
 

@@ -39,7 +39,7 @@ def doubled(rows):
     return batch | ({"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {})
 
 
-DISTILLED = {"objective": "concentration", "benign_loss": "both", "benign_budget": 0.05, "queue_size": 16}
+DISTILLED = {"objective": "time", "benign_loss": "both", "benign_budget": 0.1}
 
 
 @pytest.mark.parametrize(

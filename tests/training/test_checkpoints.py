@@ -313,7 +313,7 @@ def test_a_run_goes_on_without_a_list_and_where_no_starting_model_is_needed(
 
 
 def test_the_choice_is_not_made_anew(stopped, trainer, monkeypatch):
-    chosen = {**DISTILLED, "objective": "auto"}
+    chosen = {**DISTILLED, "objective": "dead_relu"}
     folder = stopped(model="resnet", **chosen)
 
     def sought(*args):
@@ -322,16 +322,16 @@ def test_the_choice_is_not_made_anew(stopped, trainer, monkeypatch):
     monkeypatch.setattr("hf_immunize.training.objectives.choke_points", sought)
     run = trainer("resnet", max_steps=2, **chosen)
     run.train(resume_from_checkpoint=folder)
-    assert run.objective == "dead_relu"
+    assert len(run._step.choice.reads) == 1
 
 
 def test_other_settings_are_named_and_used(stopped, trainer, warnings):
-    folder = stopped(objective="kappa", queue_size=8, harmful_weight="0.3")
-    trainer(max_steps=2, queue_size=8, harmful_weight=0.3).train(resume_from_checkpoint=folder)
+    folder = stopped(objective="kappa", auto_weight_ratio=0.5, harmful_weight="0.3")
+    trainer(max_steps=2, auto_weight_ratio="0.5", harmful_weight=0.3).train(resume_from_checkpoint=folder)
     assert not warnings
-    run = trainer(max_steps=2, objective="r_ill", queue_size=6, harmful_weight=0.3)
+    run = trainer(max_steps=2, objective="r_ill", auto_weight_ratio=0.4, harmful_weight=0.3)
     run.train(resume_from_checkpoint=folder)
-    assert "objective=r_ill (was kappa), queue_size=6 (was 8)" in warnings[0]
+    assert "objective=r_ill (was kappa), auto_weight_ratio=0.4 (was 0.5)" in warnings[0]
     assert "r_well" not in run.state.log_history[-2]
 
 

@@ -10,11 +10,9 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import EvalPrediction
 
-from hf_immunize.errors import NonFiniteError
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.training.evaluation import Accuracy, own_rows
-from hf_immunize.training.step import RunningMeans
 from hf_immunize.vision.head import penultimate_features
 
 
@@ -233,32 +231,3 @@ def test_processes_keep_each_image_once(count, batch, processes):
         last = own_rows(len(dealt[-1]), rank, remainder=count % (batch * processes))
         kept += [row for rows in [*dealt[:-1], dealt[-1][:last]] for row in rows]
     assert sorted(kept) == list(range(count))
-
-
-# ---- means of terms ----
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("deferred", [True, False])
-def test_a_term_that_is_not_finite_is_named_with_its_step_and_side(value, deferred):
-    means = RunningMeans(deferred)
-    finite = {"benign": torch.tensor(True), "harmful": torch.tensor(False)}
-    with pytest.raises(NonFiniteError, match=r"finite r_ill at step [34], found .* the harmful images"):
-        means.update({"r_well": torch.tensor(1.0), "r_ill": torch.tensor(float(value))}, 3, finite)
-        means.update({"r_well": torch.tensor(1.0), "r_ill": torch.tensor(2.0)}, 4)
-        means.take(4)
-
-
-def test_values_on_a_device_are_not_looked_at_when_they_are_added():
-    means = RunningMeans()
-    for step in (1, 2):
-        means.update({"r_ill": torch.tensor(0.0, device="meta")}, step)  # a look at it would raise
-
-
-def test_means_are_of_the_values_since_the_last_ones():
-    means = RunningMeans()
-    for values in ((1.0, 3.0), (5.0,)):
-        for value in values:
-            means.update({"r_well": torch.tensor(value)}, 1)
-        assert means.take(2) == {"r_well": sum(values) / len(values)}
-    assert means.take(3) == {}

@@ -1,4 +1,4 @@
-"""Objectives are functions of features, logits, labels and what enters inner modules."""
+"""Objectives are functions of features, logits, labels and what enters inner modules; what they look for, once."""
 
 import math
 
@@ -6,26 +6,32 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_immunize.errors import ArgumentError, DataError, ScopeError
+from hf_immunize.hub.record import read_record
 from hf_immunize.linear.time import probing_time
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.regularizers import spectral_concentration
+from hf_immunize.training import choice
 from hf_immunize.training.arguments import Method
+from hf_immunize.training.choice import LEAST_IMAGES, MIN_SEPARABILITY, prepare_objective, separability, separable
 from hf_immunize.training.distributed import sum_hessian
 from hf_immunize.training.objectives import (
     OBJECTIVES,
-    InnerTerm,
+    DeadReLU,
     Objective,
     Side,
-    Subspace,
     Terms,
+    Time,
     adapted_loss,
     gradient_norm,
     relu_activity,
 )
 from hf_immunize.training.step import ImmunizationStep
+from hf_immunize.vision.head import find_head
+from hf_immunize.vision.scope import select_trainable
 
 
 SPECTRAL = [name for name, kind in OBJECTIVES.items() if not (kind.needs_rows or kind.looks_inside())]
@@ -51,7 +57,7 @@ def descended(features, term_of, steps=20, rate=0.05):
 def test_a_step_down_the_harmful_term_moves_harmful_features_alone(name):
     benign, harmful = side(0), side(1)
     terms = OBJECTIVES[name]()(benign, harmful)
-    sum([*terms.harmful.values(), *(term.value for term in terms.inner.values())]).backward()
+    sum([*terms.harmful.values(), *terms.inner.values()]).backward()
     assert benign.features.grad is None and harmful.features.grad.norm() > 0
 
 
@@ -104,16 +110,15 @@ def test_by_the_hessian_half_precision_features_get_gradients_of_their_type():
     assert some.grad.dtype == torch.bfloat16 and (some.grad - wanted.grad).norm() <= 1e-2 * wanted.grad.norm()
 
 
-# "imma" counts the classes of the batch, and "dead_relu" is chosen by looking.
-@pytest.mark.parametrize("objective", SPECTRAL)
-@pytest.mark.parametrize(
-    "options", [{}, {"queue_size": 8}, {"benign_budget": None}], ids=["default", "queue", "ratio"]
-)
-def test_two_steps_run_on_the_meta_device_where_no_value_exists(objective, options):
+# "imma" counts the classes of the batch, and "dead_relu" is found by looking.
+@pytest.mark.parametrize("objective", ["time", *SPECTRAL])
+@pytest.mark.parametrize("budget", [None, 0.1])
+def test_two_steps_run_on_the_meta_device_where_no_value_exists(objective, budget):
     """On a device, a step reads no value back."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=16, num_labels=3))
-    step = ImmunizationStep(model, Method(objective=objective, **options))
+    found = OBJECTIVES[objective](directions=torch.eye(16)[:4].tolist())
+    step = ImmunizationStep(model, Method(objective=objective, benign_budget=budget), objective=found)
     model.to("meta")
     sides = {"pixel_values": torch.empty(4, 3, 32, 32, device="meta")}
     sides["labels"] = torch.empty(4, dtype=torch.long, device="meta")
@@ -129,19 +134,15 @@ def test_two_steps_run_on_the_meta_device_where_no_value_exists(objective, optio
 class Watched(Objective):
     """Concentration of what enters a layer."""
 
+    weight = 0.3
+
     def __call__(self, benign, harmful):
-        (name,) = self.reads
-        values = harmful.inner[name].flatten(1)
-        value = spectral_concentration(values)
-        scale = 1 / torch.linalg.vector_norm(benign.inner[name].detach())
-        return Terms(inner={"deep": InnerTerm(value, gradient_norm(value, values), scale)})
+        return Terms(inner={name: spectral_concentration(harmful.inner[name].flatten(1)) for name in self.reads})
 
 
-def test_an_objective_of_ones_own_reads_an_inner_layer(tiny):
-    """Its gradient on what enters the layer has the norm that the rule says."""
-    model = tiny()
-    layer = "vit.layers.1"
-    step = ImmunizationStep(model, Method(benign_budget=None), objective=Watched([layer]))
+def test_an_objective_of_ones_own_reads_an_inner_layer_and_has_its_weight(tiny):
+    model, layer = tiny(), "vit.layers.1"
+    step = ImmunizationStep(model, Method(), objective=Watched([layer]))
     entering = []
     model.get_submodule(layer).register_forward_pre_hook(
         lambda module, inputs: entering.append(inputs[0]) if torch.is_grad_enabled() else None
@@ -149,9 +150,10 @@ def test_an_objective_of_ones_own_reads_an_inner_layer(tiny):
     draw = torch.Generator().manual_seed(0)
     batch = {side: {"pixel_values": torch.randn(4, 3, 8, 8, generator=draw)} for side in ("benign", "harmful")}
     result = step(model, batch, 0)
-    (gradient,) = torch.autograd.grad(result.loss, entering[0])
-    expected = 0.3 / torch.linalg.vector_norm(entering[0][:4].detach())
-    torch.testing.assert_close(torch.linalg.vector_norm(gradient[4:]), expected, rtol=1e-4, atol=0)
+    (found,) = torch.autograd.grad(result.loss, entering[0])
+    values = entering[0].detach()[4:].requires_grad_()
+    (expected,) = torch.autograd.grad(0.3 * spectral_concentration(values.flatten(1)), values)
+    torch.testing.assert_close(found[4:], expected, rtol=1e-4, atol=1e-6)
     assert not any(module._forward_pre_hooks for name, module in model.named_modules() if name != layer)
 
 
@@ -162,7 +164,7 @@ def test_an_objective_of_ones_own_reads_an_inner_layer(tiny):
 @given(st.integers(0, 10_000), st.floats(0.01, 100.0), st.floats(-100.0, 100.0))
 def test_what_is_outside_has_no_scale_no_mean_and_bounds_the_condition_number(seed, scale, mean):
     features = side(seed, rows=30).features.detach() * torch.tensor([9.0, 5.0, 1.0, 0.5, 0.1, 0.02])
-    objective = OBJECTIVES["subspace"](directions=Subspace.prepare(features, features))
+    objective = Time(directions=Time.prepare(features, features))
     terms = objective(Side(features), Side(features))
     moved = objective(*2 * [Side(scale * features + mean)])
     for term, again in (
@@ -172,14 +174,6 @@ def test_what_is_outside_has_no_scale_no_mean_and_bounds_the_condition_number(se
         assert torch.isclose(term, again, rtol=1e-9, atol=1e-9)
     conditioning = feature_conditioning(features, intercept=True)
     assert conditioning.log_kappa >= math.log((conditioning.rank - 2) / 2) - terms.harmful["outside"]
-
-
-def test_its_weights_are_its_own_unless_numbers_are_given():
-    """No multiplier: what the first steps of an optimizer do to a benign side would drive it to nothing."""
-    method = Method(objective="subspace")
-    assert (method.benign_weight, method.harmful_weight, method.benign_budget) == (0.05, 0.05, None)
-    assert Method(objective="subspace", harmful_weight=0.1).benign_budget == Method().benign_budget
-    assert Method(objective="concentration").harmful_weight == "auto"
 
 
 @pytest.mark.parametrize("seed", [0, 10, 20])
@@ -193,18 +187,14 @@ def test_two_large_directions_slow_gradient_descent_on_a_task_that_neither_holds
         assert after > 20 * before
 
 
-def test_the_directions_are_those_of_the_sample_and_what_is_left_fades():
+def test_the_directions_are_those_of_the_sample_whose_images_must_differ():
     features = side(0, rows=40).features.detach() * torch.tensor([1.0, 7.0, 1.0, 5.0, 1.0, 1.0])
-    found = torch.tensor(Subspace.prepare(features.flip(1), features), dtype=torch.float64)
+    found = torch.tensor(Time.prepare(features.flip(1), features), dtype=torch.float64)
     assert (found[2:][:, [4, 2]].norm(dim=1) > 0.95).all()
     found = found[:2]
     assert (found[:, [1, 3]].norm(dim=1) > 0.95).all() and torch.allclose(found @ found.mT, torch.eye(2).double())
-    objective = OBJECTIVES["subspace"](directions=2 * torch.eye(6, dtype=torch.float64)[:2].tolist())
-    for factor, left in ((1.0, 1.0), (0.0, 0.0)):
-        only = features * torch.tensor([1.0, 1.0, factor, factor, factor, factor])
-        assert float(objective(Side(only), Side(only)).left) == pytest.approx(left, abs=1e-9)
-    with pytest.raises(DataError, match="subspace"):
-        Subspace.prepare(features, features[:1].expand(8, -1))
+    with pytest.raises(DataError, match="time"):
+        Time.prepare(features, features[:1].expand(8, -1))
 
 
 # ---- dead ReLU ----
@@ -214,25 +204,12 @@ def entering(seed, rows=6):
     return torch.randn(rows, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 10_000), st.floats(0.01, 100.0))
-def test_activity_has_no_scale_and_its_norm_in_closed_form_is_that_of_autograd(seed, scale):
-    harmful = (scale * entering(seed)).requires_grad_()
-    term = relu_activity(harmful, scale * entering(seed + 1))
-    (gradient,) = torch.autograd.grad(term.value, harmful)
-    assert torch.isclose(term.gradient_norm, gradient.norm(), rtol=1e-8)
-    assert torch.isclose(term.value, relu_activity(entering(seed), entering(seed + 1)).value, rtol=1e-9)
-
-
-def test_half_precision_is_widened_first():
-    assert relu_activity(entering(0).bfloat16(), entering(1).bfloat16()).value.dtype == torch.float32
-
-
-@pytest.mark.parametrize(("enters", "left"), [(1.0, 1.0), (-0.495, 0.25), (-0.6, 0.0)])
-def test_activity_says_how_much_is_left_and_has_no_gradient_where_nothing_is(enters, left):
-    # Ones of benign images are the unit; a margin of 0.5 leaves 0.005² = 0.25e-4 at -0.495.
-    term = relu_activity(torch.full((4, 3), enters, dtype=torch.float64), torch.ones(4, 3))
-    assert term.left.item() == pytest.approx(left, rel=1e-6) and bool(term.gradient_norm) == (left > 0)
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_activity_is_that_of_its_definition_at_any_scale_and_of_widened_rows(scale):
+    unit = entering(1).square().mean().sqrt()
+    expected = (torch.relu(entering(0) / unit + 0.5).square().mean() + 1e-4).log()
+    assert torch.isclose(relu_activity(scale * entering(0), scale * entering(1)), expected, rtol=1e-9)
+    assert relu_activity(entering(0).bfloat16(), entering(1).bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.outcome
@@ -242,7 +219,7 @@ def test_descent_on_activity_deactivates_every_relu(seed):
         features, benign = side(seed + 1).features, side(seed)
         for _ in range(steps):
             (term,) = OBJECTIVES["dead_relu"]()(benign, Side(features, inner={"relu": features})).inner.values()
-            (gradient,) = torch.autograd.grad(term.value, features)
+            (gradient,) = torch.autograd.grad(term, features)
             features = (features - 0.1 * gradient / gradient.norm().clamp_min(1e-12)).detach().requires_grad_()
         return bool(torch.relu(features).any())
 
@@ -299,31 +276,129 @@ def test_an_objective_without_what_it_reads_says_so(name, kind):
 
 IMPOSSIBLE = {
     "benign_loss": ["none"],
-    "budget_measure": ["accuracy"],
     "objective": ["nope"],
-    "benign_budget": [0, 0.2],
-    "budget_holdout": [0.7],
-    "auto_weight_averaging": [1.0],
-    "auto_weight_bound": [0.5],
+    "benign_budget": [0],
     "auto_weight_ratio": [-0.1, "some"],
     "feature_distillation_weight": [-1],
     "benign_weight": [-1.0],
     "harmful_weight": ["much", "nan", float("inf"), None],
-    "weight_warmup_steps": ["some"],
-    "queue_size": [-1, 2.5],
 }
-TOGETHER = [{"queue_size": 8, "objective": "imma"}, {"benign_loss": "task", "objective": "dead_relu"}]
 
 
-@pytest.mark.parametrize(
-    "given", [{name: value} for name, values in IMPOSSIBLE.items() for value in values] + TOGETHER, ids=str
-)
-def test_an_impossible_method_is_refused_by_name_and_value(given):
-    (name, value), *_ = given.items()
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in IMPOSSIBLE.items() for value in values])
+def test_an_impossible_method_is_refused_by_name_and_value(name, value):
     with pytest.raises(ArgumentError, match=rf"Expected {name}=.*{value}"):
-        Method(**given)
+        Method(**{name: value})
 
 
-def test_an_old_name_is_refused_with_the_new_one():
-    with pytest.raises(ArgumentError, match=r"'dead_relu'.*'silence'"):
-        Method(objective="silence")
+@pytest.mark.parametrize(("old", "new"), [("silence", "dead_relu"), ("auto", "time"), ("subspace", "time")])
+def test_an_old_name_is_refused_with_the_new_one(old, new):
+    assert Method().objective == "time"
+    with pytest.raises(ArgumentError, match=rf"'{new}'.*'{old}'"):
+        Method(objective=old)
+
+
+# ---- what is looked for before the first step ----
+
+
+def draws(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_each_row_is_predicted_by_all_others():
+    benign, harmful = draws(9, 5), draws(9, 5, seed=1) + 0.5
+    rows = torch.cat([benign, harmful])
+    rows = rows - rows.mean(0)
+    # Ridge regression with a constant feature whose square is the rows' mean one.
+    size = rows.square().sum(1).mean()
+    design = torch.cat([rows / size.sqrt(), torch.ones(18, 1, dtype=torch.float64)], dim=1)
+    sides = torch.tensor([1.0] * 9 + [-1.0] * 9, dtype=torch.float64)
+    expected = []
+    for index in range(18):
+        others = [other for other in range(18) if other != index]
+        normal = design[others].mT @ design[others] + 1e-2 * torch.eye(6, dtype=torch.float64)
+        weight = torch.linalg.solve(normal, design[others].mT @ sides[others])
+        expected.append(bool(design[index] @ weight * sides[index] > 0))
+    assert separable(benign, harmful).tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_features_of_two_distributions_are_separable_and_of_one_are_not(seed):
+    benign, harmful = draws(64, 300, seed=seed), draws(64, 300, seed=100 + seed)
+    assert separability(benign, harmful) < 0.75 and separability(benign, harmful + 0.5) > MIN_SEPARABILITY
+
+
+@pytest.mark.parametrize("benign, harmful", [(draws(40, 3), draws(40, 3) * torch.nan), (torch.ones(40, 3),) * 2])
+def test_what_cannot_be_read_is_not_separable_and_few_images_say_nothing(benign, harmful):
+    assert separability(benign, harmful) == 0 and separability(benign[: LEAST_IMAGES - 1], harmful) is None
+
+
+class Backwards(nn.Module):
+    """Runs its parts in the reverse of the order in which they are registered."""
+
+    def __init__(self, shortcut=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.late, self.early = (nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
+        self.shortcut = shortcut
+
+    def forward(self, x):
+        out = self.late(self.early(x))
+        return out + x if self.shortcut else out
+
+
+@pytest.mark.parametrize("shortcut, frozen, found", [(False, False, ["late.1"]), (True, False, []), (False, True, [])])
+def test_the_relu_is_the_last_that_no_shortcut_bypasses_and_gradients_reach(shortcut, frozen, found):
+    model = Backwards(shortcut).requires_grad_(not frozen)
+    names = [name for name, _ in model.named_parameters()]
+    assert DeadReLU.find(model, names, lambda: model(torch.eye(4) + 1)) == found
+
+
+def sample(shift=0.0, count=LEAST_IMAGES):
+    pixels = draws(2 * count, 3, 32, 32).float()
+    return pixels[:count], pixels[count:] + shift
+
+
+def prepared(model, images, objective="time"):
+    trainable = select_trainable(model, "last_stage")
+    return prepare_objective(Method(objective=objective), model, find_head(model)[1], trainable, lambda: images)
+
+
+def test_each_objective_finds_what_it_needs_and_hardly_separable_sides_are_said(tiny, monkeypatch):
+    said = []
+    monkeypatch.setattr(choice.logger, "warning_once", said.append)
+    found = {name: prepared(tiny("resnet"), sample(2.0), name) for name in ("time", "dead_relu", "kappa")}
+    assert [len(each.directions) for each in found.values()] == [4, 0, 0]
+    assert [len(each.reads) for each in found.values()] == [0, 1, 0]
+    assert [each.separability is None for each in found.values()] == [False, False, True] and not said
+    for count in (4, LEAST_IMAGES):
+        prepared(tiny("resnet"), sample(count=count))
+    assert len(said) == 1
+    with pytest.raises(DataError):
+        prepared(tiny("resnet"), [torch.ones(4, 3, 32, 32)] * 2)
+
+
+def test_a_restored_step_keeps_the_choice_unless_another_was_asked_for(tiny):
+    model = tiny("resnet")
+    made, other, asked = (ImmunizationStep(model, Method(objective=name)) for name in ("time", "time", "dead_relu"))
+    made.prepare(lambda: sample(2.0))
+    for step in (other, asked):
+        step.load_state_dict(made.state_dict())
+    assert other.choice == made.choice and asked.choice is None
+
+
+def test_a_run_looks_before_its_first_step_whatever_the_batch_and_says_so_in_the_record(trainer, images, tmp_path):
+    data = {"train_dataset": images(48, 1), "harmful_dataset": images(48, 2, labels=False)}
+    for row in data["harmful_dataset"]:
+        row["pixel_values"] += 3.0
+    found = []
+    for batch in (4, 16):
+        run = trainer(**data, objective="time", per_device_train_batch_size=batch, max_steps=1)
+        run.train()
+        found.append(run._step.choice)
+    assert found[0] == found[1]
+    run.evaluate()
+    run.save_model(str(tmp_path / "model"))
+    choices = read_record(tmp_path / "model").method.settings["choices"]
+    assert set(choices) == {"objective", "head_module", "trainable", "harmful_batch_size"}
+    assert f"{found[0].separability:.0%}" in choices["objective"]

@@ -1,14 +1,18 @@
-"""What cannot work is refused before anything runs, by an error that says what to do."""
+"""What cannot be immunized, or not in the way that was asked for, is refused before anything runs, with the remedy."""
 
 import json
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers as hf
+from families import BUILDERS, TEXT, TRANSFORMER
 from PIL import Image
+from torch import nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_immunize.errors import (
@@ -16,13 +20,20 @@ from hf_immunize.errors import (
     DataError,
     HeadError,
     ImageDecodeError,
-    NonFiniteError,
     PerfectConditioningError,
+    ScopeError,
     ShapeError,
 )
-from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training import checks
+from hf_immunize.training.arguments import ImmunizationArguments, Method
 from hf_immunize.training.record import make_record
+from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.training.trainer import ImmunizationTrainer
+from hf_immunize.vision.bare import LinearHeadForImageClassification
+from hf_immunize.vision.scope import select_trainable
+
+
+# ---- data ----
 
 
 def photos(count=8, mode="RGB", columns=("image", "label"), size=8):
@@ -42,6 +53,8 @@ def damaged(count, row):
 
 
 SETS = ("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset")
+TEXTS = datasets.Dataset.from_dict({"text": ["a"] * 8, "label": [0, 1] * 4})
+NO_LABELS = photos(columns=("image", "kind"))
 
 
 @pytest.fixture
@@ -54,11 +67,20 @@ def processor():
     [
         ({"harmful_dataset": None}, "Expected harmful_dataset=, found none"),
         *(({name: []}, f"at least one image in {name}, found none") for name in SETS),
-        ({"train_dataset": photos().to_iterable_dataset()}, "without streaming"),
+        *(({name: TEXTS}, "'text', 'label'") for name in SETS),
+        *(
+            ({name: photos().to_iterable_dataset()}, f"In {name}: .*without streaming")
+            for name in SETS
+            if "har" not in name
+        ),
         ({"train_dataset": datasets.DatasetDict(train=photos())}, "train"),
-        *(({name: photos(columns=("image", "kind"))}, "none among 'image', 'kind'") for name in (SETS[0], SETS[2])),
+        ({"train_dataset": NO_LABELS}, r"In train_dataset: .*none among 'image', 'kind'.*not by 'distillation'"),
+        ({"eval_dataset": NO_LABELS}, r"In eval_dataset: .*none among 'image', 'kind'.*needed for eval_loss"),
+        ({"eval_dataset": {"b": NO_LABELS}}, "In eval_dataset b:"),
+        ({"harmful_dataset": NO_LABELS, "objective": "imma"}, r"In harmful_dataset: .*needed by objective='imma'"),
         ({"train_dataset": photos(), "label_column_name": "nope"}, "out of 'image', 'label', found 'nope'"),
         ({"per_device_train_batch_size": 1}, "global batches of at least 2, found 1 benign"),
+        ({"train_dataset": photos(3)}, "one full batch of 4, found 3 benign images"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(options, found, trainer):
@@ -66,16 +88,13 @@ def test_what_cannot_be_trained_on_is_refused(options, found, trainer):
         trainer(**options)
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_no_image_column_lists_the_columns(name, trainer, processor):
-    data = datasets.Dataset.from_dict({"text": ["a"] * 8, "label": [0, 1] * 4})
-    with pytest.raises(DataError, match="'text', 'label'"):
-        trainer(**{name: data}, processing_class=processor)
+def test_a_batch_larger_than_the_data_needs_drop_last_off(trainer, images):
+    assert trainer(train_dataset=images(3), dataloader_drop_last=False, max_steps=1).train().global_step == 1
 
 
-def test_columns_can_be_named(trainer, processor):
-    data = photos(columns=("photo", "kind", "other"))
-    sets = dict.fromkeys(SETS, data)
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_columns_can_be_named_and_images_of_other_modes_are_converted(mode, trainer, processor):
+    sets = dict.fromkeys(SETS, photos(mode=mode, columns=("photo", "kind", "other")))
     run = trainer(image_column_name="photo", label_column_name="kind", processing_class=processor, **sets)
     run.train()
     assert "eval_rir" in run.evaluate()
@@ -121,20 +140,12 @@ def test_degenerate_sides_are_told_before_the_first_step_and_in_the_record(train
     assert run.evidence.remarks == make_record(run).remarks
 
 
-def test_harmful_labels_may_be_anything_and_are_needed_by_imma_alone(trainer, processor, images):
+def test_harmful_labels_may_be_anything(trainer, processor):
     data = photos().remove_columns("label").add_column("label", ["gun"] * 8)
     sets = {"harmful_dataset": data, "harmful_eval_dataset": data}
     run = trainer(train_dataset=photos(), eval_dataset=photos(), processing_class=processor, **sets)
     run.train()
     assert "eval_harmful_log10_kappa" in run.evaluate()
-    with pytest.raises(DataError, match=r"In harmful_dataset: .*label.*needed by objective='imma'"):
-        trainer(harmful_dataset=images(8, labels=False), objective="imma")
-
-
-def test_a_batch_larger_than_the_data_needs_drop_last_off(trainer, images):
-    with pytest.raises(DataError, match="one full batch of 4, found 3 benign images"):
-        trainer(train_dataset=images(3))
-    assert trainer(train_dataset=images(3), dataloader_drop_last=False, max_steps=1).train().global_step == 1
 
 
 def test_images_that_do_not_differ_are_named_with_their_step(trainer, images):
@@ -144,12 +155,10 @@ def test_images_that_do_not_differ_are_named_with_their_step(trainer, images):
         trainer(harmful_dataset=images(1, labels=False)).train()
 
 
-def test_arguments_of_another_type_and_a_model_without_a_head_are_refused(tiny, trainer, tmp_path):
+def test_arguments_of_another_type_are_refused(tiny, tmp_path):
     args = hf.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(ArgumentError, match="ImmunizationArguments, found TrainingArguments"):
         ImmunizationTrainer(tiny(), args)
-    with pytest.raises(HeadError, match="bare backbone"):
-        trainer(hf.ViTModel(tiny().config))
 
 
 @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
@@ -160,14 +169,6 @@ def test_images_of_several_shapes_are_refused(name, trainer, images):
         run.evaluate()
     with pytest.raises(ShapeError, match=r"benign and harmful.*\(3, 8, 8\) and \(3, 12, 12\)"):
         trainer(harmful_dataset=images(8, size=12), harmful_eval_dataset=None).train()
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_images_of_other_modes_are_converted(mode, trainer, processor):
-    names = SETS
-    run = trainer(**{name: photos(mode=mode) for name in names}, processing_class=processor)
-    run.train()
-    assert "eval_rir" in run.evaluate()
 
 
 def test_images_without_a_processor_are_refused(trainer):
@@ -191,8 +192,7 @@ def test_a_collator_of_the_user_gets_the_items_of_both_sides(column, trainer, im
         labels = torch.tensor([item[column] for item in items])
         return {"pixel_values": torch.stack([item["pixel_values"] for item in items]), "labels": labels}
 
-    names = SETS
-    run = trainer(**{name: rows(seed) for seed, name in enumerate(names)}, data_collator=collate)
+    run = trainer(**{name: rows(seed) for seed, name in enumerate(SETS)}, data_collator=collate)
     run.train()
     assert "eval_rir" in run.evaluate()
 
@@ -200,11 +200,15 @@ def test_a_collator_of_the_user_gets_the_items_of_both_sides(column, trainer, im
 # ---- runs of a model from a function: each trial has its own settings and starting figures ----
 
 
-def test_a_model_may_come_from_a_function(tiny, trainer):
-    run = trainer(model_init=lambda: tiny())
-    run.train()
-    metrics = run.evaluate()
-    assert "eval_rir" in metrics and not run.model.vit.layers[0].layernorm_before.weight.requires_grad
+def test_each_training_of_a_model_from_a_function_starts_anew(tiny, trainer):
+    run = trainer(model_init=lambda: tiny(), benign_loss="distillation", objective="time")
+    weights = []
+    for _ in range(2):
+        run.train()
+        weights.append(dict(run.model.named_parameters()))
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert weights[0] is not weights[1] and "eval_rir" in run.evaluate()
+    assert not run.model.vit.layers[0].layernorm_before.weight.requires_grad
 
 
 @pytest.fixture
@@ -261,6 +265,7 @@ def test_optuna_searches(tiny, trainer):
 
 
 WHOLE = "as a whole number of at least 1 or None, found"
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
 
 @pytest.mark.parametrize(
@@ -269,6 +274,11 @@ WHOLE = "as a whole number of at least 1 or None, found"
         ({"remove_unused_columns": True}, "remove_unused_columns=False, found True"),
         ({"harmful_batch_size": "many"}, f"harmful_batch_size= {WHOLE} 'many'"),
         ({"distillation_batch_size": 0}, f"distillation_batch_size= {WHOLE} 0"),
+        ({"cache_trunk": "int8"}, "cache_trunk="),
+        ({"cache_trunk": "float32", "torch_compile": True}, "without torch_compile"),
+        ({"train_sampling_strategy": "group_by_length"}, r"train_sampling_strategy=.*found 'group_by_length'"),
+        # eval_loss, which the Trainer takes, is least before anything is immunized.
+        ({"load_best_model_at_end": True, **EVERY_STEP}, "metric_for_best_model="),
     ],
 )
 def test_an_impossible_value_is_refused(option, message, arguments):
@@ -279,73 +289,262 @@ def test_an_impossible_value_is_refused(option, message, arguments):
 @pytest.mark.parametrize(
     "name, given, meant",
     [("harmful_weight", given, meant) for given, meant in (("auto", "auto"), ("2.5", 2.5), (3, 3.0), ("0", 0.0))]
-    + [(name, "1e2", 100) for name in ("queue_size", "weight_warmup_steps", "harmful_batch_size")],
+    + [("harmful_batch_size", "1e2", 100), ("benign_budget", "None", None), ("cache_trunk", False, "no")],
 )
-def test_numbers_may_be_text_as_in_yaml(name, given, meant, arguments):
+def test_values_may_be_text_as_in_yaml(name, given, meant, arguments):
     assert getattr(arguments(**{name: given}), name) == meant
 
 
-def parse(tmp_path, *line):
-    return hf.HfArgumentParser(ImmunizationArguments).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--use_cpu", *line]
-    )[0]
-
-
-def test_the_command_line_sets_weights_and_turns_batchnorm_loose(tmp_path):
-    args = parse(tmp_path, "--harmful_weight", "auto", "--benign_weight", "2.5", "--freeze_batchnorm", "False")
-    assert (args.harmful_weight, args.benign_weight, args.freeze_batchnorm) == ("auto", 2.5, False)
-    assert parse(tmp_path, "--no_freeze_batchnorm").freeze_batchnorm is False
-
-
-@pytest.mark.parametrize("kind", ["json", "yaml"])
-def test_files_of_arguments_are_read(kind, tmp_path):
+def test_arguments_come_from_the_command_line_and_from_files(tmp_path):
+    parser = hf.HfArgumentParser(ImmunizationArguments)
+    words = f"--output_dir {tmp_path} --use_cpu --harmful_weight auto --benign_weight 2.5".split()
+    for loose in (["--freeze_batchnorm", "False"], ["--no_freeze_batchnorm"]):
+        (args,) = parser.parse_args_into_dataclasses(words + loose)
+        assert (args.harmful_weight, args.benign_weight, args.freeze_batchnorm) == ("auto", 2.5, False)
     options = {"output_dir": str(tmp_path), "use_cpu": True, "harmful_weight": 2.5, "benign_weight": "auto"}
-    file = tmp_path / f"args.{kind}"
+    (tmp_path / "args.json").write_text(json.dumps(options))
     # YAML reads 3e-1 as a string.
     lines = [f"{name}: {value}" for name, value in options.items()] + ["auto_weight_ratio: 3e-1"]
-    file.write_text(json.dumps(options) if kind == "json" else "\n".join(lines))
-    parser = hf.HfArgumentParser(ImmunizationArguments)
-    args = (parser.parse_json_file if kind == "json" else parser.parse_yaml_file)(str(file))[0]
-    assert (args.harmful_weight, args.benign_weight, args.auto_weight_ratio) == (2.5, "auto", 0.3)
+    (tmp_path / "args.yaml").write_text("\n".join(lines))
+    for read, name in ((parser.parse_json_file, "args.json"), (parser.parse_yaml_file, "args.yaml")):
+        (args,) = read(str(tmp_path / name))
+        assert (args.harmful_weight, args.benign_weight, args.auto_weight_ratio) == (2.5, "auto", 0.3)
 
 
-def test_defaults_that_differ_from_the_trainers(arguments):
-    args = arguments(harmful_weight=2.5)
+def test_defaults_are_those_of_the_method_and_differ_from_the_trainers(tmp_path):
+    args = ImmunizationArguments(str(tmp_path), report_to="none", use_cpu=True)
+    assert Method.of(args) == Method()
     assert (args.remove_unused_columns, args.logging_nan_inf_filter, args.dataloader_drop_last) == (False, False, True)
-    assert args.to_dict()["harmful_weight"] == 2.5
 
 
-def test_an_evaluation_of_features_that_are_not_finite_says_so(tiny, trainer):
-    model = tiny()
-    model.vit.layernorm.weight.data[0] = float("nan")
-    with pytest.raises(NonFiniteError, match="features"):
-        trainer(model).evaluate()
+@pytest.mark.parametrize("metric", ["benign_log10_kappa", "eval_a_benign_ratio", "harmful_effective_rank", "rir"])
+def test_of_some_metrics_less_is_better(metric, arguments):
+    assert arguments(metric_for_best_model=metric).greater_is_better is (metric == "rir")
+    assert arguments(metric_for_best_model=metric, greater_is_better=True).greater_is_better is True
 
 
-class TestHeldOut:
-    def test_a_part_of_the_benign_images_is_kept_from_training_and_the_budget_measured_on_it(self, trainer, images):
-        run = trainer(train_dataset=images(100), benign_budget=0.1, benign_loss="distillation")
-        sides = run.train_dataset.benign, run.train_dataset.held_out
-        seen, kept = ({float(row["pixel_values"].sum()) for row in side} for side in sides)
-        assert (len(seen), len(kept), len(seen & kept)) == (90, 10, 0)
-        run.train()
-        assert {"held_out_total_variation", "kl"} <= set(run.state.log_history[0])
+@pytest.mark.parametrize("metric", ["eval_log10_rir", "rir", "eval_harmful_log10_kappa"])
+def test_a_best_model_by_a_metric_that_is_not_measured_is_refused(metric, trainer):
+    with pytest.raises(DataError, match=f"harmful_eval_dataset= with metric_for_best_model='{metric}'"):
+        trainer(harmful_eval_dataset=None, metric_for_best_model=metric)
 
-    @pytest.mark.parametrize(
-        ("count", "options"),
-        [
-            (100, {"benign_budget": None}),
-            (100, {"benign_budget": 0.1, "budget_holdout": 0}),
-            (79, {"benign_budget": 0.1}),
-        ],
-    )
-    def test_nothing_is_kept_where_nothing_is_measured_or_images_are_few(self, count, options, trainer, images):
-        data = trainer(train_dataset=images(count), **options).train_dataset
-        assert data.held_out is None and len(data) == count
 
-    def test_an_error_names_the_row_by_its_own_number(self, trainer, processor):
-        kept = trainer(train_dataset=photos(100), benign_budget=0.1, processing_class=processor)
-        number = kept.train_dataset.held_out._numbers[3]
-        again = trainer(train_dataset=damaged(100, number), benign_budget=0.1, processing_class=processor)
-        with pytest.raises(ImageDecodeError, match=f"row {number} of train_dataset"):
-            again.train_dataset.held_out[3]
+def test_what_to_report_to_must_be_installed(trainer, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(ArgumentError, match="report_to='wandb'"):
+        trainer(report_to="wandb")
+
+
+# ---- models ----
+
+
+def vit(**options):
+    return hf.ViTForImageClassification(hf.ViTConfig(**TRANSFORMER, **options))
+
+
+def bare(**options):
+    return hf.ViTModel(hf.ViTConfig(**TRANSFORMER, **options))
+
+
+def naflex():
+    vision = {name: value for name, value in TRANSFORMER.items() if name != "image_size"} | {"num_patches": 4}
+    return hf.Siglip2ForImageClassification(hf.Siglip2Config(vision_config=vision, text_config=TEXT, num_labels=3))
+
+
+def of_text():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    return hf.BertForSequenceClassification(hf.BertConfig(vocab_size=10, num_labels=3, **sizes))
+
+
+def with_adapters():
+    model = vit(num_labels=3)
+    # What add_adapter does, which not every version of transformers does with every one of PEFT.
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    model._hf_peft_config_loaded = True
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "found"),
+    [
+        (lambda: vit(num_labels=1), HeadError, "regression .*num_labels=1"),
+        (lambda: vit(num_labels=3, problem_type="regression"), HeadError, "problem_type='regression'"),
+        (lambda: vit(num_labels=3, problem_type="multi_label_classification"), HeadError, "'single_label_"),
+        (
+            lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**TRANSFORMER, num_labels=3)),
+            HeadError,
+            r"DeiTForImageClassification\.",
+        ),
+        (naflex, HeadError, "NaFlex.*google/siglip2-base-patch16-224"),
+        (of_text, HeadError, "BertForSequenceClassification, which takes input_ids"),
+        (lambda: nn.Linear(2, 2), ArgumentError, "found Linear.*objectives"),
+        (with_adapters, ArgumentError, "peft.get_peft_model"),
+    ],
+)
+def test_a_model_that_does_not_choose_one_label_for_an_image_is_refused(make, error, found):
+    with pytest.raises(error, match=found):
+        checks.check_classifier(make())
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "found"),
+    [
+        (bare, {}, HeadError, 'bare backbone.*pooling="cls"'),
+        (vit, {"pooling": "cls"}, HeadError, "ViTForImageClassification"),
+        (bare, {"pooling": "max"}, ArgumentError, "pooling= out of"),
+        (lambda: vit(num_labels=3), {"trainable": ".*"}, ScopeError, 'trainable="all"'),
+    ],
+)
+def test_the_trainer_refuses_at_once(make, options, error, found, trainer):
+    with pytest.raises(error, match=found):
+        trainer(make(), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"benign_loss": "distillation"}, {"benign_budget": 0.03}])
+def test_a_bare_backbone_gets_a_head_that_is_said_to_be_untrained(options, trainer, caplog):
+    """And, unless the task's own loss trains it freely, that it stays so."""
+    built = trainer(bare(num_labels=3), pooling="cls", **options)
+    assert isinstance(built.model, LinearHeadForImageClassification) and built.model.classifier.out_features == 3
+    said = next(record.getMessage() for record in caplog.records if "untrained" in record.getMessage())
+    assert "head of 3 outputs on ViTModel" in said and ("held near it" in said) == bool(options)
+    made = trainer(model_init=lambda: bare(), pooling="mean", **options)
+    assert isinstance(made.model, LinearHeadForImageClassification)
+
+
+def moving_alone(*names):
+    model = vit(num_labels=3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    return model
+
+
+def reentrant():
+    model = vit(num_labels=3)
+    select_trainable(model, "last_stage")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "found"),
+    [
+        (reentrant, ArgumentError, "use_reentrant=False"),
+        (moving_alone, ScopeError, "found none: no feature could move"),
+        (lambda: moving_alone("classifier.weight"), ScopeError, "found classifier.weight: no feature could move"),
+    ],
+)
+def test_a_bare_step_refuses_what_the_trainer_refuses(make, error, found):
+    with pytest.raises(error, match=found):
+        ImmunizationStep(make())
+
+
+# ---- weights in parts ----
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    """Make an accelerator under which weights are sharded."""
+
+    def make(mixed_precision="no", **plugin):
+        monkeypatch.setattr(checks, "sharded_weights", lambda: True)
+        state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**plugin))
+        return SimpleNamespace(mixed_precision=mixed_precision, state=state)
+
+    return make
+
+
+@pytest.mark.parametrize("asked", ["fsdp", "deepspeed", None])
+def test_what_runs_the_starting_model_or_replaces_modules_is_refused_beside_sharded_weights(asked, sharded, arguments):
+    """Asked for by an option, or by the launcher alone."""
+    accelerator = sharded() if asked is None else None
+
+    def check(**options):
+        checks.check_sharding(
+            SimpleNamespace(**vars(arguments(**options)) | ({asked: "full"} if asked else {})), accelerator
+        )
+
+    check()
+    for options, found in (
+        ({"benign_loss": "distillation"}, "benign_budget=None under FSDP.*'distillation'"),
+        ({"benign_budget": 0.1}, "benign_budget=None under FSDP.*0.1"),
+        ({"cache_trunk": "float32"}, "cache_trunk='no' under FSDP.*'float32'"),
+    ):
+        with pytest.raises(ArgumentError, match=found):
+            check(**options)
+
+
+def test_sharding_that_accelerate_leaves_out_is_refused(arguments):
+    settings = SimpleNamespace(**vars(arguments()) | {"fsdp": True, "device": "cpu"})
+    with pytest.raises(ArgumentError, match="accelerators for fsdp or deepspeed, found the device cpu"):
+        checks.check_sharding(settings, SimpleNamespace())
+
+
+def test_sharded_weights_in_half_precision_may_be_trained_but_not_measured(sharded, arguments, monkeypatch):
+    said = []
+    monkeypatch.setattr(checks.logger, "warning", said.append)
+    checks.check_sharding(arguments(), sharded("bf16"))
+    assert len(said) == 1 and "no κ" in said[0]
+    with pytest.raises(ArgumentError, match=r"full precision .* found bf16"):
+        checks.check_sharding(arguments(), sharded("bf16"), harmful_eval=[1])
+
+
+def test_starting_weights_that_one_process_alone_has_are_refused(sharded, arguments):
+    with pytest.raises(ArgumentError, match="cpu_ram_efficient_loading=False"):
+        checks.check_sharding(arguments(), sharded(cpu_ram_efficient_loading=True))
+
+
+def fsdp2(*names, models=()):
+    """An accelerator that shards modules of these classes; by default those that a model names itself."""
+    plugin = SimpleNamespace(auto_wrap_policy=transformer_auto_wrap_policy, transformer_cls_names_to_wrap=list(names))
+    return SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin), _models=list(models))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        # Embeddings that would be sharded twice, with what to set.
+        ("vit", r"'transformer_layer_cls_to_wrap': \['ViTLayer'\]"),
+        ("dinov2", r"'transformer_layer_cls_to_wrap': \['Dinov2Layer'\]"),
+        ("siglip", r"to_wrap': \['SiglipEncoderLayer', 'SiglipMultiheadAttentionPoolingHead'\]"),
+        *((name, "input embeddings .* Train it with DDP") for name in ("resnet", "mobilenet_v2", "convnext", "clip")),
+    ],
+)
+def test_a_model_that_fsdp_cannot_shard_is_refused(name, found):
+    with pytest.raises(ArgumentError, match=found):
+        checks.check_shardable(BUILDERS[name](), fsdp2())
+
+
+@pytest.mark.parametrize(("name", "layers"), [("vit", ["ViTLayer"]), ("beit", []), ("swin", []), ("resnet", None)])
+def test_models_that_fsdp_can_shard_are_accepted(name, layers):
+    """And without FSDP, any."""
+    checks.check_shardable(BUILDERS[name](), SimpleNamespace(is_fsdp2=False) if layers is None else fsdp2(*layers))
+
+
+def test_an_evaluation_before_the_weights_are_sharded_is_refused():
+    with pytest.raises(ArgumentError, match="eval_on_start=True"):
+        checks.check_prepared(fsdp2())
+    checks.check_prepared(fsdp2(models=["prepared"]))
+
+
+# ---- batches ----
+
+
+@pytest.mark.parametrize(
+    ("processes", "options", "found"),
+    [
+        (1, {"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+        (2, {"accelerator_config": {"split_batches": True}}, "split_batches=True"),
+        (2, {"accelerator_config": {"even_batches": False}}, "even_batches=False"),
+        (2, {"dataloader_drop_last": False}, "dataloader_drop_last=True on 2 processes"),
+        (1, {}, None),
+        (2, {}, None),
+        (1, {"dataloader_drop_last": False}, None),
+        (1, {"accelerator_config": {"split_batches": True}}, None),
+    ],
+)
+def test_batches_that_take_the_sides_apart_are_refused(processes, options, found, arguments):
+    if found is None:
+        checks.check_batches(arguments(**options), processes)
+        return
+    with pytest.raises(ArgumentError, match=found):
+        checks.check_batches(arguments(**options), processes)

@@ -1,13 +1,18 @@
-"""A step's loss, weights and gradients are what they are said to be."""
+"""A step's loss, weights and gradients are what they are said to be, and the benign side is held where it started."""
 
 import pytest
 import torch
 import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from hf_immunize.errors import DataError, NonFiniteError
+from hf_immunize.errors import ArgumentError, DataError, NonFiniteError
 from hf_immunize.training.arguments import Method
-from hf_immunize.training.step import ImmunizationStep, forward_both
+from hf_immunize.training.distillation import StartingModel, feature_error, logit_divergence, total_variation
+from hf_immunize.training.objectives import Terms
+from hf_immunize.training.step import ImmunizationStep, RunningMeans, forward_both
+from hf_immunize.training.weighting import Weighting
 from hf_immunize.vision.head import find_head
 from hf_immunize.vision.scope import modules_in_eval, select_trainable
 
@@ -22,6 +27,73 @@ def train_logs(run):
 
 def zero_weights(**options):
     return {"benign_weight": 0.0, "harmful_weight": 0.0, "learning_rate": 0.0, "max_steps": 1} | options
+
+
+# ---- weights ----
+
+
+def weigh(own=None, spent=None, scale=1.0, **options):
+    """Weights of a benign term of gradient norm 3 and a harmful one of 6."""
+    features = {side: torch.ones(4, requires_grad=True) for side in ("benign", "harmful")}
+    terms = Terms({"r": features["benign"][0] * 3}, {"q": features["harmful"][0] * 6})
+    weighting = Weighting(Method(**options), own)
+    spent = None if spent is None else torch.tensor(spent)
+    loss, logged = weighting.weigh(torch.zeros(()), terms, features, lambda: torch.tensor(scale), spent)
+    found = [logged[f"{side}_weight"] for side in features]
+    assert not any(weight.requires_grad for weight in found)
+    assert loss.item() == pytest.approx((3 * found[0] + 6 * found[1]).item())
+    return [weight.item() for weight in found]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        # Inverse to the norms of gradients, unless the objective has a weight of its own or the user gives numbers.
+        ({"auto_weight_ratio": 0.6, "scale": 2.0}, (0.6 * 2 / 3, 0.6 * 2 / 6)),
+        ({"own": 0.05}, (0.05, 0.05)),
+        ({"own": 0.05, "harmful_weight": 2.0}, (0.05, 2.0)),
+        ({"benign_weight": 0.5, "auto_weight_ratio": 0.6, "scale": 2.0}, (0.5, 0.2)),
+    ],
+)
+@pytest.mark.parametrize(("spent", "left"), [(None, 1.0), (0.0, 1.0), (0.25, 0.75), (1.0, 0.0), (7.0, 0.0)])
+def test_weights_are_those_of_the_rule_times_what_is_left_of_the_budget(given, expected, spent, left):
+    assert weigh(spent=spent, **given) == pytest.approx([left * weight for weight in expected])
+
+
+@pytest.mark.parametrize(("name", "objective"), [("vit", "time"), ("resnet", "dead_relu")])
+def test_the_gate_is_of_the_batch_and_objectives_bring_their_own_weight(name, objective, tiny):
+    draw = torch.Generator().manual_seed(0)
+    batch = {side: {"pixel_values": torch.randn(4, 3, 32, 32, generator=draw)} for side in ("benign", "harmful")}
+    batch = batch if name == "resnet" else {side: {"pixel_values": torch.randn(4, 3, 8, 8)} for side in batch}
+    for budget, weight in ((None, "auto"), (0.5, "auto"), (0.5, 0.2), (1e-3, "auto")):
+        model = tiny(name).eval()
+        moving = select_trainable(model, "last_stage")
+        method = Method(objective=objective, benign_budget=budget, harmful_weight=weight)
+        step = ImmunizationStep(model, method, moving=moving)
+        before = model(pixel_values=batch["benign"]["pixel_values"]).logits
+        with torch.no_grad():
+            find_head(model)[1].weight.mul_(1.5).add_(0.1)
+        moved = total_variation(model(pixel_values=batch["benign"]["pixel_values"]).logits, before).item()
+        logged = step(model, batch, step=0).logged
+        assert 1e-3 < moved < 0.2
+        left = 1.0 if budget is None else max(0.0, 1 - moved / budget)
+        assert logged["benign_weight"].item() == pytest.approx(0.05 * left, rel=1e-4)
+        assert logged["harmful_weight"].item() == pytest.approx((0.05 if weight == "auto" else 0.2) * left, rel=1e-4)
+
+
+def test_the_benign_scale_is_a_running_mean_that_is_bounded_and_goes_on_alike_when_restored():
+    weighting, restored = Weighting(Method()), Weighting(Method())
+    found = [weighting.benign_scale(torch.tensor(value)).item() for value in (4.0, 4.0, 8.0)]
+    assert found == pytest.approx([4.0, 4.0, (0.081 * 4 + 0.09 * 4 + 0.1 * 8) / 0.271])
+    assert weighting.benign_scale(torch.tensor(1e6)).item() == 3 * 4.0
+    restored.load_state_dict(weighting.state_dict())
+    assert len({each.benign_scale(torch.tensor(0.1)).item() for each in (weighting, restored)}) == 1
+
+
+def test_a_term_inside_the_network_needs_a_weight():
+    terms = Terms(inner={"deep": torch.ones((), requires_grad=True)})
+    with pytest.raises(ArgumentError, match="deep"):
+        Weighting(Method()).weigh(torch.zeros(()), terms, {}, lambda: torch.ones(()))
 
 
 # ---- running statistics ----
@@ -70,20 +142,12 @@ def test_harmful_batches_never_touch_the_running_statistics_and_modes_come_back(
 # ---- the log ----
 
 
-@pytest.mark.parametrize(
-    ("objective", "there", "absent"),
-    [("kappa", {"r_well", "r_ill", "benign_weight"}, set()), ("r_ill", {"r_ill"}, {"r_well", "benign_weight"})],
-)
-def test_every_term_and_weight_is_logged(objective, there, absent, trainer):
-    for entry in train_logs(trainer(objective=objective)):
-        assert there | {"loss", "benign_loss", "harmful_weight"} <= set(entry) and not absent & set(entry)
-
-
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_logged_loss_is_the_sum_of_its_logged_parts(trainer, accumulation):
     for entry in train_logs(trainer(**FIXED, gradient_accumulation_steps=accumulation)):
         parts = entry["benign_loss"] + 0.5 * entry["r_well"] + 2.0 * entry["r_ill"]
         assert entry["loss"] == pytest.approx(parts, rel=1e-5)
+        assert (entry["benign_weight"], entry["harmful_weight"]) == (0.5, 2.0)
 
 
 def test_a_second_run_logs_nothing_of_the_first(trainer):
@@ -97,6 +161,28 @@ def test_the_logged_loss_does_not_depend_on_accumulation(trainer):
     whole = train_logs(trainer(**zero_weights(per_device_train_batch_size=16)))[0]
     parts = train_logs(trainer(**zero_weights(per_device_train_batch_size=4, gradient_accumulation_steps=4)))[0]
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("deferred", [True, False])
+def test_a_term_that_is_not_finite_is_named_with_its_step_and_side(value, deferred):
+    means = RunningMeans(deferred)
+    finite = {"benign": torch.tensor(True), "harmful": torch.tensor(False)}
+    with pytest.raises(NonFiniteError, match=r"finite r_ill at step [34], found .* the harmful images"):
+        means.update({"r_well": torch.tensor(1.0), "r_ill": torch.tensor(float(value))}, 3, finite)
+        means.update({"r_well": torch.tensor(1.0), "r_ill": torch.tensor(2.0)}, 4)
+        means.take(4)
+
+
+def test_means_are_of_the_values_since_the_last_ones_which_are_not_looked_at_on_a_device():
+    means = RunningMeans()
+    for values in ((1.0, 3.0), (5.0,)):
+        for value in values:
+            means.update({"r_well": torch.tensor(value)}, 1)
+        assert means.take(2) == {"r_well": sum(values) / len(values)}
+    assert means.take(3) == {}
+    for step in (1, 2):
+        means.update({"r_ill": torch.tensor(0.0, device="meta")}, step)  # a look at it would raise
 
 
 # ---- gradients ----
@@ -126,29 +212,38 @@ def test_a_batch_without_harmful_images_is_named(tiny):
         ImmunizationStep(model)(model, {"benign": {"pixel_values": torch.zeros(2, 3, 8, 8)}}, step=0)
 
 
-def test_a_loss_without_gradients_does_not_change_the_objective(tiny):
-    model = tiny("resnet")
-    moving = select_trainable(model, "last_stage")
-    step = ImmunizationStep(model, Method(benign_weight=0.1, harmful_weight=0.1), moving=moving)
+@pytest.mark.parametrize("objective", ["time", "dead_relu"])
+def test_a_step_without_gradients_leaves_the_objective_as_it_is(objective, tiny):
     draw = torch.Generator().manual_seed(0)
     batch = {side: {"pixel_values": torch.randn(4, 3, 32, 32, generator=draw)} for side in ("benign", "harmful")}
-    with torch.no_grad():
-        step(model, batch, step=0)
-    assert step.objective == "dead_relu"
+    found = []
+    for grad in (True, False):
+        model = tiny("resnet")
+        moving = select_trainable(model, "last_stage")
+        step = ImmunizationStep(model, Method(objective=objective), moving=moving)
+        with torch.set_grad_enabled(grad):
+            step(model, batch, step=0)
+        found.append(step.choice)
+    assert found[0] == found[1]
 
 
 # ---- the task's loss ----
 
 
-def test_labels_are_smoothed_as_the_trainer_does(tiny, trainer, images):
-    benign = images(4)
-    run = trainer(tiny(), **zero_weights(label_smoothing_factor=0.2), train_dataset=benign)
+@pytest.mark.parametrize("benign_loss", ["task", "both"])
+def test_the_benign_loss_has_smoothed_labels_and_misses_those_that_are_not_there(benign_loss, tiny, trainer, images):
+    """Before the first step distillation is zero, so that both losses are the task's."""
+    benign, options = images(4), zero_weights(benign_loss=benign_loss)
+    run = trainer(tiny(), train_dataset=benign, label_smoothing_factor=0.2, **options)
     pixels = torch.stack([row["pixel_values"] for row in benign])
     labels = torch.tensor([row["labels"] for row in benign])
     logits = tiny().eval()(pixel_values=pixels).logits
     expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.2).item()
     assert train_logs(run)[0]["benign_loss"] == pytest.approx(expected, rel=1e-5)
     assert run.evaluate(benign)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    collate = lambda items: {"pixel_values": torch.stack([item["pixel_values"] for item in items])}  # noqa: E731
+    with pytest.raises(DataError, match="Expected labels of the benign images"):
+        trainer(data_collator=collate, **options).train()
 
 
 @pytest.mark.parametrize("read", [lambda outputs: outputs["logits"], lambda outputs: outputs.logits])
@@ -163,11 +258,22 @@ def test_a_loss_function_of_the_user_is_honoured(read, trainer):
 # ---- precision, and what is not finite ----
 
 
-@pytest.mark.parametrize("weights", [{}, FIXED])
-def test_a_run_in_bf16_stays_finite(weights, trainer):
-    run = trainer(bf16=True, max_steps=4, **weights)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": True},
+        {"bf16": True, **FIXED},
+        pytest.param(
+            {"fp16": True, "use_cpu": False},
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a CUDA GPU"),
+        ),
+    ],
+)
+def test_a_run_in_half_precision_stays_finite(options, trainer):
+    run = trainer(max_steps=4, **options)
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in train_logs(run))
     assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
+    assert "eval_rir" in run.evaluate()
 
 
 @pytest.mark.parametrize("benign_loss", ["task", "distillation"])
@@ -205,3 +311,94 @@ def test_a_loss_that_is_not_finite_is_named(trainer):
 
     with pytest.raises(NonFiniteError, match="finite benign_loss at step 1, found nan"):
         trainer(compute_loss_func=broken, benign_weight=0, harmful_weight=0).train()
+
+
+# ---- staying close to the starting model ----
+
+
+def test_divergence_is_that_of_the_definition():
+    draw = torch.Generator().manual_seed(0)
+    now, start = (torch.randn(5, 4, generator=draw) for _ in range(2))
+    p, q = start.softmax(1), now.softmax(1)
+    assert logit_divergence(now, start).item() == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-5)
+
+
+@given(st.integers(0, 2**31), st.floats(1, 30))
+def test_total_variation_bounds_changes_of_probabilities_and_what_one_image_adds(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    start, now = size * torch.randn(2, 50, 4, generator=generator)
+    change = (now.softmax(1) - start.softmax(1)).mean(0).abs().max()
+    assert change <= total_variation(now, start, most=1.0) + 1e-6
+    others = total_variation(now[1:], start[1:])
+    assert abs(total_variation(now, start) - 49 / 50 * others) <= 0.2 / 50 + 1e-6
+
+
+def test_feature_error_does_not_depend_on_scale_and_is_finite_where_an_image_has_no_features():
+    draw = torch.Generator().manual_seed(0)
+    now, start = (torch.randn(5, 4, generator=draw) for _ in range(2))
+    assert feature_error(1e4 * now, 1e4 * start).item() == pytest.approx(feature_error(now, start).item(), rel=1e-5)
+    start[0] = 0
+    assert torch.isfinite(feature_error(now, start))
+
+
+@pytest.fixture(params=["vit", "resnet", "mobilenet_v2"])
+def moved(request, tiny):
+    """A model whose last stage was changed after its starting model was kept, and what it computed before."""
+    model = tiny(request.param)
+    size = 32 if request.param == "mobilenet_v2" else 8
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    select_trainable(model, "last_stage")
+    with torch.no_grad():
+        before = model.eval()(pixel_values=images).logits
+        start = StartingModel(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5).add_(0.1)
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.mul_(2)
+    return model, start, images, before
+
+
+def test_the_starting_model_predicts_what_the_model_did_and_leaves_it_as_it_is(moved):
+    model, start, images, before = moved
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.train().modules()]
+    assert torch.allclose(start(model, find_head(model)[1], images)[1], before, atol=1e-6)
+    with start.in_place(model):
+        assert torch.allclose(model.eval()(pixel_values=images).logits, before, atol=1e-6)
+    assert all(torch.equal(value, state[name]) for name, value in model.train().state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_starting_tensors_of_another_scope_are_refused(tiny):
+    narrow, wide = tiny("vit"), tiny("vit")
+    select_trainable(narrow, "last_stage")
+    state = StartingModel(narrow).state_dict()
+    select_trainable(wide, "all")
+    with pytest.raises(ArgumentError, match=r"found none\. Resume with the model, trainable="):
+        StartingModel(wide).load_state_dict(state)
+
+
+def test_distillation_on_unlabelled_images_enters_the_loss(trainer, images):
+    settings = {"benign_loss": "distillation", "learning_rate": 0.1, "max_steps": 3}
+    logs = []
+    for extra in (None, images(8, 7, labels=False)):
+        data = {"train_dataset": images(8, 1, labels=False), "eval_dataset": None, "distillation_dataset": extra}
+        logs.append(train_logs(trainer(**data, **settings)))
+    assert "feature_error" in logs[0][0]
+    assert logs[0][0]["kl"] == logs[1][0]["kl"] == 0 and logs[0][-1]["kl"] != logs[1][-1]["kl"]
+
+
+@pytest.mark.outcome
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_small_budget_holds_predictions_closer_than_a_large_one(trainer, seed):
+    found, control = [], []
+    options = {"objective": "concentration", "benign_loss": "distillation", "max_steps": 300, "seed": seed}
+    for budget in (1e-3, 0.19):
+        logs = train_logs(trainer(**options, benign_budget=budget))
+        found.append(sum(entry["kl"] for entry in logs[200:300]) / 100)
+        control.append(logs[0]["kl"])
+    assert found[0] < 0.2 * found[1]
+    assert not control[0] < 0.2 * control[1]  # before the first update both are where they started

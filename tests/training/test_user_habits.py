@@ -7,24 +7,10 @@ import transformers as hf
 from torch import nn
 
 from hf_immunize.errors import ArgumentError, DataError, NonFiniteError
-from hf_immunize.training.arguments import ImmunizationArguments, Method
 from hf_immunize.training.trainer import ImmunizationTrainer
 
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-
-
-# As of transformers 5.2x the second name is to replace the first.
-CHECKPOINTING = [
-    name
-    for name in ("gradient_checkpointing", "activation_checkpointing")
-    if name in ImmunizationArguments.__dataclass_fields__
-]
-
-
-def same(model, other):
-    expected = other.state_dict()
-    return all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 def pixels_alone(items):
@@ -71,12 +57,18 @@ class GoesPast(ImmunizationTrainer):
 
 
 class OwnStep(ImmunizationTrainer):
+    first = 0
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self.state.global_step < self.args.weight_warmup_steps:
+        if self.state.global_step < self.first:
             return super().training_step(model, inputs, num_items_in_batch)
         loss = model(**inputs["benign"]).loss
         self.accelerator.backward(loss)
         return loss.detach()
+
+
+class OwnLaterStep(OwnStep):
+    first = 1
 
 
 class Adds(ImmunizationTrainer):
@@ -99,12 +91,12 @@ def of(kind, images, arguments, tiny, **options):
         (UnpacksInputs, "UnpacksInputs.compute_loss"),
         (GoesPast, "GoesPast.compute_loss"),
         (OwnStep, "OwnStep.training_step"),
+        (OwnLaterStep, "training_step"),
     ],
 )
 def test_a_subclass_that_would_train_without_the_method_is_refused(kind, found, images, arguments, tiny):
-    for steps in (0, 1) if kind is OwnStep else (0,):  # from the first step on, and from a later one
-        with pytest.raises((ArgumentError, DataError), match=found):
-            of(kind, images, arguments, tiny, weight_warmup_steps=steps).train()
+    with pytest.raises((ArgumentError, DataError), match=found):
+        of(kind, images, arguments, tiny).train()
 
 
 def test_a_subclass_may_add_to_the_loss(images, arguments, tiny):
@@ -131,30 +123,7 @@ def test_the_side_that_brings_nan_in_is_named(side, trainer, images):
     assert words.get(side, f"{side} images") in str(error.value)
 
 
-def test_what_to_report_to_must_be_installed(trainer, monkeypatch):
-    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
-    with pytest.raises(ArgumentError, match="report_to='wandb'"):
-        trainer(report_to="wandb")
-
-
-def test_the_defaults_of_the_options_are_those_of_the_method(tmp_path):
-    assert Method.of(ImmunizationArguments(str(tmp_path), report_to="none", use_cpu=True)) == Method()
-
-
 # ---- evaluation ----
-
-
-@pytest.mark.parametrize(
-    ("options", "found"),
-    [
-        ({"eval_dataset": unlabelled(8, 3)}, r"In eval_dataset: .*none among 'pixel_values'.*needed for eval_loss"),
-        ({"eval_dataset": {"b": unlabelled(8, 3)}}, "In eval_dataset b:"),
-        ({"train_dataset": unlabelled(8, 1), "benign_loss": "task"}, r"In train_dataset: .*not by 'distillation'"),
-    ],
-)
-def test_a_set_without_the_labels_that_it_needs_is_refused_with_the_reason(options, found, trainer):
-    with pytest.raises(DataError, match=found):
-        trainer(**options)
 
 
 def test_a_collator_of_ones_own_may_leave_the_labels_out(trainer):
@@ -167,18 +136,6 @@ def test_a_collator_of_ones_own_may_leave_the_labels_out(trainer):
     assert "eval_rir" in metrics and "eval_loss" not in metrics and "eval_accuracy" not in metrics
 
 
-def test_a_best_model_by_no_metric_is_refused(arguments):
-    # eval_loss, which the Trainer takes, is least before anything is immunized.
-    with pytest.raises(ArgumentError, match="metric_for_best_model="):
-        arguments(load_best_model_at_end=True, **EVERY_STEP)
-
-
-@pytest.mark.parametrize("metric", ["eval_log10_rir", "rir", "eval_harmful_log10_kappa"])
-def test_a_best_model_by_a_metric_that_is_not_measured_is_refused(metric, trainer):
-    with pytest.raises(DataError, match=f"harmful_eval_dataset= with metric_for_best_model='{metric}'"):
-        trainer(harmful_eval_dataset=None, metric_for_best_model=metric)
-
-
 def test_the_best_model_is_chosen_by_rir_of_one_of_several_sets(trainer, images):
     sets = {"a": images(24, 3), "b": images(20, 5)}
     options = {"max_steps": 3, "learning_rate": 0.05, "load_best_model_at_end": True, **EVERY_STEP}
@@ -186,12 +143,6 @@ def test_the_best_model_is_chosen_by_rir_of_one_of_several_sets(trainer, images)
     seen = [entry["eval_b_log10_rir"] for entry in run.state.log_history if "eval_b_log10_rir" in entry]
     assert len(seen) == 3 and run.state.best_metric == max(seen)
     assert run.evaluate()["eval_b_log10_rir"] == pytest.approx(max(seen), abs=1e-6)
-
-
-@pytest.mark.parametrize("metric", ["benign_log10_kappa", "eval_a_benign_ratio", "harmful_effective_rank", "rir"])
-def test_of_some_metrics_less_is_better(metric, arguments):
-    assert arguments(metric_for_best_model=metric).greater_is_better is (metric == "rir")
-    assert arguments(metric_for_best_model=metric, greater_is_better=True).greater_is_better is True
 
 
 def test_tensorboard_and_callbacks_of_the_user_receive_rir_and_the_terms(trainer, tmp_path, monkeypatch):
@@ -226,51 +177,9 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_used(tiny, trainer):
         assert torch.equal(parameter, before[name]) != parameter.requires_grad
 
 
-def test_rows_come_in_their_order_if_asked_for_but_not_by_their_length(trainer, arguments):
+def test_rows_come_in_their_order_if_asked_for(trainer):
     sampler = trainer(train_sampling_strategy="sequential")._get_train_sampler()
     assert [draw[0] for draw in sampler] == list(range(16))
-    with pytest.raises(ArgumentError, match=r"train_sampling_strategy=.*found 'group_by_length'"):
-        arguments(train_sampling_strategy="group_by_length")
-
-
-@pytest.mark.parametrize("benign_loss", ["task", "both"])
-def test_the_benign_loss_has_smoothed_labels_and_misses_those_that_are_not_there(benign_loss, tiny, trainer, images):
-    """Before the first step distillation is zero, so that both losses are the task's."""
-    benign = images(4)
-    options = {"label_smoothing_factor": 0.2, "benign_loss": benign_loss, "learning_rate": 0.0, "max_steps": 1}
-    run = finished(trainer(tiny(), train_dataset=benign, **options))
-    logits = tiny().eval()(pixel_values=torch.stack([row["pixel_values"] for row in benign])).logits
-    labels = torch.tensor([row["labels"] for row in benign])
-    expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.2).item()
-    assert run.state.log_history[0]["benign_loss"] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(DataError, match="Expected labels of the benign images"):
-        trainer(benign_loss=benign_loss, data_collator=pixels_alone).train()
-
-
-def test_each_training_of_a_model_from_a_function_starts_anew(tiny, trainer):
-    run = trainer(model_init=lambda: tiny(), benign_loss="distillation", objective="concentration", benign_budget=0.05)
-    weights = []
-    for _ in range(2):
-        run.train()
-        weights.append(run.model)
-    assert weights[0] is not weights[1] and same(*weights)
-
-
-@pytest.mark.parametrize("name", CHECKPOINTING)
-def test_checkpointing_of_activations_changes_nothing_and_the_reentrant_kind_is_refused(name, tiny, trainer):
-    plain, checkpointed = (finished(trainer(tiny(), **{name: asked})) for asked in (False, True))
-    assert any(getattr(module, "gradient_checkpointing", False) for module in checkpointed.model.modules())
-    for one, other in zip(plain.model.parameters(), checkpointed.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ArgumentError, match="use_reentrant=False"):
-        trainer(**{name: True, f"{name}_kwargs": {"use_reentrant": True}})
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a CUDA GPU")
-def test_a_run_in_fp16_stays_finite(trainer):
-    run = finished(trainer(fp16=True, use_cpu=False))
-    assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
-    assert "eval_rir" in run.evaluate()
 
 
 def test_it_is_said_that_fp16_does_nothing_on_a_cpu(trainer, caplog):
@@ -293,7 +202,8 @@ def test_a_run_on_a_streamed_harmful_set_is_resumed_bit_for_bit(shuffled, traine
     whole = finished(trainer(harmful_dataset=streamed(shuffled), **options))
     resumed = trainer(harmful_dataset=streamed(shuffled), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    assert resumed.state.global_step == 6 and same(resumed.model, whole.model)
+    assert resumed.state.global_step == 6
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
 
 
 def test_a_streamed_set_is_collated_in_its_order_by_a_collator_of_ones_own(trainer):
@@ -309,9 +219,3 @@ def test_a_streamed_set_is_collated_in_its_order_by_a_collator_of_ones_own(train
     harmful = [value for batch in seen[1::2] for value in batch]
     expected = [float(torch.as_tensor(row["pixel_values"]).sum()) for row in unlabelled(10, 2)]
     assert harmful[:10] == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset", "harmful_eval_dataset"])
-def test_a_stream_where_rows_are_looked_up_is_refused_by_name(name, trainer):
-    with pytest.raises(DataError, match=f"In {name}: .*without streaming"):
-        trainer(**{name: streamed()})

@@ -23,11 +23,10 @@ from hf_immunize.training.distributed import (
 )
 from hf_immunize.training.immunization_callback import ImmunizationCallback
 from hf_immunize.training.objectives import OBJECTIVES, Side
-from hf_immunize.training.step import FeatureQueue
 from hf_immunize.training.trainer import ImmunizationTrainer
 
 
-PAPER = {"objective": "kappa", "benign_loss": "task", "benign_budget": None}
+PAPER = {"objective": "kappa", "benign_loss": "task"}
 # A ViT has no ReLU.
 TRAINED = [name for name, kind in OBJECTIVES.items() if not kind.looks_inside()]
 SPECTRAL = [name for name in TRAINED if not OBJECTIVES[name].needs_rows]
@@ -71,34 +70,25 @@ def gathered(gradient):
 def gradients():
     """Gradients of every objective's terms on this rank's features."""
     generator = torch.Generator().manual_seed(3)
-    features = [torch.randn(8, 4, dtype=torch.float64, generator=generator) for _ in range(3)]
+    features = [torch.randn(8, 4, dtype=torch.float64, generator=generator) for _ in range(2)]
     labels = torch.arange(8) % 3
+    own = gather_labels(labels.chunk(world_size())[rank()])
     found = {}
     for name, objective in OBJECTIVES.items():
         for dtype in (torch.float32, torch.float64):
-            for size in (0, 6) if name != "imma" else (0,):
-                benign, harmful, older = (each.to(dtype) for each in features)
-                parts = [each.chunk(world_size())[rank()].clone().requires_grad_() for each in (benign, harmful)]
-                queue = FeatureQueue(max(size, 1))
-                queue.push(older)
-                whole = [gather_features(part) for part in parts]
-                whole = [queue.join(each) for each in whole] if size else whole
-                own = gather_labels(labels.chunk(world_size())[rank()])
-                routes = {"queue" if size else "batch": whole}
-                if dtype == torch.float32 and not size and name in SPECTRAL:
-                    routes["sum"] = [sum_hessian(part) for part in parts]
-                for route, given in routes.items():
-                    inside = [{"relu": part} for part in parts]
-                    sides = Side(given[0], inner=inside[0]), Side(given[1], labels=own, inner=inside[1])
-                    terms = objective()(*sides)
-                    inner = [term.value for term in terms.inner.values()]
-                    torch.stack([*terms.benign.values(), *terms.harmful.values(), *inner]).sum().backward()
-                    for term in terms.inner.values():
-                        found[f"{name} {dtype} {route} weighing"] = [[float(term.gradient_norm), float(term.scale)]]
-                    case = f"{name} {str(dtype).removeprefix('torch.')} {route}"
-                    found[case] = [gathered(part.grad) for part in parts if part.grad is not None]
-                    for part in parts:
-                        part.grad = None
+            parts = [each.to(dtype).chunk(world_size())[rank()].clone().requires_grad_() for each in features]
+            routes = {"rows": gather_features}
+            if dtype == torch.float32 and name in SPECTRAL:
+                routes["sum"] = sum_hessian
+            for route, whole in routes.items():
+                given, inside = [whole(part) for part in parts], [{"relu": part} for part in parts]
+                terms = objective()(Side(given[0], inner=inside[0]), Side(given[1], labels=own, inner=inside[1]))
+                every = terms.benign | terms.harmful | terms.inner
+                torch.stack(list(every.values())).sum().backward()
+                case = f"{name} {str(dtype).removeprefix('torch.')} {route}"
+                found[case] = [gathered(part.grad) for part in parts if part.grad is not None]
+                for part in parts:
+                    part.grad = None
     return found
 
 
@@ -138,8 +128,7 @@ def outcome(run):
     metrics = {key: value for key, value in run.evaluate().items() if any(name in key for name in names)}
     log = [entry for entry in run.state.log_history if "loss" in entry][-1]
     names = ["loss", "benign_loss", "r_well", "r_ill", "benign_weight", "harmful_weight", "kl"]
-    names += ["held_out_total_variation", "spread", "concentration", "multiplier", "negative_adapted_loss"]
-    names += ["negative_log_kappa"]
+    names += ["total_variation", "spread", "outside", "concentration", "negative_adapted_loss", "negative_log_kappa"]
     moved = {name: p.flatten().tolist() for name, p in run.model.named_parameters() if p.requires_grad}
     return {"metrics": metrics, "log": {name: log[name] for name in names if name in log}, "weights": moved}
 
@@ -155,35 +144,28 @@ def summed(folder):
     options = {"batch": 40, "max_steps": 2}
     with mock.patch("hf_immunize.training.step.sum_hessian", wraps=sum_hessian) as used:
         runs = {f"summed {name}": run(folder, **options, **PAPER | {"objective": name}) for name in SPECTRAL}
-        runs["summed defaults"] = run(folder, **options, budget_holdout=0.0)
+        runs["summed distilled"] = run(folder, **options, objective="concentration")
     return runs, used.call_count
 
 
 def every_objective(folder, dtype):
-    """Two steps with weights by gradient norms, the second with a queue where there is one."""
-    found = {}
-    for name in TRAINED:
-        for size in (0, 6) if name != "imma" else (0,):
-            options = PAPER | {"objective": name, "queue_size": size, "max_steps": 2}
-            found[f"{name} {'queue' if size else 'batch'}"] = run(folder, dtype, **options)
-    return found
+    """Two steps of each, with weights by gradient norms where it has none of its own."""
+    return {name: run(folder, dtype, **PAPER | {"objective": name, "max_steps": 2}) for name in TRAINED}
 
 
 def exactly(folder):
-    """In float64: every objective, and what remembers."""
-    loss = {"objective": "imma", "benign_loss": "both", "benign_budget": 0.1, "budget_measure": "loss"}
+    """In float64: every objective, and what remembers or is a function of the whole batch."""
+    imma = {"objective": "imma", "benign_loss": "both", "benign_budget": 0.1}
     return every_objective(folder, torch.float64) | {
-        "distilled": run(folder, torch.float64, max_steps=4, queue_size=16),
-        "both": run(folder, torch.float64, max_steps=2, **loss),
+        "distilled": run(folder, torch.float64, max_steps=4, benign_budget=0.1),
+        "both": run(folder, torch.float64, max_steps=2, **imma),
         "dead_relu": run(folder, torch.float64, resnet(), objective="dead_relu", max_steps=2),
-        "auto": run(folder, torch.float64, resnet(), objective="auto", max_steps=2),
     }
 
 
 def beside_a_trainer(folder, objective):
     """Steps of someone else's Trainer, with a callback."""
-    method = {"objective": objective, "benign_loss": "task", "benign_budget": None}
-    callback = ImmunizationCallback(rows(16, 2), rows(16, 1), **method)
+    callback = ImmunizationCallback(rows(16, 2), rows(16, 1), objective=objective, benign_loss="task")
     args = hf.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=8 // world_size(),
@@ -203,7 +185,7 @@ def beside_a_trainer(folder, objective):
 
 def resumable(folder, dropout=0.0, callbacks=None, **options):
     """A run of five steps in epochs of two, which keeps a checkpoint of each."""
-    kept = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "queue_size": 16}
+    kept = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "benign_budget": 0.1}
     return trainer(folder, vit(dropout), callbacks=callbacks, **kept | ADAM | options)
 
 
@@ -262,15 +244,13 @@ def everything(folder):
             **every_objective(folder, torch.float32),
             "fixed": run(folder, **FIXED),
             "adam": run(folder, **PAPER, max_steps=2, **ADAM),
-            # Running means, multiplier, queue, starting model and a third set, over steps enough to use them.
-            "defaults": run(folder, max_steps=4, queue_size=16),
-            # Nine of 32 benign images, of which two a step are measured.
-            "held_out": run(folder, batch=16, max_steps=3, budget_holdout=0.3),
+            # Starting model, gate and a third set.
+            "defaults": run(folder, max_steps=4, benign_budget=0.1),
             "cached": run(folder / "cached", cache_trunk="float32", **FIXED),
             **of_sums,
         },
         "exactly": exactly(folder),
-        "beside": {name: beside_a_trainer(folder, name) for name in ("concentration", "imma")},
+        "beside": {name: beside_a_trainer(folder, name) for name in ("time", "imma")},
         "measured": measured(folder),
         "whole": uninterrupted(folder / "whole"),
     }
