@@ -191,10 +191,8 @@ def test_any_size_gives_the_number_of_float64_and_ordinary_size(case, name, degr
     try:
         found = numbers(function(**(arguments | {name: scaled})))
     except NonFiniteError:
-        # Of a gradient the value may be out of range though it is not.
-        value_degree = degree + 1 if case.startswith("gradient") else degree
-        limit = math.log2(torch.finfo(result_dtype).max)
-        assert not torch.isfinite(held).all() or value_degree * exponent > limit - 16
+        # The regularizers take numbers between 1e-30 and 1e30.
+        assert not torch.isfinite(held).all() or (in_dtype and abs(exponent) > 90)
         return
     except ImmunizationError:
         assert exponent == -133  # below the normal numbers of float32: rounding noise may be all there is

@@ -138,9 +138,7 @@ def _table(path: Path, columns: Sequence[str] | None, drop: Sequence[str]) -> tu
     frame = pandas.read_csv(path) if path.suffix == ".csv" else pandas.read_parquet(path)
     # Rows longer than the first line make pandas take their first cells for row names.
     if path.suffix == ".csv" and not frame.index.equals(pandas.RangeIndex(len(frame))):
-        raise DataError(
-            f"Expected as many cells in the rows of {path} as in its first line, found more. Name all."
-        )
+        raise DataError(f"Expected as many cells in the rows of {path} as in its first line, found more. Name all.")
     missing = [name for name in (*(columns or ()), *drop) if name not in frame.columns]
     if missing:
         found = ", ".join(map(str, frame.columns[:12]))
