@@ -1,9 +1,9 @@
 """One step of Algorithm 1 against the same step written down straightforwardly.
 
 Straightforward: the D×D Gram matrix of the features in float64, `eigvalsh` with autograd through it, and a solve with
-`K` for the preconditioner, for both tasks. Ours: `hf_immunize.linear.steps`, which needs no inverse and decomposes the
-smaller Gram matrix. Both compute the preconditioned directions of R_well and R_ill; the task loss is the same for both
-and left out.
+`K` for the preconditioner, for both tasks. Ours: `hf_immunize.linear.algorithm`, which needs no inverse and decomposes
+the smaller Gram matrix. Both compute the preconditioned directions of R_well and R_ill; the task loss is the same for
+both and left out.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from benchmarks.common import interleaved_medians
-from hf_immunize.linear.steps import directions, feature_spectrum, ill_weights, subtract_, well_weights
+from hf_immunize.linear.algorithm import directions, feature_spectrum, ill_weights, subtract_, well_weights
 
 
 def straightforward(theta, benign, harmful):

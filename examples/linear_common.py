@@ -4,6 +4,7 @@ Run `house_prices.py` or `mnist_pairs.py`; this module does nothing by itself.
 """
 
 import json
+import math
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_immunize.linear.definition import check_definition
-from hf_immunize.linear.optimum import common_basis, optimal_map, rir_ceiling, row_factor
+from hf_immunize.linear.optimum import common_basis, map_ratio, optimal_map, rir_ceiling, row_factor
+from hf_immunize.linear.probe import least_squares_probe
 from hf_immunize.spectra.ratio import reference_condition_number
 
 
@@ -34,7 +35,10 @@ def command_line(description: str, data: str) -> ArgumentParser:
 
 
 class Measure:
-    """Exact ratios with Definition 3.1, and the reference protocol's, of any map on one pair of tasks."""
+    """Exact ratios, the reference protocol's, and the paper's Definition 3.1, of any map on one pair of tasks.
+
+    (a) harmful probing becomes much slower, (b) benign probing no slower, (c) and the benign task is solved as well.
+    """
 
     def __init__(self, X_benign: Tensor, X_harmful: Tensor, y: Tensor | None = None) -> None:
         self.benign, self.harmful, self.targets = X_benign, X_harmful, y
@@ -43,23 +47,36 @@ class Measure:
 
     def __call__(self, theta: Tensor) -> dict[str, Any]:
         """Everything the tables show of one map ``(D, D)``."""
-        found = check_definition(self.P, self.H, theta, self.targets, rows=self.benign)
+        ratio = map_ratio(self.P, self.H, theta)
+        assert ratio.benign is not None
+        before = after = math.nan
+        kept = ratio.benign.rank == self.P.rank  # (c) without targets
+        if self.targets is not None:
+            # Through the row space, so that rounding in the null directions is not blown up into new features.
+            inside = self.benign.to(torch.float64) @ self.P.V
+            before, after = (self._best_loss(Z) for Z in (inside, inside @ (self.P.V.T @ theta)))
+            kept = after <= before * 1.01 + 1e-9 * float(self.targets.var(0, correction=0).sum())
         harmful = reference_condition_number(self.harmful @ theta) / self.before[0]
         benign = reference_condition_number(self.benign @ theta) / self.before[1]
         return {
-            "i": found.ratio.harmful_ratio,
-            "ii": found.ratio.benign_ratio,
-            "rir": found.ratio.rir,
-            "bound": found.ratio.bound,
-            "a": found.slower_harmful,
-            "b": found.benign_kept,
-            "c": found.utility_kept,
-            "loss_before": found.loss_before,
-            "loss_after": found.loss_after,
+            "i": ratio.harmful_ratio,
+            "ii": ratio.benign_ratio,
+            "rir": ratio.rir,
+            "bound": ratio.bound,
+            "a": ratio.harmful_ratio >= 10,
+            "b": ratio.benign_ratio <= 1 + 1e-6 and not ratio.benign.is_bound,
+            "c": kept,
+            "loss_before": before,
+            "loss_after": after,
             "reference_i": harmful,
             "reference_ii": benign,
             "reference_rir": harmful / benign,
         }
+
+    def _best_loss(self, Z: Tensor) -> float:
+        """Squared loss per sample of the best linear probe with intercept."""
+        targets = self.targets.reshape(len(Z), -1).to(Z)
+        return float((targets - least_squares_probe(Z, targets, intercept=True).predict(Z)).square().sum(1).mean())
 
 
 def attained(P: Tensor, H: Tensor, several: bool = False) -> dict[str, Any]:

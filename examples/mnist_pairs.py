@@ -18,8 +18,7 @@ import torch
 from linear_common import FIGURES, Measure, Store, attained, command_line, hub_dataset, number, table, write_section
 
 from hf_immunize.linear.algorithm import immunize_linear
-from hf_immunize.linear.definition import map_ratio
-from hf_immunize.linear.optimum import rir_ceiling, row_factor
+from hf_immunize.linear.optimum import map_ratio, rir_ceiling, row_factor
 
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, the usual constants

@@ -3,9 +3,7 @@ import re
 
 import numpy as np
 import pytest
-import torch
 import typer
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hf_immunize import rir_ceiling
@@ -46,7 +44,7 @@ H = GENERATOR.normal(size=(50, 5)) * np.array([3, 30, 1, 10, 300])
 def test_numbers_sentence_and_figure(saved, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     text = call(*saved(P, H), "--figure", name)
-    assert f"{rir_ceiling(P, H).value:.4g}" in text and "60 × 5" in text and "°" in text
+    assert f"{rir_ceiling(P, H).value:.4g}" in text and "60 × 5" in text
     assert f"Frontier saved to {name}." in text  # what a user typed is no markup
     figure = tmp_path / name
     assert figure.read_bytes().startswith(b"\x89PNG") and 5_000 < figure.stat().st_size < 200_000
@@ -55,7 +53,7 @@ def test_numbers_sentence_and_figure(saved, tmp_path, monkeypatch, name):
 def test_json_is_strict_and_agrees_with_the_library(saved):
     found = json.loads(call(*saved(P, H), "--json"))
     assert found["value"] == pytest.approx(rir_ceiling(P, H).value)
-    assert found["infinite"] is False and len(found["angles"]) == 5
+    assert found["infinite"] is False
     lacking = saved(P * (np.arange(5) < 4), H)
     found = json.loads(call(*lacking, "--json"))
     assert found["value"] is None and found["infinite"] is True and found["harmful_only"] == 1
@@ -63,17 +61,7 @@ def test_json_is_strict_and_agrees_with_the_library(saved):
     assert "infinite" in text and "1 harmful directions are absent" in text
 
 
-def test_safetensors_with_a_key(tmp_path):
-    paths = tmp_path / "p.safetensors", tmp_path / "h.safetensors"
-    for path, X in zip(paths, (P, H), strict=True):
-        save_file({"features": torch.tensor(X), "labels": torch.zeros(1)}, path)
-    assert "Ceiling" in call(*paths, "--key", "features")
-    assert "features, labels" in call(*paths, fails=True)
-
-
 def test_what_limits_the_numbers_is_noted(saved):
-    constant = saved(np.where(np.arange(5) == 2, 7, P), H)
-    assert "1 constant columns of the benign data" in call(*constant, "--standardize")
     assert "3 benign samples in 5 dimensions" in call(*saved(P[:3], H))
     assert "found zero" in call(*saved(0 * P, H), fails=True)
 
@@ -99,9 +87,3 @@ def test_legend_and_title_say_what_the_line_is_for(saved, tmp_path, monkeypatch,
     call(*saved(P, H), "--figure", tmp_path / "f.png")
     assert label.format(rir_ceiling(P, H)) in drawn[0].get_legend().get_texts()[0].get_text()
     assert drawn[0].get_title().endswith(title)
-
-
-def test_coded_columns_are_listed(tmp_path):
-    (tmp_path / "p.csv").write_text("zone[/b],size\na,1\nb,2\na,4\n")
-    assert "order of their values: zone[/b]." in call(tmp_path / "p.csv", tmp_path / "p.csv")
-    assert "zone[/b]" in json.loads(call(tmp_path / "p.csv", tmp_path / "p.csv", "--json"))["notes"][0]

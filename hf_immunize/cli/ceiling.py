@@ -30,18 +30,12 @@ def ceiling(
     key: Annotated[str | None, typer.Option(help="Array to take from .npz and .safetensors files.")] = None,
     columns: Annotated[str | None, typer.Option(help="Columns of tables to use, separated by commas.")] = None,
     drop: Annotated[str | None, typer.Option(help="Columns of tables to leave out, such as the target.")] = None,
-    fill: Annotated[float | None, typer.Option(help="Value for missing cells, which are an error otherwise.")] = None,
-    image_size: Annotated[int, typer.Option(help="Images are resized to this many pixels a side, in grey.")] = 28,
-    standardized: Annotated[
-        bool, typer.Option("--standardize", help="Centre and scale every column, each file on its own.")
-    ] = False,
     produced_dtype: Annotated[
         str | None, typer.Option(help=f"Precision of the features, if not the file's: {', '.join(_DTYPES)}.")
     ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Sine of the angle from which a harmful direction counts as absent.")
     ] = None,
-    leading: Annotated[int, typer.Option(min=1, help="How many leading directions to compare by angle.")] = 5,
     figure: Annotated[Path | None, typer.Option(help="Save the frontier, (i) against (ii), as an image.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
@@ -57,15 +51,15 @@ def ceiling(
     one that reaches it is known in closed form. A ceiling near 1 says that training such a map is futile. An infinite
     ceiling says that the harmful task has directions that the benign data do not use.
 
-    Give two files with one sample a row: .npy, .npz, .safetensors, .csv, .parquet (numbers, feature lists or images),
-    or folders of images. Features are best taken at the input of the classifier.
+    Give two files with one sample a row: .npy, .npz, .safetensors, .csv or .parquet (numbers, or a column of feature
+    lists). Features are best taken at the input of the classifier.
 
     A linear map slows gradient descent only: the ceiling does not say whether another optimizer is stopped.
     """
     import torch
 
-    from hf_immunize.linear.inputs import read_pair, standardize
-    from hf_immunize.linear.optimum import principal_angles, rir_ceiling, row_factor
+    from hf_immunize.linear.inputs import read_pair
+    from hf_immunize.linear.optimum import rir_ceiling, row_factor
 
     if produced_dtype not in (None, *_DTYPES):
         raise ArgumentError(f"Expected --produced-dtype out of {', '.join(_DTYPES)}, found {produced_dtype!r}.")
@@ -76,25 +70,18 @@ def ceiling(
             )
         check_writable(figure.parent, "--figure")
     pick, leave = (None if text is None else [name.strip() for name in text.split(",")] for text in (columns, drop))
-    notes: list[str] = []
-    data = read_pair(
-        benign, harmful, key=key, columns=pick, drop=leave or [], fill=fill, image_size=image_size, notes=notes
-    )
-    factors = []
-    for name, X in zip(("benign", "harmful"), data, strict=True):
-        dtype = getattr(torch, produced_dtype) if produced_dtype else None
-        if standardized:
-            dtype = dtype or (data[0].dtype if data[0].is_floating_point() else None)
-            X, constant = standardize(X, name)
-            if constant:
-                notes.append(f"{len(constant)} constant columns of the {name} data became 0 (first: {constant[0]}).")
-        factors.append(row_factor(X, f"the {name} data", produced_dtype=dtype))
+    data = read_pair(benign, harmful, key=key, columns=pick, drop=leave or [])
+    dtype = getattr(torch, produced_dtype) if produced_dtype else None
+    factors = [
+        row_factor(X, f"the {name} data", produced_dtype=dtype)
+        for name, X in zip(("benign", "harmful"), data, strict=True)
+    ]
     found = rir_ceiling(factors[0], factors[1], tolerance=tolerance)
-    angles = principal_angles(factors[0], factors[1], leading).tolist()
+    notes = []
     for name, samples in (("benign", found.num_benign), ("harmful", found.num_harmful)):
         if samples < found.dim:
             notes.append(f"{samples} {name} samples in {found.dim} dimensions: the numbers describe this sample.")
-    (_print_json if as_json else _print)(found, angles, notes)
+    (_print_json if as_json else _print)(found, notes)
     # Last, so that a figure that fails costs no number.
     if figure is not None:
         _save_frontier(found, figure)
@@ -102,16 +89,16 @@ def ceiling(
             _note(f"Frontier saved to {figure}.")
 
 
-def _print_json(found: Ceiling, angles: list[float], notes: list[str]) -> None:
+def _print_json(found: Ceiling, notes: list[str]) -> None:
     from hf_immunize.linear.optimum import advice
 
     # JSON knows neither infinity nor NaN.
     numbers = {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(found).items()}
-    numbers |= {"infinite": math.isinf(found.value), "angles": angles, "advice": advice(found), "notes": notes}
+    numbers |= {"infinite": math.isinf(found.value), "advice": advice(found), "notes": notes}
     typer.echo(json.dumps(numbers))
 
 
-def _print(found: Ceiling, angles: list[float], notes: list[str]) -> None:
+def _print(found: Ceiling, notes: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -133,8 +120,7 @@ def _print(found: Ceiling, angles: list[float], notes: list[str]) -> None:
             f"  {found.harmful_only} harmful directions are absent from the benign data (beyond an angle of sine "
             f"{found.tolerance:.1g})\n  ceiling on the shared directions alone: {shared_value}"
         )
-    text = ", ".join(f"{angle:.1f}°" for angle in angles)
-    console.print(f"Angles between the {len(angles)} leading directions of each: {text}\n[bold]{advice(found)}[/]")
+    console.print(f"[bold]{advice(found)}[/]")
     for note in notes:
         _note(note)
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,6 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 import transformers
-from filelock import Timeout
 from huggingface_hub.utils import WeakFileLock
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -33,7 +30,7 @@ from transformers.utils import logging
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.errors import DataError, DiskSpaceError, NonFiniteError
 from hf_immunize.features.ranks import ALONE, Processes
-from hf_immunize.files import UNFINISHED, checked, file_sha256, flush, with_checksum
+from hf_immunize.files import checked, file_sha256, flush, with_checksum
 from hf_immunize.tensor_hash import tensors_hash
 from hf_immunize.vision.head import in_eval_mode
 
@@ -113,12 +110,6 @@ class TrunkCache:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def nbytes(self) -> int:
-        """About how much space they take, in bytes."""
-        width = math.prod(self.split.activation_shape) * DTYPES[self.dtype].itemsize + 8 * self._labelled
-        return len(self) * width + len(self._batches) * 1024 + 2**16
-
     def find(self) -> CachedRows | None:
         """The stored activations, if there are any that fit; the log says why those that are there do not."""
         if not self.folder.exists():
@@ -162,23 +153,24 @@ class TrunkCache:
     def write(self) -> CachedRows:
         """Compute and store the activations in place of what was there; a collective."""
         # Each process computes whole batches, those that a single one would, into a file of its own: the rows and
-        # their order do not depend on the number of processes.
-        staging = self.processes.broadcast_from_main(self._start_anew)
+        # their order do not depend on the number of processes. Without the key, which comes last, nothing is found.
+        self.processes.broadcast_from_main(self._start_anew)
         try:
             with seeded(0):
-                parts = self.processes.together(lambda: self._write_part(staging))
-            self.processes.broadcast_from_main(lambda: self._finish(staging, dict(part for part in parts if part)))
-        finally:
+                parts = self.processes.together(self._write_part)
+            self.processes.broadcast_from_main(lambda: self._finish(dict(part for part in parts if part)))
+        except BaseException:
             if self.processes.first:
-                shutil.rmtree(staging, ignore_errors=True)
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         return self._open()
 
-    def _start_anew(self) -> Path:
+    def _start_anew(self) -> None:
         with self._named_errors():
             shutil.rmtree(self.folder, ignore_errors=True)
-            return Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{self.folder.name}-", dir=self.folder.parent))
+            self.folder.mkdir()
 
-    def _write_part(self, folder: Path) -> tuple[str, str] | None:
+    def _write_part(self) -> tuple[str, str] | None:
         """Write this process's share, if it has one; returns the file's name and its checksum."""
         own = self.processes.share(self._batches)
         if not own:
@@ -187,7 +179,7 @@ class TrunkCache:
         columns: dict[str, Any] = {"activation": datasets.List(datasets.Value(self.dtype), length=width)}
         columns |= {"labels": datasets.Value("int64")} if self._labelled else {}
         schema = datasets.Features(columns).arrow_schema
-        path = folder / f"activations-{self.processes.index:05d}-of-{self.processes.count:05d}.arrow"
+        path = self.folder / f"activations-{self.processes.index:05d}-of-{self.processes.count:05d}.arrow"
         with self._named_errors():
             with open(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
                 for positions, batch in zip(own, self._read(own, f"trunk of {self.name}"), strict=True):
@@ -198,13 +190,12 @@ class TrunkCache:
             flush(path)
             return path.name, file_sha256(path)
 
-    def _finish(self, staging: Path, checksums: dict[str, str]) -> None:
+    def _finish(self, checksums: dict[str, str]) -> None:
         with self._named_errors():
-            (staging / _KEY_FILE).write_text(with_checksum({**self._key, "files": checksums}), encoding="utf-8")
-            flush(staging / _KEY_FILE)
-            flush(staging)
-            os.replace(staging, self.folder)
-            flush(self.folder.parent)
+            key = self.folder / _KEY_FILE
+            key.write_text(with_checksum({**self._key, "files": checksums}), encoding="utf-8")
+            for written in (key, self.folder, self.folder.parent):
+                flush(written)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -268,62 +259,16 @@ class TrunkCache:
 
 def open_or_write(*caches: TrunkCache) -> list[CachedRows]:
     """Find the stored activations of caches in sister folders, and write those that are missing; a collective."""
-    # Other runs that share the folder wait until it is done. Where the disk does not hold what is missing, that is an
-    # error before anything is written or removed.
     processes, parent = caches[0].processes, caches[0].folder.parent
     parent.mkdir(parents=True, exist_ok=True)
-    with _locked(parent / ".lock", processes):
-        processes.broadcast_from_main(lambda: _remove_leftovers(parent))
+    # Processes of a machine with a disk of its own each work alone, one after the other.
+    with WeakFileLock(parent / ".lock") if processes.count == 1 else nullcontext():
         found = processes.run_on_all_ranks(lambda: [cache.find() for cache in caches])
         # Rounding may differ between processes, and one that wrote alone would wait for the others forever.
         lacking = processes.together(lambda: [index for index, rows in enumerate(found) if rows is None])
         anew = sorted({index for indices in lacking for index in indices})
-        if anew:
-            processes.broadcast_from_main(lambda: _check_space(parent, [caches[index] for index in anew]))
         written = {index: caches[index].write() for index in anew}
         return [written.get(index, rows) for index, rows in enumerate(found)]  # type: ignore[misc]
-
-
-@contextmanager
-def _locked(path: Path, processes: Processes) -> Iterator[None]:
-    """Hold a lock on behalf of all processes."""
-    # Another run may hold it for as long as it writes, which no collective would wait for: so each process waits at
-    # the file first, and the first one takes it only if it is still free.
-    with ExitStack() as stack:
-
-        def take() -> bool:
-            try:
-                stack.enter_context(WeakFileLock(path, timeout=None if processes.count == 1 else 1))
-            except Timeout:
-                return False
-            return True
-
-        while True:
-            if processes.count > 1:
-                with WeakFileLock(path):
-                    pass
-                processes.together(lambda: None)  # else the last to pass would wait for the first to let go
-            if processes.broadcast_from_main(take):
-                break
-        yield
-
-
-def _remove_leftovers(parent: Path) -> None:
-    for leftover in parent.glob(f"{UNFINISHED}*"):  # of a run that was killed, or it would hold the lock
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _check_space(parent: Path, missing: list[TrunkCache]) -> None:
-    needed = sum(cache.nbytes for cache in missing) / 1e6
-    replaced = sum(file.stat().st_size for cache in missing for file in cache.folder.glob("*"))
-    free = (shutil.disk_usage(parent).free + replaced) / 1e6
-    what = ", ".join(f"{len(cache):,} {cache.name}" for cache in missing)
-    logger.info(f"Caching the frozen trunk of {what}: about {needed:,.1f} MB of {free:,.1f} MB free.")
-    if needed > free:
-        raise DiskSpaceError(
-            f"Expected {needed:,.2f} MB for the cached trunk ({what}), found {free:,.2f} MB free in {parent}. Make "
-            "room, choose another trunk_cache_dir, use cache_trunk='float16', or train with cache_trunk='no'."
-        )
 
 
 # ---- what identifies stored activations ----

@@ -22,6 +22,7 @@ import torch
 from hf_immunize.errors import ArgumentError, RankError, ShapeError
 from hf_immunize.linear.inputs import as_data, dtype_of_origin, keep_above_noise
 from hf_immunize.spectra.checks import binary_scale, check_count, check_number, check_result, decomposing
+from hf_immunize.spectra.ratio import ImmunizationRatio, relative_immunization_ratio
 
 
 class Factor(NamedTuple):
@@ -279,18 +280,17 @@ def optimal_map(
     return check_result(torch.cat([shared, null @ (Wh.T * outer)], dim=1) / scale, "the map")
 
 
-def principal_angles(X_benign: Any, X_harmful: Any, leading: int = 10) -> torch.Tensor:
-    """Angles between the leading eigenspaces of the two Gram matrices, in degrees, rising.
-
-    The angles come from sines where they are small and cosines where they are large (Björck & Golub, 1973).
-    """
-    P, H = factors(X_benign, X_harmful)
-    check_count(leading, "leading")
-    count = min(leading, P.rank, H.rank)
-    A, B = P.V[:, :count], H.V[:, :count]
-    cosines = torch.linalg.svdvals(A.T @ B).clamp(max=1.0)
-    sines = torch.linalg.svdvals(B - A @ (A.T @ B)).flip(0).clamp(max=1.0)
-    return torch.rad2deg(torch.where(sines < 0.5, sines.asin(), cosines.acos()))
+def map_ratio(P: Factor, H: Factor, theta: torch.Tensor) -> ImmunizationRatio:
+    """Exact RIR of the map ``θ``, ``(D, D')``, against the identity (Eq. 15), by a decomposition of the features."""
+    # The rank rule compares features of equal width, and a map may change it; columns of zeros leave κ alone.
+    width, theta = max(theta.shape), theta / binary_scale(theta)
+    before = [F.unit()[0].rows for F in (P, H)]
+    benign, harmful, benign_reference, harmful_reference = (
+        torch.nn.functional.pad(Z, (0, width - Z.shape[1])) for Z in (*(Z @ theta for Z in before), *before)
+    )
+    return relative_immunization_ratio(
+        harmful=harmful, harmful_reference=harmful_reference, benign=benign, benign_reference=benign_reference
+    )
 
 
 # From which ceiling on immunization by conditioning is worth trying; the paper's own results start at 3 and reach 350.

@@ -16,7 +16,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_CLASSES = 2**20
 
 
-def as_values(value: Any, name: str, *, readable: bool = True) -> Tensor:
+def as_values(value: Any, name: str) -> Tensor:
     """A dense tensor."""
     if isinstance(value, Tensor):
         tensor = value
@@ -28,7 +28,7 @@ def as_values(value: Any, name: str, *, readable: bool = True) -> Tensor:
                 f"Expected numbers in {name}, found {type(value).__name__} ({' '.join(str(error).split())[:200]}). "
                 "Pass a tensor, an array, or nested lists of one length."
             ) from error
-    if tensor.layout != torch.strided or tensor.is_quantized or (tensor.is_meta and readable):
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise ArgumentError(
             f"Expected numbers that can be read in {name}, found a tensor of {tensor.dtype} and {tensor.layout} on "
             f"{tensor.device}. Pass a dense one."
@@ -38,7 +38,7 @@ def as_values(value: Any, name: str, *, readable: bool = True) -> Tensor:
 
 def as_matrix(value: Any, name: str = "matrix", *, check_finite: bool = True) -> Tensor:
     """Check that `value` is a finite, non-empty, real floating-point matrix, and return it as a tensor."""
-    matrix = as_values(value, name, readable=check_finite)
+    matrix = as_values(value, name)
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise ShapeError(
             f"Expected {name} of shape (N, D), not empty, found {tuple(matrix.shape)}. Flatten each sample to a row."
@@ -146,13 +146,6 @@ def binary_scale(matrix: Tensor) -> float:
     largest = max(-float(lowest), float(highest))
     # Kept among normal numbers, whose inverse is finite.
     return math.ldexp(1.0, min(max(math.frexp(largest)[1], -1021), 1021)) if 0 < largest < math.inf else 1.0
-
-
-def times_power(value: Any, scale: float, degree: int) -> Any:
-    """A number or tensor times ``scale ** degree``, where the power alone may leave the range of float64."""
-    for _ in range(abs(degree) if scale != 1.0 else 0):  # without a copy in the common case
-        value = value * scale if degree > 0 else value / scale
-    return value
 
 
 # How far above the norm of rounding noise a singular value must lie to count. The second singular value of the noise

@@ -7,8 +7,7 @@ Lowering ``R_well`` lowers κ: ``κ(S) ≤ exp(p·R_well(S)/σ_k²)``. Lowering 
 ``1/log κ(S) ≤ σ_1²·R_ill(S)``. Without these factors the bounds fail (S = diag(0.1, 0.01) and diag(100, 1)). The
 gradients average over the eigenspace where the extreme value is repeated.
 
-The functions of features take their `Hessian` in the features' place. Away from the CPU they read no value back:
-where they would raise NonFiniteError, RankError or PerfectConditioningError, their value is NaN instead.
+The functions of features take their `Hessian` in the features' place.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_immunize.errors import PerfectConditioningError
 from hf_immunize.spectra.checks import as_matrix
 from hf_immunize.spectra.hessian_functions import Hessian, Spectrum, hessian_function
 
@@ -42,7 +42,7 @@ def r_well(matrix: Tensor) -> Tensor:
     matrix = as_matrix(matrix)
     if not matrix.any():
         return (0 * matrix).sum(dtype=torch.promote_types(matrix.dtype, torch.float32))
-    return hessian_function(matrix, matrix_well_form, 1, raises=True)
+    return hessian_function(matrix, _matrix_well)
 
 
 def r_ill(matrix: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def r_ill(matrix: Tensor) -> Tensor:
         >>> r_ill(torch.diag(torch.tensor([3.0, 1.0]))).item()
         0.5
     """
-    return hessian_function(as_matrix(matrix), matrix_ill_form, -1, raises=True)
+    return hessian_function(matrix, _matrix_ill)
 
 
 def hessian_r_well(features: Tensor | Hessian, *, scale_free: bool = False) -> Tensor:
@@ -88,7 +88,7 @@ def hessian_r_well(features: Tensor | Hessian, *, scale_free: bool = False) -> T
         >>> hessian_r_well(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item()
         3.75
     """
-    return hessian_function(features, well_form, 2, scale_free=scale_free)
+    return hessian_function(features, _well, scale_free=scale_free)
 
 
 def hessian_r_ill(features: Tensor | Hessian, *, scale_free: bool = False) -> Tensor:
@@ -112,7 +112,7 @@ def hessian_r_ill(features: Tensor | Hessian, *, scale_free: bool = False) -> Te
         >>> round(hessian_r_ill(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).item(), 6)  # 1/(17/4 − 1/2)
         0.266667
     """
-    return hessian_function(features, ill_form, -2, scale_free=scale_free)
+    return hessian_function(features, _ill, scale_free=scale_free)
 
 
 def spectral_concentration(features: Tensor | Hessian) -> Tensor:
@@ -136,66 +136,53 @@ def spectral_concentration(features: Tensor | Hessian) -> Tensor:
         >>> round(spectral_concentration(torch.diag(torch.tensor([10.0, 1.0]))).item(), 4)  # log(1/100)
         -4.6052
     """
-    return hessian_function(features, concentration_form, 0)
+    return hessian_function(features, _concentration)
 
 
 def hessian_log_kappa(features: Tensor | Hessian) -> Tensor:
     """``log κ(H) = log σ_1 − log σ_k`` of the probing Hessian ``H = ZᵀZ``, σ_k its smallest non-zero eigenvalue."""
-    return hessian_function(features, log_kappa_form, 0)
+    return hessian_function(features, lambda spectrum: spectrum.top().log() - spectrum.bottom().log())
 
 
-def matrix_well_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-    """``½λ_1 − Σλ_i/(2p)`` of the eigenvalues λ = σ² of SSᵀ, with ``uuᵀ − I/p``; homogeneous of degree 1 in them."""
-    values, p = spectrum.values, len(spectrum.values)
-    small = spectrum.top()
-    small.diagonal().sub_(1 / p)
-    # As a sum of differences, which cannot turn negative by cancellation.
-    return (values[0] - values).sum() / (2 * p), small
+def _matrix_well(spectrum: Spectrum) -> Tensor:
+    """Of the eigenvalues λ = σ² of SSᵀ; as a sum of differences, which cannot turn negative by cancellation."""
+    return (spectrum.top() - spectrum.values).sum() / (2 * len(spectrum.values))
 
 
-def matrix_ill_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-    """``1/d``, ``d = Σλ_i/(2k) − ½λ_k``, with ``(uuᵀ − I/k)/d²``; homogeneous of degree −1, NaN at κ = 1."""
-    k, smallest = spectrum.kept.sum(dtype=torch.float64), spectrum.smallest
-    d = torch.where(spectrum.kept, spectrum.values - smallest, 0.0).sum() / (2 * k)
-    d = torch.where(spectrum.all_equal(), torch.nan, d)
-    small = spectrum.bottom()
-    small.diagonal().sub_(1 / k)
-    return 1 / d, small / d.square()
+def _matrix_ill(spectrum: Spectrum) -> Tensor:
+    _check_spread(spectrum)
+    kept = spectrum.values[spectrum.kept]
+    return 2 * len(kept) / (kept - spectrum.bottom()).sum()
 
 
-def well_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-    """``½σ_1² − Σσ_i²/(2D)``, with ``2(σ_1·uuᵀ − G/D)``; homogeneous of degree 2."""
-    values = spectrum.values
-    # As a sum of differences, which cannot turn negative by cancellation; D − n values of H are zero.
-    differences = (values[0].square() - values.square()).sum() + (spectrum.dim - len(values)) * values[0].square()
-    return differences / (2 * spectrum.dim), 2 * (values[0] * spectrum.top() - spectrum.gram / spectrum.dim)
+def _well(spectrum: Spectrum) -> Tensor:
+    values, top = spectrum.values, spectrum.top().square()
+    # As a sum of differences, likewise; D − n values of H are zero.
+    return ((top - values.square()).sum() + (spectrum.dim - len(values)) * top) / (2 * spectrum.dim)
 
 
-def ill_denominator(values: Tensor, smallest: Tensor, count: int | Tensor) -> Tensor:
+def _ill(spectrum: Spectrum) -> Tensor:
+    _check_spread(spectrum)
+    kept = spectrum.values[spectrum.kept]
+    return 1 / ill_denominator(kept, spectrum.bottom(), len(kept))
+
+
+def ill_denominator(values: Tensor, smallest: Tensor, count: int) -> Tensor:
     """``Σσ_i²/2k − σ_k²/2`` of Eq. 12, summed as differences so that nothing cancels."""
     return ((values - smallest) * (values + smallest)).sum() / (2 * count)
 
 
-def ill_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-    """``1/d``, ``d = Σσ_i²/(2k) − ½σ_k²``, with ``2(σ_k·uuᵀ − G/k)/d²``; homogeneous of degree −2, NaN at κ = 1."""
-    k, smallest = spectrum.kept.sum(), spectrum.smallest
-    d = ill_denominator(torch.where(spectrum.kept, spectrum.values, smallest), smallest, k)
-    d = torch.where(spectrum.all_equal(), torch.nan, d)
-    return 1 / d, (2 / d.square()) * (smallest * spectrum.bottom() - spectrum.gram / k)
+def _check_spread(spectrum: Spectrum) -> None:
+    if spectrum.all_equal():
+        raise PerfectConditioningError(
+            "Expected κ > 1 in R_ill, found all non-zero singular values equal, where R_ill is undefined. Use at "
+            "least two different samples in a harmful batch."
+        )
 
 
-def concentration_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-    """``log((tr H − σ_1)/σ_1)``, with ``2(I − uuᵀ)/(tr H − σ_1) − 2uuᵀ/σ_1``, and no gradient at its floor."""
+def _concentration(spectrum: Spectrum) -> Tensor:
     # The others are summed: what a difference of trace and top leaves has lost as many digits as they are smaller.
-    top, rest = spectrum.values[0], spectrum.values[1:].sum()
-    floor = 64 * torch.finfo(torch.float64).eps * (top + rest)
-    small = -2 * (1 / rest + 1 / top) * spectrum.top()
-    small.diagonal().add_(2 / rest)
-    return torch.log(torch.maximum(rest, floor) / top), torch.where(rest > floor, small, 0.0)
-
-
-def log_kappa_form(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-    """``log σ_1 − log σ_k``, with ``2(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k)``."""
-    largest, smallest = spectrum.values[0], spectrum.smallest
-    small = (2 / largest) * spectrum.top() - (2 / smallest) * spectrum.bottom()
-    return torch.log(largest) - torch.log(smallest), small
+    top = spectrum.top()
+    rest = spectrum.values[1:].sum() + (spectrum.values[0] - top)
+    floor = 64 * torch.finfo(torch.float64).eps * (top + rest).detach()
+    return (rest / top).log() if rest > floor else (floor / top.detach()).log() + 0 * top

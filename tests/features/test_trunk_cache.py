@@ -1,8 +1,6 @@
 """Stored activations are those of the trunk, and of nothing else; they are written whole or not at all."""
 
 import pickle
-import shutil
-from collections import namedtuple
 
 import datasets
 import pytest
@@ -71,7 +69,7 @@ def shades(dataset):
     return ImageRows(dataset, "train_dataset", "image", "label"), processor
 
 
-def test_stored_rows_are_the_trunks_in_a_mapped_file_as_large_as_was_estimated(cache, setting, images):
+def test_stored_rows_are_the_trunks_in_a_mapped_file(cache, setting, images):
     made, modes, state = cache(), [module.training for module in setting[0].modules()], torch.get_rng_state()
     (rows,) = open_or_write(made)
     assert modes == [module.training for module in setting[0].modules()]
@@ -79,9 +77,7 @@ def test_stored_rows_are_the_trunks_in_a_mapped_file_as_large_as_was_estimated(c
     exact = expected(setting, images())
     torch.testing.assert_close(activations(rows), exact, rtol=1e-5, atol=1e-6)
     assert [rows[i]["labels"] for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
-    size = sum(file.stat().st_size for file in made.folder.glob("*"))
     assert rows.dataset.cache_files and rows.dataset.features["labels"].dtype == "int64"
-    assert size <= made.nbytes <= size + 2**16 + 3 * 1024
     content = pickle.dumps(rows)  # as they travel to worker processes
     assert len(content) < exact.nbytes and torch.equal(activations(pickle.loads(content)), activations(rows))
 
@@ -158,12 +154,7 @@ def test_a_damaged_cache_is_computed_anew(damage, cache, setting, images):
     ("error", "named"),
     [(KeyboardInterrupt, KeyboardInterrupt), (RuntimeError, RuntimeError), (OSError(28, "No space"), DiskSpaceError)],
 )
-def test_interrupted_writing_leaves_nothing_and_what_a_killed_process_left_is_removed(
-    error, named, cache, tmp_path, monkeypatch
-):
-    leftover = tmp_path / "trunk" / "_unfinished-benign-x"
-    leftover.mkdir(parents=True)
-    (leftover / "activations.arrow").write_bytes(b"half")
+def test_interrupted_writing_leaves_nothing(error, named, cache, tmp_path, monkeypatch):
     made, count, compute = cache(), [], TrunkSplit.activations
 
     def interrupted(*args):
@@ -176,29 +167,6 @@ def test_interrupted_writing_leaves_nothing_and_what_a_killed_process_left_is_re
     with pytest.raises(named):
         open_or_write(made)
     assert [path.name for path in (tmp_path / "trunk").iterdir()] in ([".lock"], [])
-
-
-@pytest.fixture
-def free(monkeypatch):
-    def only(nbytes):
-        usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(nbytes, 0, nbytes))
-
-    return only
-
-
-def test_a_disk_that_does_not_hold_all_that_is_missing_is_refused_before_anything_runs(
-    cache, setting, images, free, tmp_path
-):
-    made = cache()
-    other = TrunkCache(*setting, images(), tmp_path / "trunk" / "harmful", progress=False)
-    free(made.nbytes + other.nbytes - 1)
-    with pytest.raises(DiskSpaceError, match=r"found 0.\d+ MB free .* choose another trunk_cache_dir"):
-        open_or_write(made, other)
-    assert not made.folder.exists()
-    open_or_write(made)
-    free(0)  # a cache that is there needs no space
-    assert len(open_or_write(cache())[0]) == 7
 
 
 def test_activations_too_large_for_float16_and_images_of_unequal_size_are_refused(cache, images):

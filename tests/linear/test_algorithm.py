@@ -5,7 +5,7 @@ import torch
 
 from hf_immunize import immunize_linear, rir_ceiling
 from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, ShapeError
-from hf_immunize.linear.algorithm import METHODS, LinearSettings, adapted_loss, log_kappa_gradient
+from hf_immunize.linear.algorithm import METHODS, adapted_loss, log_kappa_gradient
 
 
 def tasks(seed=0, dim=6):
@@ -176,6 +176,6 @@ def test_targets_settings_and_records():
     for targets in ((y > 0).long(), torch.stack([y, -y], 1), torch.zeros(40, dtype=torch.long)):
         assert immunize_linear(P, targets, H, "kappa", epochs=2).omega.shape == (6, 2)
     for every, records in ((0, 2), (4, 4)):
-        found = immunize_linear(P, y, H, "kappa", settings=LinearSettings(epochs=9, seed=5), record_every=every)
+        found = immunize_linear(P, y, H, "kappa", epochs=9, seed=5, record_every=every)
         assert len(found.history) == records
         assert (found.settings["epochs"], found.settings["seed"]) == (9, 5)

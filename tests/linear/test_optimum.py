@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hf_immunize import immunize_linear, rir_ceiling
 from hf_immunize.errors import ArgumentError, NonFiniteError, RankError, ShapeError
-from hf_immunize.linear.optimum import advice, common_basis, null_basis, optimal_map, principal_angles, row_factor
+from hf_immunize.linear.optimum import advice, common_basis, map_ratio, null_basis, optimal_map, row_factor
 
 
 def kappa(Z, rank):
@@ -160,7 +160,6 @@ def test_advice_is_one_sentence_for_every_kind_of_pair(P, H, said):
         (lambda: optimal_map(torch.eye(3), torch.eye(3), t=0.5), ArgumentError, "at least 1"),
         (lambda: optimal_map(torch.eye(3), torch.eye(3), t=math.inf), ArgumentError, "at least 1"),
         (lambda: optimal_map(torch.eye(3), torch.eye(3), harmful_gain=0.1), ArgumentError, "harmful_gain"),
-        (lambda: principal_angles(torch.eye(3), torch.eye(3), leading=0), ArgumentError, "leading"),
         (lambda: row_factor(torch.tensor([[1.0, 2.0], [3.0, math.inf]])), NonFiniteError, "row 1, column 1"),
         (lambda: row_factor(torch.ones(1, 4)), ShapeError, "two rows"),
         (lambda: row_factor(torch.ones(3, 2, 2)), ShapeError, "shape"),
@@ -195,17 +194,6 @@ def test_rounding_is_no_direction():
     assert row_factor(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)).rank == 2
 
 
-def test_angles_between_known_planes_keep_their_digits():
-    e = torch.eye(4, dtype=torch.float64)
-    angle = torch.tensor(0.3, dtype=torch.float64)
-    tilted = torch.stack([2 * e[0], angle.cos() * e[1] + angle.sin() * e[2]])
-    found = torch.deg2rad(principal_angles(torch.stack([2 * e[0], e[1]]), tilted, leading=2))
-    assert found.tolist() == pytest.approx([0.0, 0.3], abs=1e-12)
-    plain, tilted = torch.stack([e[0], 1e-3 * e[2]]), torch.stack([e[0] + 1e-9 * e[1], 1e-3 * e[2]])
-    assert float(torch.deg2rad(principal_angles(plain, tilted, leading=1))[0]) == pytest.approx(1e-9, rel=1e-6)
-    assert float(principal_angles(plain, torch.stack([e[1], 0 * e[1]]))[0]) == 90.0
-
-
 def test_tasks_without_a_shared_direction_and_of_one_harmful_direction():
     P, H = torch.zeros(9, 6, dtype=torch.float64), torch.zeros(9, 6, dtype=torch.float64)
     P[:, :3], H[:, 3:] = torch.randn(9, 3), torch.randn(9, 3)
@@ -218,3 +206,13 @@ def test_tasks_without_a_shared_direction_and_of_one_harmful_direction():
     ceiling = rir_ceiling(P, H)
     assert ceiling.harmful_only == 1 and ceiling.value == pytest.approx(ceiling.benign_kappa)
     assert rir(P, H, optimal_map(P, H, t=1.0), 3, 1) == pytest.approx(ceiling.value)
+
+
+def test_the_ratio_of_a_map_is_exact_and_says_when_rank_was_lost():
+    P, H = data(0, 50, 5), data(1, 40, 5)
+    factors = row_factor(P), row_factor(H)
+    for theta in (torch.eye(5, dtype=torch.float64), torch.eye(5, 7, dtype=torch.float64)):
+        assert map_ratio(*factors, theta).rir == pytest.approx(1.0)
+    found = map_ratio(*factors, optimal_map(P, H))
+    assert found.rir == pytest.approx(rir_ceiling(P, H).value) and found.benign_ratio == pytest.approx(1.0)
+    assert map_ratio(*factors, torch.diag(torch.tensor([1.0, 1, 1, 1, 0]).double())).bound == "undetermined"

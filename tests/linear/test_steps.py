@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_immunize.errors import PerfectConditioningError, RankError
-from hf_immunize.linear.steps import (
+from hf_immunize.linear.algorithm import (
     directions,
     feature_spectrum,
     ill_step,

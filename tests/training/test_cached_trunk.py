@@ -8,7 +8,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import logging
 
-from hf_immunize.errors import ArgumentError, DataError, DiskSpaceError, TrunkError
+from hf_immunize.errors import ArgumentError, DataError, TrunkError
 from hf_immunize.features.cache import TrunkCache
 
 
@@ -161,12 +161,6 @@ def test_what_cannot_be_stored_is_refused(options, error, named, trainer):
     options = {name: of() if of is streamed else of for name, of in options.items()}
     with pytest.raises(error, match=named):
         trainer("resnet", **({"cache_trunk": "float32"} | options)).train()
-
-
-def test_a_full_disk_is_said_before_training(trainer, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(DiskSpaceError, match="free"):
-        trainer("resnet", cache_trunk="float32").train()
 
 
 def test_the_no_of_yaml_is_no(arguments):

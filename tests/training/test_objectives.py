@@ -6,8 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
 
 from hf_immunize.errors import ArgumentError, DataError, ScopeError
 from hf_immunize.hub.record import read_record
@@ -108,24 +106,6 @@ def test_by_the_hessian_half_precision_features_get_gradients_of_their_type():
     spectral_concentration(sum_hessian(some)).backward()
     spectral_concentration(wanted).backward()
     assert some.grad.dtype == torch.bfloat16 and (some.grad - wanted.grad).norm() <= 1e-2 * wanted.grad.norm()
-
-
-# "imma" counts the classes of the batch, and "dead_relu" is found by looking.
-@pytest.mark.parametrize("objective", ["time", *SPECTRAL])
-@pytest.mark.parametrize("budget", [None, 0.1])
-def test_two_steps_run_on_the_meta_device_where_no_value_exists(objective, budget):
-    """On a device, a step reads no value back."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=16, num_labels=3))
-    found = OBJECTIVES[objective](directions=torch.eye(16)[:4].tolist())
-    step = ImmunizationStep(model, Method(objective=objective, benign_budget=budget), objective=found)
-    model.to("meta")
-    sides = {"pixel_values": torch.empty(4, 3, 32, 32, device="meta")}
-    sides["labels"] = torch.empty(4, dtype=torch.long, device="meta")
-    for number in range(2):
-        result = step(model, {"benign": sides, "harmful": sides}, step=number)
-        result.loss.backward()
-    assert result.loss.device.type == "meta"
 
 
 # ---- an objective on an inner layer ----

@@ -1,18 +1,15 @@
 """Cached trunks of one process and of two, what each saw written as JSON, and then a command of the terminal's.
 
-``torchrun ... spread_two_ranks.py FOLDER COMMAND``. Another run holds the folder at first, and in the end the second
-process fails; the command comes after that, since a start costs more than either.
+``torchrun ... spread_two_ranks.py FOLDER COMMAND``. In the end the second process fails; the command
+comes after that, since a start costs more than either.
 """
 
 import json
 import sys
-import threading
-import time
 from pathlib import Path
 
 import torch
 import transformers as hf
-from huggingface_hub.utils import WeakFileLock
 
 from hf_immunize.cli.main import app
 from hf_immunize.errors import NonFiniteError, ProcessError
@@ -42,24 +39,8 @@ def cache(folder, processes, rows, **options):
     )
 
 
-def hold(path, seconds=2.0):
-    """Hold the lock of caches for a while, as another run does that writes there; returns when it is taken."""
-    taken = threading.Event()
-
-    def run():
-        with WeakFileLock(path):
-            taken.set()
-            time.sleep(seconds)
-
-    threading.Thread(target=run).start()
-    taken.wait()
-
-
 def everything(folder, processes):
     made = [cache(folder / name, processes, images(count, 1)) for name, count in COUNTS.items()]
-    if processes.first:
-        hold(folder / ".lock")
-    processes.together(lambda: None)
     written = dict(zip(COUNTS, open_or_write(*made), strict=True))
     found = {
         "processes": processes.count,
