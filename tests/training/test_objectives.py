@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from hf_immunize.errors import ArgumentError, DataError, ScopeError
 from hf_immunize.hub.record import read_record
