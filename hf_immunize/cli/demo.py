@@ -251,8 +251,8 @@ def demo_sentence(
         f"{100 * (utility.difference or 0):+.1f} points, {100 * low:+.1f} to {100 * high:+.1f} with the noise of "
         f"{utility.size} images), and gradient descent on the benign digits {kept.verb} ({kept.steps}). On "
         f"the harmful digits it reads {new.at(100):.1%} after 100 steps where it read {old.at(100):.1%}, and "
-        f"{slowed.verb} ({slowed.steps}, with the noise of {new.size} images); the RIR of a probe with an intercept is "
-        f"{rir}. Least squares reads {new.least_squares:.1%} of them ({readable[0]:.1%} to {readable[1]:.1%}; "
+        f"{slowed.verb} ({slowed.steps}, with the noise of {new.size} images); a probe with an intercept has an RIR "
+        f"of {rir}. Least squares reads {new.least_squares:.1%} of them ({readable[0]:.1%} to {readable[1]:.1%}; "
         f"{old.least_squares:.1%} before; chance {CHANCE:.0%}): probing them {stays}."
     )
 
