@@ -128,7 +128,7 @@ def test_a_file_of_arguments_does_as_well(here):
 def test_the_callback_joins_a_trainer_with_a_loss_of_its_own(here):
     words = ["--model", "model", "--benign", "./pets", "--harmful", "./weapons", "--output_dir", "beside"]
     history = script("callback_on_your_trainer").main([*words, "--max_steps", "2", "--eval_strategy", "epoch", *QUICK])
-    assert {"loss", "concentration", "kl", "harmful_weight"} <= set(history[0])
+    assert {"loss", "outside", "kl", "harmful_weight"} <= set(history[0])
     assert any("spectrum_log10_rir" in entry for entry in history)
     assert moved("model", "beside")
 
@@ -139,7 +139,7 @@ LOOP = ["--model", "model", "--benign", "./pets", "--harmful", "./weapons", "--b
 def test_the_bare_loop_accumulates_and_measures(here, capsys):
     words = [*LOOP, "--output_dir", "loop", "--epochs", "2", "--accumulation", "2", "--learning_rate", "1e-3"]
     metrics = script("accelerate_loop").main(words)
-    assert metrics["steps"] == 4 and {"last_concentration", "last_kl", "rir"} <= set(metrics)
+    assert metrics["steps"] == 4 and {"last_outside", "last_kl", "rir"} <= set(metrics)
     printed = capsys.readouterr().out
     assert "step 4: {'benign_loss'" in printed and "harmful: κ" in printed and "RIR" in printed
     assert moved("model", "loop") and not any("layers.0." in name for name in moved("model", "loop"))
@@ -199,8 +199,8 @@ def test_accelerate_reads_each_configuration_which_says_how_it_is_used(config):
 def test_what_a_configuration_of_shards_says_to_type_is_what_the_trainer_asks_for(tmp_path):
     for name in ("fsdp", "deepspeed"):
         text = (EXAMPLES / "accelerate_configs" / f"{name}.yaml").read_text(encoding="utf-8")
-        assert "--benign_loss task --benign_budget none" in text
-    words = ["--output_dir", str(tmp_path), "--benign_loss", "task", "--benign_budget", "none", "--fsdp", "full_shard"]
+        assert "--benign_loss task" in text
+    words = ["--output_dir", str(tmp_path), "--benign_loss", "task", "--fsdp", "full_shard"]
     (args,) = HfArgumentParser(ImmunizationArguments).parse_args_into_dataclasses([*words, "--use_cpu"])
     assert not Method.of(args).needs_start
 

@@ -141,7 +141,7 @@ def test_new_head_takes_the_benign_classes(images, model, tmp_path, monkeypatch)
     said = []
     monkeypatch.setattr("hf_immunize.cli.train.logger.warning", said.append)
     run_train(flags(model, tmp_path, "--benign", images, "--harmful", images, "--new_head"))
-    assert any("--benign_loss task --benign_budget none" in line for line in said)
+    assert any("--benign_loss task" in line for line in said)
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == dict(enumerate(CLASSES))
 
 

@@ -15,7 +15,6 @@ from typing import Any
 # norm, SGD with momentum. Learning rate, schedule and the ratio of norms are not given there; these are ours.
 PAPER: dict[str, Any] = {
     "benign_loss": "task",
-    "benign_budget": None,
     "benign_weight": "auto",
     "harmful_weight": "auto",
     "auto_weight_ratio": 0.3,

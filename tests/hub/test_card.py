@@ -25,7 +25,6 @@ from hf_immunize.hub.record import (
     AttackRecord,
     AuditRecord,
     BaseModelRecord,
-    BudgetRecord,
     ConditioningRecord,
     DataRecord,
     ImmunizationRecord,
@@ -116,24 +115,21 @@ def test_a_metric_other_than_accuracy_has_its_row():
 
 
 @pytest.mark.parametrize(
-    ("after", "budget", "found"),
+    ("after", "found"),
     [
-        ({"eval_rir": 1.005}, (0.15, 1e-4), ["nothing", "3.0 times", "0.0001", "lower the learning"]),
-        ({"eval_rir": 0.313, "eval_accuracy": 0.238}, (0.15, 0.5), ["nothing", "24.0 points"]),
-        ({"eval_rir": 1.2}, (0.001, 30.0), ["nothing", "train longer"]),
-        ({"eval_rir": 1.2}, (0.04, 30.0), ["nothing", "raise the budget"]),
-        ({"eval_rir": 50.0, "eval_accuracy": 0.3}, (0.05, 1.0), ["cost 17.8 points"]),
-        ({"eval_rir": 50.0, "eval_accuracy": 0.3}, None, ["cost 17.8 points"]),
-        ({"eval_rir": 50.0}, (0.04, 1.0), ["0.04 of its budget of 0.05"]),
-        ({"eval_rir": 50.0}, None, []),
+        ({"eval_rir": 0.313, "eval_accuracy": 0.238}, ["nothing", "24.0 points", "harmful_weight="]),
+        ({"eval_rir": 1.2}, ["nothing", "trainable="]),
+        # With an intercept, where both are known.
+        ({"eval_rir": 50.0, "eval_intercept_rir": 1.2}, ["nothing", "trainable="]),
+        ({"eval_rir": 1.2, "eval_intercept_rir": 50.0}, []),
+        ({"eval_rir": 50.0, "eval_accuracy": 0.3}, ["cost 17.8 points", "harmful_weight="]),
+        ({"eval_rir": 50.0}, []),
     ],
 )
-def test_the_last_sentence_says_what_failed_and_why(after, budget, found):
-    state = None if budget is None else BudgetRecord(0.05, "total_variation", *budget)
-    text = summary_sentence({"eval_accuracy": 0.478}, {"eval_accuracy": 0.478} | after, state)
+def test_the_last_sentence_says_what_failed_and_what_to_do(after, found):
+    text = summary_sentence({"eval_accuracy": 0.478}, {"eval_accuracy": 0.478} | after)
     last = text[text.rindex("fine-tuning.") :]
-    assert all(words in last for words in found)
-    assert ("This run" in last) == (after["eval_rir"] < 2 or after.get("eval_accuracy", 1) < 0.4)
+    assert all(words in last for words in found) and ("This run" in last) == bool(found)
 
 
 BOUNDS = {"eval_rir_is_lower_bound": 1.0, "eval_rir_is_upper_bound": 1.0}

@@ -34,6 +34,7 @@ def trainer(name, folder, **options):
         output_dir=str(folder),
         per_device_train_batch_size=4,
         learning_rate=1e-2,
+        warmup_steps=0,
         save_strategy="steps",
         save_steps=1,
         report_to="none",

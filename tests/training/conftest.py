@@ -76,7 +76,9 @@ def arguments_of(output_dir, **options):
         # The paper's objective with the task's own loss: what most tests are about holds for any method.
         "objective": "kappa",
         "benign_loss": "task",
-        "benign_budget": None,
+        # Runs of a few steps would be over before the rate has risen.
+        "warmup_steps": 0,
+        "lr_scheduler_type": "linear",
     }
     return ImmunizationArguments(**(defaults | options))
 

@@ -77,7 +77,7 @@ def trainer_of(folder, seed=0, **options):
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",
-        benign_budget=0.1,
+        warmup_steps=0,
         seed=seed,
         **options,
     )

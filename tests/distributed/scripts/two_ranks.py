@@ -108,6 +108,8 @@ def trainer(folder, model, dtype=torch.float32, callbacks=None, batch=8, **optio
         per_device_train_batch_size=batch // world_size() // options.get("gradient_accumulation_steps", 1),
         per_device_eval_batch_size=4,
         learning_rate=1e-2,
+        warmup_steps=0,
+        lr_scheduler_type="linear",
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
