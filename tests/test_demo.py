@@ -50,15 +50,15 @@ def test_steps_beyond_what_was_tried_are_a_bound():
     assert found.is_bound and found.after is None and "more than 1,000 after" in found.steps
 
 
-@pytest.mark.parametrize("growth", [-0.3, 1.0])
 @pytest.mark.parametrize("least_squares", [0.2, 0.88])
-def test_sentence_claims_what_was_measured(growth, least_squares):
+def test_sentence_claims_what_was_measured(least_squares):
     utility = paired_utility(torch.tensor([True] * 9 + [False]), torch.tensor([True] * 8 + [False] * 2))
-    results = {"before": {"eval_harmful_log10_kappa": 5.0}, "after": {"eval_harmful_log10_kappa": 5.0 + growth}}
-    said = demo_sentence(results, utility, None, probing(100), probing(400, least_squares))
-    assert ("did not become worse conditioned" in said) == (growth < 0)
+    benign, harmful = (probing(100), probing(100)), (probing(100), probing(400, least_squares))
+    said = demo_sentence({"after": {"eval_intercept_rir": 12.0}}, utility, benign, harmful)
     assert ("stays possible" in said) == (least_squares > 0.5)
-    assert f"{least_squares:.1%}" in said and "+10.0 points" in said
+    assert (
+        f"{least_squares:.1%}" in said and "+10.0 points" in said and "is slowed" in said and "is not slowed" in said
+    )
 
 
 def test_audit_names_the_stronger_attacker():
@@ -84,13 +84,16 @@ def demo(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.outcome
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.portable) for seed in (1, 2, 3, 4))])
-def test_demo_raises_its_ratio_and_keeps_benign_accuracy(demo, seed):
+def test_demo_slows_harmful_probes_alone_and_keeps_benign_accuracy(demo, seed):
     folder, results = demo(seed)
     before, after = results["before"], results["after"]
-    assert after["eval_rir"] >= 3
-    assert after["eval_harmful_log10_kappa"] > before["eval_harmful_log10_kappa"] + 0.3
-    # Without immunization, RIR is 1.
-    assert before["eval_rir"] == pytest.approx(1)
+    chance, old, new = 0.2, *(results["probing"]["harmful"][moment] for moment in ("before", "after"))
+    # Of the same accuracy before, the benign digits are the control.
+    benign = [results["probing"]["benign"][moment]["gradient_descent_100_steps"] for moment in ("before", "after")]
+    assert new["gradient_descent_100_steps"] - chance <= (old["gradient_descent_100_steps"] - chance) / 2
+    assert benign[1] >= benign[0] - 0.02
+    assert after["eval_intercept_rir"] >= 3 and before["eval_intercept_rir"] == pytest.approx(1)
+    assert after["eval_accuracy"] >= before["eval_accuracy"] - 0.01
     model = ViTForImageClassification.from_pretrained(folder)
     rows = decoded(digit_splits(seed)[0]["test"], ViTImageProcessorPil.from_pretrained(folder))
     torch.manual_seed(seed)
@@ -104,7 +107,7 @@ def test_demo_leaves_a_checkpoint_whose_record_and_card_hold(demo):
     folder, results = demo(0)
     record = read_record(folder)
     assert 10 ** record.ratios["exact"].log10_rir == pytest.approx(results["after"]["eval_rir"])
-    assert record.audit.strongest["head_input"].accuracy >= results["probing"]["after"]["least_squares"]
+    assert record.audit.strongest["head_input"].accuracy >= results["probing"]["harmful"]["after"]["least_squares"]
     card = (folder / "README.md").read_text()
     assert str(render_card(record, existing=card)) == card
     data = {name: str(folder / "held_out" / name) for name in ("benign", "harmful")}

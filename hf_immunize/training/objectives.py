@@ -121,8 +121,8 @@ class Time(Objective):
     With Z_c the centred harmful features and Q, ``(D, 2)``, their leading directions in the starting model, it lowers
     ``log E``, ``E = ‖Z_c(I − QQᵀ)‖²/‖Z_cQ‖²``. Little of the task is left at the scale of the two, and first-order
     probes with an intercept, which never see the mean, take up to ``1/E`` times the steps:
-    ``log κ(Z_cᵀZ_c) ≥ log((k − 2)/2) − log E``, k the rank. The share of the benign features' energy in their own two
-    leading directions goes down, which keeps their κ.
+    ``log κ(Z_cᵀZ_c) ≥ log((k − 2)/2) − log E``, k the rank. The concentration of the centred benign features goes down,
+    which keeps their κ.
     """
 
     needs_rows = True
@@ -130,45 +130,34 @@ class Time(Objective):
 
     @staticmethod
     def prepare(benign: Tensor, harmful: Tensor) -> list[list[float]]:
-        """The leading directions of the harmful sample, which vary most already, and those of the benign one."""
-        found = []
-        for name, features in (("harmful", harmful), ("benign", benign)):
-            rows = features.detach().cpu().double()
-            _, values, directions = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
-            kept = min(_DIRECTIONS, rows.shape[1] - 1)
-            if len(values) < kept or not bool(values[kept - 1] > 1e-6 * rows.norm()):
-                raise DataError(
-                    f"Expected at least {kept + 1} different {name} images for objective='time', found features "
-                    "that are alike. Check how the images are loaded, or choose objective='concentration'."
-                )
-            found += directions[:kept].tolist()
-        return found
+        """The leading directions of the harmful sample: those that vary most already are the soonest to dominate."""
+        rows = harmful.detach().cpu().double()
+        _, values, directions = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
+        kept = min(_DIRECTIONS, rows.shape[1] - 1)
+        if len(values) < kept or not bool(values[kept - 1] > 1e-6 * rows.norm()):
+            raise DataError(
+                f"Expected at least {kept + 1} different harmful images for objective='time', found features that are "
+                "alike. Check how the images are loaded, or choose objective='concentration'."
+            )
+        return directions[:kept].tolist()
 
     def __call__(self, benign: Side, harmful: Side) -> Terms:
-        """The terms ``spread`` (benign) and ``outside`` (harmful, log E)."""
+        """The terms ``spread`` (benign, −C) and ``outside`` (harmful, log E)."""
         assert isinstance(benign.features, Tensor) and isinstance(harmful.features, Tensor)  # `needs_rows`
         # Of the batch where no sample was looked at.
-        given = self.directions or self.prepare(benign.features, harmful.features)
-        half = len(given) // 2
-        inside, outside = _energies(harmful.features, given[:half])
-        share = outside / inside
-        leading, others = _energies(benign.features, given[half:])
+        directions = self.directions or self.prepare(benign.features, harmful.features)
+        rows = harmful.features.to(torch.promote_types(harmful.features.dtype, torch.float32))
+        centred = rows - rows.mean(dim=0)
+        basis = torch.tensor(directions, dtype=rows.dtype, device=rows.device)
+        inside = centred @ basis.mT
+        limits = torch.finfo(rows.dtype)
+        least = (limits.eps * centred.detach().square().sum()).clamp_min(limits.tiny)
+        outside = (centred - inside @ basis).square().sum().clamp_min(least)
+        share = outside / inside.square().sum().clamp_min(least)
         return Terms(
-            benign={"spread": (leading / (leading + others)).log()},
+            benign={"spread": -spectral_concentration(benign.features - benign.features.mean(dim=0))},
             harmful={"outside": (share + _OUTSIDE).log()},
         )
-
-
-def _energies(features: Tensor, directions: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
-    """Energy of the centred features within directions and outside, both above rounding."""
-    rows = features.to(torch.promote_types(features.dtype, torch.float32))
-    centred = rows - rows.mean(dim=0)
-    basis = torch.tensor(directions, dtype=rows.dtype, device=rows.device)
-    inside = centred @ basis.mT
-    limits = torch.finfo(rows.dtype)
-    least = (limits.eps * centred.detach().square().sum()).clamp_min(limits.tiny)
-    outside = (centred - inside @ basis).square().sum()
-    return inside.square().sum().clamp_min(least), outside.clamp_min(least)
 
 
 class Kappa(Objective):
