@@ -121,8 +121,8 @@ class Time(Objective):
     With Z_c the centred harmful features and Q, ``(D, 2)``, their leading directions in the starting model, it lowers
     ``log E``, ``E = ‖Z_c(I − QQᵀ)‖²/‖Z_cQ‖²``. Little of the task is left at the scale of the two, and first-order
     probes with an intercept, which never see the mean, take up to ``1/E`` times the steps:
-    ``log κ(Z_cᵀZ_c) ≥ log((k − 2)/2) − log E``, k the rank. The concentration of the centred benign features goes down,
-    which keeps their κ.
+    ``log κ(Z_cᵀZ_c) ≥ log((k − 2)/2) − log E``, k the rank. The concentration of the centred benign
+    features goes down, which keeps their κ.
     """
 
     needs_rows = True
