@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as hf
-from attacked import tiny_vit
 
-from hf_immunize.audit.journal import FeatureStore, Journal, Pass, StoredPasses
+from hf_immunize.audit.journal import Journal, Pass, StoredPasses
 from hf_immunize.audit.result import Outcome
 from hf_immunize.cli.train import before_resuming
 from hf_immunize.errors import ImmunizationError
@@ -49,13 +48,6 @@ def trunk(folder):
     return read
 
 
-def features(folder):
-    model = tiny_vit()
-    return lambda: tensors(
-        FeatureStore(folder, 2**20, []).through(model, [b"image"] * 6, [(LAYER, "pooled")], lambda views: made())
-    )
-
-
 def passes(folder):
     wanted = Pass("immunized", "harmful", "test", ((LAYER, "pooled"),))
     stored = StoredPasses(folder, [wanted])
@@ -76,7 +68,7 @@ def before(folder):
     return lambda: before_resuming(trainer, folder / "before.json")
 
 
-KINDS = {"trunk cache": trunk, "features": features, "passes": passes, "journal": journal, "before": before}
+KINDS = {"trunk cache": trunk, "passes": passes, "journal": journal, "before": before}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -153,14 +153,11 @@ ODD = {
             "--full | --quick=maybe | --nonsense | --output-dir= | --output-dir {root}/a.file/below | --revision= "
             "| --output-dir {root}/a.file | --revision other | --trust-remote-code=maybe "
             "| --attackers= | --attackers , | --attackers nonsense | --attackers ridge,nonsense | --attackers lora_r0 "
-            "| --attackers ridge --steps 8 | --attackers ridge,lda --seconds 8 | --attackers restore_swap "
-            "| --seconds 0 | --seconds=-1 | --seconds x | --seconds nan | --seconds inf "
+            "| --attackers ridge --steps 8 | --attackers restore_swap "
             "| --steps 0 | --steps=-1 | --steps x | --steps 1.5 | --seeds 0 | --seeds=-1 | --seeds x | --seeds 1.5 "
-            "| --keep-features=-1 | --keep-features inf | --keep-features nan | --keep-features 1e308 "
-            "| --keep-features x | --test-fraction 0 | --test-fraction 1 | --test-fraction nan | --test-fraction x "
+            "| --test-fraction 0 | --test-fraction 1 | --test-fraction nan | --test-fraction x "
             "| --max-images 1 | --max-images=-3 | --max-images 2.5 | --max-images x "
-            "| --accuracies 20 | --accuracies x | --accuracies nan | --accuracies 0 | --accuracies 0.2, "
-            "| --accuracies=, | --accuracies= | --seed=-1 | --seed 1.5 | --seed 99999999999999 | --seed x "
+            "| --seed=-1 | --seed 1.5 | --seed 99999999999999 | --seed x "
             "| --image-column nowhere | --image-column label | --label-column nowhere | --label-column image "
             "| --head-module nowhere | --head-module vit | --head-module= ",
         ),

@@ -101,10 +101,10 @@ class AuditResult:
     accuracies: list[float] = field(default_factory=list)  # steps are counted to these too
 
     def tested_images(self, outcome: Outcome) -> int:
-        """Test images of an attack: fine-tuning takes no more than its budget, probes (of mixed weights too) all."""
+        """Test images of an attack: fine-tuning takes no more than its budget, probes (of public weights too) all."""
         size, most = self.tasks[outcome.task].test_size, self.budget.get("fine_tuning_test_images")
         attacker = find_attacker(outcome.attacker)
-        tuned = outcome.access == "fine_tuning" and not (attacker and attacker.shares)
+        tuned = outcome.access == "fine_tuning" and not (attacker and attacker.restores)
         return min(size, most) if tuned and isinstance(most, int) else size
 
     def without_local_paths(self) -> AuditResult:
