@@ -119,7 +119,7 @@ ODD = {
         *calls("", "--output-dir= | --seed -1 | --seed 99999999999999 | --seed x | --nonsense | word"),
     ],
     "card": [
-        *calls("", f"| {RECORDS} | {{root}}/nowhere | {{root}}/a.file | {{root}}/empty | {{root}}/no_config --check"),
+        *calls("", f"| {RECORDS} | {{root}}/nowhere | {{root}}/a.file | {{root}}/empty"),
         *calls(MODEL, "--nonsense | --name= | {root}/model"),
     ],
     "push": [
@@ -132,7 +132,6 @@ ODD = {
         *calls(MODEL, "| --benign {root}/benign | --dataset {root}/benign | --harmful-classes a"),
         *calls(f"{MODEL} --dataset {{root}}/benign", "--harmful-classes nowhere | --harmful-class cat"),
         *calls(f"{MODEL} {PAIR}", "--harmful-classes a | --dataset {root}/benign | --split nowhere"),
-        *calls(f"{MODEL} {PAIR}", "--held-out 2 | --held-out 0 | --held-out nan | --max-images 0 | --max-images -3"),
         *calls(f"{MODEL} {PAIR}", "--batch-size 0 | --revision other"),
         *calls(f"{MODEL} {PAIR} --reference", "{root}/no_type | {root}/nowhere | {root}/a.file"),
         *calls(f"{MODEL} --harmful {{root}}/harmful --benign", DAMAGED),
