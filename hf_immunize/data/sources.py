@@ -174,11 +174,6 @@ def class_keys(dataset: Any, typed: Sequence[str | int], label_column: str | Non
     """Classes as typed, one each: a name where there is such a name, else a number."""
     column = find_stored_label_column(dataset, label_column)
     names = getattr(dataset.features[column], "names", None) or set(read_labels(dataset, column))
-    for word in map(str, typed):
-        pieces = [piece.strip() for piece in word.split(",")]
-        if word not in names and len(pieces) > 1 and pieces[0] in names:
-            repeated = " ".join(f"--harmful-classes {piece!r}" for piece in pieces)
-            raise DataError(f"Expected one class in each --harmful-classes, found {word!r}. Type {repeated}.")
     return [int(word) if word not in names and word.isdigit() else word for word in map(str, typed)]
 
 

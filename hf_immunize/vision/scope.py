@@ -127,14 +127,6 @@ def _block_list(model: PreTrainedModel, head: nn.Module) -> list[nn.Module]:
         lists = [found for found in _outermost(base, kind) if all(part is not head for part in found.modules())]
         if lists:
             return list(max(lists, key=_size).children())
-    # Some of timm (RegNet) name their stages s1, s2, ... in the model itself.
-    alike: dict[type, list[nn.Module]] = {}
-    for part in base.children():
-        if list(part.children()) and all(inner is not head for inner in part.modules()):
-            alike.setdefault(type(part), []).append(part)
-    stages = max(alike.values(), key=lambda group: sum(map(_size, group)), default=[])
-    if len(stages) > 1:
-        return stages
     raise ScopeError(
         f'Expected a list of blocks for trainable="last_stage", found none in {type(model).__name__}. Give trainable= '
         "a regular expression that matches the parameters to train."
