@@ -12,8 +12,8 @@ from hf_immunize.errors import ImmunizationError, NonFiniteError
 from hf_immunize.linear.optimum import optimal_map
 from hf_immunize.linear.probe import least_squares_probe, probe_accuracy
 from hf_immunize.linear.time import time_map
+from hf_immunize.spectra.hessian_functions import hessian_log_kappa
 from hf_immunize.spectra.ratio import reference_condition_number
-from hf_immunize.spectra.regularizers import hessian_log_kappa
 
 
 def matrix(seed, rows=8, columns=3):

@@ -26,7 +26,7 @@ from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditionin
 from hf_immunize.linear.inputs import as_data, as_targets
 from hf_immunize.linear.optimum import Factor, factors, map_ratio, optimal_map
 from hf_immunize.spectra.checks import as_labels, as_values, check_count, check_number, check_result
-from hf_immunize.spectra.regularizers import ill_denominator
+from hf_immunize.spectra.hessian_functions import ill_denominator
 
 
 # ---- one update ----

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from transformers.utils import logging
 
 from hf_immunize.errors import ScopeError
 from hf_immunize.vision.families import family_of
@@ -18,9 +17,6 @@ from hf_immunize.vision.head import adapter_parameters, find_head, outermost_nam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-logger = logging.get_logger(__name__)
 
 
 def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[str]:
@@ -184,11 +180,6 @@ def _of_adapter(chosen: list[str], adapter: list[str], trainable: str) -> list[s
         raise ScopeError(
             f"Expected parameters that PEFT trains, of names such as {_some(adapter)}, found none among the "
             f'{len(chosen)} of trainable={trainable!r}. Put an adapter there, or write trainable="all".'
-        )
-    if len(kept) < len(adapter) and trainable == "last_stage":
-        logger.warning(
-            f"Of the {len(adapter)} parameters that PEFT trains, the {len(kept)} in the last stage are trained; "
-            f'trainable="all" trains all of them.'
         )
     return kept
 

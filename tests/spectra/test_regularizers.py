@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matrices import gaussian, geometric, orthonormal, relative_error, value_and_gradient, with_singular_values
 
-from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError, ShapeError
+from hf_immunize.errors import NonFiniteError, PerfectConditioningError, RankError
 from hf_immunize.spectra.conditioning import condition_number
-from hf_immunize.spectra.hessian_functions import Hessian
-from hf_immunize.spectra.regularizers import (
+from hf_immunize.spectra.hessian_functions import (
+    Hessian,
     hessian_log_kappa,
     hessian_r_ill,
     hessian_r_well,
@@ -276,9 +276,6 @@ EYE = torch.eye(4, dtype=torch.float64)
 @pytest.mark.parametrize("function", FEATURE_FUNCTIONS)
 def test_a_bad_hessian_is_named(function):
     for call, error in (
-        (lambda: hessian(torch.ones(4, 3, dtype=torch.float64)), ShapeError),
-        (lambda: hessian(EYE, rows=0), ShapeError),
-        (lambda: hessian(EYE, dtype=None), ArgumentError),
         (lambda: function(hessian(EYE * math.nan)), NonFiniteError),
         (lambda: function(hessian(0 * EYE)), RankError),
         (lambda: hessian_r_ill(Hessian.of(gaussian(1, 4))), PerfectConditioningError),

@@ -127,7 +127,7 @@ def test_gradient_flows_to_the_batch_alone():
 
 def test_kappa_of_the_queue_approaches_that_of_the_population():
     """Where a batch holds fewer samples than dimensions, its own κ says little about the task's."""
-    from hf_immunize.spectra.regularizers import hessian_log_kappa
+    from hf_immunize.spectra.hessian_functions import hessian_log_kappa
 
     draw = torch.Generator().manual_seed(0)
     population = torch.randn(4096, 16, generator=draw, dtype=torch.float64) * torch.logspace(0, 2, 16)

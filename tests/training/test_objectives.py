@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hf_immunize.errors import ArgumentError, DataError, ScopeError
 from hf_immunize.linear.time import probing_time
 from hf_immunize.spectra.conditioning import feature_conditioning
-from hf_immunize.spectra.regularizers import spectral_concentration
+from hf_immunize.spectra.hessian_functions import spectral_concentration
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.distributed import sum_hessian
 from hf_immunize.training.objectives import (
