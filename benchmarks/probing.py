@@ -14,9 +14,8 @@ import torch
 from transformers import AutoImageProcessor
 
 from hf_immunize import relative_immunization_ratio
-from hf_immunize.attacks.attacker import Found, ProbeBudget
+from hf_immunize.attacks.attacker import Found, ProbeBudget, ProbeData
 from hf_immunize.attacks.presets import find_attacker
-from hf_immunize.attacks.probe_data import ProbeData
 from hf_immunize.data.images import ImageRows
 from hf_immunize.data.sources import choose, load_image_splits
 from hf_immunize.features.extract import extract

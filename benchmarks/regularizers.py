@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarks.common import format_seconds, interleaved_medians, network_like_features
-from hf_immunize.spectra.regularizers import hessian_r_ill, hessian_r_well
+from hf_immunize.spectra.hessian_functions import hessian_r_ill, hessian_r_well
 from hf_immunize.vision.scope import select_trainable
 
 

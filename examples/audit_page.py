@@ -11,7 +11,7 @@ from pathlib import Path
 from hf_immunize.audit.figures import draw_headline
 from hf_immunize.audit.names import CLASSES, label, percent, ratio, signed
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.statistics import TARGET_SHARES, summarize
+from hf_immunize.audit.statistics import TARGET_SHARE, summarize
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
@@ -30,22 +30,15 @@ def number(value: float | None, show=percent) -> str:
     return "–" if value is None or value != value else show(value)
 
 
-def whole(value: float) -> str:
-    return f"{value:.0f}"
-
-
 def attacks(frame) -> dict[str, list[list[str]]]:
     """Class of attackers to its lines of the harmful task."""
-    key = ["attacker", "access", "task", "layer", "precision"]
-    before = frame[frame["subject"] == "reference"].set_index(key)["accuracy"].to_dict()
     found: dict[str, list[list[str]]] = {access: [] for access in CLASSES}
     for row in frame[(frame["subject"] == "immunized") & (frame["task"] == "harmful")].to_dict("records"):
         layer = f", {row['layer']}" * (row["access"] == "any_layer")
-        precision = f", {row['precision']}" * (row["access"] == "head_input" and row["precision"] != "float64")
         found[row["access"]].append(
             [
-                label(row["attacker"]) + layer + precision,
-                number(before.get(tuple(row[name] for name in key))),
+                label(row["attacker"]) + layer,
+                number(row["reference_accuracy"]),
                 number(row["accuracy"]) if row["accuracy"] == row["accuracy"] else (row["note"] or "–"),
                 interval(row["low"], row["high"]),
                 number(row["gap"], signed),
@@ -58,9 +51,7 @@ def attacks(frame) -> dict[str, list[list[str]]]:
 
 def page(report: AuditReport, title: str, figure: str, command: str, note: str) -> str:
     data, harmful, tables = report.data, report.data.tasks["harmful"], report.tables()
-    fine_tuning, deviation, steps, tasks = (
-        tables[name].to_dict("records") for name in ("fine_tuning", "deviation", "steps", "tasks")
-    )
+    steps, tasks = (tables[name].to_dict("records") for name in ("steps", "tasks"))
     budget = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in data.budget.items())
     sides = [("reference_accuracy", percent), ("accuracy", percent), ("gap", signed)]
     lines = [f"# {title}", "", f"{date.today().isoformat()}. Written by `python -m examples.audit_page` from what"]
@@ -85,38 +76,12 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
     heads = ["harmful task read by", "before", "after", "interval, %", "gap, points", "seconds a run", "seeds"]
     for access, rows in attacks(tables["attacks"]).items():
         lines += [f"## {CLASSES[access]}", "", *table(heads, rows)] if rows else []
-    lines += ["## Fine-tuning, by budget", ""] if fine_tuning else []
-    lines += table(
-        ["operator", "steps, at most", "before", "after", "gap, points"],
-        [
-            [
-                label(row["operator"]),
-                f"{row['budget_steps']:,}",
-                *(number(row[f"{side}_accuracy"]) for side in ("reference", "immunized")),
-                number(row["gap"], signed),
-            ]
-            for row in fine_tuning
-        ],
-    )
-    lines += table(
-        ["relative fine-tuning deviation, %", "signed", "interval", "absolute", "interval"],
-        [
-            [
-                label(row["operator"]),
-                f"{row['signed']:+.0f}",
-                interval(row["signed_low"], row["signed_high"], whole),
-                whole(row["absolute"]),
-                interval(row["absolute_low"], row["absolute_high"], whole),
-            ]
-            for row in deviation
-        ],
-    )
-    lines += ["## Steps", "", f"To {TARGET_SHARES[-1]:.0%} of what the attacker reads before above chance.", ""]
+    lines += ["## Steps", "", f"To {TARGET_SHARE:.0%} of what the attacker reads before above chance.", ""]
     lines += table(
         ["attacker", "task", "to", "before", "after", "ratio", "interval"],
         [
             [
-                label(row["attacker"]) + f", {row['precision']}" * (row["precision"] != "float64"),
+                label(row["attacker"]),
                 row["task"],
                 percent(row["target"]),
                 f"{row['reference_steps']:,.0f}",
@@ -125,7 +90,6 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
                 interval(row["low"], row["high"], ratio),
             ]
             for row in steps
-            if row["share"] == TARGET_SHARES[-1]
         ],
     )
     lines += ["## Other tasks", ""] if tasks else []

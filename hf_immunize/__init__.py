@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "spectra.conditioning": ("Conditioning", "condition_number", "feature_conditioning"),
     "spectra.streaming": ("FeatureFactor",),
-    "spectra.regularizers": ("r_well", "r_ill", "hessian_r_well", "hessian_r_ill", "spectral_concentration"),
+    "spectra.hessian_functions": ("r_well", "r_ill", "hessian_r_well", "hessian_r_ill", "spectral_concentration"),
     "spectra.ratio": ("ImmunizationRatio", "relative_immunization_ratio"),
     "linear.algorithm": ("immunize_linear",),
     "linear.optimum": ("Ceiling", "rir_ceiling"),

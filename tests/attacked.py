@@ -9,9 +9,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from hf_immunize.attacks.attacker import ProbeBudget, TuningBudget
+from hf_immunize.attacks.attacker import ProbeBudget, ProbeData, TuningBudget
 from hf_immunize.attacks.presets import find_preset
-from hf_immunize.attacks.probe_data import ProbeData
 
 
 CLASSES = 4

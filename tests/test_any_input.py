@@ -12,8 +12,8 @@ from hf_immunize.errors import ImmunizationError, NonFiniteError
 from hf_immunize.linear.optimum import optimal_map
 from hf_immunize.linear.probe import least_squares_probe, probe_accuracy
 from hf_immunize.linear.time import time_map
+from hf_immunize.spectra.hessian_functions import hessian_log_kappa
 from hf_immunize.spectra.ratio import reference_condition_number
-from hf_immunize.spectra.regularizers import hessian_log_kappa
 
 
 def matrix(seed, rows=8, columns=3):
@@ -22,7 +22,7 @@ def matrix(seed, rows=8, columns=3):
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64) * spread
 
 
-Z, P, H, Y, THETA = matrix(0), matrix(1), matrix(2), matrix(3, columns=2), matrix(4, rows=3)
+Z, P, H, Y = matrix(0), matrix(1), matrix(2), matrix(3, columns=2)
 LABELS = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0])
 TASKS = {"X_benign": P, "X_harmful": H}
 
@@ -79,7 +79,7 @@ CASES = {
         f"immunize_linear, {method}": (
             lambda **options: hf.immunize_linear(**options).history[-1]["rir"],
             TASKS | {"y_benign": LABELS, "method": method, "y_harmful": LABELS, "epochs": 2, "lr": 1e-3}
-            | {"batch_size": 4, "seed": 0, "inner_steps": 2, "theta_init": THETA},
+            | {"batch_size": 4, "seed": 0, "inner_steps": 2},
             {},
         )
         for method in ("kappa", "r_ill", "imma", "opt_kappa")

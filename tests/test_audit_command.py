@@ -41,17 +41,14 @@ def test_writes_what_it_found(model, tmp_path):
 def test_a_changed_budget_and_further_tasks_are_in_the_report(model, tmp_path):
     tasks = ("harmful", "benign", "unseen", "unrelated")
     given = [word for index, task in enumerate(tasks) for word in (f"--{task}", saved(tmp_path / task, index))]
-    budget = ["--steps", "8", "--seconds", "60", "--seeds", "1", "--max-images", "20", "--accuracies", "0.3,0.4"]
-    out = ["--output-dir", str(tmp_path / "out"), "--keep-features", "0", "--attackers", "ridge,adamw", "--quick"]
+    budget = ["--steps", "8", "--seeds", "1", "--max-images", "20"]
+    out = ["--output-dir", str(tmp_path / "out"), "--attackers", "ridge,adamw", "--quick"]
     result = CliRunner().invoke(app, ["audit", model, "--reference", model, *given, *budget, *out])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out" / "audit.json").read_text())["data"]
     assert set(found["tasks"]) == set(tasks)
     assert found["preset"] == "quick, changed"
     assert (found["budget"]["probe_steps"], found["budget"]["images_of_a_task"]) == (8, 20)
-    assert found["budget"]["seconds_of_an_attack_that_trains"] == 60
-    assert found["accuracies"] == [0.3, 0.4]
-    assert not (tmp_path / "out" / "features").exists()
 
 
 def asked(harmful=None, benign=None, dataset=None, harmful_classes=None):
@@ -81,14 +78,9 @@ def test_incomplete_data_are_one_sentence(given):
         (["--harmful", "x", "--revision", "v1"], "--revision"),
         (["--harmful", "x", "--attackers", ""], "attackers"),
         (["--harmful", "x", "--attackers", ","], "attackers"),
-        (["--harmful", "x", "--accuracies", ","], "--accuracies"),
-        (["--harmful", "x", "--accuracies", "0.2,x"], "--accuracies"),
-        (["--harmful", "x", "--accuracies", "20"], "accuracies"),
         (["--harmful", "x", "--quick", "--full"], "--quick"),
-        (["--harmful", "x", "--keep-features", "inf"], "--keep-features"),
         (["--harmful", "x", "--steps", "0"], "steps"),
         (["--harmful", "x", "--seeds", "-1"], "seeds"),
-        (["--harmful", "x", "--seconds", "nan"], "seconds"),
         (["--harmful", "x", "--seed", "-1"], "seed"),
         (["--harmful", "x", "--test-fraction", "nan"], "fraction"),
         (["--harmful", "", "--quick"], "harmful"),
@@ -117,7 +109,6 @@ def test_an_attached_audit_is_in_the_record_and_its_strongest_attackers_on_the_c
     words += [str(tmp_path / "out"), "--attackers", "ridge,last_stage"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert "made from user/base" in result.output
     strongest = read_record(recorded).audit.strongest
     names = {access: attack.attacker for access, attack in strongest.items()}
     ridge = "closed-form least squares (ridge)"

@@ -15,9 +15,8 @@ RECIPES = re.findall(r"```python\n# (hf_immunize/\S+)\n(.*?)```", TEXT, re.DOTAL
 USE = """
 import tempfile, torch, transformers as hf
 from hf_immunize import ImmunizationArguments, ImmunizationTrainer
-from hf_immunize.attacks.attacker import ProbeBudget
+from hf_immunize.attacks.attacker import ProbeBudget, ProbeData
 from hf_immunize.attacks.presets import find_preset
-from hf_immunize.attacks.probe_data import ProbeData
 from hf_immunize.vision.families import family_of
 
 torch.manual_seed(0)
@@ -30,7 +29,7 @@ trainer = ImmunizationTrainer(hf.ViTForImageClassification(config), args, train_
 trainer.train()
 assert "deep" in trainer.state.log_history[0], trainer.state.log_history[0]
 
-(attacker,) = [one for one in __import__("hf_immunize.attacks.direct", fromlist=["x"]).ATTACKERS
+(attacker,) = [one for one in __import__("hf_immunize.attacks.probes", fromlist=["x"]).ATTACKERS
                if one.name == "nearest_mean"]
 assert find_preset("full").only(["nearest_mean"]).probes == ("nearest_mean",)
 labels = torch.arange(40) % 4
@@ -44,7 +43,7 @@ print("all three work")
 
 
 def test_the_recipes_work_as_they_stand(tmp_path):
-    places = {"training/objectives.py", "attacks/direct.py", "vision/families.py"}
+    places = {"training/objectives.py", "attacks/probes.py", "vision/families.py"}
     assert {file for file, _ in RECIPES} == {f"hf_immunize/{place}" for place in places}
     shutil.copytree(ROOT / "hf_immunize", tmp_path / "hf_immunize", ignore=shutil.ignore_patterns("__pycache__"))
     for file, code in RECIPES:

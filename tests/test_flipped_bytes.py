@@ -2,21 +2,17 @@
 
 import json
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as hf
-from attacked import tiny_vit
 
-from hf_immunize.audit.journal import FeatureStore, Journal, Pass, StoredPasses
+from hf_immunize.audit.journal import Journal, Pass, StoredPasses
 from hf_immunize.audit.result import Outcome
-from hf_immunize.cli.train import before_resuming
 from hf_immunize.errors import ImmunizationError
 from hf_immunize.features.cache import TrunkCache, open_or_write
 from hf_immunize.features.extract import Extraction, Layer
 from hf_immunize.features.trunk import split_trunk
-from hf_immunize.files import with_checksum, write_whole
 from hf_immunize.vision.scope import select_trainable
 
 
@@ -49,13 +45,6 @@ def trunk(folder):
     return read
 
 
-def features(folder):
-    model = tiny_vit()
-    return lambda: tensors(
-        FeatureStore(folder, 2**20, []).through(model, [b"image"] * 6, [(LAYER, "pooled")], lambda views: made())
-    )
-
-
 def passes(folder):
     wanted = Pass("immunized", "harmful", "test", ((LAYER, "pooled"),))
     stored = StoredPasses(folder, [wanted])
@@ -70,13 +59,7 @@ def journal(folder):
     return lambda: {key: asdict(outcome) for key, outcome in Journal(folder, "mark", []).outcomes.items()}
 
 
-def before(folder):
-    write_whole(folder / "before.json", with_checksum({"eval_rir": 1.25, "eval_loss": 0.5}) + "\n")
-    trainer = SimpleNamespace(starting_metrics={"eval_rir": 1.25})
-    return lambda: before_resuming(trainer, folder / "before.json")
-
-
-KINDS = {"trunk cache": trunk, "features": features, "passes": passes, "journal": journal, "before": before}
+KINDS = {"trunk cache": trunk, "passes": passes, "journal": journal}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -34,44 +34,16 @@ def typed(*words):
     return CliRunner().invoke(cli.app, [str(word) for word in words])
 
 
-def test_verify_that_agrees_ends_with_0(checkpoint, data):
+def test_verify_ends_with_what_it_found(checkpoint, data):
     done = typed("verify", checkpoint, *data)
     assert done.exit_code == 0
     assert "the figures agree with the record" in " ".join(done.output.split())
-
-
-def test_verify_that_differs_ends_with_3(checkpoint, data):
+    assert typed("verify", checkpoint, "--benign", data[3], "--harmful", data[1]).exit_code == 4
     path = checkpoint / "immunization.json"
     values = json.loads(path.read_text())
     values["ratios"]["exact"]["log10_rir"] += 2
     path.write_text(json.dumps(values))
     assert typed("verify", checkpoint, *data).exit_code == 3
-
-
-def test_verify_that_cannot_say_ends_with_4(checkpoint, data):
-    swapped = ["--benign", data[3], "--harmful", data[1]]
-    assert typed("verify", checkpoint, *swapped).exit_code == 4
-
-
-def test_verify_gives_its_figures_as_json(checkpoint, data):
-    done = typed("verify", checkpoint, *data, "--json")
-    found = json.loads(done.stdout[done.stdout.index("{") :])
-    assert (found["outcome"], found["exit_code"]) == ("agrees", 0)
-    assert {"name", "claimed", "measured", "tolerance", "outcome", "note"} <= set(found["figures"][0])
-
-
-def test_verify_needs_both_kinds_of_images(checkpoint, data):
-    done = typed("verify", checkpoint, *data[:2])
-    assert "Expected either --benign and --harmful" in str(done.exception)
-
-
-def test_push_dry_run_lists_the_files(checkpoint):
-    (checkpoint / "secret.txt").write_text("mine")
-    done = typed("push", checkpoint, REPO, "--dry-run")
-    assert done.exit_code == 0
-    assert "model.safetensors" in done.output
-    assert "secret.txt" not in done.output
-    assert "Nothing was sent" in done.output
 
 
 ODD = "\x1b[2Jodd\x1b]0;title\x07\u202e"
@@ -96,7 +68,7 @@ def odd_link(checkpoint):
 @pytest.mark.parametrize("command", ["push", "verify", "card"])
 def test_names_do_not_command_the_terminal(command, spoil, checkpoint, data, monkeypatch, capsys):
     spoil(checkpoint)
-    words = {"push": [REPO, "--dry-run"], "verify": data, "card": ["--check"]}[command]
+    words = {"push": [REPO, "--dry-run"], "verify": data, "card": []}[command]
     monkeypatch.setattr("sys.argv", ["hf-immunize", command, str(checkpoint), *map(str, words)])
     with pytest.raises(SystemExit):
         cli.main()
@@ -107,19 +79,16 @@ def test_names_do_not_command_the_terminal(command, spoil, checkpoint, data, mon
 
 @pytest.mark.hub
 def test_push_says_what_it_did(checkpoint, online):
-    first, second = (typed("push", checkpoint, REPO, "--private") for _ in range(2))
+    (checkpoint / "secret.txt").write_text("mine")
+    dry, first, second = (typed("push", checkpoint, REPO, *word) for word in (["--dry-run"], ["--private"], []))
+    assert "model.safetensors" in dry.output and "secret.txt" not in dry.output and "Nothing was sent" in dry.output
     assert f"Pushed to {online.url}/{REPO}" in first.output
     assert "no commit was made" in second.output
     assert online.repos[REPO].private
 
 
-def test_card_is_written_and_checked(checkpoint):
-    assert typed("card", checkpoint, "--license", "mit").exit_code == 0
-    assert typed("card", checkpoint, "--check").exit_code == 0
-    path = checkpoint / "README.md"
-    path.write_text(path.read_text().replace("ill-conditioned", "unbreakable"))
-    assert typed("card", checkpoint, "--check").exit_code == 1
-
-
-def test_card_without_record_is_one_sentence(tmp_path):
-    assert "carries no evidence" in str(typed("card", tmp_path).exception)
+def test_card_is_written_from_the_record(checkpoint):
+    assert typed("card", checkpoint, "--license", "mit", "--name", "Mine").exit_code == 0
+    assert "license: mit" in (checkpoint / "README.md").read_text()
+    (checkpoint / "immunization.json").unlink()
+    assert "carries no evidence" in str(typed("card", checkpoint).exception)

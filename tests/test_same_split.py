@@ -64,7 +64,7 @@ def test_audit_and_verify_measure_on_what_training_held_out(run, images):
     asked = SimpleNamespace(model=str(output), revision="main", **dict.fromkeys(names))
     asked.dataset, asked.harmful_classes = str(images), ["gun", "knife"]
     harmful, benign = _data(asked, partial(_draw, asked))
-    checked = _images(None, None, str(images), ["gun", "knife"], None, None, None, record)
+    checked = _images(None, None, str(images), ["gun", "knife"], None, record)
     for side, audited, verified in zip(trained, (benign, harmful), checked, strict=True):
         assert seen(audited.test) == seen(verified) == seen(side.test)
         assert seen(audited.train) == seen(side.train)

@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 from hf_immunize.cli import main as cli
 from hf_immunize.cli.train import load_splits, parse_arguments, run_train
 from hf_immunize.errors import ArgumentError, DataError, WeightsError
+from hf_immunize.hub.card import metric_rows
 from hf_immunize.hub.record import read_record
 from hf_immunize.vision.bare import load_with_linear_head
 
 
 CLASSES = ("cat", "dog", "gun", "knife")
 HARMFUL = ("--harmful_classes", "gun", "knife")
-NAMES = ("--model", "m", "--benign", "a", "--harmful", "b")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def flags(model, output, *more, steps=2):
 @pytest.fixture(scope="module")
 def finished(images, model, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    return output, run_train(flags(model, output, "--dataset", images, *HARMFUL, "--groups"))
+    return output, run_train(flags(model, output, "--dataset", images, *HARMFUL))
 
 
 def test_a_folder_of_images_becomes_a_checkpoint_with_record_card_and_figure(finished):
@@ -70,7 +70,7 @@ def test_a_folder_of_images_becomes_a_checkpoint_with_record_card_and_figure(fin
     assert record.harmful.classes == ["gun", "knife"]
     assert record.metric.before == results["before"]["eval_accuracy"]
     assert [(data.train_size, data.size) for data in (record.benign, record.harmful)] == [(16, 8), (16, 8)]
-    assert set(record.ratios) == {"exact", "intercept"}  # groups of 100 images there are none
+    assert set(record.ratios) == {"exact", "intercept"}
     assert record.figures == ["spectra.png"] and (output / "spectra.png").exists() and "(spectra.png)" in card
     assert (output / "preprocessor_config.json").exists()
     assert str(output.parent) not in (output / "immunization.json").read_text() + card
@@ -91,7 +91,7 @@ def test_resumes(finished, images, model):
     words = ("--dataset", images, *HARMFUL, "--resume_from_checkpoint", "True")
     resumed = run_train(flags(model, output, *words, steps=3))
     assert resumed["steps"] == 3
-    assert resumed["before"] == results["before"]
+    assert metric_rows(resumed["before"], {}) == metric_rows(results["before"], {})
 
 
 def test_a_run_resumed_with_other_images_reports_what_was_before_on_those(images, model, tmp_path):
@@ -105,20 +105,22 @@ def test_a_run_resumed_with_other_images_reports_what_was_before_on_those(images
     assert [resumed[name] for name in names] != pytest.approx([first[name] for name in names])
 
 
-@pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"], ["{}"]])
-def test_config_file_is_read_however_it_is_given_and_flags_override_it(tmp_path, form):
+def test_a_config_file_is_read_and_flags_override_it(tmp_path):
     config = tmp_path / "args.yaml"
-    config.write_text("model: m\nobjective: r_ill\nlearning_rate: 0.5\nmax_steps: 7\nbenign: a\nharmful: b\n")
-    given = [word.format(config) for word in form]
-    assert parse_arguments(given)[1].objective == "r_ill"
-    if form[0] != "{}":
-        _, training = parse_arguments([*given, "--max_steps", "9"])
-        assert (training.learning_rate, training.max_steps) == (0.5, 9)
+    lines = ["model: m", "dataset: d", "harmful_classes: [x, y]", "objective: r_ill", "learning_rate: 1e-3"]
+    lines += ["max_steps: 7", "use_cpu: true", "eval_strategy: no", "report_to: none", "lr_scheduler_kwargs: {a: 1}"]
+    config.write_text("\n".join(lines), encoding="utf-8")
+    data, training = parse_arguments(["--config", str(config)])
+    assert (data.harmful_classes, training.objective, training.learning_rate) == (["x", "y"], "r_ill", 1e-3)
+    assert (training.eval_strategy, training.report_to, training.lr_scheduler_kwargs) == ("no", [], {"a": 1})
+    words = ["--max_steps", "9", "--harmful_classes", "a", "--harmful-classes=b,c"]
+    data, training = parse_arguments([f"--config={config}", *words])
+    assert (data.harmful_classes, training.learning_rate, training.max_steps) == (["a", "b,c"], 1e-3, 9)
 
 
 def test_unknown_flag_suggests_the_near_one():
     with pytest.raises(ArgumentError, match="--learning_rate"):
-        parse_arguments([*NAMES, "--learning_ratee", "1"])
+        parse_arguments(["--model", "m", "--benign", "a", "--harmful", "b", "--learning_ratee", "1"])
 
 
 @pytest.mark.parametrize(
@@ -161,18 +163,3 @@ def test_harmful_class_typed_as_a_name_of_digits_is_a_name(tmp_path):
     given = ["--model", "m", "--dataset", str(tmp_path), "--harmful_classes", "1", "--use_cpu"]
     benign, _ = load_splits(*parse_arguments(given))
     assert benign.train.features["label"].names == ["3", "5"]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--harmful_classes", "a", "b,c"],
-        ["--harmful_classes", "a", "--harmful_classes", "b,c"],
-        ["--harmful-classes", "a", "--harmful-classes=b,c"],
-    ],
-)
-def test_classes_are_given_at_once_or_one_flag_each_and_override_the_file(words, tmp_path):
-    (tmp_path / "run.yaml").write_text("harmful_classes: [x, y]\n", encoding="utf-8")
-    given = ["--model", "m", "--dataset", "d", "--use_cpu", "--config", str(tmp_path / "run.yaml")]
-    assert parse_arguments([*given, *words])[0].harmful_classes == ["a", "b,c"]
-    assert parse_arguments(given)[0].harmful_classes == ["x", "y"]

@@ -1,6 +1,5 @@
 """The strongest probes of a model by class of attackers: the audit, with the experiment's attackers."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
 def settings(spec: dict[str, Any] | None, attackers: list[str] | None) -> dict[str, Any]:
     """The audit's settings of a task, completed; `attackers` in place of its own."""
     found = {**DEFAULTS, **(spec or {}), **({"attackers": attackers} if attackers else {})}
-    if restoring := [name for name in found["attackers"] if name in ATTACKERS and ATTACKERS[name].shares]:
+    if restoring := [name for name in found["attackers"] if name in ATTACKERS and ATTACKERS[name].restores]:
         raise ArgumentError(
             f"Expected probes and fine-tuning, found {', '.join(sorted(restoring))}: whoever has the public weights "
             "has the starting model, whose figures are in every row."
@@ -51,11 +50,9 @@ def attack(model: str, data: Data, spec: dict[str, Any], folder: Path) -> None:
         benign_attackers=tuple(chosen.probes),
         max_layers=spec["layers"],
         layer_entries=spec["layer_values"],
-        both_precisions=False,
     )
     images = {task: (data.load(task, "train"), data.load(task, "test")) for task in TASKS if task in data.paths}
-    audit(model, **images, preset=chosen, run_dir=folder, keep_features=2**29, seed=0).write(folder)
-    shutil.rmtree(folder / "features", ignore_errors=True)
+    audit(model, **images, preset=chosen, run_dir=folder, seed=0).write(folder)
 
 
 def joined(before: AuditReport, after: AuditReport, names: tuple[str, str], utility: dict[str, Any]) -> AuditReport:

@@ -1,15 +1,21 @@
-"""One attack: its name, what it may spend, how it runs, and what it found."""
+"""One attack: its name, what it may spend, what it is given, how it runs, and what it found."""
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from hf_immunize.errors import ArgumentError
+from hf_immunize.errors import ArgumentError, DataError, NonFiniteError
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,11 +27,11 @@ class Attacker:
     access: Literal["head_input", "fine_tuning"]  # what it has: the features at the classifier's input, or the weights
     closed_form: bool  # takes no gradient steps, which ill-conditioning slows
     # (ProbeData, ProbeBudget, seed) for features, (model, Part, TuningBudget, seed) with head_module and chosen for
-    # fine-tuning, ({share: ProbeData}, ProbeBudget, seed) where there are shares.
+    # fine-tuning.
     run: Callable[..., Found]
     preset: str = "full"  # the smallest that runs it: "quick", "standard" or "full"
     where: str = ""  # what it trains, with access to the weights
-    shares: tuple[float, ...] = ()  # of the public starting weights; the audit makes the features of each mixture
+    restores: bool = False  # puts the public starting weights back: reads the reference's features
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,6 @@ class Found:
     trials: int = 1
     status: str = "done"
     note: str = ""
-    validation: float | None = None  # by which the settings were chosen, where it is known
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,10 @@ class ProbeBudget:
     rates: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
     ridge_decades: int = 18  # below σ_max² that the strengths of ridge reach
     validation_fraction: float = 0.2  # of the training images, on which settings are chosen
-    # Wall-clock time of an attack on mini-batches, half of it for the search of its settings; None: no limit. Closed
-    # forms, solvers and neighbours run to their end.
-    seconds: float | None = None
 
     def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in ("descent_steps", "iterations", "steps", "batch_size")}
-        check_positive("{name} of probes", **counts, seconds=self.seconds)
+        names = ("descent_steps", "iterations", "steps", "batch_size")
+        check_positive("{name} of probes", **{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,9 @@ class TuningBudget:
     max_images: int = 5000
     max_test_images: int = 2000
     evaluations: int = 8  # along the way
-    # As of probes; copying the model, and the one pass through a frozen part, come on top.
-    seconds: float | None = None
 
     def __post_init__(self) -> None:
-        names = ("steps", "trial_steps", "batch_size", "max_images", "max_test_images", "evaluations", "seconds")
+        names = ("steps", "trial_steps", "batch_size", "max_images", "max_test_images", "evaluations")
         check_positive("{name} of fine-tuning", **{name: getattr(self, name) for name in names})
 
 
@@ -87,15 +87,13 @@ _MOST, _MOST_SEEDS = 100_000_000, 10_000
 
 
 def check_positive(what: str, **numbers: Any) -> None:
-    """Refuse numbers of a budget that are not positive, or not whole; seconds may be fractions."""
+    """Refuse numbers of a budget that are not positive whole numbers of a size that ends."""
     for name, value in numbers.items():
-        if value is None:
-            continue
-        seconds = name == "seconds"
-        kinds, most = ((int, float), math.inf) if seconds else ((int,), _MOST_SEEDS if "seeds" in name else _MOST)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value <= most or value == math.inf:
-            whole = "" if seconds else f", a whole number up to {most:,}"
-            raise ArgumentError(f"Expected {what.format(name=name)} above 0{whole}, found {value!r}.")
+        most = _MOST_SEEDS if "seeds" in name else _MOST
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise ArgumentError(
+                f"Expected {what.format(name=name)} above 0, a whole number up to {most:,}, found {value!r}."
+            )
 
 
 def guarded(attack: Callable[[], Found]) -> Found:
@@ -108,3 +106,154 @@ def guarded(attack: Callable[[], Found]) -> Found:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         return Found(None, status="skipped", note=f"not enough memory: {str(error).partition(chr(10))[0]}")
+
+
+# What it is given
+
+
+class Spectrum(NamedTuple):
+    """``Z = U diag(s) Vᵀ``, of ``(N, r)``, ``(r,)`` and ``(D, r)``, without the directions at rounding level."""
+
+    U: Tensor
+    s: Tensor
+    V: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Rows to learn from and rows to measure on: features, or pixel values."""
+
+    Z: Tensor  # (n, …)
+    y: Tensor  # (n,)
+    Z_test: Tensor  # (m, …)
+    y_test: Tensor  # (m,)
+    num_classes: int
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """One-hot labels of the rows to learn from, ``(n, C)``."""
+        return torch.nn.functional.one_hot(self.y, self.num_classes).to(self.Z.dtype)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Decomposition of the rows to learn from."""
+        return decompose(self.Z)
+
+    def mapped(self, shift: Tensor | float, scale: Tensor | float) -> Part:
+        """The same with ``(Z − shift)/scale`` on both sides."""
+        return Part((self.Z - shift) / scale, self.y, (self.Z_test - shift) / scale, self.y_test, self.num_classes)
+
+    def standardized(self) -> Part:
+        """Every feature with mean 0 and variance 1 over the rows to learn from; constant features become 0."""
+        mean, std = self.Z.mean(dim=0), self.Z.std(dim=0, unbiased=False)
+        # Below this a feature is its own rounding.
+        return self.mapped(mean, torch.where(std > 4 * torch.finfo(self.Z.dtype).eps * mean.abs(), std, torch.inf))
+
+    def scaled(self) -> Part:
+        """Divided by one number, such that the mean square is 1: the rate of the bias then fits the others."""
+        size = float(self.Z.square().mean().sqrt())
+        return self if size == 0 else self.mapped(0.0, size)
+
+
+class ProbeData:
+    """Features ``(N, D)`` and class numbers of one task at one layer of one model, and what attacks made of them."""
+
+    def __init__(self, Z: Tensor, y: Tensor, Z_test: Tensor, y_test: Tensor, num_classes: int) -> None:
+        if len(Z) != len(y) or len(Z_test) != len(y_test) or len(Z) < 2 or len(Z_test) < 1:
+            raise DataError(
+                f"Expected one label per row, at least two training rows and a test row, found {len(Z)} rows with "
+                f"{len(y)} labels, and {len(Z_test)} with {len(y_test)} to test on."
+            )
+        for name, features in (("training", Z), ("test", Z_test)):
+            if not bool(torch.isfinite(features).all()):
+                raise NonFiniteError(
+                    f"Expected finite {name} features, found NaN or infinity. Check the model's weights and precision."
+                )
+        self.Z, self.y, self.Z_test, self.y_test, self.num_classes = Z, y, Z_test, y_test, num_classes
+        self.dtype = torch.float64  # of all arithmetic on them
+        self._kept: dict[int | None, dict[Any, Any]] = {}
+
+    def at(self, dtype: torch.dtype) -> ProbeData:
+        """The same data for arithmetic in another precision; what is kept is shared."""
+        view = copy.copy(self)
+        view.dtype = dtype
+        return view
+
+    def whole(self) -> Part:
+        """All training rows, and the test rows."""
+
+        def make() -> Part:
+            return Part(self.Z.to(self.dtype), self.y, self.Z_test.to(self.dtype), self.y_test, self.num_classes)
+
+        return self.keep(None, ("whole", self.dtype), make)
+
+    def tuning(self, seed: int, fraction: float) -> Part:
+        """The training rows divided by a seed: what settings are tried on."""
+
+        def divide() -> Part:
+            fit, validation = stratified_split(self.y, fraction, seed)
+            Z, Z_test = self.Z[fit].to(self.dtype), self.Z[validation].to(self.dtype)
+            return Part(Z, self.y[fit], Z_test, self.y[validation], self.num_classes)
+
+        return self.keep(seed, ("tuning", fraction, self.dtype), divide)
+
+    def keep(self, seed: int | None, key: Any, make: Callable[[], T]) -> T:
+        """What was made under this key, else what `make` makes; things of one seed go when the next seed comes."""
+        if seed not in self._kept:
+            for other in [one for one in self._kept if None not in (one, seed)]:
+                del self._kept[other]
+        store = self._kept.setdefault(seed, {})
+        if key not in store:
+            store[key] = make()
+        found: T = store[key]
+        return found
+
+    def forget(self) -> None:
+        """Drop what was kept for later attacks."""
+        self._kept.clear()
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to fit on and rows to choose settings on, class by class; a class of one row is fitted on."""
+    generator = np.random.default_rng(seed)
+    values = labels.cpu().numpy()
+    validation = torch.zeros(len(values), dtype=torch.bool)
+    for label in np.unique(values):
+        rows = generator.permutation(np.flatnonzero(values == label))
+        if len(rows) > 1:
+            validation[rows[: max(1, min(len(rows) - 1, round(fraction * len(rows))))]] = True
+    every = torch.arange(len(values))
+    # Where no class has two rows, both parts are all rows.
+    return (every[~validation], every[validation]) if validation.any() else (every, every)
+
+
+def decompose(Z: Tensor) -> Spectrum:
+    """Thin singular value decomposition, cut at ``eps·sqrt(max(N, D))·σ_max``: the rounding of its own arithmetic."""
+    n, d = Z.shape
+    if n > d:
+        # Three times as fast as one decomposition of a tall matrix.
+        Q, R = torch.linalg.qr(Z)
+        U, s, Vh = torch.linalg.svd(R, full_matrices=False)
+        U = Q @ U
+    else:
+        U, s, Vh = torch.linalg.svd(Z, full_matrices=False)
+    keep = s > torch.finfo(Z.dtype).eps * max(n, d) ** 0.5 * (s[0] if len(s) else 0.0)
+    return Spectrum(U[:, keep], s[keep], Vh[keep].mT.contiguous())
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Top-1 accuracy of scores ``(M, C)``; NaN among them counts as a miss."""
+    hits = (scores.argmax(dim=1) == labels) & torch.isfinite(scores).all(dim=1)
+    return float(hits.double().mean())
+
+
+def log_steps(last: int, per_decade: int = 8) -> list[int]:
+    """Whole numbers from 1 to `last`, evenly spaced in logarithm."""
+    count = max(2, round(per_decade * np.log10(max(last, 1))) + 1)
+    return sorted({round(step) for step in np.geomspace(1, last, count)})
+
+
+def best_index(accuracies: list[float]) -> int:
+    """The best of settings in order of strength; of ties, which are frequent on few images, the middle one."""
+    tied = [index for index, value in enumerate(accuracies) if value == max(accuracies)]
+    return tied[len(tied) // 2]

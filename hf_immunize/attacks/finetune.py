@@ -1,24 +1,29 @@
-"""Attackers with the weights: they fine-tune a part with a new head, or mix the public starting weights back in."""
+"""Attackers with the weights: they fine-tune a part with a new head, or put the public starting weights back."""
 
 from __future__ import annotations
 
 import copy
 import math
-from contextlib import nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_immunize.attacks.attacker import Attacker, Found, ProbeBudget, TuningBudget
-from hf_immunize.attacks.descent import Clock, half_cosine, minibatches
-from hf_immunize.attacks.direct import ridge
-from hf_immunize.attacks.probe_data import Part, ProbeData, accuracy, best_index, log_steps, stratified_split
-from hf_immunize.errors import ArgumentError, DataError, HeadError, TrunkError
+from hf_immunize.attacks.attacker import (
+    Attacker,
+    Found,
+    Part,
+    TuningBudget,
+    accuracy,
+    best_index,
+    log_steps,
+    stratified_split,
+)
+from hf_immunize.attacks.probes import half_cosine, minibatches, ridge
+from hf_immunize.errors import ArgumentError, DataError
 from hf_immunize.features.extract import pass_size
-from hf_immunize.features.trunk import TrunkSplit, split_trunk
 from hf_immunize.vision.head import find_head
 from hf_immunize.vision.scope import last_stage
 
@@ -61,29 +66,13 @@ def fine_tune(
     grid = [Setting(name, rate) for name, rates in optimizers.items() for rate in rates]
     has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
 
-    copied = partial(prepare, model, attacker, data.num_classes, seed, head_module)
-
-    @cache
-    def frozen() -> tuple[TrunkSplit, Part] | None:
-        return frozen_part(copied(), data, find_head(model, head_module)[0])
-
     def attempt(setting: Setting, final: bool) -> tuple[list[float], list[int], str]:
-        attacked = copied()
-        # With the statistics of the batch the frozen part is no fixed function of an image.
-        stored = frozen() if attacker == "last_stage" and not setting.batch_statistics else None
-        split, part = stored or (None, data)
-        if not final:
-            part = Part(part.Z[fit], part.y[fit], part.Z[validation], part.y[validation], part.num_classes)
-        seconds = None if budget.seconds is None else budget.seconds / 2
+        attacked = prepare(model, attacker, data.num_classes, seed, head_module)
         if final:
-            clock = Clock(budget.steps, seconds)
-            per_decade = max(1, round(budget.evaluations / math.log10(max(budget.steps, 10))))
-            when = log_steps(budget.steps, per_decade)
-        else:
-            clock = Clock(budget.trial_steps, None if seconds is None else seconds / (len(grid) + has_statistics))
-            when = [budget.trial_steps]
-        with split.replayed(attacked) if split else nullcontext():
-            return _train(attacked, part, setting, when, clock, budget.batch_size, seed)
+            when = log_steps(budget.steps, max(1, round(budget.evaluations / math.log10(max(budget.steps, 10)))))
+            return _train(attacked, data, setting, when, budget.batch_size, seed)
+        part = Part(data.Z[fit], data.y[fit], data.Z[validation], data.y[validation], data.num_classes)
+        return _train(attacked, part, setting, [budget.trial_steps], budget.batch_size, seed)
 
     trials = 1
     if chosen is not None:
@@ -153,29 +142,10 @@ def _with_adapters(model: Any, rank: int, head_name: str) -> Any:
     return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
 
 
-def frozen_part(model: PreTrainedModel, data: Part, head_module: str) -> tuple[TrunkSplit, Part] | None:
-    """Where the frozen part ends and its activations, or None: no such part, or larger than twice the images."""
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    shape = tuple(data.Z.shape[1:])
-    try:
-        # In these attacks every module stays in eval mode.
-        split = split_trunk(model, trainable, shape, eval_modules=list(model.modules()), head_module=head_module)
-    except (TrunkError, HeadError):
-        return None
-    if torch.Size(split.activation_shape).numel() > 2 * torch.Size(shape).numel():
-        return None
-    device, size = next(model.parameters()).device, pass_size(model)
-
-    def through(pixels: Tensor) -> Tensor:
-        return torch.cat([split.activations(model, part.to(device)).cpu() for part in pixels.split(size)])
-
-    return split, Part(through(data.Z), data.y, through(data.Z_test), data.y_test, data.num_classes)
-
-
 def _train(
-    model: PreTrainedModel, part: Part, setting: Setting, when: list[int], clock: Clock, batch_size: int, seed: int
+    model: PreTrainedModel, part: Part, setting: Setting, when: list[int], batch_size: int, seed: int
 ) -> tuple[list[float], list[int], str]:
-    """Accuracy at the given steps, those steps, and why it ended early, if it did."""
+    """Accuracy at the given steps, of which the last is the end; those steps; and why it ended early, if it did."""
     if setting.optimizer not in _OPTIMIZERS:
         raise ArgumentError(f"Expected an optimizer out of {', '.join(_OPTIMIZERS)}, found {setting.optimizer!r}.")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -184,8 +154,8 @@ def _train(
     device = next(model.parameters()).device
     curve: list[float] = []
     steps: list[int] = []
-    for step, rows in enumerate(minibatches(len(part.y), batch_size, clock.steps, seed), start=1):
-        optimizer.param_groups[0]["lr"] = setting.learning_rate * half_cosine(clock.progress(step - 1))
+    for step, rows in enumerate(minibatches(len(part.y), batch_size, when[-1], seed), start=1):
+        optimizer.param_groups[0]["lr"] = setting.learning_rate * half_cosine((step - 1) / when[-1])
         for norm in norms:
             norm.train(len(rows) > 1)
         logits = model(pixel_values=part.Z[rows].to(device)).logits
@@ -197,12 +167,9 @@ def _train(
         value = loss.item()
         if not math.isfinite(value):
             return curve, steps, f"the loss was {value} at step {step}"
-        ended = clock.over(step)
-        if step in when or ended:
+        if step in when:
             steps.append(step)
             curve.append(_measure(model, part, norms))
-        if ended:
-            break
     return curve, steps, ""
 
 
@@ -215,7 +182,7 @@ def _measure(model: PreTrainedModel, part: Part, norms: list[_BatchNorm]) -> flo
     return accuracy(torch.cat(scores), part.y_test)
 
 
-# ---- restoring the public starting weights, wholly or in part
+# ---- restoring the public starting weights
 
 
 def changed_parameters(model: PreTrainedModel, reference: PreTrainedModel) -> list[str]:
@@ -232,31 +199,6 @@ def changed_parameters(model: PreTrainedModel, reference: PreTrainedModel) -> li
     return [name for name in shared if not torch.equal(ours[name].cpu(), theirs[name].cpu().to(ours[name].dtype))]
 
 
-def interpolate(model: PreTrainedModel, reference: PreTrainedModel, share: float) -> PreTrainedModel:
-    """A copy of the model whose weights are mixed with a share of the reference's: 0 none, 1 all."""
-    restored = copy.deepcopy(model)
-    state, theirs = restored.state_dict(), reference.state_dict()
-    for name in changed_parameters(model, reference):
-        ours = state[name]
-        if ours.is_floating_point():
-            mixed = (1 - share) * ours.double() + share * theirs[name].to(ours.device).double()
-            state[name] = mixed.to(ours.dtype)
-        elif share == 1:
-            state[name] = theirs[name]
-    restored.load_state_dict(state)
-    return restored
-
-
-def _best_share(candidates: dict[float, ProbeData], budget: ProbeBudget, seed: int) -> Found:
-    """The ridge probe on the mixture of weights that validation prefers."""
-    if not candidates:
-        return Found(None, status="diverged", note="every mixture of the weights gave features that are not finite")
-    found = {share: ridge(data, budget, seed) for share, data in candidates.items()}
-    best = max(found, key=lambda share: found[share].validation or 0.0)
-    settings = {"share_of_public_weights": best, **found[best].settings}
-    return Found(found[best].accuracy, settings=settings, trials=sum(one.trials for one in found.values()))
-
-
 # ---- the list
 
 
@@ -270,10 +212,6 @@ def adapters(rank: int, preset: str = "full") -> Attacker:
     return _tuning(f"lora_r{rank}", f"LoRA of rank {rank}", "low-rank adapters", preset)
 
 
-def _restoring(name: str, label: str, *shares: float) -> Attacker:
-    return Attacker(name, label, "fine_tuning", True, _best_share, "quick", shares=shares)
-
-
 ATTACKERS = (
     _tuning("last_stage", "fine-tuning of the last stage", "last stage", "quick"),
     _tuning("whole_network", "fine-tuning of the whole network", "whole network", "quick"),
@@ -281,6 +219,6 @@ ATTACKERS = (
     adapters(2),
     adapters(8, "quick"),
     adapters(32),
-    _restoring("restore_swap", "restoring the public weights", 1.0),
-    _restoring("restore_interpolation", "mixing the public weights back in", 0.5, 0.8),
+    # With the public weights back, the features are the reference's.
+    Attacker("restore_swap", "restoring the public weights", "fine_tuning", True, ridge, "quick", restores=True),
 )

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_immunize.attacks import descent, direct, finetune
+from hf_immunize.attacks import finetune, probes
 from hf_immunize.attacks.attacker import Attacker, ProbeBudget, TuningBudget, check_positive
 from hf_immunize.errors import ArgumentError
 
 
 # Raised whenever an attacker, a grid or a budget below changes.
-PRESET_VERSION = 2
+PRESET_VERSION = 3
 
 # Every attacker by its name: what presets, labels, tables and the report read.
-ATTACKERS: dict[str, Attacker] = {one.name: one for module in (direct, descent, finetune) for one in module.ATTACKERS}
+ATTACKERS: dict[str, Attacker] = {one.name: one for module in (probes, finetune) for one in module.ATTACKERS}
 
 
 def find_attacker(name: str) -> Attacker | None:
@@ -54,9 +54,6 @@ class Preset:
     probe_seeds: int = 5
     layer_seeds: int = 3
     tuning_seeds: int = 3  # the first one chooses the settings of the others
-    # Whether probes at the classifier's input run in float32 too. Features in half precision are read in float32.
-    both_precisions: bool = True
-    random: bool = False  # whether a random initialisation is attacked too
 
     def __post_init__(self) -> None:
         names = ("probe_seeds", "layer_seeds", "tuning_seeds", "max_layers", "layer_entries")
@@ -69,29 +66,23 @@ class Preset:
         each = (*self.probes, *self.layer_probes, *self.flattened_probes, *self.fine_tuning, *self.restoring)
         return tuple(dict.fromkeys(each))
 
-    def describe(self) -> dict[str, Any]:
-        """The budget as plain values, for the report and for the run's fingerprint."""
-        return asdict(self)
-
-    def changed(self, *, seconds: float | None = None, steps: int | None = None, seeds: int | None = None) -> Preset:
+    def changed(self, *, steps: int | None = None, seeds: int | None = None) -> Preset:
         """The same attackers with another budget, and another name, since reports of it compare only with their like.
 
         `steps` are those of fine-tuning and of probes on mini-batches; the search for settings keeps its share.
         """
-        check_positive("a budget of {name}", seconds=seconds, steps=steps, seeds=seeds)
-        if seconds is steps is seeds is None:
-            return self
-        probes, tuning = self.probe_budget, self.tuning_budget
-        if seconds is not None:
-            probes, tuning = replace(probes, seconds=seconds), replace(tuning, seconds=seconds)
+        check_positive(
+            "a budget of {name}", **{k: v for k, v in {"steps": steps, "seeds": seeds}.items() if v is not None}
+        )
+        changed = self if steps is seeds is None else replace(self, name=f"{self.name}, changed")
         if steps is not None:
-            probes = replace(probes, steps=steps)
+            tuning = self.tuning_budget
             trial_steps = max(1, round(tuning.trial_steps * steps / tuning.steps))
             tuning = replace(tuning, steps=steps, trial_steps=trial_steps)
-        changed = replace(self, name=f"{self.name}, changed", probe_budget=probes, tuning_budget=tuning)
-        if seeds is None:
-            return changed
-        return replace(changed, probe_seeds=seeds, layer_seeds=seeds, tuning_seeds=seeds)
+            changed = replace(changed, probe_budget=replace(self.probe_budget, steps=steps), tuning_budget=tuning)
+        if seeds is not None:
+            changed = replace(changed, probe_seeds=seeds, layer_seeds=seeds, tuning_seeds=seeds)
+        return changed
 
     def only(self, attackers: Iterable[str]) -> Preset:
         """The same budgets for some of the attackers; at earlier layers only those that the preset has there."""
@@ -109,7 +100,7 @@ def _by_access(attackers: Iterable[Attacker | None]) -> dict[str, Any]:
     """Names of attackers by the fields of a preset that they stand in."""
     found: dict[str, tuple[str, ...]] = {"probes": (), "fine_tuning": (), "restoring": ()}
     for one in filter(None, attackers):
-        place = "probes" if one.access == "head_input" else "restoring" if one.shares else "fine_tuning"
+        place = "probes" if one.access == "head_input" else "restoring" if one.restores else "fine_tuning"
         found[place] += (one.name,)
     return found
 
@@ -138,7 +129,6 @@ PRESETS = {
             evaluations=4,
         ),
         probe_seeds=3,
-        both_precisions=False,
     ),
     "standard": _preset(
         "standard",
@@ -171,7 +161,6 @@ PRESETS = {
         ),
         flattened_probes=("ridge", "lbfgs"),
         benign_attackers=("gd_line_search", "sgd", "adamw", "ridge", "lbfgs", "lora_r8"),
-        random=True,
     ),
 }
 

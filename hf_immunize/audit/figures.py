@@ -21,9 +21,9 @@ from hf_immunize.audit.statistics import Interval, Summary, of_class, summarize,
 
 
 # Okabe and Ito's palette, separable by colour-blind readers; line and hatch separate them in grey.
-COLOURS = {"immunized": "#D55E00", "reference": "#0072B2", "random": "#777777"}
-LINES = {"immunized": "-", "reference": "--", "random": ":"}
-HATCHES = {"immunized": "", "reference": "//", "random": ".."}
+COLOURS = {"immunized": "#D55E00", "reference": "#0072B2"}
+LINES = {"immunized": "-", "reference": "--"}
+HATCHES = {"immunized": "", "reference": "//"}
 # Characters of a name at an axis.
 _LONGEST = 34
 
@@ -32,7 +32,7 @@ _LONGEST = 34
 class Picture:
     """A figure as ``data:`` URI for a section of the report, with its caption and the same in words and numbers."""
 
-    section: str  # "headline", "curves", "layers", "fine_tuning" or "spectra"
+    section: str  # "headline", "curves", "layers" or "spectra"
     caption: str
     alt: str
     uri: str
@@ -44,8 +44,8 @@ def draw_all(data: AuditResult, tables: Mapping[str, pandas.DataFrame]) -> list[
     """All figures for which there are numbers, in the order of the report."""
     chance = data.tasks["harmful"].chance
     pictures = [draw_headline(summarize(data), chance), *draw_curves(tables["attacks"], tables["curves"], chance)]
-    pictures += [draw_layers(tables["layers"], chance), draw_operators(tables["fine_tuning"])]
-    pictures += [draw_spectra(data.spectra, task) for task in ("harmful", "benign")]
+    spectra = [draw_spectra(data.spectra, task) for task in ("harmful", "benign")]
+    pictures += [draw_layers(tables["layers"], chance), *spectra]
     return [one for one in pictures if one is not None]
 
 
@@ -110,7 +110,7 @@ def draw_curves(attacks: pandas.DataFrame, curves: pandas.DataFrame, chance: flo
     """Harmful accuracy against steps for each attacker that takes steps, where it reads most from the model."""
     own = attacks[(attacks["subject"] == "immunized") & (attacks["task"] == "harmful")]
     own = own[(own["access"] != "any_layer") & (own["last_step"] > 0)]
-    keys = ["attacker", "access", "task", "layer", "precision"]
+    keys = ["attacker", "access", "task", "layer"]
     shown = own.loc[own.groupby("attacker", sort=False)["accuracy"].idxmax(), keys]
     return [_draw_curve(curves[(curves[keys] == row).all(axis=1)], chance) for _, row in shown.iterrows()]
 
@@ -135,38 +135,6 @@ def _draw_curve(rows: pandas.DataFrame, chance: float) -> Picture:
     where = ", at the classifier's input" if rows["access"].iloc[0] == "head_input" else ""
     caption = f"{name}{where}: accuracy against steps, mean and interval over seeds and test images."
     return _picture(figure, "curves", caption, f"{name}: {', '.join(ends)}; chance {percent(chance)}")
-
-
-def draw_operators(table: pandas.DataFrame) -> Picture | None:
-    """Fine-tuning: operators against budgets, as one heat table for each subject; None without numbers."""
-    if table.empty:
-        return None
-    subjects = [subject for subject in SUBJECTS if table[f"{subject}_accuracy"].notna().any()]
-    operators, budgets = list(dict.fromkeys(table["operator"])), sorted(set(table["budget_steps"]))
-    figure = Figure(figsize=(6.4, 1.1 + 0.38 * len(operators)), layout="constrained")
-    top = 100 * max(table[f"{subject}_accuracy"].max() for subject in subjects)
-    for panel, subject in enumerate(subjects):
-        axes = figure.add_subplot(1, len(subjects), panel + 1)
-        wide = table.pivot(index="operator", columns="budget_steps", values=f"{subject}_accuracy")
-        grid = 100 * wide.reindex(index=operators, columns=budgets).to_numpy(float)
-        axes.pcolormesh(grid, cmap="cividis", vmin=0, vmax=max(top, 1.0), edgecolors="white", linewidth=1)
-        axes.invert_yaxis()
-        for row, line in enumerate(grid):
-            for column, value in enumerate(line):
-                colour = "white" if value <= 0.55 * top else "black"
-                text = f"{value:.0f}" if value == value else "–"
-                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, size=8)
-        axes.set_xticks([i + 0.5 for i in range(len(budgets))], [f"{budget:,}" for budget in budgets], fontsize=7)
-        names = [_plain(clean(label(name), _LONGEST)) for name in operators] if panel == 0 else [""] * len(operators)
-        axes.set_yticks([index + 0.5 for index in range(len(operators))], names)
-        axes.tick_params(length=0)
-        axes.set_title(subject, fontsize=9)
-        axes.set_xlabel("steps, at most")
-    alt = "Numbers are in the table of fine-tuning."
-    if table["immunized_accuracy"].notna().any():
-        worst = table.loc[table["immunized_accuracy"].idxmax()]
-        alt += f" Best on the immunized model: {label(worst['operator'])}, {percent(worst['immunized_accuracy'])}."
-    return _picture(figure, "fine_tuning", "Fine-tuning: best harmful accuracy in %, by operator and budget.", alt)
 
 
 def draw_spectra(spectra: Sequence[FeatureSpectrum], task: str) -> Picture | None:

@@ -1,4 +1,4 @@
-"""What an audit keeps on disk: outcomes and features to resume from, and the features of processes beside this one."""
+"""What an audit keeps on disk: outcomes to resume from, and the features of processes beside this one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,16 +24,10 @@ from hf_immunize.files import (
     UNFINISHED,
     checked,
     flush,
-    remove_leftovers,
-    staged_directory,
     with_checksum,
     write_whole,
 )
 from hf_immunize.tensor_hash import tensors_hash, weights_fingerprint
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Journal:
@@ -131,131 +124,7 @@ def fingerprint(models: dict[str, nn.Module], hashes: dict[str, list[bytes]], se
     return total.hexdigest()
 
 
-def save_kept(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write tensors for `read_kept`."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, {name: tensors_hash([(name, tensor)]) for name, tensor in whole.items()})
-
-
-def read_kept(path: str | os.PathLike[str], name: str) -> Tensor:
-    """Read a tensor that `save_kept` wrote."""
-    with safe_open(path, "pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        known = (file.metadata() or {}).get(name)
-    if known != tensors_hash([(name, tensor)]):
-        raise ValueError(f"{name} in {os.fspath(path)} is not what was written")
-    return tensor
-
-
 View = tuple[Layer, str]
-# Raised when the same model and images would give other features.
-_FORMAT = 1
-
-
-class FeatureStore:
-    """Extractions in a folder, a safetensors file for each layer and view, whole or not there.
-
-    A file's name is a digest of the weights, the model's configuration, the images as the model sees them (so of the
-    data and of the processor), the layer and the view: what it holds cannot be taken for anything else.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str] | None, limit: int, warnings: list[str]) -> None:
-        self.folder = None if folder is None or limit <= 0 else Path(folder)
-        self.limit, self.warnings = limit, warnings
-        self._marks: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-        if self.folder is not None:
-            remove_leftovers(self.folder)
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return sum(file.stat().st_size for file in self._files())
-
-    def through(
-        self,
-        model: nn.Module | PreTrainedModel,
-        hashes: list[bytes],
-        views: list[View],
-        extract: Callable[[list[View]], Extraction],
-    ) -> Extraction:
-        """What was kept, and for the rest one pass over the images."""
-        if self.folder is None:
-            return extract(views)
-        labels = ["features", "logits", *(layer.label(view) for layer, view in views)]
-        files = {label: self.folder / f"{self._name(model, hashes, label)}.safetensors" for label in labels}
-        kept = {label: _read(file, len(hashes)) for label, file in files.items()}
-        found = {label: tensor for label, tensor in kept.items() if tensor is not None}
-        if len(found) < len(labels):
-            made = extract([one for one in views if one[0].label(one[1]) not in found])
-            fresh = {"features": made.features, "logits": made.logits, **made.views}
-            fresh = {label: tensor for label, tensor in fresh.items() if label not in found}
-            self._write({files[label]: tensor for label, tensor in fresh.items()})
-            found |= fresh
-        return Extraction(found.pop("features"), found.pop("logits"), found)
-
-    def holds(self, model: nn.Module | PreTrainedModel, hashes: list[bytes], views: list[View]) -> bool:
-        """Whether `through` would make no pass."""
-        if self.folder is None:
-            return False
-        labels = ["features", "logits", *(layer.label(view) for layer, view in views)]
-        files = (self.folder / f"{self._name(model, hashes, label)}.safetensors" for label in labels)
-        return all(_rows(file) == len(hashes) for file in files)
-
-    def _files(self) -> list[Path]:
-        return [] if self.folder is None else list(self.folder.glob("*.safetensors"))
-
-    def _name(self, model: nn.Module, hashes: list[bytes], label: str) -> str:
-        if model not in self._marks:
-            config = getattr(model, "config", None)
-            described = {} if config is None else config.to_dict()
-            described.pop("_name_or_path", None)
-            device = next(model.parameters()).device.type
-            settings = {"config": described, "torch": torch.__version__, "device": device, "format": _FORMAT}
-            self._marks[model] = fingerprint({"model": model}, {}, settings)
-        total = hashlib.blake2b(digest_size=20)
-        total.update(json.dumps([self._marks[model], label, len(hashes)]).encode())
-        for one in hashes:
-            total.update(one)
-        return total.hexdigest()
-
-    def _write(self, tensors: dict[Path, Tensor]) -> None:
-        """Keep what fits, the small ones first."""
-        assert self.folder is not None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            room = min(self.limit - self.size, shutil.disk_usage(self.folder).free // 2)
-            with staged_directory(self.folder) as staging:
-                for file, tensor in sorted(tensors.items(), key=lambda item: item[1].nbytes):
-                    if tensor.nbytes > room:
-                        break
-                    save_kept({"values": tensor}, staging / file.name)
-                    room -= tensor.nbytes
-        except (OSError, CheckpointError) as error:
-            reason = error.__cause__ or error
-            sentence = f"Features could not be kept ({reason}); after an interruption they are extracted again."
-            if sentence not in self.warnings:
-                self.warnings.append(sentence)
-
-
-def _rows(file: Path) -> int | None:
-    """Rows of the tensor in a file, from its header; None where there is none, or the file is cut off."""
-    try:
-        with safe_open(file, "pt") as opened:
-            shape: list[int] = opened.get_slice("values").get_shape()
-    except (OSError, SafetensorError):
-        return None
-    return shape[0]
-
-
-def _read(file: Path, rows: int) -> Tensor | None:
-    """The tensor, or None where there is none of so many rows: a damaged file is written anew."""
-    try:
-        values = read_kept(file, "values")
-    except (OSError, ValueError, SafetensorError):
-        return None
-    return values if len(values) == rows else None
-
-
 # Several processes extract features ahead of the attacks: each writes its part, the first reads all. The features of
 # flattened layers may be larger than memory, and attacks take hours. So nothing is sent from process to process, and
 # none waits for the attacks: when all parts are on disk, the first process goes on alone.
@@ -266,11 +135,10 @@ _PREFIX = f"{UNFINISHED}features-"
 class Pass:
     """One set of images through one model."""
 
-    subject: str  # "immunized", "reference" or "random"
+    subject: str  # "immunized" or "reference"
     task: str  # "harmful", "unseen", "benign" or "unrelated"
     side: str  # "train", "test" or "utility"
     views: tuple[View, ...] = ()  # earlier layers that are read as well
-    restored: float = 0.0  # share of the reference's weights that the model gets back before
 
 
 class StoredPasses:
@@ -289,7 +157,7 @@ class StoredPasses:
         place = self._place(wanted)
         try:
             place.mkdir(parents=True, exist_ok=True)
-            save_kept(tensors, place / f"{process:05d}")
+            _save(tensors, place / f"{process:05d}")
         except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
             raise DiskSpaceError(
                 f"Expected to keep the features of {wanted.task} images in {self.folder}, found: {error}. Make room, "
@@ -303,7 +171,7 @@ class StoredPasses:
             with safe_open(files[0], framework="pt") as first:
                 names = list(first.keys())
             # One name at a time, so that no more than one is kept twice.
-            joined = {name: torch.cat([read_kept(file, name) for file in files]) for name in names}
+            joined = {name: torch.cat([_read(file, name) for file in files]) for name in names}
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(
                 f"Expected the features of {wanted.task} images as they were just written to {self.folder}, found: "
@@ -314,6 +182,22 @@ class StoredPasses:
 
     def _place(self, wanted: Pass) -> Path:
         return self.folder / str(self.passes.index(wanted))
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors with their digests."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, path, {name: tensors_hash([(name, tensor)]) for name, tensor in whole.items()})
+
+
+def _read(path: Path, name: str) -> Tensor:
+    """Read a tensor that `_save` wrote."""
+    with safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        known = (file.metadata() or {}).get(name)
+    if known != tensors_hash([(name, tensor)]):
+        raise ValueError(f"{name} in {path} is not what was written")
+    return tensor
 
 
 def make_folder(parent: str | Path | None) -> Path:

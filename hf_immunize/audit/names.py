@@ -93,6 +93,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"clean": clean, "label": label, "percent": percent, "points": points, "signed": signed}
-    environment.filters |= {"ratio": ratio, "range": spread, "deviation": lambda value: f"{signed(value / 100)}%"}
+    environment.filters |= {"ratio": ratio, "range": spread}
     environment.filters |= {"percent0": "{:.0%}".format, "points0": lambda value: f"{100 * value:.0f} points"}
     return environment

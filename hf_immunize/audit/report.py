@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,9 @@ from hf_immunize.audit import statistics as limit
 from hf_immunize.audit.names import CLASSES, clean, label, percent, render
 from hf_immunize.audit.result import ACCESSES, SUBJECTS, AuditResult, Outcome
 from hf_immunize.audit.statistics import (
-    TARGET_SHARES,
     Summary,
     accuracy_interval,
     attack_of,
-    deviations,
     gap,
     of_class,
     reached,
@@ -28,7 +27,7 @@ from hf_immunize.audit.statistics import (
     summarize,
     worst_by_subject,
 )
-from hf_immunize.audit.verdict import CLASS_KINDS, judge, sentence, sentences
+from hf_immunize.audit.verdict import CLASS_KINDS, Judgment, judge, sentence
 from hf_immunize.errors import DataError
 from hf_immunize.files import staged_directory
 from hf_immunize.text import csv_cell
@@ -36,20 +35,17 @@ from hf_immunize.text import csv_cell
 
 _SIDES = " ".join(f"{subject}_{name}" for subject in SUBJECTS for name in ("attacker", "accuracy", "low", "high"))
 _HEADLINE = (
-    "access attacker layer precision accuracy low high seeds reference_attacker reference_layer reference_accuracy "
-    "reference_low reference_high gap gap_low gap_high random_accuracy chance steps_ratio steps_ratio_is_bound finding"
+    "access attacker layer accuracy low high seeds reference_attacker reference_layer reference_accuracy "
+    "reference_low reference_high gap gap_low gap_high chance steps_ratio steps_ratio_is_bound finding"
 )
 COLUMNS = {
     "headline": _HEADLINE,
     "layers": f"layer chance {_SIDES} gap",
-    "fine_tuning": "operator budget_steps immunized_accuracy reference_accuracy random_accuracy gap",
-    "deviation": "operator layer precision absolute absolute_low absolute_high signed signed_low signed_high seeds",
-    "steps": "attacker access task layer precision share target immunized_steps reference_steps ratio low high "
-    "is_bound seeds",
+    "steps": "attacker access task layer target immunized_steps reference_steps ratio low high is_bound seeds",
     "tasks": f"task {_HEADLINE}",
-    "curves": "attacker access subject task layer precision step accuracy low high seeds",
-    "attacks": "attacker access subject task layer precision accuracy low high seeds gap gap_low gap_high seconds "
-    "seconds_low seconds_high diverged skipped last_step note",
+    "curves": "attacker access subject task layer step accuracy low high seeds",
+    "attacks": "attacker access subject task layer accuracy low high seeds reference_accuracy gap gap_low gap_high "
+    "seconds seconds_low seconds_high diverged skipped last_step note",
     "outcomes": " ".join(one.name for one in fields(Outcome) if one.name not in ("steps", "curve"))
     + " best_accuracy last_step",
 }
@@ -83,16 +79,24 @@ class AuditReport:
         """All tables; accuracies and differences between 0 and 1, missing numbers NaN.
 
         Returns:
-            "headline" (worst case by class of attackers), "layers" (best probe at each layer), "fine_tuning" (operator
-            by budget), "deviation" (relative fine-tuning deviation, in per cent), "steps" (how many times the steps),
-            "tasks" (worst case on the other tasks), "curves" (accuracy after each step over the seeds), "attacks"
-            (every attack over its seeds, with its gap to the reference and its time) and "outcomes" (every run).
+            "headline" (worst case by class of attackers), "layers" (best probe at each layer), "steps" (how many times
+            the steps), "tasks" (worst case on the other tasks), "curves" (accuracy after each step over the seeds),
+            "attacks" (every attack over its seeds, with its gap to the reference and its time) and "outcomes" (every
+            run).
         """
-        return make_tables(self.data)
+        return {name: table.copy() for name, table in self._tables.items()}
+
+    @cached_property
+    def _tables(self) -> dict[str, pandas.DataFrame]:
+        return make_tables(self.data, self._findings)
+
+    @cached_property
+    def _findings(self) -> list[Judgment]:
+        return judge(self.data)
 
     def verdict(self) -> list[str]:
         """What is prevented, slowed and neither, in plain language, the most important first."""
-        return sentences(self.data)
+        return [sentence(one, self.data) for one in self._findings]
 
     def to_json(self) -> str:
         """Everything as JSON, without loss and with finite numbers only.
@@ -101,7 +105,7 @@ class AuditReport:
             The JSON: under "data" what was found, under "measures" the tables that follow from it, rows of plain
             values, so that another program need not compute them.
         """
-        measures = {name: _records(table) for name, table in self.tables().items() if name != "outcomes"}
+        measures = {name: _records(table) for name, table in self._tables.items() if name != "outcomes"}
         return result.to_json(self.data, measures)
 
     @classmethod
@@ -153,7 +157,7 @@ class AuditReport:
             "preset_version": self.data.preset_version,
             "strongest": {
                 row["access"]: None if row["accuracy"] is None else {name: row[name] for name in names}
-                for row in _records(headline_table(self.data))
+                for row in _records(self._tables["headline"])
             },
             "utility": utility,
             "verdict": self.verdict(),
@@ -168,7 +172,7 @@ class AuditReport:
         data = self.data
         lines = [f"Audit of {clean(data.model)} (preset {clean(data.preset)}, version {data.preset_version})"]
         lines += [f"reference: {clean(data.reference)}" if data.reference else "no reference", "", "Worst case:"]
-        for row in _records(headline_table(data)):
+        for row in _records(self._tables["headline"]):
             said = "not tested"
             if row["accuracy"] is not None:
                 against = f"reference {percent(row['reference_accuracy'])}, chance {percent(row['chance'])}"
@@ -182,17 +186,12 @@ class AuditReport:
         """The report as one HTML file: no network, no script, its figures within."""
         from hf_immunize.audit.figures import draw_all
 
-        tables = self.tables()
-        rows = {name: _records(table) for name, table in tables.items()}
-        early = {attack_key(row): row for row in rows["steps"] if row["share"] == TARGET_SHARES[0]}
         return render(
             "report.html.jinja",
             data=self.data,
-            findings=[(one, sentence(one, self.data)) for one in judge(self.data)],
-            tables=rows,
-            pictures=draw_all(self.data, tables),
-            early=lambda row: early.get(attack_key(row)),
-            attacks=[(access, _side_by_side(rows["attacks"], access)) for access in ACCESSES],
+            findings=[(one, sentence(one, self.data)) for one in self._findings],
+            tables={name: _records(table) for name, table in self._tables.items()},
+            pictures=draw_all(self.data, self._tables),
             classes=CLASSES,
             limit=limit,
         )
@@ -206,23 +205,23 @@ class AuditReport:
         Raises:
             CheckpointError: If they cannot be written; what was there before is untouched.
         """
-        page, content, tables = self.to_html(), self.to_json(), self.tables()
+        page, content = self.to_html(), self.to_json()
         with staged_directory(folder) as staging:
             (staging / "report.html").write_text(page, encoding="utf-8")
             (staging / "audit.json").write_text(content, encoding="utf-8")
-            for name, table in tables.items():
+            for name, table in self._tables.items():
                 table.map(csv_cell).to_csv(staging / f"{name}.csv", index=False, encoding="utf-8")
 
 
-def make_tables(data: AuditResult) -> dict[str, pandas.DataFrame]:
+def make_tables(data: AuditResult, findings: Sequence[Judgment]) -> dict[str, pandas.DataFrame]:
     """The tables of `AuditReport.tables`."""
     summaries = summarize(data)
-    other = [row for task in data.tasks if task != "harmful" for row in _worst_cases(data, summaries, task)]
+    # Of the whole verdict: a claim may be withheld.
+    said = {(one.access, one.task): one.kind.value for one in findings if one.kind in CLASS_KINDS}
+    other = [row for task in data.tasks if task != "harmful" for row in _worst_cases(data, summaries, task, said)]
     rows = {
-        "headline": _worst_cases(data, summaries, "harmful"),
+        "headline": _worst_cases(data, summaries, "harmful", said),
         "layers": _layers(summaries, data.tasks["harmful"].chance),
-        "fine_tuning": _budgets(data),
-        "deviation": [asdict(one) | {"operator": one.attacker} for one in deviations(data)],
         "steps": [
             asdict(one) | {"immunized_steps": one.immunized, "reference_steps": one.reference} | _ends(one.interval)
             for task in data.tasks
@@ -234,11 +233,6 @@ def make_tables(data: AuditResult) -> dict[str, pandas.DataFrame]:
         "outcomes": [_outcome(one) for one in data.outcomes],
     }
     return {name: _frame(name, rows[name]) for name in COLUMNS}
-
-
-def headline_table(data: AuditResult) -> pandas.DataFrame:
-    """The table "headline" alone, and so faster."""
-    return _frame("headline", _worst_cases(data, summarize(data), "harmful"))
 
 
 def _frame(name: str, rows: Iterable[dict[str, Any]]) -> pandas.DataFrame:
@@ -276,20 +270,20 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def _worst_cases(data: AuditResult, summaries: Sequence[Summary], task: str) -> list[dict[str, Any]]:
+def _worst_cases(
+    data: AuditResult, summaries: Sequence[Summary], task: str, said: Mapping[tuple[str, str], str]
+) -> list[dict[str, Any]]:
     """The worst case of each class of attackers on a task, those that were not tested included."""
-    # Of the whole verdict: a claim may be withheld.
-    said = {(one.access, one.task): one.kind.value for one in judge(data) if one.kind in CLASS_KINDS}
-    ratios = {attack_of(one): one for one in steps_ratios(data, task) if one.share == TARGET_SHARES[-1]}
+    ratios = {attack_of(one): one for one in steps_ratios(data, task)}
     rows = []
     for access in ACCESSES:
         best = worst_by_subject([one for s in SUBJECTS for one in of_class(summaries, s, task, access)])
-        worst, theirs, random = (best[subject] for subject in SUBJECTS)
+        worst, theirs = (best[subject] for subject in SUBJECTS)
         row: dict[str, Any] = {"task": task, "access": access, "chance": data.tasks[task].chance, "accuracy": None}
-        row |= {"finding": said.get((access, task)), "random_accuracy": random and random.mean}
+        row["finding"] = said.get((access, task))
         if worst is not None:
-            row |= {"attacker": worst.attacker, "layer": worst.layer, "precision": worst.precision}
-            row |= {"accuracy": worst.mean, "seeds": len(worst.accuracies)} | _ends(worst.ends)
+            row |= {"attacker": worst.attacker, "layer": worst.layer, "accuracy": worst.mean}
+            row |= {"seeds": len(worst.accuracies)} | _ends(worst.ends)
             if ratio := ratios.get(attack_of(worst)):
                 row |= {"steps_ratio": ratio.ratio, "steps_ratio_is_bound": ratio.is_bound}
         if worst is not None and theirs is not None:
@@ -317,43 +311,18 @@ def _layers(summaries: Sequence[Summary], chance: float) -> list[dict[str, Any]]
     return rows
 
 
-def _budgets(data: AuditResult) -> list[dict[str, Any]]:
-    """Best accuracy that fine-tuning came to within an eighth, a quarter, a half and all of the steps."""
-    runs = [one for one in data.outcomes if (one.access, one.task, one.status) == ("fine_tuning", "harmful", "done")]
-    measured = sorted({step for one in runs for step in one.steps if step > 0})
-    wanted = [measured[-1] / part for part in (8, 4, 2, 1)] if measured else []
-    budgets = sorted({min(measured, key=lambda step: abs(step - budget)) for budget in wanted})
-    rows = []
-    for operator in dict.fromkeys(one.attacker for one in runs if one.curve):
-        for budget in budgets:
-            row: dict[str, Any] = {"operator": operator, "budget_steps": budget}
-            for subject in SUBJECTS:
-                # Over precisions and layers the best counts, within each the mean over seeds.
-                groups: dict[tuple[str, str], list[float]] = {}
-                for one in runs:
-                    within = [value for step, value in zip(one.steps, one.curve, strict=True) if step <= budget]
-                    if (one.attacker, one.subject) == (operator, subject) and within:
-                        groups.setdefault((one.layer, one.precision), []).append(max(within))
-                if groups:
-                    row[f"{subject}_accuracy"] = max(sum(values) / len(values) for values in groups.values())
-            if {"immunized_accuracy", "reference_accuracy"} <= row.keys():
-                row["gap"] = row["reference_accuracy"] - row["immunized_accuracy"]
-            rows.append(row)
-    return rows
-
-
 def _curves(data: AuditResult) -> list[dict[str, Any]]:
     values: dict[tuple[Any, ...], list[float]] = {}
     images: dict[tuple[Any, ...], int] = {}
     for one in data.outcomes:
         for step, value in zip(one.steps, one.curve, strict=True):
-            key = (one.attacker, one.access, one.subject, one.task, one.layer, one.precision, step)
+            key = (one.attacker, one.access, one.subject, one.task, one.layer, step)
             values.setdefault(key, []).append(value)
             images[key] = data.tested_images(one)
     rows = []
     for key, found in values.items():
         mean, interval = accuracy_interval(found, images[key])
-        row = dict(zip(("attacker", "access", "subject", "task", "layer", "precision", "step"), key, strict=True))
+        row = dict(zip(("attacker", "access", "subject", "task", "layer", "step"), key, strict=True))
         rows.append(row | {"accuracy": mean, "seeds": len(found)} | _ends(interval))
     return rows
 
@@ -365,6 +334,7 @@ def _attacks(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
         row = asdict(one) | {"accuracy": one.mean, "seeds": len(one.accuracies)} | _ends(one.ends)
         row |= {"last_step": one.budget, "note": "; ".join(one.notes)}
         if one.subject != "reference" and one.mean is not None and attack_of(one) in references:
+            row["reference_accuracy"] = references[attack_of(one)].mean
             row["gap"], row["gap_interval"] = gap(references[attack_of(one)], one)
         rows.append(row)
     return rows
@@ -374,17 +344,3 @@ def _outcome(one: Outcome) -> dict[str, Any]:
     best, last = reached(one) if one.status == "done" else None, one.steps[-1] if one.steps else None
     settings = json.dumps(one.settings, sort_keys=True)
     return vars(one) | {"best_accuracy": best, "last_step": last, "settings": settings}
-
-
-def attack_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """`attack_of` for a row of a table."""
-    return tuple(row[name] for name in ("attacker", "access", "task", "layer", "precision"))
-
-
-def _side_by_side(rows: list[dict[str, Any]], access: str) -> list[dict[str, Any]]:
-    """Every attack of a class: its rows by subject, None where it was not run."""
-    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        if row["access"] == access:
-            merged.setdefault(attack_key(row), dict.fromkeys(SUBJECTS))[row["subject"]] = row
-    return list(merged.values())

@@ -15,11 +15,11 @@ from hf_immunize.text import public_name
 
 # What an attacker has: the classifier's input; the output of any earlier stage too; the weights.
 ACCESSES = ("head_input", "any_layer", "fine_tuning")
-# The model, the same before immunization, and the same at random initialization.
-SUBJECTS = ("immunized", "reference", "random")
+# The model, and the same before immunization.
+SUBJECTS = ("immunized", "reference")
 STATUSES = ("done", "diverged", "skipped")
 
-FORMAT, FORMAT_VERSION = "hf_immunize.audit", 1
+FORMAT, FORMAT_VERSION = "hf_immunize.audit", 2
 # JSON has no infinity; such a number becomes an object of this one key.
 _NON_FINITE = "non_finite"
 
@@ -98,13 +98,12 @@ class AuditResult:
     warnings: list[str] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    accuracies: list[float] = field(default_factory=list)  # steps are counted to these too
 
     def tested_images(self, outcome: Outcome) -> int:
-        """Test images of an attack: fine-tuning takes no more than its budget, probes (of mixed weights too) all."""
+        """Test images of an attack: fine-tuning takes no more than its budget, probes (of public weights too) all."""
         size, most = self.tasks[outcome.task].test_size, self.budget.get("fine_tuning_test_images")
         attacker = find_attacker(outcome.attacker)
-        tuned = outcome.access == "fine_tuning" and not (attacker and attacker.shares)
+        tuned = outcome.access == "fine_tuning" and not (attacker and attacker.restores)
         return min(size, most) if tuned and isinstance(most, int) else size
 
     def without_local_paths(self) -> AuditResult:
@@ -132,8 +131,6 @@ def check(data: AuditResult) -> None:
             _check_share(value, where, " Record an attack whose numbers are lost as diverged, without them.")
         if one.status != "done" and one.accuracy is not None:
             raise DataError(f"Expected no accuracy where status is {one.status!r}, found {one.accuracy} {where}.")
-    for value in data.accuracies:
-        _check_share(value, "to count the steps to")
     if data.utility is not None:
         _check_share(data.utility.immunized, "as benign accuracy")
         if data.utility.reference is not None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import itertools
 import os
@@ -16,8 +15,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -28,11 +27,10 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 from transformers.utils import logging
 
-from hf_immunize.attacks.attacker import Attacker, Found, guarded
-from hf_immunize.attacks.finetune import changed_parameters, interpolate
+from hf_immunize.attacks.attacker import Attacker, Found, Part, ProbeData, guarded
+from hf_immunize.attacks.finetune import changed_parameters
 from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_attacker
-from hf_immunize.attacks.probe_data import Part, ProbeData
-from hf_immunize.audit.journal import FeatureStore, Journal, Pass, StoredPasses, View, fingerprint, key_of, make_folder
+from hf_immunize.audit.journal import Journal, Pass, StoredPasses, fingerprint, key_of, make_folder
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import AuditResult, FeatureSpectrum, Outcome, Utility
 from hf_immunize.audit.settings import AuditSettings
@@ -40,7 +38,7 @@ from hf_immunize.audit.statistics import paired_utility
 from hf_immunize.audit.tasks import AttackedTask, Images, load_task, overlaps
 from hf_immunize.data.columns import outputs_by_name
 from hf_immunize.data.sources import HeldOut
-from hf_immunize.errors import ArgumentError, ImmunizationError, RecordError
+from hf_immunize.errors import ArgumentError, ImmunizationError, ProcessError, RecordError
 from hf_immunize.features.extract import (
     Extraction,
     Layer,
@@ -98,12 +96,10 @@ def audit_over_processes(processes: Processes, settings: AuditSettings) -> Audit
     """
     folder = settings.run_dir or tempfile.gettempdir()
     if not processes.share_folder(folder):
-        first = processes.first
-        processes.leave()
-        if not first:
-            return None
-        logger.warning(f"The processes share no folder {folder}, so the first one extracts all features by itself.")
-        return _audit(ALONE, settings)
+        raise ProcessError(
+            f"Expected an output folder that all processes see, found that they do not share {folder}. Choose one on "
+            "a shared disk, or run the audit in one process."
+        )
     return _audit(processes, settings)
 
 
@@ -112,19 +108,19 @@ def _audit(processes: Processes, settings: AuditSettings) -> AuditReport | None:
     start = time.time()
     warnings: list[str] = []
     progress = settings.progress and processes.first
-    loaded = processes.run_on_all_ranks(lambda: _load(settings, chosen, warnings, processes.device))
+    loaded = processes.run_on_all_ranks(lambda: _load(settings, warnings, processes.device))
     models, processor, names, tasks = loaded
     memory = settings.memory_limit or int(0.6 * psutil.virtual_memory().available)
     memory = _load_images(tasks, processor, memory, progress, processes)
     warnings += overlaps(tasks)
     warnings += [f"{task.problem}; it was not attacked." for task in tasks if task.problem]
     hashes = {f"{t.name} {s}": [*i.hashes, i.labels.numpy().tobytes()] for t in tasks for s, i in _sides(t)}
-    mark = fingerprint(models, hashes, {"preset": _without_choice(chosen), "version": PRESET_VERSION})
+    # Which attackers run decides no result, so that more can be added to a run.
+    budgets = {"name": chosen.name, "probe": asdict(chosen.probe_budget), "tuning": asdict(chosen.tuning_budget)}
+    mark = fingerprint(models, hashes, budgets | {"version": PRESET_VERSION})
     run_dir = settings.run_dir if processes.first else None
     journal = processes.run_on_all_ranks(lambda: Journal(run_dir, mark, warnings))
-    folder = None if run_dir is None else os.path.join(run_dir, "features")
-    kept = FeatureStore(folder, settings.keep_features, warnings)
-    work = Work(chosen, models, tasks, processor, journal, settings, memory, warnings, progress, kept)
+    work = Work(chosen, models, tasks, processor, journal, settings.head_module, memory, warnings, progress)
     with ExitStack() as stack:
         if processes.count > 1:
             work.stored = stack.enter_context(_extracted_by_all(work, processes, settings.run_dir))
@@ -132,7 +128,7 @@ def _audit(processes: Processes, settings: AuditSettings) -> AuditReport | None:
             processes.leave()
             if not processes.first:
                 return None
-        metrics = work.run()
+        work.run()
     total = sum(outcome.seconds for outcome in journal.outcomes.values())
     return AuditReport(
         AuditResult(
@@ -143,14 +139,13 @@ def _audit(processes: Processes, settings: AuditSettings) -> AuditReport | None:
             budget=_budget(chosen, settings.max_images),
             tasks={task.name: task.describe() for task in tasks},
             outcomes=[journal.outcomes[key] for key in work.order],
-            utility=metrics.utility(),
-            spectra=metrics.spectra(),
-            rir=metrics.ratio(),
+            utility=work.metrics.utility(),
+            spectra=work.metrics.spectra,
+            rir=work.metrics.ratio(),
             warnings=warnings,
-            machine=_machine() | {"features kept": f"{kept.size / 2**20:,.1f} MiB"},
+            machine=_machine(),
             # A resumed audit cost what its parts cost.
             seconds=max(time.time() - start, total),
-            accuracies=list(settings.accuracies),
         )
     )
 
@@ -158,8 +153,8 @@ def _audit(processes: Processes, settings: AuditSettings) -> AuditReport | None:
 @contextmanager
 def _extracted_by_all(work: Work, processes: Processes, run_dir: Any) -> Iterator[StoredPasses]:
     """What the attacks will need of the models, each process's share on disk; removed in the end."""
-    # The first one alone knows what the journal holds already.
-    passes, folder = processes.broadcast_from_main(lambda: (work.ahead(), make_folder(run_dir)))
+    # The memory of the first one decides which layers are read.
+    passes, folder = processes.broadcast_from_main(lambda: (work.passes(), make_folder(run_dir)))
     stored = StoredPasses(folder, passes)
     try:
         for one in passes:
@@ -180,7 +175,7 @@ def _extract_own(stored: StoredPasses, wanted: Pass, work: Work, process: int) -
 
 
 def _load(
-    settings: AuditSettings, chosen: Preset, warnings: list[str], device: torch.device
+    settings: AuditSettings, warnings: list[str], device: torch.device
 ) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str], list[AttackedTask]]:
     """Models, image processor, names and tasks."""
     loaded = _load_models(settings, device)
@@ -192,8 +187,6 @@ def _load(
         )
     else:
         changed_parameters(models["immunized"], models["reference"])  # refuses another architecture
-    if chosen.random:
-        models["random"] = _random_like(models["immunized"])
     record = _record_of(settings.model, settings.revision, warnings)
     drawn = HeldOut.seed if record is None else record.method.seed
     tasks = [
@@ -257,12 +250,6 @@ def _record_of(model: Any, revision: str, warnings: list[str]) -> ImmunizationRe
         return None
 
 
-def _random_like(model: PreTrainedModel) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return type(model)(copy.deepcopy(model.config)).to(model.device)
-
-
 def _sides(task: AttackedTask) -> list[tuple[str, Images]]:
     return [("train", task.train), ("test", task.test), ("utility", task.utility)]
 
@@ -298,30 +285,27 @@ class Work:
         tasks: list[AttackedTask],
         processor: Any,
         journal: Journal,
-        settings: AuditSettings,
+        head_module: str | None,
         memory: int,
         warnings: list[str],
         progress: bool,
-        kept: FeatureStore,
     ) -> None:
         self.preset, self.models, self.tasks, self.processor = preset, models, tasks, processor
-        self.journal, self.head_module, self.memory = journal, settings.head_module, memory
-        self.warnings, self.progress, self.kept = warnings, progress, kept
+        self.journal, self.head_module, self.memory = journal, head_module, memory
+        self.warnings, self.progress = warnings, progress
         self.able = [task for task in tasks if not task.problem]
         # The reference first: rank lost is rank lost against it.
-        self.subjects = [name for name in ("reference", "immunized", "random") if name in models]
+        self.subjects = [name for name in ("reference", "immunized") if name in models]
         self.order: list[str] = []
         self.metrics = FeatureMetrics(warnings)
-        self.head_data: dict[tuple[str, str], ProbeData] = {}
+        # What the reference makes of the harmful images, which whoever has the public weights makes too.
+        self.public: ProbeData | None = None
         # What several processes have extracted before; None where this one does it as it goes.
         self.stored: StoredPasses | None = None
         self.bar: Any = None
-        # Label of a layer to the digest of the reference's features there.
-        self.seen: dict[str, bytes] = {}
-        self._mixture: tuple[float, PreTrainedModel] | None = None
 
-    def run(self) -> FeatureMetrics:
-        """Run all attacks that are not in the journal; returns what was measured in addition."""
+    def run(self) -> None:
+        """Run all attacks that are not in the journal."""
         self.bar = tqdm(
             total=self.expected(),
             disable=not self.progress,
@@ -335,11 +319,10 @@ class Work:
                         self._probe(task, subject)
                 for task in self.able:
                     self._fine_tune(task)
-                for subject in ("reference", "immunized") if "reference" in self.models else ():
-                    self._restore(self.able[0], subject)
+                if "reference" in self.models:
+                    self._restore(self.able[0])
         finally:
             self.bar.close()
-        return self.metrics
 
     # ---- what is ahead
 
@@ -355,219 +338,104 @@ class Work:
             return self.preset.fine_tuning
         return tuple(name for name in self.preset.fine_tuning if name in self.preset.benign_attackers)
 
-    def precisions(self, task: AttackedTask) -> list[torch.dtype]:
-        """Of probes at the classifier's input."""
-        both = self.preset.both_precisions and task.name == "harmful"
-        return [torch.float64, torch.float32] if both else [torch.float64]
-
     def expected(self) -> float:
         """Work ahead, in attacks at the classifier's input; the others are weighed by what they tend to cost."""
         total = 0.0
         for task in self.able:
-            each = 1.0 * len(self.probes_of(task)) * self.preset.probe_seeds * len(self.precisions(task))
-            each += TUNING_WEIGHT * len(self.tuners_of(task)) * self.preset.tuning_seeds
-            total += each * len(self.subjects)
+            total += len(self.subjects) * len(self.probes_of(task)) * self.preset.probe_seeds
+            total += len(self.subjects) * len(self.tuners_of(task)) * self.preset.tuning_seeds * TUNING_WEIGHT
         return total
 
     def probes_layers(self, task: AttackedTask) -> bool:
         """Whether earlier layers are to be probed."""
         return task.name == "harmful" and bool(self.preset.layer_probes or self.preset.flattened_probes)
 
-    def views(
-        self, task: AttackedTask, subject: str
-    ) -> tuple[list[tuple[Layer, str]], dict[str, str], tuple[tuple[Layer, str], ...]]:
-        """Earlier layers to probe, those left out with a reason, and those whose features are still needed."""
+    def views(self, task: AttackedTask, subject: str) -> tuple[list[tuple[Layer, str]], dict[str, str]]:
+        """Earlier layers to probe, and those left out with a reason."""
         if not self.probes_layers(task):
-            return [], {}, ()
+            return [], {}
         example = next(iter(task.train.batches(self.processor, 1, progress=False)))
         layers = find_layers(self.models[subject], example, self.preset.max_layers, self.head_module)
         rows, flat = len(task.train) + len(task.test), bool(self.preset.flattened_probes)
         views, left_out = choose_views(layers, rows, self.preset.layer_entries, self.memory, flat)
-        views = [(layer, view) for layer, view in views if view == "flattened" or self.preset.layer_probes]
-        ahead = tuple(
-            (layer, view)
-            for layer, view in views
-            if any(
-                key_of(one) not in self.journal.outcomes
-                for one in self.layer_outcomes(layer.label(view), view, subject, task)
-            )
-        )
-        return views, left_out, ahead
+        return [one for one in views if one[1] == "flattened" or self.preset.layer_probes], left_out
 
-    def needs_utility(self, task: AttackedTask, subject: str) -> bool:
+    def needs_utility(self, task: AttackedTask) -> bool:
         """Whether the released classifier is to be run on other images than those that probes are measured on."""
-        if task.name != "benign" or subject == "random":
-            return False
-        return not len(task.test) or task.utility.indices != task.test.indices
-
-    def layer_outcomes(self, label: str, view: str, subject: str, task: AttackedTask) -> list[Outcome]:
-        """What is to be found at one layer, not yet filled in."""
-        names = self.preset.flattened_probes if view == "flattened" else self.preset.layer_probes
-        seeds = range(self.preset.layer_seeds)
-        return [
-            Outcome(name, "any_layer", subject, task.name, label, seed, "float64") for seed in seeds for name in names
-        ]
-
-    def restore_outcomes(self, attacker: str, task: AttackedTask, subject: str) -> list[Outcome]:
-        """What is to be found by putting public weights back, not yet filled in."""
-        names = changed_parameters(self.models["immunized"], self.models["reference"])
-        where = f"{len(names)} tensors that immunization moved"
-        return [
-            Outcome(attacker, "fine_tuning", subject, task.name, where, seed, "float64")
-            for seed in range(self.preset.layer_seeds)
-        ]
-
-    def restoring(self, task: AttackedTask, subject: str) -> list[tuple[str, tuple[float, ...]]]:
-        """Attackers that are still to put public weights back, with the shares that each tries.
-
-        In the reference they are in place already.
-        """
-        if not changed_parameters(self.models["immunized"], self.models["reference"]):
-            return []
-        return [
-            (attacker, (1.0,) if subject == "reference" else _attacker(attacker).shares)
-            for attacker in self.preset.restoring
-            if any(key_of(one) not in self.journal.outcomes for one in self.restore_outcomes(attacker, task, subject))
-        ]
+        return task.name == "benign" and (not len(task.test) or task.utility.indices != task.test.indices)
 
     def passes(self) -> list[Pass]:
-        """All passes of images through models that the attacks ahead ask for, in their order."""
+        """All passes of images through models, in their order."""
         planned = []
         for task in self.tasks:
             for subject in self.subjects:
-                *_, ahead = self.views(task, subject)
+                views, _ = self.views(task, subject)
                 sides = [side for side in ("train", "test") if len(getattr(task, side))]
-                planned += [Pass(subject, task.name, side, ahead) for side in sides]
-                if self.needs_utility(task, subject):
+                planned += [Pass(subject, task.name, side, tuple(views)) for side in sides]
+                if self.needs_utility(task):
                     planned.append(Pass(subject, task.name, "utility"))
-        if "reference" in self.models:
-            for _, shares in self.restoring(self.able[0], "immunized"):
-                planned += [
-                    Pass("immunized", self.able[0].name, side, (), share)
-                    for share in shares
-                    for side in ("train", "test")
-                    if share < 1
-                ]
         return planned
 
     # ---- images through models
 
     def compute(self, wanted: Pass) -> Extraction | None:
         """Run this process's images through a model; None where it has none."""
-        model, images = self._model(wanted), self._images(wanted)
+        model, task = self.models[wanted.subject], next(task for task in self.tasks if task.name == wanted.task)
+        images: Images = getattr(task, wanted.side)
         if not images.own:
             return None
-        description = f"{wanted.restored:.0%} restored" if wanted.restored else f"{wanted.subject}: {wanted.task}"
-        size = pass_size(model)
-        batches = images.batches(self.processor, size, description=description, progress=self.progress)
+        description = f"{wanted.subject}: {wanted.task}"
+        batches = images.batches(self.processor, pass_size(model), description=description, progress=self.progress)
         return extract_views(model, batches, list(wanted.views), self.head_module)
 
-    def ahead(self) -> list[Pass]:
-        """The passes that the attacks ask for, less those whose features were kept."""
-        return [
-            one
-            for one in self.passes()
-            if not self.kept.holds(self._model(one), self._images(one).hashes, list(one.views))
-        ]
-
-    def _model(self, wanted: Pass) -> PreTrainedModel:
-        model = self.models[wanted.subject]
-        if wanted.restored == 0:
-            return model
-        if self._mixture is None or self._mixture[0] != wanted.restored:
-            self._mixture = wanted.restored, interpolate(model, self.models["reference"], wanted.restored)
-        return self._mixture[1]
-
-    def _images(self, wanted: Pass) -> Images:
-        task = next(task for task in self.tasks if task.name == wanted.task)
-        images: Images = getattr(task, wanted.side)
-        return images
-
     def _extracted(self, wanted: Pass) -> Extraction:
-        def make(missing: list[View]) -> Extraction:
-            if self.stored is not None:
-                return self.stored.read(wanted)
-            extraction = self.compute(replace(wanted, views=tuple(missing)))
-            assert extraction is not None  # one process has all images
-            return extraction
-
-        return self.kept.through(self._model(wanted), self._images(wanted).hashes, list(wanted.views), make)
+        extraction = self.compute(wanted) if self.stored is None else self.stored.read(wanted)
+        assert extraction is not None  # one process has all images
+        return extraction
 
     # ---- probes
 
     def _probe(self, task: AttackedTask, subject: str) -> None:
-        views, left_out, ahead = self.views(task, subject)
+        views, left_out = self.views(task, subject)
         model = self.models[subject]
         if self.probes_layers(task) and not (views or left_out):
-            self._warn(f"{type(model).__name__} has no list of blocks: earlier layers were not probed.")
-        train = self._extracted(Pass(subject, task.name, "train", ahead))
-        test = self._extracted(Pass(subject, task.name, "test", ahead)) if len(task.test) else None
-        if task.name in ("harmful", "benign") and subject != "random":
+            sentence = f"{type(model).__name__} has no list of blocks: earlier layers were not probed."
+            self.warnings += [] if sentence in self.warnings else [sentence]
+        train = self._extracted(Pass(subject, task.name, "train", tuple(views)))
+        test = self._extracted(Pass(subject, task.name, "test", tuple(views))) if len(task.test) else None
+        if task.name in ("harmful", "benign"):
             self.metrics.note_features(subject, task.name, train.features, next(model.parameters()).dtype)
-        if task.name == "benign" and subject != "random":
-            self.metrics.note_logits(model, subject, task, self._utility_logits(task, subject, test))
+        if task.name == "benign":
+            own = test if not self.needs_utility(task) else self._extracted(Pass(subject, task.name, "utility"))
+            assert own is not None  # without test images they are extracted
+            self.metrics.note_logits(model, subject, task, own.logits)
         if task.problem or test is None:
             return
         data = ProbeData(train.features, task.train.labels, test.features, task.test.labels, task.num_classes)
-        if task.name == "harmful":
-            self.head_data[subject, task.name] = data
+        if (subject, task.name) == ("reference", "harmful"):
+            self.public = data
         place = f"input of {find_head(model, self.head_module)[0]}"
         for seed in range(self.preset.probe_seeds):
             for attacker in self.probes_of(task):
-                for dtype in self.precisions(task):
-                    self._attack_features(data, attacker, "head_input", subject, task, place, seed, dtype)
+                outcome = Outcome(attacker, "head_input", subject, task.name, place, seed, "float64")
+                self._attack_features(outcome, lambda: data, 1.0)
         data.forget()
         for layer, view in views:
             label = layer.label(view)
-            parts = (train.views.pop(label), test.views.pop(label)) if label in train.views else None
-            self._probe_layer(parts, label, view, subject, task)
-        for label, reason in left_out.items():
-            outcome = Outcome("ridge", "any_layer", subject, task.name, label, 0, "float64", "skipped", reason)
-            self._keep(outcome)
-
-    def _utility_logits(self, task: AttackedTask, subject: str, test: Extraction | None) -> Tensor:
-        if test is not None and not self.needs_utility(task, subject):
-            return test.logits
-        return self._extracted(Pass(subject, task.name, "utility")).logits
-
-    def _probe_layer(
-        self, parts: tuple[Tensor, Tensor] | None, label: str, view: str, subject: str, task: AttackedTask
-    ) -> None:
-        outcomes = self.layer_outcomes(label, view, subject, task)
-        data = None
-        if parts is not None:
+            parts = train.views.pop(label), test.views.pop(label)
             self.bar.set_description(f"{subject}: {label}")
-            digest = hashlib.blake2b(parts[0].numpy().data).digest()
-            twins = [replace(outcome, subject="reference") for outcome in outcomes]
-            if subject == "immunized" and self.seen.get(label) == digest:
-                # A layer that immunization left alone: to the last bit the same features give the same outcomes.
-                for outcome, twin in zip(outcomes, twins, strict=True):
-                    found = self.journal.outcomes[key_of(twin)]
-                    self._keep(replace(found, subject=outcome.subject, seconds=0.0))
-                return
-            self.seen[label] = digest
-            train, test = dual_coordinates(*parts)
-            data = ProbeData(train, task.train.labels, test, task.test.labels, task.num_classes)
-        for one in outcomes:
-            self._attack_features(data, one.attacker, one.access, subject, task, label, one.seed, torch.float64)
+            names = self.preset.flattened_probes if view == "flattened" else self.preset.layer_probes
+            features = cache(partial(_dual_data, *parts, task))
+            for seed in range(self.preset.layer_seeds):
+                for attacker in names:
+                    outcome = Outcome(attacker, "any_layer", subject, task.name, label, seed, "float64")
+                    self._attack_features(outcome, features)
+        for label, reason in left_out.items():
+            self._keep(Outcome("ridge", "any_layer", subject, task.name, label, 0, "float64", "skipped", reason))
 
-    def _attack_features(
-        self,
-        data: ProbeData | None,
-        attacker: str,
-        access: str,
-        subject: str,
-        task: AttackedTask,
-        layer: str,
-        seed: int,
-        dtype: torch.dtype,
-    ) -> None:
-        def attack() -> Found:
-            assert data is not None  # None only where all outcomes are there
-            return _attacker(attacker).run(data.at(dtype), self.preset.probe_budget, seed)
-
-        outcome = Outcome(attacker, access, subject, task.name, layer, seed, str(dtype).removeprefix("torch."))
-        self._attack(outcome, attack, 1.0 if access == "head_input" else 0.0)
+    def _attack_features(self, outcome: Outcome, features: Callable[[], ProbeData], weight: float = 0.0) -> None:
+        attacker = _attacker(outcome.attacker)
+        self._attack(outcome, lambda: attacker.run(features(), self.preset.probe_budget, outcome.seed), weight)
 
     # ---- fine-tuning and restoring
 
@@ -607,32 +475,19 @@ class Work:
             parts.append((images.pixels(self.processor, rows), images.labels[rows]))
         return Part(*parts[0], *parts[1], task.num_classes)
 
-    def _restore(self, task: AttackedTask, subject: str) -> None:
+    def _restore(self, task: AttackedTask) -> None:
         """The public weights put back; in the reference they are already, so that it is read as it is."""
-        ahead = dict(self.restoring(task, subject))
+        changed = changed_parameters(self.models["immunized"], self.models["reference"])
+        where, public = f"{len(changed)} tensors that immunization moved", self.public
+        assert public is not None  # the reference was probed
         for attacker in self.preset.restoring:
-            outcomes = self.restore_outcomes(attacker, task, subject)
-            if attacker not in ahead:
-                for outcome in outcomes:
-                    nothing = replace(outcome, status="skipped", note="No tensor differs from the reference.")
-                    self._keep(self.journal.outcomes.get(key_of(outcome), nothing))
-                continue
-            candidates = {}
-            for share in ahead[attacker]:
-                if share == 1.0:
-                    candidates[share] = self.head_data["reference", task.name]
-                    continue
-                features = [
-                    self._extracted(Pass("immunized", task.name, side, (), share)).features
-                    for side in ("train", "test")
-                ]
-                if all(bool(torch.isfinite(part).all()) for part in features):
-                    candidates[share] = ProbeData(
-                        features[0], task.train.labels, features[1], task.test.labels, task.num_classes
-                    )
-            for outcome in outcomes:
-                run = partial(_attacker(attacker).run, candidates, self.preset.probe_budget, outcome.seed)
-                self._attack(outcome, run, 0.0)
+            for subject in self.subjects:
+                for seed in range(self.preset.layer_seeds):
+                    outcome = Outcome(attacker, "fine_tuning", subject, task.name, where, seed, "float64")
+                    if changed:
+                        self._attack_features(outcome, lambda: public)
+                    else:
+                        self._keep(replace(outcome, status="skipped", note="No tensor differs from the reference."))
 
     # ---- bookkeeping
 
@@ -641,9 +496,7 @@ class Work:
         if key not in self.journal.outcomes:
             self.bar.set_description(f"{outcome.subject}: {outcome.attacker}, {outcome.task}, seed {outcome.seed}")
             begin = time.perf_counter()
-            finding = guarded(attack)
-            found = {name: value for name, value in vars(finding).items() if name != "validation"}
-            self._keep(replace(outcome, **found, seconds=time.perf_counter() - begin))
+            self._keep(replace(outcome, **vars(guarded(attack)), seconds=time.perf_counter() - begin))
         else:
             self.order.append(key)
         self.bar.update(weight)
@@ -654,9 +507,10 @@ class Work:
             self.journal.add(outcome)
         self.order.append(key)
 
-    def _warn(self, sentence: str) -> None:
-        if sentence not in self.warnings:
-            self.warnings.append(sentence)
+
+def _dual_data(train: Tensor, test: Tensor, task: AttackedTask) -> ProbeData:
+    train, test = dual_coordinates(train, test)
+    return ProbeData(train, task.train.labels, test, task.test.labels, task.num_classes)
 
 
 @contextmanager
@@ -683,8 +537,8 @@ class FeatureMetrics:
 
     def __init__(self, warnings: list[str]) -> None:
         self.warnings = warnings
+        self.spectra: list[FeatureSpectrum] = []
         self._conditioning: dict[tuple[str, str], Conditioning] = {}
-        self._sigma: dict[tuple[str, str], list[float]] = {}
         self._hits: dict[str, Tensor] = {}
 
     def note_features(self, subject: str, task: str, features: Tensor, produced_dtype: torch.dtype) -> None:
@@ -695,23 +549,14 @@ class FeatureMetrics:
                 f"All features of the {task} images through the {subject} model are zero: its κ is undefined."
             )
             return
-        self._conditioning[subject, task] = feature_conditioning(
-            features, reference=before, produced_dtype=produced_dtype
-        )
-        self._sigma[subject, task] = singular_values(features).tolist()
+        found = feature_conditioning(features, reference=before, produced_dtype=produced_dtype)
+        self._conditioning[subject, task] = found
+        sigma, measured = singular_values(features).tolist(), (found.num_samples, found.rank, found.log10_kappa)
+        self.spectra.append(FeatureSpectrum(subject, task, sigma, *measured, found.is_bound))
 
     def note_logits(self, model: PreTrainedModel, subject: str, task: AttackedTask, logits: Tensor) -> None:
         """Compare the released classifier's answers on benign test images with their labels."""
         self._hits[subject] = logits.argmax(dim=1) == _expected_outputs(model, task, self.warnings)
-
-    def spectra(self) -> list[FeatureSpectrum]:
-        """One for each subject and task seen."""
-        return [
-            FeatureSpectrum(
-                subject, task, self._sigma[subject, task], c.num_samples, c.rank, c.log10_kappa, c.is_bound
-            )
-            for (subject, task), c in self._conditioning.items()
-        ]
 
     def ratio(self) -> dict[str, Any]:
         """RIR by the exact protocol and its parts; empty without benign data or without a reference."""
@@ -745,19 +590,9 @@ def _expected_outputs(model: PreTrainedModel, task: AttackedTask, warnings: list
 # What a report says of the run itself
 
 
-def _without_choice(preset: Preset) -> dict[str, Any]:
-    """What decides an attack's result: which attackers run does not, so that more can be added to a run."""
-    described = preset.describe()
-    return {name: described[name] for name in ("name", "probe_budget", "tuning_budget")}
-
-
 def _budget(preset: Preset, max_images: int | None) -> dict[str, Any]:
-    """Steps, samples, seconds and settings, as a report states them."""
+    """Steps, samples and settings, as a report states them."""
     probes, tuning = preset.probe_budget, preset.tuning_budget
-    limited = {
-        "seconds_of_an_attack_that_trains": probes.seconds if probes.seconds is not None else tuning.seconds,
-        "images_of_a_task": max_images,
-    }
     return {
         "attackers": len(preset.attackers),
         "probe_steps": preset.probe_budget.steps,
@@ -774,7 +609,7 @@ def _budget(preset: Preset, max_images: int | None) -> dict[str, Any]:
         "probe_seeds": preset.probe_seeds,
         "layer_seeds": preset.layer_seeds,
         "fine_tuning_seeds": preset.tuning_seeds,
-        **{name: value for name, value in limited.items() if value is not None},
+        **({} if max_images is None else {"images_of_a_task": max_images}),
     }
 
 

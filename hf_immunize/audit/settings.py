@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 _TASKS = ("harmful", "benign", "unseen", "unrelated")
-# Generators take no larger seed.
-_LARGEST_SEED = 2**32 - 1
+# Least and most of whole numbers; generators take no larger seed.
+_COUNTS = (("max_images", 2, math.inf), ("seed", 0, 2**32 - 1), ("memory_limit", 1, math.inf))
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class AuditSettings:
     unrelated: Any = field(default=None, metadata={"help": "A third task that should be left alone."})
     # Image processor, where the model is not given by its name and the data hold images.
     processing_class: Any = None
-    # Where finished attacks and features are kept; the same call resumes an interrupted audit there.
+    # Where finished attacks are kept; the same call resumes an interrupted audit there.
     run_dir: str | os.PathLike[str] | None = None
     head_module: str | None = field(
         default=None, metadata={"help": "The classifier's name, where it cannot be found."}
@@ -62,12 +62,8 @@ class AuditSettings:
     seed: int | None = field(
         default=None, metadata={"help": "Seed of held-out splits, where MODEL has no record of the one training used."}
     )
-    # To which steps are counted on both models, between 0 and 1, in addition to shares of what the reference gives.
-    accuracies: Sequence[float] = ()
     # Bytes to use; by default 60 % of what is free.
     memory_limit: int | None = None
-    # Bytes of features to keep in `run_dir` for resuming, small ones first; 0 keeps none.
-    keep_features: int = 2 * 2**30
     progress: bool = True
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of MODEL on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
@@ -100,20 +96,16 @@ class AuditSettings:
         self.chosen()
 
     def _check_numbers(self) -> None:
-        for name, least in (("max_images", 2), ("seed", 0), ("memory_limit", 1), ("keep_features", 0)):
-            value, most = getattr(self, name), _LARGEST_SEED if name == "seed" else math.inf
-            if value is None and name != "keep_features":
+        for name, least, most in _COUNTS:
+            value = getattr(self, name)
+            if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 span = f"from {least} to {most}" if name == "seed" else f"of at least {least}"
                 raise _wrong(name, f"a whole number {span}", value)
-        if self.test_fraction is not None and not _is_share(self.test_fraction):
-            raise _wrong("test_fraction", "a number between 0 and 1", self.test_fraction)
-        if isinstance(self.accuracies, (str, bytes)) or not isinstance(self.accuracies, Sequence):
-            raise _wrong("accuracies", "a list of accuracies to reach", self.accuracies)
-        for value in self.accuracies:
-            if not _is_share(value):
-                raise _wrong("accuracies", "accuracies to reach between 0 and 1", value)
+        fraction = self.test_fraction
+        if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
+            raise _wrong("test_fraction", "a number between 0 and 1", fraction)
 
     def chosen(self) -> Preset:
         """The preset, with the attackers that were asked for."""
@@ -136,10 +128,6 @@ class AuditSettings:
                 "none. Give the model before immunization, or name other attackers."
             )
         return chosen
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and 0 < value < 1
 
 
 def _wrong(name: str, expected: str, found: Any, remedy: str = "") -> ArgumentError:

@@ -5,7 +5,6 @@ Heavy imports wait until the command runs, so that ``--help`` is quick.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import partial
@@ -44,15 +43,8 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "quick": _option(bool, "Small budgets: two minutes on a small model.", False, "--quick"),
     "full": _option(bool, "Every attacker, large budgets: hours, and a GPU.", False, "--full"),
     "attackers": _option(str | None, "Run these alone, separated by commas, such as ridge,adamw,lora_r8."),
-    "seconds": _option(
-        float | None, "At most so long for each attack that trains, half of it for the search of its settings."
-    ),
     "steps": _option(int | None, "Steps of fine-tuning and of mini-batch probes, not the preset's."),
     "seeds": _option(int | None, "Seeds of every attack, not the preset's."),
-    "keep_features": _option(
-        float, "GiB of features kept in the output folder for resuming; 0 keeps none.", 2.0, min=0
-    ),
-    "accuracies": _option(str | None, "Count the steps to these accuracies too, such as 0.2,0.4."),
     "attach": _option(
         bool, "Write the findings into MODEL's record and card; MODEL is a folder with both.", False, "--attach"
     ),
@@ -96,10 +88,10 @@ def audit(model: str, **given: Any) -> None:
     starting weights back. Each tunes its own settings on a part of its training images. The same attacks with the
     same draws run on the reference. The strongest one counts.
 
-    Finished attacks and extracted features are kept in the output folder. After an interruption the same command goes
-    on where it was. --seconds, --steps and --seeds change the preset's budget; the report says so. Under
-    `accelerate launch -m hf_immunize audit …` or `torchrun` all processes extract features; the attacks run on the
-    first, and the others end when the features are there.
+    Finished attacks are kept in the output folder. After an interruption the same command goes on where it was.
+    --steps and --seeds change the preset's budget; the report says so. Under `torchrun` or
+    `accelerate launch -m hf_immunize audit …` all processes extract features; the attacks run on the first, and the
+    others end when the features are there.
 
     The exit code says whether the audit ran, not what it found: report.html and the lines printed say that.
     """
@@ -115,8 +107,6 @@ def audit(model: str, **given: Any) -> None:
     _check_folders(asked)
     processes = launched()
     _quiet(processes.first)
-    if asked.reference is None and processes.first and (hint := _reference_hint(model)):
-        typer.echo(hint, err=True)
     shared = {one.name: given[one.name] for one in fields(AuditSettings) if one.metadata and one.name in given}
     shared["harmful"], shared["benign"] = _data(asked, partial(_draw, asked))
     settings = AuditSettings(
@@ -125,8 +115,6 @@ def audit(model: str, **given: Any) -> None:
         attackers=_names(asked.attackers),
         preset=preset,
         run_dir=asked.output_dir,
-        keep_features=int(asked.keep_features * 2**30),
-        accuracies=_numbers(asked.accuracies),
     )
     report = audit_over_processes(processes, settings)
     if report is None:
@@ -149,13 +137,12 @@ def _preset(asked: SimpleNamespace) -> Preset:
 
     known = [find_attacker(name) for name in _names(asked.attackers) or []]
     closed_form = known and all(one is not None and one.closed_form for one in known)
-    if (asked.seconds, asked.steps) != (None, None) and closed_form:
+    if asked.steps is not None and closed_form:
         raise ArgumentError(
-            f"Expected --seconds and --steps with an attacker that trains, found {asked.attackers} alone. Leave them "
-            "out or name one more."
+            f"Expected --steps with an attacker that trains, found {asked.attackers} alone. Leave it out."
         )
     preset = find_preset("quick" if asked.quick else "full" if asked.full else "standard")
-    return preset.changed(seconds=asked.seconds, steps=asked.steps, seeds=asked.seeds)
+    return preset.changed(steps=asked.steps, seeds=asked.seeds)
 
 
 def _names(words: str | None) -> list[str] | None:
@@ -170,7 +157,12 @@ def _check_folders(asked: SimpleNamespace) -> None:
     check_writable(asked.output_dir, "--output-dir")
     remove_leftovers(asked.output_dir)
     if asked.attach:
-        attachable_record(_local(asked.model))
+        if not Path(asked.model).is_dir():
+            raise ArgumentError(
+                f"Expected a folder as MODEL with --attach, found {asked.model!r}. Download the checkpoint, or leave "
+                "--attach out."
+            )
+        attachable_record(asked.model)
         check_writable(asked.model, "MODEL")
 
 
@@ -200,45 +192,6 @@ def _refuse_without_effect(asked: SimpleNamespace) -> None:
         )
     if asked.quick and asked.full:
         raise ArgumentError("Expected --quick or --full, found both.")
-    if asked.test_fraction is not None and not 0 < asked.test_fraction < 1:
-        raise ArgumentError(f"Expected --test-fraction between 0 and 1, found {asked.test_fraction}.")
-    if not math.isfinite(asked.keep_features * 2**30):
-        raise ArgumentError(f"Expected a number of GiB as --keep-features, found {asked.keep_features}. 0 keeps none.")
-
-
-def _numbers(words: str | None) -> list[float]:
-    if words is None:
-        return []
-    try:
-        return [float(word) for word in words.split(",")]
-    except ValueError as error:
-        raise ArgumentError(f"Expected numbers separated by commas as --accuracies, found {words!r}.") from error
-
-
-def _local(model: str) -> str:
-    if not Path(model).is_dir():
-        raise ArgumentError(
-            f"Expected a folder as MODEL with --attach, found {model!r}. Download the checkpoint, or leave --attach "
-            "out."
-        )
-    return model
-
-
-def _reference_hint(model: str) -> str | None:
-    """How to name the reference, where the record of a local checkpoint tells what it was made from."""
-    from hf_immunize.audit.names import clean
-    from hf_immunize.errors import RecordError
-    from hf_immunize.hub.record import read_record
-
-    try:
-        base = read_record(model).base_model
-    except RecordError:
-        return None
-    return (
-        "No --reference was given, so that what immunization changed cannot be told. By its record the model was "
-        f"made from {clean(base.name)}: if you have it or trust it, add --reference with its folder or its name on "
-        "the Hub."
-    )
 
 
 def _with_words(found: dict[str, Any]) -> dict[str, Any]:

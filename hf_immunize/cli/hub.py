@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,21 +68,12 @@ def verify(
         str | None,
         typer.Option(help="Split to measure on; default: validation, else test, else what was held out of train."),
     ] = None,
-    held_out: Annotated[
-        float | None,
-        typer.Option(
-            help="Measure on this part of the training split, held out as `hf-immunize train` does; by "
-            "default as the record says."
-        ),
-    ] = None,
-    max_images: Annotated[int | None, typer.Option(min=1, help="As at `hf-immunize train`.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="The model before immunization, to measure its κ's too.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure an immunized checkpoint again, and compare with what it claims.
 
@@ -98,13 +87,11 @@ def verify(
     from hf_immunize.hub.verify import verify as verify_model
 
     _check_sources(benign, harmful, dataset, harmful_classes or [])
-    if held_out is not None and not 0 < held_out < 1:
-        raise ArgumentError(f"Expected --held-out between 0 and 1, found {held_out}.")
     if revision is not None and Path(model).is_dir():
         raise ArgumentError(f"Expected --revision with a model on the Hub, found the folder {model}. Leave it out.")
     folder = fetch(model, revision=revision, with_code=trust_remote_code)
     record = read_record(folder)
-    images = _images(benign, harmful, dataset, harmful_classes or [], split, held_out, max_images, record)
+    images = _images(benign, harmful, dataset, harmful_classes or [], split, record)
     found = verify_model(
         folder,
         benign=images[0],
@@ -113,10 +100,7 @@ def verify(
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
-    if as_json:
-        typer.echo(json.dumps({**dataclasses.asdict(found), "exit_code": found.exit_code}, indent=2))
-    else:
-        _print(found)
+    _print(found)
     raise typer.Exit(found.exit_code)
 
 
@@ -125,30 +109,16 @@ def card(
     repo_id: Annotated[str | None, typer.Option(help="Repository that the card's code loads from.")] = None,
     name: Annotated[str | None, typer.Option(help="Title of the card.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence, such as apache-2.0.")] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Only say whether the card is up to date; exit 1 if not.")
-    ] = False,
 ) -> None:
     """Write the model card from the record; your own sections of an existing card stay.
 
     Example: hf-immunize card runs/mine --license apache-2.0
     """
-    from hf_immunize.hub.card import CardOptions, render_card, write_card
+    from hf_immunize.hub.card import CardOptions, write_card
     from hf_immunize.hub.record import read_record
-    from hf_immunize.hub.weights import CARD_NAME
-    from hf_immunize.vision.loading import checkpoint_form
 
-    record, options = read_record(folder), CardOptions(repo_id=repo_id, model_name=name, license=license)
-    options.form = checkpoint_form(folder)
-    path = folder / CARD_NAME
-    if not check:
-        typer.echo(f"Wrote {write_card(folder, record, options)}.")
-        return
-    existing = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if str(render_card(record, options, existing)) != existing:
-        typer.echo(f"{path} is not what the record says; run hf-immunize card {folder}.", err=True)
-        raise typer.Exit(1)
-    typer.echo(f"{path} is up to date.")
+    options = CardOptions(repo_id=repo_id, model_name=name, license=license)
+    typer.echo(f"Wrote {write_card(folder, read_record(folder), options)}.")
 
 
 def _check_sources(benign: str | None, harmful: str | None, dataset: str | None, harmful_classes: list[str]) -> None:
@@ -167,18 +137,13 @@ def _images(
     dataset: str | None,
     harmful_classes: list[str],
     split: str | None,
-    held_out: float | None,
-    max_images: int | None,
     record: ImmunizationRecord,
 ) -> tuple[Any, Any]:
     """The images to measure on, drawn as ``hf-immunize train`` drew them by the record."""
-    from hf_immunize.data.sources import HeldOut, choose, class_keys, measured, split_benign_harmful
-    from hf_immunize.hub.collect import recorded_draw
+    from hf_immunize.data.sources import class_keys, measured, split_benign_harmful
+    from hf_immunize.hub.collect import drawn_again, recorded_draw
 
     def load(source: str, side: str) -> Any:
-        draw = None if held_out is None else HeldOut(held_out, record.method.seed)
-        if draw is not None:
-            return measured(source, draw, split or "train")
         return measured(source, recorded_draw(getattr(record, side)) if split is None else None, split)
 
     if dataset is not None:
@@ -186,10 +151,7 @@ def _images(
         parts = split_benign_harmful(whole, class_keys(whole, harmful_classes))
     else:
         parts = load(str(benign), "benign"), load(str(harmful), "harmful")
-    return tuple(
-        part if max_images is None else part.select(choose(len(part), max_images, record.method.seed))
-        for part in parts
-    )
+    return drawn_again(parts[0], record, "benign"), drawn_again(parts[1], record, "harmful")
 
 
 def _print(found: Verification) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from argparse import ArgumentParser, RawTextHelpFormatter
-from collections.abc import Sequence
+from argparse import Action, ArgumentParser, RawTextHelpFormatter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,14 +21,12 @@ from transformers.utils import logging
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.sources import HeldOut, Parts, choose, divide, divide_classes, load_image_dataset
 from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
-from hf_immunize.files import check_writable, checked, with_checksum, write_whole
+from hf_immunize.files import check_writable, write_whole
 from hf_immunize.hub.card import metric_rows, summary_sentence
 from hf_immunize.hub.collect import describe_base_model, is_hub_id
 from hf_immunize.hub.record import DataRecord
-from hf_immunize.hub.verify import groups_ratio, measure
 from hf_immunize.text import library_words, printable, public_name
 from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.checks import as_classifier, image_rows
 from hf_immunize.training.spectrum_figure import draw_spectra, new_figure, save_figure
 from hf_immunize.training.trainer import ImmunizationTrainer
 from hf_immunize.vision.loading import LOADING_ERRORS, load_backbone, load_classifier
@@ -74,7 +72,6 @@ class DataArguments:
     new_head: bool = _option(False, "Replace the classifier by one for the benign classes.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model.")
     max_images: int | None = _option(None, "At most so many images of each set.")
-    groups: bool = _option(False, "Measure RIR over groups of 100 images too, with its spread.")
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -115,21 +112,15 @@ def parse_arguments(words: list[str]) -> tuple[DataArguments, ImmunizationArgume
         description=_DESCRIPTION,
         formatter_class=RawTextHelpFormatter,
     )
-    words = list(words)
-    if len(words) == 1 and not words[0].startswith("-") and words[0].endswith((".yaml", ".yml", ".json")):
-        words = ["--config", words[0]]
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = parser.error  # type: ignore[method-assign]
-    for each in (first, parser):
-        each.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
-    config, words = first.parse_known_args(words)
-    if config.config is not None:
-        given = _read_config(config.config)
-        if any(word.split("=")[0].replace("-", "_") == "__harmful_classes" for word in words):
-            given.pop("harmful_classes", None)  # flags override the file, and do not add to it
-        words = _as_words(given, parser) + words
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments, which flags override.")
     # Unlike a script, the command trains unless told otherwise.
     parser.set_defaults(do_train=True)
+    typed, _ = parser.parse_known_args(words)
+    if typed.config is not None:
+        given = _read_config(typed.config, parser)
+        if typed.harmful_classes:
+            given.pop("harmful_classes", None)  # flags override the file, and do not add to it
+        parser.set_defaults(**given)
     try:
         data, training, _, unknown = parser.parse_args_into_dataclasses(
             args=words, look_for_args_file=False, return_remaining_strings=True
@@ -161,41 +152,34 @@ def _check_training(training: ImmunizationArguments) -> None:
         )
 
 
-def _as_words(values: dict[Any, Any], parser: ArgumentParser) -> list[str]:
-    """The file's arguments as they would be typed, so that flags after them override and types are checked alike."""
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    unknown = sorted(str(name) for name in values if name not in actions)
-    if unknown:
-        raise ArgumentError(f"Expected names of flags in the config file, found {unknown}; --help lists them all.")
-    hints = get_type_hints(DataArguments) | get_type_hints(ImmunizationArguments)
-    words: list[str] = []
-    for name, value in values.items():
-        action = actions[name]
-        if action.default is None and (value is None or (value is False and action.type is str)):
-            continue  # left as it is
-        if action.nargs == "+" and not isinstance(value, dict) and value not in (None, "", []):
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        elif isinstance(value, list | dict) and type(value) in [
-            get_origin(kind) or kind for kind in get_args(hints[name])
-        ]:
-            parser.set_defaults(**{name: value})  # what no words can say
-        elif isinstance(value, list | dict) or action.nargs == "+" or value == "":
-            raise ArgumentError(f"Expected {hints[name]} for {name} in the config file, found {value!r}.")
-        else:
-            # YAML takes "no" and "none" for False and None.
-            word = "none" if value is None else "no" if value is False else value
-            words.append(f"--{name}={word}")
-    return words
-
-
-def _read_config(path: str) -> dict[str, Any]:
+def _read_config(path: str, parser: ArgumentParser) -> dict[str, Any]:
+    """The arguments in a file as defaults of the parser, which converts text as if it were typed."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise ArgumentError(f"Expected YAML or JSON in UTF-8 at {path}, found: {printable(error)}.") from error
     if not isinstance(values, dict):
         raise ArgumentError(f"Expected names and values in {path}, found {type(values).__name__}.")
-    return values
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    if unknown := sorted(str(name) for name in values if name not in actions):
+        raise ArgumentError(f"Expected names of flags in the config file, found {unknown}; --help lists them all.")
+    hints = get_type_hints(DataArguments) | get_type_hints(ImmunizationArguments)
+    return {name: _default(name, value, actions[name], hints[name]) for name, value in values.items()}
+
+
+def _default(name: str, value: Any, action: Action, hint: Any) -> Any:
+    """One value of a file, for the parser; YAML takes "no" and "none" for False and None."""
+    kinds = [get_origin(kind) or kind for kind in (hint, *get_args(hint))]
+    if isinstance(value, list) and action.nargs == "+":
+        return [str(item) for item in value]
+    if isinstance(value, bool | list | dict) and type(value) in kinds:
+        return value
+    if action.default is None and (value is None or value is False):
+        return None
+    word = "none" if value is None else "no" if value is False else str(value)
+    if not word or isinstance(value, list | dict) or (action.choices and word not in action.choices):
+        raise ArgumentError(f"Expected {hint} for {name} in the config file, found {value!r}.")
+    return [word] if action.nargs == "+" else word
 
 
 def load_splits(data: DataArguments, args: ImmunizationArguments) -> tuple[Parts, Parts]:
@@ -290,15 +274,11 @@ def run_train(words: list[str]) -> dict[str, Any]:
         harmful_eval_dataset=harmful.test,
         processing_class=processor,
     )
-    before_path, resume = folder / "before.json", args.resume_from_checkpoint
-    if not resume:
-        before = trainer.evaluate()
-        if trainer.is_world_process_zero():
-            write_whole(before_path, with_checksum(before) + "\n")
+    resume = args.resume_from_checkpoint
+    before: Mapping[str, float | None] = {} if resume else trainer.evaluate()
     trainer.train(resume_from_checkpoint={"True": True, "true": True}.get(resume, resume) if resume else None)
     after = trainer.evaluate()
-    if resume:
-        before = before_resuming(trainer, before_path)
+    before = trainer.starting_metrics if resume else before
     parts = {"benign_train": benign.train, "harmful_train": harmful.train, "distillation": distillation}
     parts |= {"benign_eval": benign.test, "harmful_eval": harmful.test}
     sizes = {name: len(part) for name, part in parts.items() if part is not None}
@@ -308,8 +288,6 @@ def run_train(words: list[str]) -> dict[str, Any]:
     results = run_results(trainer, names, sizes, before, after)
     results["summary"] = summary_sentence(results["before"], results["after"])
     describe(trainer, data, results["before"], {"benign": benign.held_out, "harmful": harmful.held_out})
-    if data.groups:
-        measure_groups(trainer, data, benign.test, harmful.test)
     write_outputs(folder, trainer, results)
     return results
 
@@ -318,8 +296,8 @@ def run_results(
     trainer: ImmunizationTrainer,
     names: Sequence[str],
     sizes: dict[str, int],
-    before: dict[str, float],
-    after: dict[str, float],
+    before: Mapping[str, float | None],
+    after: Mapping[str, float | None],
 ) -> dict[str, Any]:
     """What ``results.json`` holds of a run, with the names of model, benign and harmful images."""
     step = trainer.evidence.step
@@ -329,26 +307,14 @@ def run_results(
         "trainable": trainer.args.trainable,
         "steps": trainer.state.global_step if step is None else step,
         "seed": trainer.args.seed,
-        "before": finite(before),
-        "after": finite(after),
+        "before": _finite(before),
+        "after": _finite(after),
     }
 
 
-def finite(metrics: dict[str, float]) -> dict[str, float | None]:
+def _finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     """Metrics with None in place of NaN and infinity, which JSON does not know."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-
-
-def before_resuming(trainer: ImmunizationTrainer, path: Path) -> dict[str, Any]:
-    """Metrics of the starting weights of a resumed run, on the images that it is measured on now."""
-    known = trainer.starting_metrics
-    try:
-        written = checked(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # lost, or damaged
-        return known
-    shared = [(written[name], new) for name, new in known.items() if new is not None and written.get(name) is not None]
-    same = all(old == new or math.isclose(old, new, rel_tol=1e-6) for old, new in shared)
-    return written if same and shared else known
+    return {name: None if value is None or not math.isfinite(value) else value for name, value in metrics.items()}
 
 
 def describe(
@@ -370,23 +336,6 @@ def describe(
         if side == "harmful" and data.harmful_classes:
             record.classes = [printable(name) for name in data.harmful_classes]
         setattr(evidence, side, record)
-
-
-def measure_groups(trainer: ImmunizationTrainer, data: DataArguments, benign: Any, harmful: Any) -> None:
-    """RIR over groups of images, against the model loaded once more as it was."""
-    args = trainer.args
-    reference = as_classifier(load_model(data, benign, args), args).to(args.device)
-    options: dict[str, Any] = {"head_module": args.head_module, "progress": not args.disable_tqdm}
-    found = {}
-    for side, images in (("benign", benign), ("harmful", harmful)):
-        rows = image_rows(images, side, args, trainer.model.config, labels="ignored")
-        options |= {"name": f"{side} (groups)", "keep_features": True}
-        after, before = (
-            measure(model, rows, trainer.processing_class, **options) for model in (trainer.model, reference)
-        )
-        found[side] = after, before
-    ratio = groups_ratio(found["harmful"], found["benign"], seed=args.seed)
-    trainer.evidence.attach(trainer.model, groups=ratio)
 
 
 def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_immunize.data.columns import is_transformed
 from hf_immunize.data.images import ImageRows
 from hf_immunize.errors import DataError, ShapeError
 
@@ -206,10 +204,8 @@ def _read(rows: Any, number: int, labelled: bool) -> dict[str, Any]:
     return {column: value for column, value in rows[number].items() if labelled or column != "labels"}
 
 
-# Fewer different images have next to no spectrum; to read more rows than these would take too long.
-_FEWEST, _MOST = 2, 100_000
-# Images checked for whether they show anything.
-_CHECKED = 8
+# To read more rows than these would take too long.
+_MOST = 100_000
 
 
 def degenerate_sides(trained: Any, measured: Any) -> list[str]:
@@ -231,7 +227,12 @@ def _of_both(benign_name: str, benign: Any, harmful_name: str, harmful: Any) -> 
     for name, rows in ((benign_name, benign), (harmful_name, harmful)):
         if isinstance(rows, ImageRows) and 0 < len(rows) <= _MOST and rows.hashes is not None:
             different.append(np.unique(rows.hashes))
-            sentences += _of_one_side(name, rows, len(different[-1]))
+            count = len(different[-1])
+            if count == 1 or 2 * count <= len(rows):
+                sentences.append(
+                    f"Of {len(rows)} {name} images {count} differ, and κ is of these. Remove the duplicates, and "
+                    "give more images, at least as many as the features have dimensions."
+                )
     if len(different) == 2 and (shared := np.intersect1d(different[0], different[1]).size):
         share = f"All {shared}" if shared == len(different[1]) else f"{shared} of {len(different[1])}"
         sentences.append(
@@ -245,35 +246,3 @@ def _of_both(benign_name: str, benign: Any, harmful_name: str, harmful: Any) -> 
             "benign task. Give images of all of its classes."
         )
     return sentences
-
-
-def _of_one_side(side: str, rows: ImageRows, different: int) -> list[str]:
-    if different < _FEWEST:
-        return [
-            f"The {side} images are one single image ({len(rows)} times), of which κ is 1, whatever the weights. Give "
-            "different images, at least as many as the features have dimensions."
-        ]
-    sentences = []
-    if 2 * different <= len(rows):
-        sentences.append(
-            f"Of {len(rows)} {side} images only {different} differ, and κ is of these few. Remove the duplicates, and "
-            "give more images."
-        )
-    if _shows_nothing(rows):
-        sentences.append(
-            f"The {side} images checked are of one colour each, such as all black: their features hardly differ. "
-            "Check how they were read and scaled."
-        )
-    return sentences
-
-
-def _shows_nothing(rows: ImageRows) -> bool:
-    if is_transformed(rows.dataset):
-        return False
-    plain = []
-    for index in np.linspace(0, len(rows) - 1, _CHECKED).astype(int):
-        with suppress(DataError):  # reported by the step that reads it
-            row = rows[index]
-            pixels = torch.from_numpy(np.array(row["image"])).movedim(2, 0) if "image" in row else row["pixel_values"]
-            plain.append(bool((pixels.flatten(1) == pixels.flatten(1)[:, :1]).all()))
-    return bool(plain) and all(plain)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from hf_immunize.data.columns import find_stored_label_column, listed, read_labels
 from hf_immunize.errors import DataError
+from hf_immunize.text import printable
 
 
 # Folder names that stand for a split, as the Hub's own conventions have them.
@@ -22,7 +22,6 @@ SPLIT_FOLDERS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_image_dataset(source: str, split: str = "train") -> datasets.Dataset:
@@ -48,26 +47,16 @@ def load_image_splits(source: str) -> dict[str, datasets.Dataset]:
             return datasets.load_dataset("parquet", data_files={"train": str(path)})
         if path.is_dir():
             return _load_folder(path)
-        if not _HUB_ID.fullmatch(source):
-            raise DataError(f"Expected a path or a name on the Hub, found {source!r}. Check the spelling.")
         return datasets.load_dataset(source)
     except DataError:
         raise
-    except (FileNotFoundError, ConnectionError) as error:
-        raise DataError(
-            f"Expected a path or a dataset on the Hub, found neither under {source!r} ({_first_line(error)}). Check "
-            "the spelling, the connection, and the access."
-        ) from error
-    # Of datasets and pyarrow, on what is damaged, unfinished or of another kind.
+    # Of datasets and pyarrow, on what is absent, damaged, unfinished or of another kind.
     except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"Expected images in one subfolder per class, parquet files, or what save_to_disk writes in {source!r}, "
-            f"found none that can be read ({_first_line(error)}). Check the data."
+            f"Expected images in one subfolder per class, parquet files, what save_to_disk writes, or a Hub name "
+            f"under {source!r}, found none that can be read ({type(error).__name__}: {printable(error)[:200]}). Check "
+            "the spelling, the data, the connection and the access."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
 
 
 def _load_folder(path: Path) -> dict[str, datasets.Dataset]:
@@ -174,11 +163,6 @@ def class_keys(dataset: Any, typed: Sequence[str | int], label_column: str | Non
     """Classes as typed, one each: a name where there is such a name, else a number."""
     column = find_stored_label_column(dataset, label_column)
     names = getattr(dataset.features[column], "names", None) or set(read_labels(dataset, column))
-    for word in map(str, typed):
-        pieces = [piece.strip() for piece in word.split(",")]
-        if word not in names and len(pieces) > 1 and pieces[0] in names:
-            repeated = " ".join(f"--harmful-classes {piece!r}" for piece in pieces)
-            raise DataError(f"Expected one class in each --harmful-classes, found {word!r}. Type {repeated}.")
     return [int(word) if word not in names and word.isdigit() else word for word in map(str, typed)]
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.errors import ShapeError, TrunkError
 from hf_immunize.vision.head import HeadInput, find_head, in_eval_mode
@@ -346,8 +345,6 @@ def _not_fixed(model: nn.Module, split: TrunkSplit, eval_modules: list[nn.Module
     """Why the trunk is no fixed function of each image in training, if it is none."""
     for name in split.trunk:
         for inner, module in model.get_submodule(name).named_modules(prefix=name):
-            if isinstance(module, _BatchNorm) and module.running_mean is None:
-                return f"{inner!r} in it normalizes by the statistics of its batch"
             drops = any(isinstance(p := getattr(module, key, 0), float) and p > 0 for key in _PROBABILITIES)
             if drops and module not in eval_modules:
                 return f"{inner!r} in it drops at random in training (set its probability to 0 in the config)"

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_immunize import __version__
 from hf_immunize.data.images import count_trained, sketch_of
-from hf_immunize.data.sources import HeldOut
+from hf_immunize.data.sources import HeldOut, choose
 from hf_immunize.errors import RankError, TrainingImagesError
 from hf_immunize.features.extract import Measurement
 from hf_immunize.hub.record import (
@@ -76,6 +76,13 @@ def recorded_draw(data: DataRecord | None) -> HeldOut | None:
     if data is None or data.held_out_fraction is None or data.held_out_seed is None:
         return None
     return HeldOut(data.held_out_fraction, data.held_out_seed)
+
+
+def drawn_again(images: Any, record: ImmunizationRecord, side: str) -> Any:
+    """Of one task's images, those that training drew by its option ``max_images``."""
+    data: DataRecord | None = getattr(record, side)
+    limit = None if data is None else data.size
+    return images.select(choose(len(images), limit, record.method.seed))
 
 
 def draw_like(record: ImmunizationRecord | None, side: str, fraction: float | None, seed: int | None) -> HeldOut:

@@ -21,6 +21,7 @@ from hf_immunize.features.extract import Measurement, extract, of_side
 from hf_immunize.hub.collect import (
     describe_ratio,
     describe_side,
+    drawn_again,
     exact_ratio,
     innermost,
     intercept_ratio,
@@ -153,7 +154,7 @@ def verify(
     for side, data in (("benign", benign), ("harmful", harmful)):
         claimed: DataRecord | None = getattr(record, side)
         if isinstance(data, (str, os.PathLike)):
-            data = sources.measured(str(data), recorded_draw(claimed))
+            data = drawn_again(sources.measured(str(data), recorded_draw(claimed)), record, side)
         rows = image_rows(data, side, model, labels=side == "benign")
         refuse_training_images(claimed, rows, side)
         if processor is None and "pixel_values" not in rows[0]:

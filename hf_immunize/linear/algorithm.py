@@ -15,7 +15,6 @@ matrix. Eigenvalues ``(k,)`` are falling throughout.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -23,11 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError, ShapeError
+from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError
 from hf_immunize.linear.inputs import as_data, as_targets
 from hf_immunize.linear.optimum import Factor, factors, map_ratio, optimal_map
 from hf_immunize.spectra.checks import as_labels, as_values, check_count, check_number, check_result
-from hf_immunize.spectra.regularizers import ill_denominator
+from hf_immunize.spectra.hessian_functions import ill_denominator
 
 
 # ---- one update ----
@@ -103,8 +102,7 @@ def _denominator(values: Tensor) -> float:
     d = float(ill_denominator(values, values[-1], len(values)))
     if d <= 1e-14 * float(values[0].square()):
         raise PerfectConditioningError(
-            "Expected harmful features with κ > 1, found κ = 1, where R_ill is undefined. Start from another θ, as by "
-            "theta_init='random'."
+            "Expected harmful features with κ > 1, found κ = 1, where R_ill is undefined. Use another method."
         )
     return d
 
@@ -161,6 +159,11 @@ def subtract_(theta: Tensor, parts: Sequence[tuple[float, Direction]]) -> Tensor
 # ---- a whole run ----
 
 
+# Under the step rules: the part of what R_well gained in log κ(H_P) that R_ill may spend, and the largest factor by
+# which a step raises κ(H_H); every step of "r_ill" does.
+SHARE, GROWTH = 0.6, 1.2
+
+
 @dataclass(frozen=True)
 class LinearSettings:
     """Constants of the iterative methods; the defaults are those of the paper's house-price experiment.
@@ -168,21 +171,18 @@ class LinearSettings:
     Under ``step="fixed"`` a step is η times the weighted gradients, as in the paper. Under ``"rule"`` it is the
     largest step of R_well that provably lowers κ(H_P), then a step of R_ill that provably raises κ(H_H), both for the
     rows of the step; then θ is rescaled so that the benign features keep their size. A step of R_ill that raises
-    κ(H_H) by a factor raises κ(H_P) by no more than it: as `share` is below 1, κ(H_P) falls in every pair of steps.
+    κ(H_H) by a factor raises κ(H_P) by no more than it: as `SHARE` is below 1, κ(H_P) falls in every pair of steps.
     """
 
     epochs: int = 100
     lr: float = 0.005  # η of θ and ω; under "rule" of the task loss alone, and at most one over its curvature
     batch_size: int | None = None  # rows of each task in a step; None for all
     step: str = "fixed"
-    share: float = 0.6  # under "rule", the part of what R_well gained in log κ(H_P) that R_ill may spend
-    growth: float = 1.2  # under "rule", the largest factor by which a step raises κ(H_H); every step of "r_ill" does
     benign_weight: float | str = "balanced"  # λ_P under "fixed"; "balanced": as long as the gradient of the task loss
     harmful_weight: float | str = "balanced"  # λ_H, likewise
-    theta_init: str | Tensor = "identity"  # or "random" (normal, variance 1/D), or a (D, D) tensor
     inner_steps: int = 5  # of the simulated attacker of "imma"
     record_every: int = 1  # epochs between records, of two decompositions each; 0 for the first and last alone
-    seed: int = 0  # of ω, of a random θ and of the order of the batches
+    seed: int = 0  # of ω and of the order of the batches
 
     def check(self, method: str) -> None:
         """Refuse impossible values."""
@@ -191,9 +191,8 @@ class LinearSettings:
         if self.batch_size is not None:
             check_count(self.batch_size, "batch_size", least=2)
         check_count(self.seed, "seed", least=-(2**63), most=2**63 - 1)
-        for name, least, most, excluded in (("lr", 0, math.inf, 0), ("share", 0, 1, 1), ("growth", 1, math.inf, 1)):
-            if check_number(getattr(self, name), name, least, most) == excluded:
-                raise ArgumentError(f"Expected {name} other than {excluded}, found it.")
+        if not check_number(self.lr, "lr", 0) > 0:
+            raise ArgumentError("Expected lr above 0, found 0.")
         if self.step not in ("fixed", "rule"):
             raise ArgumentError(f"Expected step as 'fixed' or 'rule', found {self.step!r}.")
         if self.step == "rule" and method not in ("kappa", "r_ill"):
@@ -384,22 +383,10 @@ class _Run:
     y_H: Tensor | None
 
     def start(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """θ and ω before the first step."""
-        dim, init = self.P.dim, self.settings.theta_init
-
-        def normal(columns: int) -> Tensor:
-            return torch.randn(dim, columns, generator=generator, dtype=torch.float64) / dim**0.5
-
-        omega = normal(self.task.targets.shape[1])
-        if not isinstance(init, str):
-            theta = as_data(init, "theta_init").clone()  # the descent works in place
-            if theta.shape != (dim, dim):
-                raise ShapeError(f"Expected theta_init of shape ({dim}, {dim}), found {tuple(theta.shape)}.")
-        elif init in ("identity", "random"):
-            theta = normal(dim) if init == "random" else torch.eye(dim, dtype=torch.float64)
-        else:
-            raise ArgumentError(f"Expected theta_init as 'identity', 'random' or a tensor, found {init!r}.")
-        return theta.to(self.X_H.device), omega.to(self.X_H.device)
+        """θ = I, and ω, before the first step."""
+        dim, device = self.P.dim, self.X_H.device
+        omega = torch.randn(dim, self.task.targets.shape[1], generator=generator, dtype=torch.float64) / dim**0.5
+        return torch.eye(dim, dtype=torch.float64, device=device), omega.to(device)
 
     def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
         """Row numbers of both tasks, step by step, for one epoch; whole batches only, as long as the shorter lasts."""
@@ -498,8 +485,7 @@ def _directions(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> li
 
 def _ruled(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> Tensor:
     """Steps of R_well and R_ill by the rules."""
-    s, dim = run.settings, theta.shape[0]
-    growth = s.growth
+    growth, dim = GROWTH, theta.shape[0]
 
     def moved(Z: Tensor, spectrum: RowSpectrum, step: float, weights: Tensor) -> Tensor:
         (part,) = directions(theta, [(Z, spectrum.left, weights)])
@@ -512,7 +498,7 @@ def _ruled(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> Tensor:
         scale = (1 - 2 * step * weights * spectrum.values).square() * spectrum.values
         gain = spectrum.kappa / float(scale.max() / scale.min())
         theta = moved(Z, spectrum, step, weights)
-        growth = min(gain**s.share, s.growth)
+        growth = min(gain**SHARE, GROWTH)
     if growth <= 1 + 1e-9:
         return theta
     Z = harmful @ theta

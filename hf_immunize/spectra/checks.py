@@ -36,7 +36,7 @@ def as_values(value: Any, name: str) -> Tensor:
     return tensor
 
 
-def as_matrix(value: Any, name: str = "matrix", *, check_finite: bool = True) -> Tensor:
+def as_matrix(value: Any, name: str = "matrix") -> Tensor:
     """Check that `value` is a finite, non-empty, real floating-point matrix, and return it as a tensor."""
     matrix = as_values(value, name)
     if matrix.ndim != 2 or matrix.numel() == 0:
@@ -45,8 +45,6 @@ def as_matrix(value: Any, name: str = "matrix", *, check_finite: bool = True) ->
         )
     if matrix.dtype not in FLOATS:
         raise ArgumentError(f"Expected {name} as real floats of 16 bits or more, found {matrix.dtype}. Call .float().")
-    if not check_finite:
-        return matrix
     # The sum is finite unless an entry is not (or it overflows): one cheap pass in the common case.
     finite = torch.ones(()) if bool(torch.isfinite(matrix.detach().sum())) else torch.isfinite(matrix)
     if not bool(finite.all()):

@@ -91,12 +91,6 @@ class FeatureFactor:
         self.num_samples += other.num_samples
         return self
 
-    def matrix(self) -> Tensor:
-        """Upper-trapezoidal ``R`` of shape ``(min(N, D), D)``, float64, with ``RᵀR = ZᵀZ``; RankError without rows."""
-        whole = self._whole()
-        with torch.autocast(whole.device.type, enabled=False):
-            return torch.linalg.qr(whole[:, 1:], mode="r").R
-
     def singular_values(self, *, intercept: bool = False) -> Tensor:
         """Singular values of all rows seen so far, descending, float64, shape ``(min(N, D),)``.
 

@@ -15,8 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_immunize.errors import DataError, ScopeError
-from hf_immunize.spectra.hessian_functions import Hessian
-from hf_immunize.spectra.regularizers import hessian_log_kappa, hessian_r_ill, hessian_r_well, spectral_concentration
+from hf_immunize.spectra.hessian_functions import (
+    Hessian,
+    hessian_log_kappa,
+    hessian_r_ill,
+    hessian_r_well,
+    spectral_concentration,
+)
 from hf_immunize.training.distributed import process_mean, sum_over_processes, world_size
 from hf_immunize.vision.relu import ReluInputs, choke_points, find_relus
 

@@ -183,13 +183,11 @@ def pooled(backbone: PreTrainedModel, outputs: Any, pooling: str) -> Tensor:
             raise HeadError(f"Expected a pooler_output, found none of {kind}. Choose pooling='mean' or 'cls'.")
         return features.flatten(1)
     hidden = outputs.last_hidden_state
-    if hidden.dim() == 4:
-        if pooling == "cls":
-            raise HeadError(f"Expected a class token, found {kind}, a convolution. Choose pooling='mean' or 'pooler'.")
-        return hidden.mean((2, 3))
     leading = _leading_tokens(backbone)
-    if pooling == "cls" and leading == 0:
+    if pooling == "cls" and (hidden.dim() == 4 or leading == 0):
         raise HeadError(f"Expected a class token, found none in {kind}. Choose pooling='mean' or 'pooler'.")
+    if hidden.dim() == 4:  # of a convolution
+        return hidden.mean((2, 3))
     return hidden[:, 0] if pooling == "cls" else hidden[:, leading:].mean(1)
 
 
@@ -202,18 +200,14 @@ def _leading_tokens(backbone: PreTrainedModel) -> int:
 
 
 def _check_bare(backbone: PreTrainedModel) -> None:
-    kind, arguments = type(backbone).__name__, inspect.signature(type(backbone).forward).parameters
-    if "labels" in arguments:
-        raise HeadError(
-            f"Expected a bare backbone, found {kind} with a classifier. Leave out pooling=, or load AutoModel."
-        )
+    arguments = inspect.signature(type(backbone).forward).parameters
     usual = MODEL_MAPPING.get(type(backbone.config), None)
-    if usual is not None and not isinstance(backbone, usual):
-        raise HeadError(f"Expected a backbone as AutoModel loads it, found {kind}. Load it by AutoModel.")
-    if "pixel_values" not in arguments or "input_ids" in arguments or "spatial_shapes" in arguments:
+    others = {"labels", "input_ids", "spatial_shapes"}.intersection(arguments)
+    if others or "pixel_values" not in arguments or (usual is not None and not isinstance(backbone, usual)):
         raise HeadError(
-            f"Expected a backbone that takes pixel_values alone, found {kind}, which takes "
-            f"{', '.join(list(arguments)[1:4])}. Give the vision model of a model of images and text."
+            f"Expected a bare backbone as AutoModel loads it, which takes pixel_values alone, found "
+            f"{type(backbone).__name__}. Leave out pooling= for a classifier; of a model of images and text, give the "
+            "vision model."
         )
 
 

@@ -165,9 +165,7 @@ def find_head(model: PreTrainedModel, head_module: str | None = None) -> tuple[s
             f"Expected an image classifier of transformers, found {type(model).__name__}. Load it with "
             "AutoModelForImageClassification.from_pretrained."
         )
-    name, head = _named_head(model, head_module) if head_module is not None else _only_head(model)
-    _check_unshared(model, name, head)
-    return name, head
+    return _named_head(model, head_module) if head_module is not None else _only_head(model)
 
 
 def _named_head(model: PreTrainedModel, head_module: str) -> tuple[str, nn.Linear]:
@@ -237,24 +235,6 @@ def _check_single(model: PreTrainedModel, head: nn.Linear, inside: set[nn.Module
             )
 
 
-def _check_unshared(model: PreTrainedModel, name: str, head: nn.Linear) -> None:
-    """A head that is also another part of the model runs more than once, or moves what should be frozen."""
-    others = [other for other, module in running_modules(model) if module is head and other != name]
-    if others:
-        raise HeadError(
-            f"Expected a head of its own in {_kind(model)}, found {name!r} to be {_shown(others)} too. Give the "
-            "classifier its own module (copy.deepcopy)."
-        )
-    own = {id(parameter) for parameter in head.parameters()}
-    shared = [other for other, p in model.named_parameters(remove_duplicate=False) if id(p) in own]
-    tied = [other for other in shared if other.rpartition(".")[0] != name]
-    if tied:
-        raise HeadError(
-            f"Expected a head of its own in {_kind(model)}, found {name!r} tied to {_shown(tied)}. Give it its own "
-            "weights (head.weight = nn.Parameter(head.weight.detach().clone()))."
-        )
-
-
 class HeadInput:
     """Record what the head receives during one forward pass."""
 
@@ -274,8 +254,6 @@ class HeadInput:
         return self._features
 
     def __enter__(self) -> HeadInput:
-        if self._handle is not None:
-            raise HeadError("Expected a new HeadInput, found one that is recording. Use another for an inner block.")
         self._features = None
         self._handle = self.head.register_forward_pre_hook(self._record)
         return self

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from transformers.utils import logging
 
 from hf_immunize.errors import ScopeError
 from hf_immunize.vision.families import family_of
@@ -18,9 +17,6 @@ from hf_immunize.vision.head import adapter_parameters, find_head, outermost_nam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-logger = logging.get_logger(__name__)
 
 
 def last_stage(model: PreTrainedModel, head_module: str | None = None) -> list[str]:
@@ -130,14 +126,6 @@ def _block_list(model: PreTrainedModel, head: nn.Module) -> list[nn.Module]:
         lists = [found for found in _outermost(base, kind) if all(part is not head for part in found.modules())]
         if lists:
             return list(max(lists, key=_size).children())
-    # Some of timm (RegNet) name their stages s1, s2, ... in the model itself.
-    alike: dict[type, list[nn.Module]] = {}
-    for part in base.children():
-        if list(part.children()) and all(inner is not head for inner in part.modules()):
-            alike.setdefault(type(part), []).append(part)
-    stages = max(alike.values(), key=lambda group: sum(map(_size, group)), default=[])
-    if len(stages) > 1:
-        return stages
     raise ScopeError(
         f'Expected a list of blocks for trainable="last_stage", found none in {type(model).__name__}. Give trainable= '
         "a regular expression that matches the parameters to train."
@@ -195,11 +183,6 @@ def _of_adapter(chosen: list[str], adapter: list[str], trainable: str) -> list[s
         raise ScopeError(
             f"Expected parameters that PEFT trains, of names such as {_some(adapter)}, found none among the "
             f'{len(chosen)} of trainable={trainable!r}. Put an adapter there, or write trainable="all".'
-        )
-    if len(kept) < len(adapter) and trainable == "last_stage":
-        logger.warning(
-            f"Of the {len(adapter)} parameters that PEFT trains, the {len(kept)} in the last stage are trained; "
-            f'trainable="all" trains all of them.'
         )
     return kept
 

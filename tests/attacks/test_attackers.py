@@ -6,10 +6,8 @@ import pytest
 import torch
 from attacked import CLASSES, clusters, pictures, tiny_vit
 
-from hf_immunize.attacks import descent
-from hf_immunize.attacks.attacker import Attacker, Found, ProbeBudget, TuningBudget, guarded
+from hf_immunize.attacks.attacker import Attacker, Found, Part, ProbeBudget, ProbeData, TuningBudget, guarded
 from hf_immunize.attacks.presets import ATTACKERS, PRESETS, find_attacker, find_preset
-from hf_immunize.attacks.probe_data import Part, ProbeData
 from hf_immunize.audit.names import label
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 
@@ -18,9 +16,8 @@ CHANCE = 1 / CLASSES
 PROBES = ProbeBudget(descent_steps=200, iterations=20, steps=60, batch_size=32)
 TUNING = TuningBudget(steps=60, trial_steps=15, optimizers={"adamw": (3e-3,)}, evaluations=3)
 ON_FEATURES = [one.name for one in ATTACKERS.values() if one.access == "head_input"]
-WITH_WEIGHTS = [one.name for one in ATTACKERS.values() if one.access == "fine_tuning" and not one.shares]
+WITH_WEIGHTS = [one.name for one in ATTACKERS.values() if one.access == "fine_tuning" and not one.restores]
 MINIBATCH = ["sgd", "momentum", "adam", "adamw", "batchnorm_adamw"]
-TIMED = [*MINIBATCH, "mlp", "last_stage", "whole_network", "bias_only", "lora_r8"]
 every_attacker = pytest.mark.parametrize("name", ATTACKERS)
 
 
@@ -32,8 +29,7 @@ def attack(name, change=lambda *rows: rows, seed=0, dtype=torch.float64, **budge
         return one.run(tiny_vit(), Part(*rows, CLASSES), replace(TUNING, **budget), seed)
     rows = change(*clusters(120, 0), *clusters(80, 1))
     data = ProbeData(*rows, int(rows[1].max()) + 1).at(dtype)
-    given = dict.fromkeys(one.shares, data) if one.shares else data
-    return one.run(given, replace(PROBES, **budget), seed)
+    return one.run(data, replace(PROBES, **budget), seed)
 
 
 def noise(*rows):
@@ -141,37 +137,6 @@ def test_an_attack_that_the_machine_or_its_decomposition_stops_is_a_finding(erro
             guarded(fails)
     else:
         assert (guarded(fails).status, guarded(fails).accuracy) == (status, None)
-
-
-@pytest.fixture
-def ticking(monkeypatch):
-    """A clock of the machine on which a millisecond goes by at every look."""
-    time = iter(range(10**9))
-    monkeypatch.setattr(descent.time, "perf_counter", lambda: next(time) / 1000)
-
-
-@pytest.mark.parametrize("name", TIMED)
-def test_an_attack_that_runs_out_of_time_is_a_whole_attack_of_fewer_steps(name, ticking):
-    weights = name in WITH_WEIGHTS
-    found = attack(name, steps=5000, seconds=0.1 if weights else 0.8, **({"trial_steps": 500} if weights else {}))
-    assert found.status == "done" and 1 < found.steps[-1] < 1000 and len(found.steps) == len(found.curve)
-    assert found.accuracy == found.curve[found.steps.index(found.settings.get("stop", found.steps[-1]))]
-
-
-def test_time_ends_what_steps_would_not_but_never_before_the_first_step(ticking):
-    limited = descent.Clock(1_000_000, seconds=0.01)
-    last = next(done for done in range(1, 100) if limited.over(done))
-    assert last < 15 and limited.progress(last) == 1.0  # so that a rate which follows it has fallen to zero
-    assert not descent.Clock(10, seconds=0.0).over(0) and descent.Clock(10, seconds=0.0).over(1)
-
-
-@pytest.mark.outcome
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_every_setting_has_its_share_of_the_time(ticking, seed):
-    """The controls are the other settings, whose rates train nothing."""
-    grid = {"adamw": (1e-6, 3e-3), "sgd": (1e-6,)}
-    found = attack("whole_network", seed=seed, steps=500, trial_steps=500, seconds=0.1, optimizers=grid)
-    assert (found.trials, found.settings["learning_rate"]) == (3, 3e-3)
 
 
 # ---- what ill-conditioning slows, and what it does not

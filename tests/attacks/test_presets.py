@@ -33,9 +33,8 @@ def test_only_keeps_what_is_asked_for():
 
 
 def test_a_changed_budget_is_in_the_name():
-    changed = QUICK.changed(seconds=5, steps=40, seeds=4)
+    changed = QUICK.changed(steps=40, seeds=4)
     assert changed.name == "quick, changed"
-    assert (changed.probe_budget.seconds, changed.tuning_budget.seconds) == (5, 5)
     assert (changed.probe_budget.steps, changed.tuning_budget.steps, changed.tuning_budget.trial_steps) == (40, 40, 10)
     assert (changed.probe_seeds, changed.layer_seeds, changed.tuning_seeds) == (4, 4, 4)
     assert QUICK.changed() is QUICK
@@ -53,8 +52,7 @@ COUNTS = [
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "3", True, math.nan, math.inf, 10**20])
 def test_a_budget_is_a_positive_number(value):
-    seconds = [] if value in (2.5, 10**20) else [lambda value: QUICK.changed(seconds=value)]
-    for make in (*COUNTS, *seconds):
+    for make in COUNTS:
         with pytest.raises(ArgumentError):
             make(value)
 

@@ -5,9 +5,14 @@ import torch
 from attacked import CLASSES, clusters
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from hf_immunize.attacks.descent import conjugate_weights, descent_weights, minibatches
-from hf_immunize.attacks.direct import filter_accuracies, softmax_path
-from hf_immunize.attacks.probe_data import Part, ProbeData, best_index, decompose, log_steps, stratified_split
+from hf_immunize.attacks.attacker import Part, ProbeData, best_index, decompose, log_steps, stratified_split
+from hf_immunize.attacks.probes import (
+    conjugate_weights,
+    descent_weights,
+    filter_accuracies,
+    minibatches,
+    softmax_path,
+)
 from hf_immunize.errors import DataError, NonFiniteError
 
 

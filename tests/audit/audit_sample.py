@@ -99,11 +99,7 @@ def sample_data(**kwargs):
     """Immunized at the classifier's input, slowed in fine-tuning by a factor of two, earlier layers as before."""
     head = [*probes("immunized", 0.012), *probes("reference", 0.486)]
     earlier = [*layers("immunized", 0.53), *layers("reference", 0.53)]
-    tuned = [
-        *fine_tuning("immunized", 0.51, slow=2),
-        *fine_tuning("reference", 0.52),
-        *fine_tuning("random", 0.2, slow=4),
-    ]
+    tuned = [*fine_tuning("immunized", 0.51, slow=2), *fine_tuning("reference", 0.52)]
     other = [
         *attack("ridge", "head_input", "immunized", 0.016, task="unseen"),
         *attack("ridge", "head_input", "reference", 0.435, task="unseen"),

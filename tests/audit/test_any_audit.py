@@ -15,7 +15,7 @@ share = st.floats(0, 1)
 
 
 @st.composite
-def outcomes(draw, subjects=("immunized", "reference", "random"), statuses=("done", "diverged", "skipped")):
+def outcomes(draw, subjects=("immunized", "reference"), statuses=("done", "diverged", "skipped")):
     status = draw(st.sampled_from(statuses))
     steps = draw(st.sampled_from([[], [0], [1, 10], [0, 5, 100]]))
     return Outcome(
@@ -25,7 +25,7 @@ def outcomes(draw, subjects=("immunized", "reference", "random"), statuses=("don
         task=draw(st.sampled_from(["harmful", "harmful", "unseen", "benign", "unrelated"])),
         layer=draw(st.sampled_from(["a", "b"])),
         seed=draw(st.integers(0, 4)),
-        precision=draw(st.sampled_from(["float64", "bfloat16"])),
+        precision="float64",
         status=status,
         note=draw(st.sampled_from(["", "NaN"])),
         accuracy=draw(share) if status == "done" else None,
@@ -55,9 +55,9 @@ def test_every_audit_has_a_verdict_a_card_and_tables(found, utility):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(outcomes(subjects=("immunized", "random")), max_size=30), utilities())
+@given(st.lists(outcomes(subjects=("immunized",)), max_size=30), utilities())
 def test_without_a_reference_there_is_no_claim(found, utility):
-    assert not {one.kind for one in judge(make(found, utility=utility))} & (CLAIMS | {Kind.SLOWED, Kind.AT_RANDOM})
+    assert not {one.kind for one in judge(make(found, utility=utility))} & (CLAIMS | {Kind.SLOWED})
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,13 +75,13 @@ def test_a_model_equal_to_its_reference_is_never_called_resistant(found):
     # The last run of a seed counts on both sides, so that both are the same.
     same = [Outcome(**vars(one) | {"subject": "immunized"}) for one in found]
     kinds = {one.kind for one in judge(make([*found, *same]))}
-    assert not kinds & {Kind.REDUCED, Kind.SLOWED, Kind.PREVENTED, Kind.AT_RANDOM}
+    assert not kinds & {Kind.REDUCED, Kind.SLOWED, Kind.PREVENTED}
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(outcomes(statuses=("diverged", "skipped")), max_size=20))
 def test_attacks_without_a_result_are_never_resistance(found):
     data = make(found)
-    assert not {one.kind for one in judge(data)} & (CLAIMS | {Kind.SLOWED, Kind.AT_RANDOM})
+    assert not {one.kind for one in judge(data)} & (CLAIMS | {Kind.SLOWED})
     at_head = [one.kind for one in judge(data) if (one.access, one.task) == ("head_input", "harmful")]
     assert at_head == [Kind.NOT_TESTED]

@@ -20,7 +20,7 @@ from audit_sample import LAYERS, STEPS, attack, hostile_html, lost, make, named_
 from hf_immunize.attacks.presets import ATTACKERS
 from hf_immunize.audit.figures import draw_all, draw_spectra
 from hf_immunize.audit.names import clean, label, percent, ratio, signed
-from hf_immunize.audit.report import AuditReport, make_tables
+from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import FeatureSpectrum, Utility, from_json, to_json
 from hf_immunize.errors import CheckpointError, DataError
 
@@ -76,30 +76,33 @@ def small_data(**kwargs):
 # Tables
 
 
-def test_accuracy_against_steps_has_intervals(tables):
-    rows = tables["curves"].query("attacker == 'gd_line_search' and subject == 'reference' and task == 'harmful'")
-    assert list(rows["step"]) == STEPS and rows["accuracy"].is_monotonic_increasing
-    assert (rows["low"] <= rows["accuracy"]).all() and (rows["seeds"] == 5).all()
-
-
-def test_every_attack_has_its_gap_to_the_reference_and_every_run_is_an_outcome(report, tables):
+def test_every_measure_is_in_the_tables_with_its_interval_and_in_the_json(report, tables):
+    curve = tables["curves"].query("attacker == 'gd_line_search' and subject == 'reference' and task == 'harmful'")
+    assert list(curve["step"]) == STEPS and curve["accuracy"].is_monotonic_increasing
+    assert (curve["low"] <= curve["accuracy"]).all() and (curve["seeds"] == 5).all()
     attacks = tables["attacks"].set_index(["attacker", "subject", "task", "layer"]).sort_index()
     row, other = (attacks.loc[("ridge", s, "harmful", "classifier")] for s in ("immunized", "reference"))
     assert row["gap"] == pytest.approx(other["accuracy"] - row["accuracy"])
-    assert row["gap_low"] <= row["gap"] <= row["gap_high"]
+    assert row["gap_low"] <= row["gap"] <= row["gap_high"] and row["reference_accuracy"] == other["accuracy"]
     none = attacks.loc[("momentum", "immunized", "harmful", "classifier")]
     assert (none["diverged"], none["note"]) == (5, "the loss is NaN")
     assert list(tables["outcomes"]["status"]) == [one.status for one in report.data.outcomes]
+    assert tables["layers"]["layer"].iloc[-1] == "classifier" and set(LAYERS) <= set(tables["layers"]["layer"])
+    assert set(tables["tasks"]["task"]) == {"benign", "unseen", "unrelated"}
+    measures = json.loads(report.to_json())["measures"]
+    assert {name: len(rows) for name, rows in measures.items()} == {
+        name: len(table) for name, table in tables.items() if name != "outcomes"
+    }
 
 
 def test_the_cost_of_an_attack_is_its_seconds_over_seeds():
     runs = attack("ridge", "head_input", "immunized", 0.5, seeds=3)
     timed = [dataclasses.replace(one, seconds=second) for one, second in zip(runs, (1.0, 2.0, 3.0), strict=True)]
-    row = make_tables(make(timed))["attacks"].iloc[0]
+    row = AuditReport(make(timed)).tables()["attacks"].iloc[0]
     assert row["seconds"] == 2 and row["seconds_low"] == 0 and row["seconds_high"] == pytest.approx(4.484, abs=1e-3)
 
 
-def test_the_headline_is_the_worst_case_beside_the_reference(tables):
+def test_the_headline_is_the_worst_case_beside_the_reference_and_finds_what_the_verdict_does(tables):
     headline = tables["headline"].set_index("access")
     assert list(headline.index) == ["head_input", "any_layer", "fine_tuning"]
     row = headline.loc["any_layer"]
@@ -107,24 +110,10 @@ def test_the_headline_is_the_worst_case_beside_the_reference(tables):
     assert row["accuracy"] == pytest.approx(0.53, abs=0.005) and row["low"] < row["accuracy"] < row["high"]
     assert row["gap"] == pytest.approx(row["reference_accuracy"] - row["accuracy"])
     assert headline.loc["fine_tuning", "steps_ratio"] == pytest.approx(10 / 3)
-
-
-def test_the_headline_says_what_the_verdict_does():
-    headline = make_tables(make([]))["headline"]
-    assert set(headline["finding"]) == {"not tested"} and headline["accuracy"].isna().all()
-    headline = make_tables(sample_data(utility=None))["headline"]
-    assert list(headline["finding"]) == ["no claim", "not prevented", "not prevented"]
-    assert not headline["accuracy"].isna().any()
-
-
-def test_layers_end_with_the_head_other_tasks_stand_apart_and_more_steps_read_no_less(tables):
-    assert tables["layers"]["layer"].iloc[-1] == "classifier" and set(LAYERS) <= set(tables["layers"]["layer"])
-    assert set(tables["tasks"]["task"]) == {"benign", "unseen", "unrelated"}
-    whole = tables["fine_tuning"].query("operator == 'whole_network'")
-    assert list(whole["budget_steps"]) == [300, 1000, 3000] and whole["immunized_accuracy"].is_monotonic_increasing
-    row = tables["deviation"].set_index("operator").loc["whole_network"]
-    assert 0 < row["signed_low"] < row["signed"] < row["signed_high"]
-    assert row["signed"] == pytest.approx(row["absolute"], rel=0.05)
+    none = AuditReport(make([])).tables()["headline"]
+    assert set(none["finding"]) == {"not tested"} and none["accuracy"].isna().all()
+    withheld = AuditReport(sample_data(utility=None)).tables()["headline"]
+    assert list(withheld["finding"]) == ["no claim", "not prevented", "not prevented"]
 
 
 # JSON
@@ -147,9 +136,9 @@ def test_nothing_is_lost_on_the_way_and_the_json_is_finite(value):
         ("[]", "other content"),
         ('{"format": "else"}', "other content"),
         ('{"format": "hf_immunize.audit", "format_version": 99}', "found 99"),
-        ('{"format": "hf_immunize.audit", "format_version": 1}', "'data'"),
-        ('{"format": "hf_immunize.audit", "format_version": 1, "data": {"tasks": {}}}', "'outcomes'"),
-        ('{"format": "hf_immunize.audit", "format_version": 1, "data": []}', "fields of an audit"),
+        ('{"format": "hf_immunize.audit", "format_version": 2}', "'data'"),
+        ('{"format": "hf_immunize.audit", "format_version": 2, "data": {"tasks": {}}}', "'outcomes'"),
+        ('{"format": "hf_immunize.audit", "format_version": 2, "data": []}', "fields of an audit"),
         (to_json(make([]))[:200], "not JSON"),
     ],
 )
@@ -172,7 +161,7 @@ def test_outcomes_that_contradict_themselves_are_refused(changes, found):
     assert found in str(caught.value)
 
 
-@pytest.mark.parametrize("changes", [{"tasks": {}}, {"utility": Utility(100, 73.3)}, {"accuracies": [2.0]}])
+@pytest.mark.parametrize("changes", [{"tasks": {}}, {"utility": Utility(100, 73.3)}])
 def test_audits_that_contradict_themselves_are_refused(changes):
     with pytest.raises(DataError, match="Expected"):
         AuditReport(make([], **changes))
@@ -194,10 +183,10 @@ def test_the_page_needs_nothing_but_itself_and_is_whole(report, page):
     assert policy.startswith("default-src 'none'")
     assert page.named("html") == [{"lang": "en"}]
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.named("meta")
-    assert len(page.named("table")) == len(page.named("caption")) >= 7
+    assert len(page.named("table")) == len(page.named("caption")) >= 6
     assert all(one.get("scope") in ("col", "row", "rowgroup") for one in page.named("th"))
     images = page.named("img")
-    assert len(images) == 11 and all(len(one["alt"]) > 40 for one in images)
+    assert len(images) == 10 and all(len(one["alt"]) > 40 for one in images)
     widths = []
     for tag, attributes in page.elements:
         if tag == "table":
@@ -208,34 +197,8 @@ def test_the_page_needs_nothing_but_itself_and_is_whole(report, page):
             widths[-1][-1] += int(attributes.get("colspan", 1))
     assert all(len(set(rows)) == 1 for rows in widths)
     assert set(report.verdict()) <= set(page.text)
-    assert {"Prevented", "Slowed", "Reduced", "Broken", "Not tested", "Out of budget"} <= set(page.text)
-    assert any("at least 10 times the steps" in one for one in page.text)
-
-
-@pytest.mark.parametrize(
-    ("table", "columns", "heading"),
-    [
-        ("curves", "step accuracy low high", "accuracy against steps, mean and interval"),
-        ("steps", "immunized_steps reference_steps ratio low high", "Ratio"),
-        ("headline", "accuracy low high gap gap_low gap_high", "Gap, points"),
-        ("deviation", "signed signed_low signed_high", "Signed"),
-        ("deviation", "absolute absolute_low absolute_high", "Absolute"),
-        ("attacks", "seconds seconds_low seconds_high", "Seconds"),
-        ("tasks", "accuracy low high gap steps_ratio", "Steps ratio"),
-    ],
-)
-def test_every_measure_is_in_the_tables_the_json_and_the_page(report, tables, page, table, columns, heading):
-    rows = json.loads(report.to_json())["measures"][table]
-    assert any(all(row[name] is not None for name in columns.split()) for row in rows)
-    assert len(rows) == len(tables[table]) and set(columns.split()) <= set(tables[table].columns)
-    assert any(heading in text for text in page.text)
-
-
-def test_given_accuracies_have_a_table_and_a_page_can_be_made_of_next_to_nothing():
-    runs = [one for s in ("immunized", "reference") for one in attack("adamw", "head_input", s, 0.4, half=10)]
-    assert "Steps to accuracies that were given" in AuditReport(make(runs, accuracies=[0.2])).to_html()
-    report = AuditReport(make([], utility=None, reference=None, rir={}, machine={}, budget={}))
-    assert Page(report.to_html()).named("img") == []
+    empty = AuditReport(make([], utility=None, reference=None, rir={}, machine={}, budget={}))
+    assert Page(empty.to_html()).named("img") == []
 
 
 def test_hostile_names_inject_nothing(page):
@@ -249,7 +212,7 @@ def test_hostile_names_inject_nothing(page):
 
 
 def draw(data):
-    return draw_all(data, make_tables(data))
+    return draw_all(data, AuditReport(data).tables())
 
 
 def parsed(picture):
@@ -264,7 +227,7 @@ def one_seed():
 def test_every_section_has_its_figures_that_load_nothing_and_tell_their_numbers():
     pictures = draw(sample_data())
     sections = [one.section for one in pictures]
-    counts = {"headline": 1, "curves": 6, "layers": 1, "fine_tuning": 1, "spectra": 2}
+    counts = {"headline": 1, "curves": 6, "layers": 1, "spectra": 2}
     assert {name: sections.count(name) for name in sections} == counts
     for picture in pictures:
         links = [value for node in parsed(picture).iter() for key, value in node.items() if key.endswith("href")]
@@ -276,17 +239,8 @@ def test_every_section_has_its_figures_that_load_nothing_and_tell_their_numbers(
 def test_figures_are_drawn_again_the_same_of_one_seed_and_not_without_numbers():
     data = make(one_seed())
     assert draw(data) == draw(data) and draw(make([])) == []
-    assert [one.section for one in draw(data)] == ["headline", "curves", "layers", "fine_tuning"]
+    assert [one.section for one in draw(data)] == ["headline", "curves", "layers"]
     assert draw_spectra([FeatureSpectrum("immunized", "harmful", [0.0, 0.0], 10, 0, 0.0, False)], "harmful") is None
-
-
-def test_an_attacker_is_shown_where_it_reads_most():
-    pairs = (("last", 0.2), ("all", 0.4))
-    runs = [o for at, a in pairs for o in attack("lora_r8", "fine_tuning", "immunized", a, half=10, layer=at)]
-    data = make(runs)
-    assert make_tables(data)["fine_tuning"]["immunized_accuracy"].max() == pytest.approx(0.4, abs=0.01)
-    (curve,) = [one for one in draw(data) if one.section == "curves"]
-    assert "immunized 40." in curve.alt or "immunized 39." in curve.alt
 
 
 @pytest.mark.parametrize("name", ["$\\frac{", "$x$", "a\nb\x00", "<script>", "汽车", "--><b>", "W" * 300])
@@ -324,8 +278,6 @@ def test_what_is_written_is_read_back(tmp_path):
     report.write(tmp_path)
     assert AuditReport.load(tmp_path).data == AuditReport.load(tmp_path / "audit.json").data == report.data
     assert set(os.listdir(tmp_path)) == {"report.html", "audit.json", *(f"{name}.csv" for name in report.tables())}
-    with open(tmp_path / "outcomes.csv", newline="", encoding="utf-8") as file:
-        assert len(list(csv.DictReader(file))) == len(report.data.outcomes)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):

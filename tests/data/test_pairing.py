@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.data.pairs import BatchSizes, PairedCollator, PairedDataset, PairedSampler, degenerate_sides
-from hf_immunize.data.streams import StreamedRows, is_stream
+from hf_immunize.data.streams import StreamedRows
 from hf_immunize.errors import DataError, ShapeError
 
 
@@ -73,15 +73,13 @@ def rows(count, shape=(3, 4, 4), first=0):
 def test_a_pair_holds_both_rows_and_the_harmful_label_on_request_alone():
     pairs = PairedDataset(rows(3), rows(2, first=10))
     pair = pairs[2, (1,), ()]
+    with pytest.raises(DataError, match="PairedSampler"):  # of a loader that draws for itself
+        pairs[0]
+    with pytest.raises(DataError, match="empty harmful dataset"):
+        PairedDataset(rows(2), rows(0))
     assert len(pairs) == 3 and pair["benign"]["labels"] == 2 and set(pair["harmful"][0]) == {"pixel_values"}
     assert pair["harmful"][0]["pixel_values"][0, 0, 0] == 11
     assert PairedDataset(rows(3), rows(2), harmful_labels=True)[2, (1,), ()]["harmful"][0]["labels"] == 1
-
-
-@pytest.mark.parametrize("benign, harmful, name", [(0, 2, "benign"), (2, 0, "harmful")])
-def test_an_empty_side_is_refused(benign, harmful, name):
-    with pytest.raises(DataError, match=f"empty {name} dataset"):
-        PairedDataset(rows(benign), rows(harmful))
 
 
 def test_sides_are_collated_apart_with_the_labels_that_a_loss_may_read():
@@ -119,11 +117,6 @@ def test_batches_that_cannot_pass_together_are_named_with_their_side(harmful, co
         PairedCollator(collate)([data[0, (0,), ()]])
 
 
-def test_a_loader_that_draws_for_itself_is_refused():
-    with pytest.raises(DataError, match="PairedSampler"):
-        PairedDataset(rows(2), rows(2))[0]
-
-
 class Indices(PairedDataset):
     """Yields the pair itself, to see what a loader draws."""
 
@@ -131,9 +124,9 @@ class Indices(PairedDataset):
         return pair
 
 
-def loader(workers=0):
+def loader():
     data = Indices(rows(16), rows(5))
-    return DataLoader(data, batch_size=2, sampler=data.make_sampler(seed=1), collate_fn=list, num_workers=workers)
+    return DataLoader(data, batch_size=2, sampler=data.make_sampler(seed=1), collate_fn=list)
 
 
 def batches(epoch):
@@ -154,10 +147,6 @@ def test_accelerate_announces_each_epoch_also_to_a_run_resumed_within_one(proces
     resumed = skip_first_batches(prepared(), 3)
     resumed.set_epoch(4)
     assert list(resumed) == batches(4)[rank::processes][3:]
-
-
-def test_loader_workers_draw_the_same_pairs():
-    assert list(loader(workers=1)) == batches(0)
 
 
 # ---- streams
@@ -216,11 +205,6 @@ def test_pairs_take_a_stream_in_its_order_but_not_in_workers(workers):
         assert [one["harmful"]["pixel_values"].flatten().tolist() for one in loaded] == [[0, 1], [2, 3], [4, 0]]
 
 
-@pytest.mark.parametrize("data, streamed", [(stream(), True), ([1], False), (None, False)])
-def test_streams_are_separable_from_stored_data(data, streamed):
-    assert is_stream(data) == streamed
-
-
 # ---- sides of which nothing can come
 
 
@@ -232,14 +216,12 @@ def noise(numbers, labels=None):
 
 
 BENIGN, HARMFUL = noise(range(20)), noise(range(100, 120))
-FLAT = ImageRows([{"pixel_values": torch.full((3, 4, 4), i / 20)} for i in range(20)], "flat", "pixel_values")
 DEGENERATE = {
     "the same data": (BENIGN, noise(range(20)), "All 20 harmful"),
     "some of the same": (BENIGN, noise(range(15, 35)), "5 of 20 harmful"),
-    "one harmful image": (BENIGN, noise([7000]), "harmful images are one single image"),
-    "one image many times": (BENIGN, noise([7000] * 20), "20 times"),
-    "duplicates": (BENIGN, noise([*range(100, 105)] * 4), "only 5 differ"),
-    "one colour each": (BENIGN, FLAT, "are of one colour"),
+    "one harmful image": (BENIGN, noise([7000]), "Of 1 harmful images 1 differ"),
+    "one image many times": (BENIGN, noise([7000] * 20), "Of 20 harmful images 1 differ"),
+    "duplicates": (BENIGN, noise([*range(100, 105)] * 4), "images 5 differ"),
     "one class": (noise(range(20), labels=[1] * 20), HARMFUL, "one class"),
 }
 
@@ -264,9 +246,3 @@ def test_a_random_transform_is_not_run(image_dataset):
     data = image_dataset.with_transform(lambda batch: pytest.fail("the transform was run"))
     side = ImageRows(data, "train_dataset", "pixel_values", "labels")
     assert any("benign ones" in sentence for sentence in degenerate_sides((side, side), None))
-
-
-def test_pixels_in_half_precision_are_looked_at():
-    items = [{"pixel_values": (index + torch.arange(12.0).reshape(3, 2, 2)).bfloat16()} for index in range(4)]
-    rows = ImageRows(items, "half", "pixel_values")
-    assert degenerate_sides((rows, None), None) == [] and np.unique(rows.hashes).size == 4

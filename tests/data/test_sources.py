@@ -4,14 +4,11 @@ import re
 
 import datasets
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.sources import (
     HeldOut,
-    choose,
     class_keys,
     divide,
     divide_classes,
@@ -127,14 +124,9 @@ def test_what_is_held_out_is_the_same_in_every_form(many, tmp_path):
     assert len(forms[0]) == 10 and rows(divide(many, HeldOut(0.25, seed=4)).test) != rows(forms[0])
 
 
-def test_images_to_measure_on_may_come_from_elsewhere(many, tmp_path):
-    many.select([7]).save_to_disk(tmp_path / "test")
-    for test in (many.select([7]), str(tmp_path / "test")):
-        parts = divide(many, test=test)
-        assert (len(parts.train), rows(parts.test), parts.held_out) == (40, [7], None) and divide(parts) is parts
-
-
-def test_classes_are_split_after_the_images(many):
+def test_classes_are_split_after_the_images_and_those_to_measure_on_may_come_from_elsewhere(many):
+    parts = divide(many, test=many.select([7]))
+    assert (len(parts.train), rows(parts.test), parts.held_out) == (40, [7], None) and divide(parts) is parts
     draw = HeldOut(0.25, seed=3)
     benign, harmful = divide_classes(divide(many, draw), ["gun", "3"])
     assert {*rows(benign.test), *rows(harmful.test)} == {*rows(divide(many, draw).test)}
@@ -154,19 +146,6 @@ def test_classes_are_found_as_they_are_typed_one_in_each_value(many, typed, mean
     assert class_keys(many, typed) == meant
     data = datasets.Dataset.from_dict({"label": ["tench, Tinca", "gun", "cat"]})
     assert class_keys(data, ["tench, Tinca"]) == ["tench, Tinca"]
-    with pytest.raises(DataError, match="--harmful-classes 'gun' --harmful-classes 'cat'"):
-        class_keys(data, ["gun,cat"])
-
-
-def test_a_limit_draws_the_same_rows_as_a_shuffle_of_the_data_set(many):
-    assert choose(40, 10, seed=5) == rows(many.shuffle(seed=5).select(range(10)))
-    assert choose(4, 10, seed=5) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("source", [7, datasets.DatasetDict(), datasets.Dataset.from_dict({"row": [1]})])
-def test_what_cannot_be_divided_is_refused(source):
-    with pytest.raises(DataError):
-        divide(source)
 
 
 def labelled(values, feature=None, column="label"):
@@ -182,9 +161,7 @@ ABC = datasets.ClassLabel(names=["a", "b", "c"])
     [
         # Each side: rows, labels, names of the classes.
         (labelled([0, 1, 2, 1], ABC), ["b"], (([0, 2], [0, 1], "ac"), ([1, 3], [0, 0], "b"))),
-        (labelled([2, 1, 0, 1], ABC), ["a"], (([0, 1, 3], [1, 0, 0], "bc"), ([2], [0], "a"))),
         (labelled([0, 1, 2], ABC), ["c", "a"], (([1], [0], "b"), ([0, 2], [0, 1], "ac"))),
-        (labelled([0, 1, 2], ABC), [1], (([0, 2], [0, 1], "ac"), ([1], [0], "b"))),
         (labelled([0, 1, 2], ABC), [1, "b"], (([0, 2], [0, 1], "ac"), ([1], [0], "b"))),
         (labelled([7, 3, 5, 3]), [3], (([0, 2], [1, 0], "57"), ([1, 3], [0, 0], "3"))),
         (labelled(["g", "d", "c"]), ["g"], (([1, 2], [1, 0], "cd"), ([0], [0], "g"))),
@@ -223,7 +200,7 @@ def test_images_stay_with_their_rows_and_are_neither_decoded_nor_transformed(ima
     assert benign[0]["labels"] == 0 and calls == [1]
 
 
-ODD_CLASSES = [None, 3, 1.5, "abc", b"gun", {}, [], [None], [[]], [1.5], object()]
+ODD_CLASSES = [None, 3, "abc", [], [None], [[]]]
 
 
 @pytest.mark.parametrize(
@@ -242,16 +219,3 @@ ODD_CLASSES = [None, 3, 1.5, "abc", b"gun", {}, [], [None], [[]], [1.5], object(
 def test_what_cannot_be_split_is_named(data, classes, named):
     with pytest.raises(DataError, match=named):
         split_benign_harmful(data, classes)
-
-
-@settings(deadline=None, max_examples=50)
-@given(labels=st.lists(st.integers(0, 4), min_size=2, max_size=20), harmful=st.sets(st.integers(0, 4), min_size=1))
-def test_every_row_is_kept_once_with_its_class(labels, harmful):
-    harmful &= set(labels)
-    if not harmful or harmful >= set(labels):
-        return
-    found = {}
-    for part in split_benign_harmful(labelled(labels), sorted(harmful)):
-        names = part.features["label"].names
-        found |= {row: int(names[label]) for row, label in zip(part["row"][:], part["label"][:], strict=True)}
-    assert found == dict(enumerate(labels))

@@ -26,7 +26,7 @@ def started(torchrun, tmp_path_factory):
         saved_images(root / name, {"train": pictures(150, seed), "test": pictures(40, seed + 1)})
     words = ["audit", root / "model", "--reference", root / "reference", "--quick"]
     words += ["--harmful", root / "harmful", "--benign", root / "benign"]
-    words = [*map(str, words), "--attackers", "ridge,knn,bias_only,restore_interpolation"]
+    words = [*map(str, words), "--attackers", "ridge,knn,bias_only,restore_swap"]
     done = torchrun("spread_two_ranks.py", folder, *words, "--output-dir", root / "out-2")
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, root, words, done

@@ -36,7 +36,13 @@ def trainer_of(model, folder, size, **options):
     pixels = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
     rows = [{"pixel_values": image, "labels": index % 2} for index, image in enumerate(pixels)]
     defaults = {"max_steps": 1, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True}
-    defaults |= {"use_cpu": True, "save_strategy": "no", "objective": "kappa", "learning_rate": 1e-2, "warmup_steps": 0}
+    defaults |= {
+        "use_cpu": True,
+        "save_strategy": "no",
+        "objective": "kappa",
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+    }
     sides = dict.fromkeys(("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset"), rows)
     return ImmunizationTrainer(model, ImmunizationArguments(str(folder), **(defaults | options)), **sides)
 

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_immunize import immunize_linear, rir_ceiling
-from hf_immunize.errors import ArgumentError, NonFiniteError, RankError, ShapeError
 from hf_immunize.linear.optimum import advice, common_basis, map_ratio, null_basis, optimal_map, row_factor
 
 
@@ -138,10 +137,8 @@ X3 = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     ("P", "H", "said"),
     [
         (X3, X3, "the same directions in the same"),
-        (X3, torch.diag(torch.tensor([3.0, 2.2, 1.0])), "almost the same"),
         (X3, torch.diag(torch.tensor([2.0, 2.0, 1.0])), "only weakly"),
         (X3, torch.diag(torch.tensor([1.0, 2.0, 9.0])), "can immunize here"),
-        (data(0, 9, 4) @ torch.diag(torch.tensor([1.0, 1, 1, 0]).double()), data(1, 9, 4), "that both use"),
         (torch.eye(4)[[0, 1, 0, 1]], torch.eye(4)[[2, 3]], "share no direction"),
         (data(0, 3, 8), data(1, 20, 8), "add benign data"),
     ],
@@ -149,26 +146,6 @@ X3 = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
 def test_advice_is_one_sentence_for_every_kind_of_pair(P, H, said):
     text = advice(rir_ceiling(P, H))
     assert said in text and text.endswith(".") and "\n" not in text
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "words"),
-    [
-        (lambda: rir_ceiling(torch.ones(3, 2), torch.ones(3, 4)), ShapeError, "2 and 4"),
-        (lambda: rir_ceiling(torch.ones(3, 2), torch.full((3, 2), float("nan"))), NonFiniteError, "X_harmful"),
-        (lambda: rir_ceiling(torch.eye(3), torch.eye(3), tolerance=2.0), ArgumentError, "sine"),
-        (lambda: optimal_map(torch.eye(3), torch.eye(3), t=0.5), ArgumentError, "at least 1"),
-        (lambda: optimal_map(torch.eye(3), torch.eye(3), t=math.inf), ArgumentError, "at least 1"),
-        (lambda: optimal_map(torch.eye(3), torch.eye(3), harmful_gain=0.1), ArgumentError, "harmful_gain"),
-        (lambda: row_factor(torch.tensor([[1.0, 2.0], [3.0, math.inf]])), NonFiniteError, "row 1, column 1"),
-        (lambda: row_factor(torch.ones(1, 4)), ShapeError, "two rows"),
-        (lambda: row_factor(torch.ones(3, 2, 2)), ShapeError, "shape"),
-        (lambda: row_factor(torch.zeros(3, 2)), RankError, "zero"),
-    ],
-)
-def test_bad_input_is_named(call, error, words):
-    with pytest.raises(error, match=words):
-        call()
 
 
 @pytest.mark.parametrize("shape", [(50, 6), (4, 9)])

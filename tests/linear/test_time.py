@@ -6,7 +6,7 @@ import pytest
 import torch
 from matrices import gaussian, geometric, orthonormal, relative_error, with_singular_values
 
-from hf_immunize.errors import ArgumentError, NonFiniteError, RankError, ShapeError
+from hf_immunize.errors import ArgumentError, RankError
 from hf_immunize.linear.time import centred_targets, fitted_fraction, probing_time, time_map
 
 
@@ -71,17 +71,10 @@ def test_attainable_is_what_least_squares_attains():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_constant_direction_of_any_size_costs_nothing(method):
+@pytest.mark.parametrize("scale", [1e-100, 1.0, 1e100])
+def test_scale_rotation_and_a_constant_direction_of_any_size_change_nothing(method, scale):
     Z, Y = features_and_targets()
-    far = Z + 1e4 * torch.ones(12, dtype=Z.dtype)
-    assert probing_time(far, Y, method=method).steps == probing_time(Z, Y, method=method).steps
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("scale", [1e-100, 1e-6, 1e6, 1e100])
-def test_scale_and_rotation_change_nothing(method, scale):
-    Z, Y = features_and_targets()
-    turned = scale * (Z @ orthonormal(12, 12, seed=3))
+    turned = scale * ((Z + 1e4 * torch.ones(12, dtype=Z.dtype)) @ orthonormal(12, 12, seed=3))
     assert probing_time(turned, Y, method=method).steps == probing_time(Z, Y, method=method).steps
 
 
@@ -91,10 +84,11 @@ def test_features_that_hold_too_little_never_get_there():
     reference = probing_time(Z, Y)
     assert probing_time(collapsed, Y).steps[0.9] == 1
     assert probing_time(collapsed, Y, attainable=reference.attainable, max_steps=50).steps[0.9] == math.inf
-
-
-def test_equal_features_are_never_fitted():
     assert set(probing_time(torch.ones(6, 3), torch.arange(6) % 2, max_steps=5).steps.values()) == {math.inf}
+    with pytest.raises(RankError):  # nothing to learn
+        fitted_fraction(Z, torch.zeros(30, dtype=torch.long), 3)
+    with pytest.raises(ArgumentError):
+        probing_time(Z, Y, fractions=(1.5,))
 
 
 def test_class_numbers_are_one_column_a_class():
@@ -110,17 +104,11 @@ def test_class_numbers_are_one_column_a_class():
 
 def naive_fraction(Z, Y, steps, outliers=0):
     Z, Y = Z - Z.mean(0), Y - Y.mean(0)
-    G = Z @ Z.mT
-    values, vectors = torch.linalg.eigh(G)
-    keep = torch.ones(len(values), dtype=torch.bool)
-    keep[len(values) - outliers :] = False
-    rest = vectors[:, keep]
-    inside = Y - rest @ (rest.mT @ Y) if outliers else torch.zeros_like(Y)
+    values, vectors = torch.linalg.eigh(Z @ Z.mT)
+    kept = len(values) - outliers
     # What lies in no direction of the features counts as left, in the top ones as fitted.
-    top = vectors[:, ~keep]
-    left = rest.mT @ Y
-    left = (1 - values[keep] / values[keep][-1])[:, None] ** steps * left
-    return (Y.square().sum() - left.square().sum()) / Y.square().sum() + 0 * inside.sum() + 0 * top.sum()
+    left = (1 - values[:kept] / values[kept - 1])[:, None] ** steps * (vectors[:, :kept].mT @ Y)
+    return 1 - left.square().sum() / Y.square().sum()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(9, 14), (14, 9)])
@@ -135,15 +123,6 @@ def test_value_and_gradient_agree_with_autograd_through_the_spectrum(rows, colum
     (expected_gradient,) = torch.autograd.grad(expected, Z)
     assert value.item() == pytest.approx(expected.item(), abs=1e-10)
     assert relative_error(gradient, expected_gradient) < 1e-6
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(6, 9), (9, 6)])
-@pytest.mark.parametrize("outliers", [0, 1])
-@pytest.mark.parametrize("steps", [1, 8])
-def test_gradcheck(rows, columns, outliers, steps):
-    Z, Y = features_and_targets(rows, columns, kappa=5.0)
-    function = lambda z: fitted_fraction(z, Y, steps, outliers=outliers)  # noqa: E731
-    assert torch.autograd.gradcheck(function, (Z.requires_grad_(),))
 
 
 def test_it_is_the_share_that_fixed_steps_have_fitted():
@@ -177,39 +156,6 @@ def test_float32_and_bfloat16_are_computed_in_float64():
     assert torch.equal(again, fitted_fraction(single, Y, 6))
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"method": "newton"}, ArgumentError),
-        ({"fractions": ()}, ArgumentError),
-        ({"fractions": (0.0,)}, ArgumentError),
-        ({"fractions": (1.5,)}, ArgumentError),
-        ({"attainable": 0.0}, ArgumentError),
-        ({"max_steps": 0}, ArgumentError),
-    ],
-)
-def test_options_out_of_range_are_refused(options, error):
-    with pytest.raises(error):
-        probing_time(*features_and_targets(), **options)
-
-
-def test_data_that_cannot_be_probed_are_refused():
-    Z, Y = features_and_targets()
-    for function in (probing_time, lambda z, y: fitted_fraction(z, y, 3)):
-        with pytest.raises(ShapeError):
-            function(Z, Y[:-1])
-        with pytest.raises(RankError):
-            function(Z, torch.zeros(30, dtype=torch.long))
-        with pytest.raises(NonFiniteError):
-            function(torch.where(Z > 0, Z, math.nan), Y)
-    with pytest.raises(RankError):
-        fitted_fraction(torch.ones(6, 3), torch.arange(6) % 2, 3)
-    with pytest.raises(ArgumentError):
-        fitted_fraction(Z, Y, 0)
-    with pytest.raises(ArgumentError):
-        fitted_fraction(Z, Y, 3, outliers=12)
-
-
 # ---- the map -------------------------------------------------------------------------------------------------------
 
 
@@ -229,11 +175,7 @@ def centred_kappa(Z):
 def test_the_benign_condition_number_after_the_map_is_that_of_the_dial(delta):
     X, benign = task_data(120, 16, [2, 14], seed=0)
     assert centred_kappa(X @ time_map(X, benign, delta=delta)) == pytest.approx(delta**-2, rel=1e-8)
-
-
-def test_by_default_benign_probing_is_as_well_conditioned_as_before():
-    X, benign = task_data(120, 16, [2, 14], seed=0)
-    assert centred_kappa(X @ time_map(X, benign)) == pytest.approx(centred_kappa(X), rel=1e-8)
+    assert centred_kappa(X @ time_map(X, benign)) == pytest.approx(centred_kappa(X), rel=1e-8)  # by default as before
 
 
 @pytest.mark.parametrize("rows", [120, 12])
@@ -283,10 +225,3 @@ def test_shrunk_whitening_lies_between_whitening_and_none():
     kappas = [centred_kappa(X @ time_map(X, benign, delta=1.0, shrinkage=value)) for value in (0.0, 0.1, 1e6)]
     assert kappas[0] == pytest.approx(1.0, rel=1e-8)
     assert kappas[0] < kappas[1] < kappas[2] == pytest.approx(centred_kappa(X), rel=1e-3)
-
-
-@pytest.mark.parametrize("options", [{"delta": 0.0}, {"delta": 2.0}, {"shrinkage": -1.0}, {"keep": 0}])
-def test_options_of_the_map_out_of_range_are_refused(options):
-    X, benign = task_data(120, 16, [2, 14], seed=0)
-    with pytest.raises(ArgumentError):
-        time_map(X, benign, **options)

@@ -12,7 +12,7 @@ from hf_immunize.errors import ArgumentError, DataError, ScopeError
 from hf_immunize.hub.record import read_record
 from hf_immunize.linear.time import probing_time
 from hf_immunize.spectra.conditioning import feature_conditioning
-from hf_immunize.spectra.regularizers import spectral_concentration
+from hf_immunize.spectra.hessian_functions import spectral_concentration
 from hf_immunize.training import choice
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.choice import LEAST_IMAGES, MIN_SEPARABILITY, prepare_objective, separability, separable

@@ -81,13 +81,6 @@ def test_all_is_what_peft_trains_also_after_a_narrower_choice(wrapped):
     assert "base_model.model.vit.layernorm.bias" in biases
 
 
-def test_the_users_narrower_choice_is_reported(wrapped, monkeypatch):
-    reported = []
-    monkeypatch.setattr("hf_immunize.vision.scope.logger.warning", reported.append)
-    select_trainable(wrapped(), "last_stage")
-    assert len(reported) == 1 and "14" in reported[0] and "6" in reported[0]
-
-
 @pytest.mark.parametrize(
     ("saved", "found"),
     [(None, r"PEFT trains.*'base_model.model.vit.layers.0.*lora_A"), (["classifier"], r"the head .* alone")],

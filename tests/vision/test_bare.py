@@ -73,12 +73,6 @@ def test_the_last_stage_is_what_the_features_depend_on(bare, pixels, name, pooli
     assert trainable == [name for name, p in model.named_parameters() if p.grad is not None]
 
 
-def test_given_weights_are_saved_in_place_of_the_models(vit, tmp_path):
-    vit.save_pretrained(tmp_path, state_dict={name: tensor + 1 for name, tensor in vit.state_dict().items()})
-    loaded = load_with_linear_head(tmp_path).state_dict()
-    assert all(torch.allclose(loaded[name], tensor + 1) for name, tensor in vit.state_dict().items())
-
-
 @pytest.mark.parametrize(
     "name, leading", [("vit", 1), ("deit", 2), ("dinov2_with_registers", 3), ("dinov3", 3), ("siglip", 0)]
 )
@@ -133,31 +127,20 @@ def test_modes_and_statistics_stay_and_a_backbone_without_its_pooler_comes_back_
     ("build", "pooling", "found"),
     [
         (partial(backbone, "vit"), "max", "max"),
-        (partial(backbone, "vit"), "", "''"),
         (BACKBONES["dinov3"], "head_input", "DINOv3ViTModel"),
         (partial(backbone, "siglip"), "cls", "SiglipVisionModel"),
-        (partial(backbone, "swin"), "cls", "SwinModel"),
         (partial(backbone, "resnet"), "cls", "ResNetModel"),
         (partial(backbone, "vit", add_pooling_layer=False), "pooler", "ViTModel"),
         (BUILDERS["vit"], "cls", "ViTForImageClassification"),
         (lambda: hf.ResNetBackbone(hf.ResNetConfig(**CONVOLUTIONAL)), "mean", "ResNetBackbone"),
-        (lambda: hf.CLIPModel(BUILDERS["clip"]().config), "pooler", "CLIPModel"),
     ],
 )
 def test_what_gets_no_head_is_named(build, pooling, found):
-    with pytest.raises(ArgumentError if found in ("max", "''") else HeadError, match=found):
+    with pytest.raises(ArgumentError if found == "max" else HeadError, match=found):
         with_linear_head(build(), 3, pooling)
 
 
-HEADS = {
-    "missing": None,
-    "another shape": '{"pooling": "cls", "num_labels": 4, "feature_dim": 16}',
-    "no pooling": '{"num_labels": 3, "feature_dim": 16}',
-    "no json": "{",
-}
-
-
-@pytest.mark.parametrize("about", list(HEADS.values()), ids=list(HEADS))
+@pytest.mark.parametrize("about", [None, "{", '{"pooling": "cls", "num_labels": 4, "feature_dim": 16}'])
 def test_a_head_that_cannot_be_loaded_is_named(vit, tmp_path, about):
     vit.save_pretrained(tmp_path)
     file = tmp_path / "head_config.json"

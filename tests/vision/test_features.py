@@ -49,18 +49,6 @@ def test_a_head_of_several_layers_is_refused_unless_it_is_named(head, single, pi
     assert penultimate_features(model, pixels, last).shape == (2, model.classifier[-1].in_features)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_modes_stay_and_no_hook_is_left(tiny, pixels, training):
-    model = tiny("resnet").train(training)
-    with torch.no_grad():
-        assert not penultimate_features(model, pixels).requires_grad
-    assert all(module.training == training for module in model.modules())
-    head = find_head(model)[1]
-    with pytest.raises(ZeroDivisionError), HeadInput(head):
-        raise ZeroDivisionError
-    assert not head._forward_pre_hooks
-
-
 def test_a_recorder_records_one_pass_at_a_time(tiny, pixels):
     model = tiny("vit")
     captured = HeadInput(model.classifier)
@@ -68,8 +56,6 @@ def test_a_recorder_records_one_pass_at_a_time(tiny, pixels):
         with captured:
             model(pixel_values=pixels)
     torch.testing.assert_close(captured.features, penultimate_features(model, pixels))
-    with captured, pytest.raises(HeadError, match="recording"), captured:
-        pass
     with captured:
         model.base_model(pixel_values=pixels)
     with pytest.raises(HeadError, match="did not"):
@@ -77,6 +63,8 @@ def test_a_recorder_records_one_pass_at_a_time(tiny, pixels):
     square = nn.Linear(2, 2)
     with pytest.raises(HeadError, match="second time"), HeadInput(square):
         square(square(torch.ones(1, 2)))
+    with pytest.raises(ZeroDivisionError), captured:
+        raise ZeroDivisionError
     assert not model.classifier._forward_pre_hooks and not square._forward_pre_hooks
 
 
@@ -103,27 +91,6 @@ def test_of_two_heads_one_can_be_named_and_tokens_are_no_features(tiny, pixels):
     assert find_head(TWO_HEADS, "cls_classifier") == ("cls_classifier", TWO_HEADS.cls_classifier)
     with pytest.raises(HeadError, match=r"\(2, 5, 16\)"):
         penultimate_features(tiny("vit"), pixels, head_module="vit.layers.0.attention.q_proj")
-
-
-@pytest.mark.parametrize("other", ["second", "vit.extra", "vit.prototypes.weight"])
-def test_a_head_that_is_another_part_too_is_refused(tiny, other):
-    model = tiny("vit")
-    if other.endswith("weight"):
-        model.vit.prototypes = nn.Linear(16, 3, bias=False)
-        model.vit.prototypes.weight = model.classifier.weight
-    else:
-        place, _, name = other.rpartition(".")
-        setattr(model.get_submodule(place), name, model.classifier)
-    with pytest.raises(HeadError, match=other):
-        find_head(model, "classifier")
-
-
-@pytest.mark.parametrize("name", ["ViT", "Dinov2", "ResNet", "CLIPVision", "ConvNext"])
-def test_a_bare_backbone_is_separable_from_a_missing_head(name):
-    with torch.device("meta"):
-        backbone = getattr(hf, f"{name}Model")(getattr(hf, f"{name}Config")())
-    with pytest.raises(HeadError, match=f"bare backbone {name}Model"):
-        find_head(backbone)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,6 @@ def in_training(model, trainable, **options):
     return frozen
 
 
-def test_blocks_of_pvt_are_stages_although_their_attention_strides():
-    three = {"hidden_sizes": [8, 16, 16], "depths": [1, 1, 1], "num_attention_heads": [1, 2, 2]}
-    three |= {"sequence_reduction_ratios": [2, 2, 1], "patch_sizes": [4, 2, 2], "strides": [4, 2, 1]}
-    config = hf.PvtConfig(image_size=32, num_encoder_blocks=3, mlp_ratios=[4, 4, 4], num_labels=3, **three)
-    blocks = {name.split(".")[3] for name in last_stage(hf.PvtForImageClassification(config)) if ".block." in name}
-    assert blocks == {"2"}
-
-
 class Plain(nn.Module):
     """A classifier without any list of blocks, with the little of a transformers model that is used."""
 
@@ -40,12 +32,6 @@ class Plain(nn.Module):
         return self
 
 
-class Stage(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-
 def test_a_model_without_blocks_or_with_nothing_before_the_last_asks_for_an_expression():
     model = Plain()
     with pytest.raises(ScopeError, match="none in Plain"):
@@ -53,13 +39,6 @@ def test_a_model_without_blocks_or_with_nothing_before_the_last_asks_for_an_expr
     model.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3))
     with pytest.raises(ScopeError, match="none in Plain"):
         last_stage(model)
-
-
-def test_stages_of_the_model_itself_are_found():
-    model = Plain()
-    for i in range(3):
-        setattr(model, f"s{i}", Stage())
-    assert last_stage(model) == ["classifier.weight", "classifier.bias", "s2.inner.weight", "s2.inner.bias"]
 
 
 @pytest.mark.parametrize(
@@ -95,13 +74,6 @@ def test_an_expression_that_chooses_no_part_is_refused_and_changes_nothing(tiny,
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_modules_without_trainable_parts_alone_stay_in_eval(tiny):
-    model = tiny("vit")
-    frozen = set(in_training(model, "last_stage"))
-    assert set(model.vit.embeddings.modules()) | set(model.vit.layers[1].modules()) <= frozen
-    assert not {model, model.vit, model.vit.layers, model.vit.layers[2], model.classifier} & frozen
-
-
 def test_dropout_trains_within_a_trainable_block_only():
     config = hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=4)
     model = hf.SwinForImageClassification(config)
@@ -135,10 +107,3 @@ def test_batchnorm_of_the_trainable_part_is_frozen_on_request(tiny, pixels, free
     if freeze:
         apart = torch.cat([penultimate_features(model, image[None]) for image in pixels])
         torch.testing.assert_close(penultimate_features(model, pixels), apart)
-
-
-def test_a_batchnorm_without_running_statistics_uses_the_batch(tiny):
-    norm = nn.BatchNorm2d(4, track_running_stats=False)
-    assert has_batch_statistics(norm, in_eval=[norm])
-    vit = tiny("vit")
-    assert not has_batch_statistics(vit, in_training(vit, "last_stage"))

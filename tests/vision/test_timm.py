@@ -19,7 +19,6 @@ EXPECTED = {
     "convnext_atto": ("head.fc", ["stages.3.", "head.norm.", "head.fc."]),
     "swin_tiny_patch4_window7_224": ("head.fc", ["layers.3.", "norm.", "head.fc."]),
     "mobilenetv2_100": ("classifier", ["blocks.5.", "blocks.6.", "conv_head.", "bn2.", "classifier."]),
-    "regnety_002": ("head.fc", ["s4.", "head.fc."]),
 }
 
 

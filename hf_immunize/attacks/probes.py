@@ -1,42 +1,179 @@
-"""Attacks by steps on features: the ones that ill-conditioning slows, and an MLP head."""
+"""Attacks on features: closed forms and solvers, which count no steps, and descent, which ill-conditioning slows."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, hardshrink
+from torch.nn.functional import cross_entropy, hardshrink, normalize, one_hot
 
-from hf_immunize.attacks.attacker import Attacker, Found, ProbeBudget
-from hf_immunize.attacks.probe_data import Part, ProbeData, accuracy, best_index, log_steps
+from hf_immunize.attacks.attacker import Attacker, Found, Part, ProbeBudget, ProbeData, accuracy, best_index, log_steps
 from hf_immunize.linear.probe import descent_residuals
 
 
-class Clock:
-    """How much of its steps or of its time an attack has used, whichever is further."""
+S = TypeVar("S")
 
-    # Rates follow `progress`, so an attack that runs out of time is a complete attack of fewer steps.
 
-    def __init__(self, steps: int, seconds: float | None = None) -> None:
-        self.steps, self.seconds = steps, seconds
-        self._begin = time.perf_counter()
+def _choose(
+    data: ProbeData,
+    budget: ProbeBudget,
+    seed: int,
+    settings: list[S],
+    read: Callable[[Part, list[S]], list[float]],
+    describe: Callable[[S], dict[str, Any]],
+    path: bool = False,
+) -> Found:
+    """What the setting that validation prefers reads with all training rows."""
+    # On a path each setting starts from the one before; that is most of the cost, so it is chosen in float32.
+    tuning = data.at(torch.float32) if path else data
+    name = read.__qualname__
+    part = tuning.tuning(seed, budget.validation_fraction)
+    tried = data.keep(seed, (name, tuning.dtype), lambda: read(part, settings))
+    best = best_index(tried)
+    used = settings[0 if path else best : best + 1]
+    value = data.keep(None, (name, data.dtype, best), lambda: read(data.whole(), used)[-1])
+    return Found(value, settings=describe(settings[best]), trials=len(settings))
 
-    def progress(self, done: int) -> float:
-        """Part of the budget that is used, between 0 and 1."""
-        used = done / self.steps
-        if self.seconds is not None:
-            spent = time.perf_counter() - self._begin
-            used = max(used, spent / self.seconds if self.seconds > 0 else 1.0)
-        return min(1.0, used)
 
-    def over(self, done: int) -> bool:
-        """Whether no step is left; the first step is always taken."""
-        return done >= 1 and self.progress(done) >= 1.0
+def ridge(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
+    """Ridge regression on one-hot targets in closed form, with an intercept, over a wide range of strengths."""
+    # Below eps the smallest direction kept is not shrunk by any strength.
+    decades = min(budget.ridge_decades, round(-2 * math.log10(torch.finfo(data.dtype).eps)))
+
+    def read(part: Part, strengths: list[float]) -> list[float]:
+        s = part.spectrum.s
+        # s²/(s² + λσ²) written so that nothing underflows.
+        relative = (s / s[0]).double().square() if len(s) else s.double()
+        return filter_accuracies(part, [(relative / (relative + strength)).to(s.dtype) for strength in strengths])
+
+    strengths = [10.0**power for power in range(2, -decades - 1, -1)]
+    return _choose(data, budget, seed, strengths, read, lambda strength: {"relative_strength": strength})
+
+
+def whitening(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
+    """Least squares on the leading k principal directions, each scaled to the same variance, so that κ = 1."""
+
+    def read(part: Part, counts: list[int]) -> list[float]:
+        s = part.spectrum.s
+        return filter_accuracies(part, [(torch.arange(len(s)) < count).to(s.dtype) for count in counts])
+
+    counts = sorted({max(1, round(k)) for k in np.geomspace(1, min(data.Z.shape), 24)})
+    return _choose(data, budget, seed, counts, read, lambda count: {"directions": count})
+
+
+def filter_accuracies(part: Part, filters: list[Tensor]) -> list[float]:
+    """Accuracy of ``W = V diag(h/s) Uᵀ(Y − 1bᵀ)`` with an unshrunk intercept ``b``, for each filter ``h``."""
+    # 1ᵀ(I − U diag(h) Uᵀ)(Y − 1bᵀ) = 0 gives b without a decomposition of centred features.
+    targets, (U, s, V) = part.targets, part.spectrum
+    ones = part.Z.new_ones(len(part.Z))
+    inside, ones_inside = U.mT @ targets, U.mT @ ones
+    projected = part.Z_test @ V
+    values = []
+    for h in filters:
+        rest = ones - U @ (h * ones_inside)
+        room = float(rest @ ones)
+        # Features that span the constant leave nothing for an intercept.
+        bias = rest @ targets / room if room > len(ones) * 1e-6 else torch.zeros_like(targets[0])
+        weight = (h / s)[:, None] * (inside - ones_inside[:, None] * bias)
+        values.append(accuracy(projected @ weight + bias, part.y_test))
+    return values
+
+
+def lda(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
+    """Linear discriminant analysis in closed form, over shrinkages of the covariance within classes."""
+    lowest = 12 if data.dtype == torch.float64 else 6
+    shrinkages = [10.0**power for power in range(0, -lowest - 1, -1)]
+    return _choose(data, budget, seed, shrinkages, _discriminate, lambda value: {"shrinkage": value})
+
+
+def _discriminate(part: Part, shrinkages: list[float]) -> list[float]:
+    counts = torch.bincount(part.y, minlength=part.num_classes).to(part.Z.dtype)
+    centre = part.Z.mean(dim=0)
+    Z, Z_test = part.Z - centre, part.Z_test - centre
+    means = part.targets.mT @ Z / counts.clamp_min(1)[:, None]
+    within = Z - means[part.y]
+    values, V = torch.linalg.eigh(within.mT @ within / len(Z))
+    floor = float(values.clamp_min(0).mean()) or float(Z.square().mean()) or 1.0
+    means, tests = means @ V, Z_test @ V
+    # Classes without a row to learn from are never named.
+    prior = torch.where(counts > 0, (counts / counts.sum()).clamp_min(1e-30).log(), -torch.inf)
+    found = []
+    for shrinkage in shrinkages:
+        inverse = 1 / ((1 - shrinkage) * values.clamp_min(0) + shrinkage * floor)
+        scores = tests @ (means * inverse).mT - 0.5 * (means.square() * inverse).sum(dim=1)
+        found.append(float(((scores + prior).argmax(dim=1) == part.y_test).double().mean()))
+    return found
+
+
+def lbfgs(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
+    """Softmax regression by L-BFGS on standardized features, over penalties, each from the last one's weights."""
+
+    def read(part: Part, penalties: list[float]) -> list[float]:
+        return softmax_path(part.standardized(), penalties, max(1, budget.iterations // 3))
+
+    return _choose(data, budget, seed, [1e-1, 1e-2, 1e-3], read, lambda value: {"penalty": value}, path=True)
+
+
+def softmax_path(part: Part, penalties: list[float], iterations: int) -> list[float]:
+    """Accuracy of softmax regression with the mean loss plus ``penalty/2D · ‖W‖²``, for falling penalties."""
+    d = part.Z.shape[1]
+    weight = part.Z.new_zeros(d, part.num_classes, requires_grad=True)
+    bias = part.Z.new_zeros(part.num_classes, requires_grad=True)
+    values = []
+    for penalty in penalties:
+        optimizer = torch.optim.LBFGS(
+            [weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe", tolerance_grad=1e-5
+        )
+
+        def loss(penalty: float = penalty, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            value = cross_entropy(part.Z @ weight + bias, part.y) + penalty / (2 * d) * weight.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        with torch.no_grad():
+            values.append(accuracy(part.Z_test @ weight + bias, part.y_test))
+    return values
+
+
+_NEIGHBOURS = (1, 3, 5, 10, 20, 50)
+
+
+def knn(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
+    """K nearest neighbours on three views: cosine, standardized, and whitened, which undoes any invertible map."""
+    most = len(data.tuning(seed, budget.validation_fraction).Z)
+    settings = [(view, k) for view in ("cosine", "standardized", "whitened") for k in _NEIGHBOURS if k <= most]
+    return _choose(data, budget, seed, settings, _vote, lambda chosen: {"view": chosen[0], "k": chosen[1]})
+
+
+def _vote(part: Part, settings: list[tuple[str, int]]) -> list[float]:
+    nearest = cache(lambda view: _neighbours(part, view))
+    values = []
+    for view, k in settings:
+        votes = one_hot(part.y[nearest(view)], part.num_classes).float()
+        # Of classes with as many votes, the one of the nearest neighbour.
+        values.append(accuracy(votes[:, :k].sum(dim=1) + 0.5 * votes[:, 0], part.y_test))
+    return values
+
+
+def _neighbours(part: Part, view: str) -> Tensor:
+    part = part.standardized() if view == "standardized" else part
+    train, test = part.Z, part.Z_test
+    if view == "whitened":
+        train, test = part.spectrum.U, part.Z_test @ (part.spectrum.V / part.spectrum.s)
+    if view != "standardized":
+        train, test = normalize(train, dim=1), normalize(test, dim=1)
+    most = min(max(_NEIGHBOURS), len(train))
+    return torch.cat([torch.cdist(rows, train).topk(most, largest=False).indices for rows in test.split(1024)])
+
+
+# Descent: steps, counted
 
 
 def half_cosine(progress: float) -> float:
@@ -156,23 +293,19 @@ def _minibatch_attack(
     budget: ProbeBudget,
     seed: int,
 ) -> Found:
-    # Of the time, where it is limited, the search takes one half and the attack the other.
-    seconds = None if budget.seconds is None else budget.seconds / 2
-
     def tune() -> tuple[list[float], list[list[float]], list[int], list[float], float, float]:
         # In float32, whatever the attack's precision: a rate is no matter of digits, and this is most of the cost.
         part = prepare(data.at(torch.float32).tuning(seed, budget.validation_fraction))
         rates = [natural_rate(part) * multiple for multiple in budget.rates]
         blind = float(part.y_test.bincount().max() / len(part.y_test))
-        clock = Clock(max(1, budget.steps // 2), seconds)
-        tried, steps, losses = _descend(part, rates, budget, seed, update, clock)
+        tried, steps, losses = _descend(part, rates, max(1, budget.steps // 2), budget.batch_size, seed, update)
         return rates, tried, steps, losses, blind, math.sqrt(blind * (1 - blind) / len(part.y_test))
 
     rates, tried, trial_steps, losses, blind, spread = data.keep(seed, (update, prepare), tune)
     untrained = math.log(data.num_classes)
     best = _best_rate(tried, losses, untrained, spread)
-    clock = Clock(budget.steps, seconds)
-    (curve,), steps, (loss,) = _descend(prepare(data.whole()), rates[best : best + 1], budget, seed, update, clock)
+    chosen, part = rates[best : best + 1], prepare(data.whole())
+    (curve,), steps, (loss,) = _descend(part, chosen, budget.steps, budget.batch_size, seed, update)
     stop = _same_part_of_the_way(tried[best], trial_steps, steps)
     form = "standardized" if prepare is Part.standardized else "scaled"
     settings = {"learning_rate": rates[best], "stop": steps[stop], "features": form}
@@ -200,7 +333,7 @@ def _same_part_of_the_way(tried: list[float], trial_steps: list[int], steps: lis
 
 
 def _descend(
-    part: Part, rates: list[float], budget: ProbeBudget, seed: int, update: Update, clock: Clock
+    part: Part, rates: list[float], last: int, batch_size: int, seed: int, update: Update
 ) -> tuple[list[list[float]], list[int], list[float]]:
     """Accuracy along the way, after which steps, and the last batches' loss, for all rates at once (one product)."""
     count, classes, targets = len(rates), part.num_classes, part.targets
@@ -209,30 +342,26 @@ def _descend(
     states: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     wide = torch.tensor(rates, dtype=part.Z.dtype).repeat_interleave(classes)
     curves: list[list[float]] = [[] for _ in range(count)]
-    steps: list[int] = []
-    wanted = set(log_steps(clock.steps))
+    steps = log_steps(last)
+    wanted = set(steps)
     # Products of numbers below this are subnormal, many times slower to compute with, and change nothing.
     smallest = 1e3 * torch.finfo(part.Z.dtype).tiny ** 0.5
-    recent: deque[Tensor] = deque(maxlen=10)
-    for step, rows in enumerate(minibatches(n, budget.batch_size, clock.steps, seed), start=1):
+    recent: list[Tensor] = []
+    for step, rows in enumerate(minibatches(n, batch_size, last, seed), start=1):
         Z = part.Z[rows]
         logits = (Z @ weight + bias).view(len(rows), count, classes)
-        if clock.seconds is not None or step > clock.steps - 10:
+        if step > last - 10:
             recent.append(-(logits.log_softmax(dim=2) * targets[rows][:, None]).sum(dim=2).mean(dim=0))
         residual = ((logits.softmax(dim=2) - targets[rows][:, None]) / len(rows)).reshape(len(rows), -1)
         residual = hardshrink(residual, smallest)
-        now = wide * (1 - clock.progress(step - 1))
+        now = wide * (1 - (step - 1) / last)
         weight = update(weight, Z.mT @ residual, states[0], step, now)
         bias = update(bias, residual.sum(dim=0, keepdim=True), states[1], step, now)
-        ended = clock.over(step)
-        if step in wanted or ended:
-            steps.append(step)
+        if step in wanted:
             scores = (part.Z_test @ weight + bias).view(-1, count, classes)
             for index in range(count):
                 curves[index].append(accuracy(scores[:, index], part.y_test))
-        if ended:
-            break
-    return curves, steps, torch.stack(list(recent)).mean(dim=0).tolist()
+    return curves, steps, torch.stack(recent).mean(dim=0).tolist()
 
 
 # ---- an MLP head
@@ -243,24 +372,20 @@ _HIDDEN = 128
 def mlp(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
     """A network with one hidden layer of 128 ReLU on standardized features, AdamW, cosine schedule."""
     rates = (1e-3, 5e-3)
-    seconds = None if budget.seconds is None else budget.seconds / 2
-
-    def clock(among: int) -> Clock:
-        return Clock(budget.steps, None if seconds is None else seconds / among)
 
     def tune() -> list[tuple[list[float], list[int]]]:
         part = data.at(torch.float32).tuning(seed, budget.validation_fraction).standardized()
-        return [_train_mlp(part, rate, clock(len(rates)), budget.batch_size, seed) for rate in rates]
+        return [_train_mlp(part, rate, budget, seed) for rate in rates]
 
     tried = data.keep(seed, "mlp", tune)
     best = best_index([max(curve) for curve, _ in tried])
-    curve, steps = _train_mlp(data.whole().standardized(), rates[best], clock(1), budget.batch_size, seed)
+    curve, steps = _train_mlp(data.whole().standardized(), rates[best], budget, seed)
     stop = _same_part_of_the_way(*tried[best], steps)
     settings = {"learning_rate": rates[best], "hidden": _HIDDEN, "stop": steps[stop]}
     return Found(curve[stop], steps, curve, settings, trials=len(rates))
 
 
-def _train_mlp(part: Part, rate: float, clock: Clock, batch_size: int, seed: int) -> tuple[list[float], list[int]]:
+def _train_mlp(part: Part, rate: float, budget: ProbeBudget, seed: int) -> tuple[list[float], list[int]]:
     """Accuracy along the way, and after which steps."""
     generator = torch.Generator().manual_seed(seed)
     d, dtype, classes = part.Z.shape[1], part.Z.dtype, part.num_classes
@@ -270,19 +395,16 @@ def _train_mlp(part: Part, rate: float, clock: Clock, batch_size: int, seed: int
     W1, W2 = (weight.to(dtype).requires_grad_() for weight in drawn)
     b1, b2 = (part.Z.new_zeros(size, requires_grad=True) for size in (_HIDDEN, classes))
     optimizer = torch.optim.AdamW([W1, b1, W2, b2], lr=rate, weight_decay=0.01)
-    curve, steps, wanted = [], [], set(log_steps(clock.steps))
-    for step, rows in enumerate(minibatches(len(part.Z), batch_size, clock.steps, seed), start=1):
-        optimizer.param_groups[0]["lr"] = rate * half_cosine(clock.progress(step - 1))
+    curve, steps = [], log_steps(budget.steps)
+    wanted = set(steps)
+    for step, rows in enumerate(minibatches(len(part.Z), budget.batch_size, budget.steps, seed), start=1):
+        optimizer.param_groups[0]["lr"] = rate * half_cosine((step - 1) / budget.steps)
         optimizer.zero_grad()
         cross_entropy((part.Z[rows] @ W1 + b1).relu() @ W2 + b2, part.y[rows]).backward()
         optimizer.step()
-        ended = clock.over(step)
-        if step in wanted or ended:
-            steps.append(step)
+        if step in wanted:
             with torch.no_grad():
                 curve.append(accuracy((part.Z_test @ W1 + b1).relu() @ W2 + b2, part.y_test))
-        if ended:
-            break
     return curve, steps
 
 
@@ -304,6 +426,11 @@ _MINIBATCH = [
 _CG, _GD = partial(_solve, conjugate_weights, "iterations"), partial(_solve, descent_weights, "descent_steps")
 
 ATTACKERS = (
+    Attacker("ridge", "closed-form least squares (ridge)", "head_input", True, ridge, "quick"),
+    Attacker("whitening", "least squares on whitened features", "head_input", True, whitening, "quick"),
+    Attacker("lda", "linear discriminant analysis", "head_input", True, lda, "quick"),
+    Attacker("lbfgs", "L-BFGS", "head_input", False, lbfgs, "quick"),
+    Attacker("knn", "k nearest neighbours", "head_input", True, knn, "quick"),
     Attacker("conjugate_gradient", "conjugate gradient", "head_input", False, _CG, "quick"),
     Attacker("gd_line_search", "gradient descent with exact line search", "head_input", False, _GD, "quick"),
     *(
