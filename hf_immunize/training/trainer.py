@@ -326,7 +326,7 @@ class ImmunizationTrainer(Trainer):
             TrunkCache(self.model, split, rows, folder / side, name=f"{side} images", **options)
             for side, rows in sides.items()
         ]
-        stored = dict(zip(sides, open_or_write(*caches), strict=True))
+        stored: dict[str, Any] = dict(zip(sides, open_or_write(*caches), strict=True))
         self._step.replayed = split.replayed
         self.model.to(args.device)
         for side in ("benign", "distillation"):
