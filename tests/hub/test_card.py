@@ -88,7 +88,7 @@ def test_rows_keep_the_direction_of_bounds():
     record = record_of()
     record.ratios["groups"] = RatioRecord(1.0, bound="upper", relative_std=0.5, num_groups=20, group_size=100)
     rows = {name: cells for name, *cells in record_rows(record)}
-    assert rows["RIR (exact)"] == ["1", "≥ 1,122"]
+    assert rows["RIR (exact, the paper's)"] == ["1", "≥ 1,122"]
     assert rows["log10 κ of harmful features"] == ["4.00", "≥ 7.25"]
     assert rows["(i), growth of harmful κ"] == ["1", "≥ 1,778"]
     assert rows["RIR (mean ± standard deviation, 20 groups of 100)"] == ["1", "≤ 10 ± 5"]
