@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -92,90 +91,67 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 # ---- the curves of a log ----
 
-Curves = dict[str, dict[int, float]]
 # Of a training log, what is neither a loss nor a term.
 _NO_TERM = re.compile(
     r"step|epoch|learning_rate|grad_norm|num_input_tokens_seen|total_flos|train_.*|.*_weight|.*runtime"
 )
+# Title and unit of a panel, and the names of its curves; of the first one, the losses of evaluations.
+_PANELS = {
+    ("Losses and terms", "value in the log"): r"eval_(.+_)?loss",
+    ("Condition numbers of linear probing", "log10 κ(ZᵀZ)"): r".+_(benign|harmful)_log10_kappa",
+    ("Accuracy", "as logged"): r"eval_.*accuracy",
+    ("RIR (of linear probing; no attack was run)", "log10 RIR"): r".+_log10_rir",
+}
 
 
 def history_panels(history: History) -> list[Callable[[Axes], None]]:
     """What there is to draw of a log history: functions that each draw one panel; none for what was not logged."""
-    kappas = _of_the_whole_set(_curves(history, r".+_(benign|harmful)_log10_kappa"))
-    accuracies = _curves(history, r"eval_.*accuracy", alias=r"eval_(.*_)?benign_accuracy")
-    rirs = _of_the_whole_set(_curves(history, r".+_log10_rir"))
-    bounded = partial(_draw_with_bounds, history=history)
-    found: list[tuple[Callable[..., None], Curves, tuple[str, str, str]]] = [
-        (_draw_terms, _terms(history), ("Losses and terms", "step", "value in the log")),
-        (bounded, kappas, ("Condition numbers of linear probing", "step", "log10 κ(ZᵀZ)")),
-        (_draw_accuracies, accuracies, ("Accuracy", "step", "as logged")),
-        (bounded, rirs, ("RIR (of linear probing; no attack was run)", "step", "log10 RIR")),
-    ]
-
-    def panel(axes: Axes, draw: Callable[..., None], curves: Curves, words: tuple[str, str, str]) -> None:
-        draw(axes, curves)
-        _finish(axes, *words)
-
-    return [partial(panel, draw=draw, curves=curves, words=words) for draw, curves, words in found if curves]
-
-
-def _curves(history: History, pattern: str, alias: str = "(?!)") -> Curves:
-    """Curves of names that match; those of another name for the same values only where there is no other."""
-    names = [name for name in dict.fromkeys(key for entry in history for key in entry) if re.fullmatch(pattern, name)]
-    return _finite(history, [name for name in names if not re.fullmatch(alias, name)] or names)
-
-
-def _terms(history: History) -> Curves:
-    logs = [entry for entry in history if "loss" in entry]
-    numbers = dict.fromkeys(key for log in logs for key, value in log.items() if isinstance(value, (int, float)))
-    terms = _finite(logs, [name for name in numbers if not _NO_TERM.fullmatch(name)])
-    return terms | _curves(history, r"eval_(.+_)?loss", alias=r"eval_(.*_)?benign_loss")
+    logged = {name for entry in history if "loss" in entry for name in entry}
+    curves: dict[str, dict[int, float]] = {}
+    for name in dict.fromkeys(
+        key for entry in history for key, value in entry.items() if isinstance(value, int | float)
+    ):
+        curves[name] = {step: value for step, value in sorted(by_step(history, name).items()) if math.isfinite(value)}
+    panels: list[Callable[[Axes], None]] = []
+    for (title, unit), pattern in _PANELS.items():
+        terms = logged if "terms" in title else set()
+        names = [
+            name
+            for name, curve in curves.items()
+            if curve
+            and (re.fullmatch(pattern, name) or (name in terms and not _NO_TERM.fullmatch(name)))
+            # Another name for the same values.
+            and not ("benign_" in name and name.replace("benign_", "") in curves)
+        ]
+        if not terms:  # what a callback measured on a sample says nothing more than the whole evaluation set
+            names = [name for name in names if name.startswith("eval_")] or names
+        if names:
+            drawn = {name: curves[name] for name in names}
+            panels.append(partial(_draw_panel, history=history, curves=drawn, title=title, unit=unit))
+    return panels
 
 
-def _finite(history: History, names: list[str]) -> Curves:
-    curves = {name: sorted(by_step(history, name).items()) for name in names}
-    finite = {name: {step: value for step, value in curve if math.isfinite(value)} for name, curve in curves.items()}
-    return {name: curve for name, curve in finite.items() if curve}
-
-
-def _of_the_whole_set(curves: Curves) -> Curves:
-    # In addition to those of the whole evaluation set, those that a callback measured on a sample say nothing more.
-    return {name: curve for name, curve in curves.items() if name.startswith("eval_")} or curves
-
-
-def _draw_terms(axes: Axes, curves: Curves) -> None:
-    for index, (name, curve) in enumerate(curves.items()):
-        axes.plot(list(curve), list(curve.values()), _DASHES[index // 10 % len(_DASHES)], marker=".", label=name)
-    values = [value for curve in curves.values() for value in curve.values()]
-    if min(values) > 0:
-        axes.set_yscale("log")
-    else:
-        smallest = min((abs(value) for value in values if value), default=1.0)
-        axes.set_yscale("symlog", linthresh=max(smallest, 1e-6))
-
-
-def _draw_accuracies(axes: Axes, curves: Curves) -> None:
-    for name, curve in curves.items():
-        axes.plot(list(curve), list(curve.values()), marker="o", label=name)
-
-
-def _draw_with_bounds(axes: Axes, curves: Curves, history: History) -> None:
-    """Mark each value as exact or as a bound, with an arrow to where the true one lies."""
-    drawn: Counter[str] = Counter()
+def _draw_panel(axes: Axes, history: History, curves: dict[str, dict[int, float]], title: str, unit: str) -> None:
+    """Draw curves, each value marked as exact or as a bound, with an arrow to where the true one lies."""
     kinds = set()
-    for name, curve in curves.items():
-        stem, what = name.rsplit("log10_", 1)
-        side = COLOURS[stem.split("_")[-2]] if what == "kappa" else "black"
-        axes.plot(list(curve), list(curve.values()), _DASHES[drawn[side] % len(_DASHES)], color=side, label=name)
-        drawn[side] += 1
+    for index, (name, curve) in enumerate(curves.items()):
+        stem, _, what = name.rpartition("log10_")
+        side = stem.rstrip("_").rpartition("_")[2]
+        colour = COLOURS[side] if what == "kappa" else "black" if what == "rir" else f"C{index}"
+        dashes = _DASHES[index // (2 if what else 10) % len(_DASHES)]
+        axes.plot(list(curve), list(curve.values()), dashes, color=colour, label=name)
         lower = by_step(history, f"{stem}is_bound" if what == "kappa" else f"{stem}rir_is_lower_bound")
-        upper = {} if what == "kappa" else by_step(history, f"{stem}rir_is_upper_bound")
+        upper = by_step(history, f"{stem}rir_is_upper_bound") if what == "rir" else {}
         for step, value in curve.items():
             kind = "^" if lower.get(step) else "v" if upper.get(step) else "o"
             kinds.add(kind)
-            axes.plot([step], [value], kind, color=side, fillstyle="full" if kind == "o" else "none")
+            axes.plot([step], [value], kind, color=colour, fillstyle="full" if kind == "o" else "none")
     for kind in sorted(kinds - {"o"}):
         axes.plot([], [], kind, color="black", fillstyle="none", label=f"{'lower' if kind == '^' else 'upper'} bound")
+    if "terms" in title:
+        values = [abs(value) for curve in curves.values() for value in curve.values()]
+        axes.set_yscale("symlog", linthresh=max(min(filter(None, values), default=1.0), 1e-6))
+    _finish(axes, title, "step", unit)
 
 
 # ---- the callback ----

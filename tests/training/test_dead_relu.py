@@ -6,9 +6,7 @@ import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from hf_immunize.errors import RankError
 from hf_immunize.hub.record import read_record
-from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.training.arguments import ImmunizationArguments
 from hf_immunize.training.trainer import ImmunizationTrainer
 from hf_immunize.vision.head import penultimate_features
@@ -101,27 +99,14 @@ def test_evaluation_reports_a_bound_and_the_record_holds_it(dead, tmp_path):
     assert read_record(tmp_path).harmful_features.after.rank == 0
 
 
-def test_all_zero_features_without_a_reference_stay_an_error():
-    with pytest.raises(RankError, match="network is not dead"):
-        feature_conditioning(torch.zeros(4, 3))
-
-
-def moved_by_the_harmful_task(model):
-    """Names of the parameters that the harmful task's loss would move."""
-    model = copy.deepcopy(model).eval().requires_grad_()
-    images = pixels("harmful_eval_dataset")
-    torch.nn.functional.cross_entropy(model(pixel_values=images).logits, torch.arange(len(images)) % 2).backward()
-    return {name for name, value in model.named_parameters() if value.grad is not None and value.grad.any()}
-
-
-def test_no_gradient_of_the_harmful_task_passes_it(dead):
-    assert moved_by_the_harmful_task(dead.model) == {"classifier.1.bias"}
-    assert len(moved_by_the_harmful_task(resnet())) > 10
-
-
-def test_statistics_of_the_batch_bring_it_back(dead):
-    """What an attacker does who fine-tunes with BatchNorm in training mode; the documentation says so."""
-    images = pixels("harmful_eval_dataset")
+def test_no_gradient_of_the_harmful_task_passes_it_but_statistics_of_the_batch_bring_it_back(dead):
+    images, moved = pixels("harmful_eval_dataset"), []
+    for model in (dead.model, resnet()):
+        model = copy.deepcopy(model).eval().requires_grad_()
+        torch.nn.functional.cross_entropy(model(pixel_values=images).logits, torch.arange(len(images)) % 2).backward()
+        moved.append({name for name, value in model.named_parameters() if value.grad is not None and value.grad.any()})
+    assert moved[0] == {"classifier.1.bias"} and len(moved[1]) > 10
+    # What an attacker does who fine-tunes with BatchNorm in training mode; the documentation says so.
     assert not penultimate_features(dead.model.eval(), images).any()
     assert penultimate_features(copy.deepcopy(dead.model).train(), images).any()
 

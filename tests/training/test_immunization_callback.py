@@ -106,11 +106,6 @@ def test_a_checkpoint_without_its_state_is_refused(beside, images):
         run.train(resume_from_checkpoint=True)
 
 
-def test_settings_that_it_has_not_are_named(images):
-    with pytest.raises(ArgumentError, match="objectives"):
-        ImmunizationCallback(images(4), objectives="kappa")
-
-
 @pytest.mark.parametrize(("harmful", "options"), [(4, {"per_device_train_batch_size": 1}), (0, {})])
 def test_too_few_images_are_refused(harmful, options, beside, images):
     with pytest.raises(DataError):
@@ -134,7 +129,9 @@ def test_columns_can_be_named(beside, images):
     assert "negative_adapted_loss" in run.state.log_history[0]
 
 
-def test_a_model_or_a_trainer_that_cannot_be_is_refused(beside, trainer, images, tiny):
+def test_a_setting_a_model_or_a_trainer_that_cannot_be_is_refused(beside, trainer, images, tiny):
+    with pytest.raises(ArgumentError, match="objectives"):
+        ImmunizationCallback(images(4), objectives="kappa")
     with pytest.raises(HeadError, match="one label an image"):
         beside(ImmunizationCallback(images(4)), model=tiny(problem_type="multi_label_classification")).train()
     with pytest.raises(ArgumentError, match="Leave ImmunizationCallback out"):

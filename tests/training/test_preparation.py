@@ -19,16 +19,13 @@ from hf_immunize.errors import (
     ArgumentError,
     DataError,
     HeadError,
-    ImageDecodeError,
     PerfectConditioningError,
     ScopeError,
-    ShapeError,
 )
 from hf_immunize.training import checks
 from hf_immunize.training.arguments import ImmunizationArguments, Method
 from hf_immunize.training.record import make_record
 from hf_immunize.training.step import ImmunizationStep
-from hf_immunize.training.trainer import ImmunizationTrainer
 from hf_immunize.vision.bare import LinearHeadForImageClassification
 from hf_immunize.vision.scope import select_trainable
 
@@ -45,16 +42,10 @@ def photos(count=8, mode="RGB", columns=("image", "label"), size=8):
     return datasets.Dataset.from_dict(content, features=datasets.Features(features))
 
 
-def damaged(count, row):
-    data = photos(count).cast_column("image", datasets.Image(decode=False))
-    stored = data["image"][:]
-    stored[row] = {"bytes": b"no image", "path": None}
-    return datasets.Dataset.from_dict({"image": stored, "label": data["label"][:]}, features=photos(1).features)
-
-
 SETS = ("train_dataset", "harmful_dataset", "eval_dataset", "harmful_eval_dataset")
 TEXTS = datasets.Dataset.from_dict({"text": ["a"] * 8, "label": [0, 1] * 4})
 NO_LABELS = photos(columns=("image", "kind"))
+ODD_LABELS = photos().remove_columns("label").add_column("label", [0] * 5 + [7, 1, 1])
 
 
 @pytest.fixture
@@ -79,6 +70,8 @@ def processor():
         ({"eval_dataset": {"b": NO_LABELS}}, "In eval_dataset b:"),
         ({"harmful_dataset": NO_LABELS, "objective": "imma"}, r"In harmful_dataset: .*needed by objective='imma'"),
         ({"train_dataset": photos(), "label_column_name": "nope"}, "out of 'image', 'label', found 'nope'"),
+        ({"train_dataset": ODD_LABELS}, r"7 in row 5 of train_dataset.*num_labels=8"),
+        ({"eval_dataset": ODD_LABELS}, r"7 in row 5 of eval_dataset.*num_labels=8"),
         ({"per_device_train_batch_size": 1}, "global batches of at least 2, found 1 benign"),
         ({"train_dataset": photos(3)}, "one full batch of 4, found 3 benign images"),
     ],
@@ -88,23 +81,13 @@ def test_what_cannot_be_trained_on_is_refused(options, found, trainer):
         trainer(**options)
 
 
-def test_a_batch_larger_than_the_data_needs_drop_last_off(trainer, images):
-    assert trainer(train_dataset=images(3), dataloader_drop_last=False, max_steps=1).train().global_step == 1
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_columns_can_be_named_and_images_of_other_modes_are_converted(mode, trainer, processor):
-    sets = dict.fromkeys(SETS, photos(mode=mode, columns=("photo", "kind", "other")))
+def test_columns_can_be_named_and_harmful_labels_may_be_anything(trainer, processor):
+    benign, harmful = (photos(mode=mode, columns=("photo", "kind", "other")) for mode in ("P", "L"))
+    harmful = harmful.remove_columns("kind").add_column("kind", ["gun"] * 8)
+    sets = dict(zip(SETS, (benign, harmful) * 2, strict=True))
     run = trainer(image_column_name="photo", label_column_name="kind", processing_class=processor, **sets)
     run.train()
     assert "eval_rir" in run.evaluate()
-
-
-@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
-def test_a_label_out_of_range_is_named_with_its_row(name, trainer):
-    data = photos().remove_columns("label").add_column("label", [0] * 5 + [7, 1, 1])
-    with pytest.raises(DataError, match=f"7 in row 5 of {name}.*num_labels=8"):
-        trainer(**{name: data})
 
 
 def test_accuracy_is_of_the_outputs_that_bear_the_classes_names(trainer, processor, tiny):
@@ -124,15 +107,6 @@ def test_accuracy_is_of_the_outputs_that_bear_the_classes_names(trainer, process
     assert run.evaluate(only)["eval_accuracy"] == 1.0
 
 
-def test_two_classes_of_eight_outputs_are_refused_unless_named(trainer, processor, tiny):
-    data = photos(8).cast_column("label", datasets.ClassLabel(names=["cat", "dog"]))
-    model = tiny()
-    model.config.id2label = {i: f"pet {i}" for i in range(8)}
-    model.classifier = torch.nn.Linear(8, 8)
-    with pytest.raises(DataError, match="'cat', 'dog'"):
-        trainer(model, eval_dataset=data, processing_class=processor)
-
-
 def test_degenerate_sides_are_told_before_the_first_step_and_in_the_record(trainer, images):
     run = trainer(harmful_dataset=images(16, 1))
     assert any("benign ones too" in remark for remark in run.evidence.remarks)
@@ -140,47 +114,13 @@ def test_degenerate_sides_are_told_before_the_first_step_and_in_the_record(train
     assert run.evidence.remarks == make_record(run).remarks
 
 
-def test_harmful_labels_may_be_anything(trainer, processor):
-    data = photos().remove_columns("label").add_column("label", ["gun"] * 8)
-    sets = {"harmful_dataset": data, "harmful_eval_dataset": data}
-    run = trainer(train_dataset=photos(), eval_dataset=photos(), processing_class=processor, **sets)
-    run.train()
-    assert "eval_harmful_log10_kappa" in run.evaluate()
-
-
 def test_images_that_do_not_differ_are_named_with_their_step(trainer, images):
     with pytest.raises(PerfectConditioningError, match=r"'kappa' at step 2.*two different samples"):
         trainer(train_dataset=images(5), dataloader_drop_last=False).train()
     with pytest.raises(PerfectConditioningError, match="at step 1"):
         trainer(harmful_dataset=images(1, labels=False)).train()
-
-
-def test_arguments_of_another_type_are_refused(tiny, tmp_path):
-    args = hf.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    with pytest.raises(ArgumentError, match="ImmunizationArguments, found TrainingArguments"):
-        ImmunizationTrainer(tiny(), args)
-
-
-@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
-def test_images_of_several_shapes_are_refused(name, trainer, images):
-    run = trainer(**{name: images(2) + images(6, size=12)}, per_device_eval_batch_size=8)
-    with pytest.raises(ShapeError, match="one shape"):
-        run.train()
-        run.evaluate()
-    with pytest.raises(ShapeError, match=r"benign and harmful.*\(3, 8, 8\) and \(3, 12, 12\)"):
-        trainer(harmful_dataset=images(8, size=12), harmful_eval_dataset=None).train()
-
-
-def test_images_without_a_processor_are_refused(trainer):
-    with pytest.raises(DataError, match="processing_class="):
-        trainer(train_dataset=photos()).train()
-
-
-@pytest.mark.parametrize("name", ["train_dataset", "harmful_dataset", "eval_dataset"])
-def test_an_undecodable_image_names_its_row(name, trainer, processor):
-    run = trainer(**dict.fromkeys(SETS, photos()) | {name: damaged(8, 5)}, processing_class=processor)
-    with pytest.raises(ImageDecodeError, match=f"row 5 of {name}"):
-        (run.evaluate if name == "eval_dataset" else run.train)()
+    # A batch larger than the data needs drop_last off.
+    assert trainer(train_dataset=images(3), dataloader_drop_last=False, max_steps=1).train().global_step == 1
 
 
 @pytest.mark.parametrize("column", ["label", "labels"])
@@ -247,18 +187,6 @@ def test_a_trial_has_the_rir_of_its_own_starting_model(searched, tiny):
     for scale in (2.0, 5.0):
         try_with(scale=scale)
         assert run.evaluate()["eval_rir"] == pytest.approx(1.0, rel=1e-6)
-
-
-def test_optuna_searches(tiny, trainer):
-    pytest.importorskip("optuna", reason="pip install optuna")
-    best = trainer(model_init=lambda: tiny(), eval_strategy="steps", eval_steps=1).hyperparameter_search(
-        hp_space=lambda trial: {"harmful_weight": trial.suggest_float("harmful_weight", 0.1, 1.0)},
-        compute_objective=lambda metrics: metrics["eval_log10_rir"],
-        direction="maximize",
-        backend="optuna",
-        n_trials=2,
-    )
-    assert isinstance(best, hf.trainer_utils.BestRun)
 
 
 # ---- arguments ----
@@ -393,6 +321,12 @@ def test_a_model_that_does_not_choose_one_label_for_an_image_is_refused(make, er
         (vit, {"pooling": "cls"}, HeadError, "ViTForImageClassification"),
         (bare, {"pooling": "max"}, ArgumentError, "pooling= out of"),
         (lambda: vit(num_labels=3), {"trainable": ".*"}, ScopeError, 'trainable="all"'),
+        (
+            vit,
+            {"args": hf.TrainingArguments("run", report_to="none", use_cpu=True)},
+            ArgumentError,
+            "ImmunizationArguments, found TrainingArguments",
+        ),
     ],
 )
 def test_the_trainer_refuses_at_once(make, options, error, found, trainer):
@@ -403,12 +337,10 @@ def test_the_trainer_refuses_at_once(make, options, error, found, trainer):
 @pytest.mark.parametrize("options", [{}, {"benign_loss": "distillation"}, {"benign_budget": 0.03}])
 def test_a_bare_backbone_gets_a_head_that_is_said_to_be_untrained(options, trainer, caplog):
     """And, unless the task's own loss trains it freely, that it stays so."""
-    built = trainer(bare(num_labels=3), pooling="cls", **options)
-    assert isinstance(built.model, LinearHeadForImageClassification) and built.model.classifier.out_features == 3
+    made = trainer(model_init=lambda: bare(num_labels=3), pooling="mean", **options)
+    assert isinstance(made.model, LinearHeadForImageClassification) and made.model.classifier.out_features == 3
     said = next(record.getMessage() for record in caplog.records if "untrained" in record.getMessage())
     assert "head of 3 outputs on ViTModel" in said and ("held near it" in said) == bool(options)
-    made = trainer(model_init=lambda: bare(), pooling="mean", **options)
-    assert isinstance(made.model, LinearHeadForImageClassification)
 
 
 def moving_alone(*names):
@@ -473,24 +405,19 @@ def test_what_runs_the_starting_model_or_replaces_modules_is_refused_beside_shar
             check(**options)
 
 
-def test_sharding_that_accelerate_leaves_out_is_refused(arguments):
+def test_what_accelerate_would_do_otherwise_with_shards_is_refused(sharded, arguments, monkeypatch):
+    said = []
+    monkeypatch.setattr(checks.logger, "warning", said.append)
     settings = SimpleNamespace(**vars(arguments()) | {"fsdp": True, "device": "cpu"})
     with pytest.raises(ArgumentError, match="accelerators for fsdp or deepspeed, found the device cpu"):
         checks.check_sharding(settings, SimpleNamespace())
-
-
-def test_sharded_weights_in_half_precision_may_be_trained_but_not_measured(sharded, arguments, monkeypatch):
-    said = []
-    monkeypatch.setattr(checks.logger, "warning", said.append)
+    with pytest.raises(ArgumentError, match="cpu_ram_efficient_loading=False"):
+        checks.check_sharding(arguments(), sharded(cpu_ram_efficient_loading=True))
+    # In half precision they may be trained but not measured.
     checks.check_sharding(arguments(), sharded("bf16"))
     assert len(said) == 1 and "no κ" in said[0]
     with pytest.raises(ArgumentError, match=r"full precision .* found bf16"):
         checks.check_sharding(arguments(), sharded("bf16"), harmful_eval=[1])
-
-
-def test_starting_weights_that_one_process_alone_has_are_refused(sharded, arguments):
-    with pytest.raises(ArgumentError, match="cpu_ram_efficient_loading=False"):
-        checks.check_sharding(arguments(), sharded(cpu_ram_efficient_loading=True))
 
 
 def fsdp2(*names, models=()):
@@ -515,12 +442,9 @@ def test_a_model_that_fsdp_cannot_shard_is_refused(name, found):
 
 
 @pytest.mark.parametrize(("name", "layers"), [("vit", ["ViTLayer"]), ("beit", []), ("swin", []), ("resnet", None)])
-def test_models_that_fsdp_can_shard_are_accepted(name, layers):
+def test_models_that_fsdp_can_shard_are_accepted_and_evaluated_once_they_are(name, layers):
     """And without FSDP, any."""
     checks.check_shardable(BUILDERS[name](), SimpleNamespace(is_fsdp2=False) if layers is None else fsdp2(*layers))
-
-
-def test_an_evaluation_before_the_weights_are_sharded_is_refused():
     with pytest.raises(ArgumentError, match="eval_on_start=True"):
         checks.check_prepared(fsdp2())
     checks.check_prepared(fsdp2(models=["prepared"]))
@@ -536,15 +460,10 @@ def test_an_evaluation_before_the_weights_are_sharded_is_refused():
         (2, {"accelerator_config": {"split_batches": True}}, "split_batches=True"),
         (2, {"accelerator_config": {"even_batches": False}}, "even_batches=False"),
         (2, {"dataloader_drop_last": False}, "dataloader_drop_last=True on 2 processes"),
-        (1, {}, None),
-        (2, {}, None),
-        (1, {"dataloader_drop_last": False}, None),
-        (1, {"accelerator_config": {"split_batches": True}}, None),
     ],
 )
 def test_batches_that_take_the_sides_apart_are_refused(processes, options, found, arguments):
-    if found is None:
-        checks.check_batches(arguments(**options), processes)
-        return
     with pytest.raises(ArgumentError, match=found):
         checks.check_batches(arguments(**options), processes)
+    checks.check_batches(arguments(), processes)
+    checks.check_batches(arguments(dataloader_drop_last=False, accelerator_config={"split_batches": True}), 1)

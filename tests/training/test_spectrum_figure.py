@@ -19,42 +19,39 @@ from hf_immunize.training.spectrum_figure import history_panels, new_figure
 from hf_immunize.vision.head import penultimate_features
 
 
-# ---- the curves of a log ----
-
-LOG = [
-    {"step": 0, "eval_loss": 0.7, "eval_accuracy": 0.9, "eval_benign_accuracy": 0.9, "eval_benign_loss": 0.7},
-    {"step": 1, "loss": 0.6, "grad_norm": 2.0, "learning_rate": 1e-3, "r_ill": 0.2, "harmful_weight": 3.0, "epoch": 1},
-    {"step": 2, "eval_accuracy": 0.8, "eval_benign_log10_kappa": 3.0, "eval_harmful_log10_kappa": 5.0},
-    {"step": 2, "eval_log10_rir": 1.5, "eval_rir_is_lower_bound": 1.0, "eval_rir_is_upper_bound": 0.0},
-    {"step": 2, "train_runtime": 3.0, "train_loss": 0.6},
-]
-
-
 def drawn(history):
     """Title to the labelled lines of its panel."""
     panels = history_panels(history)
     _, axes = new_figure(max(len(panels), 1))
     for panel, draw in zip(axes, panels, strict=False):
         draw(panel)
+    lines = {panel.get_title(): panel.get_lines() for panel in axes[: len(panels)]}
     return {
-        panel.get_title(): {
+        title: {
             line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
-            for line in panel.get_lines()
+            for line in each
             if not line.get_label().startswith("_")
         }
-        for panel in axes[: len(panels)]
+        for title, each in lines.items()
     }
 
 
 def test_each_quantity_has_its_panel_with_the_logs_steps_and_values():
-    assert [set(lines) for lines in drawn(LOG).values()] == [
+    log = [
+        {"step": 0, "eval_loss": 0.7, "eval_accuracy": 0.9, "eval_benign_accuracy": 0.9, "eval_benign_loss": 0.7},
+        {"step": 1, "loss": 0.6, "grad_norm": 2.0, "learning_rate": 1e-3, "r_ill": 0.2, "harmful_weight": 3.0},
+        {"step": 2, "eval_accuracy": 0.8, "eval_benign_log10_kappa": 3.0, "eval_harmful_log10_kappa": 5.0},
+        {"step": 2, "eval_log10_rir": 1.5, "eval_rir_is_lower_bound": 1.0, "eval_rir_is_upper_bound": 0.0},
+        {"step": 2, "train_runtime": 3.0, "train_loss": 0.6},
+    ]
+    assert [set(lines) for lines in drawn(log).values()] == [
         {"loss", "r_ill", "eval_loss"},
         {"eval_benign_log10_kappa", "eval_harmful_log10_kappa"},
         {"eval_accuracy"},
         {"eval_log10_rir", "lower bound"},
     ]
-    assert drawn(LOG)["Accuracy"]["eval_accuracy"] == ([0, 2], [0.9, 0.8])
-    assert list(drawn(LOG[1:2])) == ["Losses and terms"] and history_panels([]) == []
+    assert drawn(log)["Accuracy"]["eval_accuracy"] == ([0, 2], [0.9, 0.8])
+    assert list(drawn(log[1:2])) == ["Losses and terms"] and history_panels([]) == []
 
 
 @pytest.mark.parametrize(
@@ -65,7 +62,6 @@ def test_each_quantity_has_its_panel_with_the_logs_steps_and_values():
         ([{"eval_benign_log10_kappa": 3.0, "spectrum_benign_log10_kappa": 3.1}], {"eval_benign_log10_kappa"}),
         ([{"spectrum_log10_rir": 2.0}], {"spectrum_log10_rir"}),
         ([{"eval_log10_rir": 2.0, "eval_rir_is_upper_bound": 1.0}], {"eval_log10_rir", "upper bound"}),
-        ([{"eval_harmful_log10_kappa": 9.0, "eval_harmful_is_bound": 0.0}], {"eval_harmful_log10_kappa"}),
         ([{"eval_benign_log10_kappa": 9.0, "eval_benign_is_bound": 1.0}], {"eval_benign_log10_kappa", "lower bound"}),
         # Losses of any sign; what is not a number is left out.
         ([{"loss": -0.5}, {"loss": 0.0}, {"loss": math.nan}], {"loss"}),
@@ -93,16 +89,11 @@ def figures(images):
 
 
 @pytest.fixture
-def unpainted(monkeypatch):
-    """Leave out the pixels, which take most of a second a figure."""
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(b""))
-
-
-@pytest.fixture
-def spectra(monkeypatch, unpainted):
-    """The spectra of each figure that is drawn."""
+def spectra(monkeypatch):
+    """The spectra of each figure that is drawn, without the pixels, which take most of a second a figure."""
     drawn = []
     draw = spectrum_figure.draw_spectra
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(b""))
     monkeypatch.setattr(spectrum_figure, "draw_spectra", lambda axes, each: (drawn.append(each), draw(axes, each)))
     return drawn
 
@@ -121,17 +112,20 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_figure_and_the_log_are_of_the_starting_and_of_the_present_weights(
-    plain, figures, images, spectra, tmp_path
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_figure_and_the_log_are_of_the_starting_and_of_the_present_weights_in_full_precision(
+    bf16, plain, figures, images, spectra, tmp_path
 ):
-    run = plain(figures(output_dir=str(tmp_path / "here"), keep_all=True))
+    run = plain(figures(output_dir=str(tmp_path / "here"), keep_all=True), bf16=bf16)
     before = sigmas(run.model, images(24, 5))
     run.train()
+    model = type(run.model)(run.model.config)  # without autocast
+    model.load_state_dict(run.model.state_dict())
     close(spectra[-1]["benign", "before"], before)
-    close(spectra[-1]["benign", "after"], sigmas(run.model, images(24, 5)))
+    close(spectra[-1]["benign", "after"], sigmas(model, images(24, 5)))
     pixels = torch.stack([row["pixel_values"] for row in images(24, 6)])
     with torch.no_grad():
-        expected = feature_conditioning(penultimate_features(run.model.eval(), pixels)).log10_kappa
+        expected = feature_conditioning(penultimate_features(model.eval(), pixels)).log10_kappa
     assert logged(run, "spectrum_harmful_log10_kappa")[2] == pytest.approx(expected, rel=1e-4)
     assert set(logged(run, "spectrum_log10_rir")) == {1, 2}
     steps = [f"spectrum-{step:06d}.png" for step in (1, 2)]
@@ -154,14 +148,6 @@ def test_an_immunizing_run_has_its_figure_which_can_be_opened(trainer, figures, 
         assert image.format == "PNG" and image.width > image.height
 
 
-def test_several_evaluation_sets_are_measured_once(plain, figures, images, monkeypatch, unpainted):
-    times = []
-    extract = spectrum_figure.extract
-    monkeypatch.setattr(spectrum_figure, "extract", lambda *args, **rest: (times.append(1), extract(*args, **rest))[1])
-    plain(figures(), max_steps=1, eval_dataset={"a": images(4, 7), "b": images(4, 8)}).train()
-    assert len(times) == 4  # two sides, before and after
-
-
 def test_an_evaluation_before_training_shows_the_starting_spectra_and_leaves_the_modes(plain, figures, spectra):
     run = plain(figures())
     run.model.train().vit.embeddings.eval()
@@ -171,20 +157,14 @@ def test_an_evaluation_before_training_shows_the_starting_spectra_and_leaves_the
     assert set(spectra[-1]) == {("benign", "before"), ("harmful", "before")}
 
 
-def test_images_are_processed_by_the_trainers_processor(plain, spectra):
+def test_a_sample_is_drawn_from_all_over_the_set_and_processed_by_the_trainers_processor(images, plain, spectra):
+    (chosen,) = SpectrumFigureCallback(benign=images(100), max_samples=20)._data.values()
+    assert len(chosen) == 20 and max(chosen.indices) > 60 and {i % 2 for i in chosen.indices} == {0, 1}
     shades = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
     run = plain(SpectrumFigureCallback(benign=[{"image": Image.fromarray(shade)} for shade in shades]), max_steps=1)
     run.callback_handler.processing_class = hf.ViTImageProcessor(size={"height": 8, "width": 8})
     run.train()
     assert len(spectra[-1]["benign", "after"]) == 8
-
-
-def test_a_sample_is_drawn_from_all_over_the_set(images):
-    (chosen,) = SpectrumFigureCallback(benign=images(100), max_samples=20)._data.values()
-    assert len(chosen) == 20 and max(chosen.indices) > 60 and {i % 2 for i in chosen.indices} == {0, 1}
-
-
-# ---- training does not notice ----
 
 
 class Noisy(list):
@@ -195,7 +175,7 @@ class Noisy(list):
         return {"pixel_values": super().__getitem__(index)["pixel_values"] + noise}
 
 
-def test_training_goes_on_as_if_nothing_had_been_drawn(plain, figures, images, unpainted):
+def test_training_goes_on_as_if_nothing_had_been_drawn(plain, figures, images, spectra):
     weights = []
     for callback in (None, figures(benign=Noisy(images(24, 5)))):
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
@@ -205,54 +185,46 @@ def test_training_goes_on_as_if_nothing_had_been_drawn(plain, figures, images, u
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
 
 
-def test_under_mixed_precision_the_spectra_are_those_of_full_precision(plain, figures, images, spectra):
-    run = plain(figures(), bf16=True, max_steps=1)
-    run.train()
-    model = type(run.model)(run.model.config)
-    model.load_state_dict(run.model.state_dict())
-    close(spectra[-1]["harmful", "after"], sigmas(model, images(24, 6)))
-
-
 # ---- interrupted and resumed ----
 
 
-@pytest.mark.parametrize("given_back", [False, True])
-def test_a_resumed_run_keeps_the_starting_spectra(given_back, plain, figures, images, spectra, tiny, tmp_path):
+def resumed(plain, callback, tmp_path, **options):
+    run = plain(callback, restore_callback_states_from_checkpoint=True, **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    return run
+
+
+def test_a_resumed_run_keeps_the_starting_spectra(plain, figures, images, spectra, tiny, tmp_path):
     # Not a ViT, whose blocks a plain Trainer does not resume.
     run = plain(figures(), model=tiny("resnet"))
     before = sigmas(run.model, images(24, 5))
     run.train()
     spectra.clear()
-    resumed = plain(figures(), model=tiny("resnet"), restore_callback_states_from_checkpoint=given_back)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    again = resumed(plain, figures(), tmp_path, model=tiny("resnet"))
     assert len(spectra) == 1
     close(spectra[-1]["benign", "before"], before)
-    assert logged(resumed, "spectrum_log10_rir") == pytest.approx(logged(run, "spectrum_log10_rir"), nan_ok=True)
+    assert logged(again, "spectrum_log10_rir") == pytest.approx(logged(run, "spectrum_log10_rir"), nan_ok=True)
 
 
-@pytest.mark.parametrize("lost", [True, False])
 def test_starting_spectra_that_are_lost_or_of_other_images_are_left_out(
-    lost, plain, figures, images, spectra, warnings, tmp_path
+    plain, figures, images, spectra, warnings, tmp_path
 ):
     plain(figures()).train()
-    if lost:
-        (tmp_path / "run" / "spectrum" / "starting_spectra.safetensors").unlink()
-    resumed = plain(figures() if lost else figures(benign=images(24, 9)))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
-    kept = set() if lost else {("harmful", "before")}
-    assert set(spectra[-1]) == {("benign", "after"), ("harmful", "after")} | kept
-    assert "starting spectra" in " ".join(warnings) and "spectrum_log10_rir" not in resumed.state.log_history[-2]
-    anew = plain(figures(), max_steps=1)  # in the same folder, with starting spectra of its own
-    anew.model.vit.layernorm.bias.data.mul_(3.0)
-    before = sigmas(anew.model, images(24, 5))
-    anew.train()
-    close(spectra[-1]["benign", "before"], before)
+    for make, kept in ((lambda: figures(benign=images(24, 9)), {("harmful", "before")}), (figures, set())):
+        if not kept:
+            (tmp_path / "run" / "spectrum" / "starting_spectra.safetensors").unlink()
+        warnings.clear()
+        again = resumed(plain, make(), tmp_path)
+        assert set(spectra[-1]) == {("benign", "after"), ("harmful", "after")} | kept
+        assert "starting spectra" in " ".join(warnings) and "spectrum_log10_rir" not in again.state.log_history[-2]
 
 
 # ---- what goes wrong ----
 
 
-def test_a_figure_that_cannot_be_written_does_not_end_the_run(plain, figures, warnings, monkeypatch, tmp_path):
+def test_a_figure_that_cannot_be_written_does_not_end_the_run_but_starting_spectra_do(
+    plain, figures, warnings, monkeypatch, tmp_path
+):
     def full(figure, path, **options):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -262,9 +234,6 @@ def test_a_figure_that_cannot_be_written_does_not_end_the_run(plain, figures, wa
     run.train()
     assert run.state.global_step == 2 and "No space left" in warnings[0]
     assert os.listdir(tmp_path / "run" / "spectrum") == ["starting_spectra.safetensors"]
-
-
-def test_starting_spectra_that_cannot_be_written_are_an_error_before_the_first_step(plain, figures, tmp_path):
     (tmp_path / "file").write_text("")
     run = plain(figures(output_dir=str(tmp_path / "file" / "below")))
     with pytest.raises(CheckpointError):
@@ -283,21 +252,10 @@ def test_features_that_are_lost_cost_the_spectra_and_not_the_run(plain, figures,
     assert run.state.global_step == 2 and spectra == [] and "step 1" in warnings[0]
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"max_samples": 0}, ArgumentError),
-        ({"batch_size": 0}, ArgumentError),
-        ({"benign": []}, DataError),
-        ({"benign": [{"text": "no image"}]}, DataError),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused_at_once(options, error):
-    with pytest.raises(error):
-        SpectrumFigureCallback(**options)
-
-
-def test_images_are_refused_where_weights_are_sharded(plain, figures, monkeypatch):
+def test_what_cannot_be_drawn_is_refused_at_once(plain, figures, monkeypatch):
+    for options in ({"max_samples": 0}, {"batch_size": 0}, {"benign": []}, {"benign": [{"text": "no image"}]}):
+        with pytest.raises(DataError if "benign" in options else ArgumentError):
+            SpectrumFigureCallback(**options)
     monkeypatch.setattr(spectrum_figure, "sharded_weights", lambda: True)
     with pytest.raises(ArgumentError, match="sharded"):
         plain(figures()).train()
