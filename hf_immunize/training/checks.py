@@ -238,7 +238,7 @@ def image_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any
         if name == "train_dataset"
         else "Labels are needed for eval_loss and eval_accuracy; of the harmful data, none are."
     )
-    image, label = _columns(dataset, name, args, needed, about)
+    image, label = columns(dataset, name, args.image_column_name, args.label_column_name, needed, about)
     if labels == "ignored" or label is None:
         return ImageRows(dataset, name, image)
     try:
@@ -252,14 +252,17 @@ def image_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any
     return ImageRows(dataset, name, image, label, config.num_labels, outputs)
 
 
-def _columns(dataset: Any, name: str, args: Any, needed: bool, about_labels: str) -> tuple[str, str | None]:
+def columns(
+    dataset: Any, name: str, image: str | None, label: str | None, needed: bool, about_labels: str = ""
+) -> tuple[str, str | None]:
+    """The image column of a data set, and the label column if there is one; refuses one without what is needed."""
     # A streamed dataset has no length; `find_columns` says what to do about it.
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
     try:
-        return find_columns(dataset, args.image_column_name, args.label_column_name if needed else None, needed)
+        return find_columns(dataset, image, label if needed else None, needed)
     except DataError as error:
-        raise DataError(f"In {name}: {error}{' ' + about_labels if needed else ''}") from error
+        raise DataError(f"In {name}: {error} {about_labels if needed else ''}".rstrip()) from error
 
 
 def check_best_metric(args: ImmunizationArguments, harmful_eval: Any) -> None:
@@ -286,7 +289,7 @@ def side_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any,
         return dataset
     # Labels of the harmful task are its own; they need not be outputs of this model.
     about = f"Labels of the harmful images are needed by objective={args.objective!r}."
-    image, label = _columns(dataset, name, args, needed, about)
+    image, label = columns(dataset, name, args.image_column_name, args.label_column_name, needed, about)
     return ImageRows(dataset, name, image, label if needed else None)
 
 

@@ -10,7 +10,6 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
-from hf_immunize.data.columns import find_columns
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.data.pairs import BatchSizes, PairedDataset, PairedSampler, check_one_shape
 from hf_immunize.data.streams import StreamedRows, is_stream
@@ -18,6 +17,7 @@ from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.files import staged_directory
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.checkpoints import load_step, load_weights, save_step
+from hf_immunize.training.checks import columns
 from hf_immunize.training.choice import draw_sample
 from hf_immunize.training.distributed import sharded_weights, world_size
 from hf_immunize.training.step import ImmunizationStep, RunningMeans
@@ -189,17 +189,11 @@ class ImmunizationCallback(TrainerCallback):
 
     def _rows(self, dataset: Any, name: str) -> Any:
         image, label = self._columns
-        needs_label = name == "harmful_dataset" and self.method.needs_harmful_labels
-        needs_label = needs_label or (name == "benign_dataset" and self.method.needs_labels)
-        label = label if needs_label else None
+        needed = {"harmful_dataset": self.method.needs_harmful_labels, "benign_dataset": self.method.needs_labels}
+        needs_label = needed.get(name, False)
         if is_stream(dataset):
-            return StreamedRows(dataset, name, image, label)
-        if len(dataset) == 0:
-            raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
-        try:
-            image, label = find_columns(dataset, image, label, needs_label)
-        except DataError as error:
-            raise DataError(f"In {name}: {error}") from error
+            return StreamedRows(dataset, name, image, label if needs_label else None)
+        image, label = columns(dataset, name, image, label, needs_label)
         return ImageRows(dataset, name, image, label if needs_label else None)
 
     def _draw(self, step: int) -> dict[str, Any]:

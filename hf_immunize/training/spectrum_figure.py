@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.images import ImageRows
+from hf_immunize.data.sources import choose
 from hf_immunize.errors import ArgumentError, CheckpointError, NonFiniteError, RankError
 from hf_immunize.features.cache import seeded
 from hf_immunize.features.extract import Measurement, extract, load_measurements, save_measurements, spectral_metrics
@@ -308,11 +309,8 @@ class SpectrumFigureCallback(TrainerCallback):
 def _sample(dataset: Any, name: str, max_samples: int) -> Any:
     if not isinstance(dataset, ImageRows):
         dataset = ImageRows(dataset, name, find_columns(dataset, need_label=False)[0])
-    if len(dataset) <= max_samples:
-        return dataset
     # Neither the first ones nor every k-th one: data sets are often in the order of their classes.
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:max_samples]
-    return torch.utils.data.Subset(dataset, sorted(chosen.tolist()))
+    return torch.utils.data.Subset(dataset, sorted(choose(len(dataset), max_samples, 0)))
 
 
 def _metrics(now: dict[str, Measurement], before: dict[str, Measurement]) -> dict[str, float]:
