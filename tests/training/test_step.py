@@ -286,18 +286,15 @@ class Poke(hf.TrainerCallback):
             model.vit.layers[1].layernorm_after.weight.data[0] = self.value
 
 
-@pytest.mark.parametrize("objective", ["kappa", "r_ill"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_stop_the_run(objective, value, trainer):
-    with pytest.raises(NonFiniteError, match=rf"(?s){objective}.* step 2"):
-        trainer(objective=objective, max_steps=4, callbacks=[Poke(value)]).train()
+def test_features_and_losses_that_are_not_finite_stop_the_run_and_are_named(value, trainer):
+    with pytest.raises(NonFiniteError, match=r"(?s)r_ill.* step 2"):
+        trainer(objective="r_ill", max_steps=4, callbacks=[Poke(value)]).train()
 
-
-def test_a_loss_that_is_not_finite_is_named(trainer):
     def broken(outputs, labels, num_items_in_batch=None):
-        return outputs["logits"].sum() * float("nan")
+        return outputs["logits"].sum() * value
 
-    with pytest.raises(NonFiniteError, match="finite benign_loss at step 1, found nan"):
+    with pytest.raises(NonFiniteError, match="finite benign_loss at step 1, found"):
         trainer(compute_loss_func=broken, benign_weight=0, harmful_weight=0).train()
 
 

@@ -3,7 +3,6 @@
 import datasets
 import pytest
 import torch
-import transformers as hf
 from torch import nn
 
 from hf_immunize.errors import ArgumentError, DataError, NonFiniteError
@@ -143,23 +142,6 @@ def test_the_best_model_is_chosen_by_rir_of_one_of_several_sets(trainer, images)
     seen = [entry["eval_b_log10_rir"] for entry in run.state.log_history if "eval_b_log10_rir" in entry]
     assert len(seen) == 3 and run.state.best_metric == max(seen)
     assert run.evaluate()["eval_b_log10_rir"] == pytest.approx(max(seen), abs=1e-6)
-
-
-def test_tensorboard_and_callbacks_of_the_user_receive_rir_and_the_terms(trainer, tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    class Seen(hf.TrainerCallback):
-        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            seen.append(metrics["eval_rir"])
-
-    seen = []
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    run = finished(trainer(report_to="tensorboard", callbacks=[Seen()], **EVERY_STEP))
-    board = EventAccumulator(str(tmp_path / "board"))
-    board.Reload()
-    assert {"eval/rir", "eval/log10_rir", "eval/accuracy", "train/loss", "train/r_ill"} <= set(board.Tags()["scalars"])
-    logged = [entry["eval_rir"] for entry in run.state.log_history if "eval_rir" in entry]
-    assert seen == logged and [event.value for event in board.Scalars("eval/rir")] == pytest.approx(logged)
 
 
 # ---- training ----
