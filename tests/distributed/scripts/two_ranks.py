@@ -159,20 +159,15 @@ def summed(folder):
     return runs, used.call_count
 
 
-def every_objective(folder, dtype):
-    """Two steps with weights by gradient norms, the second with a queue where there is one."""
+def exactly(folder):
+    """In float64: every objective, the second step with a queue where there is one, and what remembers."""
+    loss = {"objective": "imma", "benign_loss": "both", "benign_budget": 0.1, "budget_measure": "loss"}
     found = {}
     for name in TRAINED:
         for size in (0, 6) if name != "imma" else (0,):
             options = PAPER | {"objective": name, "queue_size": size, "max_steps": 2}
-            found[f"{name} {'queue' if size else 'batch'}"] = run(folder, dtype, **options)
-    return found
-
-
-def exactly(folder):
-    """In float64: every objective, and what remembers."""
-    loss = {"objective": "imma", "benign_loss": "both", "benign_budget": 0.1, "budget_measure": "loss"}
-    return every_objective(folder, torch.float64) | {
+            found[f"{name} {'queue' if size else 'batch'}"] = run(folder, torch.float64, **options)
+    return found | {
         "distilled": run(folder, torch.float64, max_steps=4, queue_size=16),
         "both": run(folder, torch.float64, max_steps=2, **loss),
         "dead_relu": run(folder, torch.float64, resnet(), objective="dead_relu", max_steps=2),
@@ -259,7 +254,6 @@ def everything(folder):
         "norm": norm(),
         "main": broadcast_from_main({"rank": rank()}),
         "runs": {
-            **every_objective(folder, torch.float32),
             "fixed": run(folder, **FIXED),
             "adam": run(folder, **PAPER, max_steps=2, **ADAM),
             # Running means, multiplier, queue, starting model and a third set, over steps enough to use them.
