@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CardError, HubError, WeightsChangedWarning, WeightsError
 from hf_immunize.hub.record import ImmunizationRecord, read_record
-from hf_immunize.hub.weights import ALLOWED, changed_weights, pickled_weights, weight_files
+from hf_immunize.hub.weights import ALLOWED, changed_weights, weight_files
 from hf_immunize.text import library_words, printable
 from hf_immunize.vision.loading import LOADING_ERRORS, load_classifier
 
@@ -117,16 +117,7 @@ def fetch(
             repo_id, revision=revision, token=api.token, endpoint=api.endpoint, allow_patterns=patterns
         )
 
-    folder = Path(retried(download, f"request for {repo_id}"))
-    if not any(folder.glob("*.safetensors")):
-        names = retried(lambda: api.list_repo_files(repo_id, revision=revision), f"list of files of {repo_id}")
-        pickled = pickled_weights(names)
-        if pickled:
-            raise WeightsError(
-                f"Expected weights of {repo_id} in safetensors, found only pickled ones ({pickled[0]}), which can run "
-                "any code when loaded. They were not fetched; ask the authors for safetensors."
-            )
-    return folder
+    return Path(retried(download, f"request for {repo_id}"))
 
 
 def load_model(
