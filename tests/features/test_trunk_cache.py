@@ -195,4 +195,3 @@ def test_an_error_of_ones_own_stays_what_it_is():
 
 def test_a_process_alone_shares_every_folder_and_makes_none(tmp_path):
     assert ALONE.share_folder(tmp_path / "new") and not (tmp_path / "new").exists()
-    ALONE.leave()
