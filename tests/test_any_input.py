@@ -197,7 +197,8 @@ def test_any_size_gives_the_number_of_float64_and_ordinary_size(case, name, degr
     except ImmunizationError:
         assert exponent == -133  # below the normal numbers of float32: rounding noise may be all there is
         return
-    assert torch.isfinite(found).all()
+    # A gradient beyond its dtype is infinite.
+    assert torch.isfinite(found).all() or (case.startswith("gradient") and not torch.isfinite(held).all())
     if exponent != -133 or degree:
         atol = torch.finfo(result_dtype).smallest_normal
         torch.testing.assert_close(found, held.to(torch.float64), rtol=1e-5, atol=atol)

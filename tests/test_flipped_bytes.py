@@ -7,26 +7,12 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_immunize.audit.journal import Journal, Pass, StoredPasses
+from hf_immunize.audit.journal import Journal
 from hf_immunize.audit.result import Outcome
 from hf_immunize.errors import ImmunizationError
 from hf_immunize.features.cache import TrunkCache, open_or_write
-from hf_immunize.features.extract import Extraction, Layer
 from hf_immunize.features.trunk import split_trunk
 from hf_immunize.vision.scope import select_trainable
-
-
-LAYER = Layer("block", False, (4,))
-
-
-def made():
-    values = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    return Extraction(values, values + 1, {LAYER.label("pooled"): values + 2})
-
-
-def tensors(extraction):
-    named = {"features": extraction.features, "logits": extraction.logits, **extraction.views}
-    return {name: value.tolist() for name, value in named.items()}
 
 
 def trunk(folder):
@@ -45,13 +31,6 @@ def trunk(folder):
     return read
 
 
-def passes(folder):
-    wanted = Pass("immunized", "harmful", "test", ((LAYER, "pooled"),))
-    stored = StoredPasses(folder, [wanted])
-    stored.write(wanted, made(), 0)
-    return lambda: tensors(stored.read(wanted))
-
-
 def journal(folder):
     kept = Journal(folder, "mark", [])
     for seed in range(4):
@@ -59,7 +38,7 @@ def journal(folder):
     return lambda: {key: asdict(outcome) for key, outcome in Journal(folder, "mark", []).outcomes.items()}
 
 
-KINDS = {"trunk cache": trunk, "passes": passes, "journal": journal}
+KINDS = {"trunk cache": trunk, "journal": journal}
 
 
 @pytest.mark.parametrize("kind", KINDS)

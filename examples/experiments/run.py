@@ -12,7 +12,6 @@ from benchmarks.common import describe_machine
 from examples.experiments import attacks, backbones, measure, tasks, training
 from examples.experiments.files import Parts, alone, read_json, write_json
 from examples.experiments.settings import Run, differences, digest, plain
-from hf_immunize.audit.names import label
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.errors import ArgumentError, ImmunizationError
 from hf_immunize.hub.card import attach_audit
@@ -156,12 +155,7 @@ def _hardware() -> str:
 
 def _finish_card(model: Path, report: AuditReport) -> None:
     """Write what the attacks found into record and card."""
-    found: dict[str, Any] = report.for_card()
-    named = {
-        access: attack and attack | {"attacker": label(attack["attacker"])}
-        for access, attack in found["strongest"].items()
-    }
-    attach_audit(model, found | {"strongest": named})
+    attach_audit(model, report.for_card())
 
 
 def _keep_card(run: Run, title: str) -> Path:

@@ -1,33 +1,25 @@
-"""What an audit keeps on disk: outcomes to resume from, and the features of processes beside this one."""
+"""What an audit keeps on disk: the outcomes to resume from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from hf_immunize.audit.result import Outcome
-from hf_immunize.errors import ArgumentError, CheckpointError, DiskSpaceError
-from hf_immunize.features.extract import Extraction, Layer
+from hf_immunize.errors import ArgumentError, CheckpointError
 from hf_immunize.files import (
-    UNFINISHED,
     checked,
     flush,
     with_checksum,
     write_whole,
 )
-from hf_immunize.tensor_hash import tensors_hash, weights_fingerprint
+from hf_immunize.tensor_hash import weights_fingerprint
 
 
 class Journal:
@@ -122,88 +114,3 @@ def fingerprint(models: dict[str, nn.Module], hashes: dict[str, list[bytes]], se
             total.update(part)
     total.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return total.hexdigest()
-
-
-View = tuple[Layer, str]
-# Several processes extract features ahead of the attacks: each writes its part, the first reads all. The features of
-# flattened layers may be larger than memory, and attacks take hours. So nothing is sent from process to process, and
-# none waits for the attacks: when all parts are on disk, the first process goes on alone.
-_PREFIX = f"{UNFINISHED}features-"
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One set of images through one model."""
-
-    subject: str  # "immunized" or "reference"
-    task: str  # "harmful", "unseen", "benign" or "unrelated"
-    side: str  # "train", "test" or "utility"
-    views: tuple[View, ...] = ()  # earlier layers that are read as well
-
-
-class StoredPasses:
-    """Extractions on disk, in a folder for each pass (by its place in the list) with a file for each process."""
-
-    def __init__(self, folder: str | Path, passes: list[Pass]) -> None:
-        self.folder = Path(folder)
-        self.passes = passes
-
-    def write(self, wanted: Pass, extraction: Extraction | None, process: int) -> None:
-        """Keep what a process found; nothing where it had no images."""
-        if extraction is None:
-            return
-        tensors = {"features": extraction.features, "logits": extraction.logits}
-        tensors |= {f"view {label}": values for label, values in extraction.views.items()}
-        place = self._place(wanted)
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            _save(tensors, place / f"{process:05d}")
-        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-            raise DiskSpaceError(
-                f"Expected to keep the features of {wanted.task} images in {self.folder}, found: {error}. Make room, "
-                "choose another --output-dir, or run the audit in one process, which keeps them in memory."
-            ) from error
-
-    def read(self, wanted: Pass) -> Extraction:
-        """What all processes found, in their order."""
-        try:
-            files = sorted(self._place(wanted).iterdir())
-            with safe_open(files[0], framework="pt") as first:
-                names = list(first.keys())
-            # One name at a time, so that no more than one is kept twice.
-            joined = {name: torch.cat([_read(file, name) for file in files]) for name in names}
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(
-                f"Expected the features of {wanted.task} images as they were just written to {self.folder}, found: "
-                f"{error}. Check the disk, and start again; finished attacks are kept."
-            ) from error
-        features, logits = joined.pop("features"), joined.pop("logits")
-        return Extraction(features, logits, {name.removeprefix("view "): value for name, value in joined.items()})
-
-    def _place(self, wanted: Pass) -> Path:
-        return self.folder / str(self.passes.index(wanted))
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors with their digests."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, {name: tensors_hash([(name, tensor)]) for name, tensor in whole.items()})
-
-
-def _read(path: Path, name: str) -> Tensor:
-    """Read a tensor that `_save` wrote."""
-    with safe_open(path, "pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        known = (file.metadata() or {}).get(name)
-    if known != tensors_hash([(name, tensor)]):
-        raise ValueError(f"{name} in {path} is not what was written")
-    return tensor
-
-
-def make_folder(parent: str | Path | None) -> Path:
-    """An empty folder for `StoredPasses` in a run directory, from which what a killed audit left is removed."""
-    if parent is not None:
-        Path(parent).mkdir(parents=True, exist_ok=True)
-        for leftover in Path(parent).glob(f"{_PREFIX}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))

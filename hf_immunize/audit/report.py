@@ -148,7 +148,7 @@ class AuditReport:
             chance by class of attackers, None where none was tested), "utility" (None where it was not measured) and
             "verdict" (sentences; names in them come from outside, so escape them for where they go).
         """
-        names = ("attacker", "layer", "accuracy", "reference_accuracy", "chance")
+        names = ("layer", "accuracy", "reference_accuracy", "chance")
         utility = self.data.utility and asdict(self.data.utility)
         if utility and utility["interval"]:
             utility["interval"] = list(utility["interval"])
@@ -156,7 +156,9 @@ class AuditReport:
             "preset": self.data.preset,
             "preset_version": self.data.preset_version,
             "strongest": {
-                row["access"]: None if row["accuracy"] is None else {name: row[name] for name in names}
+                row["access"]: None
+                if row["accuracy"] is None
+                else {"attacker": label(row["attacker"])} | {name: row[name] for name in names}
                 for row in _records(self._tables["headline"])
             },
             "utility": utility,

@@ -101,7 +101,7 @@ class AuditResult:
 
     def tested_images(self, outcome: Outcome) -> int:
         """Test images of an attack: fine-tuning takes no more than its budget, probes (of public weights too) all."""
-        size, most = self.tasks[outcome.task].test_size, self.budget.get("fine_tuning_test_images")
+        size, most = self.tasks[outcome.task].test_size, self.budget.get("fine_tuning_max_test_images")
         attacker = find_attacker(outcome.attacker)
         tuned = outcome.access == "fine_tuning" and not (attacker and attacker.restores)
         return min(size, most) if tuned and isinstance(most, int) else size

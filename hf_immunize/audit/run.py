@@ -10,11 +10,9 @@ import inspect
 import itertools
 import os
 import platform
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -30,7 +28,7 @@ from transformers.utils import logging
 from hf_immunize.attacks.attacker import Attacker, Found, Part, ProbeData, guarded
 from hf_immunize.attacks.finetune import changed_parameters
 from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_attacker
-from hf_immunize.audit.journal import Journal, Pass, StoredPasses, fingerprint, key_of, make_folder
+from hf_immunize.audit.journal import Journal, fingerprint, key_of
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import AuditResult, FeatureSpectrum, Outcome, Utility
 from hf_immunize.audit.settings import AuditSettings
@@ -38,7 +36,7 @@ from hf_immunize.audit.statistics import paired_utility
 from hf_immunize.audit.tasks import AttackedTask, Images, load_task, overlaps
 from hf_immunize.data.columns import outputs_by_name
 from hf_immunize.data.sources import HeldOut
-from hf_immunize.errors import ArgumentError, ImmunizationError, ProcessError, RecordError
+from hf_immunize.errors import ArgumentError, ImmunizationError
 from hf_immunize.features.extract import (
     Extraction,
     Layer,
@@ -48,9 +46,8 @@ from hf_immunize.features.extract import (
     find_layers,
     pass_size,
 )
-from hf_immunize.features.ranks import ALONE, Processes
 from hf_immunize.hub.collect import draw_like, refuse_training_images
-from hf_immunize.hub.record import ImmunizationRecord, find_record
+from hf_immunize.hub.record import find_record
 from hf_immunize.spectra.conditioning import Conditioning, feature_conditioning, singular_values
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.text import library_words
@@ -79,56 +76,25 @@ def audit(model: Any, **options: Any) -> AuditReport:
     Raises:
         ArgumentError: An unknown preset or attacker, or a run directory of another audit.
         DataError: Data that cannot be used; the sentence says why and what to do.
+        RecordError: A record that is damaged, so that training images cannot be told.
         TrainingImagesError: Test images on which the model was trained, by its record.
     """
-    report = _audit(ALONE, AuditSettings(model, **options))
-    assert report is not None  # the one process is the first
-    return report
-
-
-audit.__signature__ = inspect.signature(AuditSettings).replace(return_annotation=AuditReport)  # type: ignore[attr-defined]
-
-
-def audit_over_processes(processes: Processes, settings: AuditSettings) -> AuditReport | None:
-    """As `audit`, called on all processes: each runs its share of the images, the first one attacks and reports.
-
-    The others end when the features are there, and return None. The report is that of one process.
-    """
-    folder = settings.run_dir or tempfile.gettempdir()
-    if not processes.share_folder(folder):
-        raise ProcessError(
-            f"Expected an output folder that all processes see, found that they do not share {folder}. Choose one on "
-            "a shared disk, or run the audit in one process."
-        )
-    return _audit(processes, settings)
-
-
-def _audit(processes: Processes, settings: AuditSettings) -> AuditReport | None:
+    settings = AuditSettings(model, **options)
     chosen = settings.chosen()
     start = time.time()
     warnings: list[str] = []
-    progress = settings.progress and processes.first
-    loaded = processes.run_on_all_ranks(lambda: _load(settings, warnings, processes.device))
-    models, processor, names, tasks = loaded
+    models, processor, names, tasks = _load(settings, warnings)
     memory = settings.memory_limit or int(0.6 * psutil.virtual_memory().available)
-    memory = _load_images(tasks, processor, memory, progress, processes)
+    memory = _load_images(tasks, processor, memory, settings.progress)
     warnings += overlaps(tasks)
     warnings += [f"{task.problem}; it was not attacked." for task in tasks if task.problem]
     hashes = {f"{t.name} {s}": [*i.hashes, i.labels.numpy().tobytes()] for t in tasks for s, i in _sides(t)}
     # Which attackers run decides no result, so that more can be added to a run.
     budgets = {"name": chosen.name, "probe": asdict(chosen.probe_budget), "tuning": asdict(chosen.tuning_budget)}
     mark = fingerprint(models, hashes, budgets | {"version": PRESET_VERSION})
-    run_dir = settings.run_dir if processes.first else None
-    journal = processes.run_on_all_ranks(lambda: Journal(run_dir, mark, warnings))
-    work = Work(chosen, models, tasks, processor, journal, settings.head_module, memory, warnings, progress)
-    with ExitStack() as stack:
-        if processes.count > 1:
-            work.stored = stack.enter_context(_extracted_by_all(work, processes, settings.run_dir))
-            # The others are done, and nobody waits in a collective for the attacks.
-            processes.leave()
-            if not processes.first:
-                return None
-        work.run()
+    journal = Journal(settings.run_dir, mark, warnings)
+    work = Work(chosen, models, tasks, processor, journal, settings.head_module, memory, warnings, settings.progress)
+    work.run()
     total = sum(outcome.seconds for outcome in journal.outcomes.values())
     return AuditReport(
         AuditResult(
@@ -150,35 +116,17 @@ def _audit(processes: Processes, settings: AuditSettings) -> AuditReport | None:
     )
 
 
-@contextmanager
-def _extracted_by_all(work: Work, processes: Processes, run_dir: Any) -> Iterator[StoredPasses]:
-    """What the attacks will need of the models, each process's share on disk; removed in the end."""
-    # The memory of the first one decides which layers are read.
-    passes, folder = processes.broadcast_from_main(lambda: (work.passes(), make_folder(run_dir)))
-    stored = StoredPasses(folder, passes)
-    try:
-        for one in passes:
-            processes.together(partial(_extract_own, stored, one, work, processes.index))
-        yield stored
-    finally:
-        if processes.first:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _extract_own(stored: StoredPasses, wanted: Pass, work: Work, process: int) -> None:
-    with underflow_to_zero():  # as in `Work.run`
-        extraction = work.compute(wanted)
-    stored.write(wanted, extraction, process)
+audit.__signature__ = inspect.signature(AuditSettings).replace(return_annotation=AuditReport)  # type: ignore[attr-defined]
 
 
 # Models, data and images
 
 
 def _load(
-    settings: AuditSettings, warnings: list[str], device: torch.device
+    settings: AuditSettings, warnings: list[str]
 ) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str], list[AttackedTask]]:
     """Models, image processor, names and tasks."""
-    loaded = _load_models(settings, device)
+    loaded = _load_models(settings)
     models = loaded[0]
     if "reference" not in models:
         warnings.append(
@@ -187,7 +135,7 @@ def _load(
         )
     else:
         changed_parameters(models["immunized"], models["reference"])  # refuses another architecture
-    record = _record_of(settings.model, settings.revision, warnings)
+    record = find_record(settings.model, settings.revision)
     drawn = HeldOut.seed if record is None else record.method.seed
     tasks = [
         load_task(
@@ -210,9 +158,7 @@ def _load(
     return *loaded, tasks
 
 
-def _load_models(
-    settings: AuditSettings, device: torch.device
-) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str]]:
+def _load_models(settings: AuditSettings) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str]]:
     models, names, processor = {}, {}, settings.processing_class
     for subject, given in (("immunized", settings.model), ("reference", settings.reference)):
         if given is None:
@@ -234,7 +180,7 @@ def _load_models(
                 f"Expected an image classifier with its processor as the {subject} model at {given}, found: "
                 f"{library_words(error)}. Check the spelling, the connection and your rights."
             ) from error
-        models[subject] = loaded.to(device)
+        models[subject] = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
         path = os.fspath(given)
         names[subject] = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else path
     # The caller's own model stays as it is.
@@ -242,29 +188,21 @@ def _load_models(
     return wide, processor, names
 
 
-def _record_of(model: Any, revision: str, warnings: list[str]) -> ImmunizationRecord | None:
-    try:
-        return find_record(model, revision)
-    except RecordError as error:
-        warnings.append(f"{error} Whether the test images are training images cannot be told.")
-        return None
-
-
 def _sides(task: AttackedTask) -> list[tuple[str, Images]]:
     return [("train", task.train), ("test", task.test), ("utility", task.utility)]
 
 
-def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progress: bool, processes: Processes) -> int:
-    """Decode every image once, each process its share; returns the memory that would be left if one held them all."""
+def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progress: bool) -> int:
+    """Decode every image once; returns the memory that is left."""
     for task in tasks:
         for side, images in _sides(task):
             if not len(images):
                 continue
             if side == "utility" and images.indices == task.test.indices:
-                images.hashes, images.own, images._held = task.test.hashes, task.test.own, task.test._held
+                images.hashes, images._held = task.test.hashes, task.test._held
                 continue
             # Half of what is left: features and attacks need room too.
-            memory -= images.load(processor, memory // 2, progress, processes)
+            memory -= images.load(processor, memory // 2, progress)
     return memory
 
 
@@ -300,8 +238,6 @@ class Work:
         self.metrics = FeatureMetrics(warnings)
         # What the reference makes of the harmful images, which whoever has the public weights makes too.
         self.public: ProbeData | None = None
-        # What several processes have extracted before; None where this one does it as it goes.
-        self.stored: StoredPasses | None = None
         self.bar: Any = None
 
     def run(self) -> None:
@@ -360,40 +296,14 @@ class Work:
         views, left_out = choose_views(layers, rows, self.preset.layer_entries, self.memory, flat)
         return [one for one in views if one[1] == "flattened" or self.preset.layer_probes], left_out
 
-    def needs_utility(self, task: AttackedTask) -> bool:
-        """Whether the released classifier is to be run on other images than those that probes are measured on."""
-        return task.name == "benign" and (not len(task.test) or task.utility.indices != task.test.indices)
-
-    def passes(self) -> list[Pass]:
-        """All passes of images through models, in their order."""
-        planned = []
-        for task in self.tasks:
-            for subject in self.subjects:
-                views, _ = self.views(task, subject)
-                sides = [side for side in ("train", "test") if len(getattr(task, side))]
-                planned += [Pass(subject, task.name, side, tuple(views)) for side in sides]
-                if self.needs_utility(task):
-                    planned.append(Pass(subject, task.name, "utility"))
-        return planned
-
-    # ---- images through models
-
-    def compute(self, wanted: Pass) -> Extraction | None:
-        """Run this process's images through a model; None where it has none."""
-        model, task = self.models[wanted.subject], next(task for task in self.tasks if task.name == wanted.task)
-        images: Images = getattr(task, wanted.side)
-        if not images.own:
-            return None
-        description = f"{wanted.subject}: {wanted.task}"
-        batches = images.batches(self.processor, pass_size(model), description=description, progress=self.progress)
-        return extract_views(model, batches, list(wanted.views), self.head_module)
-
-    def _extracted(self, wanted: Pass) -> Extraction:
-        extraction = self.compute(wanted) if self.stored is None else self.stored.read(wanted)
-        assert extraction is not None  # one process has all images
-        return extraction
-
     # ---- probes
+
+    def _extract(
+        self, task: AttackedTask, subject: str, images: Images, views: Sequence[tuple[Layer, str]] = ()
+    ) -> Extraction:
+        model, description = self.models[subject], f"{subject}: {task.name}"
+        batches = images.batches(self.processor, pass_size(model), description, self.progress)
+        return extract_views(model, batches, list(views), self.head_module)
 
     def _probe(self, task: AttackedTask, subject: str) -> None:
         views, left_out = self.views(task, subject)
@@ -401,13 +311,15 @@ class Work:
         if self.probes_layers(task) and not (views or left_out):
             sentence = f"{type(model).__name__} has no list of blocks: earlier layers were not probed."
             self.warnings += [] if sentence in self.warnings else [sentence]
-        train = self._extracted(Pass(subject, task.name, "train", tuple(views)))
-        test = self._extracted(Pass(subject, task.name, "test", tuple(views))) if len(task.test) else None
+        train = self._extract(task, subject, task.train, views)
+        test = self._extract(task, subject, task.test, views) if len(task.test) else None
         if task.name in ("harmful", "benign"):
             self.metrics.note_features(subject, task.name, train.features, next(model.parameters()).dtype)
         if task.name == "benign":
-            own = test if not self.needs_utility(task) else self._extracted(Pass(subject, task.name, "utility"))
-            assert own is not None  # without test images they are extracted
+            # The released classifier is measured on classes too that no probe can learn.
+            same = test is not None and task.utility.indices == task.test.indices
+            own = test if same else self._extract(task, subject, task.utility)
+            assert own is not None
             self.metrics.note_logits(model, subject, task, own.logits)
         if task.problem or test is None:
             return
@@ -592,25 +504,10 @@ def _expected_outputs(model: PreTrainedModel, task: AttackedTask, warnings: list
 
 def _budget(preset: Preset, max_images: int | None) -> dict[str, Any]:
     """Steps, samples and settings, as a report states them."""
-    probes, tuning = preset.probe_budget, preset.tuning_budget
-    return {
-        "attackers": len(preset.attackers),
-        "probe_steps": preset.probe_budget.steps,
-        "descent_steps": preset.probe_budget.descent_steps,
-        "solver_iterations": preset.probe_budget.iterations,
-        "fine_tuning_steps": preset.tuning_budget.steps,
-        "fine_tuning_trial_steps": preset.tuning_budget.trial_steps,
-        "fine_tuning_images": preset.tuning_budget.max_images,
-        "fine_tuning_test_images": preset.tuning_budget.max_test_images,
-        "fine_tuning_settings": sum(map(len, (tuning.optimizers or {}).values())),
-        "mini_batch_rates": len(probes.rates),
-        "layers": preset.max_layers,
-        "values_of_a_flattened_layer": preset.layer_entries,
-        "probe_seeds": preset.probe_seeds,
-        "layer_seeds": preset.layer_seeds,
-        "fine_tuning_seeds": preset.tuning_seeds,
-        **({} if max_images is None else {"images_of_a_task": max_images}),
-    }
+    parts: dict[str, Any] = {"probe": preset.probe_budget, "fine_tuning": preset.tuning_budget}
+    budget = {f"{part}_{name}": value for part, one in parts.items() for name, value in asdict(one).items()}
+    budget |= vars(preset) | {"attackers": len(preset.attackers), "images_of_a_task": max_images}
+    return {name: value for name, value in budget.items() if type(value) is int}
 
 
 def _machine() -> dict[str, str]:

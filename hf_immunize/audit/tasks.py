@@ -19,11 +19,10 @@ from hf_immunize.data.columns import find_columns, is_transformed, listed, read_
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.data.sources import AS_USUAL, HeldOut, Parts, choose, divide
 from hf_immunize.errors import DataError
-from hf_immunize.features.ranks import ALONE, Processes
 from hf_immunize.text import public_name
 
 
-# Images in one forward pass; processes take whole batches, so that rounding is that of one process.
+# Images in one forward pass.
 _BATCH = 64
 
 
@@ -36,53 +35,25 @@ class Images:
         indices: Which of its rows.
         labels: Their class numbers, ``(n,)``.
         hashes: One a row, of the pixel values as the model sees them; empty before `load`.
-        own: Numbers of the images that this process runs through models; all of them where there is one process.
     """
 
     rows: ImageRows
     indices: list[int]
     labels: Tensor
     hashes: list[bytes] = field(default_factory=list)
-    own: range = field(init=False)
     _held: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.own = range(len(self))
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    @property
-    def whole(self) -> bool:
-        """Whether this process runs all of them through models."""
-        return len(self.own) == len(self)
-
-    def load(self, processor: Any, memory: int, progress: bool = True, processes: Processes = ALONE) -> int:
-        """Decode and process images once, for their hashes, and hold them if they all would fit; collective."""
-        batches = [range(start, min(start + _BATCH, len(self))) for start in range(0, len(self), _BATCH)]
-        part = processes.share(batches)
-        self.own = range(part[0].start, part[-1].stop) if part else range(0)
-        nbytes = 0
-
-        def load_own() -> list[bytes]:
-            nonlocal nbytes
-            hashes, nbytes = self._load_own(processor, memory, progress)
-            return hashes
-
-        self.hashes = [each for hashes in processes.together(load_own) for each in hashes]
-        return nbytes
-
-    def _load_own(self, processor: Any, memory: int, progress: bool) -> tuple[list[bytes], int]:
-        """Hashes of this process's images, and the bytes that all of them would take, if they fit."""
-        hashes: list[bytes] = []
+    def load(self, processor: Any, memory: int, progress: bool = True) -> int:
+        """Decode and process images once, for their hashes, and hold them if they fit; returns the bytes held."""
         held: Tensor | None = None
-        nbytes, done = 0, 0
+        done = 0
         for batch in self._decode(processor, _BATCH, progress):
-            hashes += [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in batch]
-            if not done:
-                nbytes = batch[0].numel() * batch.element_size() * len(self)
-                if nbytes <= memory:
-                    held = batch.new_empty(len(self.own), *batch.shape[1:])
+            self.hashes += [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in batch]
+            if not done and batch[0].numel() * batch.element_size() * len(self) <= memory:
+                held = batch.new_empty(len(self), *batch.shape[1:])
             if held is not None:
                 if batch.shape[1:] != held.shape[1:]:
                     raise DataError(
@@ -92,12 +63,12 @@ class Images:
                 held[done : done + len(batch)] = batch
             done += len(batch)
         self._held = held
-        return hashes, 0 if held is None else nbytes
+        return 0 if held is None else held.nbytes
 
     def batches(
         self, processor: Any, size: int = _BATCH, description: str = "", progress: bool = True
     ) -> Iterator[Tensor]:
-        """Pixel values of this process's images, batch by batch, in order."""
+        """Pixel values, batch by batch, in order."""
         if self._held is None:
             yield from self._decode(processor, size, progress, description)
         else:
@@ -105,14 +76,14 @@ class Images:
             yield from tqdm(parts, desc=description, disable=not progress, leave=False)
 
     def pixels(self, processor: Any, chosen: Tensor) -> Tensor:
-        """Pixel values of chosen rows, whoever's they are, ``(k, C, H, W)``."""
-        if self._held is not None and self.whole:
+        """Pixel values of chosen rows, ``(k, C, H, W)``."""
+        if self._held is not None:
             return self._held[chosen]
         part = Images(self.rows, [self.indices[i] for i in chosen.tolist()], self.labels[chosen])
         return torch.cat(list(part._decode(processor, _BATCH, False)))
 
     def _decode(self, processor: Any, size: int, progress: bool, description: str = "images") -> Iterator[Tensor]:
-        subset = torch.utils.data.Subset(self.rows, [self.indices[i] for i in self.own])
+        subset = torch.utils.data.Subset(self.rows, self.indices)
         loader = torch.utils.data.DataLoader(subset, batch_size=size, collate_fn=ImageCollator(processor))
         for batch in tqdm(loader, desc=description or "images", disable=not progress, leave=False):
             yield batch["pixel_values"].contiguous()
@@ -201,12 +172,6 @@ def load_task(
     rows = sorted(choose(len(keys[0]), max_images, seed))
     train_images = Images(train_rows, rows, torch.tensor([code[keys[0][row]] for row in rows]))
     test_images = Images(test_rows, known, torch.tensor([code[keys[1][row]] for row in known], dtype=torch.long))
-    single = int((torch.bincount(train_images.labels, minlength=len(classes)) == 1).sum())
-    if single and not problem:
-        warnings.append(
-            f"{single} of {len(classes)} {name} classes have a single training image: it is learned from, and "
-            "settings are chosen without it."
-        )
     utility, label_names = _utility(test_rows, test_labels, test_names or [], chosen if name == "benign" else [])
     typed = source[0] if isinstance(source, (tuple, list)) else source
     called = str(typed) if isinstance(typed, (str, Path)) else f"{name} images"

@@ -5,6 +5,7 @@ Heavy imports wait until the command runs, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import partial
@@ -89,14 +90,15 @@ def audit(model: str, **given: Any) -> None:
     same draws run on the reference. The strongest one counts.
 
     Finished attacks are kept in the output folder. After an interruption the same command goes on where it was.
-    --steps and --seeds change the preset's budget; the report says so. Under `torchrun` or
-    `accelerate launch -m hf_immunize audit …` all processes extract features; the attacks run on the first, and the
-    others end when the features are there.
+    --steps and --seeds change the preset's budget; the report says so. It runs in one process; of several that
+    `torchrun` started the others end at once.
 
     The exit code says whether the audit ran, not what it found: report.html and the lines printed say that.
     """
-    from hf_immunize.audit.run import audit_over_processes
-    from hf_immunize.features.ranks import launched
+    import transformers
+    from accelerate.utils import get_int_from_env
+
+    from hf_immunize.audit.run import audit as run_audit
     from hf_immunize.hub.card import attach_audit
     from hf_immunize.hub.record import RECORD_NAME
     from hf_immunize.hub.weights import CARD_NAME
@@ -105,25 +107,19 @@ def audit(model: str, **given: Any) -> None:
     _refuse_without_effect(asked)
     preset = _preset(asked)
     _check_folders(asked)
-    processes = launched()
-    _quiet(processes.first)
+    # A scheduler may set RANK for what it does not start in several processes; LOCAL_RANK is a launcher's.
+    ranks = ["PMI_RANK", "OMPI_COMM_WORLD_RANK", *(["RANK"] if "LOCAL_RANK" in os.environ else [])]
+    if get_int_from_env(ranks, 0) > 0:
+        return
+    transformers.utils.logging.set_verbosity_error()
     shared = {one.name: given[one.name] for one in fields(AuditSettings) if one.metadata and one.name in given}
     shared["harmful"], shared["benign"] = _data(asked, partial(_draw, asked))
-    settings = AuditSettings(
-        model,
-        **shared,
-        attackers=_names(asked.attackers),
-        preset=preset,
-        run_dir=asked.output_dir,
-    )
-    report = audit_over_processes(processes, settings)
-    if report is None:
-        return  # not the first of several processes: its part is done
+    report = run_audit(model, **shared, attackers=_names(asked.attackers), preset=preset, run_dir=asked.output_dir)
     report.write(asked.output_dir)
     typer.echo(report.summary())
     typer.echo(f"Report: {printable(asked.output_dir / 'report.html')}")
     if asked.attach:
-        attach_audit(model, _with_words(report.for_card()))
+        attach_audit(model, report.for_card())
         typer.echo(f"Attached to {RECORD_NAME} and {CARD_NAME} in {printable(model)}.")
 
 
@@ -166,16 +162,6 @@ def _check_folders(asked: SimpleNamespace) -> None:
         check_writable(asked.model, "MODEL")
 
 
-def _quiet(first: bool) -> None:
-    import datasets
-    import transformers
-
-    if not first:
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
-
-
 def _refuse_without_effect(asked: SimpleNamespace) -> None:
     """An option that would do nothing was meant to do something, and an impossible value something else."""
     for side in ("harmful", "benign"):
@@ -192,15 +178,6 @@ def _refuse_without_effect(asked: SimpleNamespace) -> None:
         )
     if asked.quick and asked.full:
         raise ArgumentError("Expected --quick or --full, found both.")
-
-
-def _with_words(found: dict[str, Any]) -> dict[str, Any]:
-    """The findings with the attackers named for people, as a card has them."""
-    from hf_immunize.audit.names import label
-
-    strongest = found["strongest"].items()
-    named = {access: attack and attack | {"attacker": label(attack["attacker"])} for access, attack in strongest}
-    return found | {"strongest": named}
 
 
 def _data(asked: SimpleNamespace, draw: Callable[[], HeldOut]) -> tuple[object, object]:
@@ -224,12 +201,7 @@ def _data(asked: SimpleNamespace, draw: Callable[[], HeldOut]) -> tuple[object, 
 
 def _draw(asked: SimpleNamespace) -> HeldOut:
     """How images are held out: as training did, where the model has a record."""
-    from hf_immunize.errors import RecordError
     from hf_immunize.hub.collect import draw_like
     from hf_immunize.hub.record import find_record
 
-    try:
-        record = find_record(asked.model, asked.revision)
-    except RecordError:  # the audit itself says so
-        record = None
-    return draw_like(record, "harmful", asked.test_fraction, asked.seed)
+    return draw_like(find_record(asked.model, asked.revision), "harmful", asked.test_fraction, asked.seed)

@@ -30,9 +30,8 @@ _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 class Processes:
     """Some processes that do one piece of work together; `ALONE` is this one by itself."""
 
-    def __init__(self, state: PartialState | None = None, owned: bool = False) -> None:
+    def __init__(self, state: PartialState | None = None) -> None:
         self._state = state if state is not None and state.num_processes > 1 else None
-        self._owned = owned
         self.count = 1 if self._state is None else int(self._state.num_processes)
         self.index = 0 if self._state is None else int(self._state.process_index)
 
@@ -40,13 +39,6 @@ class Processes:
     def first(self) -> bool:
         """Whether this is the first, which writes and speaks for all."""
         return self.index == 0
-
-    @property
-    def device(self) -> torch.device:
-        """The one that this process computes on."""
-        if self._state is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return self._state.device
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This process's part of a list: contiguous, in the order of processes, of sizes that differ by 1."""
@@ -108,12 +100,6 @@ class Processes:
             mark.unlink(missing_ok=True)
         return all(seen)
 
-    def leave(self) -> None:
-        """End the process group, if it was started for this work: this process goes on, or ends, by itself."""
-        if self._state is not None and self._owned:
-            self._state.destroy_process_group()
-            self._owned = False
-
 
 ALONE = Processes()
 
@@ -127,4 +113,4 @@ def launched() -> Processes:
         return ALONE
     # Unless it is set, accelerate takes several processes on CPUs for several runs of one.
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available()
-    return Processes(PartialState(cpu=cpu, timeout=_PATIENCE), owned=not joined)
+    return Processes(PartialState(cpu=cpu, timeout=_PATIENCE))

@@ -48,7 +48,7 @@ def describe_base_model(name: Any, revision: str | None = None) -> BaseModelReco
     return BaseModelRecord(public_name(name), revision if on_hub else None, on_hub)
 
 
-def describe_dataset(dataset: Any, name: str | None = None, *, train: Any = None) -> DataRecord | None:
+def describe_dataset(dataset: Any, train: Any = None) -> DataRecord | None:
     """One task's data, from what `datasets` knows of them."""
     inner = innermost(dataset if dataset is not None else train)
     if inner is None:
@@ -59,8 +59,8 @@ def describe_dataset(dataset: Any, name: str | None = None, *, train: Any = None
     own = source[1] if source else getattr(info, "dataset_name", None) or "unnamed images"
     split = getattr(inner, "split", None)
     return DataRecord(
-        name=printable(name) if name else public_name(own),
-        on_hub=source is not None and (name is None or name == source[1]),
+        name=public_name(own),
+        on_hub=source is not None,
         revision=source[2] if source else None,
         split=printable(split) if split is not None else None,
         fingerprint=getattr(innermost(dataset), "_fingerprint", None),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import traceback
@@ -13,18 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RevisionResolutionError,
-)
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, CardError, HubError, WeightsChangedWarning, WeightsError
 from hf_immunize.hub.record import ImmunizationRecord, read_record
-from hf_immunize.hub.weights import ALLOWED, changed_weights, pickled_weights, weight_files
+from hf_immunize.hub.weights import ALLOWED, changed_weights, weight_files
 from hf_immunize.text import library_words, printable
 from hf_immunize.vision.loading import LOADING_ERRORS, load_classifier
 
@@ -36,7 +30,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
 _PASSING = ("rate_limited", "server_error", "unreachable")
-_LONGEST_WAIT = 60.0
 # Seconds without a byte after which a server counts as one that does not answer. The client's own default is to wait.
 TIME_LIMIT = 30.0
 # The client's HTTP library is httpx or its successor; its errors share the base of the client's own.
@@ -124,16 +117,7 @@ def fetch(
             repo_id, revision=revision, token=api.token, endpoint=api.endpoint, allow_patterns=patterns
         )
 
-    folder = Path(retried(download, f"request for {repo_id}"))
-    if not any(folder.glob("*.safetensors")):
-        names = retried(lambda: api.list_repo_files(repo_id, revision=revision), f"list of files of {repo_id}")
-        pickled = pickled_weights(names)
-        if pickled:
-            raise WeightsError(
-                f"Expected weights of {repo_id} in safetensors, found only pickled ones ({pickled[0]}), which can run "
-                "any code when loaded. They were not fetched; ask the authors for safetensors."
-            )
-    return folder
+    return Path(retried(download, f"request for {repo_id}"))
 
 
 def load_model(
@@ -181,56 +165,47 @@ def name_outcome(error: BaseException, what: str) -> HubError | CardError | None
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    known = [named for each in chain if (named := _outcome_of(each)) is not None]
-    if type(error) is RuntimeError:  # as the client's upload by hf_xet raises
-        known.append((3, "unreachable", _words(error)))
-    odd = isinstance(error, LookupError | TypeError | AttributeError) or type(error) is ValueError
-    if odd and _raised_by_client(error):
-        known.append((3, "unreachable", f"JSON of another shape than its own ({type(error).__name__})"))
-    if not known:
-        return None
-    _, kind, found = min(known, key=lambda named: named[0])
+    kind, found = next((known for each in chain if (known := _answer(each))), (None, ""))
+    if kind is None:
+        of_network = [each for each in chain if isinstance(each, _HTTPError | ConnectionError | TimeoutError)]
+        of_disk = isinstance(error, OSError) and error.errno is not None
+        if not of_network and (of_disk or not _passed_the_client(error)):
+            return None
+        late = any("Timeout" in type(each).__name__ for each in chain)
+        kind, found = "timed_out" if late else "unreachable", f"none that it understands ({type(error).__name__})"
     return HubError(f"Expected the Hub to answer the {what}, found {found}. {_REMEDY[kind]}", kind)
 
 
-def _outcome_of(error: BaseException) -> tuple[int, str, str] | None:
-    """Rank, outcome and words of one exception of a chain; the one of the lowest rank says most."""
-    name = type(error).__name__
+def _answer(error: BaseException) -> tuple[str, str] | None:
+    """Outcome and words of an exception that holds the Hub's answer, or says why it was not asked."""
     if isinstance(error, OfflineModeIsEnabled):
-        return 0, "offline", "HF_HUB_OFFLINE is set"
+        return "offline", "HF_HUB_OFFLINE is set"
     if isinstance(error, LocalTokenNotFoundError):
-        return 0, "unauthorized", "no token"
+        return "unauthorized", "no token"
     if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
         status, said = error.response.status_code, _words(getattr(error, "server_message", None) or "")
         kind = "rate_limited" if status == 429 else "server_error" if status >= 500 else "rejected"
-        return 0, _BY_STATUS.get(status, kind), f"{status}{f' ({said})' if said else ''}"
-    if isinstance(error, TimeoutError) or (isinstance(error, _HTTPError) and "Timeout" in name):
-        return 1, "timed_out", f"no answer in time ({name})"
-    if isinstance(error, json.JSONDecodeError):
-        return 1, "unreachable", "something else than its JSON (a proxy's or a login page, say)"
-    if isinstance(error, _HTTPError | ConnectionError | RevisionResolutionError):
-        return 2, "unreachable", f"no answer ({name})"
+        return _BY_STATUS.get(status, kind), f"{status}{f' ({said})' if said else ''}"
     return None
 
 
-def _raised_by_client(error: BaseException) -> bool:
-    """Whether the innermost frame is the client's, which takes the shape of an answer for granted."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("huggingface_hub.")
+def _passed_the_client(error: BaseException) -> bool:
+    """Whether an error comes from within the client, which takes the shape of an answer for granted."""
+    names = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith("huggingface_hub.") for name in names)
 
 
 def retried(call: Callable[[], T], what: str) -> T:
     """Call until it succeeds, or fails for a reason that trying again does not mend."""
-    for wait in (1.0, 2.0, 4.0, None):
+    for wait in (1, 2, 4, None):
         try:
             with named_outcomes(what):
                 return call()
         except HubError as error:
             if error.outcome not in _PASSING or wait is None:
                 raise
-            pause = min(max(wait, _retry_after(error)), _LONGEST_WAIT)
-            logger.warning(f"{error} Trying again in {pause:.0f} s.")
-            time.sleep(pause)
+            logger.warning(f"{error} Trying again in {wait} s.")
+            time.sleep(wait)
     raise AssertionError("unreachable")
 
 
@@ -251,11 +226,3 @@ def _limit(request: Any) -> None:
 def _words(text: Any) -> str:
     words = printable(text)
     return words if len(words) <= 300 else words[:297] + "..."
-
-
-def _retry_after(error: HubError) -> float:
-    response = getattr(error.__cause__, "response", None)
-    try:
-        return float(response.headers.get("Retry-After", 0)) if response is not None else 0.0
-    except ValueError:
-        return 0.0

@@ -162,39 +162,29 @@ def _send(
     revision: str | None,
     message: str,
 ) -> PushResult:
-    words = printable(message)
-    return retried(lambda: _commit(api, repo_id, root, sizes, private, revision, words), f"push to {repo_id}")
+    def commit() -> PushResult:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        info = api.model_info(name, revision=revision)
+        if private and not info.private:
+            raise HubError(
+                f"Expected the private repository {name} that was asked for, found a public one of that name. Make it "
+                "private on the Hub, or choose another name.",
+                "conflict",
+            )
+        there = {sibling.rfilename for sibling in info.siblings or []} - set(sizes)
+        forms = (ADAPTER_CONFIG_FILE, HEAD_CONFIG_FILE)  # each makes of the weights something else
+        stale = sorted(file for file in there if _WEIGHTS.fullmatch(file) or file in forms)
+        if stale:
+            logger.warning(f"Removing {', '.join(stale)} from {name}: the pushed checkpoint does not have them.")
+        # Operations can be committed only once; a new attempt needs new ones.
+        operations: list[Any] = [CommitOperationAdd(file, str(root / file)) for file in sizes]
+        operations += [CommitOperationDelete(file) for file in stale]
+        done = api.create_commit(name, operations, commit_message=printable(message), revision=revision)
+        return PushResult(name, sizes, done.oid, str(done.repo_url), changed=done.oid != info.sha)
 
-
-def _commit(
-    api: HfApi,
-    repo_id: str,
-    root: Path,
-    sizes: dict[str, int],
-    private: bool | None,
-    revision: str | None,
-    message: str,
-) -> PushResult:
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    info = api.model_info(repo_id, revision=revision)
-    if private and not info.private:
-        raise HubError(
-            f"Expected the private repository {repo_id} that was asked for, found a public one of that name. Make it "
-            "private on the Hub, or choose another name.",
-            "conflict",
-        )
-    there = {sibling.rfilename for sibling in info.siblings or []}
-    forms = (ADAPTER_CONFIG_FILE, HEAD_CONFIG_FILE)  # each makes of the weights something else
-    stale = sorted(name for name in there - set(sizes) if _WEIGHTS.fullmatch(name) or name in forms)
-    for name in stale:
-        logger.warning(f"Removing {name} from {repo_id}: the pushed checkpoint does not have it.")
-    # Operations can be committed only once; a new attempt needs new ones.
-    operations: list[Any] = [CommitOperationAdd(name, str(root / name)) for name in sizes]
-    operations += [CommitOperationDelete(name) for name in stale]
-    commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-    return PushResult(repo_id, sizes, commit.oid, str(commit.repo_url), changed=commit.oid != info.sha)
+    return retried(commit, f"push to {repo_id}")
 
 
 # ---- whether it loads back ----

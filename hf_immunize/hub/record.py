@@ -15,6 +15,8 @@ import json
 import math
 import os
 import re
+import reprlib
+import sys
 import types
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,15 +32,15 @@ from hf_immunize.spectra.conditioning import Conditioning
 from hf_immunize.text import library_words, printable
 
 
-T = TypeVar("T")
+P = TypeVar("P", bound="Part")
 SCHEMA_VERSION = "1.0"
 RECORD_NAME = "immunization.json"
 # Kinds of access that an attacker may have, as an audit names them.
 ACCESS = ("head_input", "any_layer", "fine_tuning")
 # What a figure may be: the endings of its name, and what it then is.
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
-# What lies beyond these is damage, or made to take time and memory.
-_MAX_BYTES, _MAX_DEPTH, _MAX_TEXT, _MAX_NAME, _MAX_ITEMS, _MAX_WHOLE = 2**24, 24, 2**16, 256, 2**16, 2**64
+# What is larger is damage, or made to take time and memory.
+_MAX_BYTES = 2**24
 # Rows of features in all groups together: each group is decomposed when its ratio is verified.
 _MAX_DRAWN = 10_000_000
 
@@ -75,7 +77,6 @@ FileName = Annotated[str, _form(_FILE, "the name of a file beside the record")]
 Digest = Annotated[str, _form(r"[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
 _ENDINGS = "|".join(re.escape(ending) for ending in PICTURES)
 Picture = Annotated[str, _form(f"{_FILE}(?:{_ENDINGS})", f"the name of a picture beside the record ({_ENDINGS})")]
-_UNKNOWN = "unknown"
 
 
 @dataclass
@@ -257,12 +258,9 @@ class ImmunizationRecord(Part):
 
     def to_json(self) -> str:
         """The text of ``immunization.json``; `RecordError` where it holds what is not finite, or what cannot be."""
-        try:
-            plain = to_plain(self)
-        except RecursionError as error:
-            raise RecordError("Expected plain values in a record, found endless nesting. Leave it out.") from error
-        _check_together(from_plain(ImmunizationRecord, plain, "record"))
-        ordered = {"schema_version": plain.pop("schema_version"), **plain}
+        values = to_plain(self)
+        _read_whole(values)
+        ordered = {"schema_version": values.pop("schema_version"), **values}
         return json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -274,14 +272,14 @@ class ImmunizationRecord(Part):
             RecordError: If it is truncated, damaged, or says what cannot be; the message names the field.
         """
         try:
-            plain = json.loads(text)
+            values = json.loads(text)
         except (ValueError, RecursionError) as error:  # no JSON, thousands of digits, nested without end
             raise RecordError(
                 f"Expected {RECORD_NAME} to be JSON, found: {library_words(error)}. It is truncated or damaged; "
                 "fetch it again, or measure and save the model again."
             ) from error
-        if isinstance(plain, dict):
-            version = plain.get("schema_version")
+        if isinstance(values, dict):
+            version = values.get("schema_version")
             if not isinstance(version, str) or not re.fullmatch(r"\d{1,6}\.\d{1,6}", version):
                 raise _unexpected("schema_version", "'major.minor'", version)
             if int(version.split(".")[0]) > int(SCHEMA_VERSION.split(".")[0]):
@@ -289,9 +287,23 @@ class ImmunizationRecord(Part):
                     f"Expected a record of schema {SCHEMA_VERSION} or of another minor version, found {version}, "
                     "which is newer. Update hf_immunize."
                 )
-        record = from_plain(cls, plain, "record")
-        _check_together(record)
-        return record
+        return _read_whole(values)
+
+
+def _read_whole(values: Any) -> ImmunizationRecord:
+    """A record from plain values that JSON can hold."""
+    try:
+        record = from_plain(ImmunizationRecord, values, "record")
+        json.dumps(to_plain(record), allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(
+            f"Expected finite numbers, Unicode text and lists in {RECORD_NAME}, found: {library_words(error)}. "
+            "The record is damaged, or was not written by this library."
+        ) from error
+    _check_together(record)
+    return record
 
 
 def _check_together(record: ImmunizationRecord) -> None:
@@ -352,40 +364,34 @@ def write_record(folder: str | os.PathLike[str], record: ImmunizationRecord) -> 
 
 def to_plain(value: Any) -> Any:
     """Dataclasses as dictionaries, with their unknown fields where they were found; `from_plain` checks the values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        known = {name: to_plain(getattr(value, name)) for name in _hints(type(value))}
-        return known | to_plain(getattr(value, _UNKNOWN, {}))
+    if isinstance(value, Part):
+        known = {name: to_plain(getattr(value, name)) for name in _hints(type(value))}  # type: ignore[arg-type]
+        return known | value.unknown
     if isinstance(value, dict):
         return {str(key): to_plain(item) for key, item in value.items()}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def from_plain(kind: type[T], value: Any, where: str) -> T:
+def from_plain(kind: type[P], value: Any, where: str) -> P:
     """Read a dataclass from a dictionary, checking every field; `RecordError` names the one that cannot be."""
-    value, hints = _sized(value, dict, where), _hints(kind)  # type: ignore[arg-type]
-    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+    value, hints = _of_kind(dict, value, where), _hints(kind)  # type: ignore[arg-type]
+    for item in dataclasses.fields(kind):
         if item.default is item.default_factory is dataclasses.MISSING and item.name not in value:
             raise _unexpected(f"{where}.{item.name}", "there", "none")
     known = {name: _read(hints[name], value[name], f"{where}.{name}") for name in hints if name in value}
-    further = {_text(name, where, _MAX_NAME): item for name, item in value.items() if name not in hints}
-    return kind(**known, **{_UNKNOWN: {name: _read(Any, item, f"{where}.{name}") for name, item in further.items()}})
+    return kind(**known, unknown={name: item for name, item in value.items() if name not in hints})
 
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
     """The fields of a part, save for the unknown ones, with what they hold."""
-    return {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if name != _UNKNOWN}
+    return {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if name != "unknown"}
 
 
-def _read(hint: Any, value: Any, where: str, depth: int = 0) -> Any:
+def _read(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
-        if depth > _MAX_DEPTH:
-            raise _unexpected(where, f"nested less than {_MAX_DEPTH} deep", value)
-        if value is None:
-            return None
-        nested: dict[type, Any] = {dict: dict[str, Any], list: list[Any]}
-        return _read(nested.get(type(value), type(value)), value, where, depth + 1)
+        return value
     if origin is Annotated:
         found, rule = _read(arguments[0], value, where), arguments[1]
         if not rule.holds(found):
@@ -400,58 +406,28 @@ def _read(hint: Any, value: Any, where: str, depth: int = 0) -> Any:
                 return _read(option, value, where)
         return _read(last, value, where)
     if origin is list:
-        found = _sized(value, list, where)
-        return [_read(arguments[0], item, f"{where}[{index}]", depth) for index, item in enumerate(found)]
+        return [_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(_of_kind(list, value, where))]
     if origin is dict:
-        key, inner = arguments
-        items = {
-            _read(key, _text(name, where, _MAX_NAME), where): item for name, item in _sized(value, dict, where).items()
-        }
-        return {name: _read(inner, item, f"{where}.{name}", depth) for name, item in items.items()}
-    reader: Callable[[type, Any, str], Any] = from_plain if dataclasses.is_dataclass(hint) else _read_leaf
-    return reader(hint, value, where)
+        items = _of_kind(dict, value, where).items()
+        return {_read(arguments[0], name, where): _read(arguments[1], item, f"{where}.{name}") for name, item in items}
+    return from_plain(hint, value, where) if issubclass(hint, Part) else _of_kind(hint, value, where)
 
 
-def _read_leaf(hint: type, value: Any, where: str) -> Any:
+def _of_kind(kind: type, value: Any, where: str) -> Any:
     # For Python, True is an int; for a reader of the record it is not.
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if is_whole and abs(value) > _MAX_WHOLE:
-        raise _unexpected(where, f"between -{_MAX_WHOLE} and {_MAX_WHOLE}", value)
-    if issubclass(hint, str) and isinstance(value, str):
-        return _text(value, where)
-    if issubclass(hint, float) and (is_whole or isinstance(value, float)) and math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and is_number and abs(value) <= sys.float_info.max:
         return float(value)
-    if (hint is bool and isinstance(value, bool)) or (hint is not bool and issubclass(hint, int) and is_whole):
+    if kind is not float and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    kinds = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number"}
-    raise _unexpected(where, kinds.get(hint, "text, finite numbers and lists of them"), value)
-
-
-def _text(value: Any, where: str, most: int = _MAX_TEXT) -> str:
-    if not isinstance(value, str) or len(value) > most:
-        raise _unexpected(where, f"text of at most {most} characters", value)
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _unexpected(where, "Unicode text", "half of a surrogate pair")
-    return value
-
-
-def _sized(value: Any, kind: type[dict[Any, Any]] | type[list[Any]], where: str) -> Any:
-    if not isinstance(value, kind) or len(value) > _MAX_ITEMS:
-        words = "names and values" if kind is dict else "a list"
-        raise _unexpected(where, f"{words}, at most {_MAX_ITEMS}", value)
-    return value
+    words = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number", list: "a list"}
+    raise _unexpected(where, words.get(kind, "names and values"), value)
 
 
 def _unexpected(where: str, expected: str, value: Any) -> RecordError:
     """Names of fields are as foreign as their values; of a long value the beginning, of a nested one its kind."""
-    place = printable(where[:1000])
-    if isinstance(value, dict | list):
-        found = f"{type(value).__name__} of {len(value)}"
-    elif isinstance(value, int) and abs(value) > _MAX_WHOLE:
-        found = "a larger number"
-    else:
-        found = f"{value[:100] if isinstance(value, str) else value!r:.60}"
+    found = f"{type(value).__name__} of {len(value)}" if isinstance(value, dict | list) else reprlib.repr(value)
     return RecordError(
-        f"Expected {place if len(place) <= 120 else place[:117] + '...'} in {RECORD_NAME} to be {expected}, found "
-        f"{printable(found)}. The record is damaged, or was not written by this library."
+        f"Expected {printable(where[:120])} in {RECORD_NAME} to be {expected}, found {printable(found)}. It is "
+        "damaged, or was not written by this library."
     )

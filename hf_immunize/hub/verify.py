@@ -23,7 +23,6 @@ from hf_immunize.hub.collect import (
     describe_side,
     drawn_again,
     exact_ratio,
-    innermost,
     intercept_ratio,
     recorded_draw,
     refuse_training_images,
@@ -33,7 +32,6 @@ from hf_immunize.hub.record import (
     ConditioningRecord,
     DataRecord,
     ImmunizationRecord,
-    MetricRecord,
     RatioRecord,
     SideRecord,
     read_record,
@@ -60,7 +58,12 @@ LOG10_TOLERANCE = 1e-3
 # Of the accuracy: half a point, or one image where that is more; two points where it was evaluated in half precision.
 _ACCURACY_TOLERANCE, _HALF_PRECISION_TOLERANCE = 0.005, 0.02
 _GROUP_SIZE = 100
-_BOUND_WORDS = {None: "", "lower": "a bound from below", "upper": "a bound from above", "undetermined": "undetermined"}
+_BOUND_WORDS = {
+    None: "a number",
+    "lower": "a bound from below",
+    "upper": "a bound from above",
+    "undetermined": "undetermined",
+}
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,9 @@ def verify(
 ) -> Verification:
     """Measure an immunized checkpoint again and compare with what its record claims.
 
-    On the images the record was made of (the same number, with the same pixel values), figures of the
-    protocol "exact" agree when their decimal logarithms lie within 1e-3, and those of "groups" when the new mean
-    lies within the recorded spread. Where the smallest singular value of float32 features lies so near rounding noise
-    that machines differ by more than 1e-3, a difference of that size is no statement. On other images nothing can be
-    said. Weights other than the recorded ones differ, whatever their figures.
+    On the images the record was made of (as many, with the same pixel values), decimal logarithms of the protocol
+    "exact" agree within 1e-3, or within what rounding leaves open, and the mean of "groups" within the recorded
+    spread. On other images nothing can be said. Weights other than the recorded ones differ, whatever their figures.
 
     Without `reference` the κ's before immunization, into which RIR is divided, are the record's own, on trust.
 
@@ -144,7 +145,6 @@ def verify(
     record = read_record(folder)
     changed = changed_weights(folder, record.weights)
     model = load_model(folder, trust_remote_code)
-    processor = image_processor or _processor(folder, trust_remote_code)
     before: Any = reference
     if isinstance(reference, str | os.PathLike):
         before = load_model(fetch(reference, token=token))
@@ -157,20 +157,15 @@ def verify(
             data = drawn_again(sources.measured(str(data), recorded_draw(claimed)), record, side)
         rows = image_rows(data, side, model, labels=side == "benign")
         refuse_training_images(claimed, rows, side)
-        if processor is None and "pixel_values" not in rows[0]:
-            raise DataError(
-                f"Expected an image processor beside the weights, found none, and {side} data with images. Pass "
-                "image_processor=, the one the model was trained with."
-            )
-        now = measure(model, rows, processor, name=side, **options)
-        then = None if before is None else measure(before, rows, processor, name=f"{side} reference", **options)
+        if image_processor is None and "pixel_values" not in rows[0]:
+            image_processor = _processor(folder, trust_remote_code)
+        now = measure(model, rows, image_processor, name=side, **options)
+        then = None if before is None else measure(before, rows, image_processor, name=f"{side} reference", **options)
         found[side] = now, then
     return compare(record, found["benign"], found["harmful"], changed)
 
 
 def _processor(folder: Path, trust_remote_code: bool) -> Any:
-    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        return None
     try:
         # Said in so many words: where transformers is told nothing, it asks at the keyboard.
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -191,7 +186,6 @@ class Measured:
     measurement: Measurement = field(default_factory=Measurement)
     accuracy: float | None = None  # top-1; None where the rows have no labels that are the model's
     features: Tensor | None = None  # shape (N, D), where they were asked for
-    fingerprint: str | None = None  # of `datasets`, if the rows have one
 
 
 # Through the immunized model, and through the reference where there is one.
@@ -226,7 +220,7 @@ def measure(
     progress: bool = True,
 ) -> Measured:
     """Run rows through a model and fold up its features; `keep_features` keeps all N·D numbers."""
-    found = Measured(fingerprint=getattr(innermost(rows), "_fingerprint", None))
+    found = Measured()
     kept: list[Tensor] = []
     right = seen = 0
     description = f"κ of {name} features"
@@ -293,23 +287,53 @@ def compare(record: ImmunizationRecord, benign: Pair, harmful: Pair, changed: li
 
 def _figures(record: ImmunizationRecord, found: dict[str, Pair], same: dict[str, bool]) -> Iterator[Figure]:
     """Every claim against its measurement, in the order in which they are reported; `same` are the record's images."""
-    if record.metric is not None and record.metric.name == "accuracy":
-        yield _accuracy_figure(record.metric, found["benign"][0], same["benign"])
+    if (metric := record.metric) is not None and metric.name == "accuracy":
+        now = found["benign"][0]
+        least = _ACCURACY_TOLERANCE if metric.precision in (None, "no") else _HALF_PRECISION_TOLERANCE
+        tolerance = max(least, 1.0 / max(now.measurement.factor.num_samples, 1)) + 1e-12
+        yield _judged("benign accuracy", metric.after, now.accuracy, same["benign"], tolerance=tolerance)
     sides: dict[str, SideRecord] = {}
     for side, (now, then) in found.items():
         claimed: SideRecord = getattr(record, f"{side}_features")
         sides[side] = _measured_side(now, then, claimed)
         for moment in ("before", "after") if then is not None else ("after",):
             claim, part = getattr(claimed, moment), getattr(sides[side], moment)
-            yield _conditioning_figure(f"log10 κ of {side} features, {moment}", claim, part, same[side])
-    everything = all(same.values())
-    exact = exact_ratio(sides["benign"], sides["harmful"])
-    yield _ratio_figure("exact", record.ratios.get("exact"), exact, sides, everything)
-    recorded, centred = record.ratios.get("intercept"), _intercept_ratio(found)
-    if recorded is not None and centred is not None:  # without a reference model there is nothing to divide by
-        yield _ratio_figure("intercept", recorded, centred, sides, everything)
+            old, new = (None if each is None else each.log10_kappa for each in (claim, part))
+            note = "" if part is None else f"rank {part.rank}{', a bound from below' if part.is_bound else ''}"
+            name = f"log10 κ of {side} features, {moment}"
+            yield _judged(name, old, new, same[side], note, allowance=_allowance(part))
+    ratios = {"exact": exact_ratio(sides["benign"], sides["harmful"]), "intercept": _intercept_ratio(found)}
+    for protocol, ratio in ratios.items():
+        recorded = record.ratios.get(protocol)
+        if protocol == "exact" or (recorded is not None and ratio is not None):  # the other needs a reference model
+            allowance = sum(_allowance(side.after) for side in sides.values())
+            yield _ratio_figure(f"log10 RIR ({protocol})", recorded, ratio, all(same.values()), allowance)
     if (groups := record.ratios.get("groups")) is not None:
-        yield _groups_figure(groups, found["benign"], found["harmful"], everything)
+        yield _groups_figure(groups, found["benign"], found["harmful"], all(same.values()))
+
+
+def _judged(
+    name: str,
+    claimed: float | None,
+    measured: float | None,
+    same: bool,
+    note: str = "",
+    tolerance: float = LOG10_TOLERANCE,
+    allowance: float = 0.0,
+) -> Figure:
+    """Two numbers of the same images; beyond the tolerance, a difference within the allowance is no statement."""
+    outcome = CANNOT_SAY
+    if not same:
+        note = "other images"
+    elif claimed is None or measured is None:
+        note = note or "one of the two is missing"
+    elif abs(claimed - measured) <= tolerance:
+        outcome = AGREES
+    elif abs(claimed - measured) <= allowance:
+        note += f"; so near rounding noise that machines may differ by {allowance:.2g}"
+    else:
+        outcome = DIFFERS
+    return Figure(name, claimed, measured, tolerance, outcome, note)
 
 
 def rounding_allowance(conditioning: Conditioning) -> float:
@@ -322,6 +346,10 @@ def rounding_allowance(conditioning: Conditioning) -> float:
     return 0.0 if conditioning.is_bound else 2 * math.log10(1 + conditioning.cutoff / conditioning.sigma_min)
 
 
+def _allowance(part: ConditioningRecord | None) -> float:
+    return 0.0 if part is None else rounding_allowance(part.conditioning())
+
+
 def _other_data(data: DataRecord | None, now: Measured) -> str | None:
     """Why these are not the record's images; None where they are."""
     if data is None or data.checksum is None or data.size is None:
@@ -331,8 +359,6 @@ def _other_data(data: DataRecord | None, now: Measured) -> str | None:
         return f"{data.size} images then, {count} now"
     if math.isclose(now.measurement.checksum, data.checksum, rel_tol=1e-6):
         return None
-    if data.fingerprint is not None and data.fingerprint == now.fingerprint:
-        return "the same data set, but with other pixel values, as another image processor makes them"
     return "as many, but with other pixel values (other images, or another image processor)"
 
 
@@ -346,42 +372,6 @@ def _measured_side(now: Measured, then: Measured | None, claimed: SideRecord) ->
     return SideRecord(before, ConditioningRecord.of(factor.conditioning(before.conditioning())))
 
 
-def _judged(name: str, claimed: float, measured: float, note: str, *parts: ConditioningRecord | None) -> Figure:
-    """Two decimal logarithms; where their features lie near rounding noise, a small difference is no statement."""
-    allowance = sum(rounding_allowance(part.conditioning()) for part in parts if part is not None)
-    apart, outcome = abs(claimed - measured), AGREES
-    if LOG10_TOLERANCE < apart <= allowance:
-        outcome = CANNOT_SAY
-        note += f"; so near rounding noise that machines may differ by {allowance:.2g}"
-    elif apart > LOG10_TOLERANCE:
-        outcome = DIFFERS
-    return Figure(name, claimed, measured, LOG10_TOLERANCE, outcome, note)
-
-
-def _conditioning_figure(
-    name: str, claim: ConditioningRecord | None, part: ConditioningRecord | None, same: bool
-) -> Figure:
-    if claim is None or part is None or not same:
-        claimed, measured = (None if each is None else each.log10_kappa for each in (claim, part))
-        note = "one of the two is missing" if claim is None or part is None else "other images"
-        return Figure(name, claimed, measured, LOG10_TOLERANCE, CANNOT_SAY, note)
-    note = f"rank {part.rank} of {min(part.num_samples, part.dim)}"
-    note += "" if claim.rank == part.rank else f", {claim.rank} by the record"
-    note += ", a bound from below" if part.is_bound else ""
-    return _judged(name, claim.log10_kappa, part.log10_kappa, note, part)
-
-
-def _accuracy_figure(claim: MetricRecord, now: Measured, same: bool) -> Figure:
-    least = _ACCURACY_TOLERANCE if claim.precision in (None, "no") else _HALF_PRECISION_TOLERANCE
-    tolerance = max(least, 1.0 / max(now.measurement.factor.num_samples, 1))
-    if now.accuracy is None:
-        note = f"{claim.after:.4f} claimed; the images have no labels"
-        return Figure("benign accuracy", None, None, tolerance, CANNOT_SAY, note)
-    outcome = AGREES if abs(claim.after - now.accuracy) <= tolerance + 1e-12 else DIFFERS
-    outcome, note = (outcome, "") if same else (CANNOT_SAY, "other images")
-    return Figure("benign accuracy", claim.after, now.accuracy, tolerance, outcome, note)
-
-
 def _intercept_ratio(found: dict[str, Pair]) -> RatioRecord | None:
     pairs = [
         (now.measurement, None if before is None else before.measurement)
@@ -391,38 +381,26 @@ def _intercept_ratio(found: dict[str, Pair]) -> RatioRecord | None:
 
 
 def _ratio_figure(
-    protocol: str, claim: RatioRecord | None, now: RatioRecord | None, sides: dict[str, SideRecord], same: bool
+    name: str, claim: RatioRecord | None, now: RatioRecord | None, same: bool, allowance: float
 ) -> Figure:
-    name = f"log10 RIR ({protocol})"
     claimed, measured = (None if ratio is None else ratio.log10_rir for ratio in (claim, now))
     if now is None:
-        outcome, note = CANNOT_SAY, "no κ before immunization to divide by"
-    elif measured is None:
-        agreed = claim is not None and claim.bound == "undetermined" and same
-        outcome, note = AGREES if agreed else CANNOT_SAY, _BOUND_WORDS[now.bound]
-    elif claim is None or claimed is None or not same:
-        words = _BOUND_WORDS[now.bound] or "not claimed"
-        outcome, note = CANNOT_SAY, "other images" if claim is not None and not same else words
-    elif claim.bound != now.bound:
-        found, recorded = (_BOUND_WORDS[ratio.bound] or "a number" for ratio in (now, claim))
-        outcome, note = DIFFERS, f"{found} now, {recorded} by the record"
-    else:
-        parts = [side.after for side in sides.values()]
-        return _judged(name, claimed, measured, _BOUND_WORDS[now.bound], *parts)
-    return Figure(name, claimed, measured, LOG10_TOLERANCE, outcome, note)
+        return _judged(name, claimed, None, same, "no κ before immunization to divide by")
+    found, recorded = (_BOUND_WORDS.get(ratio.bound if ratio else None, "undetermined") for ratio in (now, claim))
+    if claim is not None and same and (claim.bound != now.bound or measured is None):
+        outcome = AGREES if claim.bound == now.bound else DIFFERS
+        return Figure(name, claimed, measured, LOG10_TOLERANCE, outcome, f"{found} now, {recorded} by the record")
+    return _judged(name, claimed, measured, same, found, allowance=allowance)
 
 
 def _groups_figure(claim: RatioRecord, benign: Pair, harmful: Pair, same: bool) -> Figure:
     claimed = None if claim.log10_rir is None else 10.0 ** min(claim.log10_rir, 300)
-    spread = (claimed or 0.0) * (claim.relative_std or 0.0)
-    mean, outcome, note = None, CANNOT_SAY, "needs the reference model"
-    if benign[1] is not None and harmful[1] is not None:
+    # With one group there is no spread; then the figure must be met as an exact one is.
+    spread = (claimed or 0.0) * max(claim.relative_std or 0.0, 10**LOG10_TOLERANCE - 1)
+    mean, note = None, "needs the reference model"
+    if same and benign[1] is not None and harmful[1] is not None:
         drawn = {"group_size": claim.group_size or _GROUP_SIZE, "seed": claim.seed or 0}
         now = groups_ratio((harmful[0], harmful[1]), (benign[0], benign[1]), num_groups=claim.num_groups, **drawn)
-        note = "undetermined" if same else "other images"
-        if same and now is not None and now.log10_rir is not None and claimed is not None:
-            mean, note = 10.0 ** min(now.log10_rir, 300), f"within ± {spread:.3g}"
-            # With one group there is no spread; then the figure must be met as an exact one is.
-            close = abs(mean - claimed) <= max(spread, claimed * (10**LOG10_TOLERANCE - 1))
-            outcome = AGREES if close else DIFFERS
-    return Figure("groups: mean RIR", claimed, mean, spread, outcome, note)
+        mean = None if now is None or now.log10_rir is None else 10.0 ** min(now.log10_rir, 300)
+        note = "undetermined" if mean is None else f"within ± {spread:.3g}"
+    return _judged("groups: mean RIR", claimed, mean, same, note, spread)

@@ -41,15 +41,11 @@ def weight_files(folder: str | os.PathLike[str]) -> list[str]:
     if missing:
         raise WeightsError(f"Expected the weights {missing[0]} that {INDEX} names, found none. Fetch them again.")
     if not names:
-        pickled = pickled_weights(sorted(path.name for path in root.iterdir() if path.is_file()))
+        names = sorted(path.name for path in root.iterdir() if path.is_file())
+        pickled = [name for name in names if name.endswith(_PICKLED) and name not in _NO_WEIGHTS]
         found = f"only pickled ones ({pickled[0]}), which can run any code when loaded" if pickled else "none"
         raise WeightsError(f"Expected weights in safetensors, found {found}. Save the model with save_pretrained.")
     return names
-
-
-def pickled_weights(names: list[str]) -> list[str]:
-    """Those of some files that hold pickled weights."""
-    return [name for name in names if name.endswith(_PICKLED) and Path(name).name not in _NO_WEIGHTS]
 
 
 def hash_weights(folder: str | os.PathLike[str]) -> dict[str, str]:

@@ -7,8 +7,8 @@ Lowering ``R_well`` lowers κ: ``κ(S) ≤ exp(p·R_well(S)/σ_k²)``. Lowering 
 ``1/log κ(S) ≤ σ_1²·R_ill(S)``. Without these factors the bounds fail (S = diag(0.1, 0.01) and diag(100, 1)). The
 gradients average over the eigenspace where the extreme value is repeated.
 
-``ZᵀZ`` (D×D) and ``ZZᵀ`` (N×N) share their non-zero spectrum. The smaller of the two is formed in float64, by chunks
-of rows, and its eigenvalues are taken. Their gradient, ``uuᵀ`` for each, divides by no difference of eigenvalues.
+``ZᵀZ`` (D×D) and ``ZZᵀ`` (N×N) share their non-zero spectrum. The smaller of the two is formed in float64
+and its eigenvalues are taken. Their gradient, ``uuᵀ`` for each, divides by no difference of eigenvalues.
 Float64 features hold more than their Gram matrix can: of these, singular values are taken.
 """
 
@@ -17,11 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_immunize.errors import NonFiniteError, PerfectConditioningError, RankError
 from hf_immunize.spectra.checks import (
@@ -34,8 +33,6 @@ from hf_immunize.spectra.checks import (
 )
 
 
-# Rows cast to float64 at a time: the whole of Z is never copied.
-CHUNK = 512
 # Sizes of features of which the eighth power, which R_ill's gradient takes, neither overflows nor vanishes.
 _ORDINARY = (1e-30, 1e30)
 # What a Gram matrix in float64 loses, in singular values.
@@ -49,36 +46,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def gram_matrix(tall: Tensor) -> Tensor:
-    """``AᵀA`` of A, shape ``(m, n)``: shape ``(n, n)``, float64, symmetric, without a gradient."""
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
-    for rows in tall.detach().split(CHUNK):
-        rows = rows.to(torch.float64)
-        gram.addmm_(rows.mT, rows)
-    return (gram + gram.mT) / 2
-
-
-class Gram(torch.autograd.Function):
-    """``ZᵀZ`` in float64, differentiable: ``∂f/∂Z = Z(S + Sᵀ)`` with S the gradient that arrives."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor) -> Tensor:
-        """With autocast off."""
-        ctx.save_for_backward(features)
-        with without_autocast(features.device):
-            return gram_matrix(features)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        """In float64, by chunks of rows."""
-        (features,) = ctx.saved_tensors
-        with without_autocast(features.device):
-            twice = grad_outputs[0] + grad_outputs[0].mT
-            gradient = torch.empty_like(features)
-            for rows, out in zip(features.split(CHUNK), gradient.split(CHUNK), strict=True):
-                out.copy_(rows.to(torch.float64) @ twice)
-            # In half precision a loss that was scaled up may go beyond; the gradient scaler sees to that.
-            return gradient if gradient.itemsize < 4 else check_result(gradient, "the gradient of a regularizer")
+    """``AᵀA`` in float64; its gradient is cast to the dtype of A after whatever weight it has."""
+    wide = tall.to(torch.float64)
+    return wide.mT @ wide
 
 
 @dataclass(frozen=True)
@@ -96,7 +66,7 @@ class Hessian:
     @classmethod
     def of(cls, features: Tensor) -> Hessian:
         """The Hessian of one process's features, shape ``(N, D)``; differentiable."""
-        return cls(Gram.apply(features), features.shape[0], features.dtype)
+        return cls(gram_matrix(features), features.shape[0], features.dtype)
 
 
 class Spectrum(NamedTuple):
@@ -172,7 +142,7 @@ def _spectrum(given: Tensor | Hessian, dtype: torch.dtype) -> Spectrum:
         if dtype == torch.float64:
             values, lost = torch.linalg.svdvals(given).square(), 0.0
         else:
-            values, lost = _eigenvalues(Gram.apply(given.mT if rows <= dim else given)), _GRAM_NOISE
+            values, lost = _eigenvalues(gram_matrix(given.mT if rows <= dim else given)), _GRAM_NOISE
     singular = values.detach().sqrt()
     # `rank_cutoff` is the larger of a multiple of either argument.
     of_frobenius = rank_cutoff(0.0, 1.0, rows, dim, dtype) * torch.linalg.vector_norm(singular)

@@ -1,14 +1,11 @@
 """A run directory keeps what is finished, whatever happens to it: outcomes, features, and parts of processes."""
 
 import pytest
-import torch
 from attacked import tiny_vit
 
-from hf_immunize.audit import journal
-from hf_immunize.audit.journal import Journal, Pass, StoredPasses, fingerprint, make_folder
+from hf_immunize.audit.journal import Journal, fingerprint
 from hf_immunize.audit.result import Outcome
-from hf_immunize.errors import ArgumentError, CheckpointError, DiskSpaceError
-from hf_immunize.features.extract import Extraction, Layer
+from hf_immunize.errors import ArgumentError, CheckpointError
 
 
 def outcome(seed):
@@ -59,43 +56,3 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
 def test_fingerprint_tells_weights_apart():
     marks = {fingerprint({"immunized": tiny_vit(seed)}, {}, {}) for seed in (0, 0, 1)}
     assert len(marks) == 2
-
-
-# Parts of several processes
-
-
-LAYER = Layer("blocks.0", False, (4,))
-WANTED = [Pass("reference", "harmful", side, ((LAYER, "pooled"),)) for side in ("train", "test")]
-
-
-def extraction(value):
-    rows = torch.full((2, 3), float(value))
-    return Extraction(rows, rows + 10, {LAYER.label("pooled"): rows + 20})
-
-
-def test_parts_are_joined_in_the_order_of_processes(tmp_path):
-    stored = StoredPasses(tmp_path, WANTED)
-    for process in (2, 0):
-        stored.write(WANTED[1], extraction(process), process)
-    stored.write(WANTED[1], None, 1)  # it had no images
-    found = stored.read(WANTED[1])
-    assert found.features[:, 0].tolist() == [0, 0, 2, 2]
-    assert found.logits[:, 0].tolist() == [10, 10, 12, 12]
-    assert found.views["blocks.0 (pooled)"][:, 0].tolist() == [20, 20, 22, 22]
-
-
-def test_a_full_disk_is_named_with_what_to_do(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(journal, "_save", full)
-    with pytest.raises(DiskSpaceError, match=r"No space left.*one process"):
-        StoredPasses(tmp_path, WANTED).write(WANTED[0], extraction(0), 0)
-
-
-def test_what_a_killed_audit_left_is_removed_and_its_outcomes_stay(tmp_path):
-    left = make_folder(tmp_path)
-    (left / "0").mkdir()
-    (tmp_path / "outcomes.jsonl").write_text("{}")
-    made = make_folder(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([made.name, "outcomes.jsonl"])

@@ -85,7 +85,7 @@ def test_what_a_budget_allows_is_in_the_report_and_a_layer_above_its_limit_is_na
     data = run(models, harmful, preset, max_images=30)
     stated = ("probe_steps", "fine_tuning_steps", "images_of_a_task")
     assert [data.budget[name] for name in stated] == [9, 9, 30]
-    assert data.budget["values_of_a_flattened_layer"] == 10
+    assert data.budget["layer_entries"] == 10
     notes = {one.note for one in data.outcomes if one.status == "skipped"}
     assert notes and all("more than the preset's 10" in note for note in notes)
 

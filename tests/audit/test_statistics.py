@@ -138,7 +138,7 @@ def test_the_strongest_has_the_highest_mean_and_is_matched_by_what_is_done_on_bo
 
 def test_fine_tuning_has_the_interval_of_the_images_it_was_measured_on():
     runs = [one for name in ("whole_network", "restore_swap") for one in attack(name, "fine_tuning", "immunized", 0.4)]
-    tuned, restored = summarize(make(runs, budget={"fine_tuning_test_images": 100}))
+    tuned, restored = summarize(make(runs, budget={"fine_tuning_max_test_images": 100}))
     assert (tuned.test_size, restored.test_size) == (100, 2000)
     assert tuned.upper - tuned.lower > 4 * (restored.upper - restored.lower)
 

@@ -5,13 +5,10 @@ import math
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from audit_sample import CHANCE, attack, fine_tuning, layers, lost, make, probes, sample_data
 
-from hf_immunize import immunize_linear, relative_immunization_ratio
-from hf_immunize.audit.result import Outcome, TaskSummary, Utility
+from hf_immunize.audit.result import TaskSummary, Utility
 from hf_immunize.audit.statistics import paired_interval
 from hf_immunize.audit.verdict import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind, judge, sentence
 
@@ -154,10 +151,6 @@ def above_chance():
     return on_few_images(45, both("ridge", "head_input", 0.644, 0.644))
 
 
-def layer_lost():
-    return head(0.1, 0.486, *both("ridge", "any_layer", 0.44, 0.52, **STAGE), SKIPPED)
-
-
 # Audit, class of attackers, what is said of its strongest, and a word of the reason.
 CLASSES = {
     "sound, head": (sample_data, "head_input", Kind.PREVENTED, ""),
@@ -264,12 +257,6 @@ def test_benign_accuracy_is_judged_with_the_noise_of_its_test_images(utility, ki
 # Where the information went, speed, other tasks: kinds that are there, and kinds that are not
 
 
-def near_the_head():
-    data = head(0.43, 0.486, *both("ridge", "any_layer", 0.45, 0.486, **STAGE), images=400)
-    assert data.tasks["harmful"].test_size == 400
-    return data
-
-
 def equal_to_the_reference():
     runs = [one for s in ("immunized", "reference") for f in (probes, layers, fine_tuning) for one in f(s, 0.5)]
     return make(runs, utility=Utility(2000, 0.75, 0.75, 0.0, (0.0, 0.0)))
@@ -278,10 +265,7 @@ def equal_to_the_reference():
 @pytest.mark.parametrize(
     ("made", "there", "absent"),
     [
-        (sample_data, {Kind.ONE_LAYER_AWAY, Kind.NOT_SLOWED, Kind.RATIO, Kind.DIVERGED, Kind.SKIPPED}, set()),
-        (everywhere, set(), {Kind.ONE_LAYER_AWAY}),
-        (near_the_head, set(), {Kind.ONE_LAYER_AWAY}),
-        (layer_lost, {Kind.ONE_LAYER_AWAY}, set()),
+        (sample_data, {Kind.NOT_SLOWED, Kind.RATIO, Kind.DIVERGED, Kind.SKIPPED}, set()),
         (equal_to_the_reference, {Kind.NOTHING_STOPPED}, CLAIMS | {Kind.SLOWED}),
         (lambda: without_reference(0.012), {Kind.NO_REFERENCE}, CLAIMS | {Kind.SLOWED}),
         (lambda: make([]), set(), {Kind.RATIO}),
@@ -311,51 +295,6 @@ def test_an_accuracy_never_reached_is_a_bound_on_the_ratio():
     ]
     (ratio,) = [one for found in judge(make(runs)) for one in found.ratios]
     assert ratio.is_bound and ratio.ratio == pytest.approx(300)
-
-
-@pytest.mark.slow
-def test_on_a_linear_map_gradient_descent_is_slowed_a_hundredfold_and_least_squares_reads_it_at_once():
-    """Real attacks on a real linear map: harmful features X before, X θ after, five classes in all directions."""
-    torch.manual_seed(0)
-    dim, classes, steps = 32, 5, 5000
-    benign, harmful, test = (torch.randn(2000, dim, dtype=torch.float64) for _ in range(3))
-    benign = benign * torch.logspace(0, -1.25, dim, dtype=torch.float64)
-    turn = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64)).Q
-    turn = turn * torch.logspace(0, -0.15, dim, dtype=torch.float64)
-    harmful, test = harmful @ turn.T, test @ turn.T
-    theta = immunize_linear(benign, benign[:, 0], harmful, method="optimum").theta
-    ratio = relative_immunization_ratio(
-        harmful=harmful @ theta, harmful_reference=harmful, benign=benign @ theta, benign_reference=benign
-    )
-    marks = sorted({int(step) for step in np.logspace(0, np.log10(steps), 30)})
-    outcomes = []
-    for seed in range(3):
-        teacher = torch.randn(dim, classes, dtype=torch.float64)
-        labels, right = (harmful @ teacher).argmax(1), (test @ teacher).argmax(1)
-        target = torch.nn.functional.one_hot(labels, classes).double() - 1 / classes
-        for subject, map_ in (("reference", torch.eye(dim, dtype=torch.float64)), ("immunized", theta)):
-            z, z_test = harmful @ map_, test @ map_
-
-            def accuracy(w, z_test=z_test, right=right):
-                return float(((z_test @ w).argmax(1) == right).double().mean())
-
-            hessian, side, w, curve = z.T @ z, z.T @ target, torch.zeros(dim, classes, dtype=torch.float64), []
-            for step in range(1, steps + 1):
-                gradient = hessian @ w - side
-                w = w - (gradient**2).sum(0) / (gradient * (hessian @ gradient)).sum(0) * gradient
-                curve += [accuracy(w)] if step in marks else []
-            same = {"access": "head_input", "subject": subject, "task": "harmful", "layer": "map"}
-            same |= {"seed": seed, "precision": "float64"}
-            outcomes.append(Outcome("gd_line_search", **same, accuracy=curve[-1], steps=marks, curve=curve))
-            outcomes.append(Outcome("ridge", **same, accuracy=accuracy(torch.linalg.lstsq(z, target).solution)))
-    assert float(ratio.rir) >= 1e4 and ratio.bound is None
-    data = make(outcomes, rir={"rir": float(ratio.rir), "bound": None})
-    data.tasks["harmful"] = TaskSummary("harmful", "a linear task", 2000, 2000, classes, 0.26)
-    found = {one.kind: one for one in judge(data)}
-    (slow,) = found[Kind.SLOWED].ratios
-    assert slow.attacker == "gd_line_search" and slow.interval[0] >= 100
-    assert found[Kind.NO_STEPS_NEEDED].worst.attacker == "ridge"
-    assert kinds(data, "head_input")[0] is Kind.NOT_PREVENTED
 
 
 # The words

@@ -168,21 +168,6 @@ def test_activations_too_large_for_float16_and_images_of_unequal_size_are_refuse
         open_or_write(cache([*images(2), {"pixel_values": torch.zeros(3, 64, 64), "labels": 0}], batch_size=1))
 
 
-def test_random_flips_and_random_transforms_are_refused(cache, images, image_dataset):
-    class Flipped(list):
-        def __getitem__(self, index):
-            image = super().__getitem__(index)["pixel_values"]
-            return {"pixel_values": image.flip(-1) if torch.rand(()) < 0.5 else image, "labels": index % 3}
-
-    def transform(batch):
-        return {"pixel_values": [torch.rand(SHAPE) for _ in batch["image"]], "label": batch["label"]}
-
-    transformed = ImageRows(image_dataset.with_transform(transform), "train_dataset", "pixel_values", "label")
-    for rows in (Flipped(images()), transformed):
-        with pytest.raises(DataError, match="freeze one draw"):
-            cache(rows)
-
-
 @pytest.mark.parametrize(
     "extra", [{"bool_masked_pos": torch.ones(1)}, {"labels": torch.ones(1, 3)}], ids=["column", "soft"]
 )
@@ -210,4 +195,3 @@ def test_an_error_of_ones_own_stays_what_it_is():
 
 def test_a_process_alone_shares_every_folder_and_makes_none(tmp_path):
     assert ALONE.share_folder(tmp_path / "new") and not (tmp_path / "new").exists()
-    ALONE.leave()

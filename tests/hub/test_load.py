@@ -1,5 +1,6 @@
 """Loading with the record, from a folder and from the Hub."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -14,13 +15,13 @@ from hf_immunize import load_immunized
 from hf_immunize.errors import (
     ArgumentError,
     HubError,
-    RecordError,
     RecordVersionError,
     WeightsChangedWarning,
     WeightsError,
 )
-from hf_immunize.hub.load import fetch
+from hf_immunize.hub.load import fetch, retried
 from hf_immunize.hub.push import push
+from hf_immunize.hub.weights import changed_weights, hash_weights, weight_files
 
 
 REPO = f"{USER}/immunized"
@@ -35,45 +36,24 @@ def test_model_is_the_saved_one(checkpoint, record):
     assert loaded == record
 
 
-def test_changed_weights_are_warned_about(checkpoint, tamper):
+def change(checkpoint, **fields):
+    path = checkpoint / "immunization.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_what_cannot_be_loaded_is_named(checkpoint, tamper, tmp_path):
     tamper(checkpoint)
     with pytest.warns(WeightsChangedWarning, match=r"model\.safetensors has changed"):
         load_immunized(checkpoint)
-
-
-def test_record_of_a_newer_schema_is_refused(checkpoint):
-    path = checkpoint / "immunization.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": "2.0"}))
-    with pytest.raises(RecordVersionError):
-        load_immunized(checkpoint)
-
-
-def test_truncated_record_is_refused(checkpoint):
-    path = checkpoint / "immunization.json"
-    path.write_text(path.read_text()[:500])
-    with pytest.raises(RecordError, match="truncated"):
-        load_immunized(checkpoint)
-
-
-def test_checkpoint_without_record_is_refused(checkpoint):
-    (checkpoint / "immunization.json").unlink()
-    with pytest.raises(RecordError, match="carries no evidence"):
-        load_immunized(checkpoint)
-
-
-def test_pickled_weights_are_refused(checkpoint):
-    shutil.move(checkpoint / "model.safetensors", checkpoint / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match="pickled"):
-        load_immunized(checkpoint)
-
-
-def test_damaged_weights_are_named(checkpoint):
     (checkpoint / "model.safetensors").write_bytes(b"half")
     with pytest.warns(WeightsChangedWarning), pytest.raises(WeightsError):
         load_immunized(checkpoint)
-
-
-def test_neither_folder_nor_repository_is_named(tmp_path):
+    shutil.move(checkpoint / "model.safetensors", checkpoint / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="pickled"):
+        load_immunized(checkpoint)
+    change(checkpoint, schema_version="2.0")
+    with pytest.raises(RecordVersionError):
+        load_immunized(checkpoint)
     with pytest.raises(ArgumentError, match="nowhere"):
         load_immunized(tmp_path / "nowhere")
 
@@ -92,18 +72,9 @@ def test_pickles_of_a_repository_are_not_fetched(checkpoint, api, online):
     push(checkpoint, REPO, api=api)
     files = online.files(REPO)
     files["pytorch_model.bin"], files["evil.py"] = files.pop("model.safetensors"), b"raise SystemExit"
-    with pytest.raises(WeightsError, match="pickled"):
-        fetch(REPO, api=api)
+    with pytest.raises(WeightsError, match="safetensors"):
+        load_immunized(fetch(REPO, api=api))
     assert not any(path.endswith((".bin", ".py")) for _, path in online.requests)
-
-
-@pytest.mark.hub
-@pytest.mark.parametrize(("status", "outcome"), [(401, "unauthorized"), (403, "forbidden"), (404, "not_found")])
-def test_refusal_of_the_hub_has_a_name(status, outcome, api, online):
-    online.fail("GET", "/api/models/", status, times=100)
-    with pytest.raises(HubError) as failed:
-        fetch(REPO, api=api)
-    assert failed.value.outcome == outcome
 
 
 @pytest.mark.hub
@@ -129,15 +100,82 @@ def test_another_answer_than_the_hubs_is_named(page, checkpoint, api, online):
 
 
 @pytest.mark.hub
-def test_missing_repository_is_named(api):
+def test_missing_repository_is_named_and_passing_trouble_waited_out(checkpoint, api, online):
     with pytest.raises(HubError, match="spelling") as failed:
         fetch("tester/nothing-here", api=api)
     assert failed.value.outcome == "not_found"
-
-
-@pytest.mark.hub
-def test_passing_trouble_is_waited_out(checkpoint, api, online):
     push(checkpoint, REPO, api=api)
     online.fail("GET", "/api/models/", 503)
     online.fail("GET", "/resolve/", "cut")
     assert (fetch(REPO, api=api) / "model.safetensors").is_file()
+
+
+# ---- trying again ----
+
+
+def failing(times, outcome):
+    calls = []
+
+    def call():
+        calls.append(None)
+        if len(calls) <= times:
+            raise HubError("no", outcome)
+        return len(calls)
+
+    return call
+
+
+def test_passing_trouble_alone_is_tried_again_with_growing_waits_and_not_for_ever(monkeypatch):
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for outcome in ("rate_limited", "server_error", "unreachable"):
+        assert retried(failing(3, outcome), "push") == 4
+        assert waits == [1, 2, 4]
+        with pytest.raises(HubError):
+            retried(failing(4, outcome), "push")
+        waits.clear()
+    for outcome in ("unauthorized", "forbidden", "not_found", "conflict", "rejected", "timed_out", "offline"):
+        with pytest.raises(HubError):
+            retried(failing(1, outcome), "push")
+    assert not waits
+
+
+def test_faults_of_this_machine_keep_their_own_name(api, monkeypatch):
+    with pytest.raises(KeyError):
+        retried({}.popitem, "push")
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.hf_api.get_session", full)
+    with pytest.raises(OSError, match="No space") as failed:
+        fetch(REPO, api=api)
+    assert not isinstance(failed.value, HubError)
+
+
+# ---- weight files ----
+
+
+def index(folder, *names):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(enumerate(names))}))
+
+
+def test_shards_are_those_of_the_index_which_points_nowhere_else(tmp_path):
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name in (*names, "model-00001-of-00009.safetensors"):
+        (tmp_path / name).write_bytes(b"weights")
+    index(tmp_path, *names)
+    assert hash_weights(tmp_path) == dict.fromkeys(names, hashlib.sha256(b"weights").hexdigest())
+    (tmp_path / names[1]).unlink()
+    for name, found in ((names[1], names[1]), *((x, "index") for x in ("../x.safetensors", "/etc/x", "x.bin", 3))):
+        index(tmp_path, name)
+        with pytest.raises(WeightsError, match=found):
+            weight_files(tmp_path)
+
+
+def test_each_kind_of_change_is_told(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    phrases = changed_weights(tmp_path, {"model.safetensors": "0" * 64, "gone.safetensors": "0" * 64})
+    assert phrases == ["model.safetensors has changed", "gone.safetensors is missing"]
+    assert changed_weights(tmp_path, hash_weights(tmp_path)) == []
+    assert changed_weights(tmp_path, {}) == ["model.safetensors is not in the record"]

@@ -6,14 +6,17 @@ import time
 
 import huggingface_hub
 import pytest
+import torch
 from hub_server import READ_ONLY, TOKEN, USER
 from huggingface_hub import HfApi
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 from hf_immunize.errors import ArgumentError, CardError, HubError, RecordError, WeightsError
 from hf_immunize.hub.card import write_card
-from hf_immunize.hub.push import push
-from hf_immunize.hub.record import read_record, write_record
+from hf_immunize.hub.push import check_private, push
+from hf_immunize.hub.record import write_record
 
 
 pytestmark = pytest.mark.hub
@@ -25,39 +28,30 @@ def local(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-SHARDED = ["pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/.metadata", "optimizer_0/__0_0.distcp"]
-SHARDED += ["global_step4/mp_rank_00_model_states.pt", "global_step4/zero_pp_rank_0_mp_rank_00_optim_states.pt"]
-SHARDED += ["latest", "zero_to_fp32.py", "pytorch_model_fsdp.bin", "checkpoint-4/model.safetensors"]
-UNKNOWN = ["training_args.bin", "notes.txt", "results.json", "optimizer.pt", "private.png", "of.a.format.to.come"]
-UNKNOWN += ["other.safetensors", "config.json.bak", "sub/config.json", "README.md.old", ".env"]
+STRANGERS = ["pytorch_model_fsdp_0/__0_0.distcp", "global_step4/mp_rank_00_model_states.pt", "zero_to_fp32.py"]
+STRANGERS += ["pytorch_model_fsdp.bin", "checkpoint-4/model.safetensors", "training_args.bin", "notes.txt", "latest"]
+STRANGERS += ["results.json", "optimizer.pt", "private.png", "of.a.format.to.come", "other.safetensors", ".env"]
+STRANGERS += ["config.json.bak", "sub/config.json", "README.md.old"]
 
 
-@pytest.mark.parametrize("name", [*SHARDED, *UNKNOWN])
-def test_only_what_is_listed_leaves_whatever_else_lies_there(name, checkpoint):
-    (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
-    (checkpoint / name).write_bytes(b"not for others")
-    assert set(push(checkpoint, REPO, dry_run=True).files) == EXPECTED - {"README.md"}
-
-
-def test_repository_holds_exactly_the_allowed_files(checkpoint, api, online):
-    for name in ("training_args.bin", "notes.txt", "results.json", "optimizer.pt", "private.png"):
+def test_repository_holds_exactly_the_allowed_files_and_the_figures_of_the_record(checkpoint, record, api, online):
+    for name in STRANGERS:
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
         (checkpoint / name).write_bytes(b"not for others")
-    push(checkpoint, REPO, api=api)
-    there = online.files(REPO)
-    assert set(there) == EXPECTED | {".gitattributes"}
-    assert {name: there[name] for name in EXPECTED} == {name: local(checkpoint)[name] for name in EXPECTED}
-
-
-def test_figure_of_the_record_is_pushed(checkpoint, record):
     Image.new("RGB", (2, 2)).save(checkpoint / "spectra.png")
     record.figures = ["spectra.png"]
     write_record(checkpoint, record)
-    assert "spectra.png" in push(checkpoint, REPO, dry_run=True).files
+    before = local(checkpoint)
+    expected = EXPECTED | {"spectra.png"}
+    assert set(push(checkpoint, REPO, dry_run=True).files) == expected - {"README.md"}
+    assert local(checkpoint) == before and not online.requests
+    push(checkpoint, REPO, api=api)
+    there = online.files(REPO)
+    assert set(there) == expected | {".gitattributes"}
+    assert {name: there[name] for name in expected} == {name: local(checkpoint)[name] for name in expected}
 
 
-@pytest.mark.parametrize(
-    "name", ["training_args.bin", "id_rsa", "optimizer.pt", "notes.txt", "figure.svg", "x.png.txt"]
-)
+@pytest.mark.parametrize("name", ["training_args.bin", "id_rsa", "figure.svg", "x.png.txt"])
 def test_figures_of_a_record_are_pictures_by_name(name, checkpoint, record):
     (checkpoint / name).write_bytes(b"\x89PNG\r\n\x1a\n")
     path = checkpoint / "immunization.json"
@@ -100,20 +94,18 @@ def test_links_out_of_the_folder_are_refused_before_anything_is_read(name, check
     assert not online.requests
 
 
-def test_linked_shard_is_refused(checkpoint, tmp_path):
-    shutil.move(checkpoint / "model.safetensors", tmp_path / "elsewhere")
-    (checkpoint / "other.safetensors").symlink_to(tmp_path / "elsewhere")
-    (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {"x": "other.safetensors"}}')
-    with pytest.raises(ArgumentError, match=r"other\.safetensors"):
-        push(checkpoint, REPO, dry_run=True, require_record=False)
-
-
-def test_linked_card_is_not_copied_into_a_new_one(checkpoint, record, tmp_path):
+def test_linked_shards_and_cards_are_refused(checkpoint, record, tmp_path):
     (tmp_path / "elsewhere").write_text("Not for others.\n")
     (checkpoint / "README.md").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ArgumentError, match="symbolic link"):
         write_card(checkpoint, record)
     assert (checkpoint / "README.md").is_symlink()
+    (checkpoint / "README.md").unlink()
+    shutil.move(checkpoint / "model.safetensors", tmp_path / "weights")
+    (checkpoint / "other.safetensors").symlink_to(tmp_path / "weights")
+    (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {"x": "other.safetensors"}}')
+    with pytest.raises(ArgumentError, match=r"other\.safetensors"):
+        push(checkpoint, REPO, dry_run=True, require_record=False)
 
 
 def test_links_of_the_hubs_own_cache_are_followed(checkpoint, tmp_path):
@@ -130,20 +122,6 @@ def test_links_of_the_hubs_own_cache_are_followed(checkpoint, tmp_path):
     (snapshot / "LICENSE").symlink_to("../../blobs/LICENSE")
     with pytest.raises(ArgumentError, match="symbolic link"):
         push(snapshot, REPO, dry_run=True)
-
-
-def test_dry_run_lists_without_network_or_change(checkpoint):
-    before = local(checkpoint)
-    result = push(checkpoint, REPO, dry_run=True)
-    assert set(result.files) == EXPECTED - {"README.md"}
-    assert local(checkpoint) == before
-
-
-def test_pushing_again_makes_no_commit(checkpoint, api, record):
-    first = push(checkpoint, REPO, api=api)
-    assert read_record(checkpoint) == record
-    second = push(checkpoint, REPO, api=api)
-    assert (first.changed, second.changed, second.commit) == (True, False, first.commit)
 
 
 def test_upload_that_is_cut_leaves_the_repository_and_the_next_push_is_whole(checkpoint, api, online):
@@ -166,10 +144,11 @@ def test_what_is_cut_once_is_tried_again_and_sends_the_weights_only_as_often(met
     assert max(online.uploads().values()) == (2 if method == "PUT" else 1)
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503])
-@pytest.mark.parametrize("path", ["/api/repos/create", "/commit/", "/preupload/"])
+@pytest.mark.parametrize(
+    ("status", "path"), [(429, "/api/repos/create"), (500, "/commit/"), (502, "/preupload/"), (503, "/commit/")]
+)
 def test_passing_trouble_is_waited_out(status, path, checkpoint, api, online):
-    online.fail("POST", path, status, **{"Retry-After": 1})
+    online.fail("POST", path, status)
     assert push(checkpoint, REPO, api=api).changed
 
 
@@ -177,35 +156,24 @@ OUTCOMES = {400: "rejected", 401: "unauthorized", 403: "forbidden", 404: "not_fo
 OUTCOMES |= {429: "rate_limited", 500: "server_error"}
 
 
-@pytest.mark.parametrize("status", list(OUTCOMES))
-def test_lasting_trouble_has_a_name(status, checkpoint, api, online):
-    online.fail("POST", "/commit/", status, times=100)
-    with pytest.raises(HubError) as failed:
-        push(checkpoint, REPO, api=api)
-    assert failed.value.outcome == OUTCOMES[status]
+def test_lasting_trouble_has_a_name(checkpoint, api, online):
+    for status, outcome in OUTCOMES.items():
+        online.fail("POST", "/commit/", status, times=4)
+        with pytest.raises(HubError) as failed:
+            push(checkpoint, REPO, api=api)
+        assert failed.value.outcome == outcome
+        online.faults.clear()
 
 
-@pytest.mark.parametrize(
-    ("repo", "token", "outcome"),
-    [(REPO, "hf_wrong", "unauthorized"), (REPO, READ_ONLY, "forbidden"), ("somebody/else", TOKEN, "forbidden")],
-)
-def test_refusals_of_the_hub_have_a_name(repo, token, outcome, checkpoint, online):
-    with pytest.raises(HubError) as failed:
-        push(checkpoint, repo, api=HfApi(endpoint=online.url, token=token))
-    assert failed.value.outcome == outcome
-
-
-def test_no_network_is_one_sentence(checkpoint, online):
-    with pytest.raises(HubError, match="connection") as failed:
-        push(checkpoint, REPO, api=HfApi(endpoint="http://127.0.0.1:9", token=TOKEN))
-    assert failed.value.outcome == "unreachable"
-
-
-def test_offline_is_said(checkpoint, api, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE") as failed:
-        push(checkpoint, REPO, api=api)
-    assert failed.value.outcome == "offline"
+def test_refusals_of_the_hub_have_a_name(checkpoint, online, api, monkeypatch):
+    wrong, read_only = (HfApi(endpoint=online.url, token=token) for token in ("hf_wrong", READ_ONLY))
+    nowhere = HfApi(endpoint="http://127.0.0.1:9", token=TOKEN)
+    calls = [(REPO, wrong, "unauthorized"), (REPO, read_only, "forbidden"), ("somebody/else", api, "forbidden")]
+    for repo, client, outcome in [*calls, (REPO, nowhere, "unreachable"), (REPO, api, "offline")]:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", outcome == "offline")
+        with pytest.raises(HubError) as failed:
+            push(checkpoint, repo, api=client)
+        assert failed.value.outcome == outcome
 
 
 def test_private_is_made_and_not_pushed_to_a_public_repository(checkpoint, api, online):
@@ -217,62 +185,59 @@ def test_private_is_made_and_not_pushed_to_a_public_repository(checkpoint, api, 
     assert failed.value.outcome == "conflict"
 
 
-def test_branch_is_made(checkpoint, api, online):
+def test_a_branch_is_made_weights_of_an_earlier_push_go_and_pushing_again_makes_no_commit(checkpoint, api, online):
+    first = push(checkpoint, REPO, revision="v1", api=api)
+    assert "model.safetensors" in online.files(REPO, "v1") and "model.safetensors" not in online.files(REPO)
+    second = push(checkpoint, REPO, revision="v1", api=api)
+    assert (first.changed, second.changed, second.commit) == (True, False, first.commit)
+    files = online.files(REPO, "v1")
+    files["pytorch_model.bin"] = files["model-00001-of-00002.safetensors"] = b"old"
+    files["mine.txt"] = b"stays"
     push(checkpoint, REPO, revision="v1", api=api)
-    assert "model.safetensors" in online.files(REPO, "v1")
-    assert "model.safetensors" not in online.files(REPO)
+    assert set(online.files(REPO, "v1")) == EXPECTED | {".gitattributes", "mine.txt"}
 
 
-def test_weights_of_an_earlier_push_are_removed(checkpoint, api, online):
-    push(checkpoint, REPO, api=api)
-    online.files(REPO)["pytorch_model.bin"] = online.files(REPO)["model-00001-of-00002.safetensors"] = b"old"
-    online.files(REPO)["mine.txt"] = b"stays"
-    push(checkpoint, REPO, api=api)
-    assert set(online.files(REPO)) == EXPECTED | {".gitattributes", "mine.txt"}
-
-
-def test_weights_other_than_the_recorded_are_refused(checkpoint, api, online, tamper):
-    tamper(checkpoint)
-    with pytest.raises(RecordError, match=r"model\.safetensors has changed"):
-        push(checkpoint, REPO, api=api)
-    assert REPO not in online.repos
-
-
-def test_checkpoint_without_record_is_refused(checkpoint, api):
+def without_record(checkpoint):
     (checkpoint / "immunization.json").unlink()
-    with pytest.raises(RecordError, match="no evidence"):
-        push(checkpoint, REPO, api=api)
 
 
-def test_pickled_weights_are_refused(checkpoint, api):
+def pickled(checkpoint):
     shutil.move(checkpoint / "model.safetensors", checkpoint / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match="pickled"):
-        push(checkpoint, REPO, api=api)
 
 
-def test_token_in_a_file_is_refused_and_not_repeated(checkpoint, api, online):
+def with_token(checkpoint):
     (checkpoint / "README.md").write_text(f"my token is {TOKEN}\n")
-    with pytest.raises(ArgumentError, match=r"a token in README\.md") as refused:
+
+
+def with_path(checkpoint):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher": "/home/alice/models/x"}))
+
+
+def with_broken_card(checkpoint):
+    (checkpoint / "README.md").write_text("---\ntags: [a\nlicense: : mit\n---\n\nMy text.\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "named"),
+    [
+        ("tamper", RecordError, r"model\.safetensors has changed"),
+        (without_record, RecordError, "no evidence"),
+        (pickled, WeightsError, "pickled"),
+        (with_token, ArgumentError, r"a token in README\.md"),
+        (with_path, ArgumentError, r"local path /home/alice.* in config\.json"),
+        (with_broken_card, CardError, "YAML"),
+    ],
+)
+def test_what_may_not_leave_is_refused_before_anything_is_sent(spoil, error, named, checkpoint, api, online, tamper):
+    spoil = tamper if spoil == "tamper" else spoil
+    spoil(checkpoint)
+    before = local(checkpoint)
+    with pytest.raises(error, match=named) as refused:
         push(checkpoint, REPO, api=api)
     assert TOKEN not in str(refused.value)
     assert not online.requests
-
-
-def test_local_path_in_a_file_is_refused(checkpoint, api, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/alice")
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"teacher": "/home/alice/models/x"}))
-    with pytest.raises(ArgumentError, match=r"local path /home/alice in config\.json"):
-        push(checkpoint, REPO, api=api)
-
-
-def test_card_edited_into_invalid_yaml_is_named_and_left(checkpoint, api, online):
-    broken = "---\ntags: [a\nlicense: : mit\n---\n\nMy text.\n"
-    (checkpoint / "README.md").write_text(broken)
-    with pytest.raises(CardError, match="Repair it by hand"):
-        push(checkpoint, REPO, api=api)
-    assert (checkpoint / "README.md").read_text() == broken
-    assert not online.requests
+    assert spoil is not with_broken_card or local(checkpoint) == before
 
 
 def test_metadata_that_the_hub_refuses_is_named(checkpoint, api):
@@ -297,15 +262,139 @@ def test_server_that_never_answers_is_left(method, path, checkpoint, api, online
 
 
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize(("method", "path"), STEPS)
-def test_page_in_place_of_an_answer_is_named(method, path, page, checkpoint, api, online):
-    online.fail(method, path, page, times=1000)
-    with pytest.raises(HubError) as failed:
-        push(checkpoint, REPO, api=api)
-    assert failed.value.outcome == "unreachable"
+def test_page_in_place_of_an_answer_is_named(page, checkpoint, api, online):
+    for method, path in STEPS:
+        online.fail(method, path, page, times=1000)
+        with pytest.raises(HubError) as failed:
+            push(checkpoint, REPO, api=api)
+        assert failed.value.outcome == "unreachable"
+        online.faults.clear()
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b/c", "user/na me", "", "https://huggingface.co/user/x"])
-def test_impossible_names_are_refused(name, checkpoint):
-    with pytest.raises(ArgumentError, match="user/name"):
-        push(checkpoint, name, dry_run=True)
+def test_impossible_names_are_refused(checkpoint):
+    for name in ("../x", "a/b/c", "user/na me", "", "https://huggingface.co/user/x"):
+        with pytest.raises(ArgumentError, match="user/name"):
+            push(checkpoint, name, dry_run=True)
+
+
+# ---- no token and no local path leaves, in whatever form a file holds it ----
+
+HUB = "hf_" + "abcdefghijklmnopqrst0123456789"
+OTHERS = ["ghp_" + 36 * "a", "github_pat_" + 40 * "b", "sk-proj-" + 40 * "c", "AKIA" + 16 * "D"]
+OTHERS += ["xoxb-" + 24 * "1", "glpat-" + 20 * "e", "-----BEGIN OPENSSH PRIVATE KEY-----"]
+
+
+def in_header(path, text):
+    save_file({"weight": torch.zeros(2)}, path, {"note": text})
+
+
+def in_picture(path, text, where="plain"):
+    info = PngInfo()
+    if where in ("plain", "packed"):
+        info.add_text("Comment", text, zip=where == "packed")
+    elif where == "international":
+        info.add_itxt("Comment", text, zip=True)
+    Image.new("RGB", (4, 4)).save(path, pnginfo=info)
+    if where == "behind":
+        path.write_bytes(path.read_bytes() + text.encode())
+
+
+def in_exif(path, text):
+    exif = Image.Exif()
+    exif[0x010E] = text
+    Image.new("RGB", (4, 4)).save(path, exif=exif)
+
+
+def spelled(text, form):
+    return "".join(form.format(ord(character)) for character in text)
+
+
+FORMS = {
+    "README.md": lambda path, text: path.write_text(f"My token: {text}.\n"),
+    "LICENSE": lambda path, text: path.write_text(text, encoding="utf-16"),
+    "LICENSE.txt": lambda path, text: path.write_text(text, encoding="utf-32-be"),
+    "LICENSE.md": lambda path, text: path.write_bytes(b"\xff\x00\xfe broken " + text.encode()),
+    "config.json": lambda path, text: path.write_text('{"note": "' + spelled(text, r"\u{:04x}") + '"}'),
+    "adapter_config.json": lambda path, text: path.write_text('{"a": ["' + text.replace("/", r"\/") + '"]}'),
+    "hex.md": lambda path, text: path.write_text('note: "' + spelled(text, r"\x{:02x}") + '"'),
+    "html.md": lambda path, text: path.write_text(spelled(text, "&#{};")),
+    "address.md": lambda path, text: path.write_text("x?token=" + spelled(text, "%{:02X}")),
+    "model.safetensors": in_header,
+    "plain.png": in_picture,
+    "packed.png": lambda path, text: in_picture(path, text, "packed"),
+    "international.png": lambda path, text: in_picture(path, text, "international"),
+    "behind.png": lambda path, text: in_picture(path, text, "behind"),
+    "photo.jpg": in_exif,
+    "optimizer.pt": lambda path, text: torch.save({"note": text, "state": torch.zeros(3)}, path),
+}
+
+
+@pytest.mark.parametrize("name", list(FORMS))
+def test_tokens_and_paths_are_found_in_every_form(name, tmp_path):
+    FORMS[name](tmp_path / name, "nothing of the kind")
+    check_private(tmp_path, [name])
+    own, path = "the-one-of-this-push", "/home/alice/models/x"
+    for text, found in ((HUB, "a token"), (own, "a token"), (path, "/home/alice")):
+        FORMS[name](tmp_path / name, text)
+        with pytest.raises(ArgumentError, match=found) as refused:
+            check_private(tmp_path, [name], own)
+        assert text == path or text not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_other_well_known_secrets_are_found(text, tmp_path):
+    (tmp_path / "README.md").write_text(f"key={text}\n")
+    with pytest.raises(ArgumentError, match="a token"):
+        check_private(tmp_path, ["README.md"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Trained from /home/alice/base.",
+        "`/Users/alice/Pictures`",
+        "[model](file:///home/alice/base)",
+        r"C:\\Users\\alice\\base",
+        "D:/data/alice",
+        '{"base_model_name_or_path": "/data/alice/base"}',
+        '{"base_model_name_or_path": "~/base"}',
+        '{"_name_or_path": "../base"}',
+        '{"base_model_name_or_path": "runs/of/mine"}',
+        '{"base_model_name_or_path": "C:\\\\base"}',
+    ],
+)
+def test_local_paths_are_refused(line, tmp_path):
+    (tmp_path / "README.md").write_text(f"# Mine\n\n{line}\n")
+    with pytest.raises(ArgumentError, match="local path"):
+        check_private(tmp_path, ["README.md"])
+
+
+def test_what_is_a_path_on_this_machine_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "user" / "base").mkdir(parents=True)
+    path = tmp_path / "adapter_config.json"
+    for text, found in ((f'"from {tmp_path}/user"', str(tmp_path)), ('{"name_or_path": "user/base"}', "user/base")):
+        path.write_text(text)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ArgumentError, match=found):
+            check_private(tmp_path / "user", ["../adapter_config.json"])
+    monkeypatch.chdir("/")
+    check_private(tmp_path, [path.name])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "See https://example.org/home/alice and [this](/docs/index) or either/or 1/2/3.",
+        "#!/usr/bin/env python",
+        "<b>bold</b>/<i>x</i>",
+        "python train.py --output_dir ~/runs /tmp/no-such-folder",
+        "The ratio 10:/20, at 12:30, s3://bucket/home/x, hf://datasets/user/name@main/x.",
+        "sk-learn, hf_immunize, hf_hub_download, risk-classification-of-everything-there-is-on-earth",
+        '{"_name_or_path": "google/vit-base-patch16-224"}',
+        '{"base_model_name_or_path": "gpt2", "name_or_path": ""}',
+        '{"base_model_name_or_path": null}',
+    ],
+)
+def test_what_is_no_secret_passes(line, tmp_path):
+    (tmp_path / "README.md").write_text(line)
+    check_private(tmp_path, ["README.md"])

@@ -1,7 +1,6 @@
 """`immunization.json`: read back without loss, and refused by name where it is not what it should be."""
 
 import json
-import math
 import time
 
 import pytest
@@ -55,28 +54,20 @@ def test_records_read_back(record, tmp_path):
 
 
 @given(extra=st.dictionaries(st.text(min_size=1, max_size=12).map(lambda name: f"x-{name}"), JSON, max_size=3))
-def test_unknown_fields_survive_a_round_trip(extra):
+def test_unknown_fields_of_a_newer_minor_version_survive_a_round_trip(extra):
     values = plain(ImmunizationRecord(MethodRecord("kappa", "all", 0, 0), BaseModelRecord("x")))
-    values |= extra
+    values |= extra | {"schema_version": "1.7"}
     values["method"] |= extra
     assert plain(reread(values)) == json.loads(json.dumps(values))
 
 
-def test_newer_minor_version_is_read(record):
-    values = plain(record) | {"schema_version": "1.7", "new_evidence": {"certified": True}}
-    assert plain(reread(values)) == values
-
-
-@pytest.mark.parametrize("version", ["2.0", "10.3"])
-def test_newer_major_version_has_a_name(record, version):
-    with pytest.raises(RecordVersionError, match="Update hf_immunize"):
-        reread(plain(record) | {"schema_version": version, "method": "of another shape"})
-
-
-@pytest.mark.parametrize("version", [None, 1, "1", "one", "1.0.0"])
-def test_no_version_is_no_record(record, version):
-    with pytest.raises(RecordError, match="schema_version"):
-        reread(plain(record) | {"schema_version": version})
+def test_a_newer_major_version_has_a_name_and_without_one_it_is_no_record(record):
+    for version in ("2.0", "10.3"):
+        with pytest.raises(RecordVersionError, match="Update hf_immunize"):
+            reread(plain(record) | {"schema_version": version, "method": "of another shape"})
+    for version in (None, 1, "1", "one", "1.0.0"):
+        with pytest.raises(RecordError, match="schema_version"):
+            reread(plain(record) | {"schema_version": version})
 
 
 def test_truncated_anywhere_is_an_error_by_name(record):
@@ -86,27 +77,24 @@ def test_truncated_anywhere_is_an_error_by_name(record):
             ImmunizationRecord.from_json(text[:length])
 
 
-def test_missing_file_says_that_there_is_no_evidence(tmp_path):
+def test_files_that_are_no_record_are_named(tmp_path):
     with pytest.raises(RecordError, match="carries no evidence"):
         read_record(tmp_path)
-
-
-def test_bytes_that_are_no_text_are_named(tmp_path):
     (tmp_path / "immunization.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecordError, match="UTF-8"):
         read_record(tmp_path)
+    for text in ("", "[]", "null", "3", '"x"', "[" * 100_000, "{}"):
+        with pytest.raises(RecordError):
+            ImmunizationRecord.from_json(text)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_only_finite_numbers_are_read(record, number):
-    text = record.to_json().replace(json.dumps(record.metric.after), number, 1)
-    with pytest.raises(RecordError, match="finite"):
-        ImmunizationRecord.from_json(text)
-
-
-@pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_only_finite_numbers_are_written(record, number):
-    record.metric.after = number
+def test_only_finite_numbers_are_read_and_written(record, number):
+    for old in (record.metric.after, record.method.settings["auto_weight_ratio"]):  # of a known field, and of any
+        text = record.to_json().replace(json.dumps(old), number, 1)
+        with pytest.raises(RecordError, match="finite"):
+            ImmunizationRecord.from_json(text)
+    record.metric.after = float(number)
     with pytest.raises(RecordError, match="finite"):
         record.to_json()
 
@@ -114,7 +102,7 @@ def test_only_finite_numbers_are_written(record, number):
 def test_failed_write_leaves_the_old_record(record, tmp_path):
     write_record(tmp_path, record)
     before = (tmp_path / "immunization.json").read_bytes()
-    record.metric.after = math.nan
+    record.metric.after = float("nan")
     with pytest.raises(RecordError):
         write_record(tmp_path, record)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["immunization.json"]
@@ -163,13 +151,10 @@ def nested(depth, form):
 
 
 # As they stand in the file, since not all of them can be told in Python.
-ODD = ["null", "true", "false", "0", "-1", "1", "2", "0.5", "-0.5", "1e-320", "1e308", "-1e308", "1e999", "NaN"]
-ODD += ["Infinity", "1000000000", "1e9", str(2**63), str(-(2**63)), str(2**64 + 1), 4000 * "9", 5000 * "9"]
-ODD += ['""', '"x"', '"1"', '"\\u0000"', '"\\u001b[2J\\u202e"', '"\\ud800"', json.dumps("../" * 9), '"</script>"']
+ODD = ["null", "true", "0", "-1", "2", "0.5", "1e-320", "1e308", "1e999", "NaN", "1000000000", str(2**64 + 1)]
+ODD += [4000 * "9", 5000 * "9", '""', '"x"', '"\\u001b[2J\\u202e"', '"\\ud800"', json.dumps("../" * 9), '"</script>"']
 ODD += [json.dumps(70_000 * "y"), "[]", "{}", '[""]', "[null]", '{"": null}', '{"\\u001b[2J": 1e999}', "[[1]]", "[{}]"]
 ODD += [nested(depth, form) for depth in (30, 200, 900, 5000) for form in ("list", "names")]
-ODD += [json.dumps({300 * "k": 1})]
-LONG = [json.dumps([0] * 70_000), json.dumps(dict.fromkeys(map(str, range(70_000))))]
 FULL = {"groups": RatioRecord(0.5, 0.6, 0.1, None, 0.2, 20, 100, 0), "exact": RatioRecord(0.5, 0.6, 0.1)}
 
 
@@ -180,7 +165,7 @@ def test_odd_values_anywhere_are_a_record_or_an_error_by_name(record):
     started, tried, refused = time.process_time(), 0, 0
     for path in leaves(values):
         text = json.dumps(changed(record, path, "@odd@"))
-        for odd in ODD + LONG:
+        for odd in ODD:
             tried += 1
             try:
                 found = ImmunizationRecord.from_json(text.replace('"@odd@"', odd))
@@ -197,9 +182,9 @@ def test_odd_values_anywhere_are_a_record_or_an_error_by_name(record):
     assert time.process_time() - started < 120
 
 
-@pytest.mark.parametrize(
-    ("path", "values"),
-    [
+def test_values_out_of_range_are_named(record):
+    record.ratios = FULL
+    for path, values in (
         (("ratios", "groups", "num_groups"), [0, -1, 10**9]),
         (("ratios", "groups", "group_size"), [0, 1, 10**9]),
         (("ratios", "groups", "relative_std"), [-0.1, 1e308]),
@@ -210,32 +195,19 @@ def test_odd_values_anywhere_are_a_record_or_an_error_by_name(record):
         (("audit", "strongest", "head_input", "chance"), [-1, 1e308]),
         (("method", "seed"), [-1, 2**32]),
         (("method", "steps"), [-1]),
-        (("benign", "train_size"), [-1]),
         (("benign_features", "after", "sigma_min"), [-1.0]),
         (("benign_features", "after", "num_samples"), [-1]),
-    ],
-)
-def test_values_out_of_range_are_named(path, values, record):
-    record.ratios = FULL
-    for value in values:
-        with pytest.raises(RecordError, match=path[-1]):
-            reread(changed(record, path, value))
+    ):
+        for value in values:
+            with pytest.raises(RecordError, match=path[-1]):
+                reread(changed(record, path, value))
 
 
-def test_many_groups_of_many_rows_are_refused(record):
-    record.ratios = {"groups": RatioRecord(0.5, num_groups=10_000, group_size=10_000)}
-    with pytest.raises(RecordError, match="num_groups"):
-        record.to_json()
-
-
-@pytest.mark.parametrize("text", ["", "[]", "null", "3", '"x"', "[" * 100_000, "{}"])
-def test_other_json_is_no_record(text):
-    with pytest.raises(RecordError):
-        ImmunizationRecord.from_json(text)
-
-
-def test_missing_field_is_named(record):
+def test_many_groups_of_many_rows_are_refused_and_a_missing_field_named(record):
     values = plain(record)
     del values["method"]["objective"]
     with pytest.raises(RecordError, match=r"method\.objective"):
         reread(values)
+    record.ratios = {"groups": RatioRecord(0.5, num_groups=10_000, group_size=10_000)}
+    with pytest.raises(RecordError, match="num_groups"):
+        record.to_json()

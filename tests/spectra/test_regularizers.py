@@ -1,8 +1,6 @@
 """The regularizers against naive references: eigenvalues of the D×D Hessian, with autograd running through them."""
 
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -295,38 +293,3 @@ def test_each_side_keeps_the_directions_that_it_can_tell():
     for dtype in (torch.float32, torch.float64):
         found = hessian_log_kappa(Hessian.of(with_singular_values(geometric(1e3, 6), 6, 200).to(dtype)))
         assert float(found) == pytest.approx(2 * math.log(1e3), rel=1e-4)
-
-
-DIM = 64
-
-
-def resident_bytes(name):
-    """ "VmRSS", what the process holds, or "VmHWM", the most it held since `reset_peak`."""
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
-
-
-def reset_peak():
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pytest.skip("resetting the peak of resident memory needs Linux")
-
-
-def features_of(rows, dtype):
-    return (torch.randn(rows, DIM) * torch.linspace(1.0, 3.0, DIM)).to(dtype).requires_grad_()
-
-
-@pytest.mark.parametrize(
-    "function", [hessian_r_ill, spectral_concentration, hessian_log_kappa, by_hessian(hessian_r_well)]
-)
-# float32: the gradient, and the same scaled by what comes from above; bfloat16: the first in float32, twice as large
-@pytest.mark.parametrize(("dtype", "multiple"), [(torch.float32, 2.0), (torch.bfloat16, 3.0)])
-@pytest.mark.parametrize("rows", [50_000, 200_000])
-def test_many_rows_take_two_or_three_times_their_own_memory_and_no_more(function, dtype, multiple, rows):
-    torch.autograd.grad(function(small := features_of(600, dtype)), small)  # what is loaded once is loaded
-    features = features_of(rows, dtype)
-    reset_peak()
-    before = resident_bytes("VmRSS")
-    torch.autograd.grad(function(features), features)
-    extra = resident_bytes("VmHWM") - before
-    assert extra < multiple * features.nbytes + 4 * 2**20

@@ -69,4 +69,4 @@ if __name__ == "__main__":
     try:
         app(sys.argv[2:])
     finally:
-        everyone.leave()
+        torch.distributed.destroy_process_group()

@@ -150,15 +150,11 @@ def summed(folder):
     return runs, used.call_count
 
 
-def every_objective(folder, dtype):
-    """Two steps of each, with weights by gradient norms where it has none of its own."""
-    return {name: run(folder, dtype, **PAPER | {"objective": name, "max_steps": 2}) for name in TRAINED}
-
-
 def exactly(folder):
     """In float64: every objective, and what remembers or is a function of the whole batch."""
     imma = {"objective": "imma", "benign_loss": "both", "benign_budget": 0.1}
-    return every_objective(folder, torch.float64) | {
+    found = {name: run(folder, torch.float64, **PAPER | {"objective": name, "max_steps": 2}) for name in TRAINED}
+    return found | {
         "distilled": run(folder, torch.float64, max_steps=4, benign_budget=0.1),
         "both": run(folder, torch.float64, max_steps=2, **imma),
         "dead_relu": run(folder, torch.float64, resnet(), objective="dead_relu", max_steps=2),
@@ -243,7 +239,6 @@ def everything(folder):
         "norm": norm(),
         "main": broadcast_from_main({"rank": rank()}),
         "runs": {
-            **every_objective(folder, torch.float32),
             "fixed": run(folder, **FIXED),
             "adam": run(folder, **PAPER, max_steps=2, **ADAM),
             # Starting model, gate and a third set.
