@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
+from hf_immunize.files import weights_fingerprint
 from hf_immunize.hub.record import AttackRecord, AuditRecord, DataRecord, RatioRecord, read_record
 from hf_immunize.hub.weights import hash_weights
-from hf_immunize.tensor_hash import weights_fingerprint
 from hf_immunize.training.record import describe_budget
 
 
