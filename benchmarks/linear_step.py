@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from benchmarks.common import interleaved_medians
-from hf_immunize.linear.algorithm import directions, feature_spectrum, ill_weights, subtract_, well_weights
+from hf_immunize.linear.algorithm import feature_spectrum, ill_weights, subtract, well_weights
 
 
 def straightforward(theta, benign, harmful):
@@ -38,8 +38,8 @@ def ours(theta, benign, harmful):
     for Z, well in zip((torch.cat([benign, harmful]) @ theta).split(len(benign)), (True, False), strict=True):
         spectrum = feature_spectrum(Z)
         weights = well_weights(spectrum.values, theta.shape[0]) if well else ill_weights(spectrum.values)
-        parts.append((Z, spectrum.left, weights))
-    return subtract_(theta, [(1e-9, part) for part in directions(theta, parts)])
+        parts.append((Z, spectrum.left, 1e-9 * weights))
+    return subtract(theta, *parts)
 
 
 def run() -> dict:

@@ -22,7 +22,7 @@ from hf_immunize.features.extract import extract
 from hf_immunize.hub.load import load_model
 
 
-PROBES = ("gd_line_search", "conjugate_gradient", "momentum", "adamw", "batchnorm_adamw")
+PROBES = ("gd_line_search", "momentum", "adamw", "batchnorm_adamw")
 
 
 def probe_data(folder: str, source: str, limit: int) -> tuple[ProbeData, float]:

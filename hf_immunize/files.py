@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, are on disk when that is said, and are known by their checksums."""
+"""Files written whole or not at all, on disk when that is said; checksums of files, of lines and of tensors."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from hf_immunize.errors import ArgumentError, CheckpointError, ImmunizationError
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 # Begins the names of what is being written; a push to the Hub leaves out what begins with "_".
@@ -123,10 +127,7 @@ def check_writable(folder: str | os.PathLike[str], option: str) -> None:
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def with_checksum(values: Mapping[str, Any]) -> str:
@@ -146,3 +147,25 @@ def checked(line: str) -> dict[str, Any]:
 
 def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """A tensor's values as a numpy array of bytes, whose buffer a hash reads."""
+    import torch  # where there is a tensor, it is loaded already
+
+    # A view as bytes, since numpy knows no bfloat16.
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash tensors with their names, types and shapes, in order; a sum would not see two values change places."""
+    digest = hashlib.blake2b(digest_size=20)
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hash all weights and statistics of a model."""
+    return tensors_hash((name, value) for name, value in model.state_dict().items() if hasattr(value, "detach"))

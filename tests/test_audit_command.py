@@ -30,14 +30,6 @@ def model(tmp_path):
     return str(tmp_path / "model")
 
 
-def test_writes_what_it_found(model, tmp_path):
-    words = ["audit", model, "--harmful", saved(tmp_path / "harmful", 0), "--attackers", "ridge,adamw", "--quick"]
-    result = CliRunner().invoke(app, [*words, "--reference", model, "--output-dir", str(tmp_path / "out")])
-    assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert (tmp_path / "out" / "outcomes.jsonl").exists()
-
-
 def test_a_changed_budget_and_further_tasks_are_in_the_report(model, tmp_path):
     tasks = ("harmful", "benign", "unseen", "unrelated")
     given = [word for index, task in enumerate(tasks) for word in (f"--{task}", saved(tmp_path / task, index))]
@@ -49,28 +41,22 @@ def test_a_changed_budget_and_further_tasks_are_in_the_report(model, tmp_path):
     assert set(found["tasks"]) == set(tasks)
     assert found["preset"] == "quick, changed"
     assert (found["budget"]["probe_steps"], found["budget"]["images_of_a_task"]) == (8, 20)
-
-
-def asked(harmful=None, benign=None, dataset=None, harmful_classes=None):
-    named = {"harmful": harmful, "benign": benign, "dataset": dataset, "harmful_classes": harmful_classes}
-    return SimpleNamespace(**named, harmful_test=None, benign_test=None, label_column=None)
+    assert (tmp_path / "out" / "outcomes.jsonl").exists()
 
 
 def test_one_data_set_is_split_by_harmful_classes(tmp_path):
-    harmful, benign = _data(asked(dataset=saved(tmp_path / "both", 0), harmful_classes=["c", "d"]), HeldOut)
+    asked = SimpleNamespace(harmful=None, benign=None, dataset=saved(tmp_path / "both", 0), label_column=None)
+    asked.harmful_classes = ["c", "d"]
+    harmful, benign = _data(asked, HeldOut)
     assert harmful.train.features["label"].names == ["c", "d"]
     assert benign.test.features["label"].names == ["a", "b"]
-
-
-@pytest.mark.parametrize("given", [(None, None, None, None), ("a", None, "b", "c"), (None, None, "b", None)])
-def test_incomplete_data_are_one_sentence(given):
-    with pytest.raises(ArgumentError, match="--harmful"):
-        _data(asked(*given), HeldOut)
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
+        ([], "--harmful"),
+        (["--dataset", "y"], "--harmful-classes"),
         (["--harmful-test", "x", "--dataset", "y", "--harmful-classes", "a"], "--harmful"),
         (["--harmful", "x", "--benign-test", "y"], "--benign"),
         (["--dataset", "x", "--harmful-classes", "a", "--benign", "y"], "--benign"),

@@ -137,33 +137,23 @@ ODD = {
         *calls(f"{MODEL} --harmful {{root}}/harmful --benign", DAMAGED),
     ],
     "audit": [
-        *calls("", "| {root}/model | {root}/model {root}/model --harmful x | user/name --harmful x --attach"),
+        *calls("", "| {root}/model | {root}/model {root}/model --harmful x"),
         *calls("", BROKEN, f"{PAIR} {QUICK}"),
         *calls("", RECORDS, f"{PAIR} {QUICK} --attach"),
-        *calls(MODEL, "--harmful | --benign {root}/benign | --dataset {root}/benign | --harmful-classes cat"),
-        *calls(f"{MODEL} --harmful {{root}}/harmful", "--harmful-classes cat | --benign-test {root}/benign"),
         *calls(f"{MODEL} --dataset {{root}}/benign --harmful-classes", f"nowhere {QUICK} | 99 {QUICK}"),
         *calls(
-            f"{MODEL} --dataset {{root}}/benign --harmful-classes cat",
-            "--harmful x | --benign x | --harmful-test x | --benign-test x | --harmful-class dog",
-        ),
-        *calls(
             f"{MODEL} {PAIR} --quick --output-dir {{tmp}}/out",
-            "--full | --quick=maybe | --nonsense | --output-dir= | --output-dir {root}/a.file/below | --revision= "
-            "| --output-dir {root}/a.file | --revision other | --trust-remote-code=maybe "
-            "| --attackers= | --attackers , | --attackers nonsense | --attackers ridge,nonsense | --attackers lora_r0 "
-            "| --attackers ridge --steps 8 | --attackers restore_swap "
-            "| --steps 0 | --steps=-1 | --steps x | --steps 1.5 | --seeds 0 | --seeds=-1 | --seeds x | --seeds 1.5 "
-            "| --test-fraction 0 | --test-fraction 1 | --test-fraction nan | --test-fraction x "
-            "| --max-images 1 | --max-images=-3 | --max-images 2.5 | --max-images x "
-            "| --seed=-1 | --seed 1.5 | --seed 99999999999999 | --seed x "
+            "--full | --nonsense | --output-dir= | --output-dir {root}/a.file/below | --output-dir {root}/a.file "
+            "| --revision= | --attackers nonsense | --attackers ridge --steps 8 | --attackers restore_swap "
             "| --image-column nowhere | --image-column label | --label-column nowhere | --label-column image "
             "| --head-module nowhere | --head-module vit | --head-module= ",
         ),
         *calls(f"{MODEL} {PAIR} {QUICK} --reference", BROKEN),
-        *calls(f"{MODEL} {QUICK} --harmful-classes cat --dataset", DAMAGED),
-        *calls(f"{MODEL} {QUICK} --benign {{root}}/benign --harmful", DAMAGED),
-        *calls(f"{MODEL} {QUICK} --harmful {{root}}/harmful --benign", DAMAGED),
+        *(
+            call
+            for option in ("harmful-classes cat --dataset", "harmful", "harmful {root}/harmful --benign")
+            for call in calls(f"{MODEL} {QUICK} --{option}", DAMAGED)
+        ),
         *(
             call
             for option in ("harmful-test", "benign-test", "unseen", "unrelated")
@@ -290,15 +280,9 @@ def test_no_name_commands_the_terminal(typed, monkeypatch, caplog, name):
         assert not [c for c in said.rstrip() if unicodedata.category(c) in ("Cc", "Cf", "Cs")]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_printed_in_any_encoding(typed, command):
-    code, text = typed(command, "--help")
-    assert code == 0
-    assert command in text
-
-
-def test_version_is_printed(typed):
+def test_version_and_the_help_of_training_are_printed(typed):
     assert typed("--version")[1].split() == ["hf-immunize", __version__]
+    assert typed("train", "--help")[0] == 0
 
 
 def test_commands_end_well_where_the_terminal_knows_few_characters(typed, files, tmp_path):

@@ -19,7 +19,7 @@ TASKS = ("harmful", "unseen", "unrelated")
 ACCESSES = ("head_input", "any_layer", "fine_tuning")
 DEFAULTS: dict[str, Any] = {
     "preset": "quick",
-    "attackers": ["ridge", "whitening", "lda", "conjugate_gradient", "gd_line_search", "lbfgs"],
+    "attackers": ["ridge", "whitening", "lda", "gd_line_search", "lbfgs"],
     "seeds": 1,
     "layers": 4,
     "layer_values": 20_000,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,7 +51,7 @@ class ProbeBudget:
     """What one probe may spend, tuning included."""
 
     descent_steps: int = 10_000  # of gradient descent with exact line search, each over all data
-    iterations: int = 100  # of conjugate gradient; a third as many of L-BFGS for each penalty
+    iterations: int = 100  # a third as many of L-BFGS for each penalty
     steps: int = 300  # of optimizers on mini-batches; half as many for each learning rate tried
     batch_size: int = 128
     # Multiples of a natural learning rate on features scaled to a mean square of 1.
@@ -170,32 +169,25 @@ class ProbeData:
                     f"Expected finite {name} features, found NaN or infinity. Check the model's weights and precision."
                 )
         self.Z, self.y, self.Z_test, self.y_test, self.num_classes = Z, y, Z_test, y_test, num_classes
-        self.dtype = torch.float64  # of all arithmetic on them
         self._kept: dict[int | None, dict[Any, Any]] = {}
-
-    def at(self, dtype: torch.dtype) -> ProbeData:
-        """The same data for arithmetic in another precision; what is kept is shared."""
-        view = copy.copy(self)
-        view.dtype = dtype
-        return view
 
     def whole(self) -> Part:
         """All training rows, and the test rows."""
 
         def make() -> Part:
-            return Part(self.Z.to(self.dtype), self.y, self.Z_test.to(self.dtype), self.y_test, self.num_classes)
+            return Part(self.Z.double(), self.y, self.Z_test.double(), self.y_test, self.num_classes)
 
-        return self.keep(None, ("whole", self.dtype), make)
+        return self.keep(None, "whole", make)
 
-    def tuning(self, seed: int, fraction: float) -> Part:
+    def tuning(self, seed: int, fraction: float, dtype: torch.dtype = torch.float64) -> Part:
         """The training rows divided by a seed: what settings are tried on."""
 
         def divide() -> Part:
             fit, validation = stratified_split(self.y, fraction, seed)
-            Z, Z_test = self.Z[fit].to(self.dtype), self.Z[validation].to(self.dtype)
+            Z, Z_test = self.Z[fit].to(dtype), self.Z[validation].to(dtype)
             return Part(Z, self.y[fit], Z_test, self.y[validation], self.num_classes)
 
-        return self.keep(seed, ("tuning", fraction, self.dtype), divide)
+        return self.keep(seed, ("tuning", fraction, dtype), divide)
 
     def keep(self, seed: int | None, key: Any, make: Callable[[], T]) -> T:
         """What was made under this key, else what `make` makes; things of one seed go when the next seed comes."""

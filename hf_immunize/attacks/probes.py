@@ -29,21 +29,18 @@ def _choose(
     path: bool = False,
 ) -> Found:
     """What the setting that validation prefers reads with all training rows."""
-    # On a path each setting starts from the one before; that is most of the cost, so it is chosen in float32.
-    tuning = data.at(torch.float32) if path else data
     name = read.__qualname__
-    part = tuning.tuning(seed, budget.validation_fraction)
-    tried = data.keep(seed, (name, tuning.dtype), lambda: read(part, settings))
+    # On a path each setting starts from the one before; that is most of the cost, so it is chosen in float32.
+    part = data.tuning(seed, budget.validation_fraction, torch.float32 if path else torch.float64)
+    tried = data.keep(seed, name, lambda: read(part, settings))
     best = best_index(tried)
     used = settings[0 if path else best : best + 1]
-    value = data.keep(None, (name, data.dtype, best), lambda: read(data.whole(), used)[-1])
+    value = data.keep(None, (name, best), lambda: read(data.whole(), used)[-1])
     return Found(value, settings=describe(settings[best]), trials=len(settings))
 
 
 def ridge(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
     """Ridge regression on one-hot targets in closed form, with an intercept, over a wide range of strengths."""
-    # Below eps the smallest direction kept is not shrunk by any strength.
-    decades = min(budget.ridge_decades, round(-2 * math.log10(torch.finfo(data.dtype).eps)))
 
     def read(part: Part, strengths: list[float]) -> list[float]:
         s = part.spectrum.s
@@ -51,7 +48,7 @@ def ridge(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
         relative = (s / s[0]).double().square() if len(s) else s.double()
         return filter_accuracies(part, [(relative / (relative + strength)).to(s.dtype) for strength in strengths])
 
-    strengths = [10.0**power for power in range(2, -decades - 1, -1)]
+    strengths = [10.0**power for power in range(2, -budget.ridge_decades - 1, -1)]
     return _choose(data, budget, seed, strengths, read, lambda strength: {"relative_strength": strength})
 
 
@@ -86,8 +83,7 @@ def filter_accuracies(part: Part, filters: list[Tensor]) -> list[float]:
 
 def lda(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
     """Linear discriminant analysis in closed form, over shrinkages of the covariance within classes."""
-    lowest = 12 if data.dtype == torch.float64 else 6
-    shrinkages = [10.0**power for power in range(0, -lowest - 1, -1)]
+    shrinkages = [10.0**power for power in range(0, -13, -1)]
     return _choose(data, budget, seed, shrinkages, _discriminate, lambda value: {"shrinkage": value})
 
 
@@ -190,7 +186,7 @@ def minibatches(count: int, batch_size: int, steps: int, seed: int) -> list[Tens
     return list(order[: steps * size].split(size))
 
 
-# ---- full-batch solvers of least squares, in the eigenbasis of ZᵀZ: 100,000 steps cost as much as one on the features
+# ---- gradient descent of least squares, in the eigenbasis of ZᵀZ: 100,000 steps cost as much as one on the features
 
 
 def descent_weights(part: Part, steps: list[int]) -> list[Tensor]:
@@ -200,43 +196,16 @@ def descent_weights(part: Part, steps: list[int]) -> list[Tensor]:
     return [(1 - left)[:, None] * optimum for left in residuals]
 
 
-def conjugate_weights(part: Part, steps: list[int]) -> list[Tensor]:
-    """Weights ``(r, C)`` after steps of conjugate gradient for ``diag(s²) W = diag(s) UᵀY``, class by class."""
-    s, coefficients = part.spectrum.s, part.spectrum.U.mT @ part.targets
-    top = s.max() if len(s) else torch.ones(())
-    tiny = torch.finfo(s.dtype).tiny
-    q = (s / top).square()[:, None]
-    residual = (s / top)[:, None] * coefficients
-    weight, direction = torch.zeros_like(residual), residual.clone()
-    size = residual.square().sum(dim=0)
-    path, wanted = [], set(steps)
-    for step in range(1, (steps[-1] if steps else 0) + 1):
-        image = q * direction
-        curvature = (direction * image).sum(dim=0)
-        # Columns that are solved no longer change.
-        alpha = torch.where(curvature > 0, size / curvature.clamp_min(tiny), 0.0)
-        weight = weight + alpha * direction
-        residual = residual - alpha * image
-        new = residual.square().sum(dim=0)
-        beta = torch.where(size > 0, new / size.clamp_min(tiny), 0.0)
-        direction, size = residual + beta * direction, new
-        if step in wanted:
-            path.append(weight / top)
-    return path
-
-
-def _solve(
-    weights: Callable[[Part, list[int]], list[Tensor]], last: str, data: ProbeData, budget: ProbeBudget, seed: int
-) -> Found:
-    """Run a solver, stopped where validation says; the curve is that of all training rows, whatever the seed."""
-    steps = log_steps(max(getattr(budget, last), 2))
+def gd_line_search(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
+    """Gradient descent, stopped where validation says; the curve is that of all training rows, whatever the seed."""
+    steps = log_steps(max(budget.descent_steps, 2))
 
     def curve_of(part: Part) -> list[float]:
         projected = part.Z_test @ part.spectrum.V
-        return [accuracy(projected @ weight, part.y_test) for weight in weights(part, steps)]
+        return [accuracy(projected @ weight, part.y_test) for weight in descent_weights(part, steps)]
 
     tried = curve_of(data.tuning(seed, budget.validation_fraction))
-    curve = data.keep(None, (weights, budget, data.dtype), lambda: curve_of(data.whole()))
+    curve = data.keep(None, ("descent", budget), lambda: curve_of(data.whole()))
     stop = best_index(tried)
     return Found(curve[stop], steps, curve, {"stop": steps[stop]})
 
@@ -295,7 +264,7 @@ def _minibatch_attack(
 ) -> Found:
     def tune() -> tuple[list[float], list[list[float]], list[int], list[float], float, float]:
         # In float32, whatever the attack's precision: a rate is no matter of digits, and this is most of the cost.
-        part = prepare(data.at(torch.float32).tuning(seed, budget.validation_fraction))
+        part = prepare(data.tuning(seed, budget.validation_fraction, torch.float32))
         rates = [natural_rate(part) * multiple for multiple in budget.rates]
         blind = float(part.y_test.bincount().max() / len(part.y_test))
         tried, steps, losses = _descend(part, rates, max(1, budget.steps // 2), budget.batch_size, seed, update)
@@ -374,7 +343,7 @@ def mlp(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
     rates = (1e-3, 5e-3)
 
     def tune() -> list[tuple[list[float], list[int]]]:
-        part = data.at(torch.float32).tuning(seed, budget.validation_fraction).standardized()
+        part = data.tuning(seed, budget.validation_fraction, torch.float32).standardized()
         return [_train_mlp(part, rate, budget, seed) for rate in rates]
 
     tried = data.keep(seed, "mlp", tune)
@@ -423,16 +392,15 @@ _MINIBATCH = [
         Part.standardized,
     ),
 ]
-_CG, _GD = partial(_solve, conjugate_weights, "iterations"), partial(_solve, descent_weights, "descent_steps")
-
 ATTACKERS = (
     Attacker("ridge", "closed-form least squares (ridge)", "head_input", True, ridge, "quick"),
     Attacker("whitening", "least squares on whitened features", "head_input", True, whitening, "quick"),
     Attacker("lda", "linear discriminant analysis", "head_input", True, lda, "quick"),
     Attacker("lbfgs", "L-BFGS", "head_input", False, lbfgs, "quick"),
     Attacker("knn", "k nearest neighbours", "head_input", True, knn, "quick"),
-    Attacker("conjugate_gradient", "conjugate gradient", "head_input", False, _CG, "quick"),
-    Attacker("gd_line_search", "gradient descent with exact line search", "head_input", False, _GD, "quick"),
+    Attacker(
+        "gd_line_search", "gradient descent with exact line search", "head_input", False, gd_line_search, "quick"
+    ),
     *(
         Attacker(name, label, "head_input", False, partial(_minibatch_attack, update, rate, prepare), preset)
         for name, label, preset, update, rate, prepare in _MINIBATCH

@@ -16,10 +16,10 @@ from hf_immunize.errors import ArgumentError, CheckpointError
 from hf_immunize.files import (
     checked,
     flush,
+    weights_fingerprint,
     with_checksum,
     write_whole,
 )
-from hf_immunize.tensor_hash import weights_fingerprint
 
 
 class Journal:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from hf_immunize.data.columns import check_label, is_stored_image, is_transformed, read_labels
 from hf_immunize.errors import DataError, ImageDecodeError, ShapeError
-from hf_immunize.tensor_hash import tensor_bytes
+from hf_immunize.files import tensor_bytes
 
 
 logger = logging.get_logger(__name__)

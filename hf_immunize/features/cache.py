@@ -30,8 +30,7 @@ from transformers.utils import logging
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.errors import DataError, DiskSpaceError, NonFiniteError
 from hf_immunize.features.ranks import ALONE, Processes
-from hf_immunize.files import checked, file_sha256, flush, with_checksum
-from hf_immunize.tensor_hash import tensors_hash
+from hf_immunize.files import checked, file_sha256, flush, tensors_hash, with_checksum
 from hf_immunize.vision.head import in_eval_mode
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
-from transformers.utils import logging
 
 from hf_immunize.errors import CardError, WeightsError
 from hf_immunize.files import write_whole
@@ -36,15 +35,13 @@ from hf_immunize.text import printable
 from hf_immunize.vision.loading import checkpoint_form
 
 
-logger = logging.get_logger(__name__)
 TAGS = ("model-immunization", "hf-immunize", "image-classification")
 # This library's part of a card. One whose end mark is lost does not reach to the end of the next one: what stands
 # between is the user's.
 _BEGIN = "<!-- hf-immunize: begin. Written anew from immunization.json; your own text stays outside. -->"
 _END = "<!-- hf-immunize: end -->"
-_OPENED = re.compile(rf"^{re.escape(_BEGIN)}\s*?$", re.MULTILINE)
-_OURS = re.compile(rf"{_OPENED.pattern}(?:(?!{_OPENED.pattern}).)*?^{re.escape(_END)}\s*?$", re.DOTALL | re.MULTILINE)
-_METRICS = ("accuracy", "log10_kappa", "rir", "log10_rir", "log10_harmful_ratio", "log10_benign_ratio")
+_OPENED = rf"^{re.escape(_BEGIN)}\s*?$"
+_OURS = re.compile(rf"{_OPENED}(?:(?!{_OPENED}).)*?^{re.escape(_END)}\s*?$", re.DOTALL | re.MULTILINE)
 _FIGURES = {
     "spectra.png": "Spectra of benign and harmful features, before and after",
     "before_after.png": "Spectra of benign and harmful features and linear probing, before and after",
@@ -187,55 +184,44 @@ def summary_sentence(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def eval_results(record: ImmunizationRecord) -> list[EvalResult]:
-    """The record's figures as the Hub's index of results knows them; finite numbers only."""
-    results = []
-
-    def add(side: str, kind: str, name: str, value: float | None, **arguments: str | None) -> None:
-        data = getattr(record, side) or DataRecord("")
-        title = printable(data.name)
-        if value is not None:
-            result = EvalResult(
-                task_type="image-classification",
-                task_name="Image classification",
-                # The Hub groups by type, configuration, split and revision: one data set may serve both tasks.
-                dataset_type=slug(title),
-                dataset_name=title or f"{side} images",
-                dataset_config=side,
-                dataset_split=printable(data.split) if data.split else None,
-                dataset_revision=printable(data.revision) if data.revision else None,
-                metric_type=kind,
-                metric_name=name,
-                metric_value=float(f"{value:.8g}"),
-                metric_args={key: item for key, item in arguments.items() if item is not None} or None,
-            )
-            results.append(result)
-
-    def of_bound(bound: str | None) -> str:
-        return {"lower": ", bound from below", "upper": ", bound from above"}.get(bound or "", "")
-
-    if record.metric is not None:
-        add("benign", slug(record.metric.name), f"Benign {printable(record.metric.name)}", record.metric.after)
-    lower: dict[str, str | None] = {}
-    for side, part in (("benign", record.benign_features.after), ("harmful", record.harmful_features.after)):
-        if part is not None:
-            lower[side] = "lower" if part.is_bound else None
-            name = f"log10 κ of {side} features{of_bound(lower[side])}"
-            add(side, "log10_kappa", name, part.log10_kappa, protocol="exact", bound=lower[side])
-    for measured_by, ratio in record.ratios.items():
-        protocol, grown = printable(measured_by), lower.get("harmful") if measured_by == "exact" else None
-        words = f"RIR, relative immunization ratio{of_bound(ratio.bound)} ({protocol})"
-        if ratio.log10_rir is not None and abs(ratio.log10_rir) < 300:
-            add("harmful", "rir", words, 10.0**ratio.log10_rir, protocol=protocol, bound=ratio.bound)
-        add("harmful", "log10_rir", f"log10 {words}", ratio.log10_rir, protocol=protocol, bound=ratio.bound)
-        words = f"log10 of (i), growth of harmful κ{of_bound(grown)} ({protocol})"
-        add("harmful", "log10_harmful_ratio", words, ratio.log10_harmful_ratio, protocol=protocol, bound=grown)
-        words = f"log10 of (ii), growth of benign κ ({protocol})"
-        add("harmful", "log10_benign_ratio", words, ratio.log10_benign_ratio, protocol=protocol)
-    for access, attack in (record.audit.strongest if record.audit else {}).items():
+    """Accuracy, ratios and attacks as the Hub's index of results knows them; finite numbers only."""
+    found: list[tuple[str, str, str, float, dict[str, str]]] = []
+    if (metric := record.metric) is not None:
+        found.append(("benign", slug(metric.name), f"Benign {printable(metric.name)}", metric.after, {}))
+    for name, ratio in record.ratios.items():
+        if ratio.log10_rir is not None:
+            protocol = printable(name)
+            bound = {} if ratio.bound is None else {"bound": ratio.bound}
+            words = {"lower": ", bound from below", "upper": ", bound from above"}.get(ratio.bound or "", "")
+            title = f"log10 RIR, relative immunization ratio{words} ({protocol})"
+            found.append(("harmful", "log10_rir", title, ratio.log10_rir, {"protocol": protocol} | bound))
+    for kind, attack in (record.audit.strongest if record.audit else {}).items():
         if attack is not None:
-            words = f"Strongest attacker with {printable(access).replace('_', ' ')}: {printable(attack.attacker)}"
-            add("harmful", "accuracy", words, attack.accuracy, access=printable(access))
-    return results
+            access = printable(kind)
+            title = f"Strongest attacker with {access.replace('_', ' ')}: {printable(attack.attacker)}"
+            found.append(("harmful", "accuracy", title, attack.accuracy, {"access": access}))
+    return [_result(record, *one) for one in found]
+
+
+def _result(
+    record: ImmunizationRecord, side: str, kind: str, name: str, value: float, arguments: dict[str, str]
+) -> EvalResult:
+    data = getattr(record, side) or DataRecord("")
+    title = printable(data.name)
+    return EvalResult(
+        task_type="image-classification",
+        task_name="Image classification",
+        # The Hub groups by type, configuration, split and revision: one data set may serve both tasks.
+        dataset_type=slug(title),
+        dataset_name=title or f"{side} images",
+        dataset_config=side,
+        dataset_split=printable(data.split) if data.split else None,
+        dataset_revision=printable(data.revision) if data.revision else None,
+        metric_type=kind,
+        metric_name=name,
+        metric_value=float(f"{value:.8g}"),
+        metric_args=arguments or None,
+    )
 
 
 @dataclass
@@ -267,16 +253,10 @@ def _metadata(record: ImmunizationRecord, options: CardOptions, name: str, old: 
         data.base_model = record.base_model.name
     named = [part.name for part in (record.benign, record.harmful) if part is not None and part.on_hub]
     data.datasets = _union(data.datasets, filter(HUB_ID.fullmatch, [*named, *options.datasets])) or None
-    others = [result for result in data.eval_results or [] if not _is_ours(result)]
+    others = [result for result in data.eval_results or [] if result.dataset_config not in ("benign", "harmful")]
     results = eval_results(record) + others
     data.model_name, data.eval_results = (name, results) if results else (None, None)
     return data
-
-
-def _is_ours(result: EvalResult) -> bool:
-    return result.dataset_config in ("benign", "harmful") and (
-        result.metric_type in _METRICS or str(result.metric_name).startswith("Benign ")
-    )
 
 
 def _union(first: Any, second: Any) -> list[str]:
@@ -296,18 +276,12 @@ def render_card(
     name = name or f"Immunized {printable(record.base_model.name)}"
     data = _metadata(record, options, name, old)
     body = f"{_BEGIN}\n\n{_body(record, options, name)}\n{_END}"
-    text = "\n" + body + "\n"
+    text = f"\n{body}\n"
     if old is not None:
+        match = _OURS.search(old.text)
         # Spliced, not substituted: a backslash in the text is a backslash.
-        match = _OURS.search(old.text) or _OPENED.search(old.text)
-        if match is not None and match[0].strip() == _BEGIN:
-            logger.warning(
-                f"The line {_END!r} is gone from {CARD_NAME}, so that its old part can't be distinguished from your "
-                "own text: all of it stays below the new part. Remove what is outdated."
-            )
-        text = (
-            old.text[: match.start()] + body + old.text[match.end() :] if match else f"{old.text.rstrip()}\n\n{body}\n"
-        )
+        start, end = match.span() if match else (len(old.text), len(old.text))
+        text = old.text[:start] + ("" if match else "\n") + body + (old.text[end:] or "\n")
     return ModelCard(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n{text}")
 
 

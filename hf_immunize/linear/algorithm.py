@@ -15,7 +15,7 @@ matrix. Eigenvalues ``(k,)`` are falling throughout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -126,34 +126,17 @@ def ill_step(values: Tensor, growth: float) -> float:
     return (root - 1) / (float(values[0] / values[-1]) / (len(values) - 1) + root) * limit
 
 
-class Direction(NamedTuple):
-    """A ``(D, D)`` direction as the product of thin factors: never formed, only subtracted."""
-
-    tall: Tensor  # (D, k)
-    flat: Tensor  # (k, D)
-
-    def norm(self) -> float:
-        """Frobenius norm, from ``k × k`` products."""
-        square = ((self.tall.T @ self.tall) * (self.flat @ self.flat.T)).sum()
-        return float(square.clamp(min=0)) ** 0.5
+def direction(theta: Tensor, Z: Tensor, left: Tensor, weights: Tensor) -> Tensor:
+    """``2θ ∇_H R = 2(θZᵀ) U diag(b) Uᵀ Z``, ``(D, D)``, which the update subtracts."""
+    inner = left.T @ Z
+    return (2 * weights * (theta @ inner.T)) @ inner
 
 
-def directions(theta: Tensor, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Direction]:
-    """``2θ ∇_H R = 2(θZᵀ) U diag(b) Uᵀ Z``, which the update subtracts, for each ``Z``, ``U`` and ``b``."""
-    # All at once, so that the large θ is read a single time.
-    inner = [left.T @ Z for Z, left, _ in parts]
-    tall = (torch.cat(inner) @ theta.T).mul_(2).T
-    pieces = tall.split([len(rows) for rows in inner], dim=1)
-    return [
-        Direction(piece, weights[:, None] * rows)
-        for piece, rows, (_, _, weights) in zip(pieces, inner, parts, strict=True)
-    ]
-
-
-def subtract_(theta: Tensor, parts: Sequence[tuple[float, Direction]]) -> Tensor:
-    """``θ ← θ − Σ step · direction``, in place, as one product without a ``D × D`` temporary."""
-    tall = torch.cat([step * part.tall for step, part in parts], dim=1)
-    return theta.addmm_(tall, torch.cat([part.flat for _, part in parts]), alpha=-1)
+def subtract(theta: Tensor, *parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """θ without the `direction` of each Z, U and b, as one product that reads the large θ a single time."""
+    inner = torch.cat([left.T @ Z for Z, left, _ in parts])
+    weights = torch.cat([weights for _, _, weights in parts])
+    return torch.addmm(theta, 2 * weights * (theta @ inner.T), inner, alpha=-1)
 
 
 # ---- a whole run ----
@@ -245,11 +228,11 @@ def benign_task(X: Tensor, y: Any) -> Task:
     return Task(X, onehot.to(torch.float64), classify=True)
 
 
-def log_kappa_gradient(X: Tensor, Z: Tensor) -> Direction:
+def log_kappa_gradient(X: Tensor, Z: Tensor) -> Tensor:
     """``∇_θ log κ(θᵀXᵀXθ)``, the direction of the baseline "Opt κ": ``2Xᵀ(u_1u_1ᵀ/σ_1 − u_ku_kᵀ/σ_k)Z``."""
     values, left = feature_spectrum(Z)
     ends, weights = left[:, [0, -1]], torch.stack([1 / values[0], -1 / values[-1]])
-    return Direction(2 * (X.T @ ends), weights[:, None] * (ends.T @ Z))
+    return (2 * weights * (X.T @ ends)) @ (ends.T @ Z)
 
 
 def adapted_loss(theta: Tensor, X: Tensor, targets: Tensor, steps: int) -> Tensor:
@@ -430,7 +413,7 @@ def _update(run: _Run, theta: Tensor, omega: Tensor, rows_p: Tensor, rows_h: Ten
     Z = batch.X @ theta
     slope = batch.slope(Z @ omega)
     # The task's gradient enters unpreconditioned, as in the paper.
-    task = Direction(batch.X.T @ slope, omega.T)
+    task = batch.X.T @ slope @ omega.T
     lr_omega = lr_theta = s.lr
     if s.step == "rule":
         # Raw columns and a θ that whitens them make the task's own curvature large: never beyond one over it.
@@ -442,22 +425,14 @@ def _update(run: _Run, theta: Tensor, omega: Tensor, rows_p: Tensor, rows_h: Ten
     benign = run.P.rows if full else batch.X
     harmful = run.H.rows if full else run.X_H[rows_h]
     if s.step == "rule":
-        moved = _ruled(run, subtract_(theta, [(lr_theta, task)]), benign, harmful)
+        moved = _ruled(run, theta - lr_theta * task, benign, harmful)
         # κ has no scale, but η has: the benign features keep their size, or the classifier's descent would diverge.
         return moved * (Z.norm() / (batch.X @ moved).norm()), omega_next
-    size = task.norm()
-
-    def step(weight: float | str, norm: float) -> float:
-        return s.lr * (weight if isinstance(weight, float | int) else size / max(norm, 1e-300))
-
-    if run.method == "imma":
-        assert run.y_H is not None
-        leaf = theta.clone().requires_grad_(True)
-        (rise,) = torch.autograd.grad(adapted_loss(leaf, run.X_H[rows_h], run.y_H[rows_h], s.inner_steps), leaf)
-        moved = subtract_(theta, [(s.lr, task)])
-        return moved + step(s.harmful_weight, float(rise.norm())) * rise, omega_next
-    parts = [(step(weight, part.norm()), part) for weight, part in _directions(run, theta, benign, harmful)]
-    return subtract_(theta, [(s.lr, task), *parts]), omega_next
+    moved, size = theta - s.lr * task, float(task.norm())
+    for weight, part in _directions(run, theta, benign, harmful, rows_h):
+        factor = weight if isinstance(weight, float | int) else size / max(float(part.norm()), 1e-300)
+        moved -= s.lr * factor * part
+    return moved, omega_next
 
 
 def _top(A: Tensor) -> float:
@@ -466,30 +441,33 @@ def _top(A: Tensor) -> float:
     return float(torch.linalg.eigvalsh(gram)[-1])
 
 
-def _directions(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> list[tuple[float | str, Direction]]:
-    """The regularizers' directions with their weights, all to be subtracted."""
+def _directions(
+    run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor, rows_h: Tensor
+) -> Iterator[tuple[float | str, Tensor]]:
+    """What each method subtracts in addition to the task's gradient, with its weight."""
     s = run.settings
-    # One product for both tasks reads the large θ once.
-    Z_p, Z_h = (torch.cat([benign, harmful]) @ theta).split([len(benign), len(harmful)])
-    if run.method == "opt_kappa":
-        rise = log_kappa_gradient(harmful, Z_h)
-        fall = log_kappa_gradient(benign, Z_p)
-        return [(s.benign_weight, fall), (s.harmful_weight, rise._replace(tall=-rise.tall))]
-    spectrum = feature_spectrum(Z_h)
-    parts = [(Z_h, spectrum.left, ill_weights(spectrum.values))]
-    if run.method == "kappa":
-        spectrum = feature_spectrum(Z_p)
-        parts.append((Z_p, spectrum.left, well_weights(spectrum.values, theta.shape[0])))
-    return list(zip((s.harmful_weight, s.benign_weight), directions(theta, parts), strict=False))
+    if run.method == "imma":
+        assert run.y_H is not None
+        leaf = theta.clone().requires_grad_(True)
+        (rise,) = torch.autograd.grad(adapted_loss(leaf, run.X_H[rows_h], run.y_H[rows_h], s.inner_steps), leaf)
+        yield s.harmful_weight, -rise
+    elif run.method == "opt_kappa":
+        yield s.benign_weight, log_kappa_gradient(benign, benign @ theta)
+        yield s.harmful_weight, -log_kappa_gradient(harmful, harmful @ theta)
+    else:
+        Z = harmful @ theta
+        spectrum = feature_spectrum(Z)
+        yield s.harmful_weight, direction(theta, Z, spectrum.left, ill_weights(spectrum.values))
+        if run.method == "kappa":
+            Z = benign @ theta
+            spectrum = feature_spectrum(Z)
+            weights = well_weights(spectrum.values, theta.shape[0])
+            yield s.benign_weight, direction(theta, Z, spectrum.left, weights)
 
 
 def _ruled(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> Tensor:
     """Steps of R_well and R_ill by the rules."""
     growth, dim = GROWTH, theta.shape[0]
-
-    def moved(Z: Tensor, spectrum: RowSpectrum, step: float, weights: Tensor) -> Tensor:
-        (part,) = directions(theta, [(Z, spectrum.left, weights)])
-        return subtract_(theta, [(step, part)])
 
     if run.method == "kappa":
         Z = benign @ theta
@@ -497,7 +475,7 @@ def _ruled(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> Tensor:
         step, weights = well_step(spectrum.values, dim), well_weights(spectrum.values, dim)
         scale = (1 - 2 * step * weights * spectrum.values).square() * spectrum.values
         gain = spectrum.kappa / float(scale.max() / scale.min())
-        theta = moved(Z, spectrum, step, weights)
+        theta = subtract(theta, (Z, spectrum.left, step * weights))
         growth = min(gain**SHARE, GROWTH)
     if growth <= 1 + 1e-9:
         return theta
@@ -505,4 +483,5 @@ def _ruled(run: _Run, theta: Tensor, benign: Tensor, harmful: Tensor) -> Tensor:
     spectrum = feature_spectrum(Z)
     if spectrum.kappa > _KAPPA_LIMIT:
         return theta
-    return moved(Z, spectrum, ill_step(spectrum.values, growth), ill_weights(spectrum.values))
+    step, weights = ill_step(spectrum.values, growth), ill_weights(spectrum.values)
+    return subtract(theta, (Z, spectrum.left, step * weights))

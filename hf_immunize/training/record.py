@@ -24,7 +24,7 @@ from transformers.utils.hub import PushInProgress
 
 from hf_immunize.errors import ImmunizationError, RecordError, WeightsError
 from hf_immunize.features.extract import Measurement
-from hf_immunize.files import staged_directory
+from hf_immunize.files import staged_directory, weights_fingerprint
 from hf_immunize.hub.card import CardOptions, write_card
 from hf_immunize.hub.collect import (
     describe_base_model,
@@ -49,7 +49,6 @@ from hf_immunize.hub.record import (
     write_record,
 )
 from hf_immunize.hub.weights import changed_weights, hash_weights, refuse_links
-from hf_immunize.tensor_hash import weights_fingerprint
 from hf_immunize.text import printable, public_name
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.checkpoints import STATE

@@ -21,14 +21,14 @@ MINIBATCH = ["sgd", "momentum", "adam", "adamw", "batchnorm_adamw"]
 every_attacker = pytest.mark.parametrize("name", ATTACKERS)
 
 
-def attack(name, change=lambda *rows: rows, seed=0, dtype=torch.float64, **budget):
+def attack(name, change=lambda *rows: rows, seed=0, **budget):
     """Run an attacker on points or pictures of four colours, after a change of ``(Z, y, Z_test, y_test)``."""
     one = ATTACKERS[name]
     if name in WITH_WEIGHTS:
         rows = change(*pictures(80, 0), *pictures(40, 1))
         return one.run(tiny_vit(), Part(*rows, CLASSES), replace(TUNING, **budget), seed)
     rows = change(*clusters(120, 0), *clusters(80, 1))
-    data = ProbeData(*rows, int(rows[1].max()) + 1).at(dtype)
+    data = ProbeData(*rows, int(rows[1].max()) + 1)
     return one.run(data, replace(PROBES, **budget), seed)
 
 
@@ -45,10 +45,10 @@ def with_a_lonely_class(Z, y, *test):
     return torch.cat([Z, Z[:1]]), torch.cat([y, torch.tensor([CLASSES])]), *test
 
 
-AS_THEY_ARE = ("as they are", lambda *rows: rows, torch.float64)
+AS_THEY_ARE = ("as they are", lambda *rows: rows)
 CASES = [(name, AS_THEY_ARE) for name in ATTACKERS]
-CASES += [(name, ("tiny scale", of_tiny_scale, torch.float32)) for name in ON_FEATURES]
-CASES += [(name, ("a class with one image", with_a_lonely_class, torch.float64)) for name in ON_FEATURES]
+CASES += [(name, ("tiny scale", of_tiny_scale)) for name in ON_FEATURES]
+CASES += [(name, ("a class with one image", with_a_lonely_class)) for name in ON_FEATURES]
 in_every_case = pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}, {case[0]}" for name, case in CASES])
 
 
@@ -57,15 +57,13 @@ in_every_case = pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}, 
 @in_every_case
 def test_reads_classes_that_are_separable(name, case, seed):
     """The control, in which it may not, is the next test."""
-    _, change, dtype = case
     margin = 0.5 if ATTACKERS[name].access == "head_input" else 0.3
-    assert attack(name, change, seed, dtype).accuracy > CHANCE + margin
+    assert attack(name, case[1], seed).accuracy > CHANCE + margin
 
 
 @in_every_case
 def test_is_blind_where_images_say_nothing_about_labels(name, case):
-    _, change, dtype = case
-    found = attack(name, lambda *rows: change(*noise(*rows)), dtype=dtype)
+    found = attack(name, lambda *rows: case[1](*noise(*rows)))
     assert found.status == "diverged" or found.accuracy < CHANCE + 0.25
 
 
@@ -115,7 +113,7 @@ def test_divergence_is_recorded_and_has_no_accuracy(name):
         return Z, torch.randint(0, CLASSES, y.shape, generator=torch.Generator().manual_seed(5)), *test
 
     rates = {"optimizers": {"sgd": (1e30,)}} if name in WITH_WEIGHTS else {"rates": (1e30,)}
-    found = attack(name, without_meaning, dtype=torch.float32, **rates)
+    found = attack(name, without_meaning, **rates)
     assert (found.status, found.accuracy) == ("diverged", None)
 
 

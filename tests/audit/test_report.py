@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from audit_sample import LAYERS, STEPS, attack, hostile_html, lost, make, named_data, sample_data, sample_html
 
-from hf_immunize.attacks.presets import ATTACKERS
 from hf_immunize.audit.figures import draw_all, draw_spectra
 from hf_immunize.audit.names import clean, label, percent, ratio, signed
 from hf_immunize.audit.report import AuditReport
@@ -159,12 +158,9 @@ def test_outcomes_that_contradict_themselves_are_refused(changes, found):
     with pytest.raises(DataError, match="Expected") as caught:
         AuditReport(dataclasses.replace(make([]), outcomes=[run]))
     assert found in str(caught.value)
-
-
-@pytest.mark.parametrize("changes", [{"tasks": {}}, {"utility": Utility(100, 73.3)}])
-def test_audits_that_contradict_themselves_are_refused(changes):
-    with pytest.raises(DataError, match="Expected"):
-        AuditReport(make([], **changes))
+    for changes in ({"tasks": {}}, {"utility": Utility(100, 73.3)}):
+        with pytest.raises(DataError, match="Expected"):
+            AuditReport(make([], **changes))
 
 
 @pytest.mark.parametrize("name", ["/home/alice/secret/model", "~/secret/model", r"C:\Users\alice\model"])
@@ -181,21 +177,9 @@ def test_the_page_needs_nothing_but_itself_and_is_whole(report, page):
     assert page.named("script") == page.named("link") == page.named("iframe") == []
     (policy,) = [one["content"] for one in page.named("meta") if one.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'")
-    assert page.named("html") == [{"lang": "en"}]
-    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.named("meta")
     assert len(page.named("table")) == len(page.named("caption")) >= 6
-    assert all(one.get("scope") in ("col", "row", "rowgroup") for one in page.named("th"))
     images = page.named("img")
     assert len(images) == 10 and all(len(one["alt"]) > 40 for one in images)
-    widths = []
-    for tag, attributes in page.elements:
-        if tag == "table":
-            widths.append([])
-        elif tag == "tr":
-            widths[-1].append(0)
-        elif tag in ("td", "th"):
-            widths[-1][-1] += int(attributes.get("colspan", 1))
-    assert all(len(set(rows)) == 1 for rows in widths)
     assert set(report.verdict()) <= set(page.text)
     empty = AuditReport(make([], utility=None, reference=None, rir={}, machine={}, budget={}))
     assert Page(empty.to_html()).named("img") == []
@@ -234,12 +218,8 @@ def test_every_section_has_its_figures_that_load_nothing_and_tell_their_numbers(
         assert links and all(link.startswith("#") for link in links)
         assert (picture.caption.endswith(".") and "%" in picture.alt + picture.caption) or "κ" in picture.alt
     assert "Probes at any layer: immunized 53.0%, reference 53.0%" in pictures[0].alt
-
-
-def test_figures_are_drawn_again_the_same_of_one_seed_and_not_without_numbers():
     data = make(one_seed())
     assert draw(data) == draw(data) and draw(make([])) == []
-    assert [one.section for one in draw(data)] == ["headline", "curves", "layers"]
     assert draw_spectra([FeatureSpectrum("immunized", "harmful", [0.0, 0.0], 10, 0, 0.0, False)], "harmful") is None
 
 
@@ -327,23 +307,13 @@ def test_no_name_ends_a_report_or_acts_on_what_shows_it(tmp_path, name):
 # Names and numbers
 
 
-@pytest.mark.parametrize("character", ["\n", "\r", "\t", "\x00", "\x1b", "\u202e", "\u2028", "\ud800", "\ue000"])
-def test_names_keep_no_character_that_acts(character):
-    assert character not in clean(f"a{character}b")
-
-
-def test_names_are_short_of_any_script_and_every_attacker_has_one():
-    assert [len(clean("x" * size)) for size in (3, 80, 81, 1000)] == [3, 80, 80, 80]
-    assert clean("汽车 чайка") == "汽车 чайка"
-    assert {name: label(name) for name in ATTACKERS} == {name: one.label for name, one in ATTACKERS.items()}
-    assert label("sam_l4") == "sam l4" and label("lora_r4") == "LoRA of rank 4"
-
-
 @pytest.mark.parametrize(
     ("show", "value", "text"),
     [(percent, value, "–") for value in (None, math.nan, math.inf)]
     + [(percent, 0.4857, "48.6%"), (signed, -0.012, "−1.2"), (signed, None, "–")]
     + [(ratio, 0.5, "0.5"), (ratio, 12.3, "12"), (ratio, 123.4, "120"), (ratio, math.inf, "infinite")],
 )
-def test_numbers_for_people(show, value, text):
+def test_numbers_and_names_for_people(show, value, text):
     assert show(value) == text
+    assert [len(clean("汽" * size)) for size in (3, 80, 81, 1000)] == [3, 80, 80, 80]
+    assert label("sam_l4") == "sam l4" and label("lora_r4") == "LoRA of rank 4"

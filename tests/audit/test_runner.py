@@ -69,13 +69,9 @@ def test_an_interrupted_audit_goes_on_where_it_was(models, harmful, tiny_preset,
     assert without_time(resumed) == without_time(whole)
     assert len(path.read_text().splitlines()) == len(lines)
     assert any("unfinished" in sentence for sentence in resumed.warnings)
-
-
-def test_a_finished_audit_attacks_nothing_again(models, harmful, tiny_preset, tmp_path, monkeypatch):
-    first = run(models, harmful, tiny_preset, run_dir=tmp_path)
     idle = {name: replace(one, run=lambda *_: pytest.fail("attacked again")) for name, one in ATTACKERS.items()}
     monkeypatch.setattr(sys.modules["hf_immunize.audit.run"], "find_attacker", idle.get)
-    assert run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes == first.outcomes
+    assert run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes == resumed.outcomes
 
 
 def test_what_a_budget_allows_is_in_the_report_and_a_layer_above_its_limit_is_named_with_it(
@@ -123,21 +119,13 @@ def test_what_does_not_fit_into_memory_runs_when_there_is_enough(models, harmful
     assert {one.status for one in run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes} == {"done"}
 
 
-def test_learning_the_benign_task_is_measured_on_both_models(models, harmful, benign, tiny_preset):
-    preset = replace(
-        tiny_preset.only(["gd_line_search", "lora_r2"]),
-        fine_tuning=("lora_r2",),
-        benign_attackers=("gd_line_search", "lora_r2"),
-    )
-    outcomes = run(models, harmful, preset, benign=benign).outcomes
-    seen = {(one.subject, one.attacker) for one in outcomes if one.task == "benign" and one.curve}
+def test_other_tasks_are_attacked_by_those_that_measure_learning_speed(models, harmful, benign, tiny_preset):
+    chosen = tiny_preset.only(["gd_line_search", "lora_r2"])
+    preset = replace(chosen, fine_tuning=("lora_r2",), benign_attackers=("gd_line_search", "lora_r2"))
+    data = run(models, harmful, preset, benign=benign, unseen=benign, unrelated=harmful)
+    assert set(data.tasks) == {"harmful", "benign", "unseen", "unrelated"} == {one.task for one in data.outcomes}
+    seen = {(one.subject, one.attacker) for one in data.outcomes if one.task == "benign" and one.curve}
     assert seen == {(s, a) for s in ("immunized", "reference") for a in ("gd_line_search", "lora_r2")}
-
-
-def test_third_and_unseen_tasks_are_attacked_by_those_asked_for(models, harmful, benign, tiny_preset):
-    data = run(models, harmful, tiny_preset, attackers=["ridge"], unseen=benign, unrelated=harmful)
-    assert set(data.tasks) == {"harmful", "unseen", "unrelated"} == {one.task for one in data.outcomes}
-    assert {one.attacker for one in data.outcomes} == {"ridge"}
     assert any("both harmful and unrelated" in sentence for sentence in data.warnings)
 
 
@@ -177,33 +165,18 @@ def test_the_public_function_is_found_after_an_import_of_its_room(harmful):
 # What is measured in addition to the attacks
 
 
-def noted(*tasks, collapse=False):
+@pytest.mark.parametrize(("scale", "bound"), [(1e-3, None), (0.0, "lower")])
+def test_the_ratio_has_its_parts_and_collapse_is_a_bound_and_not_good_conditioning(scale, bound):
     Z = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    metrics = FeatureMetrics([])
+    shrunk = Z * torch.tensor([scale, 1, 1, 1, 1, 1], dtype=torch.float64)
+    metrics = FeatureMetrics(warnings := [])
+    for subject, features in (("reference", Z), ("immunized", shrunk)):
+        metrics.note_features(subject, "harmful", features, torch.float64)
+    assert (metrics.ratio(), metrics.utility()) == ({}, None)  # without benign data
     for subject in ("reference", "immunized"):
-        for task in tasks:
-            scale = torch.ones(6, dtype=torch.float64)
-            if (subject, task) == ("immunized", "harmful"):
-                scale[0] = 0.0 if collapse else 1e-3
-            metrics.note_features(subject, task, Z * scale, torch.float64)
-    return metrics
-
-
-def test_ratio_has_its_parts_and_needs_benign_data():
-    ratio = noted("harmful", "benign").ratio()
-    assert ratio["benign_ratio"] == 1.0
-    assert ratio["rir"] == ratio["harmful_ratio"] > 1e5
-    assert (noted("harmful").ratio(), noted("harmful").utility()) == ({}, None)
-
-
-def test_collapse_is_a_bound_and_not_good_conditioning():
-    metrics = noted("harmful", "benign", collapse=True)
-    assert metrics.ratio()["bound"] == "lower"
-    assert [one.is_bound for one in metrics.spectra if one.subject == "immunized"] == [True, False]
-
-
-def test_features_that_are_all_zero_are_said_and_not_an_error():
-    warnings = []
-    metrics = FeatureMetrics(warnings)
-    metrics.note_features("immunized", "harmful", torch.zeros(6, 3), torch.float32)
-    assert metrics.spectra == [] and "all zero" in " ".join(warnings).replace("are zero", "all zero")
+        metrics.note_features(subject, "benign", Z, torch.float64)
+    ratio = metrics.ratio()
+    assert (ratio["bound"], ratio["benign_ratio"]) == (bound, 1.0) and ratio["rir"] == ratio["harmful_ratio"] > 1e5
+    assert [one.is_bound for one in metrics.spectra] == [False, bound == "lower", False, False]
+    metrics.note_features("reference", "harmful", torch.zeros(6, 3), torch.float32)
+    assert len(metrics.spectra) == 4 and "are zero" in warnings[0]

@@ -200,6 +200,7 @@ def test_what_the_strongest_attacker_of_a_class_reads(name):
 
 
 def test_what_diverged_is_not_counted_and_the_class_includes_the_classifiers_input():
+    assert kinds(sample_data(), "head_input", "unseen") == [Kind.PREVENTED]
     assert judge(head(0.4, 0.486, *diverged("sgd")))[1].worst.mean == pytest.approx(0.4, abs=0.01)
     data = head(0.486, 0.486, *layers("immunized", 0.1), *layers("reference", 0.1))
     assert next(one for one in judge(data) if one.access == "any_layer").worst.access == "head_input"
@@ -282,19 +283,6 @@ def equal_to_the_reference():
 def test_what_else_is_said_and_what_is_not(made, there, absent):
     found = set(kinds(made()))
     assert there <= found and not found & absent
-
-
-def test_unseen_harmful_classes_are_judged_too():
-    assert kinds(sample_data(), "head_input", "unseen") == [Kind.PREVENTED]
-
-
-def test_an_accuracy_never_reached_is_a_bound_on_the_ratio():
-    runs = [
-        *attack("gd_line_search", "head_input", "immunized", 0.2, half=900),
-        *attack("gd_line_search", "head_input", "reference", 0.486, half=3),
-    ]
-    (ratio,) = [one for found in judge(make(runs)) for one in found.ratios]
-    assert ratio.is_bound and ratio.ratio == pytest.approx(300)
 
 
 # The words

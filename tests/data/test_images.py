@@ -35,12 +35,6 @@ def test_pixel_values_pass_through_stored_transformed_and_listed(image_dataset):
         assert row["labels"] == 1 and isinstance(row["labels"], int)
 
 
-def test_a_label_out_of_range_is_named_on_access():
-    items = [{"pixel_values": torch.zeros(3, 4, 4), "labels": label} for label in (0, 9)]
-    with pytest.raises(DataError, match="9 in row 1 of train_dataset"):
-        ImageRows(items, "train_dataset", "pixel_values", "labels", num_labels=3)[1]
-
-
 NOISE = io.BytesIO()
 Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(NOISE, "PNG")
 PNG = NOISE.getvalue()

@@ -147,23 +147,6 @@ def test_a_starting_model_is_trained_once_and_its_training_resumes(run_of, monke
         backbones.start_model(run_of(start={**RECIPE, "image_size": 9}), found)
 
 
-# ---- the paper's Table 3, up to the download ----
-
-
-@pytest.mark.slow
-def test_an_experiment_of_the_hub_runs_on_a_stand_in(images, tiny_model, tmp_path):
-    words = ["run", "--backbone", "resnet18_imagenet", "--task", "all_cars", "--method", "kappa"]
-    words += ["--data_path", str(images), "--model", str(tiny_model), "--attackers", "ridge"]
-    for change in ("max_steps=2", "per_device_train_batch_size=8", "use_cpu=true", "dataloader_num_workers=0"):
-        words += ["--set", change]
-    assert main([*words, "--output_dir", str(tmp_path / "runs")]) == 0
-    (path,) = (tmp_path / "runs").glob("*/row.json")
-    row = json.loads(path.read_text())
-    assert row["sources"]["benign"] == "imagenet-1k" and row["sources"]["harmful"] == "stanford_cars"
-    # 120 images on either side: groups of 100 overlap, as in the paper.
-    assert row["ratios"]["reference"]["num_groups"] == 20 and row["ratios"]["reference"]["std"] >= 0
-
-
 def test_without_the_hub_it_says_what_is_missing(images, tmp_path, capsys):
     words = ["run", "--backbone", "resnet18_imagenet", "--task", "all_cars", "--output_dir", str(tmp_path / "runs")]
     assert main([*words, "--data_path", str(tmp_path)]) == 1

@@ -4,8 +4,7 @@ import pytest
 import yaml
 
 from examples.experiments import tasks
-from examples.experiments.__main__ import main
-from examples.experiments.methods import BASELINES, COLOURS, METHODS, PAPER, TITLES
+from examples.experiments.methods import METHODS
 from examples.experiments.settings import Run, load_settings, parse_changes, planned_runs
 from examples.experiments.training import write_arguments
 from hf_immunize.errors import ArgumentError, DataError
@@ -19,12 +18,6 @@ PAIRS = dict.fromkeys((run.backbone, run.task) for run in planned_runs(gpu=True)
 def test_every_method_is_valid(method, tmp_path):
     args = ImmunizationArguments(str(tmp_path), report_to="none", use_cpu=True, **METHODS[method])
     assert Method.of(args).objective == METHODS[method].get("objective", Method.objective)
-
-
-def test_under_our_recipe_only_the_objective_differs():
-    assert all(METHODS[f"{name}_ours"] == {"objective": name} for name in BASELINES) and METHODS["default"] == {}
-    assert all(METHODS[name] == {"objective": name, **PAPER} for name in BASELINES)
-    assert set(TITLES) == set(METHODS) == {name for name in METHODS if COLOURS[name.removesuffix("_ours")]}
 
 
 @pytest.mark.parametrize(("backbone", "task"), PAIRS)
@@ -80,18 +73,6 @@ def test_what_is_no_part_of_a_run_is_refused_by_name(given, named):
 def test_settings_with_unknown_or_missing_parts_are_refused(parts, named, tiny):
     with pytest.raises(ArgumentError, match=rf"\['{named}'\]"):
         load_settings(tiny(**parts))
-
-
-def test_the_list_names_every_backbone_task_and_method(capsys):
-    assert main(["list"]) == 0
-    printed, settings = capsys.readouterr().out, load_settings()
-    assert all(name in printed for name in [*settings["backbones"], *settings["tasks"], *METHODS])
-
-
-def test_all_says_what_is_to_do(capsys, tmp_path):
-    assert main(["all", "--dry_run", "--only", "vit_cifar10", "--output_dir", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines and all(line.startswith("to do: python -m examples.experiments run --backbone vit") for line in lines)
 
 
 # ---- images ----

@@ -8,7 +8,6 @@ from pathlib import Path
 import evaluate
 import pytest
 import torch
-import yaml
 
 import hf_immunize
 from hf_immunize import relative_immunization_ratio
@@ -85,11 +84,3 @@ def test_batches_groups_and_bounds_are_those_of_the_library(metric, features):
     assert metric.compute(**inputs(features))["bound"] == "lower"
     result = metric.compute(**inputs(features | {"benign": features["benign"] * flat}))
     assert result["bound"] == "undetermined" and math.isnan(result["rir"])
-
-
-def test_it_is_a_space():
-    files = {path.name for path in FOLDER.iterdir()}
-    assert {"README.md", "app.py", "requirements.txt", "relative_immunization_ratio.py"} <= files
-    metadata = yaml.safe_load((FOLDER / "README.md").read_text().split("---")[1])
-    assert (metadata["sdk"], metadata["app_file"]) == ("gradio", "app.py")
-    assert {"evaluate", "metric"} <= set(metadata["tags"])

@@ -86,14 +86,6 @@ def test_thousands_of_folds_do_not_turn_rounding_into_rank():
     assert FeatureFactor().merge(factor).conditioning().rank == 4
 
 
-def test_lost_rank_against_a_reference_factor_is_a_bound():
-    reference = gaussian(90, 6)
-    features = reference * torch.tensor([1.0, 1, 1, 1, 0, 0], dtype=torch.float64)
-    conditioning = streamed(features).conditioning(streamed(reference))
-    assert conditioning.is_bound and conditioning.reference_rank == 6
-    assert conditioning.kappa == pytest.approx((conditioning.sigma_max / conditioning.cutoff) ** 2)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_a_state_survives_safetensors(tmp_path, dtype):
     features = gaussian(90, 6, dtype=dtype)

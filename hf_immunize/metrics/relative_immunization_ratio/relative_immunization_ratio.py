@@ -20,16 +20,6 @@ Z are features, the inputs of a linear probe. κ is exact and rank-aware. RIR sp
 features; it is silent about least squares, earlier layers and fine-tuning. Never report it without an attack's result.
 """
 
-_CITATION = """
-@inproceedings{zheng2025immunization,
-  title     = {Model Immunization from a Condition Number Perspective},
-  author    = {Zheng and Bai and Bullins and Yeh},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2025},
-  note      = {arXiv:2505.23760}
-}
-"""
-
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list` of `list` of `float`): Features through the immunized weights, one row an image, benign and
@@ -72,7 +62,7 @@ class RelativeImmunizationRatio(evaluate.Metric):
         row = datasets.Sequence(datasets.Value("float64"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation="",
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features({"predictions": row, "references": row, "harmful": datasets.Value("bool")}),
             reference_urls=["https://arxiv.org/abs/2505.23760"],

@@ -1,1 +1,0 @@
-"""The relative immunization ratio as an `evaluate` module; see its README.md."""
