@@ -99,17 +99,3 @@ def test_a_resumed_run_is_the_whole_one(whole, last, by_path, tmp_path):
     # As text, in which an undetermined RIR equals itself.
     assert "eval_rir" in names and [repr(found[key]) for key in names] == [repr(metrics[key]) for key in names]
     assert same(type(run.model).from_pretrained(folder / "checkpoint-5"), run.model)
-
-
-@pytest.mark.parametrize("how", ["missing", "truncated", "empty"])
-def test_a_checkpoint_that_was_cut_off_is_passed_over(whole, how, tmp_path):
-    name, options, folder, run, _ = whole
-    state = copy(folder, tmp_path, 3) / "checkpoint-3" / "trainer_state.json"
-    if how == "missing":
-        state.unlink()
-    else:
-        state.write_text(state.read_text()[: len(state.read_text()) // 2] if how == "truncated" else "")
-    resumed = trainer(name, tmp_path, **options)
-    resumed.train(resume_from_checkpoint=True)
-    assert same(resumed.model, run.model)
-    assert (tmp_path / "checkpoint-5" / "trainer_state.json").is_file()

@@ -39,20 +39,22 @@ class OwnSampler(ImmunizationTrainer):
         return torch.utils.data.RandomSampler(self.train_dataset)
 
 
-class PopsLabels(ImmunizationTrainer):
+def of_loss(name, loss):
+    """A subclass with a loss of its own."""
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")
-        return nn.functional.cross_entropy(model(**inputs).logits, labels)
+        return loss(model, inputs)
+
+    return type(name, (ImmunizationTrainer,), {"compute_loss": compute_loss})
 
 
-class UnpacksInputs(ImmunizationTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return model(**inputs).loss
-
-
-class GoesPast(ImmunizationTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return model(**inputs["benign"]).loss
+LOSSES = {
+    "PopsLabels": lambda model, inputs: nn.functional.cross_entropy(
+        target=inputs.pop("labels"), input=model(**inputs).logits
+    ),
+    "UnpacksInputs": lambda model, inputs: model(**inputs).loss,
+    "GoesPast": lambda model, inputs: model(**inputs["benign"]).loss,
+}
 
 
 class OwnStep(ImmunizationTrainer):
@@ -86,9 +88,7 @@ def of(kind, images, arguments, tiny, **options):
     [
         (PlainLoader, "pixel_values"),
         (OwnSampler, "PairedSampler"),
-        (PopsLabels, "PopsLabels.compute_loss"),
-        (UnpacksInputs, "UnpacksInputs.compute_loss"),
-        (GoesPast, "GoesPast.compute_loss"),
+        *((of_loss(name, loss), f"{name}.compute_loss") for name, loss in LOSSES.items()),
         (OwnStep, "OwnStep.training_step"),
         (OwnLaterStep, "training_step"),
     ],
