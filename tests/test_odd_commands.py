@@ -144,7 +144,7 @@ ODD = {
         *calls(
             f"{MODEL} {PAIR} --quick --output-dir {{tmp}}/out",
             "--full | --nonsense | --output-dir= | --output-dir {root}/a.file/below | --output-dir {root}/a.file "
-            "| --revision= | --attackers nonsense | --attackers ridge --steps 8 | --attackers restore_swap "
+            "| --revision= | --attackers nonsense | --attackers restore_swap "
             "| --image-column nowhere | --image-column label | --label-column nowhere | --label-column image "
             "| --head-module nowhere | --head-module vit | --head-module= ",
         ),

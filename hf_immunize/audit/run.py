@@ -48,7 +48,7 @@ from hf_immunize.features.extract import (
 )
 from hf_immunize.hub.collect import draw_like, refuse_training_images
 from hf_immunize.hub.record import find_record
-from hf_immunize.spectra.conditioning import Conditioning, feature_conditioning, singular_values
+from hf_immunize.spectra.conditioning import Conditioning, feature_conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.text import library_words
 from hf_immunize.vision.head import find_head, half_tensors, to_full_precision
@@ -450,8 +450,8 @@ class FeatureMetrics:
             return
         found = feature_conditioning(features, reference=before, produced_dtype=produced_dtype)
         self._conditioning[subject, task] = found
-        sigma, measured = singular_values(features).tolist(), (found.num_samples, found.rank, found.log10_kappa)
-        self.spectra.append(FeatureSpectrum(subject, task, sigma, *measured, found.is_bound))
+        measured = found.num_samples, found.rank, found.log10_kappa, found.is_bound
+        self.spectra.append(FeatureSpectrum(subject, task, *measured))
 
     def note_logits(self, model: PreTrainedModel, subject: str, task: AttackedTask, logits: Tensor) -> None:
         """Compare the released classifier's answers on benign test images with their labels."""
