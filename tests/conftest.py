@@ -2,7 +2,6 @@
 
 import gc
 import os
-from pathlib import Path
 
 
 # Before any import of transformers or datasets: a missing hub model would otherwise take most of a minute to fail.
@@ -63,25 +62,6 @@ def api(online):
     from huggingface_hub import HfApi
 
     return HfApi(endpoint=online.url, token=TOKEN)
-
-
-@pytest.fixture
-def environment(hub, tmp_path):
-    """For a process of its own: the client asks the loopback Hub, and a home with a telling name."""
-    home = tmp_path / "home-of-alice"
-    home.mkdir()
-    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "VIRTUAL_ENV") if name in os.environ}
-    package = str(Path(__file__).parents[1])
-    return kept | {
-        "PYTHONPATH": os.pathsep.join([package, *filter(None, [kept.get("PYTHONPATH")])]),
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home / "hf"),
-        "HOME": str(home),
-        "USER": "alice",
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 @pytest.fixture(params=list(BUILDERS))

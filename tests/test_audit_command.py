@@ -46,6 +46,7 @@ def test_a_changed_budget_and_further_tasks_are_in_the_report(model, tmp_path):
 
 def test_one_data_set_is_split_by_harmful_classes(tmp_path):
     asked = SimpleNamespace(harmful=None, benign=None, dataset=saved(tmp_path / "both", 0), label_column=None)
+    asked.harmful_test = asked.benign_test = None
     asked.harmful_classes = ["c", "d"]
     harmful, benign = _data(asked, HeldOut)
     assert harmful.train.features["label"].names == ["c", "d"]
@@ -61,7 +62,6 @@ def test_one_data_set_is_split_by_harmful_classes(tmp_path):
         (["--harmful", "x", "--benign-test", "y"], "--benign"),
         (["--dataset", "x", "--harmful-classes", "a", "--benign", "y"], "--benign"),
         (["--harmful", "x", "--harmful-classes", "a"], "--dataset"),
-        (["--harmful", "x", "--revision", "v1"], "--revision"),
         (["--harmful", "x", "--attackers", ""], "attackers"),
         (["--harmful", "x", "--attackers", ","], "attackers"),
         (["--harmful", "x", "--quick", "--full"], "--quick"),

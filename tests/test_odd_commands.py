@@ -144,7 +144,7 @@ ODD = {
         *calls(
             f"{MODEL} {PAIR} --quick --output-dir {{tmp}}/out",
             "--full | --nonsense | --output-dir= | --output-dir {root}/a.file/below | --output-dir {root}/a.file "
-            "| --revision= | --attackers nonsense | --attackers ridge --steps 8 | --attackers restore_swap "
+            "| --revision= | --attackers nonsense | --attackers restore_swap "
             "| --image-column nowhere | --image-column label | --label-column nowhere | --label-column image "
             "| --head-module nowhere | --head-module vit | --head-module= ",
         ),
@@ -165,10 +165,9 @@ ODD = {
         *calls("", "{root}/nowhere.npy | {root}/a.file", "{root}/harmful.npy"),
         *calls("", "{root}/damaged.parquet {root}/damaged.parquet | {root}/benign.npy {root}/harmful.csv"),
         *calls("", "{root}/benign_flat.npy {root}/harmful_flat.npy | {root}/benign.npy {root}/benign_flat.npy"),
-        *calls(NPY, "--key x | --columns a | --drop a"),
         *calls(NPY, "--tolerance 0 | --tolerance nan | --tolerance 3 | --produced-dtype int8"),
         *calls(f"{NPY} --figure", "{root}/a.file/figure.png | {root}/figure.nonsense | {root}/empty"),
-        *calls(CSV, "--key x | --columns a,c | --drop a,b | --columns=,"),
+        *calls(CSV, "--columns a,c | --drop a,b | --columns=,"),
     ],
     "train": [
         *calls("", f"| --model | --model {MODEL}"),

@@ -71,7 +71,8 @@ class TuningBudget:
     steps: int = 300
     trial_steps: int = 100  # of each setting tried
     batch_size: int = 32
-    optimizers: dict[str, tuple[float, ...]] | None = None  # to the learning rates tried
+    # To the learning rates tried.
+    optimizers: dict[str, tuple[float, ...]] = field(default_factory=lambda: {"adamw": (3e-4,), "sgd": (1e-2,)})
     max_images: int = 5000
     max_test_images: int = 2000
     evaluations: int = 8  # along the way

@@ -40,7 +40,6 @@ class Setting(NamedTuple):
     batch_statistics: bool = False
 
 
-_DEFAULT_OPTIMIZERS: dict[str, tuple[float, ...]] = {"adamw": (3e-4,), "sgd": (1e-2,)}
 _OPTIMIZERS: dict[str, Any] = {
     "sgd": partial(torch.optim.SGD, momentum=0.9),
     "adamw": torch.optim.AdamW,
@@ -62,8 +61,7 @@ def fine_tune(
     # all of them. Dropout is off and BatchNorm keeps its statistics; the best is also tried with those of the batch.
     fit, validation = stratified_split(data.y, 0.2, seed)
     validation = validation[: budget.max_test_images]
-    optimizers = budget.optimizers or _DEFAULT_OPTIMIZERS
-    grid = [Setting(name, rate) for name, rates in optimizers.items() for rate in rates]
+    grid = [Setting(name, rate) for name, rates in budget.optimizers.items() for rate in rates]
     has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
 
     def attempt(setting: Setting, final: bool) -> tuple[list[float], list[int], str]:

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from hf_immunize.audit.names import CLASSES, clean, label, percent
-from hf_immunize.audit.result import ACCESSES, SUBJECTS, AuditResult, FeatureSpectrum
+from hf_immunize.audit.result import ACCESSES, SUBJECTS, AuditResult
 from hf_immunize.audit.statistics import Interval, Summary, of_class, summarize, worst_by_subject
 
 
@@ -32,7 +32,7 @@ _LONGEST = 34
 class Picture:
     """A figure as ``data:`` URI for a section of the report, with its caption and the same in words and numbers."""
 
-    section: str  # "headline", "curves", "layers" or "spectra"
+    section: str  # "headline", "curves" or "layers"
     caption: str
     alt: str
     uri: str
@@ -44,8 +44,7 @@ def draw_all(data: AuditResult, tables: Mapping[str, pandas.DataFrame]) -> list[
     """All figures for which there are numbers, in the order of the report."""
     chance = data.tasks["harmful"].chance
     pictures = [draw_headline(summarize(data), chance), *draw_curves(tables["attacks"], tables["curves"], chance)]
-    spectra = [draw_spectra(data.spectra, task) for task in ("harmful", "benign")]
-    pictures += [draw_layers(tables["layers"], chance), *spectra]
+    pictures.append(draw_layers(tables["layers"], chance))
     return [one for one in pictures if one is not None]
 
 
@@ -135,23 +134,6 @@ def _draw_curve(rows: pandas.DataFrame, chance: float) -> Picture:
     where = ", at the classifier's input" if rows["access"].iloc[0] == "head_input" else ""
     caption = f"{name}{where}: accuracy against steps, mean and interval over seeds and test images."
     return _picture(figure, "curves", caption, f"{name}: {', '.join(ends)}; chance {percent(chance)}")
-
-
-def draw_spectra(spectra: Sequence[FeatureSpectrum], task: str) -> Picture | None:
-    """Singular values of a task's features relative to the largest; None without any."""
-    found = [one for one in spectra if one.task == task and one.singular_values and one.singular_values[0] > 0]
-    if not found:
-        return None
-    figure, axes = _small()
-    words = []
-    for one in sorted(found, key=lambda one: one.subject):
-        sigma = [max(value / one.singular_values[0], 1e-16) for value in one.singular_values]
-        said = f"{one.subject}: log10 κ {'≥ ' if one.is_bound else ''}{one.log10_kappa:.2f}, rank {one.rank:,}"
-        colour, line = COLOURS.get(one.subject, "black"), LINES.get(one.subject, "-")
-        axes.semilogy(range(1, len(sigma) + 1), sigma, color=colour, linestyle=line, label=said)
-        words.append(said)
-    _label(axes, "index i of singular value", "σ_i(Z) / σ_1(Z)")
-    return _picture(figure, "spectra", f"Spectrum of the {task} features.", "; ".join(words))
 
 
 def _small() -> tuple[Figure, Any]:

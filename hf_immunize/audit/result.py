@@ -70,11 +70,10 @@ class Utility:
 
 @dataclass(frozen=True)
 class FeatureSpectrum:
-    """Singular values, descending, of the features of one data set through one subject."""
+    """How the features of one data set through one subject are conditioned."""
 
     subject: str
     task: str
-    singular_values: list[float]
     num_samples: int
     rank: int
     log10_kappa: float  # of ZᵀZ

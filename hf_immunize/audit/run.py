@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 from transformers.utils import logging
 
-from hf_immunize.attacks.attacker import Attacker, Found, Part, ProbeData, guarded
+from hf_immunize.attacks.attacker import Found, Part, ProbeData, guarded
 from hf_immunize.attacks.finetune import changed_parameters
 from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_attacker
 from hf_immunize.audit.journal import Journal, fingerprint, key_of
@@ -48,7 +48,7 @@ from hf_immunize.features.extract import (
 )
 from hf_immunize.hub.collect import draw_like, refuse_training_images
 from hf_immunize.hub.record import find_record
-from hf_immunize.spectra.conditioning import Conditioning, feature_conditioning, singular_values
+from hf_immunize.spectra.conditioning import Conditioning, feature_conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.text import library_words
 from hf_immunize.vision.head import find_head, half_tensors, to_full_precision
@@ -213,32 +213,29 @@ def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progres
 TUNING_WEIGHT = 20.0
 
 
+@dataclass
 class Work:
     """One audit under way: what is attacked by what, as far as the journal does not hold it, and what was found."""
 
-    def __init__(
-        self,
-        preset: Preset,
-        models: dict[str, PreTrainedModel],
-        tasks: list[AttackedTask],
-        processor: Any,
-        journal: Journal,
-        head_module: str | None,
-        memory: int,
-        warnings: list[str],
-        progress: bool,
-    ) -> None:
-        self.preset, self.models, self.tasks, self.processor = preset, models, tasks, processor
-        self.journal, self.head_module, self.memory = journal, head_module, memory
-        self.warnings, self.progress = warnings, progress
-        self.able = [task for task in tasks if not task.problem]
+    preset: Preset
+    models: dict[str, PreTrainedModel]
+    tasks: list[AttackedTask]
+    processor: Any
+    journal: Journal
+    head_module: str | None
+    memory: int
+    warnings: list[str]
+    progress: bool
+    order: list[str] = field(default_factory=list)  # keys of the outcomes
+    # What the reference makes of the harmful images, which whoever has the public weights makes too.
+    public: ProbeData | None = None
+    bar: Any = None
+
+    def __post_init__(self) -> None:
+        self.metrics = FeatureMetrics(self.warnings)
+        self.able = [task for task in self.tasks if not task.problem]
         # The reference first: rank lost is rank lost against it.
-        self.subjects = [name for name in ("reference", "immunized") if name in models]
-        self.order: list[str] = []
-        self.metrics = FeatureMetrics(warnings)
-        # What the reference makes of the harmful images, which whoever has the public weights makes too.
-        self.public: ProbeData | None = None
-        self.bar: Any = None
+        self.subjects = [name for name in ("reference", "immunized") if name in self.models]
 
     def run(self) -> None:
         """Run all attacks that are not in the journal."""
@@ -276,11 +273,9 @@ class Work:
 
     def expected(self) -> float:
         """Work ahead, in attacks at the classifier's input; the others are weighed by what they tend to cost."""
-        total = 0.0
-        for task in self.able:
-            total += len(self.subjects) * len(self.probes_of(task)) * self.preset.probe_seeds
-            total += len(self.subjects) * len(self.tuners_of(task)) * self.preset.tuning_seeds * TUNING_WEIGHT
-        return total
+        seeds, tuning_seeds = self.preset.probe_seeds, TUNING_WEIGHT * self.preset.tuning_seeds
+        each = (len(self.probes_of(one)) * seeds + len(self.tuners_of(one)) * tuning_seeds for one in self.able)
+        return len(self.subjects) * sum(each)
 
     def probes_layers(self, task: AttackedTask) -> bool:
         """Whether earlier layers are to be probed."""
@@ -346,7 +341,8 @@ class Work:
             self._keep(Outcome("ridge", "any_layer", subject, task.name, label, 0, "float64", "skipped", reason))
 
     def _attack_features(self, outcome: Outcome, features: Callable[[], ProbeData], weight: float = 0.0) -> None:
-        attacker = _attacker(outcome.attacker)
+        attacker = find_attacker(outcome.attacker)
+        assert attacker is not None  # a preset knows its attackers
         self._attack(outcome, lambda: attacker.run(features(), self.preset.probe_budget, outcome.seed), weight)
 
     # ---- fine-tuning and restoring
@@ -354,16 +350,15 @@ class Work:
     def _fine_tune(self, task: AttackedTask) -> None:
         budget, pixels = self.preset.tuning_budget, None
         # One attacker on all models before the next: what an interruption leaves can be compared.
-        for attacker, subject in itertools.product(self.tuners_of(task), self.subjects):
+        for attacker, subject in itertools.product(map(find_attacker, self.tuners_of(task)), self.subjects):
+            assert attacker is not None  # a preset knows its attackers
             model, settings = self.models[subject], None
             for seed in range(self.preset.tuning_seeds):
-                precision = str(torch.float32).removeprefix("torch.")
-                outcome = Outcome(
-                    attacker, "fine_tuning", subject, task.name, _attacker(attacker).where, seed, precision
-                )
+                place = (subject, task.name, attacker.where)
+                outcome = Outcome(attacker.name, "fine_tuning", *place, seed, "float32")
                 if key_of(outcome) not in self.journal.outcomes and pixels is None:
                     pixels = self._pixels(task, budget.max_images, budget.max_test_images)
-                attack = partial(_attacker(attacker).run, model, pixels, budget, seed, self.head_module, settings)
+                attack = partial(attacker.run, model, pixels, budget, seed, self.head_module, settings)
                 if isinstance(pixels, str):
                     attack = partial(Found, None, status="skipped", note=pixels)
                 self._attack(outcome, attack, TUNING_WEIGHT)
@@ -404,13 +399,11 @@ class Work:
     # ---- bookkeeping
 
     def _attack(self, outcome: Outcome, attack: Callable[[], Found], weight: float) -> None:
-        key = key_of(outcome)
-        if key not in self.journal.outcomes:
+        if key_of(outcome) not in self.journal.outcomes:
             self.bar.set_description(f"{outcome.subject}: {outcome.attacker}, {outcome.task}, seed {outcome.seed}")
             begin = time.perf_counter()
-            self._keep(replace(outcome, **vars(guarded(attack)), seconds=time.perf_counter() - begin))
-        else:
-            self.order.append(key)
+            outcome = replace(outcome, **vars(guarded(attack)), seconds=time.perf_counter() - begin)
+        self._keep(outcome)
         self.bar.update(weight)
 
     def _keep(self, outcome: Outcome) -> None:
@@ -435,12 +428,6 @@ def underflow_to_zero() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def _attacker(name: str) -> Attacker:
-    found = find_attacker(name)
-    assert found is not None  # a preset knows its attackers
-    return found
-
-
 # What is measured in addition to the attacks
 
 
@@ -463,8 +450,8 @@ class FeatureMetrics:
             return
         found = feature_conditioning(features, reference=before, produced_dtype=produced_dtype)
         self._conditioning[subject, task] = found
-        sigma, measured = singular_values(features).tolist(), (found.num_samples, found.rank, found.log10_kappa)
-        self.spectra.append(FeatureSpectrum(subject, task, sigma, *measured, found.is_bound))
+        measured = found.num_samples, found.rank, found.log10_kappa, found.is_bound
+        self.spectra.append(FeatureSpectrum(subject, task, *measured))
 
     def note_logits(self, model: PreTrainedModel, subject: str, task: AttackedTask, logits: Tensor) -> None:
         """Compare the released classifier's answers on benign test images with their labels."""

@@ -104,7 +104,8 @@ def audit(model: str, **given: Any) -> None:
     from hf_immunize.hub.weights import CARD_NAME
 
     asked = SimpleNamespace(model=model, **given)
-    _refuse_without_effect(asked)
+    if asked.quick and asked.full:
+        raise ArgumentError("Expected --quick or --full, found both. Leave one out.")
     preset = _preset(asked)
     _check_folders(asked)
     # A scheduler may set RANK for what it does not start in several processes; LOCAL_RANK is a launcher's.
@@ -129,14 +130,8 @@ audit.__annotations__ = {name: one.annotation for name, one in _signature().para
 
 def _preset(asked: SimpleNamespace) -> Preset:
     """The preset with the budget that was asked for."""
-    from hf_immunize.attacks.presets import find_attacker, find_preset
+    from hf_immunize.attacks.presets import find_preset
 
-    known = [find_attacker(name) for name in _names(asked.attackers) or []]
-    closed_form = known and all(one is not None and one.closed_form for one in known)
-    if asked.steps is not None and closed_form:
-        raise ArgumentError(
-            f"Expected --steps with an attacker that trains, found {asked.attackers} alone. Leave it out."
-        )
     preset = find_preset("quick" if asked.quick else "full" if asked.full else "standard")
     return preset.changed(steps=asked.steps, seeds=asked.seeds)
 
@@ -162,30 +157,16 @@ def _check_folders(asked: SimpleNamespace) -> None:
         check_writable(asked.model, "MODEL")
 
 
-def _refuse_without_effect(asked: SimpleNamespace) -> None:
-    """An option that would do nothing was meant to do something, and an impossible value something else."""
-    for side in ("harmful", "benign"):
-        if getattr(asked, f"{side}_test") is not None and getattr(asked, side) is None:
-            raise ArgumentError(
-                f"Expected --{side} with --{side}-test, found none. Add it, or leave --{side}-test out."
-            )
-    if asked.dataset is not None and asked.benign is not None:
-        raise ArgumentError("Expected either --dataset or --benign, found both. Leave one of them out.")
-    if asked.revision != "main" and Path(asked.model).is_dir():
-        raise ArgumentError(
-            f"Expected a name on the Hub as MODEL with --revision, found the folder {printable(asked.model)}. Leave "
-            "--revision out."
-        )
-    if asked.quick and asked.full:
-        raise ArgumentError("Expected --quick or --full, found both.")
-
-
 def _data(asked: SimpleNamespace, draw: Callable[[], HeldOut]) -> tuple[object, object]:
     """The harmful and the benign task."""
-    if (asked.dataset is None) == (asked.harmful is None) or (asked.dataset is None) != (not asked.harmful_classes):
+    if asked.dataset is None:
+        amiss = asked.harmful is None or asked.harmful_classes or (asked.benign_test and asked.benign is None)
+    else:
+        amiss = not asked.harmful_classes or asked.harmful or asked.benign or asked.harmful_test or asked.benign_test
+    if amiss:
         raise ArgumentError(
-            "Expected either --harmful (and --benign), or --dataset with --harmful-classes, found "
-            f"harmful={asked.harmful}, dataset={asked.dataset}, harmful_classes={asked.harmful_classes}."
+            "Expected either --harmful (and --benign, each with its --…-test), or --dataset with --harmful-classes, "
+            "found neither or parts of both. Leave out what belongs to the other way."
         )
     if asked.dataset is None:
         sides = ((asked.harmful, asked.harmful_test), (asked.benign, asked.benign_test))

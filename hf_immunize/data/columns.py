@@ -90,28 +90,18 @@ def validate_labels(dataset: Any, label_column: str, num_labels: int, name: str)
     # Labels of items made on the fly would load every image; `ImageRows` checks them as they come.
     if not isinstance(dataset, datasets.Dataset) or is_transformed(dataset) or label_column not in dataset.features:
         return
-    labels = read_labels(dataset, label_column)
-    names = getattr(dataset.features[label_column], "names", None)
-    numbers = [label for label in labels if isinstance(label, (int, np.integer))]
-    classes = len(names) if names else max(numbers, default=0) + 1
-    for row, label in enumerate(labels):
-        check_label(label, num_labels, name, row, classes)
+    for row, label in enumerate(read_labels(dataset, label_column)):
+        check_label(label, num_labels, name, row)
 
 
-def check_label(label: Any, num_labels: int, name: str, row: int, classes: int | None = None) -> None:
-    """Check the label of one row; ``classes`` is the number of the data's classes, where it is known."""
+def check_label(label: Any, num_labels: int, name: str, row: int) -> None:
+    """Check the label of one row."""
     is_integer = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
     if is_integer and 0 <= label < num_labels:
         return
-    if label is None:
-        remedy = "Drop the rows without a label"
-    elif not is_integer:
-        remedy = "Turn the labels into integers, for example by dataset.class_encode_column"
-    elif label < 0:
-        remedy = "Drop the rows without a valid label"
-    else:
-        outputs = f"={classes}, one per class" if classes is not None else f" of all classes, {label + 1} at least"
-        remedy = f"Load the model with num_labels{outputs}, or relabel the data"
+    remedy = "Drop such rows, or make integers of names by dataset.class_encode_column"
+    if is_integer and label > 0:
+        remedy = f"Load the model with one output per class (num_labels={label + 1} or more), or relabel the data"
     raise DataError(
         f"Expected labels from 0 to {num_labels - 1}, as the model has {num_labels} outputs, found {label!r} in row "
         f"{row} of {name}. {remedy}."

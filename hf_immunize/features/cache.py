@@ -110,34 +110,31 @@ class TrunkCache:
         return len(self.rows)
 
     def find(self) -> CachedRows | None:
-        """The stored activations, if there are any that fit; the log says why those that are there do not."""
+        """The stored activations, if there are any that fit."""
         if not self.folder.exists():
             return None
         with seeded(0):
             found = self._found()
-        if isinstance(found, CachedRows):
-            return found
-        if self.processes.first:
-            logger.warning(f"The cached trunk of {self.name} {found}: computed anew.")
-        return None
+        if found is None and self.processes.first:
+            logger.warning(
+                f"The cached trunk of {self.name} is damaged or of other weights, images or settings: computed anew."
+            )
+        return found
 
-    def _found(self) -> CachedRows | str:
-        """The stored activations, or why those that are there do not fit."""
+    def _found(self) -> CachedRows | None:
         try:
             stored = checked((self.folder / _KEY_FILE).read_text(encoding="utf-8"))
             rows = self._open()
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            return f"cannot be read ({type(error).__name__})"
-        # One that does not fit is not read through.
-        if others := [part for part, value in self._key.items() if stored.get(part) != value]:
-            return f"is of other {', '.join(others)}"
-        checksums: dict[str, str] = stored.get("files", {})
+        except (OSError, ValueError, KeyError, pa.ArrowException):
+            return None
+        checksums: dict[str, str] = stored.pop("files", {})
         names = sorted(file.name for file in self.folder.glob(_FILES))
-        # Each process looks at its share, since all must find them.
-        own = self.processes.share(names)
-        if names != sorted(checksums) or any(file_sha256(self.folder / name) != checksums[name] for name in own):
-            return "is damaged"
-        return rows if len(rows) == len(self) and self._agrees(rows) else "does not fit these images"
+        # One that does not fit is not read through. Each process looks at its share, since all must find them.
+        if stored != self._key or names != sorted(checksums):
+            return None
+        if any(file_sha256(self.folder / name) != checksums[name] for name in self.processes.share(names)):
+            return None
+        return rows if len(rows) == len(self) and self._agrees(rows) else None
 
     def _agrees(self, stored: CachedRows) -> bool:
         """Whether a few rows computed again are those stored: files may change behind a fingerprint of their names."""

@@ -69,17 +69,6 @@ def read_pair(
     drop: Sequence[str] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read two data sets with the same columns."""
-    # What would have no effect is most often meant for another file.
-    kinds = {path.suffix for path in (benign, harmful)}
-    for option, given, of in (
-        ("--key", key is not None, ARRAYS[1:]),
-        ("--columns", columns is not None, TABLES),
-        ("--drop", bool(drop), TABLES),
-    ):
-        if given and kinds.isdisjoint(of):
-            raise ArgumentError(
-                f"Expected {option} with {' and '.join(of)} files alone, found {benign} and {harmful}. Leave it out."
-            )
     read, names = [], []
     for path in (benign, harmful):
         if not path.is_file() or path.suffix not in ARRAYS + TABLES:

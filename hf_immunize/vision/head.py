@@ -5,7 +5,6 @@ It is captured by a hook, so the forward pass stays the model's own (and, under 
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -200,14 +199,10 @@ def _only_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
         heads = asked if isinstance(asked, (tuple, list)) else [asked]
         candidates = {n: m for n, m in running if isinstance(m, nn.Linear) and any(_holds(head, m) for head in heads)}
     if not candidates:
-        if base is plain and "labels" not in inspect.signature(type(plain).forward).parameters:
-            raise HeadError(
-                f"Expected a classifier, found the bare backbone {_kind(model)}. Give it a head by "
-                'hf_immunize.vision.bare.with_linear_head or pooling="cls", or load AutoModelForImageClassification.'
-            )
         raise HeadError(
             f"Expected a classifier with {num_labels} outputs in {_kind(model)}, found none outside its backbone. "
-            "Load AutoModelForImageClassification with num_labels >= 1, or name the classifier with head_module=."
+            "Load AutoModelForImageClassification with num_labels >= 1, give a bare backbone a head by "
+            'pooling="cls", or name the classifier with head_module=.'
         )
     if len(candidates) > 1:
         raise HeadError(

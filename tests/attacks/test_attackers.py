@@ -1,18 +1,20 @@
 """Every attacker of the list attacks, sees nothing where there is nothing, keeps to its budget and repeats itself."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from attacked import CLASSES, clusters, pictures, tiny_vit
 
-from hf_immunize.attacks.attacker import Attacker, Found, Part, ProbeBudget, ProbeData, TuningBudget, guarded
+from hf_immunize.attacks.attacker import Part, ProbeBudget, ProbeData, TuningBudget, guarded
 from hf_immunize.attacks.presets import ATTACKERS, PRESETS, find_attacker, find_preset
-from hf_immunize.audit.names import label
+from hf_immunize.errors import ArgumentError
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 
 
 CHANCE = 1 / CLASSES
+QUICK = PRESETS["quick"]
 PROBES = ProbeBudget(descent_steps=200, iterations=20, steps=60, batch_size=32)
 TUNING = TuningBudget(steps=60, trial_steps=15, optimizers={"adamw": (3e-3,)}, evaluations=3)
 ON_FEATURES = [one.name for one in ATTACKERS.values() if one.access == "head_input"]
@@ -165,19 +167,49 @@ def test_on_a_linear_map_with_rir_above_1e4_descent_takes_a_hundred_times_the_st
 # ---- the list
 
 
-def test_every_attacker_is_in_a_preset_has_a_label_and_a_name_of_its_own():
+def test_every_attacker_is_in_a_preset_and_every_preset_has_one_that_conditioning_cannot_slow():
     assert set(ATTACKERS) == set(PRESETS["full"].attackers)
-    assert all(label(name) == one.label and one.name == name for name, one in ATTACKERS.items())
     assert len({one.label for one in ATTACKERS.values()}) == len(ATTACKERS)
-
-
-def test_an_attacker_in_the_list_is_all_that_an_audit_needs(monkeypatch):
-    nearest = Attacker("nearest_mean", "the nearest mean", "head_input", True, lambda *_: Found(0.5))
-    monkeypatch.setitem(ATTACKERS, "nearest_mean", nearest)
-    assert find_preset("quick").only(["nearest_mean"]).probes == ("nearest_mean",)
-    assert label("nearest_mean") == "the nearest mean"
+    for preset in PRESETS.values():
+        assert "ridge" in preset.probes and set(QUICK.attackers) <= set(preset.attackers)
 
 
 @pytest.mark.parametrize(("name", "known"), [("lora_r4", True), ("lora_r0", False), ("lora_r", False), ("", False)])
 def test_adapters_of_any_rank_have_a_name(name, known):
     assert (find_attacker(name) is not None) == known
+
+
+@pytest.mark.parametrize(
+    ("ask", "named"),
+    [
+        (lambda: find_preset("fast"), "quick, standard, full"),
+        (lambda: QUICK.only(["ridge", "magic"]), "magic"),
+        (lambda: replace(QUICK, probes=("magic",)), "magic"),
+    ],
+)
+def test_an_unknown_name_is_named(ask, named):
+    with pytest.raises(ArgumentError, match=named):
+        ask()
+
+
+def test_what_is_asked_for_is_what_runs_and_a_changed_budget_is_in_the_name():
+    chosen = find_preset("standard").only(["adam", "lora_r2", "restore_swap"])
+    assert (chosen.probes, chosen.fine_tuning, chosen.restoring) == (("adam",), ("lora_r2",), ("restore_swap",))
+    assert chosen.attackers == ("adam", "lora_r2", "restore_swap")
+    changed = QUICK.changed(steps=40, seeds=4)
+    assert changed.name == "quick, changed" and QUICK.changed() is QUICK
+    assert (changed.probe_budget.steps, changed.tuning_budget.steps, changed.tuning_budget.trial_steps) == (40, 40, 10)
+    assert (changed.probe_seeds, changed.layer_seeds, changed.tuning_seeds) == (4, 4, 4)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "3", True, math.nan, math.inf, 10**20])
+def test_a_budget_is_a_positive_number(value):
+    for make in (
+        lambda: ProbeBudget(steps=value),
+        lambda: TuningBudget(max_test_images=value),
+        lambda: replace(QUICK, tuning_seeds=value),
+        lambda: QUICK.changed(steps=value),
+        lambda: QUICK.changed(seeds=value),
+    ):
+        with pytest.raises(ArgumentError):
+            make()

@@ -65,11 +65,6 @@ def fine_tuning(subject, accuracy, slow=1.0, **kwargs):
     ]
 
 
-def spectrum(subject, task, decades):
-    values = np.logspace(0, -decades / 2, 64).tolist()
-    return FeatureSpectrum(subject, task, values, 3115, 64, decades, False)
-
-
 def make(outcomes, utility=Utility(2000, 0.742, 0.75, -0.008, (-0.019, 0.003)), reference="org/base", **kwargs):  # noqa: B008
     """An audit around these outcomes."""
     tasks = {
@@ -110,9 +105,8 @@ def sample_data(**kwargs):
     ]
     odd = [lost("momentum", "diverged", "the loss is NaN", seed=seed) for seed in range(5)]
     skipped = lost("ridge", "skipped", "not enough memory: 41 GB", access="any_layer", layer="stem (flattened)")
-    pairs = (("harmful", 5.0, 9.6), ("benign", 4.9, 4.9))
-    spectra = [spectrum("reference", task, before) for task, before, _ in pairs]
-    spectra += [spectrum("immunized", task, after) for task, _, after in pairs]
+    kappas = (("reference", "harmful", 5.0), ("reference", "benign", 4.9), ("immunized", "harmful", 9.6))
+    spectra = [FeatureSpectrum(subject, task, 3115, 64, decades, False) for subject, task, decades in kappas]
     warnings = ["3 harmful test images are also among the benign training images."]
     data = {"spectra": spectra, "warnings": warnings} | kwargs
     return make([*head, *earlier, *tuned, *other, *odd, skipped], **data)
@@ -132,7 +126,7 @@ def named_data(name, data):
         machine={name: name},
         tasks={task: dataclasses.replace(one, dataset=name) for task, one in data.tasks.items()},
         outcomes=[dataclasses.replace(one, **changed) for one in data.outcomes],
-        spectra=[FeatureSpectrum("immunized", "harmful", [1.0, 0.5], 10, 2, 0.6, False)],
+        spectra=[FeatureSpectrum("immunized", "harmful", 10, 2, 0.6, False)],
     )
 
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from audit_sample import LAYERS, STEPS, attack, hostile_html, lost, make, named_data, sample_data, sample_html
 
-from hf_immunize.audit.figures import draw_all, draw_spectra
+from hf_immunize.audit.figures import draw_all
 from hf_immunize.audit.names import clean, label, percent, ratio, signed
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.result import FeatureSpectrum, Utility, from_json, to_json
+from hf_immunize.audit.result import Utility, from_json, to_json
 from hf_immunize.errors import CheckpointError, DataError
 
 
@@ -179,7 +179,7 @@ def test_the_page_needs_nothing_but_itself_and_is_whole(report, page):
     assert policy.startswith("default-src 'none'")
     assert len(page.named("table")) == len(page.named("caption")) >= 6
     images = page.named("img")
-    assert len(images) == 10 and all(len(one["alt"]) > 40 for one in images)
+    assert len(images) == 8 and all(len(one["alt"]) > 40 for one in images)
     assert set(report.verdict()) <= set(page.text)
     empty = AuditReport(make([], utility=None, reference=None, rir={}, machine={}, budget={}))
     assert Page(empty.to_html()).named("img") == []
@@ -211,16 +211,15 @@ def one_seed():
 def test_every_section_has_its_figures_that_load_nothing_and_tell_their_numbers():
     pictures = draw(sample_data())
     sections = [one.section for one in pictures]
-    counts = {"headline": 1, "curves": 6, "layers": 1, "spectra": 2}
+    counts = {"headline": 1, "curves": 6, "layers": 1}
     assert {name: sections.count(name) for name in sections} == counts
     for picture in pictures:
         links = [value for node in parsed(picture).iter() for key, value in node.items() if key.endswith("href")]
         assert links and all(link.startswith("#") for link in links)
-        assert (picture.caption.endswith(".") and "%" in picture.alt + picture.caption) or "κ" in picture.alt
+        assert picture.caption.endswith(".") and "%" in picture.alt
     assert "Probes at any layer: immunized 53.0%, reference 53.0%" in pictures[0].alt
     data = make(one_seed())
     assert draw(data) == draw(data) and draw(make([])) == []
-    assert draw_spectra([FeatureSpectrum("immunized", "harmful", [0.0, 0.0], 10, 0, 0.0, False)], "harmful") is None
 
 
 @pytest.mark.parametrize("name", ["$\\frac{", "$x$", "a\nb\x00", "<script>", "汽车", "--><b>", "W" * 300])

@@ -15,8 +15,10 @@ from transformers import ViTImageProcessorPil
 
 from hf_immunize import audit
 from hf_immunize.attacks.presets import ATTACKERS
+from hf_immunize.audit.journal import Journal
+from hf_immunize.audit.result import Outcome
 from hf_immunize.audit.run import FeatureMetrics
-from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 
 
 @pytest.fixture
@@ -160,6 +162,18 @@ def test_utility_follows_the_models_class_names_and_a_missing_reference_is_said(
 def test_the_public_function_is_found_after_an_import_of_its_room(harmful):
     with pytest.raises(ArgumentError):
         sys.modules["hf_immunize.audit"](None, harmful=harmful)
+
+
+@pytest.mark.parametrize("content", ["", "{", "\0\0\0\n", '{"attacker": "ridge"}\n'])
+def test_a_damaged_journal_is_started_anew_with_a_sentence(tmp_path, content):
+    (tmp_path / "outcomes.jsonl").write_text(content)
+    done = Outcome(
+        "ridge", "head_input", "immunized", "harmful", "head", 0, "float64", accuracy=0.5, settings={"k": 1}
+    )
+    Journal(tmp_path, "mark", said := []).add(done)
+    assert said and list(Journal(tmp_path, "mark", []).outcomes.values()) == [done]
+    with pytest.raises(CheckpointError, match="another run directory"):
+        Journal(tmp_path / "outcomes.jsonl", "mark", [])
 
 
 # What is measured in addition to the attacks

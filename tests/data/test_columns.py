@@ -59,18 +59,18 @@ def test_columns_are_found_or_what_is_there_is_named(data, options, found):
 
 
 @pytest.mark.parametrize(
-    ("data", "found", "remedy"),
+    ("data", "found"),
     [
-        (labelled([0, 1, 3]), "3 in row 2", "num_labels=4"),
-        (labelled([0, 3], datasets.ClassLabel(num_classes=8)), "3 in row 1", "num_labels=8"),
-        (labelled([0, 7]).with_format("torch"), "7 in row 1", "num_labels=8"),
-        (labelled([0, -1]), "-1 in row 1", "Drop"),
-        (labelled([None, 1]), "None in row 0", "Drop"),
-        (labelled(["cat"]), "'cat' in row 0", "class_encode_column"),
+        (labelled([0, 1, 3]), "3 in row 2"),
+        (labelled([0, 3], datasets.ClassLabel(num_classes=8)), "3 in row 1"),
+        (labelled([0, 7]).with_format("torch"), "7 in row 1"),
+        (labelled([0, -1]), "-1 in row 1"),
+        (labelled([None, 1]), "None in row 0"),
+        (labelled(["cat"]), "'cat' in row 0"),
     ],
 )
-def test_a_bad_label_is_named_with_its_row(data, found, remedy):
-    with pytest.raises(DataError, match=f"{found} of train_dataset.*{remedy}"):
+def test_a_bad_label_is_named_with_its_row(data, found):
+    with pytest.raises(DataError, match=f"{found} of train_dataset"):
         validate_labels(data, "label", 3, "train_dataset")
 
 

@@ -84,6 +84,8 @@ def test_the_seed_decides_split_and_classes(run_of):
     classes = [found.load("harmful", "train").features["label"].names for found in (one, two)]
     assert classes[0] != classes[1] and len(classes[0]) == 3
     assert tasks.prepare(run_of(place="again")).about == one.about
+    # Other data at the same place are other data.
+    assert tasks.prepare(run_of(distillation={"source": "cifar10", "max_images": 13})).paths != one.paths
 
 
 def test_classes_and_images_that_are_held_out_are_not_used(run_of):
@@ -101,9 +103,3 @@ def test_the_first_source_that_is_there_is_taken(run_of):
     assert far.about["harmful"]["source"] == "digits" and far.about["harmful"]["images"]["train"] == 30
     with pytest.raises(DataError, match=r"no_such.*--data_path"):
         tasks.prepare(run_of(harmful={"source": "no_such"}))
-
-
-def test_other_data_at_the_same_place_are_other_data(run_of):
-    first = tasks.prepare(run_of())
-    assert tasks.prepare(run_of()).paths == first.paths
-    assert tasks.prepare(run_of(distillation={"source": "cifar10", "max_images": 13})).paths != first.paths

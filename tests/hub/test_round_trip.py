@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from checkpoints import benign_images, harmful_images, image_set, tiny_model
 from families import BUILDERS, TRANSFORMER
-from hub_server import USER
+from hub_server import TOKEN, USER
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -135,33 +135,35 @@ def save_base(model, folder):
     processor().save_pretrained(folder)
 
 
-def train_by_command(tmp_path, base, *words):
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Images to train and to measure on, by side, where the user types."""
+    monkeypatch.chdir(tmp_path)
+    sides = {"benign": benign_images(), "harmful": harmful_images()}
+    sides |= {f"{side}_eval": image_set(7, images.features["label"].names) for side, images in sides.items()}
+    for name, images in sides.items():
+        images.save_to_disk(tmp_path / name)
+    return sides
+
+
+def train_by_command(tmp_path, data, base, *words):
     """`hf-immunize train`, as it is typed."""
     save_base(base, tmp_path / "base")
-    for name, data in (("benign", benign_images()), ("harmful", harmful_images())):
-        data.save_to_disk(tmp_path / name)
-        image_set(7, data.features["label"].names).save_to_disk(tmp_path / f"{name}_eval")
-    common = ["--model", "base", "--benign", "benign", "--harmful", "harmful", "--output_dir", "run", "--use_cpu"]
-    common += ["--benign_eval", "benign_eval", "--harmful_eval", "harmful_eval", "--disable_tqdm", "True"]
-    common += ["--max_steps", "2", "--per_device_train_batch_size", "8", "--report_to", "none"]
-    return run_train([*common, *words])
+    common = ["--model", "base", "--output_dir", "run", "--use_cpu", "--disable_tqdm", "True", "--report_to", "none"]
+    common += [word for name in data for word in (f"--{name}", name)]
+    return run_train([*common, "--max_steps", "2", "--per_device_train_batch_size", "8", *words])
 
 
-def train_by_script(tmp_path, model):
+def train_by_script(tmp_path, data, model):
     """The three lines of the README: train, save, evaluate."""
-    args = ImmunizationArguments(
-        "run", max_steps=2, per_device_train_batch_size=8, report_to="none", disable_tqdm=True, use_cpu=True
-    )
-    benign, harmful = benign_images(), harmful_images()
-    for name, data in (("benign_eval", benign), ("harmful_eval", harmful)):
-        data.save_to_disk(tmp_path / name)
+    options = {"max_steps": 2, "per_device_train_batch_size": 8, "report_to": "none", "disable_tqdm": True}
     trainer = ImmunizationTrainer(
         model,
-        args,
-        train_dataset=benign,
-        harmful_dataset=harmful,
-        eval_dataset=benign,
-        harmful_eval_dataset=harmful,
+        ImmunizationArguments("run", use_cpu=True, **options),
+        train_dataset=data["benign"],
+        harmful_dataset=data["harmful"],
+        eval_dataset=data["benign_eval"],
+        harmful_eval_dataset=data["harmful_eval"],
         processing_class=processor(),
     )
     trainer.train()
@@ -170,44 +172,47 @@ def train_by_script(tmp_path, model):
     return trainer
 
 
-def plain(tmp_path, api):
-    train_by_command(tmp_path, tiny_model())
+def plain(tmp_path, data, api):
+    train_by_command(tmp_path, data, tiny_model())
 
 
-def pooled(tmp_path, api):
+def pooled(tmp_path, data, api):
     words = ["--pooling", "mean", "--benign_loss", "task"]
-    train_by_command(tmp_path, tiny_model().vit, *words)
+    train_by_command(tmp_path, data, tiny_model().vit, *words)
 
 
-def bf16(tmp_path, api):
-    train_by_command(tmp_path, tiny_model().to(torch.bfloat16))
+def bf16(tmp_path, data, api):
+    train_by_command(tmp_path, data, tiny_model().to(torch.bfloat16))
 
 
-def custom_head(tmp_path, api):
-    train_by_script(tmp_path, with_dropout(tiny_model()))
+def custom_head(tmp_path, data, api):
+    train_by_script(tmp_path, data, with_dropout(tiny_model()))
 
 
-def adapter(tmp_path, api):
+def adapter(tmp_path, data, api):
     save_base(tiny_model(), tmp_path / "base")
     push(tmp_path / "base", BASE, require_record=False, api=api)
     base = hf.AutoModelForImageClassification.from_pretrained(BASE)
-    train_by_script(tmp_path, with_adapter(base, held=False))
+    train_by_script(tmp_path, data, with_adapter(base, held=False))
 
 
 @pytest.mark.hub
 @pytest.mark.parametrize("trained", [plain, pooled, bf16, custom_head, adapter], ids=lambda trained: trained.__name__)
-def test_trained_pushed_and_loaded_it_is_verified(trained, tmp_path, monkeypatch, api):
-    monkeypatch.chdir(tmp_path)
-    trained(tmp_path, api)
+def test_trained_pushed_and_loaded_it_is_verified(trained, data, tmp_path, api, online):
+    trained(tmp_path, data, api)
     assert push("run", REPO, api=api).changed
+    for name, content in online.files(REPO).items():
+        assert TOKEN.encode() not in content and str(tmp_path).encode() not in content, name
     model, record = load_immunized(REPO)
-    data = {side: str(tmp_path / f"{side}_eval") for side in ("benign", "harmful")}
-    found = verify(REPO, **data, progress=False)
+    found = verify(REPO, **{side: str(tmp_path / f"{side}_eval") for side in ("benign", "harmful")}, progress=False)
     assert found.outcome == "agrees", str(found)
     assert record == read_record("run")
     pixels = torch.randn(4, 3, 8, 8)
     here = load_classifier("run")
     torch.testing.assert_close(model(pixel_values=pixels).logits, here(pixel_values=pixels).logits, rtol=0, atol=0)
+    if trained is plain:  # anyone can use it without this library
+        elsewhere = hf.AutoModelForImageClassification.from_pretrained(REPO).eval()
+        torch.testing.assert_close(elsewhere(pixel_values=pixels).logits, here(pixel_values=pixels).logits)
 
 
 def damage(folder, how):
@@ -240,37 +245,34 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("how", ["missing", "unexpected", "mismatched", "renamed"])
-@pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.filterwarnings("ignore::hf_immunize.errors.WeightsChangedWarning")
-def test_weights_that_do_not_fit_are_refused_by_name(checkpoint, loader, how):
-    damage(checkpoint, how)
-    if loader == "push":
-        (checkpoint / "immunization.json").unlink()  # of other weights
-    with pytest.raises(WeightsError, match="classifier"):
-        LOADERS[loader](checkpoint)
-
-
 @pytest.mark.parametrize(
-    "head",
-    [
+    ("loader", "hows"),
+    [("load_immunized", ("missing", "unexpected", "mismatched")), *((loader, ("renamed",)) for loader in LOADERS)],
+)
+@pytest.mark.filterwarnings("ignore::hf_immunize.errors.WeightsChangedWarning")
+def test_weights_that_do_not_fit_are_refused_by_name(made, loader, hows, tmp_path):
+    for how in hows:
+        checkpoint = shutil.copytree(made, tmp_path / how)
+        damage(checkpoint, how)
+        if loader == "push":
+            (checkpoint / "immunization.json").unlink()  # of other weights
+        with pytest.raises(WeightsError, match="classifier"):
+            LOADERS[loader](checkpoint)
+
+
+def test_a_head_that_would_be_lost_is_refused_before_training(tmp_path):
+    heads = [
         nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)),
         nn.Sequential(nn.ReLU(), nn.Linear(16, 3)),
         nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 3)),
         nn.Linear(16, 3, bias=False),
-    ],
-    ids=["two layers", "another computation", "another norm", "no bias"],
-)
-def test_a_head_that_would_be_lost_is_refused_before_training(head, tmp_path):
-    model = BUILDERS["vit"]()
-    model.classifier = head
-    with pytest.raises(HeadError, match="classifier"):
-        trainer_of(model, tmp_path, 32)
-
-
-def test_a_head_in_a_container_is_refused_under_an_adapter(tmp_path):
-    with pytest.raises(HeadError, match="classifier"):
-        trainer_of(with_adapter(with_dropout(BUILDERS["vit"]()), held=False), tmp_path, 32)
+    ]
+    models = [BUILDERS["vit"]() for _ in heads]
+    for model, head in zip(models, heads, strict=True):
+        model.classifier = head
+    for model in (*models, with_adapter(with_dropout(BUILDERS["vit"]()), held=False)):
+        with pytest.raises(HeadError, match="classifier"):
+            trainer_of(model, tmp_path, 32)
 
 
 def test_a_model_that_is_another_one_when_loaded_is_not_saved_unsaid(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_immunize.errors import ArgumentError, DataError, NonFiniteError
+from hf_immunize.errors import DataError, NonFiniteError
 from hf_immunize.linear.inputs import read_pair
 
 
@@ -64,7 +64,7 @@ def test_what_holds_no_numbers_is_named(tmp_path, name):
     assert str(tmp_path / name) in str(caught.value) and "pickle" not in str(caught.value)
 
 
-def test_infinite_cells_other_columns_and_options_without_effect_are_named(tmp_path):
+def test_infinite_cells_and_other_columns_are_named(tmp_path):
     pandas.DataFrame({"a": [1.0, 2.0], "b": [1.0, float("inf")]}).to_csv(tmp_path / "p.csv", index=False)
     pandas.DataFrame({"a": [1.0, 2.0], "c": [1.0, 2.0]}).to_csv(tmp_path / "h.csv", index=False)
     with pytest.raises(NonFiniteError, match=r"p\.csv, found inf in row 1, column 1"):
@@ -74,5 +74,3 @@ def test_infinite_cells_other_columns_and_options_without_effect_are_named(tmp_p
         read_pair(tmp_path / "h.csv", tmp_path / "g.csv")
     with pytest.raises(DataError, match="column 'z'"):
         read_pair(tmp_path / "h.csv", tmp_path / "h.csv", columns=["z"])
-    with pytest.raises(ArgumentError, match="--key"):
-        read_pair(tmp_path / "h.csv", tmp_path / "h.csv", key="x")

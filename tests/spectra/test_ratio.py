@@ -4,7 +4,7 @@ import pytest
 import torch
 from matrices import gaussian, geometric, with_singular_values
 
-from hf_immunize.errors import ProtocolError, ShapeError
+from hf_immunize.errors import ArgumentError, ProtocolError, ShapeError
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.ratio import _groups, reference_condition_number, relative_immunization_ratio
 from hf_immunize.spectra.streaming import FeatureFactor
@@ -184,7 +184,7 @@ def factor_of(z):
 def test_summaries_have_no_rows_and_are_of_the_same_data(convert):
     features = tasks()
     for protocol in ("groups", "reference"):
-        with pytest.raises(ProtocolError, match="Pass the features"):
+        with pytest.raises(ArgumentError, match="benign features"):
             relative_immunization_ratio(**features | {"benign": convert(features["benign"])}, protocol=protocol)
     with pytest.raises(ShapeError, match="Pass the same images"):
         relative_immunization_ratio(**features | {"harmful": convert(features["harmful"][:-1])})
