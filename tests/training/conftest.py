@@ -158,16 +158,26 @@ def warnings(monkeypatch):
     return said
 
 
+@pytest.fixture(scope="session")
+def at():
+    """Make a callback that does something with state, control and model at an event."""
+
+    def make(event, action):
+        def run(self, args, state, control, model=None, **kwargs):
+            action(state, control, model)
+
+        return type("At", (hf.TrainerCallback,), {event: run})()
+
+    return make
+
+
 @pytest.fixture
-def gradients():
-    """A callback that keeps the gradients before each optimizer step."""
+def gradients(at):
+    """A callback that keeps the gradients before each optimizer step, as its ``steps``."""
 
-    class Gradients(hf.TrainerCallback):
-        def __init__(self):
-            self.steps = []
+    def keep(state, control, model):
+        callback.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            named = model.named_parameters()
-            self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-
-    return Gradients()
+    callback = at("on_pre_optimizer_step", keep)
+    callback.steps = []
+    return callback

@@ -4,11 +4,9 @@ import json
 import math
 import shutil
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-import transformers as hf
 
 from hf_immunize import BenignUtilityCallback, TargetRIRCallback
 from hf_immunize.errors import ArgumentError, CheckpointError
@@ -199,15 +197,13 @@ def test_a_run_goes_back_to_the_best_evaluated_checkpoint(case, scripted, tmp_pa
         assert run.state.best_metric == options["rir"][step]
 
 
-class CutOff(hf.TrainerCallback):
-    def on_save(self, args, state, control, **kwargs):
+def test_a_checkpoint_that_was_cut_off_or_is_of_an_earlier_run_is_passed_over(scripted, at, tmp_path):
+    def cut_off(state, control, model):
         if state.global_step == 3:
-            (Path(args.output_dir) / "checkpoint-3" / "trainer_state.json").unlink()
+            (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").unlink()
 
-
-def test_a_checkpoint_that_was_cut_off_or_is_of_an_earlier_run_is_passed_over(scripted, tmp_path):
     scripted(stop(), max_steps=3).train()
-    for run in (scripted(restore(), save_steps=2), scripted([CutOff(), restore()])):
+    for run in (scripted(restore(), save_steps=2), scripted([at("on_save", cut_off), restore()])):
         run.train()
         assert same(run.model, tmp_path / "run" / "checkpoint-2")
     shutil.rmtree(tmp_path / "run")

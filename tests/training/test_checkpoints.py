@@ -68,20 +68,15 @@ def test_a_failed_save_leaves_the_saved_model_whole(error, trainer, tmp_path, mo
 # ---- writing checkpoints ----
 
 
-class FailAt(hf.TrainerCallback):
-    """Do something after a step, before its checkpoint is written."""
-
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.action()
+@pytest.fixture
+def at_two(at):
+    """Make a callback that does something after the second step, before its checkpoint is written."""
+    return lambda action: at("on_step_end", lambda state, control, model: action() if state.global_step == 2 else None)
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
-def test_a_failed_checkpoint_leaves_the_one_before_from_which_the_run_goes_on(error, trainer, monkeypatch):
-    run = trainer(**CHECKPOINTS, callbacks=[FailAt(2, lambda: fail_midway(monkeypatch, error))])
+def test_a_failed_checkpoint_leaves_the_one_before_from_which_the_run_goes_on(error, trainer, at_two, monkeypatch):
+    run = trainer(**CHECKPOINTS, callbacks=[at_two(lambda: fail_midway(monkeypatch, error))])
     with pytest.raises(CheckpointError, match="checkpoint-2") as caught:
         run.train()
     assert str(caught.value).count("Expected") == 1 and str(error) in str(caught.value)
@@ -106,13 +101,13 @@ def test_half_of_a_new_checkpoint_over_an_old_one_is_not_taken_for_whole(trainer
     assert last is None and list(broken) == [str(Path(again.args.output_dir) / "checkpoint-1")]
 
 
-def test_weights_that_are_not_finite_are_not_saved(trainer):
+def test_weights_that_are_not_finite_are_not_saved(trainer, at_two):
     run = trainer(**CHECKPOINTS)
 
     def ruin():  # as an overflowing gradient would
         run.model.classifier.weight.data[0, 0] = float("nan")
 
-    run.add_callback(FailAt(2, ruin))
+    run.add_callback(at_two(ruin))
     with pytest.raises(NonFiniteError, match=r"classifier.weight"):
         run.train()
     last, _ = last_whole_checkpoint(run.args.output_dir)
@@ -367,15 +362,16 @@ KINDS = {"transformers": lambda tiny: tiny(), "peft": lambda tiny: with_adapter(
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_the_weights_of_an_earlier_checkpoint_come_back_and_the_trainable_ones_stay_so(kind, tiny, plain, tmp_path):
+def test_the_weights_of_an_earlier_checkpoint_come_back_and_trainable_ones_stay_so(
+    kind, tiny, plain, at, tmp_path
+):
     model, kept = KINDS[kind](tiny), []
 
-    class Keep(hf.TrainerCallback):
-        def on_save(self, args, state, control, model=None, **kwargs):
-            kept.append({name: value.clone() for name, value in model.state_dict().items()})
+    def keep(state, control, model):
+        kept.append({name: value.clone() for name, value in model.state_dict().items()})
 
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    plain(Keep(), model=model, eval_strategy="no").train()
+    plain(at("on_save", keep), model=model, eval_strategy="no").train()
     assert any(not torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
     load_weights(model, str(tmp_path / "run" / "checkpoint-1"))
     torch.testing.assert_close(dict(model.state_dict()), kept[0], rtol=0, atol=0)

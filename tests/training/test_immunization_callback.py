@@ -79,10 +79,9 @@ def test_running_statistics_are_those_of_the_plain_run_and_so_are_modes(beside, 
 
 
 @pytest.mark.parametrize("stopped", [1, 3])
-def test_a_resumed_run_ends_where_the_straight_one_does(stopped, beside, images, tmp_path):
-    class Stop(hf.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == stopped
+def test_a_resumed_run_ends_where_the_straight_one_does(stopped, beside, images, at, tmp_path):
+    def stop(state, control, model):
+        control.should_training_stop = state.global_step == stopped
 
     def run(folder, *extra):
         callback = ImmunizationCallback(
@@ -90,7 +89,7 @@ def test_a_resumed_run_ends_where_the_straight_one_does(stopped, beside, images,
         )
         return beside(callback, *extra, count=12, max_steps=5, save_strategy="steps", folder=folder)
 
-    straight, interrupted = run(tmp_path / "a"), run(tmp_path / "b", Stop())
+    straight, interrupted = run(tmp_path / "a"), run(tmp_path / "b", at("on_step_end", stop))
     straight.train()
     interrupted.train()
     resumed = run(tmp_path / "b")

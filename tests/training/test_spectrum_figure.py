@@ -241,13 +241,12 @@ def test_a_figure_that_cannot_be_written_does_not_end_the_run_but_starting_spect
     assert run.state.global_step == 0
 
 
-def test_features_that_are_lost_cost_the_spectra_and_not_the_run(plain, figures, warnings, spectra):
-    class Kill(hf.TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            for parameter in model.vit.layernorm.parameters():
-                parameter.data.fill_(float("nan"))
+def test_features_that_are_lost_cost_the_spectra_and_not_the_run(plain, figures, warnings, spectra, at):
+    def kill(state, control, model):
+        for parameter in model.vit.layernorm.parameters():
+            parameter.data.fill_(float("nan"))
 
-    run = plain([figures(), Kill()])
+    run = plain([figures(), at("on_step_end", kill)])
     run.train()
     assert run.state.global_step == 2 and spectra == [] and "step 1" in warnings[0]
 

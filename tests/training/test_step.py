@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -275,21 +274,14 @@ def test_a_model_in_float64_trains_as_one_in_float32(benign_loss, tiny, trainer,
     assert double["loss"] == pytest.approx(single["loss"], rel=1e-3)
 
 
-class Poke(hf.TrainerCallback):
-    """Put a value into a weight of the trainable block at the start of the second step."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 1:
-            model.vit.layers[1].layernorm_after.weight.data[0] = self.value
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_and_losses_that_are_not_finite_stop_the_run_and_are_named(value, trainer):
+def test_features_and_losses_that_are_not_finite_stop_the_run_and_are_named(value, trainer, at):
+    def poke(state, control, model):
+        if state.global_step == 1:
+            model.vit.layers[1].layernorm_after.weight.data[0] = value
+
     with pytest.raises(NonFiniteError, match=r"(?s)r_ill.* step 2"):
-        trainer(objective="r_ill", max_steps=4, callbacks=[Poke(value)]).train()
+        trainer(objective="r_ill", max_steps=4, callbacks=[at("on_step_begin", poke)]).train()
 
     def broken(outputs, labels, num_items_in_batch=None):
         return outputs["logits"].sum() * value
@@ -326,33 +318,24 @@ def test_feature_error_does_not_depend_on_scale_and_is_finite_where_an_image_has
     assert torch.isfinite(feature_error(now, start))
 
 
-@pytest.fixture(params=["vit", "resnet", "mobilenet_v2"])
-def moved(request, tiny):
-    """A model whose last stage was changed after its starting model was kept, and what it computed before."""
-    model = tiny(request.param)
-    size = 32 if request.param == "mobilenet_v2" else 8
+@pytest.mark.parametrize("name", ["vit", "resnet", "mobilenet_v2"])
+def test_the_starting_model_predicts_what_the_model_did_and_leaves_it_as_it_is(name, tiny):
+    model = tiny(name)
+    size = 32 if name == "mobilenet_v2" else 8
     images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
-    select_trainable(model, "last_stage")
+    moving = select_trainable(model, "last_stage")
     with torch.no_grad():
         before = model.eval()(pixel_values=images).logits
         start = StartingModel(model)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(1.5).add_(0.1)
-        for name, buffer in model.named_buffers():
-            if "running" in name:
-                buffer.mul_(2)
-    return model, start, images, before
-
-
-def test_the_starting_model_predicts_what_the_model_did_and_leaves_it_as_it_is(moved):
-    model, start, images, before = moved
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+        for key, value in (dict(model.named_parameters()) | dict(model.named_buffers())).items():
+            if key in moving or "running" in key:
+                value.mul_(1.5).add_(0.1)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
     modes = [module.training for module in model.train().modules()]
     assert torch.allclose(start(model, find_head(model)[1], images)[1], before, atol=1e-6)
     with start.in_place(model):
         assert torch.allclose(model.eval()(pixel_values=images).logits, before, atol=1e-6)
-    assert all(torch.equal(value, state[name]) for name, value in model.train().state_dict().items())
+    assert all(torch.equal(value, state[key]) for key, value in model.train().state_dict().items())
     assert [module.training for module in model.modules()] == modes
 
 
