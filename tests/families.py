@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 import transformers as hf
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.vision.families import classifier_class
 
@@ -114,3 +115,18 @@ def backbone(name, **options):
 
 
 BUILDERS = {name: partial(classifier, name) for name in TINY}
+
+
+def calibrate(model, *batches):
+    """Give BatchNorm the mean statistics of batches, without which features of an untrained network vanish."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    usual = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None
+    if norms:
+        with torch.no_grad():
+            for pixels in batches or [torch.randn(16, 3, 32, 32)]:
+                model.train()(pixel_values=pixels)
+    for norm, momentum in zip(norms, usual, strict=True):
+        norm.momentum = momentum
+    return model

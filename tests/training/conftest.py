@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import transformers as hf
+from families import calibrate
 
 from hf_immunize.training import callbacks, checkpoints, record, spectrum_figure
 from hf_immunize.training.arguments import ImmunizationArguments
@@ -35,16 +36,7 @@ def tiny():
         if name == "vit":
             # Without a bias, normalized features lie in a plane: rounding alone sets the smallest singular value.
             model.vit.layernorm.bias.data.normal_()
-        # With the statistics of an untrained BatchNorm, features of MobileNetV2 are of the order 1e-9.
-        norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-        for norm in norms:
-            norm.momentum, usual = 1.0, norm.momentum
-        if norms:
-            with torch.no_grad():
-                model.train()(pixel_values=torch.randn(16, 3, 32, 32))
-        for norm in norms:
-            norm.momentum = usual
-        return model
+        return calibrate(model)
 
     return build
 

@@ -362,9 +362,7 @@ KINDS = {"transformers": lambda tiny: tiny(), "peft": lambda tiny: with_adapter(
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_the_weights_of_an_earlier_checkpoint_come_back_and_trainable_ones_stay_so(
-    kind, tiny, plain, at, tmp_path
-):
+def test_the_weights_of_an_earlier_checkpoint_come_back_and_trainable_ones_stay_so(kind, tiny, plain, at, tmp_path):
     model, kept = KINDS[kind](tiny), []
 
     def keep(state, control, model):

@@ -4,40 +4,31 @@ import copy
 
 import pytest
 import torch
+from families import calibrate
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_immunize.hub.record import read_record
-from hf_immunize.training.arguments import ImmunizationArguments
-from hf_immunize.training.trainer import ImmunizationTrainer
 from hf_immunize.vision.head import penultimate_features
 
 
-def images(count, seed, level):
-    noise = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    return [{"pixel_values": image, "labels": index % 2} for index, image in enumerate(0.5 * noise + level)]
+def pixels(count, seed, level):
+    return 0.5 * torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) + level
 
 
-SIDES = {"train_dataset": images(40, 1, -1.0), "harmful_dataset": images(40, 2, 1.0)}
-SIDES |= {"eval_dataset": images(24, 3, -1.0), "harmful_eval_dataset": images(24, 4, 1.0)}
+def rows(*given):
+    return [{"pixel_values": image, "labels": index % 2} for index, image in enumerate(pixels(*given))]
 
 
-def pixels(name):
-    return torch.stack([one["pixel_values"] for one in SIDES[name]])
+BENIGN, HARMFUL = (24, 3, -1.0), (24, 4, 1.0)
+SIDES = {"train_dataset": rows(40, 1, -1.0), "harmful_dataset": rows(40, 2, 1.0)}
+SIDES |= {"eval_dataset": rows(*BENIGN), "harmful_eval_dataset": rows(*HARMFUL)}
 
 
 def resnet(seed=0):
     """An untrained ResNet whose BatchNorm knows both sides."""
     torch.manual_seed(seed)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2)
-    model = ResNetForImageClassification(config)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        model.train()
-        for level in (-1.0, 1.0):
-            model(pixel_values=torch.stack([one["pixel_values"] for one in images(32, 5, level)]))
-    return model
+    return calibrate(ResNetForImageClassification(config), pixels(32, 5, -1.0), pixels(32, 5, 1.0))
 
 
 def last_block(model):
@@ -45,13 +36,13 @@ def last_block(model):
 
 
 @torch.no_grad()
-def entering(model, name):
+def entering(model, side):
     """What enters the last ReLU, ``(N, C, H, W)``."""
     seen = []
     hook = last_block(model).activation.register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0].clone())
     )
-    model.eval()(pixel_values=pixels(name))
+    model.eval()(pixel_values=pixels(*side))
     hook.remove()
     return seen[0]
 
@@ -59,33 +50,26 @@ def entering(model, name):
 @torch.no_grad()
 def deactivate(model):
     """Lower the last ReLU's biases until harmful images, and no benign one, enter below zero, with room."""
-    harmful, benign = (entering(model, name) for name in ("harmful_eval_dataset", "eval_dataset"))
+    harmful, benign = (entering(model, side) for side in (HARMFUL, BENIGN))
     room = 0.1 * harmful.std()
     last_block(model).layer[-1].normalization.bias -= harmful.amax((0, 2, 3)) + room
-    harmful, benign = (entering(model, name) for name in ("harmful_eval_dataset", "eval_dataset"))
+    harmful, benign = (entering(model, side) for side in (HARMFUL, BENIGN))
     assert harmful.max() < -0.9 * room and (benign.amax((1, 2, 3)) > room).all()
 
 
-def trainer_of(folder, seed=0, **options):
-    args = ImmunizationArguments(
-        str(folder),
-        objective="dead_relu",
-        per_device_train_batch_size=16,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        warmup_steps=0,
-        seed=seed,
-        **options,
-    )
-    return ImmunizationTrainer(resnet(seed), args, **SIDES)
+@pytest.fixture(scope="module")
+def trainer_of(trainer_in, tmp_path_factory):
+    def make(seed=0, **options):
+        options |= {"objective": "dead_relu", "benign_loss": "distillation", "per_device_train_batch_size": 16}
+        return trainer_in(tmp_path_factory.mktemp("dead"), resnet(seed), seed=seed, **SIDES, **options)
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def dead(tmp_path_factory):
+def dead(trainer_of):
     # A step of no length, after which evaluations are of what came of the training.
-    trainer = trainer_of(tmp_path_factory.mktemp("dead"), max_steps=1, learning_rate=1e-12)
+    trainer = trainer_of(max_steps=1, learning_rate=1e-12)
     trainer.train()
     deactivate(trainer.model)
     return trainer
@@ -100,7 +84,7 @@ def test_evaluation_reports_a_bound_and_the_record_holds_it(dead, tmp_path):
 
 
 def test_no_gradient_of_the_harmful_task_passes_it_but_statistics_of_the_batch_bring_it_back(dead):
-    images, moved = pixels("harmful_eval_dataset"), []
+    images, moved = pixels(*HARMFUL), []
     for model in (dead.model, resnet()):
         model = copy.deepcopy(model).eval().requires_grad_()
         torch.nn.functional.cross_entropy(model(pixel_values=images).logits, torch.arange(len(images)) % 2).backward()
@@ -113,15 +97,13 @@ def test_no_gradient_of_the_harmful_task_passes_it_but_statistics_of_the_batch_b
 
 @pytest.mark.outcome
 @pytest.mark.parametrize("seed", range(3))
-def test_training_deactivates_it_on_harmful_images_and_not_on_benign_ones(seed, tmp_path):
-    def passing(model, name):
-        """The share of entries that pass the last ReLU."""
-        return (entering(model, name) > 0).double().mean().item()
-
+def test_training_deactivates_it_on_harmful_images_and_not_on_benign_ones(seed, trainer_of):
     left = {}
     for rate in (1e-12, 1e-2):
-        trainer = trainer_of(tmp_path, seed, max_steps=60, learning_rate=rate)
+        trainer = trainer_of(seed, max_steps=60, learning_rate=rate)
         trainer.train()
-        left[rate] = {name: passing(trainer.model, name) for name in ("harmful_eval_dataset", "eval_dataset")}
-    assert left[1e-2]["harmful_eval_dataset"] < 0.1 < 0.2 < left[1e-12]["harmful_eval_dataset"]
-    assert left[1e-2]["eval_dataset"] > 0.2
+        # The share of entries that pass the last ReLU.
+        passing = [(entering(trainer.model, side) > 0).double().mean().item() for side in (HARMFUL, BENIGN)]
+        left[rate] = dict(zip(("harmful", "benign"), passing, strict=True))
+    assert left[1e-2]["harmful"] < 0.1 < 0.2 < left[1e-12]["harmful"]
+    assert left[1e-2]["benign"] > 0.2

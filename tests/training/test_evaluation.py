@@ -5,12 +5,9 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler, SequentialSampler
 
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
-from hf_immunize.training.evaluation import own_rows
 from hf_immunize.vision.head import penultimate_features
 
 
@@ -205,19 +202,3 @@ def test_a_reference_of_other_images_is_measured_again_where_the_start_is_kept(
         assert "eval_rir" not in metrics and "eval_dataset" in " ".join(r.getMessage() for r in caplog.records)
     else:
         assert metrics["eval_log10_rir"] == pytest.approx(whole.evaluate()["eval_log10_rir"], abs=1e-6)
-
-
-# ---- shares of processes ----
-
-
-@pytest.mark.parametrize("processes", [2, 3, 5])
-@pytest.mark.parametrize("batch", [1, 3, 4])
-@pytest.mark.parametrize("count", [1, 2, 7, 11, 12, 13, 24])
-def test_processes_keep_each_image_once(count, batch, processes):
-    kept = []
-    for rank in range(processes):
-        whole = BatchSampler(SequentialSampler(range(count)), batch, drop_last=False)
-        dealt = list(BatchSamplerShard(whole, processes, rank))
-        last = own_rows(len(dealt[-1]), rank, remainder=count % (batch * processes))
-        kept += [row for rows in [*dealt[:-1], dealt[-1][:last]] for row in rows]
-    assert sorted(kept) == list(range(count))

@@ -111,21 +111,18 @@ def test_too_few_images_are_refused(harmful, options, beside, images):
         beside(ImmunizationCallback(images(harmful)), **options).train()
 
 
-def test_benign_images_need_labels_for_the_tasks_loss_and_not_for_distillation(beside, images):
+def test_columns_can_be_named_and_labels_are_needed_by_losses_that_read_them(beside, images):
+    rows = [{"photo": row["pixel_values"], "kind": row["labels"]} for row in images(8, 2)]
+    names = {"image_column_name": "photo", "label_column_name": "kind"}
+    run = beside(ImmunizationCallback(rows, rows, objective="imma", benign_loss="task", **names))
+    run.train()
+    assert "negative_adapted_loss" in run.state.log_history[0]
     data = images(4, 2, labels=False), images(8, 5, labels=False)
     run = beside(ImmunizationCallback(*data))
     run.train()
     assert "kl" in run.state.log_history[0]
     with pytest.raises(DataError, match=r"In benign_dataset: .*label.*found none"):
         beside(ImmunizationCallback(*data, **PAPER)).train()
-
-
-def test_columns_can_be_named(beside, images):
-    rows = [{"photo": row["pixel_values"], "kind": row["labels"]} for row in images(8, 2)]
-    names = {"image_column_name": "photo", "label_column_name": "kind"}
-    run = beside(ImmunizationCallback(rows, rows, objective="imma", benign_loss="task", **names))
-    run.train()
-    assert "negative_adapted_loss" in run.state.log_history[0]
 
 
 def test_a_setting_a_model_or_a_trainer_that_cannot_be_is_refused(beside, trainer, images, tiny):

@@ -1,6 +1,5 @@
 """The Trainer's card and pushes, against a Hub on loopback."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from hub_server import TOKEN, USER
 from huggingface_hub import ModelCard
 from transformers import TrainerCallback, ViTImageProcessorPil
-from transformers.utils import logging as transformers_logging
 
 from hf_immunize.hub.card import eval_results
 from hf_immunize.hub.record import ImmunizationRecord, read_record
@@ -23,24 +21,6 @@ CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "step
 
 def card_of(run):
     return ModelCard.load(Path(run.args.output_dir) / "README.md")
-
-
-@pytest.fixture
-def said():
-    """What was logged. The logger of transformers hands nothing on."""
-    records = []
-
-    class Keep(logging.Handler):
-        def emit(self, record):
-            records.append(record.getMessage())
-
-    loggers = [logging.getLogger("hf_immunize"), transformers_logging.get_logger("transformers")]
-    handler = Keep()
-    for logger in loggers:
-        logger.addHandler(handler)
-    yield records
-    for logger in loggers:
-        logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -73,20 +53,11 @@ def test_card_has_the_figures_of_the_model_also_of_the_best(best, trainer):
 def test_card_takes_the_trainers_arguments(trainer):
     run = trainer()
     run.create_model_card(
-        language="en",
-        license="mit",
-        tags="mine",
-        model_name="My model",
-        finetuned_from="user/base",
-        tasks="image-classification",
-        dataset_tags=["user/pets"],
-        dataset="Pets",
-        dataset_args="split: test",
+        language="en", license="mit", tags="mine", finetuned_from="user/base", dataset_tags="user/pets"
     )
     data = card_of(run).data
     assert (data.language, data.license, data.base_model, data.datasets) == (["en"], "mit", "user/base", ["user/pets"])
     assert "mine" in data.tags
-    assert "# My model" in card_of(run).text
 
 
 @pytest.mark.hub
@@ -174,18 +145,18 @@ def with_token(folder):
 
 @pytest.mark.hub
 @pytest.mark.parametrize("put", [linked, with_token])
-def test_checkpoint_with_what_is_private_is_not_pushed_and_training_goes_on(put, pushing, online, said):
+def test_checkpoint_with_what_is_private_is_not_pushed_and_training_goes_on(put, pushing, online, warnings):
     run = pushing(**CHECKPOINTS, hub_strategy="all_checkpoints", hub_always_push=True, callbacks=[PutsThere(put)])
     run.train()
     run._finish_current_push()
     assert run.state.global_step == 2
     assert not any(name.startswith("checkpoint-") for name in online.files(REPO))
-    assert any("was not pushed" in line for line in said)
+    assert any("was not pushed" in line for line in warnings)
 
 
 @pytest.mark.hub
 @pytest.mark.parametrize("action", [403, 500, "cut", "broken card"])
-def test_failed_push_of_a_checkpoint_is_said_and_training_goes_on(action, pushing, online, said):
+def test_failed_push_of_a_checkpoint_is_said_and_training_goes_on(action, pushing, online, warnings):
     run = pushing(**CHECKPOINTS, hub_strategy="every_save", hub_always_push=True)
     if action == "broken card":
         (Path(run.args.output_dir) / "README.md").write_text("---\nx: [\n---\n")
@@ -195,4 +166,4 @@ def test_failed_push_of_a_checkpoint_is_said_and_training_goes_on(action, pushin
     run._finish_current_push()
     assert run.state.global_step == 2
     assert last_whole_checkpoint(run.args.output_dir) == (str(Path(run.args.output_dir) / "checkpoint-2"), {})
-    assert any("checkpoint-2 is saved, but was not pushed" in line for line in said)
+    assert any("checkpoint-2 is saved, but was not pushed" in line for line in warnings)
