@@ -18,9 +18,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from hf_immunize.data.images import ImageCollator
+from hf_immunize.data.images import ImageCollator, StreamedRows
 from hf_immunize.data.pairs import PairedCollator, PairedDataset, degenerate_sides
-from hf_immunize.data.streams import StreamedRows
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.features.cache import TrunkCache, open_or_write
 from hf_immunize.features.extract import Measurement, of_side, run_batches, spectral_metrics
