@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from hf_immunize.errors import CardError, WeightsError
 from hf_immunize.files import write_whole
 from hf_immunize.hub.collect import HUB_ID
+from hf_immunize.hub.load import CARD_NAME, changed_weights, refuse_links
 from hf_immunize.hub.record import (
     RECORD_NAME,
     AuditRecord,
@@ -30,7 +31,6 @@ from hf_immunize.hub.record import (
     read_record,
     write_record,
 )
-from hf_immunize.hub.weights import CARD_NAME, changed_weights, refuse_links
 from hf_immunize.text import printable
 from hf_immunize.vision.loading import checkpoint_form
 

@@ -24,7 +24,7 @@ from hf_immunize.hub.collect import (
     recorded_draw,
     refuse_training_images,
 )
-from hf_immunize.hub.load import fetch, load_model
+from hf_immunize.hub.load import changed_weights, fetch, load_model
 from hf_immunize.hub.record import (
     ConditioningRecord,
     DataRecord,
@@ -33,7 +33,6 @@ from hf_immunize.hub.record import (
     SideRecord,
     read_record,
 )
-from hf_immunize.hub.weights import changed_weights
 from hf_immunize.spectra.conditioning import Conditioning
 from hf_immunize.text import library_words
 

@@ -8,10 +8,9 @@ from transformers import ViTImageProcessorPil
 
 from hf_immunize import verify
 from hf_immunize.errors import DataError
-from hf_immunize.hub.load import load_model
+from hf_immunize.hub.load import hash_weights, load_model
 from hf_immunize.hub.record import write_record
 from hf_immunize.hub.verify import AGREES, CANNOT_SAY, DIFFERS, rounding_allowance
-from hf_immunize.hub.weights import hash_weights
 from hf_immunize.spectra.conditioning import feature_conditioning
 
 

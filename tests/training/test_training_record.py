@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoModelForImageClassification
 
 from hf_immunize.files import weights_fingerprint
+from hf_immunize.hub.load import hash_weights
 from hf_immunize.hub.record import AttackRecord, AuditRecord, DataRecord, RatioRecord, read_record
-from hf_immunize.hub.weights import hash_weights
 
 
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
