@@ -14,8 +14,8 @@ from hf_immunize.cli.main import app
 from hf_immunize.data.sources import HeldOut
 from hf_immunize.errors import ArgumentError, CardError, RecordError, WeightsError
 from hf_immunize.hub.card import attach_audit, plain
+from hf_immunize.hub.load import hash_weights
 from hf_immunize.hub.record import BaseModelRecord, ImmunizationRecord, MethodRecord, read_record, write_record
-from hf_immunize.hub.weights import hash_weights
 
 
 def saved(folder, seed):

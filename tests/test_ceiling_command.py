@@ -69,21 +69,3 @@ def test_what_limits_the_numbers_is_noted(saved):
 def test_a_figure_that_fails_costs_no_number(saved, tmp_path):
     text = call(*saved(np.eye(4)[:2], np.eye(4)[2:]), "--figure", tmp_path / "f.png", fails=True)
     assert "Ceiling of RIR: infinite" in text and "share no direction" in text
-
-
-@pytest.mark.parametrize(
-    ("P", "H", "label", "title"),
-    [
-        (np.diag([1.0, 5, 2]), [[1.0, 2.0, 0.5], [0.2, 1.0, 4.0]], "{0.value:.3g}", "can reach"),
-        (np.diag([1.0, 5, 2]), np.ones((4, 3)), "one harmful direction", "can reach"),
-        (np.diag([1.0, 5, 0]), np.diag([3.0, 1, 2]), "shared directions: RIR = {0.common_value:.3g}", "(2)"),
-    ],
-)
-def test_legend_and_title_say_what_the_line_is_for(saved, tmp_path, monkeypatch, P, H, label, title):
-    drawn = []
-    monkeypatch.setattr(
-        "hf_immunize.training.spectrum_figure.save_figure", lambda figure, path: drawn.append(figure.axes[0])
-    )
-    call(*saved(P, H), "--figure", tmp_path / "f.png")
-    assert label.format(rir_ceiling(P, H)) in drawn[0].get_legend().get_texts()[0].get_text()
-    assert drawn[0].get_title().endswith(title)

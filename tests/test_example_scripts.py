@@ -150,85 +150,50 @@ def test_the_bare_loop_accumulates_and_measures(here, capsys):
 
 def start(folder, *words):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", *map(str, words)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done
 
 
-LAUNCH = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-
-
-@pytest.mark.slow
-def test_accelerate_launches_the_loop(folder):
-    start(folder, *LAUNCH, EXAMPLES / "accelerate_loop.py", *LOOP, "--output_dir", "launched")
-    assert json.loads((folder / "launched" / "metrics.json").read_text())["processes"] == 1
-
-
-CONFIGS = sorted((EXAMPLES / "accelerate_configs").glob("*.yaml"))
+CONFIGS = EXAMPLES / "accelerate_configs"
 SCRIPT = [EXAMPLES / "immunize.py", "--model", "model", "--dataset", "./pets", "--max_steps", "2", *QUICK]
+ONE = ["accelerate.commands.launch", "--config_file", CONFIGS / "one_cpu.yaml"]
+TWO = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def test_there_is_a_configuration_for_each_way_to_spread_and_the_readme_names_no_other():
-    names = ["deepspeed", "fsdp", "multi_cpu", "multi_gpu", "multi_node", "one_cpu"]
-    assert [config.stem for config in CONFIGS] == names
+def test_there_is_a_configuration_for_each_way_to_spread_which_says_how_it_is_used(tmp_path):
+    processes = {"deepspeed": 8, "fsdp": 8, "multi_cpu": 2, "multi_gpu": 8, "multi_node": 16, "one_cpu": 1}
+    assert {config.stem for config in CONFIGS.glob("*.yaml")} == set(processes)
     named = set(re.findall(r"accelerate_configs/(\w+)\.yaml", (ROOT / "README.md").read_text(encoding="utf-8")))
-    assert named and named <= set(names)
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_accelerate_reads_each_configuration_which_says_how_it_is_used(config):
-    found = load_config_from_file(str(config))
-    kinds = {"one_cpu": "NO", "multi_node": "MULTI_GPU"}
-    assert found.distributed_type.value == kinds.get(config.stem, config.stem.upper())
-    assert found.num_processes == {"one_cpu": 1, "multi_cpu": 2, "multi_node": 16}.get(config.stem, 8)
-    # The Trainer's own flags say it.
-    assert found.mixed_precision == "no"
-    command = f"accelerate launch --config_file examples/accelerate_configs/{config.name}"
-    comments = [line for line in config.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    assert any(command in line for line in comments)
-
-
-def test_what_a_configuration_of_shards_says_to_type_is_what_the_trainer_asks_for(tmp_path):
-    for name in ("fsdp", "deepspeed"):
-        text = (EXAMPLES / "accelerate_configs" / f"{name}.yaml").read_text(encoding="utf-8")
-        assert "--benign_loss task" in text
+    assert named and named <= set(processes)
+    for name, count in processes.items():
+        found, text = load_config_from_file(str(CONFIGS / f"{name}.yaml")), (CONFIGS / f"{name}.yaml").read_text()
+        kind = {"one_cpu": "NO", "multi_node": "MULTI_GPU"}.get(name, name.upper())
+        # The Trainer's own flags say the precision.
+        assert (found.distributed_type.value, found.num_processes, found.mixed_precision) == (kind, count, "no")
+        assert f"accelerate launch --config_file examples/accelerate_configs/{name}.yaml" in text
+        assert name not in ("fsdp", "deepspeed") or "--benign_loss task" in text  # as the Trainer asks for
     words = ["--output_dir", str(tmp_path), "--benign_loss", "task", "--fsdp", "full_shard"]
     (args,) = HfArgumentParser(ImmunizationArguments).parse_args_into_dataclasses([*words, "--use_cpu"])
     assert not Method.of(args).needs_start
 
 
 @pytest.mark.slow
-def test_accelerate_launches_the_immunizing_script(folder):
-    launch = ["accelerate.commands.launch", "--config_file", EXAMPLES / "accelerate_configs" / "one_cpu.yaml"]
-    start(folder, *launch, *SCRIPT, "--output_dir", "launched_script")
-    results = json.loads((folder / "launched_script" / "eval_results.json").read_text())
-    # 16 images in batches of 4: of one process, two steps are half an epoch.
-    assert "eval_rir" in results and results["epoch"] == 0.5
-
-
-@pytest.mark.slow
 @pytest.mark.distributed
-def test_the_immunizing_script_runs_on_two_processes(folder):
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    start(folder, *launch, *SCRIPT, "--output_dir", "two_script")
-    results = json.loads((folder / "two_script" / "eval_results.json").read_text())
-    assert "eval_rir" in results and results["epoch"] == 1.0
-    assert moved(folder / "model", folder / "two_script")
+@pytest.mark.parametrize(("launch", "epochs"), [(ONE, 0.5), (TWO, 1.0)], ids=["one process", "two"])
+def test_the_immunizing_script_is_launched(launch, epochs, folder):
+    output = folder / f"launched_{epochs}"
+    start(folder, *launch, *SCRIPT, "--output_dir", output)
+    results = json.loads((output / "eval_results.json").read_text())
+    # 16 images in batches of 4: of one process, two steps are half an epoch.
+    assert "eval_rir" in results and results["epoch"] == epochs
+    assert moved(folder / "model", output)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_loop_runs_on_two_processes(folder):
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    start(folder, *launch, EXAMPLES / "accelerate_loop.py", *LOOP, "--output_dir", "two", "--epochs", "2")
+    start(folder, *TWO, EXAMPLES / "accelerate_loop.py", *LOOP, "--output_dir", "two", "--epochs", "2")
     metrics = json.loads((folder / "two" / "metrics.json").read_text())
     assert (metrics["processes"], metrics["steps"]) == (2, 4)
     assert moved(folder / "model", folder / "two")
@@ -239,7 +204,7 @@ def test_accelerate_launches_the_train_command_from_a_file(folder):
     arguments = {"model": "model", "benign": "./pets", "harmful": "./weapons", "output_dir": "command", "max_steps": 2}
     arguments |= {"per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     (folder / "command.yaml").write_text(yaml.safe_dump(arguments))
-    start(folder, *LAUNCH, "-m", "hf_immunize", "train", "--config", "command.yaml")
+    start(folder, *ONE, "-m", "hf_immunize", "train", "--config", "command.yaml")
     results = json.loads((folder / "command" / "results.json").read_text())
     assert results["steps"] == 2 and "eval_rir" in results["after"]
 

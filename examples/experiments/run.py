@@ -16,8 +16,8 @@ from hf_immunize.audit.report import AuditReport
 from hf_immunize.errors import ArgumentError, ImmunizationError
 from hf_immunize.hub.card import attach_audit
 from hf_immunize.hub.collect import software_versions
+from hf_immunize.hub.load import CARD_NAME, hash_weights
 from hf_immunize.hub.record import RECORD_NAME, read_record
-from hf_immunize.hub.weights import CARD_NAME, hash_weights
 
 
 ROW, FAILED, SETTINGS = "row.json", "failed.json", "settings.json"

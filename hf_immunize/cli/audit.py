@@ -100,8 +100,8 @@ def audit(model: str, **given: Any) -> None:
 
     from hf_immunize.audit.run import audit as run_audit
     from hf_immunize.hub.card import attach_audit
+    from hf_immunize.hub.load import CARD_NAME
     from hf_immunize.hub.record import RECORD_NAME
-    from hf_immunize.hub.weights import CARD_NAME
 
     asked = SimpleNamespace(model=model, **given)
     if asked.quick and asked.full:

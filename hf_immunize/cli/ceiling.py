@@ -139,15 +139,10 @@ def _save_frontier(ceiling: Ceiling, path: Path) -> None:
     points = ceiling.frontier()
     if not points:
         raise RankError("Expected a frontier to draw, found tasks that share no direction. Leave --figure out.")
-    label, scope = f"frontier: RIR = {ceiling.value:.3g}", ""
-    if ceiling.harmful_only:
-        label = f"frontier of the shared directions: RIR = {ceiling.common_value:.3g}"
-        scope = f" on the shared directions ({ceiling.common_rank})"
-    elif ceiling.harmful_rank == 1:
-        label = f"frontier: one harmful direction, RIR up to {ceiling.value:.3g}"
+    shared = f" of the {ceiling.common_rank} shared directions" if ceiling.harmful_only else ""
     _, benign, harmful = zip(*points, strict=True)
     figure, (axis,) = new_figure(1)
-    axis.plot(benign, harmful, linewidth=3, color="tab:blue", label=label)
+    axis.plot(benign, harmful, linewidth=3, color="tab:blue", label=f"frontier{shared}")
     axis.plot(benign[0], harmful[0], "o", color="tab:blue", label="t = 1: benign perfectly conditioned")
     axis.plot(1, 1, "s", color="tab:red", label="as it is (θ = I)")
     axis.set(
@@ -156,7 +151,7 @@ def _save_frontier(ceiling: Ceiling, path: Path) -> None:
         ylim=(min(min(harmful) / 10, 0.5), max(max(harmful) * 4, 2)),
         xlabel="(ii)  κ of the benign task, times what it was",
         ylabel="(i)  κ of the harmful task, times what it was",
-        title=f"What a linear map can reach{scope}",
+        title=f"What a linear map can reach: RIR up to {ceiling.common_value if shared else ceiling.value:.3g}",
     )
     for line in (axis.xaxis, axis.yaxis):
         low, high = line.get_view_interval()

@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from hf_immunize.errors import CardError, WeightsError
 from hf_immunize.files import write_whole
 from hf_immunize.hub.collect import HUB_ID
+from hf_immunize.hub.load import CARD_NAME, changed_weights, refuse_links
 from hf_immunize.hub.record import (
     RECORD_NAME,
     AuditRecord,
@@ -30,7 +31,6 @@ from hf_immunize.hub.record import (
     read_record,
     write_record,
 )
-from hf_immunize.hub.weights import CARD_NAME, changed_weights, refuse_links
 from hf_immunize.text import printable
 from hf_immunize.vision.loading import checkpoint_form
 
@@ -149,7 +149,7 @@ def record_rows(record: ImmunizationRecord) -> list[tuple[str, str, str]]:
     if record.metric is not None and record.metric.name != "accuracy":
         old, new = ("–" if value is None else f"{value:.4g}" for value in (record.metric.before, record.metric.after))
         rows.insert(0, (f"benign {plain(record.metric.name)}", old, new))
-    exact, groups = record.ratios.get("exact"), record.ratios.get("groups")
+    exact = record.ratios.get("exact")
     for side, number in (("harmful", "(i)"), ("benign", "(ii)")):
         value = getattr(exact, f"log10_{side}_ratio", None)
         if value is not None:
@@ -158,14 +158,6 @@ def record_rows(record: ImmunizationRecord) -> list[tuple[str, str, str]]:
             gained = now is not None and then is not None and now.rank > then.rank
             sign = "≥ " if now is not None and now.is_bound else "≤ " if gained else ""
             rows.append((f"{number}, growth of {side} κ", "1", f"{sign}{_power(value):,.4g}"))
-    if groups is not None:
-        count = "" if groups.num_groups is None else f", {groups.num_groups} groups of {groups.group_size}"
-        found = "undetermined"
-        if groups.log10_rir is not None:
-            mean = _power(groups.log10_rir)
-            spread = "" if groups.relative_std is None else f" ± {mean * groups.relative_std:,.3g}"
-            found = f"{ {'lower': '≥ ', 'upper': '≤ '}.get(groups.bound or '', '') }{mean:,.4g}{spread}"
-        rows.append((f"RIR (mean ± standard deviation{count})", "1", found))
     return rows
 
 

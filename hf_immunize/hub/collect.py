@@ -139,21 +139,14 @@ def intercept_ratio(
     return describe_ratio(relative_immunization_ratio(**known, protocol="intercept"))
 
 
-def describe_ratio(
-    ratio: ImmunizationRatio, *, num_groups: int | None = None, group_size: int | None = None, seed: int | None = None
-) -> RatioRecord:
+def describe_ratio(ratio: ImmunizationRatio) -> RatioRecord:
     """A ratio as a record keeps it: logarithms, which stay finite."""
     told = ratio.bound != "undetermined" and math.isfinite(ratio.log10_rir)
-    spread = None if ratio.std is None or not told or not ratio.rir > 0 else ratio.std / ratio.rir
     return RatioRecord(
         log10_rir=ratio.log10_rir if told else None,
         log10_harmful_ratio=_log10(ratio.harmful_ratio),
         log10_benign_ratio=_log10(ratio.benign_ratio),
         bound=ratio.bound if told else "undetermined",
-        relative_std=spread if spread is not None and math.isfinite(spread) else None,
-        num_groups=num_groups,
-        group_size=group_size,
-        seed=seed,
     )
 
 

@@ -27,9 +27,8 @@ from transformers.utils import logging
 from hf_immunize.errors import ArgumentError, HubError, RecordError, WeightsError
 from hf_immunize.hub.card import CardOptions, write_card
 from hf_immunize.hub.collect import is_hub_id
-from hf_immunize.hub.load import load_model, retried
+from hf_immunize.hub.load import ALLOWED, INDEX, changed_weights, load_model, refuse_links, retried, weight_files
 from hf_immunize.hub.record import PICTURES, RECORD_NAME, ImmunizationRecord, read_record
-from hf_immunize.hub.weights import ALLOWED, INDEX, changed_weights, refuse_links, weight_files
 from hf_immunize.text import library_words, printable, public_name
 from hf_immunize.vision.bare import HEAD_CONFIG_FILE
 from hf_immunize.vision.loading import ADAPTER_CONFIG_FILE, same_logits

@@ -41,8 +41,6 @@ ACCESS = ("head_input", "any_layer", "fine_tuning")
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
 # What is larger is damage, or made to take time and memory.
 _MAX_BYTES = 2**24
-# Rows of features in all groups together: each group is decomposed when its ratio is verified.
-_MAX_DRAWN = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -171,14 +169,10 @@ class SideRecord(Part):
 class RatioRecord(Part):
     """The relative immunization ratio under one protocol (see `relative_immunization_ratio`)."""
 
-    log10_rir: Log10 | None  # of the mean over groups; None where it is undetermined
+    log10_rir: Log10 | None  # None where it is undetermined
     log10_harmful_ratio: Log10 | None = None  # of its part (i)
     log10_benign_ratio: Log10 | None = None  # of its part (ii)
     bound: Bound | None = None  # what RIR is of the true value; None: itself
-    relative_std: Annotated[float, _between(0, 1000)] | None = None  # over groups, divided by the mean
-    num_groups: Annotated[int, _between(1, 10_000)] | None = None
-    group_size: Annotated[int, _between(2, 10_000_000)] | None = None
-    seed: Annotated[int, _between(-(2**63), 2**64 - 1)] | None = None
 
 
 @dataclass
@@ -223,7 +217,7 @@ class ImmunizationRecord(Part):
         benign, harmful: The data; None where there were none.
         metric: The benign metric before and after.
         benign_features, harmful_features: κ, ranks and bounds of both tasks' features, before and after.
-        ratios: RIR by protocol: "exact", "groups".
+        ratios: RIR by protocol: "exact", "intercept".
         audit: What an audit found; None where none was made.
         weights: SHA-256 of every weight file, by its name.
         image_processor: Class of the image processor beside the weights.
@@ -311,9 +305,6 @@ def _check_together(record: ImmunizationRecord) -> None:
     for protocol, ratio in record.ratios.items():
         if ratio.log10_rir is None and ratio.bound != "undetermined":
             raise _unexpected(f"ratios.{protocol}.log10_rir", "a number", None)
-        drawn = (ratio.num_groups or 1) * (ratio.group_size or 1)
-        if drawn > _MAX_DRAWN:
-            raise _unexpected(f"ratios.{protocol}.num_groups", f"at most {_MAX_DRAWN} rows in all", drawn)
     for side in ("benign_features", "harmful_features"):
         for moment in ("before", "after"):
             part: ConditioningRecord | None = getattr(getattr(record, side), moment)

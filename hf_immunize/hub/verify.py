@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from transformers import AutoImageProcessor
 
 from hf_immunize.data import sources
@@ -19,7 +17,6 @@ from hf_immunize.data.images import ImageRows
 from hf_immunize.errors import DataError
 from hf_immunize.features.extract import Measurement, extract, of_side
 from hf_immunize.hub.collect import (
-    describe_ratio,
     describe_side,
     drawn_again,
     exact_ratio,
@@ -27,7 +24,7 @@ from hf_immunize.hub.collect import (
     recorded_draw,
     refuse_training_images,
 )
-from hf_immunize.hub.load import fetch, load_model
+from hf_immunize.hub.load import changed_weights, fetch, load_model
 from hf_immunize.hub.record import (
     ConditioningRecord,
     DataRecord,
@@ -36,9 +33,7 @@ from hf_immunize.hub.record import (
     SideRecord,
     read_record,
 )
-from hf_immunize.hub.weights import changed_weights
 from hf_immunize.spectra.conditioning import Conditioning
-from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.text import library_words
 
 
@@ -57,7 +52,6 @@ _SENTENCES = {
 LOG10_TOLERANCE = 1e-3
 # Of the accuracy: half a point, or one image where that is more; two points where it was evaluated in half precision.
 _ACCURACY_TOLERANCE, _HALF_PRECISION_TOLERANCE = 0.005, 0.02
-_GROUP_SIZE = 100
 _BOUND_WORDS = {
     None: "a number",
     "lower": "a bound from below",
@@ -112,8 +106,8 @@ def verify(
     """Measure an immunized checkpoint again and compare with what its record claims.
 
     On the images the record was made of (as many, with the same pixel values), decimal logarithms of the protocol
-    "exact" agree within 1e-3, or within what rounding leaves open, and the mean of "groups" within the recorded
-    spread. On other images nothing can be said. Weights other than the recorded ones differ, whatever their figures.
+    "exact" agree within 1e-3, or within what rounding leaves open. On other images nothing can be said. Weights other
+    than the recorded ones differ, whatever their figures.
 
     Without `reference` the κ's before immunization, into which RIR is divided, are the record's own, on trust.
 
@@ -149,7 +143,6 @@ def verify(
     if isinstance(reference, str | os.PathLike):
         before = load_model(fetch(reference, token=token))
     options: dict[str, Any] = {"batch_size": batch_size, "head_module": head_module, "progress": progress}
-    options["keep_features"] = before is not None and "groups" in record.ratios
     found: dict[str, tuple[Measured, Measured | None]] = {}
     for side, data in (("benign", benign), ("harmful", harmful)):
         claimed: DataRecord | None = getattr(record, side)
@@ -185,7 +178,6 @@ class Measured:
 
     measurement: Measurement = field(default_factory=Measurement)
     accuracy: float | None = None  # top-1; None where the rows have no labels that are the model's
-    features: Tensor | None = None  # shape (N, D), where they were asked for
 
 
 # Through the immunized model, and through the reference where there is one.
@@ -216,12 +208,10 @@ def measure(
     name: str = "images",
     batch_size: int = 64,
     head_module: str | None = None,
-    keep_features: bool = False,
     progress: bool = True,
 ) -> Measured:
-    """Run rows through a model and fold up its features; `keep_features` keeps all N·D numbers."""
+    """Run rows through a model and fold up its features."""
     found = Measured()
-    kept: list[Tensor] = []
     right = seen = 0
     description = f"κ of {name} features"
     options = {"batch_size": batch_size, "head_module": head_module, "progress": progress}
@@ -231,34 +221,9 @@ def measure(
         if batch.labels is not None:
             right += int((batch.logits.argmax(-1) == batch.labels).sum())
             seen += len(batch.labels)
-        if keep_features:
-            kept.append(batch.features.cpu())
     if seen and seen == found.measurement.factor.num_samples:
         found.accuracy = right / seen
-    found.features = torch.cat(kept) if keep_features else None
     return found
-
-
-def groups_ratio(
-    harmful: tuple[Measured, Measured],
-    benign: tuple[Measured, Measured],
-    *,
-    num_groups: int | None = None,
-    group_size: int = _GROUP_SIZE,
-    seed: int = 0,
-) -> RatioRecord | None:
-    """RIR over 20 random groups of images or as many as are disjoint; None where there are too few for one.
-
-    Each task is given through the immunized model and the reference, with features.
-    """
-    fewest = min(harmful[0].measurement.factor.num_samples, benign[0].measurement.factor.num_samples)
-    if fewest < group_size:
-        return None
-    count = max(1, min(20, fewest // group_size)) if num_groups is None else num_groups
-    drawn = {"num_groups": count, "group_size": group_size, "seed": seed}
-    names = ("harmful", "harmful_reference", "benign", "benign_reference")
-    features: dict[str, Any] = {name: part.features for name, part in zip(names, (*harmful, *benign), strict=True)}
-    return describe_ratio(relative_immunization_ratio(**features, protocol="groups", **drawn), **drawn)
 
 
 # ---- comparing ----
@@ -276,7 +241,7 @@ def compare(record: ImmunizationRecord, benign: Pair, harmful: Pair, changed: li
             "them too."
         )
     figures = list(_figures(record, found, {side: why is None for side, why in other.items()}))
-    decisive = [figure for figure in figures if figure.claimed is not None and not figure.name.startswith("groups")]
+    decisive = [figure for figure in figures if figure.claimed is not None]
     outcome = CANNOT_SAY
     if changed or any(figure.outcome == DIFFERS for figure in figures):
         outcome = DIFFERS
@@ -308,8 +273,6 @@ def _figures(record: ImmunizationRecord, found: dict[str, Pair], same: dict[str,
         if protocol == "exact" or (recorded is not None and ratio is not None):  # the other needs a reference model
             allowance = sum(_allowance(side.after) for side in sides.values())
             yield _ratio_figure(f"log10 RIR ({protocol})", recorded, ratio, all(same.values()), allowance)
-    if (groups := record.ratios.get("groups")) is not None:
-        yield _groups_figure(groups, found["benign"], found["harmful"], all(same.values()))
 
 
 def _judged(
@@ -391,16 +354,3 @@ def _ratio_figure(
         outcome = AGREES if claim.bound == now.bound else DIFFERS
         return Figure(name, claimed, measured, LOG10_TOLERANCE, outcome, f"{found} now, {recorded} by the record")
     return _judged(name, claimed, measured, same, found, allowance=allowance)
-
-
-def _groups_figure(claim: RatioRecord, benign: Pair, harmful: Pair, same: bool) -> Figure:
-    claimed = None if claim.log10_rir is None else 10.0 ** min(claim.log10_rir, 300)
-    # With one group there is no spread; then the figure must be met as an exact one is.
-    spread = (claimed or 0.0) * max(claim.relative_std or 0.0, 10**LOG10_TOLERANCE - 1)
-    mean, note = None, "needs the reference model"
-    if same and benign[1] is not None and harmful[1] is not None:
-        drawn = {"group_size": claim.group_size or _GROUP_SIZE, "seed": claim.seed or 0}
-        now = groups_ratio((harmful[0], harmful[1]), (benign[0], benign[1]), num_groups=claim.num_groups, **drawn)
-        mean = None if now is None or now.log10_rir is None else 10.0 ** min(now.log10_rir, 300)
-        note = "undetermined" if mean is None else f"within ± {spread:.3g}"
-    return _judged("groups: mean RIR", claimed, mean, same, note, spread)

@@ -32,7 +32,7 @@ from hf_immunize.files import (
     with_checksum,
     write_whole,
 )
-from hf_immunize.hub.weights import INDEX
+from hf_immunize.hub.load import INDEX
 from hf_immunize.training.distributed import sharded_weights, world_size
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.bare import HEAD_FILES

@@ -10,9 +10,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from hf_immunize.data.columns import find_columns, label_outputs, validate_labels
-from hf_immunize.data.images import ImageRows
+from hf_immunize.data.images import ImageRows, StreamedRows, is_stream
 from hf_immunize.data.pairs import PairedDataset
-from hf_immunize.data.streams import StreamedRows, is_stream
 from hf_immunize.errors import ArgumentError, DataError, HeadError
 from hf_immunize.text import library_words
 from hf_immunize.training.arguments import ImmunizationArguments, Method

@@ -10,9 +10,8 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
-from hf_immunize.data.images import ImageCollator, ImageRows
+from hf_immunize.data.images import ImageCollator, ImageRows, StreamedRows, is_stream
 from hf_immunize.data.pairs import BatchSizes, PairedDataset, PairedSampler, check_one_shape
-from hf_immunize.data.streams import StreamedRows, is_stream
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.files import staged_directory
 from hf_immunize.training.arguments import Method

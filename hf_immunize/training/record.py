@@ -34,7 +34,7 @@ from hf_immunize.hub.collect import (
     intercept_ratio,
     software_versions,
 )
-from hf_immunize.hub.load import name_outcome, retried
+from hf_immunize.hub.load import changed_weights, hash_weights, name_outcome, refuse_links, retried
 from hf_immunize.hub.push import PushResult, check_loads_back, check_private, files_to_push, push_as_saved
 from hf_immunize.hub.record import (
     RECORD_NAME,
@@ -48,7 +48,6 @@ from hf_immunize.hub.record import (
     read_record,
     write_record,
 )
-from hf_immunize.hub.weights import changed_weights, hash_weights, refuse_links
 from hf_immunize.text import printable, public_name
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.checkpoints import STATE

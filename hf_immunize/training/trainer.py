@@ -18,18 +18,16 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from hf_immunize.data.images import ImageCollator
+from hf_immunize.data.images import ImageCollator, StreamedRows
 from hf_immunize.data.pairs import PairedCollator, PairedDataset, degenerate_sides
-from hf_immunize.data.streams import StreamedRows
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.features.cache import TrunkCache, open_or_write
 from hf_immunize.features.extract import Measurement, of_side, run_batches, spectral_metrics
 from hf_immunize.features.ranks import ALONE, launched
 from hf_immunize.features.trunk import split_trunk
 from hf_immunize.files import check_writable, remove_leftovers, staged_directory
-from hf_immunize.hub.load import named_outcomes
+from hf_immunize.hub.load import CARD_NAME, named_outcomes
 from hf_immunize.hub.record import RECORD_NAME
-from hf_immunize.hub.weights import CARD_NAME
 from hf_immunize.training import checkpoints, checks, evaluation, record
 from hf_immunize.training.arguments import TRUNK_OBSTACLES, ImmunizationArguments, Method
 from hf_immunize.training.choice import draw_sample

@@ -5,11 +5,10 @@ import torch
 from attacked import CLASSES, clusters
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from hf_immunize.attacks.attacker import Part, ProbeData, best_index, decompose, log_steps, stratified_split
+from hf_immunize.attacks.attacker import Part, ProbeData, decompose, stratified_split
 from hf_immunize.attacks.probes import (
     descent_weights,
     filter_accuracies,
-    minibatches,
     softmax_path,
 )
 from hf_immunize.errors import DataError, NonFiniteError
@@ -51,10 +50,6 @@ def test_softmax_regression_with_a_penalty_is_scikit_learns():
     assert softmax_path(Part(part.Z, part.y, part.Z_test, theirs, 4), [penalty], 1000) == [1.0]
 
 
-def test_minibatches_of_a_pass_hold_every_row_once():
-    assert sorted(torch.cat(minibatches(10, 5, 2, seed=0)).tolist()) == list(range(10))
-
-
 def test_a_constant_feature_is_standardized_to_zero_and_decomposition_leaves_out_what_is_none():
     Z = torch.tensor([[1.0, 7.0], [3.0, 7.0]])
     assert Part(Z, torch.tensor([0, 1]), Z, torch.tensor([0, 1]), 2).standardized().Z[:, 1].tolist() == [0.0, 0.0]
@@ -81,17 +76,3 @@ def test_features_that_are_not_finite_or_do_not_fit_are_refused(Z, labels, error
     y = torch.arange(labels) % 2
     with pytest.raises(error):
         ProbeData(Z, y, Z, y, 2)
-
-
-def test_what_is_kept_is_made_once_for_a_seed_and_dropped_with_the_next():
-    data = ProbeData(*clusters(120, 0), *clusters(80, 1), CLASSES)
-    assert data.whole() is data.whole()
-    first = data.tuning(0, 0.2)
-    assert data.tuning(0, 0.2) is first
-    data.tuning(1, 0.2)
-    assert data.tuning(0, 0.2) is not first
-
-
-def test_steps_are_even_in_logarithm_up_to_the_last_and_of_ties_the_middle_is_best():
-    assert log_steps(100, per_decade=3) == [1, 2, 5, 10, 22, 46, 100] and log_steps(100_000)[-1] == 100_000
-    assert best_index([0.1, 0.5, 0.5, 0.5, 0.2]) == 2

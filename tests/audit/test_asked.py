@@ -17,6 +17,7 @@ class Untouched:
         raise AssertionError(f"{name} of the model was read")
 
 
+NONE = {"probes": (), "layer_probes": (), "flattened_probes": (), "fine_tuning": (), "restoring": ()}
 WRONG = [
     *(("max_images", value) for value in (-1, 0, 1, 1.5, True, "20")),
     *(("seed", value) for value in (-1, 2**32, 0.5, "0")),
@@ -24,7 +25,7 @@ WRONG = [
     *(("test_fraction", value) for value in (0.0, 1.0, -0.3, math.nan, "0.3")),
     *(("attackers", value) for value in ([], (), "ridge", ["ridge", 3], ["no_such"], [""], 3)),
     *(("attackers", value) for value in (["restore_swap"],)),  # no reference
-    *(("preset", value) for value in ("no_such", "", 3, None, ["quick"])),
+    *(("preset", value) for value in ("no_such", "", 3, None, ["quick"], replace(find_preset("quick"), **NONE))),
     *(("head_module", value) for value in ("", 3)),
     *(("image_column", value) for value in ("", " ", 3)),
     *(("label_column", value) for value in ("", b"label")),
@@ -33,6 +34,7 @@ WRONG = [
     *(("progress", value) for value in (None, "yes")),
     *(("trust_remote_code", value) for value in (None, "False", 1)),
     *(("harmful", value) for value in (None, "", " ", ("images", ""))),
+    *(("model", value) for value in (None, "", "  ")),
     *(("benign", ""), ("unseen", " "), ("unrelated", ""), ("reference", "")),
 ]
 
@@ -40,16 +42,4 @@ WRONG = [
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_an_impossible_value_is_named_before_the_model_is_touched(name, value):
     with pytest.raises(ArgumentError, match=None if name == "attackers" else name):
-        audit(Untouched(), **{"harmful": "images", name: value})
-
-
-@pytest.mark.parametrize("model", [None, "", "  "])
-def test_an_absent_model_is_named(model):
-    with pytest.raises(ArgumentError, match="model"):
-        audit(model, harmful="images")
-
-
-def test_a_preset_without_attackers_is_named():
-    with pytest.raises(ArgumentError, match="attackers"):
-        none = {"probes": (), "layer_probes": (), "flattened_probes": (), "fine_tuning": (), "restoring": ()}
-        audit(Untouched(), harmful="images", preset=replace(find_preset("quick"), **none))
+        audit(**{"model": Untouched(), "harmful": "images", name: value})

@@ -88,14 +88,13 @@ def test_what_a_budget_allows_is_in_the_report_and_a_layer_above_its_limit_is_na
     assert notes and all("more than the preset's 10" in note for note in notes)
 
 
-def test_a_run_directory_keeps_outcomes_alone_and_refuses_other_weights(models, harmful, tiny_preset, tmp_path):
+def test_a_run_directory_keeps_outcomes_alone_and_refuses_other_weights_and_architectures(
+    models, harmful, tiny_preset, tmp_path
+):
     run(models, harmful, tiny_preset.only(["ridge"]), run_dir=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["outcomes.jsonl"]
     with pytest.raises(ArgumentError, match="another run directory"):
         run((models[1], models[1]), harmful, tiny_preset.only(["ridge"]), run_dir=tmp_path)
-
-
-def test_a_reference_of_another_architecture_is_one_sentence(models, harmful, tiny_preset):
     with pytest.raises(DataError, match="same architecture"):
         run(models, harmful, tiny_preset, reference=tiny_resnet())
 

@@ -182,7 +182,7 @@ def speeds(ours, theirs, reads=0.5, **kwargs):
     ],
 )
 def test_a_target_is_reached_at_its_first_step_and_step_zero_counts_as_one(steps, curve, target, expected):
-    assert first_reaching(steps, [curve], [target]) == expected
+    assert first_reaching(run("sgd", "head_input", "immunized", 0, curve, steps), target) == expected
 
 
 def test_the_ratio_of_steps_is_the_geometric_mean_over_seeds_and_a_bound_where_the_target_is_not_reached():

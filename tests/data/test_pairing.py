@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from hf_immunize.data.images import ImageCollator, ImageRows
+from hf_immunize.data.images import ImageCollator, ImageRows, StreamedRows
 from hf_immunize.data.pairs import BatchSizes, PairedCollator, PairedDataset, PairedSampler, degenerate_sides
-from hf_immunize.data.streams import StreamedRows
 from hf_immunize.errors import DataError, ShapeError
 
 

@@ -7,6 +7,7 @@ import transformers as hf
 from PIL import Image
 
 from hf_immunize.hub.collect import describe_side, exact_ratio, intercept_ratio, software_versions
+from hf_immunize.hub.load import hash_weights
 from hf_immunize.hub.record import (
     AttackRecord,
     AuditRecord,
@@ -18,7 +19,6 @@ from hf_immunize.hub.record import (
     write_record,
 )
 from hf_immunize.hub.verify import image_rows, measure
-from hf_immunize.hub.weights import hash_weights
 
 
 def tiny_model():

@@ -78,12 +78,10 @@ def test_metadata_is_what_the_hub_accepts_and_the_results_read_back():
 
 def test_rows_keep_the_direction_of_bounds():
     record = record_of()
-    record.ratios["groups"] = RatioRecord(1.0, bound="upper", relative_std=0.5, num_groups=20, group_size=100)
     rows = {name: cells for name, *cells in record_rows(record)}
     assert rows["RIR (exact, the paper's)"] == ["1", "≥ 1,122"]
     assert rows["log10 κ of harmful features"] == ["4.00", "≥ 7.25"]
     assert rows["(i), growth of harmful κ"] == ["1", "≥ 1,778"]
-    assert rows["RIR (mean ± standard deviation, 20 groups of 100)"] == ["1", "≤ 10 ± 5"]
 
 
 def test_ratio_that_is_no_number_or_beyond_floats_still_reads_back():
@@ -92,7 +90,7 @@ def test_ratio_that_is_no_number_or_beyond_floats_still_reads_back():
         (RatioRecord(None, bound="undetermined"), "undetermined"),
         (RatioRecord(400.0, 400.0, 0.0), "1.7e+308"),
     ):
-        record.ratios = {"exact": ratio, "groups": ratio}
+        record.ratios = {"exact": ratio, "intercept": ratio}
         assert [row[2] for row in record_rows(record) if row[0].startswith("RIR")] == [cell, cell]
         assert rendered(record).data.eval_results == eval_results(record)
     record.metric = MetricRecord("loss", 0.25)

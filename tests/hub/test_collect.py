@@ -61,8 +61,3 @@ def test_undetermined_ratio_is_no_number():
     nan = math.nan
     record = describe_ratio(ImmunizationRatio(nan, nan, 10.0, 2.0, None, "undetermined", "exact"))
     assert (record.log10_rir, record.bound, record.log10_harmful_ratio) == (None, "undetermined", 1.0)
-
-
-def test_ratio_of_groups_keeps_its_spread():
-    record = describe_ratio(ImmunizationRatio(100.0, 2.0, 100.0, 1.0, 20.0, None, "groups"), num_groups=20)
-    assert (record.log10_rir, record.relative_std, record.num_groups) == (2.0, 0.2, 20)

@@ -19,9 +19,8 @@ from hf_immunize.errors import (
     WeightsChangedWarning,
     WeightsError,
 )
-from hf_immunize.hub.load import fetch, retried
+from hf_immunize.hub.load import changed_weights, fetch, hash_weights, retried, weight_files
 from hf_immunize.hub.push import push
-from hf_immunize.hub.weights import changed_weights, hash_weights, weight_files
 
 
 REPO = f"{USER}/immunized"

@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, ViTImageProcessorPil
+from transformers import ViTImageProcessorPil
 
 from hf_immunize import verify
 from hf_immunize.errors import DataError
-from hf_immunize.hub.load import load_model
+from hf_immunize.hub.load import hash_weights, load_model
 from hf_immunize.hub.record import write_record
-from hf_immunize.hub.verify import AGREES, CANNOT_SAY, DIFFERS, groups_ratio, image_rows, measure, rounding_allowance
-from hf_immunize.hub.weights import hash_weights
+from hf_immunize.hub.verify import AGREES, CANNOT_SAY, DIFFERS, rounding_allowance
 from hf_immunize.spectra.conditioning import feature_conditioning
 
 
@@ -132,29 +131,6 @@ def test_invented_reference_is_found_out(checkpoint, benign, harmful, reference,
     record.ratios["exact"].log10_harmful_ratio += 1.0
     write_record(checkpoint, record)
     assert checked(checkpoint, benign, harmful).outcome == AGREES  # by the record's own κ before, on trust
-    assert checked(checkpoint, benign, harmful, reference=reference).outcome == DIFFERS
-
-
-def grouped(checkpoint, record, benign, harmful, reference, num_groups):
-    model, sides = load_model(checkpoint), []
-    for images in (harmful, benign):
-        rows, processor = image_rows(images, "images", model), AutoImageProcessor.from_pretrained(checkpoint)
-        sides.append(
-            tuple(measure(m, rows, processor, keep_features=True, progress=False) for m in (model, reference))
-        )
-    record.ratios["groups"] = groups_ratio(*sides, num_groups=num_groups, group_size=12)
-    write_record(checkpoint, record)
-
-
-def test_groups_are_judged_by_their_spread_with_the_reference_alone(checkpoint, record, benign, harmful, reference):
-    grouped(checkpoint, record, benign, harmful, reference, 2)
-    found = checked(checkpoint, benign, harmful, reference=reference)
-    assert (found.outcome, outcomes(found)["groups: mean RIR"]) == (AGREES, AGREES)
-    found = checked(checkpoint, benign, harmful)
-    assert (found.outcome, outcomes(found)["groups: mean RIR"]) == (AGREES, CANNOT_SAY)
-    groups = record.ratios["groups"]
-    groups.log10_rir, groups.relative_std = groups.log10_rir + 1.0, 0.1
-    write_record(checkpoint, record)
     assert checked(checkpoint, benign, harmful, reference=reference).outcome == DIFFERS
 
 

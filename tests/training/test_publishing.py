@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 from transformers import TrainerCallback, ViTImageProcessorPil
 
 from hf_immunize.hub.card import eval_results
+from hf_immunize.hub.load import changed_weights
 from hf_immunize.hub.record import ImmunizationRecord, read_record
-from hf_immunize.hub.weights import changed_weights
 from hf_immunize.training.checkpoints import flaw, last_whole_checkpoint
 
 

@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoModelForImageClassification
 
 from hf_immunize.files import weights_fingerprint
+from hf_immunize.hub.load import hash_weights
 from hf_immunize.hub.record import AttackRecord, AuditRecord, DataRecord, RatioRecord, read_record
-from hf_immunize.hub.weights import hash_weights
 
 
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
@@ -78,7 +78,7 @@ def test_what_was_attached_belongs_to_its_weights_only(trainer, saved):
     run = trainer()
     finished(run)
     audit = AuditRecord("quick", strongest={"head_input": AttackRecord("ridge", 0.5)})
-    run.evidence.attach(run.model, groups=RatioRecord(1.0, relative_std=0.1), audit=audit)
+    run.evidence.attach(run.model, groups=RatioRecord(1.0), audit=audit)
     record = saved(run)
     assert (record.audit, record.ratios["groups"].log10_rir) == (audit, 1.0)
     run.model.classifier.weight.data += 0.5
