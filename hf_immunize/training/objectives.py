@@ -125,8 +125,8 @@ class Time(Objective):
     """Harmful features vary in two directions and hardly outside them; benign features stay what they are.
 
     With Z_c the centred harmful features and Q, ``(D, r)``, their r leading directions in the starting model, it
-    lowers ``log E``, ``E = ‖Z_c(I − QQᵀ)‖²/‖Z_cQ‖²``. Little of the task is left at the scale of these few, and first-order
-    probes with an intercept, which never see the mean, take up to ``1/E`` times the steps:
+    lowers ``log E``, ``E = ‖Z_c(I − QQᵀ)‖²/‖Z_cQ‖²``. Little of the task is left at the scale of these few, and
+    first-order probes with an intercept, which never see the mean, take up to ``1/E`` times the steps:
     ``log κ(Z_cᵀZ_c) ≥ log((k − r)/r) − log E``, k the rank. The concentration of the centred benign features goes
     down, which keeps their κ.
     """
