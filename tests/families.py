@@ -70,19 +70,28 @@ class Tiny:
     choke_points: bool = False  # whether the last stage has ReLUs that no shortcut bypasses
 
 
+def last_two(blocks, *after):
+    """Of three blocks."""
+    return f"{blocks}.1", f"{blocks}.2", *after
+
+
 TINY = {
-    "vit": Tiny(TRANSFORMER, ("vit.layers.2", "vit.layernorm"), class_token),
-    "deit": Tiny(TRANSFORMER, ("deit.layers.2", "deit.layernorm"), class_token),
-    "beit": Tiny(TRANSFORMER, ("beit.layers.2", "beit.pooler"), normed_patch),
-    "dinov2": Tiny(DINO, ("dinov2.encoder.layer.2", "dinov2.layernorm"), class_and_patches),
+    "vit": Tiny(TRANSFORMER, last_two("vit.layers", "vit.layernorm"), class_token),
+    "deit": Tiny(TRANSFORMER, last_two("deit.layers", "deit.layernorm"), class_token),
+    "beit": Tiny(TRANSFORMER, last_two("beit.layers", "beit.pooler"), normed_patch),
+    "dinov2": Tiny(DINO, last_two("dinov2.encoder.layer", "dinov2.layernorm"), class_and_patches),
     "dinov2_with_registers": Tiny(
         DINO | {"num_register_tokens": 2},
-        ("dinov2_with_registers.encoder.layer.2", "dinov2_with_registers.layernorm"),
+        last_two("dinov2_with_registers.encoder.layer", "dinov2_with_registers.layernorm"),
         class_and_patches,
     ),
-    "clip": Tiny(TOWERS, ("vision_model.encoder.layers.2",), mean_patch),
-    "metaclip_2": Tiny(TOWERS, ("vision_model.encoder.layers.2",), mean_patch),
-    "siglip": Tiny(TOWERS, ("vision_model.encoder.layers.2", "vision_model.post_layernorm"), mean_token),
+    "clip": Tiny(TOWERS, last_two("vision_model.encoder.layers"), mean_patch),
+    "metaclip_2": Tiny(TOWERS, last_two("vision_model.encoder.layers"), mean_patch),
+    "siglip": Tiny(
+        TOWERS,
+        last_two("vision_model.encoder.layers", "vision_model.post_layernorm"),
+        mean_token,
+    ),
     "swin": Tiny(SWIN, ("swin.encoder.layers.1", "swin.layernorm"), mean_token),
     "swinv2": Tiny(SWIN, ("swinv2.encoder.layers.1", "swinv2.layernorm"), mean_token),
     "focalnet": Tiny(FOCAL, ("focalnet.encoder.stages.1", "focalnet.layernorm"), mean_token),

@@ -132,17 +132,14 @@ def test_what_a_killed_process_left_goes_and_what_is_being_written_stays(tmp_pat
     assert content(tmp_path) == {Path("a"): b"a"}
 
 
-@pytest.mark.parametrize("path", ["file", "file/below", "file/far/below"])
-def test_a_folder_that_cannot_be_written_is_named(path, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ArgumentError, match=f"--output-dir.*{path}"):
-        check_writable(tmp_path / path, "--output-dir")
-
-
-def test_a_folder_that_can_be_written_is_left_as_it_is(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named_and_one_that_can_left_as_it_is(tmp_path):
     for folder in (tmp_path, tmp_path / "new" / "deep"):
         check_writable(folder, "--output-dir")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    for path in ("file", "file/below", "file/far/below"):
+        with pytest.raises(ArgumentError, match=f"--output-dir.*{path}"):
+            check_writable(tmp_path / path, "--output-dir")
 
 
 def test_any_other_byte_in_a_line_is_seen():

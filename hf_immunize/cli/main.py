@@ -111,11 +111,9 @@ def _printable_record(*args: Any, **options: Any) -> logging.LogRecord:
 
 
 def _check_words(words: list[str]) -> None:
-    """Refuse old names of options, and empty values: most often a variable that was not set."""
+    """Refuse empty values: most often a variable that was not set."""
     for before, word in zip(["hf-immunize", *words], words, strict=False):
         name, is_assigned, value = word.partition("=")
-        if name == "--harmful-class":
-            raise ArgumentError(f"Expected --harmful-classes, found its old name {name}. Type --harmful-classes.")
         if not word.strip() or (name.startswith("--") and is_assigned and not value.strip()):
             raise ArgumentError(
                 f"Expected a value after {before if not word.strip() else name}, found an empty one. Give it, or "

@@ -100,33 +100,24 @@ def push(
     require_record: bool = True,
     trust_remote_code: bool = False,
     api: HfApi | None = None,
+    as_saved: bool = False,
 ) -> PushResult:
-    """Push a checkpoint to the Hub: card, record, weights, config, processor and figures, nothing else."""
+    """Push a checkpoint to the Hub: card, record, weights, config, processor and figures, nothing else.
+
+    What a Trainer saved goes with the card that it wrote; it has seen that the files load back (`as_saved`).
+    """
     root = Path(folder)
     record = _record_of(root, repo_id, require_record)
-    if record is not None and not dry_run:
+    if record is not None and not (dry_run or as_saved):
         write_card(root, record, CardOptions(repo_id=repo_id))
-    sizes = _sizes(root, record, token)
-    check_loads_back(root, list(sizes), token, trust_remote_code)
+    names = files_to_push(root, record)
+    check_private(root, names, token)
+    sizes = {name: (root / name).stat().st_size for name in names}
+    if not as_saved:
+        check_loads_back(root, names, token, trust_remote_code)
     if dry_run:
         return PushResult(repo_id, sizes)
     api = api or HfApi(token=token, library_name="hf_immunize")
-    return _send(api, repo_id, root, sizes, private, revision, commit_message)
-
-
-def push_as_saved(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool | None,
-    revision: str | None,
-    token: str | None,
-    commit_message: str,
-) -> PushResult:
-    """Push what a Trainer saved, with the card that it wrote; it has seen that the files load back."""
-    root = Path(folder)
-    sizes = _sizes(root, _record_of(root, repo_id, required=False), token)
-    api = HfApi(token=token, library_name="hf_immunize")
     return _send(api, repo_id, root, sizes, private, revision, commit_message)
 
 
@@ -143,13 +134,6 @@ def _record_of(root: Path, repo_id: str, required: bool) -> ImmunizationRecord |
             "theirs: evaluate and save the model again, then push."
         )
     return record
-
-
-def _sizes(root: Path, record: ImmunizationRecord | None, token: str | None) -> dict[str, int]:
-    """The files to push, none of which holds what is private, with their sizes."""
-    names = files_to_push(root, record)
-    check_private(root, names, token)
-    return {name: (root / name).stat().st_size for name in names}
 
 
 def _send(

@@ -35,7 +35,7 @@ from hf_immunize.hub.collect import (
     software_versions,
 )
 from hf_immunize.hub.load import changed_weights, hash_weights, name_outcome, refuse_links, retried
-from hf_immunize.hub.push import PushResult, check_loads_back, check_private, files_to_push, push_as_saved
+from hf_immunize.hub.push import PushResult, check_loads_back, check_private, files_to_push, push
 from hf_immunize.hub.record import (
     RECORD_NAME,
     AuditRecord,
@@ -316,9 +316,11 @@ def _push_call(trainer: Any, message: str, token: str | None, revision: str | No
     names, remote = _files_to_push(args.output_dir), code.startswith("transformers_modules")
     check_loads_back(args.output_dir, names, token, remote)
     return partial(
-        push_as_saved,
+        push,
         args.output_dir,
         trainer.hub_model_id,
+        as_saved=True,
+        require_record=False,
         private=private if private is not None else args.hub_private_repo,
         revision=revision if revision is not None else args.hub_revision,
         token=token,

@@ -51,25 +51,23 @@ def test_repository_holds_exactly_the_allowed_files_and_the_figures_of_the_recor
     assert {name: there[name] for name in expected} == {name: local(checkpoint)[name] for name in expected}
 
 
-@pytest.mark.parametrize("name", ["training_args.bin", "id_rsa", "figure.svg", "x.png.txt"])
-def test_figures_of_a_record_are_pictures_by_name(name, checkpoint, record):
-    (checkpoint / name).write_bytes(b"\x89PNG\r\n\x1a\n")
+def test_figures_of_a_record_are_pictures_by_name_and_content(checkpoint, record):
     path = checkpoint / "immunization.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"figures": [name]}))
-    with pytest.raises(RecordError, match="figures"):
-        push(checkpoint, REPO, dry_run=True)
-    record.figures = [name]
-    with pytest.raises(RecordError, match="figures"):
-        record.to_json()
-
-
-@pytest.mark.parametrize("content", [b"", b"-- a key --", b"\x89PNG\r\n\x1a\nhalf", b"\xff\xd8\xff\xe0 a JPEG's"])
-def test_figures_of_a_record_are_pictures_by_content(content, checkpoint, record):
-    (checkpoint / "spectra.png").write_bytes(content)
+    whole = json.loads(path.read_text())
+    for name in ("training_args.bin", "id_rsa", "figure.svg", "x.png.txt"):
+        (checkpoint / name).write_bytes(b"\x89PNG\r\n\x1a\n")
+        path.write_text(json.dumps(whole | {"figures": [name]}))
+        with pytest.raises(RecordError, match="figures"):
+            push(checkpoint, REPO, dry_run=True)
+        record.figures = [name]
+        with pytest.raises(RecordError, match="figures"):
+            record.to_json()
     record.figures = ["spectra.png"]
     write_record(checkpoint, record)
-    with pytest.raises(RecordError, match=r"spectra\.png"):
-        push(checkpoint, REPO, dry_run=True)
+    for content in (b"", b"-- a key --", b"\x89PNG\r\n\x1a\nhalf", b"\xff\xd8\xff\xe0 a JPEG's"):
+        (checkpoint / "spectra.png").write_bytes(content)
+        with pytest.raises(RecordError, match=r"spectra\.png"):
+            push(checkpoint, REPO, dry_run=True)
 
 
 LINKED = ["README.md", "LICENSE", "config.json", "immunization.json", "model.safetensors", "spectra.png"]
@@ -341,32 +339,19 @@ def test_tokens_and_paths_are_found_in_every_form(name, tmp_path):
         assert text == path or text not in str(refused.value)
 
 
-@pytest.mark.parametrize("text", OTHERS)
-def test_other_well_known_secrets_are_found(text, tmp_path):
-    (tmp_path / "README.md").write_text(f"key={text}\n")
-    with pytest.raises(ArgumentError, match="a token"):
-        check_private(tmp_path, ["README.md"])
+SECRET = [f"key={text}" for text in OTHERS]
+PATHS = ["Trained from /home/alice/base.", "`/Users/alice/Pictures`", "[model](file:///home/alice/base)"]
+PATHS += [r"C:\\Users\\alice\\base", "D:/data/alice", '{"base_model_name_or_path": "/data/alice/base"}']
+PATHS += ['{"base_model_name_or_path": "~/base"}', '{"_name_or_path": "../base"}', '{"name_or_path": "runs/of/mine"}']
+PATHS += ['{"base_model_name_or_path": "C:\\\\base"}']
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "Trained from /home/alice/base.",
-        "`/Users/alice/Pictures`",
-        "[model](file:///home/alice/base)",
-        r"C:\\Users\\alice\\base",
-        "D:/data/alice",
-        '{"base_model_name_or_path": "/data/alice/base"}',
-        '{"base_model_name_or_path": "~/base"}',
-        '{"_name_or_path": "../base"}',
-        '{"base_model_name_or_path": "runs/of/mine"}',
-        '{"base_model_name_or_path": "C:\\\\base"}',
-    ],
-)
-def test_local_paths_are_refused(line, tmp_path):
-    (tmp_path / "README.md").write_text(f"# Mine\n\n{line}\n")
-    with pytest.raises(ArgumentError, match="local path"):
-        check_private(tmp_path, ["README.md"])
+@pytest.mark.parametrize(("found", "lines"), [("a token", SECRET), ("local path", PATHS)])
+def test_other_well_known_secrets_and_local_paths_are_refused(found, lines, tmp_path):
+    for line in lines:
+        (tmp_path / "README.md").write_text(f"# Mine\n\n{line}\n")
+        with pytest.raises(ArgumentError, match=found):
+            check_private(tmp_path, ["README.md"])
 
 
 def test_what_is_a_path_on_this_machine_is_refused(tmp_path, monkeypatch):

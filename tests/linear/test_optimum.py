@@ -137,7 +137,6 @@ X3 = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     ("P", "H", "said"),
     [
         (X3, X3, "the same directions in the same"),
-        (X3, torch.diag(torch.tensor([2.0, 2.0, 1.0])), "only weakly"),
         (X3, torch.diag(torch.tensor([1.0, 2.0, 9.0])), "can immunize here"),
         (torch.eye(4)[[0, 1, 0, 1]], torch.eye(4)[[2, 3]], "share no direction"),
         (data(0, 3, 8), data(1, 20, 8), "add benign data"),

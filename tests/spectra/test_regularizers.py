@@ -58,11 +58,10 @@ SMALL = [
     pytest.param(20, 12, 12, 1e4, id="N>D-ill"),
     pytest.param(12, 20, 7, 1e4, id="N<D-ill-rank-7"),
 ]
-LARGE = [pytest.param(330, 400, 330, 1e3, id="N<D-large"), pytest.param(400, 340, 340, 1e3, id="N>D-large")]
 
 
 @pytest.mark.parametrize("function", ALL_FUNCTIONS)
-@pytest.mark.parametrize(("rows", "columns", "rank", "kappa"), SMALL + LARGE)
+@pytest.mark.parametrize(("rows", "columns", "rank", "kappa"), SMALL)
 def test_value_and_gradient_agree_with_autograd_through_the_full_spectrum(function, rows, columns, rank, kappa):
     matrix = with_singular_values(geometric(kappa, rank), rows, columns, seed=rows)
     value, gradient = value_and_gradient(function, matrix)
@@ -78,9 +77,10 @@ def test_value_and_gradient_agree_with_autograd_through_the_full_spectrum(functi
         assert relative_error(gradient, expected_gradient) < 1e-10
 
 
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
 @pytest.mark.parametrize("function", FEATURE_FUNCTIONS)
-def test_float32_features_are_computed_in_float64(function):
-    features = gaussian(40, 60, dtype=torch.float32)
+def test_float32_features_are_computed_in_float64(function, shape):
+    features = gaussian(*shape, dtype=torch.float32)
     value, gradient = value_and_gradient(function, features)
     expected, expected_gradient = value_and_gradient(NAIVE[function], features.double(), rank=40)
     assert float(value) == pytest.approx(float(expected), rel=1.2e-7)
@@ -92,7 +92,7 @@ def test_float32_features_are_computed_in_float64(function):
             assert relative_error(10.0**exponent * scaled.double(), gradient) < 1e-5
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(9, 6), (6, 9), (400, 405)])
+@pytest.mark.parametrize(("rows", "columns"), [(9, 6), (6, 9)])
 @pytest.mark.parametrize("repeats", [2, 3])
 def test_repeated_extremes_give_the_averaged_subgradients(rows, columns, repeats):
     size = min(rows, columns)
@@ -211,7 +211,7 @@ def test_float32_matrices_tell_what_is_well_above_float32_rounding():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (330, 340)])
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
 @pytest.mark.parametrize("function", ALL_FUNCTIONS)
 def test_value_and_gradient_have_their_dtype_and_depend_on_the_features_alone(function, shape, dtype):
     features = gaussian(*shape, dtype=dtype)
@@ -264,18 +264,11 @@ def test_the_hessian_of_all_rows_or_of_shares_gives_value_and_gradient_of_the_fe
     assert torch.allclose(matrix.grad, matrix.grad.mT, rtol=1e-13, atol=1e-13 * float(matrix.grad.abs().max()))
 
 
-def hessian(matrix, rows=5, dtype=torch.float32):
-    return Hessian(matrix, rows=rows, dtype=dtype)
-
-
-EYE = torch.eye(4, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("function", FEATURE_FUNCTIONS)
 def test_a_bad_hessian_is_named(function):
     for call, error in (
-        (lambda: function(hessian(EYE * math.nan)), NonFiniteError),
-        (lambda: function(hessian(0 * EYE)), RankError),
+        (lambda: function(Hessian.of(math.nan * gaussian(5, 4))), NonFiniteError),
+        (lambda: function(Hessian.of(torch.zeros(5, 4))), RankError),
         (lambda: hessian_r_ill(Hessian.of(gaussian(1, 4))), PerfectConditioningError),
     ):
         with pytest.raises(error):

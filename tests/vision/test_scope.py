@@ -19,6 +19,14 @@ def in_training(model, trainable, **options):
     return frozen
 
 
+@pytest.mark.parametrize(("blocks", "first"), [(1, 0), (2, 1), (3, 1), (12, 8), (24, 16)])
+def test_of_blocks_of_one_resolution_the_last_third_is_the_stage_and_at_least_two(blocks, first):
+    sizes = {"hidden_size": 4, "num_attention_heads": 1, "intermediate_size": 4, "image_size": 4, "patch_size": 4}
+    model = hf.ViTForImageClassification(hf.ViTConfig(**sizes, num_hidden_layers=blocks))
+    found = {int(name.split(".")[2]) for name in last_stage(model) if ".layers." in name}
+    assert found == set(range(first, blocks))
+
+
 class Plain(nn.Module):
     """A classifier without any list of blocks, with the little of a transformers model that is used."""
 

@@ -21,25 +21,7 @@ features; it is silent about least squares, earlier layers and fine-tuning. Neve
 """
 
 _KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list` of `list` of `float`): Features through the immunized weights, one row an image, benign and
-        harmful images together.
-    references (`list` of `list` of `float`): Features of the same images through the reference weights.
-    harmful (`list` of `bool`): Whether each image is of the harmful task.
-    protocol (`str`): 'exact' (over all rows, the default and the number to quote), 'groups' (mean and spread over
-        random groups of 100 rows) or 'reference' (the recipe of the paper's code, noise-floored, for comparison with
-        its tables).
-    num_groups (`int`, optional), group_size (`int`, 100), seed (`int`, 0): For groups.
-    produced_dtype (`str`, 'float32'): Dtype in which the features were computed, which decides the rank rule.
-
-Returns:
-    rir (`float`): The ratio; nan where `bound` is 'undetermined'.
-    log10_rir (`float`): Its decimal logarithm.
-    harmful_ratio (`float`): Its part (i).
-    benign_ratio (`float`): Its part (ii).
-    std (`float` or None): Standard deviation over groups.
-    bound (`str` or None): What rir is of the true value where features lost or gained rank: 'lower', 'upper' or
-        'undetermined'.
+Arguments and results are described in README.md beside this module.
 
 Examples:
     >>> import os, evaluate, hf_immunize

@@ -161,21 +161,18 @@ def exactly(folder):
     }
 
 
+def plain(folder, **options):
+    """Arguments of someone else's Trainer."""
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-2}
+    backend = "gloo" if world_size() > 1 else None
+    return hf.TrainingArguments(output_dir=str(folder), ddp_backend=backend, **quiet, **options)
+
+
 def beside_a_trainer(folder, objective):
     """Steps of someone else's Trainer, with a callback."""
-    callback = ImmunizationCallback(rows(16, 2), rows(16, 1), objective=objective, benign_loss="task")
-    args = hf.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=8 // world_size(),
-        max_steps=2,
-        learning_rate=1e-2,
-        optim="sgd",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        ddp_backend="gloo" if world_size() > 1 else None,
-    )
+    callback = ImmunizationCallback(rows(16, 2), rows(16, 1), **PAPER | {"objective": objective})
+    size = 8 // world_size()
+    args = plain(folder, per_device_train_batch_size=size, max_steps=2, optim="sgd", save_strategy="no")
     done = hf.Trainer(vit(), args, train_dataset=rows(16, 1), callbacks=[callback])
     done.train()
     return {name: parameter.flatten().tolist() for name, parameter in done.model.named_parameters()}
@@ -261,7 +258,7 @@ def on_two(folder, of_one, of_killed):
         "from_one": resumed(of_one / "whole", folder / "from_one", last=3),
         "dropout": uninterrupted(folder / "dropout", dropout=0.2),
         "after_kill": resumed(of_killed, folder / "after_kill", dropout=0.2),
-        "callbacks": callbacks(folder),
+        "callbacks": callbacks(folder, plain, vit, rows),
         "sharded": sharded(folder, trainer, vit, PAPER | ADAM),
     }
 
