@@ -153,8 +153,8 @@ def test_what_is_outside_has_no_scale_no_mean_and_bounds_the_condition_number(se
         (terms.benign["spread"], moved.benign["spread"]),
     ):
         assert torch.isclose(term, again, rtol=1e-9, atol=1e-9)
-    conditioning = feature_conditioning(features, intercept=True)
-    assert conditioning.log_kappa >= math.log((conditioning.rank - 2) / 2) - terms.harmful["outside"]
+    conditioning, kept = feature_conditioning(features, intercept=True), len(objective.directions)
+    assert conditioning.log_kappa >= math.log((conditioning.rank - kept) / kept) - terms.harmful["outside"]
 
 
 @pytest.mark.parametrize("seed", [0, 10, 20])
@@ -170,10 +170,12 @@ def test_two_large_directions_slow_gradient_descent_on_a_task_that_neither_holds
 
 def test_the_directions_are_those_of_the_sample_whose_images_must_differ():
     features = side(0, rows=40).features.detach() * torch.tensor([1.0, 7.0, 1.0, 5.0, 1.0, 1.0])
-    found = torch.tensor(Time.prepare(features.flip(1), features), dtype=torch.float64)
-    assert (found[2:][:, [4, 2]].norm(dim=1) > 0.95).all()
-    found = found[:2]
-    assert (found[:, [1, 3]].norm(dim=1) > 0.95).all() and torch.allclose(found @ found.mT, torch.eye(2).double())
+    # Of few dimensions one, of many two.
+    for width, kept in ((6, 1), (95, 1), (96, 2), (300, 2)):
+        wide = torch.nn.functional.pad(features, (0, width - 6))
+        found = torch.tensor(Time.prepare(wide, wide), dtype=torch.float64)
+        assert found.shape == (kept, width) and (found[:, [1, 3]].norm(dim=1) > 0.95).all()
+        assert torch.allclose(found @ found.mT, torch.eye(kept).double())
     with pytest.raises(DataError, match="time"):
         Time.prepare(features, features[:1].expand(8, -1))
 
