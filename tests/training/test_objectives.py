@@ -343,7 +343,7 @@ def test_each_objective_finds_what_it_needs_and_hardly_separable_sides_are_said(
     said = []
     monkeypatch.setattr(choice.logger, "warning_once", said.append)
     found = {name: prepared(tiny("resnet"), sample(2.0), name) for name in ("time", "dead_relu", "kappa")}
-    assert [len(each.directions) for each in found.values()] == [2, 0, 0]
+    assert [len(each.directions) for each in found.values()] == [1, 0, 0]
     assert [len(each.reads) for each in found.values()] == [0, 1, 0]
     assert [each.separability is None for each in found.values()] == [False, False, True] and not said
     for count in (4, LEAST_IMAGES):
