@@ -65,7 +65,6 @@ def joined(before: AuditReport, after: AuditReport, names: tuple[str, str], util
         outcomes=[*(replace(one, subject="reference") for one in before.data.outcomes), *after.data.outcomes],
         utility=Utility(**{name: utility[name] for name in known}),
         seconds=before.data.seconds + after.data.seconds,
-        warnings=[one for one in after.data.warnings if not one.startswith("No reference was given")],
         spectra=[],
         rir={},
     )

@@ -100,8 +100,6 @@ def prepare(
     """A copy in eval mode with a new head, in which the attacker's parameters and no others take gradients."""
     head_name, old = find_head(model, head_module)
     rank = int(attacker.removeprefix("lora_r")) if attacker.startswith("lora_r") else 0
-    if not rank and attacker not in _TRAINABLE:
-        raise ArgumentError(f"Expected one of {', '.join(_TRAINABLE)} or lora_r<rank>, found {attacker!r}.")
     attacked = copy.deepcopy(model).float().eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

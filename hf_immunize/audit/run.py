@@ -128,12 +128,7 @@ def _load(
     """Models, image processor, names and tasks."""
     loaded = _load_models(settings)
     models = loaded[0]
-    if "reference" not in models:
-        warnings.append(
-            "No reference was given: accuracies are absolute, and what immunization changed cannot be told. Give "
-            "the model before immunization."
-        )
-    else:
+    if "reference" in models:
         changed_parameters(models["immunized"], models["reference"])  # refuses another architecture
     record = find_record(settings.model, settings.revision)
     drawn = HeldOut.seed if record is None else record.method.seed

@@ -12,6 +12,7 @@ from examples.experiments.__main__ import main
 from examples.experiments.measure import ratios
 from hf_immunize.errors import NonFiniteError
 from hf_immunize.hub.record import read_record
+from hf_immunize.training.objectives import DEFAULT
 
 
 NAME = "tiny_arms-default-seed0"
@@ -33,7 +34,7 @@ def test_a_run_writes_its_row_card_and_figure(words, tmp_path, capsys, monkeypat
     monkeypatch.setattr(run, "CARDS", tmp_path / "cards")
     assert main([*words, "--keep_card"]) == 0
     row, folder = row_of(tmp_path), tmp_path / "runs" / NAME
-    assert row["objective"] == "concentration" and row["title"] == "Tiny against arms"
+    assert row["objective"] == DEFAULT and row["title"] == "Tiny against arms"
     assert row["steps"] == 4 and row["settings"]["training"]["max_steps"] == 4
     assert row["images"]["benign"] == {"train": 42, "test": 18} and len(row["test_rows"].split()) == 18
     assert row["sources"]["harmful"] == "arms-3-of-5-classes" and row["sources"]["unseen"] == "arms-2-other-classes"
