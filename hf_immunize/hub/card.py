@@ -315,6 +315,7 @@ def _body(record: ImmunizationRecord, options: CardOptions, title: str) -> str:
         rows=rows,
         has_bounds=any("≥" in row[2] or "≤" in row[2] for row in rows),
         short=any(part is not None and part.num_samples < part.dim for part in parts),
+        set_by_norm=any(part is not None and part.set_by_norm for part in parts),
         figures={name: _FIGURES.get(name, plain(name)) for name in record.figures},
         attacks={access: attack for access, attack in strongest.items() if attack is not None},
         access_words=_ACCESS_WORDS,

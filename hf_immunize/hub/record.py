@@ -142,6 +142,7 @@ class ConditioningRecord(Part):
     sigma_max: Size | None = None
     sigma_min: Size | None = None  # the smallest singular value above `cutoff`, the rank rule's threshold
     cutoff: Size | None = None
+    set_by_norm: bool = False  # whether `sigma_min` is of the one direction in which all images are the same
 
     @classmethod
     def of(cls, conditioning: Conditioning) -> ConditioningRecord:

@@ -31,6 +31,8 @@ class Conditioning:
         reference_rank: Rank of the reference features, if one was given.
         intercept: Whether all this is of ``Z − mean`` in place of ``Z``: of a probe with an intercept, whose Hessian
             is ``Z_cᵀZ_c`` once the intercept is eliminated.
+        set_by_norm: Whether σ_min is of the one direction in which all features are the same, as a LayerNorm makes
+            them: of ``Z − mean`` it is gone. Such a κ says nothing of the task; take the one with an intercept.
     """
 
     kappa: float
@@ -45,6 +47,7 @@ class Conditioning:
     is_bound: bool = False
     reference_rank: int | None = None
     intercept: bool = False
+    set_by_norm: bool = False
 
     @property
     def log10_kappa(self) -> float:
@@ -74,22 +77,24 @@ def summarize_spectrum(
     name: str = "features",
     folds: int = 1,
     centred: Tensor | None = None,
+    intercept: bool = False,
 ) -> Conditioning:
     """Apply the rank rule to singular values of ``Z`` and describe the conditioning of ``ZᵀZ``.
 
-    With the singular values of ``Z − mean`` in addition it is of ``Z_cᵀZ_c``; rounding noise stays that of Z.
+    With an intercept it is of ``Z_cᵀZ_c``, by the singular values of ``Z − mean``; rounding noise stays that of Z.
     """
     given = sigma.tolist()
     frobenius = check_result(math.hypot(*given), f"the norm of {name}")
     cutoff = rank_cutoff(given[0], frobenius, num_samples, dim, produced_dtype, folds=folds)
-    values = given if centred is None else centred.tolist() or [0.0]  # of one sample nothing is left
+    about_mean = [] if centred is None else centred.tolist()
+    values = about_mean or [0.0] if intercept else given  # of one sample nothing is left
     sigma_max = values[0]
     cutoff = max(cutoff, grid_cutoff(num_samples, dim, produced_dtype))
     kept = [v for v in values if v > cutoff]
     if not kept and reference is None:
         raise RankError(
             f"Expected {name} of rank at least 1, found rank 0 (N = {num_samples}, D = {dim}): all is "
-            f"{'zero' if centred is None else 'alike'} or rounding noise, so κ is undefined. Check that the network "
+            f"{'alike' if intercept else 'zero'} or rounding noise, so κ is undefined. Check that the network "
             "is not dead and the right layer is read."
         )
     parts = [v / sigma_max for v in values if v]
@@ -103,7 +108,7 @@ def summarize_spectrum(
                 f"Expected the reference as a Conditioning, found {type(reference).__name__}. Pass what "
                 "feature_conditioning or FeatureFactor.conditioning gives."
             )
-        if reference.intercept != (centred is not None):
+        if reference.intercept != intercept:
             raise ArgumentError("Expected the reference with the same intercept=, found the other. Take both alike.")
         if (reference.num_samples, reference.dim) != (num_samples, dim):
             raise ShapeError(
@@ -130,7 +135,11 @@ def summarize_spectrum(
         cutoff=cutoff,
         is_bound=is_bound,
         reference_rank=None if reference is None else reference.rank,
-        intercept=centred is not None,
+        intercept=intercept,
+        # With fewer samples than dimensions centring takes one direction from any features.
+        set_by_norm=not intercept
+        and len(kept) < num_samples
+        and 0 < sum(v > cutoff for v in about_mean) == len(kept) - 1,
     )
 
 
@@ -197,9 +206,9 @@ def feature_conditioning(
         reference = as_matrix(reference, "reference features")
         reference = feature_conditioning(reference, produced_dtype=produced_dtype, intercept=intercept)
     n, d = features.shape
-    centred = singular_values(centred_rows(features)) if intercept else None
-    dtype = produced_dtype or features.dtype
-    return summarize_spectrum(singular_values(features), n, d, dtype, reference, centred=centred)
+    centred = singular_values(centred_rows(features)) if intercept or n > d else None
+    of_rows = singular_values(features), n, d, produced_dtype or features.dtype
+    return summarize_spectrum(*of_rows, reference, centred=centred, intercept=intercept)
 
 
 def centred_rows(features: Tensor) -> Tensor:

@@ -121,10 +121,10 @@ class FeatureFactor:
         if isinstance(reference, FeatureFactor):
             reference = reference.conditioning(intercept=intercept)
         sigma = self.singular_values()
-        centred = self.singular_values(intercept=True) if intercept else None
+        centred = self.singular_values(intercept=True)
         assert self.dim is not None and self.produced_dtype is not None  # singular_values() raised otherwise
-        described = self.num_samples, self.dim, self.produced_dtype
-        return summarize_spectrum(sigma, *described, reference, folds=self._folds, centred=centred)
+        described = self.num_samples, self.dim, self.produced_dtype, reference
+        return summarize_spectrum(sigma, *described, folds=self._folds, centred=centred, intercept=intercept)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `from_state_dict` restores, ready for safetensors."""

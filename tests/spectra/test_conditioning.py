@@ -9,6 +9,7 @@ from matrices import gaussian, geometric, orthonormal, with_singular_values
 
 from hf_immunize.errors import ShapeError
 from hf_immunize.spectra.conditioning import condition_number, feature_conditioning, rank_cutoff
+from hf_immunize.spectra.streaming import FeatureFactor
 
 
 properties = settings(max_examples=40, deadline=None, derandomize=True)
@@ -93,6 +94,10 @@ def test_with_an_intercept_the_constant_direction_of_a_layer_norm_counts_for_not
     features = norm(gaussian(200, 16, dtype=dtype)).detach()
     plain, found = feature_conditioning(features), feature_conditioning(features, intercept=True)
     assert (plain.rank, found.rank, found.intercept) == (16, 15, True)
+    # Which is said, of these alone: not with an intercept, not of features that a norm never touched, nor of few.
+    others = found, feature_conditioning(gaussian(50, 16)), feature_conditioning(features[:16])
+    assert plain.set_by_norm and not any(each.set_by_norm for each in others)
+    assert FeatureFactor().update(features[:20]).update(features[20:]).conditioning().set_by_norm
     values = torch.linalg.svdvals(features.double() - features.double().mean(dim=0))[:15]
     assert found.kappa == pytest.approx(float(values[0] / values[-1]) ** 2, rel=1e-4)
     assert plain.kappa > 1e5 * found.kappa
