@@ -106,12 +106,8 @@ def own_images(count: int, accelerator: Accelerator) -> int:
             "Expected an evaluation set of known length, found a stream: the images with which its last batch is "
             "filled up count twice. Store the set, or leave dispatch_batches in accelerator_config alone."
         )
-    return own_rows(count, dist.get_rank(), remainder)
-
-
-def own_rows(count: int, rank: int, remainder: int) -> int:
-    """How many rows of a process's last batch are no repeats; accelerate deals in the order of ranks, then repeats."""
-    return count if remainder <= 0 else min(max(remainder - rank * count, 0), count)
+    # accelerate deals in the order of ranks, and then repeats.
+    return count if remainder <= 0 else min(max(remainder - dist.get_rank() * count, 0), count)
 
 
 def merged(measurement: Measurement, device: torch.device) -> Measurement:
