@@ -78,6 +78,20 @@ def test_weights_logs_metrics_and_checkpoints_are_those_of_the_run_on_images(
     assert not (tmp_path / "no" / "_trunk").exists() and (tmp_path / "float32" / "_trunk").exists()
 
 
+@pytest.mark.outcome
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("method", [{}, {"objective": "time", "benign_loss": "distillation"}])
+def test_float16_ends_near(trainer, seed, method):
+    runs = []
+    for kind in ("no", "float16"):
+        run = trainer("resnet", max_steps=6, learning_rate=1e-3, cache_trunk=kind, seed=seed, **method)
+        start = weights(run)
+        run.train()
+        runs.append(weights(run))
+    # The control: no step at all ends farther away.
+    assert 0 < largest_difference(*runs) < 3e-3 < largest_difference(start, runs[0])
+
+
 def test_each_image_passes_the_trunk_once_also_for_a_second_run_and_under_mixed_precision(
     trainer, trunk_runs, tmp_path
 ):

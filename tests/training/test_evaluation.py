@@ -31,14 +31,20 @@ def spectral(metrics):
 # ---- the metrics ----
 
 
-def test_the_names_stand_in_the_metrics_and_in_the_log(trainer):
-    run = trainer(eval_strategy="steps", eval_steps=1)
+def test_the_names_stand_in_the_metrics_in_the_log_and_where_it_is_reported_to(trainer, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    run = trainer(eval_strategy="steps", eval_steps=1, report_to="tensorboard")
     run.train()
     logged = [entry for entry in run.state.log_history if "eval_loss" in entry]
     for metrics in (*logged, run.evaluate()):
         assert set(metrics) >= NAMES and metrics["eval_benign_loss"] == metrics["eval_loss"]
         assert metrics["eval_benign_accuracy"] == metrics["eval_accuracy"]
-    assert len(logged) == 2
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert {"eval/rir", "train/r_ill"} <= set(board.Tags()["scalars"])
+    assert [event.value for event in board.Scalars("eval/rir")][:2] == pytest.approx([m["eval_rir"] for m in logged])
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
