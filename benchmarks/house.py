@@ -251,7 +251,7 @@ def figures(quick: bool) -> list[Figure]:
         for target in targets:
             importers[target].add(name)
     mutual = sorted({" ↔ ".join(sorted((a, b))) for a in graph for b in graph[a] if a in graph[b]})
-    # `__main__` and a Space have no importer by design.
+    # `__main__` has no importer by design.
     single = sorted(f"{m} ← {next(iter(i))}" for m, i in importers.items() if len(i) == 1)
     long = long_functions(files)
     tests, examples = python_files(ROOT / "tests"), python_files(ROOT / "examples")

@@ -13,7 +13,6 @@ from hf_immunize.text import printable
 
 if TYPE_CHECKING:
     from hf_immunize.hub.record import ImmunizationRecord
-    from hf_immunize.hub.verify import Verification
 
 
 def push(
@@ -100,7 +99,12 @@ def verify(
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
-    _print(found)
+    typer.echo(f"{'':<36} {'claimed':>12} {'measured':>12}")
+    for figure in found.figures:
+        numbers = ("–" if value is None else f"{value:.4f}" for value in (figure.claimed, figure.measured))
+        columns = "".join(f" {number:>12}" for number in numbers)
+        typer.echo(f"{figure.name:<36}{columns}  {figure.outcome}  {printable(figure.note)}".rstrip())
+    typer.echo(printable(found))
     raise typer.Exit(found.exit_code)
 
 
@@ -152,21 +156,3 @@ def _images(
     else:
         parts = load(str(benign), "benign"), load(str(harmful), "harmful")
     return drawn_again(parts[0], record, "benign"), drawn_again(parts[1], record, "harmful")
-
-
-def _print(found: Verification) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title="Claimed and measured", title_justify="left")
-    for column, justify in (("", "left"), ("claimed", "right"), ("measured", "right"), ("", "left"), ("", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    colours = {"agrees": "green", "differs": "red", "cannot say": "yellow"}
-    for figure in found.figures:
-        numbers = ["–" if value is None else f"{value:.4f}" for value in (figure.claimed, figure.measured)]
-        outcome = f"[{colours[figure.outcome]}]{figure.outcome}[/]"
-        table.add_row(figure.name, *numbers, outcome, escape(printable(figure.note)))
-    console = Console()
-    console.print(table)
-    console.print(f"[bold {colours[found.outcome]}]{escape(printable(found))}[/]", highlight=False, soft_wrap=True)

@@ -128,10 +128,8 @@ def _sentence(error: Exception) -> str | None:
     said = printable(error)
     if isinstance(error, ImmunizationError):
         return said
-    if isinstance(error, UnicodeError):
-        return f"Expected text in UTF-8, found other bytes ({said}). Save the file as UTF-8."
-    if isinstance(error, json.JSONDecodeError | yaml.YAMLError):
-        return f"Expected a file of JSON or YAML that can be read, found: {said}. Mend it, or write it anew."
+    if isinstance(error, UnicodeError | json.JSONDecodeError | yaml.YAMLError):
+        return f"Expected a file of UTF-8, JSON or YAML that can be read, found: {said}. Mend it, or write it anew."
     if isinstance(error, ImportError):
         return f"Expected an installed package, found: {said}. Install it, or leave out the option that needs it."
     if isinstance(error, OSError):

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather_object, get_int_from_env
+from accelerate.utils import gather_object
 
 from hf_immunize.errors import ProcessError
 from hf_immunize.files import UNFINISHED
@@ -24,7 +24,6 @@ from hf_immunize.files import UNFINISHED
 T = TypeVar("T")
 # Shares are equal, machines need not be: this long a process may wait for the slowest.
 _PATIENCE = timedelta(hours=2)
-_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class Processes:
@@ -105,11 +104,11 @@ ALONE = Processes()
 
 
 def launched() -> Processes:
-    """All processes that torchrun, ``accelerate launch`` or mpirun started, else this one; to be called on all."""
+    """All processes that torchrun or ``accelerate launch`` started, else this one; to be called on all."""
     joined = dist.is_available() and dist.is_initialized()
     # A scheduler may set WORLD_SIZE for what it does not start in several processes; LOCAL_RANK is a launcher's.
-    sizes = [*_MPI_SIZES, *(["WORLD_SIZE"] if "LOCAL_RANK" in os.environ else [])]
-    if not joined and get_int_from_env(sizes, 1) < 2:
+    started = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not (joined or started):
         return ALONE
     # Unless it is set, accelerate takes several processes on CPUs for several runs of one.
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available()

@@ -61,7 +61,7 @@ class TrunkSplit:
                 f"off, found {tuple(pixel_values.shape[1:])}. Use an image processor that resizes and crops."
             )
         name, wanted = self._producer
-        (template,) = [t for t in self._templates[name] if any(isinstance(leaf, _Entry) for leaf in _leaves(t))][-1:]
+        (place,) = [i for i, mark in enumerate(_leaves(self._templates[name][wanted])) if isinstance(mark, _Entry)][:1]
         found: list[Tensor] = []
         calls = 0
 
@@ -69,8 +69,7 @@ class TrunkSplit:
             nonlocal calls
             calls += 1
             if calls > wanted:
-                pairs = zip(_leaves(template), _leaves(output), strict=True)
-                found.extend(leaf for mark, leaf in pairs if isinstance(mark, _Entry))
+                found.append(_leaves(output)[place])
                 raise _TrunkDone
 
         with torch.no_grad(), _plain(model, pixel_values.device), suppress(_TrunkDone), ExitStack() as hook:

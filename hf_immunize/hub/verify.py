@@ -353,4 +353,4 @@ def _ratio_figure(
     if claim is not None and same and (claim.bound != now.bound or measured is None):
         outcome = AGREES if claim.bound == now.bound else DIFFERS
         return Figure(name, claimed, measured, LOG10_TOLERANCE, outcome, f"{found} now, {recorded} by the record")
-    return _judged(name, claimed, measured, same, found, allowance=allowance)
+    return _judged(name, claimed, measured, same, "" if now.bound is None else found, allowance=allowance)

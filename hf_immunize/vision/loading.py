@@ -224,12 +224,8 @@ def _load_plain(kind: Any, source: str, new_head: bool, **options: Any) -> PreTr
 
 
 def _load_adapted(source: str, hub: dict[str, Any], **options: Any) -> PreTrainedModel:
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise WeightsError(
-            f"Expected the library peft to load the adapter {source}, found none. Run pip install peft."
-        ) from error
+    from peft import PeftConfig, PeftModel  # which takes a second
+
     adapter = PeftConfig.from_pretrained(source, **hub)
     base = adapter.base_model_name_or_path
     if not base:

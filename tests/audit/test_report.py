@@ -92,13 +92,6 @@ def test_every_measure_is_in_the_tables_with_its_interval_and_in_the_json(report
     }
 
 
-def test_the_cost_of_an_attack_is_its_seconds_over_seeds():
-    runs = attack("ridge", "head_input", "immunized", 0.5, seeds=3)
-    timed = [dataclasses.replace(one, seconds=second) for one, second in zip(runs, (1.0, 2.0, 3.0), strict=True)]
-    row = AuditReport(make(timed)).tables()["attacks"].iloc[0]
-    assert row["seconds"] == 2 and row["seconds_low"] == 0 and row["seconds_high"] == pytest.approx(4.484, abs=1e-3)
-
-
 def test_the_headline_is_the_worst_case_beside_the_reference_and_finds_what_the_verdict_does(tables):
     headline = tables["headline"].set_index("access")
     assert list(headline.index) == ["head_input", "any_layer", "fine_tuning"]

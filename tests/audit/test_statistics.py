@@ -100,6 +100,8 @@ def test_runs_of_one_attack_are_one_summary_with_its_seeds():
     assert sorted(one.accuracies) == [0, 1, 2, 3, 4]
     assert one.closed_form and one.interval[0] < one.mean < one.interval[1]
     assert one.upper == one.test_interval[1] > one.interval[1]
+    # A run costs what it costs over seeds: 1.0 to 1.4 seconds.
+    assert one.seconds == pytest.approx(1.2) and one.seconds_interval[0] < 1.2 < one.seconds_interval[1]
     # The best along the curve counts.
     assert reached(run("sgd", "head_input", "immunized", 0, [0.4], accuracy=0.1)) == 0.4
 
