@@ -113,10 +113,9 @@ class Concentration(Objective):
         )
 
 
-# Two are enough: on features of a DINOv2, at a tenth of their amplitude outside, one alone slowed exact line search 12
-# times, two more than 200 times. More of them hold more of the task, and so do two out of few dimensions: where there
-# are fewer than this many for each, it is one.
-_DIRECTIONS, _DIMENSIONS_EACH = 2, 48
+# Enough: on features of a DINOv2, at a tenth of their amplitude outside, one alone slowed exact line search 12 times
+# and two more than 200 times; more of them hold more of the task.
+_DIRECTIONS = 2
 # From this share of the energy inside on, 5 % of the amplitude, what is left outside is small enough.
 _OUTSIDE = 0.0025
 
@@ -124,10 +123,10 @@ _OUTSIDE = 0.0025
 class Time(Objective):
     """Harmful features vary in two directions and hardly outside them; benign features stay what they are.
 
-    With Z_c the centred harmful features and Q, ``(D, r)``, their r leading directions in the starting model, it
-    lowers ``log E``, ``E = ‖Z_c(I − QQᵀ)‖²/‖Z_cQ‖²``. Little of the task is left at the scale of these few, and
+    With Z_c the centred harmful features and Q, ``(D, 2)``, their leading directions in the starting model, it
+    lowers ``log E``, ``E = ‖Z_c(I − QQᵀ)‖²/‖Z_cQ‖²``. Little of the task is left at the scale of the two, and
     first-order probes with an intercept, which never see the mean, take up to ``1/E`` times the steps:
-    ``log κ(Z_cᵀZ_c) ≥ log((k − r)/r) − log E``, k the rank. The concentration of the centred benign features goes
+    ``log κ(Z_cᵀZ_c) ≥ log((k − 2)/2) − log E``, k the rank. The concentration of the centred benign features goes
     down, which keeps their κ.
     """
 
@@ -139,7 +138,7 @@ class Time(Objective):
         """The leading directions of the harmful sample: those that vary most already are the soonest to dominate."""
         rows = harmful.detach().cpu().double()
         _, values, directions = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
-        kept = max(1, min(_DIRECTIONS, rows.shape[1] // _DIMENSIONS_EACH))
+        kept = min(_DIRECTIONS, rows.shape[1] - 1)
         if len(values) < kept or not bool(values[kept - 1] > 1e-6 * rows.norm()):
             raise DataError(
                 f"Expected at least {kept + 1} different harmful images for objective='time', found features that are "
