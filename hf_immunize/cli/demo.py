@@ -44,6 +44,7 @@ Rows = list[dict[str, Any]]
 
 PROBE_STEPS = 1000
 # Digits below it are benign.
+WIDTH = 32
 FIRST_HARMFUL = 5
 CHANCE = 0.2
 # From so many times the steps on, gradient descent counts as slowed.
@@ -112,7 +113,7 @@ class _Bars(ProgressCallback):
 def train_benign(folder: Path, benign: Rows, seed: int) -> ViTForImageClassification:
     """A small ViT trained on the benign digits with a plain Trainer."""
     set_seed(seed)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 2 * WIDTH}
     names = {digit: str(digit) for digit in range(FIRST_HARMFUL)}
     labels = {"id2label": names, "label2id": {name: digit for digit, name in names.items()}}
     model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, **sizes, **labels))

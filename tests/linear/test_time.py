@@ -7,6 +7,7 @@ import torch
 from matrices import gaussian, geometric, orthonormal, relative_error, with_singular_values
 
 from hf_immunize.errors import ArgumentError, RankError
+from hf_immunize.linear.algorithm import immunize_linear
 from hf_immunize.linear.time import fitted_fraction, probing_time, time_map
 
 
@@ -175,7 +176,8 @@ def test_the_benign_condition_number_after_the_map_is_that_of_the_dial(delta):
 @pytest.mark.parametrize("rows", [120, 12])
 def test_the_map_is_invertible_so_that_least_squares_attains_the_same(rows):
     X, benign = task_data(rows, 16, [2, 5], seed=0)
-    theta = time_map(X, benign, delta=0.05)
+    theta = immunize_linear(X, benign, X, "time", delta=0.05).theta
+    assert torch.equal(theta, time_map(X, benign, delta=0.05))
     assert int(torch.linalg.matrix_rank(theta)) == 16
     for targets in (benign, gaussian(rows, 2, seed=9)):
         before = probing_time(X, targets).attainable
