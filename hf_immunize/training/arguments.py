@@ -38,7 +38,7 @@ class Method:
 
     objective: str = DEFAULT
     benign_loss: str = "distillation"
-    feature_distillation_weight: float = 10.0
+    feature_distillation_weight: float = 5.0
     benign_budget: float | None = None
     benign_weight: str | float = "auto"
     harmful_weight: str | float = "auto"
@@ -177,7 +177,7 @@ class ImmunizationArguments(TrainingArguments):
 
     objective: str = _option(DEFAULT, f"What is minimized beside the benign loss: {', '.join(OBJECTIVES)}.")
     benign_loss: str = _option("distillation", f"What keeps the benign task: {', '.join(BENIGN_LOSSES)}.")
-    feature_distillation_weight: float = _option(10.0, "Weight of the features' error beside the logits' divergence.")
+    feature_distillation_weight: float = _option(5.0, "Weight of the features' error beside the logits' divergence.")
     benign_budget: str | None = _option(None, "How far the benign side may move, in total variation, or 'none'.")
     benign_weight: str = _option("auto", "Weight of the benign regularizer: a number, or 'auto'.")
     harmful_weight: str = _option("auto", "Weight of the harmful regularizer: a number, or 'auto'.")

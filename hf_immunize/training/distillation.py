@@ -41,12 +41,12 @@ def total_variation(logits: Tensor, start_logits: Tensor, most: float = MAX_TV_P
 
 
 def feature_error(features: Tensor, start_features: Tensor) -> Tensor:
-    """``Σ‖z − z₀‖²/Σ‖z₀ − mean‖²``: how far features ``(N, D)`` moved, in units of how much they vary."""
-    # Not of their size: a mean that all share, often most of it, is nothing that a classifier reads.
+    """Mean over rows of ``‖z − z₀‖²/‖z₀‖²``: how far features ``(N, D)`` moved, in units of their own size."""
     now, start = _widened(features), _widened(start_features)
-    varying = (start - start.mean(0)).square().sum()
-    least = (1e-6 * start.square().sum()).clamp_min(torch.finfo(start.dtype).tiny)  # of images that are all alike
-    return (now - start).square().sum() / torch.maximum(varying, least)
+    sizes = start.square().sum(1)
+    # An image whose features the starting model leaves at zero is measured against the others' size.
+    sizes = torch.maximum(sizes, 1e-6 * sizes.mean()).clamp_min(torch.finfo(sizes.dtype).tiny)
+    return ((now - start).square().sum(1) / sizes).mean()
 
 
 class StartingModel:
