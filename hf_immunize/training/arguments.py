@@ -38,7 +38,7 @@ class Method:
 
     objective: str = DEFAULT
     benign_loss: str = "distillation"
-    feature_distillation_weight: float = 5.0
+    feature_distillation_weight: float = 20.0
     benign_budget: float | None = None
     benign_weight: str | float = "auto"
     harmful_weight: str | float = "auto"
@@ -142,7 +142,7 @@ class ImmunizationArguments(TrainingArguments):
             probabilities and the present ones (mean over a batch's images, each of which counts 0.2 at most: the few
             benign images that show what is harmful shall not use up the budget of all). All regularizers are
             multiplied by the part of it that is not spent. None: no limit but the benign loss.
-        benign_weight, harmful_weight: Weight of each side's regularizer: a number, or "auto": 0.05 for "time" and
+        benign_weight, harmful_weight: Weight of each side's regularizer: a number, or "auto": 0.2 for "time" and
             "dead_relu", whose terms are logarithms; for others what gives its gradient on the features the same size
             whatever its own. Less moves the benign side less, and immunizes less.
         auto_weight_ratio: The norm of that gradient, relative to that of the benign loss's.
@@ -177,7 +177,7 @@ class ImmunizationArguments(TrainingArguments):
 
     objective: str = _option(DEFAULT, f"What is minimized beside the benign loss: {', '.join(OBJECTIVES)}.")
     benign_loss: str = _option("distillation", f"What keeps the benign task: {', '.join(BENIGN_LOSSES)}.")
-    feature_distillation_weight: float = _option(5.0, "Weight of the features' error beside the logits' divergence.")
+    feature_distillation_weight: float = _option(20.0, "Weight of the features' error beside the logits' divergence.")
     benign_budget: str | None = _option(None, "How far the benign side may move, in total variation, or 'none'.")
     benign_weight: str = _option("auto", "Weight of the benign regularizer: a number, or 'auto'.")
     harmful_weight: str = _option("auto", "Weight of the harmful regularizer: a number, or 'auto'.")

@@ -131,7 +131,7 @@ class Time(Objective):
     """
 
     needs_rows = True
-    weight = 0.05
+    weight = 0.2
 
     @staticmethod
     def prepare(benign: Tensor, harmful: Tensor) -> list[list[float]]:
@@ -233,7 +233,7 @@ class DeadReLU(Objective):
     that look harmful lose theirs too, and κ of the benign features grows: condition (b) of the paper does not hold.
     """
 
-    weight = 0.05
+    weight = 0.2
 
     @staticmethod
     def find(model: nn.Module, trainable: list[str], features: Callable[[], Tensor]) -> list[str]:
