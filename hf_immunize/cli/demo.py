@@ -44,7 +44,6 @@ Rows = list[dict[str, Any]]
 
 PROBE_STEPS = 1000
 # Digits below it are benign.
-WIDTH = 32
 FIRST_HARMFUL = 5
 CHANCE = 0.2
 # From so many times the steps on, gradient descent counts as slowed.
@@ -103,6 +102,16 @@ def shifted(rows: Rows) -> Rows:
     ]
 
 
+def mixed(rows: Rows, seed: int) -> Rows:
+    """Each image blended with another: no digits, but images on which the model shall stay what it was too."""
+    draw = torch.Generator().manual_seed(seed)
+    others, shares = torch.randint(len(rows), (len(rows),), generator=draw), torch.rand(len(rows), generator=draw)
+    return [
+        {"pixel_values": torch.lerp(row["pixel_values"], rows[other]["pixel_values"], share)}
+        for row, other, share in zip(rows, others.tolist(), shares, strict=True)
+    ]
+
+
 class _Bars(ProgressCallback):
     """The progress bar without the lines of the log between; the table at the end has the figures."""
 
@@ -113,7 +122,7 @@ class _Bars(ProgressCallback):
 def train_benign(folder: Path, benign: Rows, seed: int) -> ViTForImageClassification:
     """A small ViT trained on the benign digits with a plain Trainer."""
     set_seed(seed)
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 2 * WIDTH}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
     names = {digit: str(digit) for digit in range(FIRST_HARMFUL)}
     labels = {"id2label": names, "label2id": {name: digit for digit, name in names.items()}}
     model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, **sizes, **labels))
@@ -134,12 +143,13 @@ def immunizer(
     folder: Path, seed: int, model: PreTrainedModel, benign: dict[str, Rows], harmful: dict[str, Rows], processor: Any
 ) -> ImmunizationTrainer:
     """The Trainer with its default method; all of so small a net is trainable, and digits are much alike."""
-    method: dict[str, Any] = {"trainable": "all", "learning_rate": 2e-3, "harmful_weight": 0.2, "benign_weight": 0.1}
+    method: dict[str, Any] = {"trainable": "all", "learning_rate": 2e-3, "harmful_weight": 1.0, "max_steps": 1500}
     trainer = ImmunizationTrainer(
         model,
         ImmunizationArguments(str(folder), **method, seed=seed, **_TRAINING),
         train_dataset=shifted(benign["train"]),
         harmful_dataset=shifted(harmful["train"]),
+        distillation_dataset=mixed(shifted(benign["train"]), seed),
         eval_dataset=benign["test"],
         harmful_eval_dataset=harmful["test"],
         processing_class=processor,
