@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from hf_immunize.data.pairs import BatchSizes
 from hf_immunize.errors import ArgumentError
 from hf_immunize.features.cache import DTYPES
+from hf_immunize.training.distillation import MAX_TV_PER_IMAGE
 from hf_immunize.training.objectives import DEFAULT, OBJECTIVES
 
 
@@ -97,7 +98,8 @@ def _number(value: Any) -> float:
 # Number to what it must satisfy (NaN satisfies nothing), and how that is said.
 _WEIGHT = (lambda x: x >= 0, "'auto' or a number of at least 0")
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "benign_budget": (lambda x: x > 0, "above 0 (0.05 is a good start) or None"),
+    # What one image counts at most would never spend a budget as large.
+    "benign_budget": (lambda x: 0 < x < MAX_TV_PER_IMAGE, f"above 0 and below {MAX_TV_PER_IMAGE:g}, or None"),
     "auto_weight_ratio": (lambda x: x >= 0, "of at least 0 (typically 0.1 to 1)"),
     "feature_distillation_weight": (lambda x: x >= 0, "of at least 0"),
     "benign_weight": _WEIGHT,

@@ -259,7 +259,13 @@ def load_step(step: ImmunizationStep, path: str | os.PathLike[str]) -> dict[str,
             f"Expected the {len(saved)} parameters that were trainable when {folder} was written, from {saved[0]} on, "
             f"found {len(step.moving)}, from {step.moving[0]} on. Resume with its trainable= and its model."
         )
-    step.load_state_dict(state)
+    try:
+        step.load_state_dict(state)
+    except KeyError as error:
+        raise CheckpointError(
+            f"Expected {error} in {path}, found none: another version of hf_immunize wrote it. Resume with that "
+            "version, or start anew."
+        ) from error
     now, then = asdict(step.method), about.get("method", {})
     changed = [f"{key}={now[key]} (was {then[key]})" for key in now if key in then and then[key] != now[key]]
     if changed:

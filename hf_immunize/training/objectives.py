@@ -76,6 +76,7 @@ class Objective:
         self.reads = tuple(reads)
         self.scale_free = scale_free
         self.directions = directions
+        self._basis: Tensor | None = None  # these as a tensor
 
     @staticmethod
     def find(model: nn.Module, trainable: list[str], features: Callable[[], Tensor]) -> list[str]:
@@ -149,18 +150,20 @@ class Time(Objective):
     def __call__(self, benign: Side, harmful: Side) -> Terms:
         """The terms ``spread`` (benign, −C) and ``outside`` (harmful, log E)."""
         assert isinstance(benign.features, Tensor) and isinstance(harmful.features, Tensor)  # `needs_rows`
-        # Of the batch where no sample was looked at.
-        directions = self.directions or self.prepare(benign.features, harmful.features)
-        rows = harmful.features.to(torch.promote_types(harmful.features.dtype, torch.float32))
+        # In half precision a mean would be lost in rounding.
+        kind = torch.promote_types(harmful.features.dtype, torch.float32)
+        rows, others = harmful.features.to(kind), benign.features.to(kind)
+        if self._basis is None:  # of the batch where no sample was looked at
+            self._basis = torch.tensor(self.directions or self.prepare(others, rows), dtype=torch.float64)
+        self._basis = self._basis.to(rows)  # copied to a device once
         centred = rows - rows.mean(dim=0)
-        basis = torch.tensor(directions, dtype=rows.dtype, device=rows.device)
-        inside = centred @ basis.mT
+        inside = centred @ self._basis.mT
         limits = torch.finfo(rows.dtype)
         least = (limits.eps * centred.detach().square().sum()).clamp_min(limits.tiny)
-        outside = (centred - inside @ basis).square().sum().clamp_min(least)
+        outside = (centred - inside @ self._basis).square().sum().clamp_min(least)
         share = outside / inside.square().sum().clamp_min(least)
         return Terms(
-            benign={"spread": -spectral_concentration(benign.features - benign.features.mean(dim=0))},
+            benign={"spread": -spectral_concentration(others - others.mean(dim=0))},
             harmful={"outside": (share + _OUTSIDE).log()},
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -40,6 +41,10 @@ from hf_immunize.vision.scope import default_rate, select_trainable
 
 
 logger = logging.get_logger(__name__)
+
+
+# Of starting features and logits that each process keeps in memory: 2 GiB. Of more, they are computed in every step.
+_MOST_VALUES = 2**29
 
 
 class _Guard(TrainerCallback):
@@ -133,6 +138,8 @@ class ImmunizationTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else ImmunizationArguments()
+        if getattr(args, "learning_rate", 0) is None:
+            args = copy.copy(args)  # the rate is this model's, and the arguments may serve for another
         checks.check_arguments(args)
         checks.check_sharding(args)
         checks.check_batches(args, args.world_size)
@@ -330,9 +337,10 @@ class ImmunizationTrainer(Trainer):
         stored: dict[str, Any] = dict(zip(sides, open_or_write(*caches), strict=True))
         self._step.replayed = split.replayed
         self.model.to(args.device)
-        for side in ("benign", "distillation"):
-            if self._step.start is not None and side in stored:
-                stored[side] = StartedRows(stored[side], self._run_start, options["batch_size"])
+        kept = [side for side in ("benign", "distillation") if self._step.start is not None and side in stored]
+        values = sum(len(stored[side]) for side in kept) * (self._step.head.in_features + self._step.head.out_features)
+        for side in kept if values <= _MOST_VALUES else ():
+            stored[side] = StartedRows(stored[side], self._run_start, options["batch_size"])
         return PairedDataset(**stored, harmful_labels=True, batch_sizes=pairs.batch_sizes)
 
     def _run_start(self, activations: Tensor) -> tuple[Tensor, Tensor]:

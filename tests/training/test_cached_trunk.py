@@ -123,6 +123,17 @@ def test_a_resumed_run_is_the_straight_run_whatever_weights_it_was_made_with(tra
     assert resumed.state.global_step == 9 and largest_difference(weights(straight), weights(resumed)) == 0
 
 
+@pytest.mark.parametrize("most", [2**29, 0])
+def test_what_the_starting_model_makes_of_stored_rows_is_computed_once_where_it_fits(trainer, monkeypatch, most):
+    monkeypatch.setattr("hf_immunize.training.trainer._MOST_VALUES", most)
+    run = trainer("resnet", max_steps=6, cache_trunk="float32", **DISTILLED)
+    asked = []
+    plain = run._step.run_start
+    monkeypatch.setattr(run._step, "run_start", lambda rows: asked.append(len(rows)) or plain(rows))
+    run.train()
+    assert sum(asked) == (16 if most else 6 * 4)
+
+
 # ---- what is refused ----
 
 

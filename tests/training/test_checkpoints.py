@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from hf_immunize import files
 from hf_immunize.errors import ArgumentError, CheckpointError, NonFiniteError
@@ -314,6 +315,11 @@ def test_another_scope_and_a_damaged_state_are_refused(options, stopped, trainer
     folder = stopped(MANIFEST, **options)
     with pytest.raises(ArgumentError, match=r"checkpoint-1.*trainable="):
         trainer(max_steps=2, trainable="all", **options).train(resume_from_checkpoint=folder)
+    state = load_file(Path(folder, STEP_FILE))
+    del state["weighting/norm_weight"]  # as an older version wrote it
+    save_file(state, Path(folder, STEP_FILE))
+    with pytest.raises(CheckpointError, match=rf"norm_weight.*{STEP_FILE}.*version"):
+        trainer(max_steps=2, **options).train(resume_from_checkpoint=folder)
     Path(folder, STEP_FILE).write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=STEP_FILE):
         trainer(max_steps=2, **options).train(resume_from_checkpoint=folder)

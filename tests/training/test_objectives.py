@@ -157,6 +157,12 @@ def test_what_is_outside_has_no_scale_no_mean_and_bounds_the_condition_number(se
     assert conditioning.log_kappa >= math.log((conditioning.rank - kept) / kept) - terms.harmful["outside"]
 
 
+def test_half_precision_features_are_centred_in_a_wider_one():
+    features = (100 + side(0, rows=30).features.detach()).bfloat16()
+    found, wanted = (Time()(*2 * [Side(rows)]) for rows in (features, features.double()))
+    torch.testing.assert_close(found.benign["spread"].double(), wanted.benign["spread"], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("seed", [0, 10, 20])
 def test_two_large_directions_slow_gradient_descent_on_a_task_that_neither_holds(seed):
     draw = torch.Generator().manual_seed(seed)
@@ -251,7 +257,7 @@ def test_an_objective_without_what_it_reads_says_so(name, kind):
 IMPOSSIBLE = {
     "benign_loss": ["none"],
     "objective": ["nope"],
-    "benign_budget": [0],
+    "benign_budget": [0, 0.2],
     "auto_weight_ratio": [-0.1, "some"],
     "feature_distillation_weight": [-1],
     "benign_weight": [-1.0],
