@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 SAMPLE, _AT_ONCE = 64, 32
 # Fewer images of a side than this say too little.
 LEAST_IMAGES = 32
-# A half is chance. Between the pairs of tasks that were tried; docs/results/networks.md has their shares.
+# A half is chance. Classes of one domain lie below it, far tasks above.
 MIN_SEPARABILITY = 0.9
 # Relative to the mean square of a row.
 _RIDGE = 1e-2
