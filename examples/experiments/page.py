@@ -156,8 +156,7 @@ def _experiment(name: str, spec: dict[str, Any], groups: list[Group], missing: l
         for group in plain:
             if group.method == "kappa" or (group.method == "default" and not group.changes):
                 lines += [f"{group.title[:1].upper()}{group.title[1:]} ({_seeds(group.named_seeds.split(', '))}):", ""]
-                taken = [f"`objective=auto` took {group.objectives}."] if group.method == "default" else []
-                lines += [*(f"- {one}" for one in [*taken, *sentences(group, wanted)]), ""]
+                lines += [*(f"- {one}" for one in sentences(group, wanted)), ""]
         lines += ["By what an attacker has, the strongest of all attackers tried:", "", *tables.classes(plain)]
         lines += ["### Frontier", "", *_frontier(name, groups, wanted, out)]
     else:

@@ -41,15 +41,6 @@ class Group:
         """The same, for people."""
         return ", ".join(map(str, self.seeds))
 
-    @property
-    def objectives(self) -> str:
-        """What was minimized, by name; of more than one, with their seeds."""
-        taken: dict[str, list[str]] = {}
-        for row in self.rows:
-            taken.setdefault(row["objective"], []).append(str(row["seed"]))
-        several = len(taken) > 1
-        return ", ".join(f"{name} ({', '.join(of)})" if several else name for name, of in taken.items())
-
     def of_seeds(self, seeds: Iterable[int]) -> "Group":
         """Its rows of some seeds."""
         wanted = set(seeds)

@@ -119,13 +119,13 @@ class ImmunizationArguments(TrainingArguments):
     """`transformers.TrainingArguments` plus what immunization needs.
 
     > [!NOTE]
-    > These defaults differ from `TrainingArguments`: 1,000 steps unless `num_train_epochs` is given; `learning_rate`
-    > 3e-4 for a model with BatchNorm and 1e-4 for others, with `warmup_steps=20` and a cosine schedule (a final rate
-    > near zero heals what larger steps cost the benign side); `remove_unused_columns=False` (pairs of images have no
-    > columns to compare with the model's signature); `logging_nan_inf_filter=False` (it would log a loss of NaN as 0.0
-    > while the weights are lost); and `dataloader_drop_last=True` (κ of a short last batch is another quantity, and
-    > undefined for one image). `load_best_model_at_end` needs a `metric_for_best_model`. Without `greater_is_better`,
-    > a metric such as "benign_log10_kappa", of which less is better, is taken so.
+    > These defaults differ from `TrainingArguments`: 1,000 steps unless `num_train_epochs` is given;
+    > `learning_rate=3e-4` with `warmup_steps=20` and a cosine schedule (a final rate near zero heals what larger steps
+    > cost the benign side); `remove_unused_columns=False` (pairs of images have no columns to compare with the model's
+    > signature); `logging_nan_inf_filter=False` (it would log a loss of NaN as 0.0 while the weights are lost); and
+    > `dataloader_drop_last=True` (κ of a short last batch is another quantity, and undefined for one image).
+    > `load_best_model_at_end` needs a `metric_for_best_model`. Without `greater_is_better`, a metric such as
+    > "benign_log10_kappa", of which less is better, is taken so.
 
     > Parameters that control what is minimized
 
@@ -197,7 +197,7 @@ class ImmunizationArguments(TrainingArguments):
     trunk_cache_dir: str | None = _option(None, "Folder of the cached trunk; by default _trunk in output_dir.")
     max_steps: int = _option(-1, "Optimizer steps; by default 1,000, unless num_train_epochs is given.")
     num_train_epochs: float | None = _option(None, "Epochs over the benign images, in place of steps.")
-    learning_rate: float | None = _option(None, "Highest learning rate; by default 3e-4 with BatchNorm, else 1e-4.")
+    learning_rate: float = _option(3e-4, "Highest learning rate.")
     lr_scheduler_type: str = _option("cosine", "Schedule of the learning rate.")
     warmup_steps: float = _option(20, "Steps (below 1: a share of all) over which the learning rate rises.")
     remove_unused_columns: bool = _option(False, "Off: pairs of images have no columns to compare with a signature.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ from hf_immunize.training.distributed import world_size
 from hf_immunize.training.step import ImmunizationStep, RunningMeans
 from hf_immunize.vision.head import HeadInput, without_wrapper
 from hf_immunize.vision.loading import describe_adapter, difference_on_loading, plain_names
-from hf_immunize.vision.scope import default_rate, select_trainable
+from hf_immunize.vision.scope import select_trainable
 
 
 logger = logging.get_logger(__name__)
@@ -138,8 +137,6 @@ class ImmunizationTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else ImmunizationArguments()
-        if getattr(args, "learning_rate", 0) is None:
-            args = copy.copy(args)  # the rate is this model's, and the arguments may serve for another
         checks.check_arguments(args)
         checks.check_sharding(args)
         checks.check_batches(args, args.world_size)
@@ -187,8 +184,6 @@ class ImmunizationTrainer(Trainer):
         self._plain_names = plain_names(model, self.args.head_module)
         self._moving = select_trainable(model, self.args.trainable, self.args.head_module)
         checks.check_checkpointing(model, self.args)
-        if self.args.learning_rate is None:
-            self.args.learning_rate = default_rate(model)
         self._step = self.create_step(model)
 
     @property
@@ -202,7 +197,6 @@ class ImmunizationTrainer(Trainer):
         return {
             "objective": f"{args.objective}{sides}",
             "head_module": f"{self._step.head_name}: {head}",
-            "learning_rate": f"{args.learning_rate:g}",
             "trainable": f"{len(self._moving)} parameters: trainable={args.trainable!r}",
             "harmful_batch_size": f"{args.batch_sizes.harmful}: {same}",
         }

@@ -72,11 +72,6 @@ def select_trainable(model: PreTrainedModel, trainable: str, head_module: str | 
     return chosen
 
 
-def default_rate(model: nn.Module) -> float:
-    """The learning rate that immunization takes: transformers keep less of their benign side at the higher one."""
-    return 3e-4 if any(isinstance(module, _BatchNorm) for module in model.modules()) else 1e-4
-
-
 def modules_in_eval(
     model: PreTrainedModel, trainable_names: list[str], freeze_batchnorm: bool = True, head_module: str | None = None
 ) -> list[nn.Module]:

@@ -26,7 +26,6 @@ from hf_immunize.training import checks
 from hf_immunize.training.arguments import ImmunizationArguments, Method
 from hf_immunize.training.record import make_record
 from hf_immunize.training.step import ImmunizationStep
-from hf_immunize.training.trainer import ImmunizationTrainer
 from hf_immunize.vision.bare import LinearHeadForImageClassification
 from hf_immunize.vision.scope import select_trainable
 
@@ -457,11 +456,3 @@ def test_batches_that_take_the_sides_apart_are_refused(processes, options, found
         checks.check_batches(arguments(**options), processes)
     checks.check_batches(arguments(), processes)
     checks.check_batches(arguments(dataloader_drop_last=False, accelerator_config={"split_batches": True}), 1)
-
-
-def test_the_rate_is_that_of_each_model_where_arguments_leave_it_open(tiny, tmp_path):
-    shared = ImmunizationArguments(str(tmp_path), use_cpu=True, report_to="none")
-    rates = [ImmunizationTrainer(tiny(name), shared).args.learning_rate for name in ("resnet", "vit")]
-    assert rates == [3e-4, 1e-4] and shared.learning_rate is None
-    given = ImmunizationArguments(str(tmp_path), use_cpu=True, report_to="none", learning_rate=1e-2)
-    assert ImmunizationTrainer(tiny(), given).args.learning_rate == 1e-2
