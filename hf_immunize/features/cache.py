@@ -106,9 +106,6 @@ class TrunkCache:
             "type": self.dtype,
         }
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def find(self) -> CachedRows | None:
         """The stored activations, if there are any that fit."""
         if not self.folder.exists():
@@ -134,11 +131,11 @@ class TrunkCache:
             return None
         if any(file_sha256(self.folder / name) != checksums[name] for name in self.processes.share(names)):
             return None
-        return rows if len(rows) == len(self) and self._agrees(rows) else None
+        return rows if len(rows) == len(self.rows) and self._agrees(rows) else None
 
     def _agrees(self, stored: CachedRows) -> bool:
         """Whether a few rows computed again are those stored: files may change behind a fingerprint of their names."""
-        positions = sorted({0, len(self) // 2, len(self) - 1})
+        positions = sorted({0, len(self.rows) // 2, len(self.rows) - 1})
         batch = self._collate([self.rows[position] for position in positions])
         now = self._activations(batch).float()
         then = torch.stack([stored[position]["pixel_values"] for position in positions]).float()
@@ -294,15 +291,12 @@ def _collated(collate: Callable[[list[Any]], dict[str, Tensor]], rows: list[Any]
     """A batch of pixel values and maybe one class per row, which is all that can be stored."""
     batch = dict(collate(rows))
     labels = batch.get("labels")
-    if not {"pixel_values"} <= batch.keys() <= {"pixel_values", "labels"}:
+    classes = labels is None or (labels.shape == (len(rows),) and not labels.is_floating_point())
+    if not classes or not {"pixel_values"} <= batch.keys() <= {"pixel_values", "labels"}:
+        found = ", ".join(f"{name} {tuple(values.shape)} of {values.dtype}" for name, values in batch.items())
         raise DataError(
-            f"Expected batches of pixel_values and labels for a cached trunk, found {', '.join(sorted(batch))}. "
-            "Leave out the other columns, or train with cache_trunk='no'."
-        )
-    if labels is not None and (labels.shape != (len(rows),) or labels.is_floating_point()):
-        raise DataError(
-            f"Expected one class per row for a cached trunk, found labels of the shape {tuple(labels.shape)} and type "
-            f"{labels.dtype}. To mix labels, train with cache_trunk='no'."
+            f"Expected batches of pixel_values and one class per row in labels for a cached trunk, found {found}. "
+            "Leave out other columns and do not mix labels, or train with cache_trunk='no'."
         )
     return batch
 

@@ -6,6 +6,7 @@ that uses anything else of the trunk thus yields NaN, never a wrong number, and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,8 +33,6 @@ _TOLERANCE = {"cpu": 1e-3}
 _ROUGH_TOLERANCE = 2e-2
 # How dropout and stochastic depth call their probability.
 _PROBABILITIES = ("p", "drop_prob", "drop_rate")
-# A module's name, and how many calls of it came before.
-CallKey = tuple[str, int]
 
 
 # ---- what a split is ----
@@ -49,9 +48,9 @@ class TrunkSplit:
     pixel_shape: tuple[int, ...]  # (C, H, W)
     activation_shape: tuple[int, ...]  # of one image
     activation_dtype: torch.dtype
-    # The form of the trunk's outputs, call by call, and the one of them that holds the activation.
-    _templates: dict[str, list[Any]] = field(repr=False, compare=False)
-    _producer: CallKey = field(repr=False, compare=False)
+    # The form of the trunk's outputs, and the module whose output holds the activation.
+    _templates: dict[str, Any] = field(repr=False, compare=False)
+    _producer: str = field(repr=False, compare=False)
 
     def activations(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         """Run the trunk alone, in the modes of its modules, without gradients: ``(N, C, H, W)`` to the activations."""
@@ -60,20 +59,16 @@ class TrunkSplit:
                 f"Expected images of the shape (C, H, W) = {self.pixel_shape}, for which the frozen trunk was split "
                 f"off, found {tuple(pixel_values.shape[1:])}. Use an image processor that resizes and crops."
             )
-        name, wanted = self._producer
-        (place,) = [i for i, mark in enumerate(_leaves(self._templates[name][wanted])) if isinstance(mark, _Entry)][:1]
+        marks = _leaves(self._templates[self._producer])
+        place = next(index for index, mark in enumerate(marks) if isinstance(mark, _Entry))
         found: list[Tensor] = []
-        calls = 0
 
         def stop(module: nn.Module, _: Any, output: Any) -> None:
-            nonlocal calls
-            calls += 1
-            if calls > wanted:
-                found.append(_leaves(output)[place])
-                raise _TrunkDone
+            found.append(_leaves(output)[place])
+            raise _TrunkDone
 
         with torch.no_grad(), _plain(model, pixel_values.device), suppress(_TrunkDone), ExitStack() as hook:
-            hook.callback(model.get_submodule(name).register_forward_hook(stop).remove)
+            hook.callback(model.get_submodule(self._producer).register_forward_hook(stop).remove)
             model(pixel_values=pixel_values)
         return found[0].contiguous()
 
@@ -81,7 +76,6 @@ class TrunkSplit:
     def replayed(self, model: nn.Module) -> Iterator[None]:
         """Within, ``model(pixel_values=activations)``, or its wrapper, runs the trainable part, and no trunk."""
         activation = torch.empty(0)
-        calls: dict[str, int] = {}
 
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             """Keep the activation, and pass on images that are not there."""
@@ -93,7 +87,6 @@ class TrunkSplit:
                     f"{tuple(given.shape[1:])}. Leave the `replayed` block to run the whole model on images."
                 )
             activation = given.to(self.activation_dtype)
-            calls.update(dict.fromkeys(self._templates, 0))
             return args[1:], kwargs | {"pixel_values": _nan(activation, self.pixel_shape, self.activation_dtype)}
 
         def fill(mark: Any) -> Any:
@@ -103,20 +96,12 @@ class TrunkSplit:
                 return _nan(activation, mark.shape, mark.dtype)
             return mark.to(activation.device) if isinstance(mark, Tensor) else mark
 
-        def stub(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def give(*args: Any, **kwargs: Any) -> Any:
-                call = calls[name]
-                calls[name] += 1
-                known = self._templates[name]
-                # A module that is used again after the trunk runs by itself.
-                return _map(fill, known[call]) if call < len(known) else forward(*args, **kwargs)
-
-            return give
+        def stub(template: Any) -> Callable[..., Any]:
+            return lambda *args, **kwargs: _map(fill, template)
 
         with ExitStack() as stack:
-            for name in self._templates:
-                module = model.get_submodule(name)
-                stack.enter_context(_forward_replaced(module, stub(name, module.forward)))
+            for name, template in self._templates.items():
+                stack.enter_context(_forward_replaced(model.get_submodule(name), stub(template)))
             stack.callback(model.register_forward_pre_hook(feed, with_kwargs=True).remove)
             yield
 
@@ -191,14 +176,9 @@ class _Call:
 
     name: str
     module: nn.Module
-    before: int = 0
     inputs: Any = None
     output: Any = None
     children: list[_Call] = field(default_factory=list)
-
-    @property
-    def key(self) -> CallKey:
-        return self.name, self.before
 
     def within(self) -> Iterator[_Call]:
         for child in self.children:
@@ -208,12 +188,11 @@ class _Call:
 
 def _record_calls(model: nn.Module, images: Tensor) -> _Call:
     root = _Call("", model)
-    stack, counts = [root], dict[str, int]()
+    stack = [root]
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, *inputs: Any) -> None:
-            call = _Call(name, module, counts.get(name, 0), inputs)
-            counts[name] = call.before + 1
+            call = _Call(name, module, inputs)
             stack[-1].children.append(call)
             stack.append(call)
 
@@ -231,8 +210,8 @@ def _record_calls(model: nn.Module, images: Tensor) -> _Call:
     return root
 
 
-# Where a frozen trunk may end: the first call after it, the calls of the trunk, the modules around.
-_Candidate = tuple[_Call, list[CallKey], tuple[str, ...]]
+# Where a frozen trunk may end: the first call after it, the modules of the trunk, the modules around.
+_Candidate = tuple[_Call, list[str], tuple[str, ...]]
 
 
 def _candidates(call: _Call, trainable: set[int]) -> list[_Candidate]:
@@ -240,7 +219,7 @@ def _candidates(call: _Call, trainable: set[int]) -> list[_Candidate]:
     # Going down the calls to the first module with a trainable parameter, all that ran before on every level is
     # frozen. Below a module that itself owns a trainable parameter nothing is known about the order.
     around: list[str] = []
-    trunk: list[CallKey] = []
+    trunk: list[str] = []
     found: dict[int, _Candidate] = {}
     while not any(id(parameter) in trainable for parameter in call.module.parameters(recurse=False)):
         around.append(call.name)
@@ -249,7 +228,7 @@ def _candidates(call: _Call, trainable: set[int]) -> list[_Candidate]:
         if not any(trains):
             break
         number = trains.index(True)
-        trunk += [child.key for child in children[:number]]
+        trunk += [child.name for child in children[:number]]
         call = children[number]
         if trunk:
             # Of several with the same trunk, the outermost is the one people know by name.
@@ -259,17 +238,21 @@ def _candidates(call: _Call, trainable: set[int]) -> list[_Candidate]:
 
 def _split_at(candidate: _Candidate, recorded: list[_Call], probes: list[Tensor]) -> TrunkSplit | str:
     """The split at one entry, from two passes of other images and other sizes; or why there is none."""
-    call, calls, around = candidate
+    call, trunk, around = candidate
     entry = call.name
-    one, two = ({call.key: call.output for call in root.within()} for root in recorded)
+    one, two = ({call.name: call.output for call in root.within()} for root in recorded)
+    runs = Counter(call.name for call in recorded[0].within())
+    for name in trunk:
+        if runs[name] > 1:
+            return f"{name!r} in it runs more than once in a forward pass"
     sizes = [len(images) for images in probes]
     entering = {id(leaf) for leaf in _leaves(call.inputs) if isinstance(leaf, Tensor) and leaf.dim() > 1}
-    given: dict[int, tuple[CallKey, Tensor]] = {}
+    given: dict[int, tuple[str, Tensor]] = {}
     constant = set()
-    for key in calls:
-        for leaf, other in zip(_leaves(one[key]), _leaves(two[key]), strict=False):
+    for name in trunk:
+        for leaf, other in zip(_leaves(one[name]), _leaves(two[name]), strict=False):
             if id(leaf) in entering:
-                given[id(leaf)] = key, leaf
+                given[id(leaf)] = name, leaf
             if isinstance(leaf, Tensor) and isinstance(other, Tensor) and _same(leaf, other):
                 constant.add(id(leaf))
     varying = [pair for identity, pair in given.items() if identity not in constant]
@@ -278,15 +261,16 @@ def _split_at(candidate: _Candidate, recorded: list[_Call], probes: list[Tensor]
     ((producer, activation),) = varying
     if activation.shape[0] != sizes[0] or not activation.is_floating_point():
         return f"what enters {entry!r} has the shape {tuple(activation.shape)} for {sizes[0]} images"
-    templates: dict[str, list[Any]] = {}
+    templates: dict[str, Any] = {}
     try:
-        for key in calls:
-            templates.setdefault(key[0], []).append(_template(one[key], two[key], sizes, activation))
+        for name in trunk:
+            templates[name] = _template(one[name], two[name], sizes, activation)
     except _Unfit as unfit:
-        return f"{key[0]!r} in it {unfit}"
+        return f"{name!r} in it {unfit}"
     pixel_shape, activation_shape = tuple(probes[0].shape[1:]), tuple(activation.shape[1:])
-    trunk = tuple(templates)
-    return TrunkSplit(entry, trunk, around, pixel_shape, activation_shape, activation.dtype, templates, producer)
+    return TrunkSplit(
+        entry, tuple(trunk), around, pixel_shape, activation_shape, activation.dtype, templates, producer
+    )
 
 
 class _Unfit(Exception):
@@ -324,14 +308,12 @@ def _leaves(value: Any) -> list[Any]:
 
 def _map(function: Callable[..., Any], value: Any, *others: Any) -> Any:
     """Apply a function to the leaves of nested values of one form."""
-    if any(type(other) is not type(value) for other in others) and isinstance(value, (dict, tuple, list)):
-        raise _Unfit("gives outputs whose form depends on the images")
-    if isinstance(value, dict):
-        mapped = {key: _map(function, part, *(other[key] for other in others)) for key, part in value.items()}
-        return mapped if type(value) is dict else type(value)(**mapped)
-    if isinstance(value, (tuple, list)):
-        if any(len(other) != len(value) for other in others):
-            raise _Unfit("gives outputs whose number depends on the images")
+    if isinstance(value, (dict, tuple, list)):
+        if any(type(other) is not type(value) or len(other) != len(value) for other in others):
+            raise _Unfit("gives outputs whose form depends on the images")
+        if isinstance(value, dict):
+            mapped = {key: _map(function, part, *(other[key] for other in others)) for key, part in value.items()}
+            return mapped if type(value) is dict else type(value)(**mapped)
         parts = [_map(function, *each) for each in zip(value, *others, strict=True)]
         return parts if isinstance(value, list) else tuple(parts)
     return function(value, *others)

@@ -21,19 +21,15 @@ _ELSEWHERE = "another process found the reason in its own metrics"
 logger = logging.get_logger(__name__)
 
 
-def benign_drops(
-    history: History, metric: str = "eval_accuracy", baseline: float | None = None, percent: bool = False
-) -> dict[int, float]:
+def benign_drops(history: History, metric: str = "eval_accuracy", baseline: float | None = None) -> dict[int, float]:
     """How many points benign accuracy lies below its starting value, by step; infinite where it is NaN."""
     values = by_step(history, metric)
-    top = 100.0 if percent else 1.0
     for value in values.values():
-        if value < 0 or value > top:
-            remedy = "Leave percent= out if it is a fraction" if percent else "Pass percent=True if it is in percent"
-            raise ArgumentError(f"Expected {metric} between 0 and {top:g}, found {value:g}. {remedy}.")
+        if value < 0 or value > 1:
+            raise ArgumentError(f"Expected {metric} between 0 and 1, found {value:g}. Have it computed as a fraction.")
     start = next(iter(values.values()), math.nan) if baseline is None else baseline
     # The last digits of a difference of fractions are rounding: 0.90 - 0.88 is no more than two points.
-    drops = {step: round((start - value) * 100.0 / top, 9) for step, value in values.items()}
+    drops = {step: round((start - value) * 100.0, 9) for step, value in values.items()}
     return {step: math.inf if math.isnan(drop) else drop for step, drop in drops.items()}
 
 
@@ -47,18 +43,9 @@ def rir_successes(history: History, target: float, metric: str = "eval_log10_rir
 class _EvaluationCallback(TrainerCallback):
     """Looks at evaluations during training; all processes decide alike."""
 
-    def __init__(self, max_drop_points: float | None, baseline: float | None, percent: bool, *needed: str) -> None:
-        top = 100.0 if percent else 1.0
-        if max_drop_points is not None and not 0 <= max_drop_points < math.inf:
-            raise ArgumentError(
-                f"Expected max_drop_points= of at least 0 (percentage points), found {max_drop_points}."
-            )
-        if baseline is not None and not 0 <= baseline <= top:
-            raise ArgumentError(f"Expected baseline= between 0 and {top:g}, the unit of the metric, found {baseline}.")
-        self.max_drop_points, self.baseline, self.percent = max_drop_points, baseline, percent
-        self._needed = needed
-        self._training = False
-        self._lacking: str | None = None
+    def __init__(self, metric: str) -> None:
+        self.metric = _with_prefix(metric)
+        self._training = self._lacks = False
 
     def _reason(self, state: TrainerState) -> str | None:
         """Why to stop after the last evaluation, None to go on."""
@@ -70,7 +57,7 @@ class _EvaluationCallback(TrainerCallback):
                 f"Expected evaluations for {type(self).__name__} to look at, found eval_strategy='no'. "
                 "Set eval_strategy='steps' or 'epoch'."
             )
-        self._training, self._lacking = True, None
+        self._training, self._lacks = True, False
         reason = self._reason(state)
         if any_process(reason is not None, args.device):
             control.should_training_stop = True
@@ -80,9 +67,7 @@ class _EvaluationCallback(TrainerCallback):
         if not self._training:
             return
         # With several evaluation sets, a later one may have it: only the next step shows.
-        self._lacking = next((name for name in self._needed if not by_step(state.log_history, name)), None)
-        if self._lacking is not None:
-            return
+        self._lacks = not by_step(state.log_history, self.metric)
         reason = self._reason(state)
         if any_process(reason is not None, args.device):
             if not control.should_training_stop:
@@ -90,10 +75,10 @@ class _EvaluationCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self._lacking is not None:
+        if self._lacks:
             found = sorted({key for entry in state.log_history for key in entry if key.startswith("eval_")})
             raise ArgumentError(
-                f"Expected {self._lacking} in the evaluations for {type(self).__name__}, found {', '.join(found)}. "
+                f"Expected {self.metric} in the evaluations for {type(self).__name__}, found {', '.join(found)}. "
                 "Name one of these, or have it computed: by compute_metrics=, RIR by ImmunizationTrainer."
             )
 
@@ -114,8 +99,7 @@ class BenignUtilityCallback(_EvaluationCallback):
         max_drop_points: Percentage points of accuracy that may be lost.
         metric: The benign accuracy, as the log calls it, with or without ``eval_``.
         action: "stop" or "restore".
-        baseline: The starting value, in the metric's unit; by default the first evaluation.
-        percent: Whether the metric is logged between 0 and 100, not between 0 and 1.
+        baseline: The starting value, a fraction as the metric; by default the first evaluation.
 
     Raises:
         ArgumentError: For impossible values; without evaluations, their metric or, to restore, checkpoints.
@@ -133,23 +117,26 @@ class BenignUtilityCallback(_EvaluationCallback):
         True
     """
 
-    max_drop_points: float
-
     def __init__(
         self,
         max_drop_points: float = 2.0,
         metric: str = "eval_accuracy",
         action: str = "stop",
         baseline: float | None = None,
-        percent: bool = False,
     ) -> None:
         if action not in ("stop", "restore"):
             raise ArgumentError(f"Expected action= 'stop' or 'restore', found {action!r}.")
-        self.metric, self.action = _with_prefix(metric), action
-        super().__init__(max_drop_points, baseline, percent, self.metric)
+        if not 0 <= max_drop_points < math.inf:
+            raise ArgumentError(
+                f"Expected max_drop_points= of at least 0 (percentage points), found {max_drop_points}."
+            )
+        if baseline is not None and not 0 <= baseline <= 1:
+            raise ArgumentError(f"Expected baseline= between 0 and 1, a fraction, found {baseline}.")
+        super().__init__(metric)
+        self.max_drop_points, self.action, self.baseline = max_drop_points, action, baseline
 
     def _drops(self, state: TrainerState) -> dict[int, float]:
-        return benign_drops(state.log_history, self.metric, self.baseline, self.percent)
+        return benign_drops(state.log_history, self.metric, self.baseline)
 
     def _reason(self, state: TrainerState) -> str | None:
         step, drop = next(reversed(self._drops(state).items()), (0, 0.0))
@@ -207,31 +194,27 @@ class TargetRIRCallback(_EvaluationCallback):
     """Stop when the exact RIR has reached a target in successive evaluations.
 
     A lower bound (harmful rank was lost) counts; an upper bound and an undetermined RIR do not. RIR describes linear
-    probing by gradient descent, not fine-tuning: audit the result. With ``load_best_model_at_end``, set
+    probing by gradient descent, not fine-tuning: audit the result. What benign accuracy may lose is up to a
+    `BenignUtilityCallback` beside it. With ``load_best_model_at_end``, set
     ``metric_for_best_model="log10_rir"``. `ImmunizationTrainer` logs RIR; a plain Trainer can get it from
     ``compute_metrics``. A run that is resumed after it had reached the target takes one step.
 
     Args:
         target: The RIR to reach, dimensionless.
         patience: In how many evaluations on end.
-        max_drop_points: If given, only evaluations count in which benign accuracy lies at most this many points below
-            its starting value (see `BenignUtilityCallback`).
         metric: The decimal logarithm of RIR, as the log calls it; for an evaluation set named x, eval_x_log10_rir.
-        accuracy_metric: The benign accuracy, likewise.
-        baseline: The starting value of the accuracy; by default the first evaluation.
-        percent: Whether the accuracy is logged between 0 and 100, not between 0 and 1.
 
     Raises:
-        ArgumentError: For impossible values; without evaluations, or where the first lacks a metric.
+        ArgumentError: For impossible values; without evaluations, or where the first lacks the metric.
 
     Example:
-        >>> callback = TargetRIRCallback(target=1000.0, patience=2, max_drop_points=2.0)
+        >>> callback = TargetRIRCallback(target=1000.0, patience=2)
         >>> from transformers import TrainerControl
         >>> state, control = TrainerState(), TrainerControl()
         >>> args = TrainingArguments(eval_strategy="steps", eval_steps=5, report_to="none", use_cpu=True)
         >>> callback.on_train_begin(args, state, control)
         >>> for step, log10_rir in enumerate([0.0, 3.2, 3.4]):
-        ...     state.log_history.append({"step": step, "eval_accuracy": 0.9, "eval_log10_rir": log10_rir})
+        ...     state.log_history.append({"step": step, "eval_log10_rir": log10_rir})
         ...     callback.on_evaluate(args, state, control)
         ...     print(control.should_training_stop)
         False
@@ -239,47 +222,23 @@ class TargetRIRCallback(_EvaluationCallback):
         True
     """
 
-    def __init__(
-        self,
-        target: float = 1000.0,
-        patience: int = 1,
-        max_drop_points: float | None = None,
-        metric: str = "eval_log10_rir",
-        accuracy_metric: str = "eval_accuracy",
-        baseline: float | None = None,
-        percent: bool = False,
-    ) -> None:
+    def __init__(self, target: float = 1000.0, patience: int = 1, metric: str = "eval_log10_rir") -> None:
         if not (0 < target < math.inf):
             raise ArgumentError(f"Expected a finite target= above 0, found {target}. The paper's networks: 10 to 100.")
         if patience < 1 or int(patience) != patience:
             raise ArgumentError(f"Expected patience= as a whole number of at least 1, found {patience}.")
-        self.metric, self.accuracy_metric = _with_prefix(metric), _with_prefix(accuracy_metric)
-        if not self.metric.endswith("log10_rir"):
+        if not metric.endswith("log10_rir"):
             raise ArgumentError(f"Expected metric= to end in log10_rir, found {metric!r}, as in 'eval_log10_rir'.")
+        super().__init__(metric)
         self.target, self.patience = float(target), int(patience)
-        needed = (self.metric,) if max_drop_points is None else (self.metric, self.accuracy_metric)
-        super().__init__(max_drop_points, baseline, percent, *needed)
 
     def _reason(self, state: TrainerState) -> str | None:
         reached = rir_successes(state.log_history, self.target, self.metric)
-        if self.max_drop_points is not None:
-            drops = benign_drops(state.log_history, self.accuracy_metric, self.baseline, self.percent)
-            reached = {s: ok and drops.get(s, math.inf) <= self.max_drop_points for s, ok in reached.items()}
         last = list(reached)[-self.patience :]
         if len(last) < self.patience or not all(reached[step] for step in last):
             return None
         value = by_step(state.log_history, self.metric)[last[-1]]
         return f"log10 RIR was {value:.3f} at step {last[-1]}, at or above the target of {math.log10(self.target):.3f}"
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Check the settings; stop a resumed run that had already reached the target."""
-        if args.load_best_model_at_end and "rir" not in (args.metric_for_best_model or ""):
-            _warn(
-                state,
-                f"load_best_model_at_end will load the best weights by {args.metric_for_best_model}, which may not "
-                "be those that reached the target. Set metric_for_best_model='log10_rir'.",
-            )
-        super().on_train_begin(args, state, control, **kwargs)
 
 
 def _with_prefix(metric: str) -> str:

@@ -112,7 +112,7 @@ def history_panels(history: History) -> list[Callable[[Axes], None]]:
     for name in dict.fromkeys(
         key for entry in history for key, value in entry.items() if isinstance(value, int | float)
     ):
-        curves[name] = {step: value for step, value in sorted(by_step(history, name).items()) if math.isfinite(value)}
+        curves[name] = {step: value for step, value in by_step(history, name).items() if math.isfinite(value)}
     panels: list[Callable[[Axes], None]] = []
     for (title, unit), pattern in _PANELS.items():
         terms = logged if "terms" in title else set()
@@ -163,22 +163,19 @@ _REFERENCE = "starting_spectra.safetensors"
 class SpectrumFigureCallback(TrainerCallback):
     """At every evaluation, draw the spectra of benign and harmful features, before and after, and the log's curves.
 
-    The curves (losses and terms, log10 κ, accuracy, log10 RIR over the steps) are those of the log history. The
-    spectra need images: a sample of ``benign`` and ``harmful`` is run through the model when training begins and at
-    every evaluation, in full precision and in eval mode; training goes on as if this had not happened, random numbers
-    included. What is found is added to the log history, as ``spectrum_benign_log10_kappa``,
-    ``spectrum_log10_rir``, … (see `spectral_metrics`); it is of the sample.
+    The figure is ``spectrum/spectrum.png`` in the Trainer's output_dir. The curves (losses and terms, log10 κ,
+    accuracy, log10 RIR over the steps) are those of the log history. The spectra need images: a sample of ``benign``
+    and ``harmful`` is run through the model when training begins and at every evaluation, in full precision and in
+    eval mode; training goes on as if this had not happened, random numbers included. What is found of the sample, if
+    there are benign images, is added to the log history, as ``spectrum_log10_rir``, … (see `spectral_metrics`).
 
-    The starting spectra are kept next to the figures, in ``starting_spectra.safetensors``, from where a resumed run
+    The starting spectra are kept next to the figure, in ``starting_spectra.safetensors``, from where a resumed run
     reads them. Files are written whole or not at all, by the first process alone.
 
     Args:
-        output_dir: Where the figures go; by default ``spectrum`` within the Trainer's output_dir.
         benign: Benign images: a `datasets.Dataset`, or a map-style dataset of dictionaries. Labels are not needed.
         harmful: Harmful images, likewise.
-        processing_class: Turns images into pixel values; by default the Trainer's.
         max_samples: How many images of each, drawn at random once and for all.
-        keep_all: Keep the figure of every step, as ``spectrum-000100.png``, not the last one as ``spectrum.png``.
         batch_size: Images in one forward pass.
         head_module: The classifier's name, where it cannot be found without help.
 
@@ -190,18 +187,15 @@ class SpectrumFigureCallback(TrainerCallback):
 
     Example:
         >>> rows = [{"pixel_values": torch.randn(3, 8, 8)} for _ in range(16)]
-        >>> callback = SpectrumFigureCallback("figures", benign=rows[:8], harmful=rows[8:], keep_all=True)
+        >>> callback = SpectrumFigureCallback(benign=rows[:8], harmful=rows[8:])
     """
 
     def __init__(
         self,
-        output_dir: str | None = None,
-        *,
         benign: Any = None,
         harmful: Any = None,
-        processing_class: Any = None,
+        *,
         max_samples: int = 2048,
-        keep_all: bool = False,
         batch_size: int = 64,
         head_module: str | None = None,
     ) -> None:
@@ -209,16 +203,11 @@ class SpectrumFigureCallback(TrainerCallback):
             raise ArgumentError(f"Expected sizes of at least 1, found {max_samples=}, {batch_size=}. Raise them.")
         given = {"benign": benign, "harmful": harmful}
         self._data = {side: _sample(data, side, max_samples) for side, data in given.items() if data is not None}
-        self.output_dir, self.processing_class, self.keep_all = output_dir, processing_class, keep_all
         self.batch_size, self.head_module = batch_size, head_module
         self._references: dict[str, Measurement] = {}
-        # Of the weights at hand: several evaluation sets are evaluated one after the other.
-        self._now: dict[str, Measurement] | None = None
-        self._training = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure the starting weights, or read what was measured of them before the run was stopped."""
-        self._training, self._now = True, None
         if self._data and sharded_weights():
             raise ArgumentError(
                 "Expected whole weights in each process, found them sharded by FSDP or DeepSpeed. Leave benign= and "
@@ -226,27 +215,13 @@ class SpectrumFigureCallback(TrainerCallback):
             )
         if not self._data or not state.is_world_process_zero:
             return
-        path = self._folder(args) / _REFERENCE
+        path = _folder(args) / _REFERENCE
         if state.global_step == 0:
             self._references = self._measure(args, **kwargs)
             with staged_directory(path.parent) as staging:
                 save_measurements(staging / _REFERENCE, self._references)
-        elif path.is_file():
-            self._references = load_measurements(path)
         else:
-            self._references = {}
-            logger.warning(
-                f"Expected the starting spectra in {path}, found none: figures will show the present ones alone. Copy "
-                "the file from where the run began."
-            )
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Forget the spectra, since the weights are about to change."""
-        self._now = None
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """From now on other weights may be loaded at any time."""
-        self._training = False
+            self._references = load_measurements(path) if path.is_file() else {}
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure and draw."""
@@ -255,16 +230,17 @@ class SpectrumFigureCallback(TrainerCallback):
         before: dict[str, Measurement] = {}
         metrics: dict[str, float] = {}
         try:
-            if self._now is None or not self._training:
-                self._now = self._measure(args, **kwargs)
-            now = self._now
+            now = self._measure(args, **kwargs)
             before = {side: m for side, m in self._references.items() if side in now and now[side].same_data(m)}
-            if set(self._references) & set(now) - set(before):
+            if state.global_step and set(now) - set(before):
                 logger.warning_once(
-                    f"The starting spectra in {self._folder(args)} are of other images than those now given, and are "
-                    "left out. Give the same images, or start anew in another output_dir."
+                    f"The starting spectra in {_folder(args)} are missing or of other images than those now given: "
+                    "the figure shows the present ones alone. Give the same images, or start anew in another "
+                    "output_dir."
                 )
-            metrics = _metrics(now, before)
+            if "benign" in now:
+                each = now["benign"], before.get("benign"), now.get("harmful"), before.get("harmful")
+                metrics = spectral_metrics(*each)
         except (RankError, NonFiniteError) as error:
             logger.warning(f"No spectra in the figure of step {state.global_step}: {error}")
             now = {}
@@ -275,35 +251,32 @@ class SpectrumFigureCallback(TrainerCallback):
         if now:
             panels.insert(0, partial(_draw_measured, now=now, before=before, metrics=metrics, moment=moment))
         if panels:
-            title = f"Step {state.global_step}" if self._training else f"{moment.capitalize()} training"
-            name = f"spectrum-{state.global_step:06d}.png" if self.keep_all else "spectrum.png"
-            self._draw(self._folder(args) / name, panels, title)
+            self._draw(_folder(args) / "spectrum.png", panels)
 
-    def _draw(self, path: Path, panels: list[Callable[[Axes], None]], title: str) -> None:
+    def _draw(self, path: Path, panels: list[Callable[[Axes], None]]) -> None:
         figure, axes = new_figure(len(panels), columns=3 if len(panels) > 4 else 2)
         for panel, draw in zip(axes, panels, strict=True):
             draw(panel)
-        figure.suptitle(title)
         try:
             save_figure(figure, path)
         except CheckpointError as error:
             # A figure is not worth the run.
             logger.warning(f"Passing over the figure {path}: {error}")
 
-    def _folder(self, args: Any) -> Path:
-        return Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir) / "spectrum"
-
     def _measure(self, args: Any, model: Any, processing_class: Any = None, **kwargs: Any) -> dict[str, Measurement]:
-        processor = self.processing_class if self.processing_class is not None else processing_class
         found = {}
         with seeded(0):  # training goes on with the random numbers that it would have had
             for side, rows in self._data.items():
                 found[side] = Measurement()
                 options: dict[str, Any] = {"batch_size": self.batch_size, "head_module": self.head_module}
                 options |= {"description": f"spectrum of {side} features", "progress": not args.disable_tqdm}
-                for batch in extract(model, rows, processor, **options):
+                for batch in extract(model, rows, processing_class, **options):
                     found[side].update(batch.features, batch.pixel_values)
         return found
+
+
+def _folder(args: Any) -> Path:
+    return Path(args.output_dir) / "spectrum"
 
 
 def _sample(dataset: Any, name: str, max_samples: int) -> Any:
@@ -311,15 +284,6 @@ def _sample(dataset: Any, name: str, max_samples: int) -> Any:
         dataset = ImageRows(dataset, name, find_columns(dataset, need_label=False)[0])
     # Neither the first ones nor every k-th one: data sets are often in the order of their classes.
     return torch.utils.data.Subset(dataset, sorted(choose(len(dataset), max_samples, 0)))
-
-
-def _metrics(now: dict[str, Measurement], before: dict[str, Measurement]) -> dict[str, float]:
-    if not now:
-        return {}
-    if "benign" in now:
-        return spectral_metrics(now["benign"], before.get("benign"), now.get("harmful"), before.get("harmful"))
-    metrics = spectral_metrics(now["harmful"], before.get("harmful"), None, None)
-    return {name.replace("benign", "harmful"): value for name, value in metrics.items()}
 
 
 def _draw_measured(

@@ -23,7 +23,6 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hf_immunize.errors import HeadError, WeightsError
 from hf_immunize.vision.bare import (
     HEAD_CONFIG_FILE,
-    HEAD_FILE,
     HUB_OPTIONS,
     LinearHeadForImageClassification,
     load_with_linear_head,
@@ -84,7 +83,7 @@ def describe_adapter(folder: str | os.PathLike[str], model: Any, head_module: st
     write_head(folder, about, {} if held else dict(head.named_parameters()))
 
 
-def difference_on_loading(folder: str | os.PathLike[str], model: Any, logits: bool = True) -> str | None:
+def difference_on_loading(folder: str | os.PathLike[str], model: Any) -> str | None:
     """What a checkpoint that was just written has lost of the model in memory."""
     registered = type(without_wrapper(model).config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     kind = AutoModelForImageClassification if registered else type(without_wrapper(model))
@@ -93,9 +92,7 @@ def difference_on_loading(folder: str | os.PathLike[str], model: Any, logits: bo
             loaded = load_classifier(folder, kind=kind, local_files_only=True, use_safetensors=True)
         except LOADING_ERRORS as error:
             return str(error)
-    if logits and not same_logits(model, loaded):
-        return "a model with other logits"
-    return None
+    return None if same_logits(model, loaded) else "a model with other logits"
 
 
 @torch.no_grad()
@@ -236,12 +233,7 @@ def _load_adapted(source: str, hub: dict[str, Any], **options: Any) -> PreTraine
     # Of the base alone: files and revision of the adapter are others.
     options = {name: value for name, value in options.items() if name not in ("revision", "local_files_only")}
     options["revision"] = adapter.revision
-    try:
-        about, head = read_head(source, **_IF_THERE, **hub)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise WeightsError(
-            f"Expected {HEAD_CONFIG_FILE} and {HEAD_FILE} of the adapter {source}, found: {error}. Fetch them again."
-        ) from error
+    about, head = read_head(source, **_IF_THERE, **hub)
     if about and about["pooling"] != "head_input":
         backbone = load_backbone(base, about["pooling"], **options)
         model: Any = with_linear_head(backbone, about["num_labels"], about["pooling"])
@@ -263,18 +255,10 @@ def _load_adapted(source: str, hub: dict[str, Any], **options: Any) -> PreTraine
         name, module = find_head(model)
         module.load_state_dict(head)
         provided |= {f"{name}.{part}" for part in head}
-    weights = cached_file(source, ADAPTER_FILE, **_IF_THERE, **hub)
-    if weights is None:
-        raise WeightsError(f"Expected {ADAPTER_FILE} of the adapter {source}, found none. Fetch it again.")
-    with safe_open(weights, "pt") as file:
+    with safe_open(cached_file(source, ADAPTER_FILE, **hub), "pt") as file:
         provided |= {key.removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
     _check_whole({"missing_keys": missing}, model, base, provided)
-    model = PeftModel.from_pretrained(model, source, **hub)
-    if not hasattr(model, "merge_and_unload"):
-        raise WeightsError(
-            f"Expected an adapter that can be merged into its base in {source}, found {adapter.peft_type}. Use LoRA."
-        )
-    return model.merge_and_unload().eval()
+    return PeftModel.from_pretrained(model, source, **hub).merge_and_unload().eval()
 
 
 def _absent(info: dict[str, Any]) -> set[str]:
