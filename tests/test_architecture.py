@@ -1,7 +1,6 @@
-"""What is read off the files: one direction of imports, a light front door, declared dependencies, UTF-8, skips."""
+"""What is read off the files: one direction of imports, a light front door, declared dependencies, UTF-8."""
 
 import ast
-import re
 import subprocess
 import sys
 import tomllib
@@ -102,32 +101,3 @@ def test_what_is_declared_is_pinned_within_its_bounds(name):
     assert specifier.contains(PINNED[name]) and any(one.operator == ">=" for one in specifier)
     if name in ("transformers", "accelerate", "datasets", "huggingface-hub", "peft"):  # no major version untried
         assert not specifier.contains(f"{int(PINNED[name].split('.')[0]) + 1}.0.0")
-
-
-# ---- a test that is skipped says what would let it run ----
-
-REMEDY = re.compile(r"(pip|apt-get) install \S|needs ")
-
-
-def skips(found):
-    """Line and reason (None where there is none) of every call that skips a test."""
-    for node in found:
-        name = getattr(node.func, "attr", "") if isinstance(node, ast.Call) else ""
-        if name in ("skip", "skipif", "importorskip"):
-            given = [keyword.value for keyword in node.keywords if keyword.arg == "reason"]
-            given += node.args[:1] if name == "skip" else []
-            yield node.lineno, given[0].value if given and isinstance(given[0], ast.Constant) else None
-
-
-def test_a_skipped_test_names_what_it_wants():
-    found = [(file, *skip) for file in Path(__file__).parent.rglob("*.py") for skip in skips(nodes(file))]
-    assert found
-    assert not [(file, line) for file, line, reason in found if not (reason and REMEDY.search(reason))]
-
-
-@pytest.mark.parametrize(
-    "call", ["pytest.skip()", "pytest.importorskip('x')", "pytest.mark.skipif(True, reason='no')"]
-)
-def test_a_reason_without_a_remedy_is_found(call):
-    ((_, reason),) = skips(ast.walk(ast.parse(call)))
-    assert reason is None or not REMEDY.search(reason)

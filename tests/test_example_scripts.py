@@ -10,20 +10,12 @@ import sys
 from inspect import signature
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from PIL import Image
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    HfArgumentParser,
-    ViTConfig,
-    ViTForImageClassification,
-)
-from transformers import ViTImageProcessorPil as Processor
+from folders import image_folder, tiny_classifier
+from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 
 import hf_immunize
 from hf_immunize import ImmunizationArguments, ImmunizationTrainer, Method
@@ -48,21 +40,9 @@ def script(name):
 def folder(tmp_path_factory):
     """A tiny classifier of pets, and images of pets and of weapons, of 32 pixels."""
     root = tmp_path_factory.mktemp("examples")
-    draw = np.random.default_rng(0)
-    for task, classes in (("pets", ("cat", "dog")), ("weapons", ("gun", "knife"))):
-        for split, count in (("train", 8), ("test", 12)):
-            for shade, name in enumerate(classes):
-                (root / task / split / name).mkdir(parents=True)
-                for index in range(count):
-                    pixels = draw.integers(0, 128, (32, 32, 3)) + 100 * shade
-                    Image.fromarray(pixels.astype(np.uint8)).save(root / task / split / name / f"{index}.png")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
-    names = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
-    model = ViTForImageClassification(ViTConfig(**sizes, **names, image_size=32, patch_size=16))
-    model.vit.layernorm.bias.data.normal_()  # without it, normalized features lie in a plane
-    model.save_pretrained(root / "model")
-    Processor(size={"height": 32, "width": 32}).save_pretrained(root / "model")
+    for seed, (task, classes) in enumerate({"pets": ("cat", "dog"), "weapons": ("gun", "knife")}.items()):
+        image_folder(root / task, classes, {"train": 8, "test": 12}, 32, seed)
+    tiny_classifier(root / "model", ("cat", "dog"), 32)
     return root
 
 
@@ -104,22 +84,17 @@ def test_what_the_readme_says_can_be_set_exists():
     assert set(re.findall(r"`(\w+Callback)\(", table)) <= set(hf_immunize.__all__)
 
 
-def test_both_versions_run_one_after_the_other(here):
+def test_both_versions_run_one_after_the_other_by_flags_and_by_a_file(here):
     words = ["--dataset", "./pets", "--max_steps", "3", *QUICK]
     plain = script("image_classification").main(["--model", "model", "--output_dir", "trained", *words])
     assert "eval_accuracy" in plain and "eval_rir" not in plain
-    immunized = script("immunize").main(["--model", "trained", "--output_dir", "immunized", *words])
+    arguments = {"model": "trained", "dataset": "./pets", "output_dir": "immunized", "max_steps": 3, "use_cpu": True}
+    arguments |= {"per_device_train_batch_size": 4, "report_to": "none", "save_strategy": "no", "learning_rate": 1e-3}
+    Path("arguments.yaml").write_text(yaml.safe_dump(arguments))
+    immunized = script("immunize").main(["arguments.yaml"])
     assert {"eval_accuracy", "eval_rir", "eval_benign_log10_kappa", "eval_harmful_log10_kappa"} <= set(immunized)
     assert moved("trained", "immunized")
     assert AutoImageProcessor.from_pretrained("immunized").size["height"] == 32
-
-
-def test_a_file_of_arguments_does_as_well(here):
-    arguments = {"model": "model", "dataset": "./pets", "output_dir": "from_file", "max_steps": 2, "use_cpu": True}
-    arguments |= {"per_device_train_batch_size": 4, "report_to": "none", "objective": "kappa", "save_strategy": "no"}
-    Path("arguments.yaml").write_text(yaml.safe_dump(arguments))
-    assert "eval_rir" in script("immunize").main(["arguments.yaml"])
-    assert moved("model", "from_file")
 
 
 # ---- the callback and the loop ----

@@ -3,11 +3,9 @@
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from datasets import DatasetDict
-from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from folders import image_folder, tiny_classifier
 from typer.testing import CliRunner
 
 from hf_immunize import verify
@@ -21,29 +19,18 @@ from hf_immunize.errors import RecordError, TrainingImagesError
 from hf_immunize.hub.record import read_record, write_record
 
 
-CLASSES = ("cat", "dog", "gun", "knife")
 SEED, FRACTION = 7, 0.4
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """A folder of images without a test split."""
-    root = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for label, name in enumerate(CLASSES):
-        (root / name).mkdir()
-        for index in range(30):
-            pixels = generator.integers(0, 128, (8, 8, 3)) + 30 * label
-            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index}.png")
-    return root
+    return image_folder(tmp_path_factory.mktemp("images"), ("cat", "dog", "gun", "knife"), {"": 30}, 8)
 
 
 @pytest.fixture(scope="module")
 def run(images, tmp_path_factory):
-    model, output = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("run")
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
-    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=2, **sizes)).save_pretrained(model)
-    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(model)
+    model, output = tiny_classifier(tmp_path_factory.mktemp("model"), ("cat", "dog")), tmp_path_factory.mktemp("run")
     given = ["--dataset", images, "--harmful_classes", "gun", "knife", "--seed", SEED, "--eval_fraction", FRACTION]
     given += ["--max_steps", 2, "--per_device_train_batch_size", 4, "--report_to", "none", "--use_cpu"]
     given = [str(word) for word in ["--model", model, "--output_dir", output, "--disable_tqdm", "True", *given]]

@@ -4,14 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from folders import tiny_classifier
 from PIL import Image
-from transformers import (
-    AutoModel,
-    AutoModelForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessorPil,
-)
+from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessorPil
 from typer.testing import CliRunner
 
 from hf_immunize.cli import main as cli
@@ -19,7 +14,6 @@ from hf_immunize.cli.train import load_splits, parse_arguments, run_train
 from hf_immunize.errors import ArgumentError, DataError, WeightsError
 from hf_immunize.hub.card import metric_rows
 from hf_immunize.hub.record import read_record
-from hf_immunize.vision.bare import load_with_linear_head
 
 
 CLASSES = ("cat", "dog", "gun", "knife")
@@ -43,11 +37,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
-    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=2, **sizes)).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
-    return folder
+    return tiny_classifier(tmp_path_factory.mktemp("model"), ("LABEL_0", "LABEL_1"))  # as a model without names
 
 
 def flags(model, output, *more, steps=2):
@@ -145,13 +135,6 @@ def test_new_head_takes_the_benign_classes(images, model, tmp_path, monkeypatch)
     run_train(flags(model, tmp_path, "--benign", images, "--harmful", images, "--new_head"))
     assert any("--benign_loss task" in line for line in said)
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == dict(enumerate(CLASSES))
-
-
-def test_a_bare_backbone_with_pooling_is_trained_with_a_head_of_its_own(images, model, tmp_path):
-    run_train(flags(model, tmp_path, "--dataset", images, *HARMFUL, "--new_head", "True", "--pooling", "cls"))
-    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "ViTModel"
-    head = load_with_linear_head(tmp_path).classifier
-    assert (head.in_features, head.out_features) == (8, 2)
 
 
 def test_harmful_class_typed_as_a_name_of_digits_is_a_name(tmp_path):

@@ -3,13 +3,9 @@
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 import yaml
-from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification
-from transformers import ViTImageProcessorPil as Processor
+from folders import image_folder, tiny_classifier
 
 
 ROOT = Path(__file__).parents[2]
@@ -19,8 +15,6 @@ if str(ROOT) not in sys.path:
 ANIMALS, ARMS = ("cat", "dog", "hen"), ("axe", "bow", "gun", "pike", "sword")
 TRAINING = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "use_cpu": True}
 TRAINING |= {"disable_tqdm": True, "save_steps": 2, "save_total_limit": 1, "logging_steps": 1}
-SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
-SIZES |= {"image_size": 8, "patch_size": 4}
 
 
 @pytest.fixture(scope="session")
@@ -32,27 +26,14 @@ def images(tmp_path_factory):
     drawn += [("imagenet-1k", ANIMALS, {"train": 12, "validation": 40})]
     drawn += [("stanford_cars", ARMS, {"train": 12, "test": 24})]
     for seed, (folder, classes, counts) in enumerate(drawn):
-        generator = np.random.default_rng(seed)
-        for split, count in counts.items():
-            for shade, name in enumerate(classes):
-                (root / folder / split / name).mkdir(parents=True)
-                for index in range(count):
-                    pixels = generator.integers(0, 128, (16, 16, 3)) + 25 * shade
-                    Image.fromarray(pixels.astype(np.uint8)).save(root / folder / split / name / f"{index}.png")
+        image_folder(root / folder, classes, counts, 16, seed)
     return root
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A tiny ViT of three animals."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    torch.manual_seed(0)
-    names = {"id2label": dict(enumerate(ANIMALS)), "label2id": {name: i for i, name in enumerate(ANIMALS)}}
-    model = ViTForImageClassification(ViTConfig(**SIZES, **names, initializer_range=0.3))
-    model.vit.layernorm.bias.data.normal_()  # without it, normalized features lie in a plane
-    model.save_pretrained(folder)
-    Processor(size={"height": 8, "width": 8}).save_pretrained(folder)
-    return folder
+    return tiny_classifier(tmp_path_factory.mktemp("model") / "tiny", ANIMALS)
 
 
 @pytest.fixture
