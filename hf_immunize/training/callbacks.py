@@ -147,7 +147,7 @@ class BenignUtilityCallback(_EvaluationCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Check the settings; stop a resumed run that was already beyond the limit."""
         if self.action == "restore":
-            check_restorable(args, state)
+            check_restorable(args)
         known = self.baseline is not None or by_step(state.log_history, self.metric)
         if not known and not args.eval_on_start:
             _warn(

@@ -300,25 +300,17 @@ def by_step(history: History, metric: str) -> dict[int, float]:
     return {entry["step"]: float(entry[metric]) for entry in history if metric in entry and "step" in entry}
 
 
-def check_restorable(args: TrainingArguments, state: TrainerState) -> None:
+def check_restorable(args: TrainingArguments) -> None:
     """Make sure, before training, that there will be checkpoints to load into the model in memory."""
     wrong = None
     if args.save_strategy == "no":
         wrong = "checkpoints to go back to", "save_strategy='no'"
     elif args.save_strategy == "best" and args.save_total_limit == 1:
         wrong = "room for two checkpoints", "save_strategy='best' with save_total_limit=1"
-    elif state.is_hyper_param_search:
-        wrong = "a single run", "a search for hyperparameters, with a folder per trial"
     elif sharded_weights():
         wrong = "whole weights in each process", "weights sharded by FSDP or DeepSpeed"
     if wrong:
         raise ArgumentError(f"Expected {wrong[0]} for action='restore', found {wrong[1]}. Change it, or use 'stop'.")
-    by_steps = args.save_strategy == "steps" and state.save_steps % max(state.eval_steps, 1) != 0
-    if args.save_strategy != "best" and (args.save_strategy != args.eval_strategy or by_steps):
-        logger.warning_once(
-            "Some checkpoints will be saved at steps without an evaluation: BenignUtilityCallback does not go back to "
-            "these, and save_total_limit may keep them in place of others. Save at steps that are evaluated."
-        )
 
 
 def best_checkpoint(

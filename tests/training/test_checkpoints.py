@@ -386,20 +386,8 @@ def test_the_weights_of_an_earlier_checkpoint_come_back_and_trainable_ones_stay_
         tiny("resnet").save_pretrained(tmp_path / "other")
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [({}, 0), ({"save_steps": 3}, 1), ({"save_strategy": "epoch"}, 1), ({"save_strategy": "best"}, 0)],
-)
-def test_what_cannot_be_gone_back_to_is_said_or_refused(options, said, tmp_path, warnings, monkeypatch):
-    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
-    args = hf.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **(steps | options))
-    state = hf.TrainerState(save_steps=args.save_steps, eval_steps=args.eval_steps)
-    check_restorable(args, state)
-    assert len(warnings) == said
-    state.is_hyper_param_search = True
-    with pytest.raises(ArgumentError, match="search"):
-        check_restorable(args, state)
-    state.is_hyper_param_search = False
+def test_weights_in_parts_cannot_be_gone_back_to(arguments, monkeypatch):
+    check_restorable(arguments(save_strategy="steps"))
     monkeypatch.setattr(checkpoints, "sharded_weights", lambda: True)
     with pytest.raises(ArgumentError, match="sharded by FSDP or DeepSpeed"):
-        check_restorable(args, state)
+        check_restorable(arguments(save_strategy="steps"))

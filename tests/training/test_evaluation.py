@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
+from hf_immunize.hub.record import read_record
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.vision.head import penultimate_features
@@ -139,8 +140,7 @@ def test_weights_of_half_precision_are_measured_trained_and_saved_in_float32(dty
     run, other = trainer(half), trainer(wide)
     for training in (False, True):
         if training:
-            run.train()
-            other.train()
+            run.train(), other.train()
         # Of features with the rounding of half precision, log10 κ would be smaller by orders of magnitude.
         found, expected = run.evaluate(), other.evaluate()
         assert spectral(found) == pytest.approx(spectral(expected), rel=1e-6)
@@ -153,15 +153,11 @@ def test_weights_of_half_precision_are_measured_trained_and_saved_in_float32(dty
 
 
 def test_spectra_are_measured_outside_autocast_before_and_after_training(tiny, trainer):
-    run = trainer(tiny(), bf16=True)
-    for training in (False, True):
-        if training:
-            run.train()
-        twin = tiny()
+    run, twin = trainer(bf16=True), tiny()
+    for act in (run.evaluate, run.train):
+        act()
         twin.load_state_dict(run.model.state_dict())
-        found = run.evaluate()
-        assert spectral(found) == pytest.approx(spectral(trainer(twin).evaluate()), abs=1e-5)
-    assert "eval_rir" in found
+        assert spectral(run.evaluate()) == pytest.approx(spectral(trainer(twin).evaluate()), abs=1e-5)
 
 
 # ---- the accuracy ----
@@ -190,21 +186,30 @@ def test_the_accuracy_is_the_same_however_it_is_computed_unless_the_user_has_met
 
 
 @pytest.mark.parametrize("loss", ["distillation", "task"])
-def test_a_reference_of_other_images_is_measured_again_where_the_start_is_kept(
+def test_what_was_before_is_measured_of_other_images_where_the_start_is_kept_and_else_not_claimed(
     loss, trainer, images, tmp_path, caplog
 ):
     """Evaluated after two steps on one set and after the third on another."""
     hf.utils.logging.warning_once.cache_clear()  # another test may have had it said
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "benign_loss": loss}
     whole = trainer(eval_dataset=images(20, 7), **settings)
+    before = whole.evaluate()
     whole.train()
-    trainer(**settings).train()
+    first = trainer(**settings)
+    assert first.evaluate()["eval_accuracy"] != before["eval_accuracy"]
+    first.train()
     resumed = trainer(eval_dataset=images(20, 7), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     state = {name: value.clone() for name, value in resumed.model.state_dict().items()}
     metrics = resumed.evaluate()
     assert all(torch.equal(value, state[name]) for name, value in resumed.model.state_dict().items())
+    resumed.save_model(str(tmp_path / "model"))
+    record = read_record(tmp_path / "model")
     if loss == "task":  # the starting weights were not kept
         assert "eval_rir" not in metrics and "eval_dataset" in " ".join(r.getMessage() for r in caplog.records)
-    else:
-        assert metrics["eval_log10_rir"] == pytest.approx(whole.evaluate()["eval_log10_rir"], abs=1e-6)
+        assert record.metric.before is None and record.benign_features.before is None
+        return
+    assert metrics["eval_log10_rir"] == pytest.approx(whole.evaluate()["eval_log10_rir"], abs=1e-6)
+    kappa, known = before["eval_benign_log10_kappa"], resumed.starting_metrics
+    assert record.metric.before == known["eval_accuracy"] == before["eval_accuracy"] and known["eval_rir"] == 1.0
+    assert [record.benign_features.before.log10_kappa, known["eval_benign_log10_kappa"]] == pytest.approx([kappa] * 2)

@@ -53,20 +53,6 @@ def test_accumulation_adds_the_regularizers_once(beside, images, gradients):
     assert largest_difference(*gradients.steps) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("options", "labels", "terms"),
-    [
-        ({}, False, {"kl", "feature_error", "spread", "outside", "harmful_weight"}),
-        (PAPER, False, {"r_well", "r_ill", "harmful_weight"}),
-        ({"objective": "imma"}, True, {"negative_adapted_loss"}),
-    ],
-)
-def test_terms_are_in_the_log(options, labels, terms, beside, images):
-    run = beside(ImmunizationCallback(images(4, 2, labels=labels), **options))
-    run.train()
-    assert terms <= set(run.state.log_history[0])
-
-
 def test_running_statistics_are_those_of_the_plain_run_and_so_are_modes(beside, images):
     harmful = images(4, 2, 32, labels=False)
     first = []

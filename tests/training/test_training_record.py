@@ -127,28 +127,6 @@ def test_a_resumed_run_still_knows_what_was_before(trainer, saved):
     assert record.metric.before == before["eval_accuracy"] and record.benign_features.before is not None
 
 
-@pytest.mark.parametrize("options", [{"benign_loss": "distillation"}, {}], ids=["with start", "without"])
-def test_a_run_resumed_with_other_images_claims_nothing_of_those_before(options, trainer, images, saved):
-    first = trainer(**CHECKPOINTS, **options)
-    first.evaluate()
-    first.train()
-    other = images(20, 7)
-    expected = trainer(eval_dataset=other).evaluate()
-    assert expected["eval_accuracy"] != first.evidence.before["eval_accuracy"]
-    resumed = trainer(**(CHECKPOINTS | {"max_steps": 4}), **options, eval_dataset=other)
-    resumed.train(resume_from_checkpoint=True)
-    resumed.evaluate()
-    record = saved(resumed)
-    if not options:  # the starting weights were not kept
-        assert record.metric.before is None and record.benign_features.before is None
-        return
-    assert record.metric.before == expected["eval_accuracy"]
-    assert record.benign_features.before.log10_kappa == pytest.approx(expected["eval_benign_log10_kappa"])
-    known = resumed.starting_metrics
-    assert known["eval_accuracy"] == expected["eval_accuracy"] and known["eval_rir"] == 1.0
-    assert known["eval_benign_log10_kappa"] == pytest.approx(expected["eval_benign_log10_kappa"])
-
-
 # ---- the fingerprint ----
 
 

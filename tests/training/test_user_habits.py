@@ -172,32 +172,14 @@ def test_it_is_said_that_fp16_does_nothing_on_a_cpu(trainer, caplog):
 # ---- streamed data ----
 
 
-def streamed(seed=None):
-    stream = unlabelled(10, 2).to_iterable_dataset()
-    return stream if seed is None else stream.shuffle(seed=seed, buffer_size=4)
-
-
-@pytest.mark.parametrize("shuffled", [None, 0])
+@pytest.mark.parametrize("shuffled", [False, True])
 def test_a_run_on_a_streamed_harmful_set_is_resumed_bit_for_bit(shuffled, trainer, tmp_path):
     """Four steps are an epoch, in which the stream of ten rows is read once and a half."""
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    whole = finished(trainer(harmful_dataset=streamed(shuffled), **options))
-    resumed = trainer(harmful_dataset=streamed(shuffled), **options)
+    streams = [unlabelled(10, 2).to_iterable_dataset() for _ in range(2)]
+    first, second = (each.shuffle(seed=0, buffer_size=4) if shuffled else each for each in streams)
+    whole = finished(trainer(harmful_dataset=first, **options))
+    resumed = trainer(harmful_dataset=second, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert resumed.state.global_step == 6
     torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
-
-
-def test_a_streamed_set_is_collated_in_its_order_by_a_collator_of_ones_own(trainer):
-    """A collator of one's own gets the rows of the stream, in turn."""
-    seen = []
-
-    def spy(items):
-        seen.append([float(torch.as_tensor(item["pixel_values"]).sum()) for item in items])
-        return pixels_alone(items)
-
-    sets = {"train_dataset": unlabelled(4, 1), "eval_dataset": None, "harmful_eval_dataset": None}
-    finished(trainer(harmful_dataset=streamed(), data_collator=spy, benign_loss="distillation", max_steps=3, **sets))
-    harmful = [value for batch in seen[1::2] for value in batch]
-    expected = [float(torch.as_tensor(row["pixel_values"]).sum()) for row in unlabelled(10, 2)]
-    assert harmful[:10] == pytest.approx(expected, rel=1e-4)
