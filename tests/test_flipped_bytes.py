@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-import transformers as hf
+from families import BUILDERS
 
 from hf_immunize.audit.journal import Journal
 from hf_immunize.audit.result import Outcome
@@ -17,8 +17,7 @@ from hf_immunize.vision.scope import select_trainable
 
 def trunk(folder):
     torch.manual_seed(0)
-    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
-    model = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes)).eval()
+    model = BUILDERS["resnet"]().eval()
     split = split_trunk(model, select_trainable(model, "last_stage"), (3, 32, 32))
     pixels = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     images = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(pixels)]

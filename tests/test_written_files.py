@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as hf
+from families import BUILDERS
 
 from hf_immunize.audit.journal import Journal
 from hf_immunize.audit.result import Outcome
@@ -66,8 +66,7 @@ def a_journal(folder):
 
 
 def a_cached_trunk(folder):
-    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
-    model = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes)).eval()
+    model = BUILDERS["resnet"]().eval()
     split = split_trunk(model, select_trainable(model, "last_stage"), (3, 32, 32))
     images = [{"pixel_values": torch.randn(3, 32, 32)} for _ in range(4)]
     folder.parent.mkdir(parents=True)

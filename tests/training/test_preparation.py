@@ -151,31 +151,8 @@ def test_each_training_of_a_model_from_a_function_starts_anew(tiny, trainer):
     assert not run.model.vit.layers[0].layernorm_before.weight.requires_grad
 
 
-@pytest.fixture
-def searched(tiny, trainer, monkeypatch):
-    """Make a trainer in the midst of a search, and a function that runs a trial with some settings."""
-    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
-
-    def make(model_init=None, **options):
-        run = trainer(model_init=model_init or (lambda: tiny()), **options)
-        run.hp_search_backend, run.hp_space, run.hp_name = HPSearchBackend.OPTUNA, lambda trial: trial.params, None
-        return run, lambda **params: run.train(trial=SimpleNamespace(number=0, params=params))
-
-    return make
-
-
-def test_a_trial_has_its_own_settings_and_batch_sizes(searched):
-    run, try_with = searched(benign_weight="0", harmful_weight="auto", harmful_batch_size=4)
-    collate, seen = run.data_collator, []
-    run.data_collator = lambda rows: seen.append(sum(len(row.get("harmful", ())) for row in rows)) or collate(rows)
-    for weight in (0.5, 2.0):
-        try_with(harmful_weight=weight, harmful_batch_size=2)
-        assert run.state.log_history[0]["harmful_weight"] == pytest.approx(weight)
-    assert {count for count in seen if count} == {2}
-
-
-def test_a_trial_has_the_rir_of_its_own_starting_model(searched, tiny):
-    """With a learning rate of zero it is one, whatever the model."""
+def test_a_trial_has_its_own_settings_batch_sizes_and_starting_model(tiny, trainer, monkeypatch):
+    """With a learning rate of zero RIR is one, whatever the model."""
 
     def model_init(trial):
         model = tiny()
@@ -183,10 +160,18 @@ def test_a_trial_has_the_rir_of_its_own_starting_model(searched, tiny):
             model.vit.layers[0].mlp.fc1.weight.mul_(1.0 if trial is None else trial.params["scale"])
         return model
 
-    run, try_with = searched(model_init, learning_rate=0.0)
-    for scale in (2.0, 5.0):
-        try_with(scale=scale)
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    run = trainer(model_init=model_init, benign_weight="0", harmful_batch_size=4, learning_rate=0.0)
+    # In the midst of a search.
+    run.hp_search_backend, run.hp_space, run.hp_name = HPSearchBackend.OPTUNA, lambda trial: trial.params, None
+    collate, seen = run.data_collator, []
+    run.data_collator = lambda rows: seen.append(sum(len(row.get("harmful", ())) for row in rows)) or collate(rows)
+    for weight, scale in ((0.5, 2.0), (2.0, 5.0)):
+        params = {"harmful_weight": weight, "harmful_batch_size": 2, "scale": scale}
+        run.train(trial=SimpleNamespace(number=0, params=params))
+        assert run.state.log_history[0]["harmful_weight"] == pytest.approx(weight)
         assert run.evaluate()["eval_rir"] == pytest.approx(1.0, rel=1e-6)
+    assert {count for count in seen if count} == {2}
 
 
 # ---- arguments ----
@@ -244,12 +229,6 @@ def test_of_some_metrics_less_is_better_and_one_that_is_not_measured_is_refused(
     if "benign" not in metric:
         with pytest.raises(DataError, match=f"harmful_eval_dataset= with metric_for_best_model='{metric}'"):
             trainer(harmful_eval_dataset=None, metric_for_best_model=metric)
-
-
-def test_what_to_report_to_must_be_installed(trainer, monkeypatch):
-    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
-    with pytest.raises(ArgumentError, match="report_to='wandb'"):
-        trainer(report_to="wandb")
 
 
 # ---- models ----
