@@ -29,10 +29,9 @@ from hf_immunize.files import check_writable, remove_leftovers, staged_directory
 from hf_immunize.hub.load import CARD_NAME, named_outcomes
 from hf_immunize.hub.record import RECORD_NAME
 from hf_immunize.training import checkpoints, checks, evaluation, record
-from hf_immunize.training.arguments import TRUNK_OBSTACLES, ImmunizationArguments, Method
+from hf_immunize.training.arguments import ImmunizationArguments, Method
 from hf_immunize.training.choice import draw_sample
 from hf_immunize.training.distillation import StartedRows
-from hf_immunize.training.distributed import world_size
 from hf_immunize.training.step import ImmunizationStep, RunningMeans
 from hf_immunize.vision.head import HeadInput, without_wrapper
 from hf_immunize.vision.loading import describe_adapter, difference_on_loading, plain_names
@@ -272,8 +271,6 @@ class ImmunizationTrainer(Trainer):
         """As the Trainer's; with `cache_trunk`, of activations at the entry of the trainable part."""
         given = self.train_dataset, self.data_collator
         if self.train_dataset is None or self.args.cache_trunk == "no":
-            if self.train_dataset is not None:
-                self._suggest_cached_trunk()
             return super().get_train_dataloader()
         try:
             # Here, since the weights of a checkpoint are loaded by now.
@@ -282,20 +279,6 @@ class ImmunizationTrainer(Trainer):
             return super().get_train_dataloader()
         finally:
             self.train_dataset, self.data_collator = given
-
-    def _suggest_cached_trunk(self) -> None:
-        """Say once that a cached trunk would pay: something frozen comes first, for several epochs."""
-        args, epochs = self.args, self.args.num_train_epochs
-        if args.max_steps > 0:
-            batch = args.train_batch_size * args.gradient_accumulation_steps * world_size()
-            epochs = args.max_steps * batch / len(self.train_dataset)
-        frozen_first = next(name for name, _ in self.model.named_parameters()) not in self._moving
-        if frozen_first and epochs >= 3 and args.should_log and not any(getattr(args, o) for o in TRUNK_OBSTACLES):
-            logger.warning_once(
-                f"What runs before {self._moving[0]!r} is frozen, and computed in each of {epochs:.0f} epochs. With "
-                "cache_trunk='float32' (or 'float16') it is computed once and kept on disk; without a random "
-                "transform of the images, the result is the same."
-            )
 
     def _cached_pairs(self) -> PairedDataset:
         """Pairs with stored activations of the frozen trunk in place of images; each process computes a share."""

@@ -6,7 +6,6 @@ import datasets
 import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, DataError, TrunkError
 from hf_immunize.features.cache import TrunkCache
@@ -163,15 +162,3 @@ def test_what_cannot_be_stored_is_refused(options, error, named, trainer):
     options = {name: of() if of is streamed else of for name, of in options.items()}
     with pytest.raises(error, match=named):
         trainer("resnet", **({"cache_trunk": "float32"} | options)).train()
-
-
-@pytest.mark.parametrize(
-    ("options", "count"),
-    [({"max_steps": 12}, 1), ({"max_steps": 4}, 0), ({"trainable": "all"}, 0), ({"cache_trunk": "float32"}, 0)],
-)
-def test_it_is_suggested_where_it_would_pay(options, count, trainer, monkeypatch):
-    found = []
-    logger = logging.get_logger("hf_immunize.training.trainer")
-    monkeypatch.setattr(logger, "warning_once", found.append, raising=False)
-    trainer("resnet", **({"max_steps": 12} | options)).train()
-    assert len(found) == count and all("of 3 epochs" in each and "cache_trunk=" in each for each in found)
