@@ -130,6 +130,13 @@ def read_labels(dataset: datasets.Dataset, column: str) -> list[Any]:
     return dataset.with_format(None)[column][:]
 
 
+def has_classes(dataset: Any, column: str) -> bool:
+    """Whether every stored label is a class number."""
+    if not isinstance(dataset, datasets.Dataset) or is_transformed(dataset) or column not in dataset.features:
+        return False
+    return all(isinstance(label, int) and label >= 0 for label in read_labels(dataset, column))
+
+
 def listed(names: Any, limit: int = 20) -> str:
     """Names for an error message, at most ``limit`` of them."""
     names = list(names)

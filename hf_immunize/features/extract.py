@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from hf_immunize.data.images import ImageCollator
 from hf_immunize.errors import NonFiniteError, RankError, ScopeError
+from hf_immunize.linear.time import PROBED, streamed_spectrum, time_of_spectrum
 from hf_immunize.spectra.conditioning import Conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.spectra.streaming import FeatureFactor
@@ -141,16 +142,32 @@ class Measurement:
 
     factor: FeatureFactor = field(default_factory=FeatureFactor)
     checksum: float = 0.0
+    class_sums: Tensor | None = None  # (C, 1 + D), of ones and features by class; None unless all have a class
+    _spectrum: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
-    def update(self, features: Tensor, pixel_values: Tensor) -> None:
-        """Fold in a batch: features ``(n, D)`` of images ``(n, C, H, W)``."""
+    def update(self, features: Tensor, pixel_values: Tensor, labels: Tensor | None = None) -> None:
+        """Fold in a batch: features ``(n, D)`` of images ``(n, C, H, W)``, with class numbers ``(n,)`` or without."""
+        first = self.factor.num_samples == 0
         self.checksum += images_checksum(pixel_values)
         self.factor.update(features)
+        sums = _class_sums(features, labels)
+        self.class_sums, self._spectrum = sums if first else _added(self.class_sums, sums), None
 
     def merge(self, other: Measurement) -> None:
         """Fold in the measurement of other images through the same weights, as of another process."""
+        if other.factor.num_samples == 0:
+            return
+        first = self.factor.num_samples == 0
         self.checksum += other.checksum
         self.factor.merge(other.factor)
+        self.class_sums = other.class_sums if first else _added(self.class_sums, other.class_sums)
+        self._spectrum = None
+
+    def spectrum(self) -> tuple[Tensor, Tensor] | None:
+        """Eigenvalues and the classes' shares in their directions (see `streamed_spectrum`); None without classes."""
+        if self._spectrum is None and self.class_sums is not None:  # references are asked at every evaluation
+            self._spectrum = streamed_spectrum(self.factor, self.class_sums)
+        return self._spectrum
 
     def same_data(self, other: Measurement) -> bool:
         """Whether both measurements are of the same images, in whatever order."""
@@ -165,12 +182,32 @@ class Measurement:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `from_state_dict` restores."""
-        return {**self.factor.state_dict(), "checksum": torch.tensor(self.checksum, dtype=torch.float64)}
+        state = {**self.factor.state_dict(), "checksum": torch.tensor(self.checksum, dtype=torch.float64)}
+        return state if self.class_sums is None else {**state, "class_sums": self.class_sums}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> Measurement:
         """Restore a measurement from the tensors of `state_dict`."""
-        return cls(FeatureFactor.from_state_dict(state), float(state["checksum"]))
+        return cls(FeatureFactor.from_state_dict(state), float(state["checksum"]), state.get("class_sums"))
+
+
+def _class_sums(features: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Sums of ones and features by class, ``(C, 1 + D)`` float64 on the CPU; None unless every row has a class."""
+    if labels is None or labels.ndim != 1 or labels.is_floating_point() or not len(labels) or int(labels.min()) < 0:
+        return None
+    rows = features.detach().cpu().double()
+    sums = rows.new_zeros(int(labels.max()) + 1, rows.shape[1] + 1)
+    return sums.index_add_(0, labels.cpu(), torch.cat([rows.new_ones(len(rows), 1), rows], dim=1))
+
+
+def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Sums by class of two sets of images, of as many classes as the larger has."""
+    if one is None or other is None:
+        return None
+    sums = one.new_zeros(max(len(one), len(other)), one.shape[1])
+    sums[: len(one)] += one
+    sums[: len(other)] += other.to(one)
+    return sums
 
 
 @contextmanager
@@ -192,6 +229,47 @@ def images_checksum(pixel_values: Tensor) -> float:
     return float((energies + energies.square()).sum())
 
 
+# After which a probe counts as not done: a tenth of a second.
+_MOST_STEPS = 10_000
+
+
+class ProbingSteps(NamedTuple):
+    """Steps of gradient descent with exact line search, of a probe with an intercept, to the same fitted share.
+
+    The share is `PROBED` of what least squares fits on the starting features, or what is fitted there in `max_steps`.
+    """
+
+    before: int | None  # None where the starting model was not measured on these images
+    after: int | None  # None where it is not reached in `max_steps`
+    max_steps: int = _MOST_STEPS
+
+
+def probing_steps(now: Measurement, before: Measurement | None) -> ProbingSteps | None:
+    """How long a probe of the images measured takes; None unless all of them have a class, of two at least."""
+    found = now.spectrum()
+    start = None if before is None or not now.same_data(before) else before.spectrum()
+    first = start or found
+    if found is None or first is None or not len(first[1]):
+        return None
+    of_start = time_of_spectrum(*first, max_steps=_MOST_STEPS)
+    steps = min(of_start.steps[PROBED], _MOST_STEPS)
+    goal = min(PROBED * of_start.attainable, float(of_start.curve[-1]))
+    after = time_of_spectrum(*found, fractions=(1.0,), attainable=goal, max_steps=_MOST_STEPS).steps[1.0]
+    return ProbingSteps(int(steps) if start else None, int(after) if math.isfinite(after) else None)
+
+
+def probing_time_ratio(benign: ProbingSteps | None, harmful: ProbingSteps | None) -> dict[str, float]:
+    """Metrics of the growth of harmful probing steps over that of benign ones; none unless all four are known."""
+    if benign is None or harmful is None or benign.before is None or harmful.before is None:
+        return {}
+    grown = [(side.after or side.max_steps) / side.before for side in (harmful, benign)]
+    return {
+        "probing_time_ratio": grown[0] / grown[1],
+        "probing_time_ratio_is_lower_bound": float(harmful.after is None),
+        "probing_time_ratio_is_upper_bound": float(benign.after is None),
+    }
+
+
 def spectral_metrics(
     benign: Measurement,
     benign_reference: Measurement | None,
@@ -204,10 +282,18 @@ def spectral_metrics(
     ``benign_rank``, ``benign_effective_rank``, the same for ``harmful``, and against the references ``rir``,
     ``log10_rir``, ``harmful_ratio``, ``benign_ratio`` with ``rir_is_lower_bound`` and ``rir_is_upper_bound``
     (both 1.0: no statement, and ``rir`` is NaN). A reference of other data, through the starting weights, is ignored.
-    Names that begin with ``intercept_`` are of a probe with an intercept.
+    Names that begin with ``intercept_`` are of a probe with an intercept. Where all images have a class,
+    ``benign_probing_steps`` and ``harmful_probing_steps`` are how long such a probe takes (see `probing_steps`), and
+    ``probing_time_ratio`` is the growth of the harmful ones over that of the benign ones.
     """
     metrics: dict[str, float] = {}
     sides = {"benign": (benign, benign_reference), "harmful": (harmful, harmful_reference)}
+    times = {side: probing_steps(now, before) for side, (now, before) in sides.items() if now is not None}
+    for side, found in times.items():
+        if found is not None:
+            metrics[f"{side}_probing_steps"] = float(found.after or found.max_steps)
+            metrics[f"{side}_probing_is_lower_bound"] = float(found.after is None)
+    metrics |= probing_time_ratio(times.get("benign"), times.get("harmful"))
     for intercept in (False, True):
         known: dict[str, Any] = {}
         prefix = "intercept_" if intercept else ""

@@ -59,6 +59,8 @@ _ROWS = (
     ("log10 κ of harmful features", "eval_harmful_log10_kappa", "{:.2f}", "eval_harmful_is_bound", ""),
     ("rank of benign features", "eval_benign_rank", "{:.0f}", "", ""),
     ("rank of harmful features", "eval_harmful_rank", "{:.0f}", "", ""),
+    ("steps of a benign probe", "eval_benign_probing_steps", "{:,.0f}", "eval_benign_probing_is_lower_bound", ""),
+    ("steps of a harmful probe", "eval_harmful_probing_steps", "{:,.0f}", "eval_harmful_probing_is_lower_bound", ""),
     (
         INTERCEPT_ROW,
         "eval_intercept_rir",
@@ -134,6 +136,10 @@ def _metrics_of(record: ImmunizationRecord) -> tuple[dict[str, Any], dict[str, A
                 metrics[f"eval_{side}_log10_kappa"] = part.log10_kappa
                 metrics[f"eval_{side}_is_bound"] = part.is_bound
                 metrics[f"eval_{side}_rank"] = part.rank
+        if (steps := features.probing) is not None:
+            before[f"eval_{side}_probing_steps"] = steps.before
+            after[f"eval_{side}_probing_steps"] = steps.max_steps if steps.after is None else steps.after
+            after[f"eval_{side}_probing_is_lower_bound"] = steps.after is None
     for protocol, name in (("exact", "eval_rir"), ("intercept", "eval_intercept_rir")):
         if (ratio := record.ratios.get(protocol)) is not None:
             before[name] = 1.0
@@ -313,7 +319,8 @@ def _body(record: ImmunizationRecord, options: CardOptions, title: str) -> str:
         form=options.form,
         summary=summary_sentence(*_metrics_of(record)),
         rows=rows,
-        has_bounds=any("≥" in row[2] or "≤" in row[2] for row in rows),
+        has_bounds=any(("≥" in row[2] or "≤" in row[2]) and not row[0].startswith("steps") for row in rows),
+        has_steps=any(row[0].startswith("steps") for row in rows),
         short=any(part is not None and part.num_samples < part.dim for part in parts),
         set_by_norm=any(part is not None and part.set_by_norm for part in parts),
         figures={name: _FIGURES.get(name, plain(name)) for name in record.figures},

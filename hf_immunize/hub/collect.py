@@ -13,12 +13,13 @@ from hf_immunize import __version__
 from hf_immunize.data.images import count_trained, sketch_of
 from hf_immunize.data.sources import HeldOut, choose
 from hf_immunize.errors import RankError, TrainingImagesError
-from hf_immunize.features.extract import Measurement
+from hf_immunize.features.extract import Measurement, probing_steps
 from hf_immunize.hub.record import (
     BaseModelRecord,
     ConditioningRecord,
     DataRecord,
     ImmunizationRecord,
+    ProbingRecord,
     RatioRecord,
     SideRecord,
 )
@@ -111,7 +112,9 @@ def describe_side(now: Measurement | None, before: Measurement | None) -> SideRe
         return SideRecord()
     start = before.factor.conditioning() if before is not None and now.same_data(before) else None
     after = now.factor.conditioning(start)
-    return SideRecord(None if start is None else ConditioningRecord.of(start), ConditioningRecord.of(after))
+    steps = probing_steps(now, before)
+    probing = None if steps is None or steps.before is None else ProbingRecord(*steps)
+    return SideRecord(None if start is None else ConditioningRecord.of(start), ConditioningRecord.of(after), probing)
 
 
 def exact_ratio(benign: SideRecord, harmful: SideRecord) -> RatioRecord | None:

@@ -159,11 +159,24 @@ class ConditioningRecord(Part):
 
 
 @dataclass
+class ProbingRecord(Part):
+    """Steps of gradient descent with exact line search until a probe with an intercept has fitted the same share.
+
+    80 % of what least squares fits on the starting features, or what is fitted there in `max_steps`.
+    """
+
+    before: Count  # through the reference weights
+    after: Count | None  # through those beside the record; None where `max_steps` do not suffice
+    max_steps: Count
+
+
+@dataclass
 class SideRecord(Part):
     """Conditioning of one task's features, through the reference weights and through those beside the record."""
 
     before: ConditioningRecord | None = None
     after: ConditioningRecord | None = None
+    probing: ProbingRecord | None = None  # None unless all images measured on have a class
 
 
 @dataclass

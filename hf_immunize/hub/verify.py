@@ -217,7 +217,7 @@ def measure(
     options = {"batch_size": batch_size, "head_module": head_module, "progress": progress}
     for batch in extract(model, rows, image_processor, description=description, **options):  # type: ignore[arg-type]
         with of_side(name):
-            found.measurement.update(batch.features, batch.pixel_values)
+            found.measurement.update(batch.features, batch.pixel_values, batch.labels)
         if batch.labels is not None:
             right += int((batch.logits.argmax(-1) == batch.labels).sum())
             seen += len(batch.labels)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import ArgumentError, RankError, ShapeError
-from hf_immunize.spectra.checks import FLOATS, as_matrix, check_count, check_dtype
+from hf_immunize.spectra.checks import FLOATS, as_matrix, check_count, check_dtype, decomposing
 from hf_immunize.spectra.conditioning import Conditioning, singular_values, summarize_spectrum
 
 
@@ -102,6 +102,17 @@ class FeatureFactor:
             # One more row than columns, whose singular value is zero, is the ones'.
             self._sigma[intercept] = singular_values(part) if len(part) else part.new_zeros(0)
         return self._sigma[intercept].clone()
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Singular values ``(r,)`` and right singular vectors ``(D, r)`` of ``Z − mean`` that the rank rule keeps."""
+        part = self._whole()[1:, 1:].cpu()
+        with decomposing("a factor"):
+            _, s, Vh = torch.linalg.svd(part, full_matrices=False)
+        try:
+            kept = s > self.conditioning(intercept=True).cutoff
+        except RankError:  # all rows are the same
+            kept = torch.zeros_like(s, dtype=torch.bool)
+        return s[kept], Vh[kept].mT
 
     def conditioning(
         self, reference: "Conditioning | FeatureFactor | None" = None, *, intercept: bool = False

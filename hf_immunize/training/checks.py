@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
-from hf_immunize.data.columns import find_columns, label_outputs, validate_labels
+from hf_immunize.data.columns import find_columns, has_classes, label_outputs, validate_labels
 from hf_immunize.data.images import ImageRows, StreamedRows, is_stream
 from hf_immunize.data.pairs import PairedDataset
 from hf_immunize.errors import ArgumentError, DataError, HeadError
@@ -228,7 +228,7 @@ def check_batches(args: ImmunizationArguments, processes: int) -> None:
 
 
 def image_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any, labels: str = "needed") -> Any:
-    """A dataset as rows of an image (or pixel values) and, unless its labels are "ignored", of an output's index."""
+    """A dataset as rows of an image (or pixel values) and of an output's index; with labels "own", of its classes."""
     if isinstance(dataset, ImageRows):
         return dataset
     needed = labels == "needed"
@@ -238,8 +238,8 @@ def image_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any
         else "Labels are needed for eval_loss and eval_accuracy; of the harmful data, none are."
     )
     image, label = columns(dataset, name, args.image_column_name, args.label_column_name, needed, about)
-    if labels == "ignored" or label is None:
-        return ImageRows(dataset, name, image)
+    if labels == "own" or label is None:
+        return ImageRows(dataset, name, image, label if label is not None and has_classes(dataset, label) else None)
     try:
         outputs = label_outputs(dataset, label, config, name)
     except DataError as error:

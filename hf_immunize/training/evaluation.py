@@ -82,11 +82,14 @@ class Accuracy:
         return {"accuracy": float(hits.mean())}
 
 
-def fold(measurement: Measurement, features: Tensor, pixel_values: Tensor, accelerator: Accelerator) -> None:
+def fold(
+    measurement: Measurement, features: Tensor, pixel_values: Tensor, labels: Any, accelerator: Accelerator
+) -> None:
     """Fold in this process's batch, without the repeats with which accelerate fills up the last one."""
     count = own_images(len(features), accelerator)
     if count:
-        measurement.update(features[:count].detach(), pixel_values[:count])
+        classes = labels[:count] if isinstance(labels, Tensor) else None
+        measurement.update(features[:count].detach(), pixel_values[:count], classes)
 
 
 def is_filled_up(count: int, accelerator: Accelerator) -> bool:

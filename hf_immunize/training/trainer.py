@@ -251,7 +251,7 @@ class ImmunizationTrainer(Trainer):
             self.train_dataset = checks.paired_rows(benign, harmful, self.args, distillation)
 
     def _take_evaluation_data(self, benign: Any, harmful: Any) -> None:
-        self._harmful_eval = self._rows(harmful, "harmful_eval_dataset", labels="ignored")
+        self._harmful_eval = self._rows(harmful, "harmful_eval_dataset", labels="own")
         if isinstance(benign, dict):
             self.eval_dataset = {name: self._rows(data, f"eval_dataset {name}") for name, data in benign.items()}
         else:
@@ -486,7 +486,8 @@ class ImmunizationTrainer(Trainer):
         else:
             with of_side("benign evaluation"), HeadInput(self._step.head) as captured:
                 result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-                evaluation.fold(measurement, captured.features, inputs["pixel_values"], self.accelerator)
+                rows = captured.features, inputs["pixel_values"], inputs.get("labels")
+                evaluation.fold(measurement, *rows, self.accelerator)
         count = len(inputs["pixel_values"])
         loss, own = result[0], evaluation.own_images(count, self.accelerator)
         if loss is not None and evaluation.is_filled_up(count, self.accelerator):
@@ -529,7 +530,7 @@ class ImmunizationTrainer(Trainer):
         measurement = Measurement()
         with of_side(f"{name.replace('eval', 'benign')} evaluation"):
             for batch in run_batches(self.model, self._step.head, map(self._prepare_inputs, shown), forward=forward):
-                evaluation.fold(measurement, batch.features, batch.pixel_values, self.accelerator)
+                evaluation.fold(measurement, batch.features, batch.pixel_values, batch.labels, self.accelerator)
             return evaluation.merged(measurement, self.accelerator.device)
 
     def _measure_references(self) -> None:
