@@ -131,10 +131,14 @@ def read_labels(dataset: datasets.Dataset, column: str) -> list[Any]:
 
 
 def has_classes(dataset: Any, column: str) -> bool:
-    """Whether every stored label is a class number."""
-    if not isinstance(dataset, datasets.Dataset) or is_transformed(dataset) or column not in dataset.features:
+    """Whether every row has a class number, as far as that is known without loading images."""
+    if isinstance(dataset, list):
+        labels = [row.get(column) for row in dataset]
+    elif isinstance(dataset, datasets.Dataset) and not is_transformed(dataset):
+        labels = read_labels(dataset, column)
+    else:
         return False
-    return all(isinstance(label, int) and label >= 0 for label in read_labels(dataset, column))
+    return all(isinstance(label, int) and label >= 0 for label in labels)
 
 
 def listed(names: Any, limit: int = 20) -> str:

@@ -262,9 +262,9 @@ def probing_time_ratio(benign: ProbingSteps | None, harmful: ProbingSteps | None
     """Metrics of the growth of harmful probing steps over that of benign ones; none unless all four are known."""
     if benign is None or harmful is None or benign.before is None or harmful.before is None:
         return {}
-    grown = [(side.after or side.max_steps) / side.before for side in (harmful, benign)]
+    grown = (harmful.after or harmful.max_steps) / harmful.before
     return {
-        "probing_time_ratio": grown[0] / grown[1],
+        "probing_time_ratio": grown / ((benign.after or benign.max_steps) / benign.before),
         "probing_time_ratio_is_lower_bound": float(harmful.after is None),
         "probing_time_ratio_is_upper_bound": float(benign.after is None),
     }
@@ -289,10 +289,10 @@ def spectral_metrics(
     metrics: dict[str, float] = {}
     sides = {"benign": (benign, benign_reference), "harmful": (harmful, harmful_reference)}
     times = {side: probing_steps(now, before) for side, (now, before) in sides.items() if now is not None}
-    for side, found in times.items():
-        if found is not None:
-            metrics[f"{side}_probing_steps"] = float(found.after or found.max_steps)
-            metrics[f"{side}_probing_is_lower_bound"] = float(found.after is None)
+    for side, steps in times.items():
+        if steps is not None:
+            metrics[f"{side}_probing_steps"] = float(steps.after or steps.max_steps)
+            metrics[f"{side}_probing_is_lower_bound"] = float(steps.after is None)
     metrics |= probing_time_ratio(times.get("benign"), times.get("harmful"))
     for intercept in (False, True):
         known: dict[str, Any] = {}

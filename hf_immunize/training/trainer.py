@@ -486,8 +486,8 @@ class ImmunizationTrainer(Trainer):
         else:
             with of_side("benign evaluation"), HeadInput(self._step.head) as captured:
                 result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-                rows = captured.features, inputs["pixel_values"], inputs.get("labels")
-                evaluation.fold(measurement, *rows, self.accelerator)
+                found = captured.features, inputs["pixel_values"], inputs.get("labels")
+                evaluation.fold(measurement, *found, self.accelerator)
         count = len(inputs["pixel_values"])
         loss, own = result[0], evaluation.own_images(count, self.accelerator)
         if loss is not None and evaluation.is_filled_up(count, self.accelerator):

@@ -7,8 +7,9 @@ import torch
 from matrices import gaussian, geometric, orthonormal, relative_error, with_singular_values
 
 from hf_immunize.errors import ArgumentError, RankError
+from hf_immunize.features.extract import Measurement, spectral_metrics
 from hf_immunize.linear.algorithm import immunize_linear
-from hf_immunize.linear.time import fitted_fraction, probing_time, time_map
+from hf_immunize.linear.time import fitted_fraction, probing_time, target_spectrum, time_map
 
 
 def features_and_targets(rows=30, columns=12, kappa=20.0, seed=0):
@@ -51,6 +52,44 @@ def test_the_curve_is_that_of_the_iteration(method, rows, columns):
     found = probing_time(Z, Y, method=method, fractions=(1.0,), attainable=1.0, max_steps=steps).curve
     expected = run(Z, Y, method, len(found))
     assert torch.allclose(found, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_what_is_streamed_has_the_spectrum_of_the_whole(scale):
+    Z, _ = features_and_targets(40, 12)
+    Z, y = scale * (Z + 3 * gaussian(1, 12, 5)), torch.arange(40) % 3
+    parts = [Measurement(), Measurement()]
+    for rows, part in zip(torch.arange(40).split(7), parts * 3, strict=True):
+        part.update(Z[rows], torch.zeros(len(rows), 1, 2, 2), y[rows])
+    parts[0].merge(parts[1])
+    restored = Measurement.from_state_dict(parts[0].state_dict())
+    values, shares = restored.spectrum()
+    for found, expected in zip((values / values[0], shares), target_spectrum(Z, y), strict=True):
+        assert torch.allclose(found, expected / expected[0] if found[0] == 1 else expected, rtol=1e-8, atol=1e-10)
+    parts[0].update(Z[:3], torch.zeros(3, 1, 2, 2))  # without classes
+    assert parts[0].spectrum() is None
+
+
+def test_the_ratio_of_probing_times_is_of_the_steps_that_a_probe_takes():
+    Z, _ = features_and_targets(60, 8)
+    y = torch.arange(60) % 4
+    slow = (Z - Z.mean(0)) @ torch.diag(torch.logspace(0, -2, 8).double())
+
+    def measured(features, labels=y):
+        found = Measurement()
+        found.update(features, torch.zeros(60, 1, 2, 2), labels)
+        return found
+
+    start, now = measured(Z), measured(slow)
+    goal = 0.8 * probing_time(Z, y).attainable
+    steps = [probing_time(of, y, attainable=goal, fractions=(1.0,)).steps[1.0] for of in (Z, slow)]
+    found = spectral_metrics(start, start, now, start)
+    assert [found["benign_probing_steps"], found["harmful_probing_steps"]] == steps and steps[1] > 2 * steps[0]
+    assert found["probing_time_ratio"] == steps[1] / steps[0] and not found["probing_time_ratio_is_lower_bound"]
+    flat = spectral_metrics(start, start, measured(slow * torch.tensor([1.0] + [0.0] * 7)), start)
+    assert flat["harmful_probing_steps"] == 10_000 and flat["harmful_probing_is_lower_bound"] == 1.0
+    assert flat["probing_time_ratio_is_lower_bound"] == 1.0
+    assert not any("probing" in name for name in spectral_metrics(measured(Z, None), None, None, None))
 
 
 @pytest.mark.parametrize("method", METHODS)

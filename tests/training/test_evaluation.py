@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 from hf_immunize.hub.record import read_record
+from hf_immunize.linear.time import probing_time
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.vision.head import penultimate_features
@@ -75,6 +76,9 @@ def test_an_evaluation_is_of_all_images(count, trainer, images):
         expected = feature_conditioning(features(run.model, of))
         assert metrics[f"eval_{side}_log10_kappa"] == pytest.approx(expected.log10_kappa, abs=1e-5)
         assert metrics[f"eval_{side}_rank"] == expected.rank
+        if count > 3:
+            time = probing_time(features(run.model, of), torch.tensor([row["labels"] for row in of]), fractions=(0.8,))
+            assert metrics[f"eval_{side}_probing_steps"] == time.steps[0.8]
     logits = run.model(pixel_values=torch.stack([row["pixel_values"] for row in rows])).logits
     hits = [int(row.argmax()) == label["labels"] for row, label in zip(logits, rows, strict=True)]
     assert metrics["eval_accuracy"] == pytest.approx(sum(hits) / count)

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoModelForImageClassification
 
 from hf_immunize.files import weights_fingerprint
+from hf_immunize.hub.card import record_rows
 from hf_immunize.hub.load import hash_weights
 from hf_immunize.hub.record import AttackRecord, AuditRecord, DataRecord, RatioRecord, read_record
 
@@ -34,8 +35,8 @@ def finished(run):
 # ---- the record of a run ----
 
 
-def test_the_record_holds_what_was_before_and_after_with_method_sizes_and_hashes(trainer, saved, tmp_path):
-    run = trainer(harmful_weight=2.5, seed=7)
+def test_the_record_holds_what_was_before_and_after_with_method_sizes_and_hashes(trainer, images, saved, tmp_path):
+    run = trainer(harmful_weight=2.5, seed=7, harmful_eval_dataset=images(24, 4))
     before = run.evaluate()
     run.train()
     after = run.evaluate()
@@ -45,6 +46,11 @@ def test_the_record_holds_what_was_before_and_after_with_method_sizes_and_hashes
     assert record.harmful_features.before.log10_kappa == pytest.approx(before["eval_harmful_log10_kappa"])
     assert record.harmful_features.after.log10_kappa == pytest.approx(after["eval_harmful_log10_kappa"])
     assert record.benign_features.after.rank == after["eval_benign_rank"]
+    for side, features in (("benign", record.benign_features), ("harmful", record.harmful_features)):
+        steps, unreached = after[f"eval_{side}_probing_steps"], after[f"eval_{side}_probing_is_lower_bound"]
+        assert features.probing.before == before[f"eval_{side}_probing_steps"]
+        assert features.probing.after == (None if unreached else steps)
+    assert "steps of a harmful probe" in {name for name, *_ in record_rows(record)}
     assert record.weights == hash_weights(tmp_path / "model")
     method = record.method
     assert (method.objective, method.harmful_weight, method.benign_weight) == ("kappa", 2.5, "auto")
