@@ -192,9 +192,9 @@ class SpectrumFigureCallback(TrainerCallback):
 
     def __init__(
         self,
+        *,
         benign: Any = None,
         harmful: Any = None,
-        *,
         max_samples: int = 2048,
         batch_size: int = 64,
         head_module: str | None = None,

@@ -192,9 +192,7 @@ def test_at_equal_accuracy_a_method_stands_by_its_best_setting_on_shared_seeds()
     assert "none of its 1 settings" in compared(*rows) and "There is no seed" in compared(
         a_row(seed=1), a_row("kappa")
     )
-
-
-def test_a_shorter_run_is_compared_with_a_default_as_short():
+    # A shorter run with a default as short.
     short = {"max_steps": 300}
     rows = [a_row(probe=0.1), a_row(probe=0.5, changes=short), a_row("kappa", probe=0.3, bound=None, changes=short)]
     found = compared(*rows)

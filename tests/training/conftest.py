@@ -96,11 +96,11 @@ def trainer_in(tiny, images):
             "harmful_eval_dataset": images(24, 4, size, labels=False),
         }
         names = (*given, "processing_class", "data_collator", "compute_metrics", "compute_loss_func", "callbacks")
-        names += ("distillation_dataset",)
-        names += ("optimizers", "model_init")
+        names += ("distillation_dataset", "optimizers", "model_init")
         given |= {name: options.pop(name) for name in names if name in options}
+        kind = options.pop("kind", ImmunizationTrainer)
         args = options.pop("args", None) or arguments_of(options.pop("output_dir", folder), **options)
-        return ImmunizationTrainer(None if "model_init" in given else model, args, **given)
+        return kind(None if "model_init" in given else model, args, **given)
 
     return make
 

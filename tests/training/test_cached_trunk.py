@@ -136,6 +136,9 @@ def test_what_the_starting_model_makes_of_stored_rows_is_computed_once_where_it_
 # ---- what is refused ----
 
 
+STREAM = datasets.Dataset.from_dict({"pixel_values": torch.zeros(8, 3, 8, 8).tolist()}).to_iterable_dataset()
+
+
 class Random(torch.utils.data.Dataset):
     def __len__(self):
         return 16
@@ -144,21 +147,14 @@ class Random(torch.utils.data.Dataset):
         return {"pixel_values": torch.randn(3, 8, 8), "labels": index % 2}
 
 
-def streamed():
-    return datasets.IterableDataset.from_generator(
-        lambda: ({"pixel_values": torch.zeros(3, 8, 8).tolist()} for _ in range(8))
-    )
-
-
 @pytest.mark.parametrize(
     ("options", "error", "named"),
     [
         ({"trainable": "all"}, TrunkError, "nothing frozen"),
         ({"train_dataset": Random()}, DataError, r"benign images.*freeze one draw"),
-        ({"harmful_dataset": streamed}, ArgumentError, "with streamed harmful images"),
+        ({"harmful_dataset": STREAM}, ArgumentError, "with streamed harmful images"),
     ],
 )
 def test_what_cannot_be_stored_is_refused(options, error, named, trainer):
-    options = {name: of() if of is streamed else of for name, of in options.items()}
     with pytest.raises(error, match=named):
         trainer("resnet", **({"cache_trunk": "float32"} | options)).train()

@@ -78,11 +78,6 @@ class Adds(ImmunizationTrainer):
         return (2 * loss, outputs) if return_outputs else 2 * loss
 
 
-def of(kind, images, arguments, tiny, **options):
-    sets = {"train_dataset": images(16, 1), "harmful_dataset": images(16, 2, labels=False)}
-    return kind(tiny(), arguments(**options), **sets, eval_dataset=images(8, 3))
-
-
 @pytest.mark.parametrize(
     ("kind", "found"),
     [
@@ -93,17 +88,15 @@ def of(kind, images, arguments, tiny, **options):
         (OwnLaterStep, "training_step"),
     ],
 )
-def test_a_subclass_that_would_train_without_the_method_is_refused(kind, found, images, arguments, tiny):
+def test_a_subclass_that_would_train_without_the_method_is_refused(kind, found, trainer):
     with pytest.raises((ArgumentError, DataError), match=found):
-        of(kind, images, arguments, tiny).train()
+        trainer(kind=kind).train()
 
 
-def test_a_subclass_may_add_to_the_loss(images, arguments, tiny):
-    losses = []
-    for kind in (ImmunizationTrainer, Adds):
-        run = of(kind, images, arguments, tiny, max_steps=1, eval_strategy="steps", eval_steps=1)
-        run.train()
-        losses.append(next(entry["loss"] for entry in run.state.log_history if "loss" in entry))
+def test_a_subclass_may_add_to_the_loss(trainer):
+    options = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    runs = [finished(trainer(kind=kind, **options)) for kind in (ImmunizationTrainer, Adds)]
+    losses = [next(entry["loss"] for entry in run.state.log_history if "loss" in entry) for run in runs]
     assert losses[1] == pytest.approx(2 * losses[0], rel=1e-4)
 
 

@@ -149,7 +149,7 @@ def test_a_head_that_cannot_be_loaded_is_named(vit, tmp_path, about):
         load_with_linear_head(tmp_path)
 
 
-def test_the_head_of_another_backbone_is_named_and_none_is_left_behind(vit, tmp_path):
+def test_the_head_of_another_backbone_and_a_push_past_the_allow_list_are_refused(vit, tmp_path):
     with pytest.raises(ArgumentError, match="push_to_hub"):
         vit.save_pretrained(tmp_path, push_to_hub=True)
     vit.save_pretrained(tmp_path)
