@@ -96,10 +96,8 @@ CASES = {
         {"Z": Z, "Y": Y, "fractions": (0.5,), "attainable": None, "max_steps": 9, "produced_dtype": None},
         {"Z": 0, "Y": 0},
     ),
-    "fitted_fraction": (hf.fitted_fraction, {"Z": Z, "Y": Y, "steps": 3, "outliers": 0}, {"Z": 0, "Y": 0}),
-    "time_map": (
-        time_map, {"X_benign": P, "y_benign": Y, "delta": 0.1, "shrinkage": 0.0, "keep": 1}, {"X_benign": -1},
-    ),
+    "fitted_fraction": (hf.fitted_fraction, {"Z": Z, "Y": Y, "steps": 3}, {"Z": 0, "Y": 0}),
+    "time_map": (time_map, {"X_benign": P, "y_benign": Y, "delta": 0.1}, {"X_benign": -1}),
 }  # fmt: skip
 
 

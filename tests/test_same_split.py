@@ -12,7 +12,7 @@ from hf_immunize import verify
 from hf_immunize.audit.run import audit
 from hf_immunize.cli import main as cli
 from hf_immunize.cli.audit import _data, _draw
-from hf_immunize.cli.hub import _images
+from hf_immunize.cli.hub import _sides
 from hf_immunize.cli.train import load_splits, parse_arguments, run_train
 from hf_immunize.data.images import image_hashes
 from hf_immunize.errors import RecordError, TrainingImagesError
@@ -51,7 +51,7 @@ def test_audit_and_verify_measure_on_what_training_held_out(run, images):
     asked = SimpleNamespace(model=str(output), revision="main", **dict.fromkeys(names))
     asked.dataset, asked.harmful_classes = str(images), ["gun", "knife"]
     harmful, benign = _data(asked, partial(_draw, asked))
-    checked = _images(None, None, str(images), ["gun", "knife"], None, record)
+    checked = _sides(str(images), ["gun", "knife"], record)
     for side, audited, verified in zip(trained, (benign, harmful), checked, strict=True):
         assert seen(audited.test) == seen(verified) == seen(side.test)
         assert seen(audited.train) == seen(side.train)

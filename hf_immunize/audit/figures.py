@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from hf_immunize.audit.names import CLASSES, clean, label, percent
-from hf_immunize.audit.result import ACCESSES, SUBJECTS, AuditResult
-from hf_immunize.audit.statistics import Interval, Summary, of_class, summarize, worst_by_subject
+from hf_immunize.audit.result import SUBJECTS, AuditResult
 
 
 # Okabe and Ito's palette, separable by colour-blind readers; line and hatch separate them in grey.
@@ -43,40 +42,32 @@ class Picture:
 def draw_all(data: AuditResult, tables: Mapping[str, pandas.DataFrame]) -> list[Picture]:
     """All figures for which there are numbers, in the order of the report."""
     chance = data.tasks["harmful"].chance
-    pictures = [draw_headline(summarize(data), chance), *draw_curves(tables["attacks"], tables["curves"], chance)]
-    pictures.append(draw_layers(tables["layers"], chance))
-    return [one for one in pictures if one is not None]
-
-
-def draw_headline(summaries: Sequence[Summary], chance: float) -> Picture | None:
-    """Worst case of each class of attackers, as bars; None without numbers."""
-    rows: dict[str, dict[str, tuple[float, Interval | None]]] = {}
-    for access in ACCESSES:
-        best = worst_by_subject([one for s in SUBJECTS for one in of_class(summaries, s, "harmful", access)])
-        if found := {s: (one.mean or 0.0, one.ends) for s, one in best.items() if one is not None}:
-            rows[CLASSES[access]] = found
+    whose = {"immunized": "", "reference": "reference_"}
+    heads = _rows(tables["headline"].replace({"access": CLASSES}), "access", whose)
+    layers = _rows(tables["layers"], "layer", {subject: f"{subject}_" for subject in SUBJECTS})
     caption = "Worst case by class of attackers, with intervals over seeds and test images."
-    return _draw_bars("headline", caption, rows, chance, 0.85)
-
-
-def draw_layers(layers: pandas.DataFrame, chance: float) -> Picture | None:
-    """Best probe at every layer, as bars; None without numbers."""
-    rows: dict[str, dict[str, tuple[float, Interval | None]]] = {}
-    for row in layers.to_dict("records"):
-        for subject in SUBJECTS:
-            mean, low, high = (row[f"{subject}_{name}"] for name in ("accuracy", "low", "high"))
-            if mean == mean:
-                found = (mean, (low, high) if low == low else None)
-                rows.setdefault(clean(row["layer"], _LONGEST), {})[subject] = found
+    pictures = [_draw_bars("headline", caption, heads, chance, 0.85)] if heads else []
+    pictures += draw_curves(tables["attacks"], tables["curves"], chance)
     caption = "Best probe at every layer, in the network's order, the head's input last."
-    return _draw_bars("layers", caption, rows, chance, 0.6)
+    return pictures + ([_draw_bars("layers", caption, layers, chance, 0.6)] if layers else [])
 
 
-def _draw_bars(
-    section: str, caption: str, rows: dict[str, dict[str, tuple[float, Interval | None]]], chance: float, inches: float
-) -> Picture | None:
-    if not rows:
-        return None
+# By name and subject: mean, and ends of its interval.
+Bars = dict[str, dict[str, tuple[float, float, float]]]
+
+
+def _rows(table: pandas.DataFrame, name: str, prefixes: Mapping[str, str]) -> Bars:
+    rows: Bars = {}
+    for row in table.to_dict("records"):
+        for subject, prefix in prefixes.items():
+            mean, low, high = (row[f"{prefix}{end}"] for end in ("accuracy", "low", "high"))
+            if mean == mean:
+                rows.setdefault(clean(row[name], _LONGEST), {})[subject] = (mean, low, high)
+    return rows
+
+
+def _draw_bars(section: str, caption: str, rows: Bars, chance: float, inches: float) -> Picture:
+    """The best of attackers on each subject, as bars."""
     figure = Figure(figsize=(6.4, 0.9 + inches * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     drawn = [subject for subject in SUBJECTS if any(subject in by for by in rows.values())]
@@ -85,13 +76,11 @@ def _draw_bars(
         subject: {"facecolor": COLOURS[subject], "hatch": HATCHES[subject], "edgecolor": "white"} for subject in drawn
     }
     for index, by in enumerate(rows.values()):
-        for subject, (mean, interval) in by.items():
-            at = index + (drawn.index(subject) - (len(drawn) - 1) / 2) * height
-            axes.barh(at, 100 * mean, height * 0.92, **styles[subject])
-            low, high = interval or (mean, mean)
-            if interval is not None:
-                ends = [[100 * (mean - low)], [100 * (high - mean)]]
-                axes.errorbar([100 * mean], [at], xerr=ends, color="black", capsize=2.5, linewidth=1)
+        for s, (mean, low, high) in by.items():
+            at = index + (drawn.index(s) - (len(drawn) - 1) / 2) * height
+            axes.barh(at, 100 * mean, height * 0.92, **styles[s])
+            ends = [[100 * (mean - low)], [100 * (high - mean)]]
+            axes.errorbar([100 * mean], [at], xerr=ends, color="black", capsize=2.5, linewidth=1)
             axes.annotate(percent(mean), (100 * high, at), (4, 0), textcoords="offset points", va="center", size=8)
     keys: list[Any] = [Patch(label=subject, **styles[subject]) for subject in drawn]
     axes.axvline(100 * chance, color="black", linestyle=":", linewidth=1)
@@ -101,7 +90,9 @@ def _draw_bars(
     axes.set_xlabel("test accuracy on the harmful task, %")
     axes.set_xlim(0, min(112.0, max(1.0, 1.15 * axes.get_xlim()[1])))
     figure.legend(handles=keys, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-    alt = [f"{name}: " + ", ".join(f"{s} {percent(mean)}" for s, (mean, _) in by.items()) for name, by in rows.items()]
+    alt = [
+        f"{name}: " + ", ".join(f"{s} {percent(mean)}" for s, (mean, *_) in by.items()) for name, by in rows.items()
+    ]
     return _picture(figure, section, caption, "; ".join(alt))
 
 

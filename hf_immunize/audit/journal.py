@@ -13,13 +13,7 @@ from torch import nn
 
 from hf_immunize.audit.result import Outcome
 from hf_immunize.errors import ArgumentError, CheckpointError
-from hf_immunize.files import (
-    checked,
-    flush,
-    weights_fingerprint,
-    with_checksum,
-    write_whole,
-)
+from hf_immunize.files import checked, flush, weights_fingerprint, with_checksum, write_whole
 
 
 class Journal:
@@ -28,19 +22,8 @@ class Journal:
     def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: str, warnings: list[str]) -> None:
         self.outcomes: dict[str, Outcome] = {}
         self.path = None if folder is None else Path(folder) / "outcomes.jsonl"
-        if self.path is None:
-            return
-        try:
-            if self.path.exists():
-                self._read(fingerprint, warnings)
-            else:
-                write_whole(self.path, with_checksum({"fingerprint": fingerprint}) + "\n")
-        except OSError as error:
-            reason = error.__cause__ or error
-            raise CheckpointError(
-                f"Expected to keep outcomes in {self.path.parent}, found: {reason}. Make room or choose another run "
-                "directory."
-            ) from error
+        if self.path is not None:
+            self._read(fingerprint, warnings)
 
     def add(self, outcome: Outcome) -> None:
         """Keep an outcome, on disk before this returns."""
@@ -62,12 +45,9 @@ class Journal:
 
     def _read(self, fingerprint: str, warnings: list[str]) -> None:
         assert self.path is not None
-        content = self.path.read_text(encoding="utf-8", errors="replace")
-        lines = content.split("\n")
-        whole: list[str] = []
-        dropped = 0 if lines[-1] == "" else 1  # what is whole ends with a newline
-        found = None
-        for line in lines[:-1]:
+        content = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else None
+        found, whole = None, []
+        for line in (content or "").split("\n"):
             try:
                 values = checked(line)
                 if "fingerprint" in values:
@@ -79,7 +59,7 @@ class Journal:
                         self.outcomes[key_of(outcome)] = outcome
                 whole.append(line)
             except (ValueError, TypeError):
-                dropped += 1
+                pass
         if found is not None and found != fingerprint:
             raise ArgumentError(
                 f"{self.path.parent} holds an audit of other weights, data or budgets; choose another run directory, "
@@ -88,12 +68,14 @@ class Journal:
         if found is None:
             # Cut off before its first line was whole, or another file: nothing tells what its outcomes are of.
             self.outcomes, whole = {}, [with_checksum({"fingerprint": fingerprint})]
-        if dropped or found is None:
+        text = "\n".join(whole) + "\n"
+        if content is not None and content != text:
             warnings.append(
-                f"{self.path.name} of the interrupted run had {max(dropped, 1)} unfinished or damaged lines; "
-                "they were dropped and their attacks run again."
+                f"{self.path.name} of the interrupted run had unfinished or damaged lines; they were dropped and "
+                "their attacks run again."
             )
-            write_whole(self.path, "\n".join(whole) + "\n")
+        if content != text:
+            write_whole(self.path, text)
 
 
 def key_of(outcome: Outcome) -> str:

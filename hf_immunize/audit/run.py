@@ -204,10 +204,6 @@ def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progres
 # The attacks
 
 
-# A fine-tuning attack costs about as much as this many probes.
-TUNING_WEIGHT = 20.0
-
-
 @dataclass
 class Work:
     """One audit under way: what is attacked by what, as far as the journal does not hold it, and what was found."""
@@ -234,23 +230,14 @@ class Work:
 
     def run(self) -> None:
         """Run all attacks that are not in the journal."""
-        self.bar = tqdm(
-            total=self.expected(),
-            disable=not self.progress,
-            desc="audit",
-            bar_format="{desc:<44.44} {percentage:3.0f}%|{bar}| {elapsed} so far, about {remaining} to go",
-        )
-        try:
-            with underflow_to_zero():
-                for task in self.tasks:
-                    for subject in self.subjects:
-                        self._probe(task, subject)
-                for task in self.able:
-                    self._fine_tune(task)
-                if "reference" in self.models:
-                    self._restore(self.able[0])
-        finally:
-            self.bar.close()
+        with underflow_to_zero(), tqdm(disable=not self.progress, unit=" attacks") as self.bar:
+            for task in self.tasks:
+                for subject in self.subjects:
+                    self._probe(task, subject)
+            for task in self.able:
+                self._fine_tune(task)
+            if "reference" in self.models:
+                self._restore(self.able[0])
 
     # ---- what is ahead
 
@@ -265,12 +252,6 @@ class Work:
         if task.name == "harmful":
             return self.preset.fine_tuning
         return tuple(name for name in self.preset.fine_tuning if name in self.preset.benign_attackers)
-
-    def expected(self) -> float:
-        """Work ahead, in attacks at the classifier's input; the others are weighed by what they tend to cost."""
-        seeds, tuning_seeds = self.preset.probe_seeds, TUNING_WEIGHT * self.preset.tuning_seeds
-        each = (len(self.probes_of(one)) * seeds + len(self.tuners_of(one)) * tuning_seeds for one in self.able)
-        return len(self.subjects) * sum(each)
 
     def probes_layers(self, task: AttackedTask) -> bool:
         """Whether earlier layers are to be probed."""
@@ -320,7 +301,7 @@ class Work:
         for seed in range(self.preset.probe_seeds):
             for attacker in self.probes_of(task):
                 outcome = Outcome(attacker, "head_input", subject, task.name, place, seed, "float64")
-                self._attack_features(outcome, lambda: data, 1.0)
+                self._attack_features(outcome, lambda: data)
         data.forget()
         for layer, view in views:
             label = layer.label(view)
@@ -335,10 +316,10 @@ class Work:
         for label, reason in left_out.items():
             self._keep(Outcome("ridge", "any_layer", subject, task.name, label, 0, "float64", "skipped", reason))
 
-    def _attack_features(self, outcome: Outcome, features: Callable[[], ProbeData], weight: float = 0.0) -> None:
+    def _attack_features(self, outcome: Outcome, features: Callable[[], ProbeData]) -> None:
         attacker = find_attacker(outcome.attacker)
         assert attacker is not None  # a preset knows its attackers
-        self._attack(outcome, lambda: attacker.run(features(), self.preset.probe_budget, outcome.seed), weight)
+        self._attack(outcome, lambda: attacker.run(features(), self.preset.probe_budget, outcome.seed))
 
     # ---- fine-tuning and restoring
 
@@ -356,7 +337,7 @@ class Work:
                 attack = partial(attacker.run, model, pixels, budget, seed, self.head_module, settings)
                 if isinstance(pixels, str):
                     attack = partial(Found, None, status="skipped", note=pixels)
-                self._attack(outcome, attack, TUNING_WEIGHT)
+                self._attack(outcome, attack)
                 # The first seed chooses the optimizer and the rate for the others.
                 settings = settings or self.journal.outcomes[key_of(outcome)].settings or None
 
@@ -393,13 +374,13 @@ class Work:
 
     # ---- bookkeeping
 
-    def _attack(self, outcome: Outcome, attack: Callable[[], Found], weight: float) -> None:
+    def _attack(self, outcome: Outcome, attack: Callable[[], Found]) -> None:
         if key_of(outcome) not in self.journal.outcomes:
             self.bar.set_description(f"{outcome.subject}: {outcome.attacker}, {outcome.task}, seed {outcome.seed}")
             begin = time.perf_counter()
             outcome = replace(outcome, **vars(guarded(attack)), seconds=time.perf_counter() - begin)
         self._keep(outcome)
-        self.bar.update(weight)
+        self.bar.update()
 
     def _keep(self, outcome: Outcome) -> None:
         key = key_of(outcome)

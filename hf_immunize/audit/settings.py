@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -17,9 +16,18 @@ if TYPE_CHECKING:
     from hf_immunize.attacks.presets import Preset
 
 
-_TASKS = ("harmful", "benign", "unseen", "unrelated")
+# What a field may be, and the words for it; text is never blank.
+_NAME = ((str, type(None)), "a name, or nothing where it can be found without help,")
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("model", "reference"), (object, "a model, its folder or its name")),
+    **dict.fromkeys(("harmful", "benign", "unseen", "unrelated"), (object, "images, their folder or their name")),
+    **dict.fromkeys(("head_module", "image_column", "label_column"), _NAME),
+    **dict.fromkeys(("progress", "trust_remote_code"), (bool, "True or False")),
+    "run_dir": ((str, os.PathLike, type(None)), "a folder"),
+    "revision": (str, "a branch, tag or commit"),
+}
 # Least and most of whole numbers; generators take no larger seed.
-_COUNTS = (("max_images", 2, math.inf), ("seed", 0, 2**32 - 1), ("memory_limit", 1, math.inf))
+_COUNTS = (("max_images", 2, 2**53), ("seed", 0, 2**32 - 1), ("memory_limit", 1, 2**53))
 
 
 @dataclass(frozen=True)
@@ -69,43 +77,23 @@ class AuditSettings:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
     def __post_init__(self) -> None:
-        if self.model is None:
-            raise ArgumentError("Expected an image classifier, its folder or its name as model, found None. Give one.")
-        for name in ("model", "reference", *_TASKS):
+        for name, (kind, words) in _KINDS.items():
             given = getattr(self, name)
             for part in given if isinstance(given, (tuple, list)) else (given,):
-                if isinstance(part, str) and not part.strip():
-                    raise _wrong(name, "a name or a folder", part, "Give it, or leave it out.")
-        if self.harmful is None:
-            raise _wrong("harmful", "images of the harmful task", None, "Give a folder or a data set.")
-        for name in ("head_module", "image_column", "label_column"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value.strip()):
-                raise _wrong(name, "a name", value, "Leave it out where it can be found without help.")
-        for name in ("progress", "trust_remote_code"):
-            if not isinstance(getattr(self, name), bool):
-                raise _wrong(name, "True or False", getattr(self, name))
-        if not isinstance(self.revision, str) or not self.revision.strip():
-            raise _wrong("revision", "a branch, tag or commit", self.revision)
-        self._check_numbers()
-        folder = self.run_dir
-        if folder is not None and (not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder).strip()):
-            raise _wrong("run_dir", "a folder", folder, "Give one, or leave it out.")
-        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-            raise _wrong("run_dir", "a folder", os.fspath(folder), "It is a file: choose another run directory.")
-        self.chosen()
-
-    def _check_numbers(self) -> None:
+                missing = part is None and name in ("model", "harmful")
+                if missing or not isinstance(part, kind) or (isinstance(part, str) and not part.strip()):
+                    raise _wrong(name, words, part)
         for name, least, most in _COUNTS:
             value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                span = f"from {least} to {most}" if name == "seed" else f"of at least {least}"
-                raise _wrong(name, f"a whole number {span}", value)
+            whole = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+            if value is not None and not whole:
+                raise _wrong(name, f"a whole number from {least} to {most}", value)
         fraction = self.test_fraction
         if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
             raise _wrong("test_fraction", "a number between 0 and 1", fraction)
+        if self.run_dir is not None and Path(self.run_dir).is_file():
+            raise _wrong("run_dir", "a folder, not a file,", os.fspath(self.run_dir))
+        self.chosen()
 
     def chosen(self) -> Preset:
         """The preset, with the attackers that were asked for."""
@@ -118,10 +106,10 @@ class AuditSettings:
         if names is not None:
             listed = isinstance(names, Sequence) and not isinstance(names, (str, bytes))
             if not listed or not names or not all(isinstance(name, str) for name in names):
-                raise _wrong("attackers", "a list of names, one at least", names, "Leave it out for the preset's.")
+                raise _wrong("attackers", "a list of names, one at least,", names)
             chosen = chosen.only(names)
         if not chosen.attackers:
-            raise _wrong("preset", "attackers", "none", "An audit without attackers would report nothing.")
+            raise _wrong("preset", "one with attackers", "none")
         if set(chosen.attackers) == set(chosen.restoring) and self.reference is None:
             raise ArgumentError(
                 f"Expected a reference for {' and '.join(chosen.restoring)}, which put its weights back, found "
@@ -130,7 +118,5 @@ class AuditSettings:
         return chosen
 
 
-def _wrong(name: str, expected: str, found: Any, remedy: str = "") -> ArgumentError:
-    shown = printable(repr(found))
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return ArgumentError(f"Expected {expected} as {name}, found {shown}.{' ' if remedy else ''}{remedy}")
+def _wrong(name: str, expected: str, found: Any) -> ArgumentError:
+    return ArgumentError(f"Expected {expected} as {name}, found {printable(repr(found))[:80]}. Give such a one.")

@@ -96,7 +96,6 @@ def audit(model: str, **given: Any) -> None:
     The exit code says whether the audit ran, not what it found: report.html and the lines printed say that.
     """
     import transformers
-    from accelerate.utils import get_int_from_env
 
     from hf_immunize.audit.run import audit as run_audit
     from hf_immunize.hub.card import attach_audit
@@ -109,8 +108,7 @@ def audit(model: str, **given: Any) -> None:
     preset = _preset(asked)
     _check_folders(asked)
     # A scheduler may set RANK for what it does not start in several processes; LOCAL_RANK is a launcher's.
-    ranks = ["PMI_RANK", "OMPI_COMM_WORLD_RANK", *(["RANK"] if "LOCAL_RANK" in os.environ else [])]
-    if get_int_from_env(ranks, 0) > 0:
+    if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
         return
     transformers.utils.logging.set_verbosity_error()
     shared = {one.name: given[one.name] for one in fields(AuditSettings) if one.metadata and one.name in given}

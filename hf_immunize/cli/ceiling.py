@@ -5,8 +5,6 @@ Heavy imports wait until the command runs, so that ``--help`` is quick.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,16 +26,11 @@ def ceiling(
     benign: Annotated[Path, typer.Argument(help="Features or raw data of the task to keep.", show_default=False)],
     harmful: Annotated[Path, typer.Argument(help="The same columns for the task to slow down.", show_default=False)],
     key: Annotated[str | None, typer.Option(help="Array to take from .npz and .safetensors files.")] = None,
-    columns: Annotated[str | None, typer.Option(help="Columns of tables to use, separated by commas.")] = None,
-    drop: Annotated[str | None, typer.Option(help="Columns of tables to leave out, such as the target.")] = None,
+    drop: Annotated[str | None, typer.Option(help="Columns of tables to leave out, separated by commas.")] = None,
     produced_dtype: Annotated[
         str | None, typer.Option(help=f"Precision of the features, if not the file's: {', '.join(_DTYPES)}.")
     ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(help="Sine of the angle from which a harmful direction counts as absent.")
-    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Save the frontier, (i) against (ii), as an image.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """How far can a linear map immunize these two tasks? Known before any training, in seconds.
 
@@ -69,36 +62,22 @@ def ceiling(
                 f"Expected --figure to end in one of {', '.join(_FORMATS)}, found {figure}. Rename it."
             )
         check_writable(figure.parent, "--figure")
-    pick, leave = (None if text is None else [name.strip() for name in text.split(",")] for text in (columns, drop))
-    data = read_pair(benign, harmful, key=key, columns=pick, drop=leave or [])
+    left_out = [] if drop is None else [name.strip() for name in drop.split(",")]
+    data = read_pair(benign, harmful, key=key, drop=left_out)
     dtype = getattr(torch, produced_dtype) if produced_dtype else None
     factors = [
         row_factor(X, f"the {name} data", produced_dtype=dtype)
         for name, X in zip(("benign", "harmful"), data, strict=True)
     ]
-    found = rir_ceiling(factors[0], factors[1], tolerance=tolerance)
-    notes = []
-    for name, samples in (("benign", found.num_benign), ("harmful", found.num_harmful)):
-        if samples < found.dim:
-            notes.append(f"{samples} {name} samples in {found.dim} dimensions: the numbers describe this sample.")
-    (_print_json if as_json else _print)(found, notes)
+    found = rir_ceiling(factors[0], factors[1])
+    _print(found)
     # Last, so that a figure that fails costs no number.
     if figure is not None:
         _save_frontier(found, figure)
-        if not as_json:
-            _note(f"Frontier saved to {figure}.")
+        _note(f"Frontier saved to {figure}.")
 
 
-def _print_json(found: Ceiling, notes: list[str]) -> None:
-    from hf_immunize.linear.optimum import advice
-
-    # JSON knows neither infinity nor NaN.
-    numbers = {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(found).items()}
-    numbers |= {"infinite": math.isinf(found.value), "advice": advice(found), "notes": notes}
-    typer.echo(json.dumps(numbers))
-
-
-def _print(found: Ceiling, notes: list[str]) -> None:
+def _print(found: Ceiling) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -121,8 +100,9 @@ def _print(found: Ceiling, notes: list[str]) -> None:
             f"{found.tolerance:.1g})\n  ceiling on the shared directions alone: {shared_value}"
         )
     console.print(f"[bold]{advice(found)}[/]")
-    for note in notes:
-        _note(note)
+    for name, samples in (("benign", found.num_benign), ("harmful", found.num_harmful)):
+        if samples < found.dim:
+            _note(f"{samples} {name} samples in {found.dim} dimensions: the numbers describe this sample.")
 
 
 def _note(note: str) -> None:

@@ -63,10 +63,6 @@ def verify(
         list[str] | None,
         typer.Option(help="With --dataset: a harmful class, by name or number; give it once for each."),
     ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="Split to measure on; default: validation, else test, else what was held out of train."),
-    ] = None,
     reference: Annotated[
         str | None, typer.Option(help="The model before immunization, to measure its κ's too.")
     ] = None,
@@ -89,8 +85,9 @@ def verify(
     if revision is not None and Path(model).is_dir():
         raise ArgumentError(f"Expected --revision with a model on the Hub, found the folder {model}. Leave it out.")
     folder = fetch(model, revision=revision, with_code=trust_remote_code)
-    record = read_record(folder)
-    images = _images(benign, harmful, dataset, harmful_classes or [], split, record)
+    images: tuple[Any, Any] = (benign, harmful)
+    if dataset is not None:
+        images = _sides(dataset, harmful_classes or [], read_record(folder))
     found = verify_model(
         folder,
         benign=images[0],
@@ -135,24 +132,11 @@ def _check_sources(benign: str | None, harmful: str | None, dataset: str | None,
         )
 
 
-def _images(
-    benign: str | None,
-    harmful: str | None,
-    dataset: str | None,
-    harmful_classes: list[str],
-    split: str | None,
-    record: ImmunizationRecord,
-) -> tuple[Any, Any]:
-    """The images to measure on, drawn as ``hf-immunize train`` drew them by the record."""
+def _sides(dataset: str, harmful_classes: list[str], record: ImmunizationRecord) -> tuple[Any, Any]:
+    """Both tasks' images to measure on, drawn from one data set as ``hf-immunize train`` drew them by the record."""
     from hf_immunize.data.sources import class_keys, measured, split_benign_harmful
     from hf_immunize.hub.collect import drawn_again, recorded_draw
 
-    def load(source: str, side: str) -> Any:
-        return measured(source, recorded_draw(getattr(record, side)) if split is None else None, split)
-
-    if dataset is not None:
-        whole = load(dataset, "harmful")
-        parts = split_benign_harmful(whole, class_keys(whole, harmful_classes))
-    else:
-        parts = load(str(benign), "benign"), load(str(harmful), "harmful")
-    return drawn_again(parts[0], record, "benign"), drawn_again(parts[1], record, "harmful")
+    whole = measured(dataset, recorded_draw(record.harmful))
+    benign, harmful = split_benign_harmful(whole, class_keys(whole, harmful_classes))
+    return drawn_again(benign, record, "benign"), drawn_again(harmful, record, "harmful")

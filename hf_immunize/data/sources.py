@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import datasets
 import numpy as np
-from PIL import Image
 
 from hf_immunize.data.columns import find_stored_label_column, listed, read_labels
 from hf_immunize.errors import DataError
@@ -72,21 +71,8 @@ def _load_folder(path: Path) -> dict[str, datasets.Dataset]:
     folders = {child.name: child for child in sorted(path.iterdir()) if child.is_dir()}
     splits = {SPLIT_FOLDERS[name]: folder for name, folder in folders.items() if name in SPLIT_FOLDERS}
     # By itself the builder would split by any "train" or "test" in the name of a class or an image.
-    places = splits or {"train": path}
-    data_files = {split: f"{folder}/**" for split, folder in places.items()}
-    loaded = datasets.load_dataset("imagefolder", data_files=data_files)
-    if all(list(part.features) == ["image"] for part in loaded.values()) and _one_class(list(places.values())):
-        # The builder leaves out labels that are all the same.
-        return datasets.load_dataset("imagefolder", data_files=data_files, drop_labels=False)
-    return loaded
-
-
-def _one_class(folders: list[Path]) -> bool:
-    """Whether all images lie directly in subfolders of a single name."""
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = [(file, root) for root in folders for file in root.rglob("*") if file.suffix.lower() in endings]
-    places = {file.parent.relative_to(root) for file, root in images}
-    return len(places) == 1 and len(places.pop().parts) == 1
+    data_files = {split: f"{folder}/**" for split, folder in (splits or {"train": path}).items()}
+    return datasets.load_dataset("imagefolder", data_files=data_files)
 
 
 # Splits to measure on, the preferred one first.
@@ -138,11 +124,9 @@ def divide(source: Any, draw: HeldOut = AS_USUAL, *, test: Any = None, name: str
     return Parts(parts["train"], parts["test"], draw)
 
 
-def measured(source: str, draw: HeldOut | None = None, split: str | None = None) -> Any:
-    """The images of a source to measure on, of one split or as `divide` finds them; without a draw, all of it."""
+def measured(source: str, draw: HeldOut | None = None) -> Any:
+    """The images of a source to measure on, as `divide` finds them; without a draw, all of it."""
     splits = load_image_splits(source)
-    if split is not None:
-        splits = {"train": _split(splits, split, repr(source))}
     if draw is not None:
         return divide(datasets.DatasetDict(splits), draw).test
     return next(splits[name] for name in (*MEASURED_SPLITS, *splits) if name in splits)

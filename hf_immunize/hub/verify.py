@@ -33,7 +33,6 @@ from hf_immunize.hub.record import (
     SideRecord,
     read_record,
 )
-from hf_immunize.spectra.conditioning import Conditioning
 from hf_immunize.text import library_words
 
 
@@ -42,22 +41,16 @@ if TYPE_CHECKING:
 
 
 AGREES, DIFFERS, CANNOT_SAY = "agrees", "differs", "cannot say"
-# 2 is what every command of the library ends with on an error.
-EXIT_CODES = {AGREES: 0, DIFFERS: 3, CANNOT_SAY: 4}
-_SENTENCES = {
-    AGREES: "Measured again, the figures agree with the record.",
-    DIFFERS: "Measured again, the figures or the weights differ from the record.",
-    CANNOT_SAY: "Whether the record holds cannot be said from these images.",
+# The exit code, and the words; 2 is what every command of the library ends with on an error.
+_OUTCOMES = {
+    AGREES: (0, "Measured again, the figures agree with the record."),
+    DIFFERS: (3, "Measured again, the figures or the weights differ from the record."),
+    CANNOT_SAY: (4, "Whether the record holds cannot be said from these images."),
 }
 LOG10_TOLERANCE = 1e-3
 # Of the accuracy: half a point, or one image where that is more; two points where it was evaluated in half precision.
 _ACCURACY_TOLERANCE, _HALF_PRECISION_TOLERANCE = 0.005, 0.02
-_BOUND_WORDS = {
-    None: "a number",
-    "lower": "a bound from below",
-    "upper": "a bound from above",
-    "undetermined": "undetermined",
-}
+_BOUND_WORDS = {None: "a number", "lower": "a bound from below", "upper": "a bound from above"}
 
 
 @dataclass(frozen=True)
@@ -83,10 +76,10 @@ class Verification:
     @property
     def exit_code(self) -> int:
         """0 agrees, 3 differs, 4 cannot say."""
-        return EXIT_CODES[self.outcome]
+        return _OUTCOMES[self.outcome][0]
 
     def __str__(self) -> str:
-        return " ".join([_SENTENCES[self.outcome], *self.reasons])
+        return " ".join([_OUTCOMES[self.outcome][1], *self.reasons])
 
 
 def verify(
@@ -143,7 +136,7 @@ def verify(
     if isinstance(reference, str | os.PathLike):
         before = load_model(fetch(reference, token=token))
     options: dict[str, Any] = {"batch_size": batch_size, "head_module": head_module, "progress": progress}
-    found: dict[str, tuple[Measured, Measured | None]] = {}
+    found: dict[str, Pair] = {}
     for side, data in (("benign", benign), ("harmful", harmful)):
         claimed: DataRecord | None = getattr(record, side)
         if isinstance(data, (str, os.PathLike)):
@@ -266,12 +259,12 @@ def _figures(record: ImmunizationRecord, found: dict[str, Pair], same: dict[str,
             old, new = (None if each is None else each.log10_kappa for each in (claim, part))
             note = "" if part is None else f"rank {part.rank}{', a bound from below' if part.is_bound else ''}"
             name = f"log10 κ of {side} features, {moment}"
-            yield _judged(name, old, new, same[side], note, allowance=_allowance(part))
+            yield _judged(name, old, new, same[side], note, allowance=rounding_allowance(part))
     ratios = {"exact": exact_ratio(sides["benign"], sides["harmful"]), "intercept": _intercept_ratio(found)}
     for protocol, ratio in ratios.items():
         recorded = record.ratios.get(protocol)
         if protocol == "exact" or (recorded is not None and ratio is not None):  # the other needs a reference model
-            allowance = sum(_allowance(side.after) for side in sides.values())
+            allowance = sum(rounding_allowance(side.after) for side in sides.values())
             yield _ratio_figure(f"log10 RIR ({protocol})", recorded, ratio, all(same.values()), allowance)
 
 
@@ -299,18 +292,16 @@ def _judged(
     return Figure(name, claimed, measured, tolerance, outcome, note)
 
 
-def rounding_allowance(conditioning: Conditioning) -> float:
+def rounding_allowance(part: ConditioningRecord | None) -> float:
     """How far log10 κ of the same weights and images may differ between machines; about 0 for healthy features.
 
     Features carry rounding noise of the dtype they were computed in, which moves a singular value by at most its norm;
     the rank rule's cut-off bounds that norm (see `rank_cutoff`). A smallest singular value near it moves a lot.
     """
     # A bound is taken at the cut-off, which follows from the features' size and is as good as that.
-    return 0.0 if conditioning.is_bound else 2 * math.log10(1 + conditioning.cutoff / conditioning.sigma_min)
-
-
-def _allowance(part: ConditioningRecord | None) -> float:
-    return 0.0 if part is None else rounding_allowance(part.conditioning())
+    if part is None or part.is_bound or part.cutoff is None or part.sigma_min is None:
+        return 0.0
+    return 2 * math.log10(1 + part.cutoff / part.sigma_min)
 
 
 def _other_data(data: DataRecord | None, now: Measured) -> str | None:
@@ -336,11 +327,8 @@ def _measured_side(now: Measured, then: Measured | None, claimed: SideRecord) ->
 
 
 def _intercept_ratio(found: dict[str, Pair]) -> RatioRecord | None:
-    pairs = [
-        (now.measurement, None if before is None else before.measurement)
-        for now, before in (found["benign"], found["harmful"])
-    ]
-    return intercept_ratio(*pairs)
+    sides = [(now.measurement, None if then is None else then.measurement) for now, then in found.values()]
+    return intercept_ratio(*sides)
 
 
 def _ratio_figure(

@@ -61,12 +61,7 @@ _DAMAGE = (
 
 
 def read_pair(
-    benign: Path,
-    harmful: Path,
-    *,
-    key: str | None = None,
-    columns: Sequence[str] | None = None,
-    drop: Sequence[str] = (),
+    benign: Path, harmful: Path, *, key: str | None = None, drop: Sequence[str] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read two data sets with the same columns."""
     read, names = [], []
@@ -74,7 +69,7 @@ def read_pair(
         if not path.is_file() or path.suffix not in ARRAYS + TABLES:
             raise DataError(f"Expected a file that ends in {', '.join(ARRAYS + TABLES)}, found {path}. Convert it.")
         try:
-            values, found = _table(path, columns, drop) if path.suffix in TABLES else (_array(path, key), None)
+            values, found = _table(path, drop) if path.suffix in TABLES else (_array(path, key), None)
         except ImmunizationError:
             raise
         except _DAMAGE as error:
@@ -88,7 +83,9 @@ def read_pair(
         read.append(values)
         names.append(found)
     if None not in names and names[0] != names[1]:
-        raise DataError(f"Expected the same columns in {benign} and {harmful}, found others. Choose by --columns.")
+        raise DataError(
+            f"Expected the same columns in {benign} and {harmful}, found others. Leave some out by --drop."
+        )
     return read[0], read[1]
 
 
@@ -120,7 +117,7 @@ def _key(keys: list[str], key: str | None, path: Path) -> str:
     return key
 
 
-def _table(path: Path, columns: Sequence[str] | None, drop: Sequence[str]) -> tuple[torch.Tensor, list[Any]]:
+def _table(path: Path, drop: Sequence[str]) -> tuple[torch.Tensor, list[Any]]:
     """Columns of numbers, or one column of feature lists, with their names."""
     import pandas
 
@@ -128,11 +125,11 @@ def _table(path: Path, columns: Sequence[str] | None, drop: Sequence[str]) -> tu
     # Rows longer than the first line make pandas take their first cells for row names.
     if path.suffix == ".csv" and not frame.index.equals(pandas.RangeIndex(len(frame))):
         raise DataError(f"Expected as many cells in the rows of {path} as in its first line, found more. Name all.")
-    missing = [name for name in (*(columns or ()), *drop) if name not in frame.columns]
+    missing = [name for name in drop if name not in frame.columns]
     if missing:
         found = ", ".join(map(str, frame.columns[:12]))
         raise DataError(f"Expected column {missing[0]!r} in {path}, found {found} …. Choose out of these.")
-    frame = frame[list(columns)] if columns else frame.drop(columns=list(drop))
+    frame = frame.drop(columns=list(drop))
     if len(frame.columns) == 1 and len(frame) and isinstance(frame.iloc[0, 0], list | np.ndarray):
         return torch.as_tensor(np.stack(frame.iloc[:, 0].tolist())), list(frame.columns)
     for name in frame.columns:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_immunize.errors import ArgumentError, RankError
 from hf_immunize.linear.inputs import as_data, as_targets, dtype_of_origin, keep_above_noise
@@ -179,39 +178,29 @@ def centred_targets(Y: Any, rows: int) -> Tensor:
     return centred
 
 
-def time_map(
-    X_benign: Any,
-    y_benign: Any,
-    *,
-    delta: float | None = None,
-    shrinkage: float = 0.0,
-    keep: int | None = None,
-) -> Tensor:
+def time_map(X_benign: Any, y_benign: Any, *, delta: float | None = None) -> Tensor:
     """A linear map after which a benign probe takes a few steps, and a probe of what the labels do not need many.
 
     In the metric of the benign data, the directions that the benign labels need stay at 1 and all others are shrunk:
     ``θ = K^{-1/2} (P + δ(I − P))``, K the Gram matrix of the centred benign features and P the projector on the
     column space of the ridge-shrunk cross-covariance with the labels, after whitening. θ is invertible, so that no
-    attainable loss changes, and ``κ(θᵀKθ) = δ⁻²`` exactly where ``shrinkage`` is 0 and something is left to shrink:
-    the benign condition number is not above the one before where ``δ ≥ κ(K)^{-1/2}``, the default. No harmful data
-    are used: every other task of the same features is slowed as well. Not so a task of data distributed as the benign
-    ones, for conjugate gradient and exact line search: to those the map leaves two eigenvalues, a matter of two steps,
-    or of few. This map is this library's, not the paper's.
+    attainable loss changes, and ``κ(θᵀKθ) = δ⁻²`` exactly where something is left to shrink: the benign condition
+    number is not above the one before where ``δ ≥ κ(K)^{-1/2}``, the default. No harmful data are used: every other
+    task of the same features is slowed as well. Not so a task of data distributed as the benign ones, for conjugate
+    gradient and exact line search: to those the map leaves two eigenvalues, a matter of two steps, or of few. This map
+    is this library's, not the paper's.
 
     Args:
         X_benign: ``(N, D)``.
         y_benign: Class numbers ``(N,)`` or targets ``(N, C)``.
         delta: δ, above 0 and at most 1.
-        shrinkage: What the whitening adds to the eigenvalues of K, as a share of their mean: with few samples,
-            whitening makes much of directions that hold little but noise.
-        keep: At most so many directions, those that hold most of the labels; by default all, at most C − 1.
 
     Returns:
         θ, ``(D, D)`` float64: immunized features are ``X @ θ``.
 
     Raises:
         ShapeError, NonFiniteError, RankError: The data do not fit, are not finite, or there is nothing to learn.
-        ArgumentError: An option out of range.
+        ArgumentError: δ out of range.
 
     Example:
         >>> X = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
@@ -226,18 +215,13 @@ def time_map(
         delta = float(s[-1] / s[0])
     if not check_number(delta, "delta", 0, 1) > 0:
         raise ArgumentError("Expected delta= above 0, found 0: the map would not be invertible.")
-    check_number(shrinkage, "shrinkage=", 0)
     strength = _ridge_strength(U, s, targets)
     labels = (s.square() / (s.square() + strength))[:, None] * (U.mT @ targets)
     Q, energy, _ = torch.linalg.svd(labels, full_matrices=False)
-    kept = energy > energy[0] * 1e-6
-    if keep is not None:
-        kept[check_count(keep, "keep=") :] = False
-    Q = Q[:, kept]
-    scale = (s.square() + shrinkage * s.square().sum() / matrix.shape[1]).rsqrt()
+    Q = Q[:, energy > energy[0] * 1e-6]
     inner = delta * torch.eye(len(s), dtype=s.dtype, device=s.device) + (1 - delta) * (Q @ Q.mT)
     # What benign data never show is no larger than the least of what they do.
-    theta = (V * scale) @ inner @ V.mT + delta * float(scale.min()) * (null @ null.mT)
+    theta = (V / s) @ inner @ V.mT + delta / float(s[0]) * (null @ null.mT)
     return check_result(theta / unit, "the map")
 
 
@@ -269,27 +253,24 @@ def _ridge_strength(U: Tensor, s: Tensor, targets: Tensor) -> float:
     return chosen
 
 
-def fitted_fraction(Z: Tensor, Y: Any, steps: int, *, outliers: int = 0) -> Tensor:
+def fitted_fraction(Z: Tensor, Y: Any, steps: int) -> Tensor:
     """What gradient descent on a probe with an intercept has fitted after some steps, differentiable in the features.
 
     ``F_T = tr(Y_cᵀ(I − (I − ηG)^{2T})Y_c)/tr(Y_cᵀY_c)``, ``G = Z_cZ_cᵀ``, ``η = 1/λ_1``. Lowering it on harmful
-    features slows their probe, raising it on benign ones speeds theirs. With outliers r the leading r directions count
-    as fitted and ``η = 1/λ_{r+1}``, so that nothing is earned by a few directions that dominate; that is a measure of
-    the rest, not of an iteration, which would diverge. T = 1 without outliers is kernel alignment.
+    features slows their probe, raising it on benign ones speeds theirs. T = 1 is kernel alignment.
 
     Args:
         Z: Features, ``(N, D)``, any real floating-point dtype; computed in float64, on the smaller side.
         Y: Class numbers ``(N,)`` or targets ``(N, C)``; they take no gradient.
         steps: T, at least 1.
-        outliers: r, below the number of rows and columns.
 
     Returns:
-        0-D tensor in [0, 1], in the dtype of the features, float32 at least; differentiable once.
+        0-D tensor in [0, 1], in the dtype of the features, float32 at least.
 
     Raises:
         ShapeError, NonFiniteError: The matrices do not fit or are not finite.
         RankError: All features or all targets are the same.
-        ArgumentError: ``steps`` or ``outliers`` out of range.
+        ArgumentError: ``steps`` below 1.
 
     Example:
         >>> Z = torch.diag(torch.tensor([3.0, 1.0, 0.0]))
@@ -299,78 +280,31 @@ def fitted_fraction(Z: Tensor, Y: Any, steps: int, *, outliers: int = 0) -> Tens
     check_count(steps, "steps=")
     Z = as_matrix(Z, "Z")
     rows, columns = as_data(Z, "Z").shape
-    check_count(outliers, "outliers=", 0, min(rows - 1, columns) - 1)
     targets = centred_targets(Y, rows).to(Z.device)
     with without_autocast(Z.device):
         wide = Z.to(torch.float64) / binary_scale(Z)
         centred = wide - wide.mean(dim=0)
-        if rows <= columns:
-            value = _FittedEnergy.apply(centred @ centred.mT, targets, steps, outliers, False)
-        else:
-            value = _FittedEnergy.apply(centred.mT @ centred, centred.mT @ targets, steps, outliers, True)
-        fraction = value / targets.square().sum()
+        gram = centred @ centred.mT if rows <= columns else centred.mT @ centred
+        top = torch.linalg.eigvalsh(gram)[-1]
+        if not bool(top > 0):
+            raise RankError("Expected features that differ, found all the same. Check that the network is not dead.")
+        left = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) - gram / top
+        # ηG Σ_j (I − ηG)^j over j < 2T loses no digit where little is fitted, as I − (I − ηG)^{2T} would.
+        powers = _power_sum(left, 2 * steps)
+        inside = targets if rows <= columns else centred.mT @ targets
+        outside = gram @ targets if rows <= columns else inside
+        fraction = (outside * (powers @ inside)).sum() / (top * targets.square().sum())
     return fraction.clamp(0.0, 1.0).to(torch.promote_types(Z.dtype, torch.float32))
 
 
-class _FittedEnergy(torch.autograd.Function):
-    """``tr(Bᵀ φ(A) B)`` of a symmetric A: φ(λ) = 1 − (1 − λ/θ)^{2T}, divided by λ where B holds the features too.
-
-    θ is the eigenvalue after the outliers, whose φ is 1 (or 1/λ). The gradient is that of a spectral function, by
-    divided differences of φ, plus that of θ; no difference of eigenvalues is divided by where it is rounding.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, A: Tensor, B: Tensor, steps: int, outliers: int, divided: bool) -> Tensor:
-        values, vectors = torch.linalg.eigh(A.detach())
-        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        theta = values[outliers]
-        if not bool(theta > 0):
-            raise RankError(
-                f"Expected features of rank above {outliers} once their mean is taken off, found fewer directions. "
-                "Lower outliers=, or check that the network is not dead."
-            )
-        phi, slope, of_theta = _filter(values, theta, steps, outliers, divided)
-        inside = vectors.mT @ B.detach()
-        ctx.save_for_backward(values, vectors, phi, slope, of_theta, inside)
-        ctx.outliers, ctx.width = outliers, float(theta) * min(1e-6, 1e-3 / steps)
-        return (phi[:, None] * inside.square()).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        values, vectors, phi, slope, of_theta, inside = ctx.saved_tensors
-        distance = values[:, None] - values[None, :]
-        tied = distance.abs() <= ctx.width
-        quotient = (phi[:, None] - phi[None, :]) / torch.where(tied, 1.0, distance)
-        gamma = torch.where(tied, (slope[:, None] + slope[None, :]) / 2, quotient)
-        core = gamma * (inside @ inside.mT)
-        core[ctx.outliers, ctx.outliers] += (of_theta * inside.square().sum(dim=1)).sum()
-        of_A = grad_outputs[0] * (vectors @ core @ vectors.mT)
-        of_B = 2 * grad_outputs[0] * (vectors @ (phi[:, None] * inside))
-        return of_A, of_B, None, None, None
-
-
-def _filter(values: Tensor, theta: Tensor, steps: int, outliers: int, divided: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """φ, dφ/dλ and dφ/dθ at every eigenvalue."""
-    x = values / theta
-    left = torch.log1p(-x.clamp(max=1.0))
-    fitted = -torch.expm1(2 * steps * left)
-    power = torch.exp((2 * steps - 1) * left)  # (1 − x)^{2T−1}
-    slope, of_theta = 2 * steps / theta * power, -2 * steps * x / theta * power
-    if divided:
-        safe = torch.where(values > 0, values, 1.0)
-        series = x * steps < 1e-5
-        near = 2 * steps / theta * (1 - (2 * steps - 1) / 2 * x)
-        phi = torch.where(series, near, fitted / safe)
-        slope = torch.where(series, -steps * (2 * steps - 1) / theta**2, (slope - phi) / safe)
-        of_theta = torch.where(series, -2 * steps / theta**2 * power, of_theta / safe)
-    else:
-        phi = fitted
-    top = torch.arange(len(values), device=values.device) < outliers
-    inverse = 1 / torch.where(top, values, 1.0)
-    phi = torch.where(top, inverse if divided else torch.ones_like(phi), phi)
-    slope = torch.where(top, -inverse.square() if divided else torch.zeros_like(slope), slope)
-    return phi, slope, torch.where(top, 0.0, of_theta)
+def _power_sum(matrix: Tensor, count: int) -> Tensor:
+    """``I + A + … + A^{count−1}``, in twice as many products as `count` has binary digits, or three times."""
+    total, power = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device), matrix
+    for digit in bin(count)[3:]:
+        total, power = total + power @ total, power @ power
+        if digit == "1":
+            total, power = total + power, power @ matrix
+    return total
 
 
 def _fixed_step(values: np.ndarray, shares: np.ndarray) -> Iterator[float]:

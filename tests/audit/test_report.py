@@ -16,7 +16,6 @@ import pytest
 from audit_sample import LAYERS, STEPS, attack, hostile_html, lost, make, named_data, sample_data, sample_html
 
 from hf_immunize.audit.figures import draw_all
-from hf_immunize.audit.names import clean, label, percent, ratio, signed
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import Utility, from_json, to_json
 from hf_immunize.errors import DataError
@@ -282,18 +281,3 @@ def test_no_name_ends_a_report_or_acts_on_what_shows_it(tmp_path, name):
     for text in shown:
         text.encode("utf-8")
         assert not [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs")]
-
-
-# Names and numbers
-
-
-@pytest.mark.parametrize(
-    ("show", "value", "text"),
-    [(percent, value, "–") for value in (None, math.nan, math.inf)]
-    + [(percent, 0.4857, "48.6%"), (signed, -0.012, "−1.2"), (signed, None, "–")]
-    + [(ratio, 0.5, "0.5"), (ratio, 12.3, "12"), (ratio, 123.4, "120"), (ratio, math.inf, "infinite")],
-)
-def test_numbers_and_names_for_people(show, value, text):
-    assert show(value) == text
-    assert [len(clean("汽" * size)) for size in (3, 80, 81, 1000)] == [3, 80, 80, 80]
-    assert label("sam_l4") == "sam l4" and label("lora_r4") == "LoRA of rank 4"
