@@ -21,6 +21,7 @@ _PUBLIC = {
     "linear.time": ("ProbingTime", "fitted_fraction", "probing_time"),
     "vision.head": ("penultimate_features",),
     "data.sources": ("split_benign_harmful",),
+    "data.views": ("Views",),
     "hub.record": ("ImmunizationRecord",),
     "hub.load": ("load_immunized",),
     "hub.verify": ("verify",),

@@ -52,7 +52,13 @@ def finished(images, model, tmp_path_factory):
 
 def test_a_folder_of_images_becomes_a_checkpoint_with_record_card_and_figure(finished):
     output, results = finished
-    assert results["images"] == {"benign_train": 16, "harmful_train": 16, "benign_eval": 8, "harmful_eval": 8}
+    assert results["images"] == {
+        "benign_train": 16,
+        "harmful_train": 16,
+        "distillation": 96,
+        "benign_eval": 8,
+        "harmful_eval": 8,
+    }
     assert type(AutoModelForImageClassification.from_pretrained(output)).__name__ == "ViTForImageClassification"
     record, card = read_record(output), (output / "README.md").read_text()
     assert record.harmful.classes == ["gun", "knife"]

@@ -19,7 +19,8 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from hf_immunize.data.columns import find_columns
-from hf_immunize.data.sources import HeldOut, Parts, choose, divide, divide_classes, load_image_dataset
+from hf_immunize.data.sources import HeldOut, Parts, choose, divide, divide_classes
+from hf_immunize.data.views import to_distil_on
 from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.files import check_writable, write_whole
 from hf_immunize.hub.card import metric_rows, summary_sentence
@@ -64,7 +65,9 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "With --dataset: the harmful classes, by name or number.", "action": "extend"},
     )
-    distillation: str | None = _option(None, "Any images, without labels, on which the model shall stay what it was.")
+    distillation: str | None = _option(
+        None, "Images on which the model shall stay what it was: 'views' of the benign ones (default), others, 'none'."
+    )
     benign_eval: str | None = _option(None, "Benign images to measure on.")
     harmful_eval: str | None = _option(None, "Harmful images to measure on.")
     eval_fraction: float = _option(0.3, "Part held out for measuring where there is no validation or test split.")
@@ -250,9 +253,8 @@ def run_train(words: list[str]) -> dict[str, Any]:
     check_writable(folder, "--output_dir")
     set_seed(args.seed)
     benign, harmful = load_splits(data, args)
-    distillation = None
-    if data.distillation is not None:
-        distillation = _first(load_image_dataset(data.distillation), data.max_images, args.seed)
+    options: dict[str, Any] = {"image_column": args.image_column_name, "seed": args.seed, "limit": data.max_images}
+    distillation = to_distil_on(data.distillation, benign.train, distils=args.benign_loss != "task", **options)
     try:
         model = load_model(data, benign.train, args)
         hub = {"revision": data.model_revision, "trust_remote_code": data.trust_remote_code}

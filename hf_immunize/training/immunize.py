@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from hf_immunize.data.sources import HeldOut, divide, load_image_dataset
+from hf_immunize.data.sources import HeldOut, divide
+from hf_immunize.data.views import to_distil_on
 from hf_immunize.hub.card import summary_sentence
 from hf_immunize.hub.record import ImmunizationRecord, read_record
 from hf_immunize.training.arguments import ImmunizationArguments
@@ -37,7 +38,8 @@ def immunize(
         harmful: Harmful images, likewise; their labels are not used.
         output_dir: Folder for the checkpoint and its record, ``immunization.json``.
         processing_class: The image processor; by default the one beside the model.
-        distillation: Any images, without labels, on which the model shall stay what it was too.
+        distillation: Images, without labels, on which the model shall stay what it was too; by default `Views` of
+            the benign ones, "none" for none.
         **arguments: Further `ImmunizationArguments`, such as ``max_steps=2000``.
 
     Returns:
@@ -65,10 +67,12 @@ def immunize(
         if processing_class is None:
             processing_class = AutoImageProcessor.from_pretrained(model)
         model = load_classifier(model)
-    if isinstance(distillation, (str, os.PathLike)):
-        distillation = load_image_dataset(os.fspath(distillation))
     draw = HeldOut(seed=args.seed)
     good, bad = divide(benign, draw, name="benign images"), divide(harmful, draw, name="harmful images")
+    if distillation is None or isinstance(distillation, (str, os.PathLike)):
+        source = None if distillation is None else os.fspath(distillation)
+        options: dict[str, Any] = {"image_column": args.image_column_name, "seed": args.seed}
+        distillation = to_distil_on(source, good.train, distils=args.benign_loss != "task", **options)
     trainer = ImmunizationTrainer(
         model,
         args,
