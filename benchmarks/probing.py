@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 
 from hf_immunize import relative_immunization_ratio
 from hf_immunize.attacks.attacker import Found, ProbeBudget, ProbeData
-from hf_immunize.attacks.presets import find_attacker
+from hf_immunize.attacks.presets import ATTACKERS
 from hf_immunize.data.images import ImageRows
 from hf_immunize.data.sources import choose, load_image_splits
 from hf_immunize.features.extract import extract
@@ -63,16 +63,16 @@ def main() -> None:
         sides[side] = [before, after]
         if side == "benign":
             print(f"| benign accuracy | {own:.1%} | {now:.1%} |")
-        ridge = [find_attacker("ridge").run(data, budget, 0).accuracy for data in (before, after)]
+        ridge = [ATTACKERS["ridge"].run(data, budget, 0).accuracy for data in (before, after)]
         print(f"| {side}: ridge | {ridge[0]:.1%} | {ridge[1]:.1%} |")
         goal = 1 / before.num_classes + 0.8 * (ridge[0] - 1 / before.num_classes)
         for name in PROBES if side == "harmful" else PROBES[:1]:
-            found = [find_attacker(name).run(data, budget, 0) for data in (before, after)]
+            found = [ATTACKERS[name].run(data, budget, 0) for data in (before, after)]
             cells = [
                 f"{steps_to(one, goal):,.0f} (best {max(one.curve):.1%})".replace("inf", "not reached")
                 for one in found
             ]
-            print(f"| {side}: steps of {find_attacker(name).label} | {' | '.join(cells)} |", flush=True)
+            print(f"| {side}: steps of {ATTACKERS[name].label} | {' | '.join(cells)} |", flush=True)
     for protocol in ("intercept", "exact"):
         features = {
             f"{side}{end}": data.Z

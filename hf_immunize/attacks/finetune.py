@@ -22,7 +22,7 @@ from hf_immunize.attacks.attacker import (
     stratified_split,
 )
 from hf_immunize.attacks.probes import half_cosine, minibatches, ridge
-from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.errors import DataError
 from hf_immunize.features.extract import pass_size
 from hf_immunize.vision.head import find_head
 from hf_immunize.vision.scope import last_stage
@@ -142,8 +142,6 @@ def _train(
     model: PreTrainedModel, part: Part, setting: Setting, when: list[int], batch_size: int, seed: int
 ) -> tuple[list[float], list[int], str]:
     """Accuracy at the given steps, of which the last is the end; those steps; and why it ended early, if it did."""
-    if setting.optimizer not in _OPTIMIZERS:
-        raise ArgumentError(f"Expected an optimizer out of {', '.join(_OPTIMIZERS)}, found {setting.optimizer!r}.")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _OPTIMIZERS[setting.optimizer](trainable, lr=setting.learning_rate)
     norms = [one for one in model.modules() if isinstance(one, _BatchNorm)] if setting.batch_statistics else []
@@ -203,8 +201,7 @@ def _tuning(name: str, label: str, where: str, preset: str) -> Attacker:
     return Attacker(name, label, "fine_tuning", False, run, preset, f"{where} and a new head")
 
 
-def adapters(rank: int, preset: str = "full") -> Attacker:
-    """Fine-tuning of low-rank adapters; any rank can be named."""
+def _adapters(rank: int, preset: str = "full") -> Attacker:
     return _tuning(f"lora_r{rank}", f"LoRA of rank {rank}", "low-rank adapters", preset)
 
 
@@ -212,9 +209,9 @@ ATTACKERS = (
     _tuning("last_stage", "fine-tuning of the last stage", "last stage", "quick"),
     _tuning("whole_network", "fine-tuning of the whole network", "whole network", "quick"),
     _tuning("bias_only", "fine-tuning of the biases", "biases", "standard"),
-    adapters(2),
-    adapters(8, "quick"),
-    adapters(32),
+    _adapters(2),
+    _adapters(8, "quick"),
+    _adapters(32),
     # With the public weights back, the features are the reference's.
     Attacker("restore_swap", "restoring the public weights", "fine_tuning", True, ridge, "quick", restores=True),
 )

@@ -5,7 +5,6 @@ Two audits can be compared only if their preset and its version are the same.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,16 +21,9 @@ PRESET_VERSION = 3
 ATTACKERS: dict[str, Attacker] = {one.name: one for module in (probes, finetune) for one in module.ATTACKERS}
 
 
-def find_attacker(name: str) -> Attacker | None:
-    """An attacker by its name; ``lora_r<rank>`` has any rank. None where there is no such."""
-    if name not in ATTACKERS and (rank := re.fullmatch(r"lora_r([1-9]\d{0,5})", name)):
-        return finetune.adapters(int(rank[1]))
-    return ATTACKERS.get(name)
-
-
 def check_attackers(names: Iterable[str]) -> None:
     """Refuse names that are no attacker's."""
-    if unknown := sorted(name for name in names if find_attacker(name) is None):
+    if unknown := sorted(name for name in names if name not in ATTACKERS):
         raise ArgumentError(f"Expected attackers out of {', '.join(ATTACKERS)}, found {', '.join(unknown)}.")
 
 
@@ -88,18 +80,17 @@ class Preset:
         """The same budgets for some of the attackers; at earlier layers only those that the preset has there."""
         chosen = set(attackers)
         check_attackers(chosen)
-        every = [name for name in dict.fromkeys((*ATTACKERS, *sorted(chosen))) if name in chosen]
         kept: dict[str, Any] = {
             name: tuple(one for one in getattr(self, name) if one in chosen)
             for name in ("layer_probes", "flattened_probes", "benign_attackers")
         }
-        return replace(self, **_by_access(find_attacker(name) for name in every), **kept)
+        return replace(self, **_by_access(one for one in ATTACKERS.values() if one.name in chosen), **kept)
 
 
-def _by_access(attackers: Iterable[Attacker | None]) -> dict[str, Any]:
+def _by_access(attackers: Iterable[Attacker]) -> dict[str, Any]:
     """Names of attackers by the fields of a preset that they stand in."""
     found: dict[str, tuple[str, ...]] = {"probes": (), "fine_tuning": (), "restoring": ()}
-    for one in filter(None, attackers):
+    for one in attackers:
         place = "probes" if one.access == "head_input" else "restoring" if one.restores else "fine_tuning"
         found[place] += (one.name,)
     return found

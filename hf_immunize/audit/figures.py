@@ -106,7 +106,9 @@ def draw_curves(attacks: pandas.DataFrame, curves: pandas.DataFrame, chance: flo
 
 
 def _draw_curve(rows: pandas.DataFrame, chance: float) -> Picture:
-    figure, axes = _small()
+    figure = Figure(figsize=(4.2, 2.9))
+    # Labels fit these margins: to find them out takes longer than to draw.
+    axes = figure.add_axes((0.15, 0.16, 0.82, 0.81))
     ends = []
     for subject in SUBJECTS:
         own = rows[rows["subject"] == subject].sort_values("step")
@@ -119,26 +121,16 @@ def _draw_curve(rows: pandas.DataFrame, chance: float) -> Picture:
     axes.axhline(100 * chance, color="black", linestyle=":", linewidth=1, label="chance")
     axes.set_xscale("symlog" if (rows["step"] == 0).any() else "log")
     axes.set_ylim(bottom=0)
-    _label(axes, "steps", "harmful test accuracy, %")
+    axes.minorticks_off()
+    axes.set_xlabel("steps")
+    axes.set_ylabel("harmful test accuracy, %")
+    axes.grid(True, alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
     name = label(rows["attacker"].iloc[0])
     name = name[:1].upper() + name[1:]
     where = ", at the classifier's input" if rows["access"].iloc[0] == "head_input" else ""
     caption = f"{name}{where}: accuracy against steps, mean and interval over seeds and test images."
     return _picture(figure, "curves", caption, f"{name}: {', '.join(ends)}; chance {percent(chance)}")
-
-
-def _small() -> tuple[Figure, Any]:
-    """A figure whose labels fit known margins: to find them out takes longer than to draw."""
-    figure = Figure(figsize=(4.2, 2.9))
-    return figure, figure.add_axes((0.15, 0.16, 0.82, 0.81))
-
-
-def _label(axes: Any, x: str, y: str) -> None:
-    axes.minorticks_off()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(True, alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
 
 
 def _plain(text: str) -> str:

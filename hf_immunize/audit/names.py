@@ -6,7 +6,7 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from hf_immunize.attacks.presets import find_attacker
+from hf_immunize.attacks.presets import ATTACKERS
 from hf_immunize.text import printable
 
 
@@ -38,7 +38,7 @@ def label(attacker: str) -> str:
         >>> label("gd_line_search"), label("lora_r8"), label("head_first")
         ('gradient descent with exact line search', 'LoRA of rank 8', 'head first')
     """
-    known = find_attacker(attacker)
+    known = ATTACKERS.get(attacker)
     return known.label if known else clean(attacker).replace("_", " ")
 
 

@@ -264,12 +264,7 @@ def _ends(interval: tuple[float, float] | None, prefix: str = "") -> dict[str, f
 
 def _records(table: pandas.DataFrame) -> list[dict[str, Any]]:
     """Rows of plain values, None where one is missing."""
-    return [{str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")]
-
-
-def _plain(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and value != value else value
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 def _worst_cases(

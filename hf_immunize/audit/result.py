@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from hf_immunize.attacks.presets import find_attacker
+from hf_immunize.attacks.presets import ATTACKERS
 from hf_immunize.errors import DataError
 from hf_immunize.text import public_name
 
@@ -101,7 +101,7 @@ class AuditResult:
     def tested_images(self, outcome: Outcome) -> int:
         """Test images of an attack: fine-tuning takes no more than its budget, probes (of public weights too) all."""
         size, most = self.tasks[outcome.task].test_size, self.budget.get("fine_tuning_max_test_images")
-        attacker = find_attacker(outcome.attacker)
+        attacker = ATTACKERS.get(outcome.attacker)
         tuned = outcome.access == "fine_tuning" and not (attacker and attacker.restores)
         return min(size, most) if tuned and isinstance(most, int) else size
 

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from hf_immunize.attacks.attacker import Found, Part, ProbeData, guarded
 from hf_immunize.attacks.finetune import changed_parameters
-from hf_immunize.attacks.presets import PRESET_VERSION, Preset, find_attacker
+from hf_immunize.attacks.presets import ATTACKERS, PRESET_VERSION, Preset
 from hf_immunize.audit.journal import Journal, fingerprint, key_of
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import AuditResult, FeatureSpectrum, Outcome, Utility
@@ -176,8 +176,7 @@ def _load_models(settings: AuditSettings) -> tuple[dict[str, PreTrainedModel], A
                 f"{library_words(error)}. Check the spelling, the connection and your rights."
             ) from error
         models[subject] = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-        path = os.fspath(given)
-        names[subject] = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else path
+        names[subject] = os.fspath(given)
     # The caller's own model stays as it is.
     wide = {name: to_full_precision(copy.deepcopy(one)) if half_tensors(one) else one for name, one in models.items()}
     return wide, processor, names
@@ -317,8 +316,7 @@ class Work:
             self._keep(Outcome("ridge", "any_layer", subject, task.name, label, 0, "float64", "skipped", reason))
 
     def _attack_features(self, outcome: Outcome, features: Callable[[], ProbeData]) -> None:
-        attacker = find_attacker(outcome.attacker)
-        assert attacker is not None  # a preset knows its attackers
+        attacker = ATTACKERS[outcome.attacker]
         self._attack(outcome, lambda: attacker.run(features(), self.preset.probe_budget, outcome.seed))
 
     # ---- fine-tuning and restoring
@@ -326,8 +324,7 @@ class Work:
     def _fine_tune(self, task: AttackedTask) -> None:
         budget, pixels = self.preset.tuning_budget, None
         # One attacker on all models before the next: what an interruption leaves can be compared.
-        for attacker, subject in itertools.product(map(find_attacker, self.tuners_of(task)), self.subjects):
-            assert attacker is not None  # a preset knows its attackers
+        for attacker, subject in itertools.product(map(ATTACKERS.__getitem__, self.tuners_of(task)), self.subjects):
             model, settings = self.models[subject], None
             for seed in range(self.preset.tuning_seeds):
                 place = (subject, task.name, attacker.where)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
-from hf_immunize.attacks.presets import find_attacker
+from hf_immunize.attacks.presets import ATTACKERS
 from hf_immunize.audit.result import SUBJECTS, AuditResult, Outcome, Utility
 
 
@@ -187,7 +187,7 @@ def summarize(data: AuditResult) -> list[Summary]:
 
 
 def _summarize(runs: list[Outcome], test_size: int) -> Summary:
-    done, known = [run for run in runs if run.status == "done"], find_attacker(runs[0].attacker)
+    done, known = [run for run in runs if run.status == "done"], ATTACKERS.get(runs[0].attacker)
     accuracies = {run.seed: reached(run) for run in done}
     mean, interval = mean_interval(list(accuracies.values())) if accuracies else (None, None)
     seconds, seconds_interval = mean_interval([run.seconds for run in runs])

@@ -19,7 +19,6 @@ from hf_immunize.data.columns import find_columns, is_transformed, listed, read_
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.data.sources import AS_USUAL, HeldOut, Parts, choose, divide
 from hf_immunize.errors import DataError
-from hf_immunize.text import public_name
 
 
 # Images in one forward pass.
@@ -28,19 +27,12 @@ _BATCH = 64
 
 @dataclass
 class Images:
-    """Some images of a task with their class numbers.
+    """Some images of a task with their class numbers."""
 
-    Attributes:
-        rows: The data set.
-        indices: Which of its rows.
-        labels: Their class numbers, ``(n,)``.
-        hashes: One a row, of the pixel values as the model sees them; empty before `load`.
-    """
-
-    rows: ImageRows
-    indices: list[int]
-    labels: Tensor
-    hashes: list[bytes] = field(default_factory=list)
+    rows: ImageRows  # the data set
+    indices: list[int]  # of its rows
+    labels: Tensor  # their class numbers, (n,)
+    hashes: list[bytes] = field(default_factory=list)  # of the pixel values as the model sees them; none before `load`
     _held: Tensor | None = None
 
     def __len__(self) -> int:
@@ -91,31 +83,16 @@ class Images:
 
 @dataclass
 class AttackedTask:
-    """A task: images to learn from and images to measure on.
+    """A task: images to learn from and images to measure on."""
 
-    Attributes:
-        name: "harmful", "unseen", "benign" or "unrelated".
-        dataset: What reports call it.
-        train, test: The images; test images of classes that the training images lack are left out.
-        classes: Names of the classes, or their labels as text.
-        utility: All test images with the labels as the data set has them, for the released classifier's accuracy.
-        label_names: Name of each label as the data set has it, where it has names.
-        problem: Why the task cannot be learned from these images; empty if it can.
-    """
-
-    name: str
-    dataset: str
+    name: str  # "harmful", "unseen", "benign" or "unrelated"
+    dataset: str  # what reports call it
     train: Images
-    test: Images
-    classes: list[str]
-    utility: Images
-    label_names: list[str]
-    problem: str = ""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.classes)
+    test: Images  # less those of classes that the training images lack
+    num_classes: int
+    utility: Images  # all test images with the labels as the data set has them, for the classifier's accuracy
+    label_names: list[str]  # of each label as the data set has it, where it has names
+    problem: str = ""  # why the task cannot be learned from these images; empty if it can
 
     def describe(self) -> TaskSummary:
         """The task as reports have it."""
@@ -175,9 +152,7 @@ def load_task(
     utility, label_names = _utility(test_rows, test_labels, test_names or [], chosen if name == "benign" else [])
     typed = source[0] if isinstance(source, (tuple, list)) else source
     called = str(typed) if isinstance(typed, (str, Path)) else f"{name} images"
-    return AttackedTask(
-        name, public_name(called), train_images, test_images, [str(c) for c in classes], utility, label_names, problem
-    )
+    return AttackedTask(name, called, train_images, test_images, len(classes), utility, label_names, problem)
 
 
 def _utility(rows: ImageRows, labels: list[Any], names: list[str], every: list[int]) -> tuple[Images, list[str]]:

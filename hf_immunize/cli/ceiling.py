@@ -25,7 +25,6 @@ _FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".tif", ".tiff", "
 def ceiling(
     benign: Annotated[Path, typer.Argument(help="Features or raw data of the task to keep.", show_default=False)],
     harmful: Annotated[Path, typer.Argument(help="The same columns for the task to slow down.", show_default=False)],
-    key: Annotated[str | None, typer.Option(help="Array to take from .npz and .safetensors files.")] = None,
     drop: Annotated[str | None, typer.Option(help="Columns of tables to leave out, separated by commas.")] = None,
     produced_dtype: Annotated[
         str | None, typer.Option(help=f"Precision of the features, if not the file's: {', '.join(_DTYPES)}.")
@@ -44,8 +43,8 @@ def ceiling(
     one that reaches it is known in closed form. A ceiling near 1 says that training such a map is futile. An infinite
     ceiling says that the harmful task has directions that the benign data do not use.
 
-    Give two files with one sample a row: .npy, .npz, .safetensors, .csv or .parquet (numbers, or a column of feature
-    lists). Features are best taken at the input of the classifier.
+    Give two files with one sample a row: .npy, .csv or .parquet (numbers, or a column of feature lists). Features are
+    best taken at the input of the classifier.
 
     A linear map slows gradient descent only: the ceiling does not say whether another optimizer is stopped.
     """
@@ -62,8 +61,7 @@ def ceiling(
                 f"Expected --figure to end in one of {', '.join(_FORMATS)}, found {figure}. Rename it."
             )
         check_writable(figure.parent, "--figure")
-    left_out = [] if drop is None else [name.strip() for name in drop.split(",")]
-    data = read_pair(benign, harmful, key=key, drop=left_out)
+    data = read_pair(benign, harmful, [] if drop is None else [name.strip() for name in drop.split(",")])
     dtype = getattr(torch, produced_dtype) if produced_dtype else None
     factors = [
         row_factor(X, f"the {name} data", produced_dtype=dtype)
@@ -133,11 +131,6 @@ def _save_frontier(ceiling: Ceiling, path: Path) -> None:
         ylabel="(i)  κ of the harmful task, times what it was",
         title=f"What a linear map can reach: RIR up to {ceiling.common_value if shared else ceiling.value:.3g}",
     )
-    for line in (axis.xaxis, axis.yaxis):
-        low, high = line.get_view_interval()
-        line.set_major_formatter("{x:g}")
-        # Between few decades the ticks in between need numbers; between many they would run into each other.
-        line.set_minor_formatter("{x:g}" if high / low < 30 else "")
     axis.legend(loc="lower right")
     axis.grid(alpha=0.3)
     save_figure(figure, path)

@@ -183,43 +183,43 @@ def summary_sentence(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 def eval_results(record: ImmunizationRecord) -> list[EvalResult]:
     """Accuracy, ratios and attacks as the Hub's index of results knows them; finite numbers only."""
-    found: list[tuple[str, str, str, float, dict[str, str]]] = []
+    results: list[EvalResult] = []
+
+    def add(side: str, kind: str, name: str, value: float, **arguments: str) -> None:
+        data = getattr(record, side) or DataRecord("")
+        title = printable(data.name)
+        results.append(
+            EvalResult(
+                task_type="image-classification",
+                task_name="Image classification",
+                # The Hub groups by type, configuration, split and revision: one data set may serve both tasks.
+                dataset_type=slug(title),
+                dataset_name=title or f"{side} images",
+                dataset_config=side,
+                dataset_split=printable(data.split) if data.split else None,
+                dataset_revision=printable(data.revision) if data.revision else None,
+                metric_type=kind,
+                metric_name=name,
+                metric_value=float(f"{value:.8g}"),
+                metric_args=arguments or None,
+            )
+        )
+
     if (metric := record.metric) is not None:
-        found.append(("benign", slug(metric.name), f"Benign {printable(metric.name)}", metric.after, {}))
+        add("benign", slug(metric.name), f"Benign {printable(metric.name)}", metric.after)
     for name, ratio in record.ratios.items():
         if ratio.log10_rir is not None:
             protocol = printable(name)
             bound = {} if ratio.bound is None else {"bound": ratio.bound}
             words = {"lower": ", bound from below", "upper": ", bound from above"}.get(ratio.bound or "", "")
             title = f"log10 RIR, relative immunization ratio{words} ({protocol})"
-            found.append(("harmful", "log10_rir", title, ratio.log10_rir, {"protocol": protocol} | bound))
+            add("harmful", "log10_rir", title, ratio.log10_rir, protocol=protocol, **bound)
     for kind, attack in (record.audit.strongest if record.audit else {}).items():
         if attack is not None:
             access = printable(kind)
             title = f"Strongest attacker with {access.replace('_', ' ')}: {printable(attack.attacker)}"
-            found.append(("harmful", "accuracy", title, attack.accuracy, {"access": access}))
-    return [_result(record, *one) for one in found]
-
-
-def _result(
-    record: ImmunizationRecord, side: str, kind: str, name: str, value: float, arguments: dict[str, str]
-) -> EvalResult:
-    data = getattr(record, side) or DataRecord("")
-    title = printable(data.name)
-    return EvalResult(
-        task_type="image-classification",
-        task_name="Image classification",
-        # The Hub groups by type, configuration, split and revision: one data set may serve both tasks.
-        dataset_type=slug(title),
-        dataset_name=title or f"{side} images",
-        dataset_config=side,
-        dataset_split=printable(data.split) if data.split else None,
-        dataset_revision=printable(data.revision) if data.revision else None,
-        metric_type=kind,
-        metric_name=name,
-        metric_value=float(f"{value:.8g}"),
-        metric_args=arguments or None,
-    )
+            add("harmful", "accuracy", title, attack.accuracy, access=access)
+    return results
 
 
 @dataclass

@@ -113,11 +113,12 @@ def refuse_links(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
 def _shards(index: Path) -> list[str]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise ValueError(odd)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"Expected {INDEX} to name the weight files, found: {error!r}. Fetch it again.") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise WeightsError(f"Expected safetensors beside {INDEX}, found {name!r} in it. The index is damaged.")
+        raise WeightsError(
+            f"Expected {INDEX} to name safetensors beside it, found: {error!r}. It is damaged."
+        ) from error
     return sorted(names)
 
 
@@ -272,16 +273,17 @@ def _passed_the_client(error: BaseException) -> bool:
 
 def retried(call: Callable[[], T], what: str) -> T:
     """Call until it succeeds, or fails for a reason that trying again does not mend."""
-    for wait in (1, 2, 4, None):
+    for wait in (1, 2, 4):
         try:
             with named_outcomes(what):
                 return call()
         except HubError as error:
-            if error.outcome not in _PASSING or wait is None:
+            if error.outcome not in _PASSING:
                 raise
             logger.warning(f"{error} Trying again in {wait} s.")
             time.sleep(wait)
-    raise AssertionError("unreachable")
+    with named_outcomes(what):
+        return call()
 
 
 def _limit_waiting() -> None:

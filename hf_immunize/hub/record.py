@@ -216,22 +216,6 @@ class AuditRecord(Part):
 class ImmunizationRecord(Part):
     """Everything a checkpoint says of its immunization; the schema of ``immunization.json``.
 
-    Attributes:
-        method: How it was made.
-        base_model: What it was made from.
-        benign, harmful: The data; None where there were none.
-        metric: The benign metric before and after.
-        benign_features, harmful_features: κ, ranks and bounds of both tasks' features, before and after.
-        ratios: RIR by protocol: "exact", "intercept".
-        audit: What an audit found; None where none was made.
-        weights: SHA-256 of every weight file, by its name.
-        image_processor: Class of the image processor beside the weights.
-        software: Versions of the libraries.
-        license: Licence of the weights.
-        figures: Names of figures beside the record.
-        remarks: Plain sentences that the figures need to be understood.
-        schema_version: "major.minor".
-
     Example:
         >>> record = ImmunizationRecord(MethodRecord("kappa", "all", 10, 0), BaseModelRecord("user/vit"))
         >>> ImmunizationRecord.from_json(record.to_json()) == record
@@ -240,20 +224,20 @@ class ImmunizationRecord(Part):
 
     method: MethodRecord
     base_model: BaseModelRecord
-    benign: DataRecord | None = None
+    benign: DataRecord | None = None  # None where there were none
     harmful: DataRecord | None = None
     metric: MetricRecord | None = None
     benign_features: SideRecord = field(default_factory=SideRecord)
     harmful_features: SideRecord = field(default_factory=SideRecord)
-    ratios: dict[str, RatioRecord] = field(default_factory=dict)
-    audit: AuditRecord | None = None
-    weights: dict[FileName, Digest] = field(default_factory=dict)
-    image_processor: str | None = None
-    software: dict[str, str] = field(default_factory=dict)
-    license: str | None = None
-    figures: list[Picture] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-    schema_version: str = SCHEMA_VERSION
+    ratios: dict[str, RatioRecord] = field(default_factory=dict)  # RIR by protocol: "exact", "intercept"
+    audit: AuditRecord | None = None  # None where none was made
+    weights: dict[FileName, Digest] = field(default_factory=dict)  # SHA-256 of every weight file, by its name
+    image_processor: str | None = None  # class of the one beside the weights
+    software: dict[str, str] = field(default_factory=dict)  # versions of the libraries
+    license: str | None = None  # of the weights
+    figures: list[Picture] = field(default_factory=list)  # beside the record
+    remarks: list[str] = field(default_factory=list)  # plain sentences that the figures need to be understood
+    schema_version: str = SCHEMA_VERSION  # "major.minor"
 
     def to_json(self) -> str:
         """The text of ``immunization.json``; `RecordError` where it holds what is not finite, or what cannot be."""

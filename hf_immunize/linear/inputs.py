@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import struct
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from hf_immunize.errors import ArgumentError, DataError, ImmunizationError, ShapeError
 from hf_immunize.spectra.checks import as_matrix, as_values, check_dtype, check_result, grid_cutoff, rank_cutoff
@@ -51,25 +48,19 @@ def keep_above_noise(sigma: torch.Tensor, shape: Sequence[int], produced_dtype: 
     return sigma > max(cutoff, grid_cutoff(shape[0], shape[1], produced_dtype))
 
 
-ARRAYS = (".npy", ".npz", ".safetensors")
-TABLES = (".csv", ".parquet")
-# What numpy, pandas, pyarrow and safetensors raise on damaged files, between them.
-_DAMAGE = (
-    *(OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError),
-    *(struct.error, zipfile.BadZipFile, zlib.error, SafetensorError),
-)
+ENDINGS = (".npy", ".csv", ".parquet")
+# What numpy, pandas and pyarrow raise on damaged files, between them.
+_DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error)
 
 
-def read_pair(
-    benign: Path, harmful: Path, *, key: str | None = None, drop: Sequence[str] = ()
-) -> tuple[torch.Tensor, torch.Tensor]:
+def read_pair(benign: Path, harmful: Path, drop: Sequence[str] = ()) -> tuple[torch.Tensor, torch.Tensor]:
     """Read two data sets with the same columns."""
     read, names = [], []
     for path in (benign, harmful):
-        if not path.is_file() or path.suffix not in ARRAYS + TABLES:
-            raise DataError(f"Expected a file that ends in {', '.join(ARRAYS + TABLES)}, found {path}. Convert it.")
+        if not path.is_file() or path.suffix not in ENDINGS:
+            raise DataError(f"Expected a file that ends in {', '.join(ENDINGS)}, found {path}. Convert it.")
         try:
-            values, found = _table(path, drop) if path.suffix in TABLES else (_array(path, key), None)
+            values, found = (_array(path), None) if path.suffix == ".npy" else _table(path, drop)
         except ImmunizationError:
             raise
         except _DAMAGE as error:
@@ -89,32 +80,15 @@ def read_pair(
     return read[0], read[1]
 
 
-def _array(path: Path, key: str | None) -> torch.Tensor:
-    if path.suffix == ".npy":
-        # Whatever the name says, numpy also opens archives.
-        with path.open("rb") as file:
-            found: Any = np.lib.format.read_array(file, allow_pickle=False)
-    elif path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            found = archive[_key(list(archive), key, path)]
-    else:
-        with safe_open(path, framework="pt") as archive:
-            found = archive.get_tensor(_key(list(archive.keys()), key, path))
-    if isinstance(found, np.ndarray):
-        # Neither long doubles nor a foreign byte order reach torch.
-        kind = np.float64 if found.dtype.kind == "f" and found.dtype.itemsize > 8 else found.dtype.type
-        found = found.astype(kind, copy=False)
-    tensor = torch.as_tensor(found)
+def _array(path: Path) -> torch.Tensor:
+    # Whatever the name says, `numpy.load` also opens archives.
+    with path.open("rb") as file:
+        found = np.lib.format.read_array(file, allow_pickle=False)
+    # Neither long doubles nor a foreign byte order reach torch.
+    kind = np.float64 if found.dtype.kind == "f" and found.dtype.itemsize > 8 else found.dtype.type
+    tensor = torch.as_tensor(found.astype(kind, copy=False))
     # Images in an array: one row each.
     return tensor.flatten(1) if tensor.ndim > 2 else tensor
-
-
-def _key(keys: list[str], key: str | None, path: Path) -> str:
-    if key is None and len(keys) == 1:
-        return keys[0]
-    if key not in keys:
-        raise DataError(f"Expected one of the arrays of {path} by --key: {', '.join(keys)}, found {key!r}.")
-    return key
 
 
 def _table(path: Path, drop: Sequence[str]) -> tuple[torch.Tensor, list[Any]]:

@@ -8,7 +8,7 @@ import torch
 from attacked import CLASSES, clusters, pictures, tiny_vit
 
 from hf_immunize.attacks.attacker import Part, ProbeBudget, ProbeData, TuningBudget, guarded
-from hf_immunize.attacks.presets import ATTACKERS, PRESETS, find_attacker, find_preset
+from hf_immunize.attacks.presets import ATTACKERS, PRESETS, find_preset
 from hf_immunize.errors import ArgumentError
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 
@@ -174,11 +174,6 @@ def test_every_attacker_is_in_a_preset_and_every_preset_has_one_that_conditionin
         assert "ridge" in preset.probes and set(QUICK.attackers) <= set(preset.attackers)
 
 
-@pytest.mark.parametrize(("name", "known"), [("lora_r4", True), ("lora_r0", False), ("lora_r", False), ("", False)])
-def test_adapters_of_any_rank_have_a_name(name, known):
-    assert (find_attacker(name) is not None) == known
-
-
 @pytest.mark.parametrize(
     ("ask", "named"),
     [
@@ -202,7 +197,7 @@ def test_what_is_asked_for_is_what_runs_and_a_changed_budget_is_in_the_name():
     assert (changed.probe_seeds, changed.layer_seeds, changed.tuning_seeds) == (4, 4, 4)
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5, "3", True, math.nan, math.inf, 10**20])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "3", True, math.nan, math.inf])
 def test_a_budget_is_a_positive_number(value):
     for make in (
         lambda: ProbeBudget(steps=value),

@@ -72,7 +72,7 @@ def test_an_interrupted_audit_goes_on_where_it_was(models, harmful, tiny_preset,
     assert len(path.read_text().splitlines()) == len(lines)
     assert any("unfinished" in sentence for sentence in resumed.warnings)
     idle = {name: replace(one, run=lambda *_: pytest.fail("attacked again")) for name, one in ATTACKERS.items()}
-    monkeypatch.setattr(sys.modules["hf_immunize.audit.run"], "find_attacker", idle.get)
+    monkeypatch.setattr(sys.modules["hf_immunize.audit.run"], "ATTACKERS", idle)
     assert run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes == resumed.outcomes
 
 
