@@ -35,7 +35,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny_classifier(tmp_path_factory.mktemp("model"), ("LABEL_0", "LABEL_1"))  # as a model without names
+    return tiny_classifier(tmp_path_factory.mktemp("model"), CLASSES[:2])
 
 
 def flags(model, output, *more, steps=2):
@@ -105,7 +105,7 @@ def test_unknown_flag_suggests_the_near_one():
     ("words", "error", "named"),
     [
         (("--dataset", "{images}", "--harmful_classes", "tank"), DataError, "knife"),
-        (("--benign", "{images}", "--harmful", "{images}"), DataError, "num_labels="),
+        (("--benign", "{images}", "--harmful", "{images}"), DataError, "eval_dataset.*knife"),
         # It would get a head drawn at random otherwise.
         (("--dataset", "{images}", *HARMFUL, "--model", "{tmp}/backbone"), WeightsError, "classifier"),
     ],

@@ -231,6 +231,12 @@ def test_of_some_metrics_less_is_better_and_one_that_is_not_measured_is_refused(
             trainer(harmful_eval_dataset=None, metric_for_best_model=metric)
 
 
+def test_what_to_report_to_must_be_installed(trainer, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(ArgumentError, match="report_to='wandb'"):
+        trainer(report_to="wandb")
+
+
 # ---- models ----
 
 
