@@ -342,7 +342,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
     }
     draw(folder / "before_after.png", trainer.last_spectra, distances, old, new)
     describe(trainer, results, old, new)
-    trainer.evidence.attach(model, audit=audit_record(old, new))
+    trainer.evidence.attach(model, audit_record(old, new))
     trainer.save_model()
     trainer.create_model_card()
     for name, side in zip(("benign", "harmful"), splits, strict=True):

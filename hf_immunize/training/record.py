@@ -44,7 +44,6 @@ from hf_immunize.hub.record import (
     ImmunizationRecord,
     MethodRecord,
     MetricRecord,
-    RatioRecord,
     read_record,
     write_record,
 )
@@ -86,7 +85,7 @@ class Evidence:
     # Fingerprints of weights, each with what is known of them.
     _adopted: tuple[str, ImmunizationRecord] | None = None
     _saved: tuple[str, str, dict[str, str]] | None = None  # before their evaluation: folder, hashes of its files
-    _attached: tuple[str, RatioRecord | None, AuditRecord | None] | None = None
+    _attached: tuple[str, AuditRecord] | None = None
     _seen: dict[str, int] = field(default_factory=dict)  # the step at first sight
     # Size and checksum of the benign images that `before` is of.
     _before_of: tuple[int | None, float | None] = (None, None)
@@ -130,9 +129,9 @@ class Evidence:
             return True
         return size == benign.factor.num_samples and math.isclose(checksum, benign.checksum, rel_tol=1e-6)
 
-    def attach(self, model: nn.Module, *, groups: RatioRecord | None = None, audit: AuditRecord | None = None) -> None:
+    def attach(self, model: nn.Module, audit: AuditRecord) -> None:
         """Keep what was measured outside the Trainer, of these weights alone."""
-        self._attached = weights_fingerprint(model), groups, audit
+        self._attached = weights_fingerprint(model), audit
 
     def adopt(self, model: nn.Module, folder: str | None) -> None:
         """Take over the record of a checkpoint whose weights were just loaded."""
@@ -181,9 +180,7 @@ def make_record(trainer: Any) -> ImmunizationRecord | None:
     else:
         return None
     if evidence._attached is not None and evidence._attached[0] == weights:
-        _, groups, audit = evidence._attached
-        record.ratios = record.ratios | ({} if groups is None else {"groups": groups})
-        record.audit = audit or record.audit
+        record.audit = evidence._attached[1]
     return record
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageClassification
 from hf_immunize.files import weights_fingerprint
 from hf_immunize.hub.card import record_rows
 from hf_immunize.hub.load import hash_weights
-from hf_immunize.hub.record import AttackRecord, AuditRecord, DataRecord, RatioRecord, read_record
+from hf_immunize.hub.record import AttackRecord, AuditRecord, DataRecord, read_record
 
 
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
@@ -84,13 +84,13 @@ def test_what_was_attached_belongs_to_its_weights_only(trainer, saved):
     run = trainer()
     finished(run)
     audit = AuditRecord("quick", strongest={"head_input": AttackRecord("ridge", 0.5)})
-    run.evidence.attach(run.model, groups=RatioRecord(1.0), audit=audit)
+    run.evidence.attach(run.model, audit)
     record = saved(run)
-    assert (record.audit, record.ratios["groups"].log10_rir) == (audit, 1.0)
+    assert record.audit == audit
     run.model.classifier.weight.data += 0.5
     run.evaluate()
     record = saved(run)
-    assert (record.audit, set(record.ratios)) == (None, {"exact", "intercept"})
+    assert record.audit is None
 
 
 def test_the_path_of_the_base_model_does_not_get_in(trainer, tiny, saved, tmp_path):
