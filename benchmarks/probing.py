@@ -64,7 +64,8 @@ def steps_to(found: Found, accuracy: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs=2, metavar=("START", "IMMUNIZED"))
+    parser.add_argument("start")
+    parser.add_argument("immunized")
     parser.add_argument("--benign", required=True)
     parser.add_argument("--harmful", required=True)
     parser.add_argument("--limit", type=int, default=3000, help="Images of each part (default: 3000).")
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--benign_steps", type=int, default=0, help="Of training on the benign task before probing.")
     given = parser.parse_args()
     budget = ProbeBudget(steps=given.steps)
-    start, immunized = given.checkpoints
+    start, immunized = given.start, given.immunized
     folder = tempfile.TemporaryDirectory()
     if given.saved_as != "float32" or given.benign_steps:
         immunized = changed(immunized, given.benign, given.saved_as, given.benign_steps, folder.name)
