@@ -8,10 +8,10 @@ import base64
 from datetime import date
 from pathlib import Path
 
-from hf_immunize.audit.figures import draw_headline
+from hf_immunize.audit.figures import draw_all
 from hf_immunize.audit.names import CLASSES, label, percent, ratio, signed
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.statistics import TARGET_SHARE, summarize
+from hf_immunize.audit.statistics import TARGET_SHARE
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
@@ -115,8 +115,8 @@ def main() -> None:
     report = AuditReport.load(arguments.run)
     figure = arguments.output.parent / "figures" / f"{arguments.output.stem}.svg"
     figure.parent.mkdir(parents=True, exist_ok=True)
-    picture = draw_headline(summarize(report.data), report.data.tasks["harmful"].chance)
-    if picture is not None:
+    pictures = {picture.section: picture for picture in draw_all(report.data, report.tables())}
+    if picture := pictures.get("headline"):
         figure.write_bytes(base64.b64decode(picture.uri.split(",", 1)[1]))
     text = page(report, arguments.title, f"figures/{figure.name}", arguments.command, arguments.note)
     arguments.output.write_text(text, encoding="utf-8")

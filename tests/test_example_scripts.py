@@ -185,16 +185,13 @@ def test_accelerate_launches_the_train_command_from_a_file(folder):
 
 
 def test_the_page_of_an_audit_is_written_from_its_json(tmp_path, monkeypatch):
-    from hf_immunize.audit.report import AuditReport
-    from hf_immunize.audit.result import AuditResult, Outcome, TaskSummary
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "audit"))
+    from audit_sample import attack, make
 
-    task = TaskSummary("harmful", "cars", train_size=300, test_size=1000, num_classes=10, chance=0.1)
-    runs = [
-        Outcome("ridge", "head_input", subject, "harmful", "classifier", seed, "float64", accuracy=accuracy)
-        for subject, accuracy in (("reference", 0.812), ("immunized", 0.537))
-        for seed in range(3)
-    ]
-    data = AuditResult("my/model", "my/base", "quick", 1, {"steps": 100}, {"harmful": task}, runs)
+    from hf_immunize.audit.report import AuditReport
+
+    accuracies = {"reference": 0.812, "immunized": 0.537}
+    data = make([one for subject, of in accuracies.items() for one in attack("ridge", "head_input", subject, of)])
     report = AuditReport(data)
     report.write(tmp_path / "run")
     words = [str(tmp_path / "run"), "--output", str(tmp_path / "page.md"), "--command", "hf-immunize audit"]

@@ -148,14 +148,6 @@ def test_a_starting_model_is_trained_once_and_its_training_resumes(run_of, monke
         backbones.start_model(run_of(start={**RECIPE, "image_size": 9}), found)
 
 
-def test_without_the_hub_it_says_what_is_missing(images, tmp_path, capsys):
-    words = ["run", "--backbone", "resnet18_imagenet", "--task", "all_cars", "--output_dir", str(tmp_path / "runs")]
-    assert main([*words, "--data_path", str(tmp_path)]) == 1
-    assert "ILSVRC/imagenet-1k" in capsys.readouterr().err
-    assert main([*words, "--data_path", str(images)]) == 1
-    assert "microsoft/resnet-18" in capsys.readouterr().err
-
-
 def test_lost_benign_images_are_counted_and_ratios_are_given_without_them():
     draw = torch.Generator().manual_seed(0)
     before = {side: torch.randn(30, 60, generator=draw) for side in ("benign", "harmful")}
