@@ -166,8 +166,6 @@ class ImmunizationTrainer(Trainer):
         self._sides: tuple[Any, Any, Any] | None = None
         if train_dataset is not None:
             self._take_training_data(train_dataset, harmful_dataset, distillation_dataset)
-        if args.fp16 and args.device.type == "cpu":
-            logger.warning("fp16=True does nothing on a CPU: this run is in full precision. bf16=True works there.")
         checks.check_best_metric(args, harmful_eval_dataset)
         self._take_evaluation_data(eval_dataset, harmful_eval_dataset)
         # Through the starting weights and through the latest, by metric prefix ("harmful" for the harmful set).

@@ -123,16 +123,6 @@ def test_every_checkpoint_has_its_own_figures_and_the_best_model_the_best_steps(
         assert record.weights == hash_weights(tmp_path / "model")
 
 
-def test_a_resumed_run_still_knows_what_was_before(trainer, saved):
-    run = trainer(**CHECKPOINTS)
-    before = run.evaluate()
-    run.train()
-    resumed = trainer(**(CHECKPOINTS | {"max_steps": 4}))
-    resumed.train(resume_from_checkpoint=True)
-    record = saved(resumed)
-    assert record.metric.before == before["eval_accuracy"] and record.benign_features.before is not None
-
-
 # ---- the fingerprint ----
 
 

@@ -157,11 +157,6 @@ def test_rows_come_in_their_order_if_asked_for(trainer):
     assert [draw[0] for draw in sampler] == list(range(16))
 
 
-def test_it_is_said_that_fp16_does_nothing_on_a_cpu(trainer, caplog):
-    trainer(fp16=True)
-    assert "full precision" in " ".join(record.getMessage() for record in caplog.records)
-
-
 # ---- streamed data ----
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from families import TRANSFORMER
 from torch import nn
 
 from hf_immunize.errors import ArgumentError, HeadError, ImmunizationError
@@ -14,8 +15,7 @@ from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.head import HeadInput, find_head, half_tensors, penultimate_features, to_full_precision
 
 
-TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-TINY_VIT |= {"image_size": 32, "patch_size": 16}
+TINY_VIT = TRANSFORMER | {"num_hidden_layers": 1}
 
 
 def vit(num_labels):
