@@ -72,9 +72,7 @@ CASES = {
         hf.rir_ceiling, TASKS | {"tolerance": 1e-6, "produced_dtype": None}, {"X_benign": 0, "X_harmful": 0},
     ),
     "frontier": (lambda points: hf.rir_ceiling(P, H).frontier(points), {"points": 3}, {}),
-    "optimal_map": (
-        optimal_map, TASKS | {"t": 2.0, "harmful_gain": 10.0, "tolerance": 1e-6}, {"X_benign": -1, "X_harmful": 0},
-    ),
+    "optimal_map": (optimal_map, TASKS | {"t": 2.0}, {"X_benign": -1, "X_harmful": 0}),
     **{
         f"immunize_linear, {method}": (
             lambda **options: hf.immunize_linear(**options).history[-1]["rir"],

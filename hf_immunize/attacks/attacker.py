@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_immunize.errors import ArgumentError, NonFiniteError
+from hf_immunize.errors import NonFiniteError
 
 
 T = TypeVar("T")
@@ -59,10 +59,6 @@ class ProbeBudget:
     ridge_decades: int = 18  # below σ_max² that the strengths of ridge reach
     validation_fraction: float = 0.2  # of the training images, on which settings are chosen
 
-    def __post_init__(self) -> None:
-        names = ("descent_steps", "iterations", "steps", "batch_size")
-        check_positive("{name} of probes", **{name: getattr(self, name) for name in names})
-
 
 @dataclass(frozen=True)
 class TuningBudget:
@@ -76,17 +72,6 @@ class TuningBudget:
     max_images: int = 5000
     max_test_images: int = 2000
     evaluations: int = 8  # along the way
-
-    def __post_init__(self) -> None:
-        names = ("steps", "trial_steps", "batch_size", "max_images", "max_test_images", "evaluations")
-        check_positive("{name} of fine-tuning", **{name: getattr(self, name) for name in names})
-
-
-def check_positive(what: str, **numbers: Any) -> None:
-    """Refuse numbers of a budget that are not positive whole numbers."""
-    for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ArgumentError(f"Expected {what.format(name=name)} above 0, a whole number, found {value!r}.")
 
 
 def guarded(attack: Callable[[], Found]) -> Found:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_immunize.attacks import finetune, probes
-from hf_immunize.attacks.attacker import Attacker, ProbeBudget, TuningBudget, check_positive
+from hf_immunize.attacks.attacker import Attacker, ProbeBudget, TuningBudget
 from hf_immunize.errors import ArgumentError
+from hf_immunize.spectra.checks import check_count
 
 
 # Raised whenever an attacker, a grid or a budget below changes.
@@ -48,8 +49,6 @@ class Preset:
     tuning_seeds: int = 3  # the first one chooses the settings of the others
 
     def __post_init__(self) -> None:
-        names = ("probe_seeds", "layer_seeds", "tuning_seeds", "max_layers", "layer_entries")
-        check_positive("{name} of a preset", **{name: getattr(self, name) for name in names})
         check_attackers([*self.attackers, *self.benign_attackers])
 
     @property
@@ -63,9 +62,9 @@ class Preset:
 
         `steps` are those of fine-tuning and of probes on mini-batches; the search for settings keeps its share.
         """
-        check_positive(
-            "a budget of {name}", **{k: v for k, v in {"steps": steps, "seeds": seeds}.items() if v is not None}
-        )
+        for name, count in (("steps", steps), ("seeds", seeds)):
+            if count is not None:
+                check_count(count, name)
         changed = self if steps is seeds is None else replace(self, name=f"{self.name}, changed")
         if steps is not None:
             tuning = self.tuning_budget

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
@@ -237,24 +237,17 @@ def make_tables(data: AuditResult, findings: Sequence[Judgment]) -> dict[str, pa
     return {name: _frame(name, rows[name]) for name in COLUMNS}
 
 
-def _frame(name: str, rows: Iterable[dict[str, Any]]) -> pandas.DataFrame:
+def _frame(name: str, rows: list[dict[str, Any]]) -> pandas.DataFrame:
     """A table; `X_interval` becomes X_low and X_high."""
-    cells = []
     for row in rows:
         for key in [key for key in row if key.endswith("_interval")]:
             row |= _ends(row[key], key.removesuffix("interval"))
-        cells.append({key: _writable(value) for key, value in row.items()})
-    frame = pandas.DataFrame(cells, columns=COLUMNS[name].split())
+    frame = pandas.DataFrame(rows, columns=COLUMNS[name].split())
     for column in frame:
         # A column of missing numbers alone would hold None, not NaN.
         if all(value is None or type(value) in (int, float) for value in frame[column].tolist()):
             frame[column] = pandas.to_numeric(frame[column])
     return frame
-
-
-def _writable(value: Any) -> Any:
-    """Halves of surrogate pairs, as in names of files that are not UTF-8, fit in no data frame."""
-    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
 def _ends(interval: tuple[float, float] | None, prefix: str = "") -> dict[str, float | None]:

@@ -1,6 +1,6 @@
 """The audit: every attacker of a preset on the immunized model and on its reference, with the same draws.
 
-`_audit` is the whole of it: load, plan what the journal does not hold yet, extract and attack, report.
+`audit` is the whole of it: load, plan what the journal does not hold yet, extract and attack, report.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
-from transformers.utils import logging
 
 from hf_immunize.attacks.attacker import Found, Part, ProbeData, guarded
 from hf_immunize.attacks.finetune import changed_parameters
@@ -57,9 +56,6 @@ from hf_immunize.vision.loading import LOADING_ERRORS, load_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-logger = logging.get_logger(__name__)
 
 
 def audit(model: Any, **options: Any) -> AuditReport:

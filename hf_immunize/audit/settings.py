@@ -108,8 +108,6 @@ class AuditSettings:
             if not listed or not names or not all(isinstance(name, str) for name in names):
                 raise _wrong("attackers", "a list of names, one at least,", names)
             chosen = chosen.only(names)
-        if not chosen.attackers:
-            raise _wrong("preset", "one with attackers", "none")
         if set(chosen.attackers) == set(chosen.restoring) and self.reference is None:
             raise ArgumentError(
                 f"Expected a reference for {' and '.join(chosen.restoring)}, which put its weights back, found "

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_immunize.audit.result import TaskSummary
-from hf_immunize.data.columns import find_columns, is_transformed, listed, read_labels
+from hf_immunize.data.columns import find_columns, listed, stored_labels
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.data.sources import AS_USUAL, HeldOut, Parts, choose, divide
 from hf_immunize.errors import DataError
@@ -210,10 +209,7 @@ def _side(
 
 
 def _labels(dataset: Any, column: str, called: str) -> list[Any]:
-    if isinstance(dataset, datasets.Dataset) and not is_transformed(dataset) and column in dataset.features:
-        values = read_labels(dataset, column)
-    else:
-        values = [dataset[row][column] for row in range(len(dataset))]
+    values = stored_labels(dataset, column) or [dataset[row][column] for row in range(len(dataset))]
     labels = [value.item() if isinstance(value, (Tensor, np.generic)) else value for value in values]
     for row, label in enumerate(labels):
         if not isinstance(label, (int, str)) or (isinstance(label, int) and label < 0):

@@ -87,10 +87,9 @@ def find_columns(
 
 def validate_labels(dataset: Any, label_column: str, num_labels: int, name: str) -> None:
     """Check that all stored labels are integers in ``range(num_labels)``."""
-    # Labels of items made on the fly would load every image; `ImageRows` checks them as they come.
-    if not isinstance(dataset, datasets.Dataset) or is_transformed(dataset) or label_column not in dataset.features:
-        return
-    for row, label in enumerate(read_labels(dataset, label_column)):
+    # Those of other items `ImageRows` checks as they come.
+    labels = stored_labels(dataset, label_column) if isinstance(dataset, datasets.Dataset) else None
+    for row, label in enumerate(labels or []):
         check_label(label, num_labels, name, row)
 
 
@@ -130,15 +129,18 @@ def read_labels(dataset: datasets.Dataset, column: str) -> list[Any]:
     return dataset.with_format(None)[column][:]
 
 
+def stored_labels(dataset: Any, column: str) -> list[Any] | None:
+    """The labels of all rows; None where items are made on the fly, and to know them would load every image."""
+    if isinstance(dataset, list):
+        return [row.get(column) for row in dataset]
+    stored = isinstance(dataset, datasets.Dataset) and not is_transformed(dataset) and column in dataset.features
+    return read_labels(dataset, column) if stored else None
+
+
 def has_classes(dataset: Any, column: str) -> bool:
     """Whether every row has a class number, as far as that is known without loading images."""
-    if isinstance(dataset, list):
-        labels = [row.get(column) for row in dataset]
-    elif isinstance(dataset, datasets.Dataset) and not is_transformed(dataset):
-        labels = read_labels(dataset, column)
-    else:
-        return False
-    return all(isinstance(label, int) and label >= 0 for label in labels)
+    labels = stored_labels(dataset, column)
+    return labels is not None and all(isinstance(label, int) and label >= 0 for label in labels)
 
 
 def listed(names: Any, limit: int = 20) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_immunize.data.columns import check_label, find_columns, is_stored_image, is_transformed, read_labels
+from hf_immunize.data.columns import check_label, find_columns, is_stored_image, is_transformed
 from hf_immunize.errors import DataError, ImageDecodeError, ShapeError
 from hf_immunize.files import tensor_bytes
 
@@ -62,15 +62,6 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
     def hashes(self) -> np.ndarray | None:
         """A hash per stored image; see `image_hashes`."""
         return image_hashes(self.dataset, self.image_column)
-
-    def all_labels(self) -> list[Any] | None:
-        """Labels of all rows as stored; None where they are not stored."""
-        if self.label_column is None:
-            return None
-        if isinstance(self.dataset, list):
-            return [row[self.label_column] for row in self.dataset]
-        stored = isinstance(self.dataset, datasets.Dataset) and self.label_column in self.dataset.features
-        return read_labels(self.dataset, self.label_column) if stored else None
 
     def subset(self, numbers: list[int]) -> ImageRows:
         """Some of the rows; errors name them by their numbers here."""

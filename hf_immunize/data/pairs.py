@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_immunize.data.columns import stored_labels
 from hf_immunize.data.images import ImageRows
 from hf_immunize.errors import DataError, ShapeError
 
@@ -239,7 +240,9 @@ def _of_both(benign_name: str, benign: Any, harmful_name: str, harmful: Any) -> 
             f"{share} {harmful_name} images are benign ones too: the goals of the two sides contradict each other on "
             "them, and RIR stays near 1. Remove them from one side."
         )
-    labels = benign.all_labels() if isinstance(benign, ImageRows) else None
+    labels = None
+    if isinstance(benign, ImageRows) and benign.label_column is not None:
+        labels = stored_labels(benign.dataset, benign.label_column)
     if labels and len(set(labels)) == 1:
         sentences.append(
             f"All {benign_name} images are of one class: whatever the weights, their accuracy says nothing about the "

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
@@ -37,9 +37,6 @@ CARD_NAME = "README.md"
 # training_args.bin is not among them: it is a pickle with local paths and the token in it.
 _CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", ADAPTER_CONFIG_FILE, HEAD_CONFIG_FILE)
 ALLOWED = (CARD_NAME, RECORD_NAME, *_CONFIGS, INDEX, "LICENSE", "LICENSE.txt", "LICENSE.md")
-# Formats that run code on loading, and what the Trainer writes in them that is no model.
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
-_NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
 _PASSING = ("rate_limited", "server_error", "unreachable")
 # Seconds without a byte after which a server counts as one that does not answer. The client's own default is to wait.
 TIME_LIMIT = 30.0
@@ -76,10 +73,10 @@ def weight_files(folder: str | os.PathLike[str]) -> list[str]:
     if missing:
         raise WeightsError(f"Expected the weights {missing[0]} that {INDEX} names, found none. Fetch them again.")
     if not names:
-        names = sorted(path.name for path in root.iterdir() if path.is_file())
-        pickled = [name for name in names if name.endswith(_PICKLED) and name not in _NO_WEIGHTS]
-        found = f"only pickled ones ({pickled[0]}), which can run any code when loaded" if pickled else "none"
-        raise WeightsError(f"Expected weights in safetensors, found {found}. Save the model with save_pretrained.")
+        raise WeightsError(
+            "Expected weights in safetensors, found none (pickled ones, which can run code, are not read). Save the "
+            "model with save_pretrained."
+        )
     return names
 
 
@@ -175,7 +172,6 @@ def fetch(
     revision: str | None = None,
     token: str | None = None,
     with_code: bool = False,
-    api: HfApi | None = None,
 ) -> Path:
     """The folder of a checkpoint, fetched from the Hub if need be."""
     path = Path(repo_or_folder).expanduser()
@@ -184,14 +180,11 @@ def fetch(
     repo_id = str(repo_or_folder)
     if repo_id.startswith(("/", ".", "~")) or repo_id.count("/") != 1:
         raise ArgumentError(f"Expected a folder or a repository 'user/name', found {repo_id!r}. Check the spelling.")
-    api = api or HfApi(token=token, library_name="hf_immunize")
     # No pickle is ever fetched, and code only where the caller asks for it.
     patterns = [*ALLOWED, "*.safetensors", *(["*.py"] if with_code else [])]
 
     def download() -> str:
-        return snapshot_download(
-            repo_id, revision=revision, token=api.token, endpoint=api.endpoint, allow_patterns=patterns
-        )
+        return snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns)
 
     return Path(retried(download, f"request for {repo_id}"))
 

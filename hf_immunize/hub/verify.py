@@ -60,7 +60,6 @@ class Figure:
     name: str
     claimed: float | None
     measured: float | None
-    tolerance: float  # how far they may lie apart
     outcome: str  # "agrees", "differs" or "cannot say"
     note: str = ""  # why it cannot be said, or what else to know
 
@@ -289,7 +288,7 @@ def _judged(
         note += f"; so near rounding noise that machines may differ by {allowance:.2g}"
     else:
         outcome = DIFFERS
-    return Figure(name, claimed, measured, tolerance, outcome, note)
+    return Figure(name, claimed, measured, outcome, note)
 
 
 def rounding_allowance(part: ConditioningRecord | None) -> float:
@@ -340,5 +339,5 @@ def _ratio_figure(
     found, recorded = (_BOUND_WORDS.get(ratio.bound if ratio else None, "undetermined") for ratio in (now, claim))
     if claim is not None and same and (claim.bound != now.bound or measured is None):
         outcome = AGREES if claim.bound == now.bound else DIFFERS
-        return Figure(name, claimed, measured, LOG10_TOLERANCE, outcome, f"{found} now, {recorded} by the record")
+        return Figure(name, claimed, measured, outcome, f"{found} now, {recorded} by the record")
     return _judged(name, claimed, measured, same, "" if now.bound is None else found, allowance=allowance)

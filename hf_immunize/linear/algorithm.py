@@ -281,8 +281,6 @@ def immunize_linear(
     *,
     y_harmful: Any = None,
     t: float | None = None,
-    harmful_gain: float = 1e3,
-    tolerance: float | None = None,
     delta: float | None = None,
     **options: Any,
 ) -> LinearImmunization:
@@ -304,8 +302,6 @@ def immunize_linear(
         method: One of the above.
         y_harmful: Targets of the harmful data, for ``imma`` alone.
         t: Of the optimum (`optimal_map`).
-        harmful_gain: Of the optimum.
-        tolerance: As in `rir_ceiling`.
         delta: Of ``time``: what is shrunk is shrunk to this (`time_map`).
         **options: Constants of the iterative methods, the fields of `LinearSettings`.
 
@@ -333,17 +329,13 @@ def immunize_linear(
         raise ArgumentError(f"Expected options out of {', '.join(known)}, found {', '.join(unknown)}.")
     chosen = LinearSettings(**options)
     P, H = factors(X_benign, X_harmful)
-    if method == "optimum":
-        theta = optimal_map(P, H, t=t, harmful_gain=harmful_gain, tolerance=tolerance)
-        used: dict[str, Any] = {"t": t, "harmful_gain": harmful_gain, "tolerance": tolerance}
-        return LinearImmunization(theta, None, [{"epoch": 0, "step": 0} | _measure(P, H, theta)], method, used)
     chosen.check(method)
-    if y_benign is None:
+    if y_benign is None and method != "optimum":
         raise ArgumentError(f"Expected y_benign for the classifier of {method!r}, found None. 'optimum' needs none.")
-    if method == "time":
-        theta = time_map(X_benign, y_benign, delta=delta)
-        found = [{"epoch": 0, "step": 0} | _measure(P, H, theta)]
-        return LinearImmunization(theta, None, found, method, {"delta": delta})
+    if method in ("optimum", "time"):
+        theta = optimal_map(P, H, t=t) if method == "optimum" else time_map(X_benign, y_benign, delta=delta)
+        used = {"t": t} if method == "optimum" else {"delta": delta}
+        return LinearImmunization(theta, None, [{"epoch": 0, "step": 0} | _measure(P, H, theta)], method, used)
     task = benign_task(as_data(X_benign, "X_benign"), y_benign)
     X_H = as_data(X_harmful, "X_harmful")
     y_H = None

@@ -236,14 +236,16 @@ def whitener(P: Factor) -> torch.Tensor:
     return P.V / P.s
 
 
-def optimal_map(
-    X_benign: Any, X_harmful: Any, *, t: float | None = None, harmful_gain: float = 1e3, tolerance: float | None = None
-) -> torch.Tensor:
+# How far the map lifts harmful directions that the benign data do not have above the shared ones.
+_GAIN = 1e3
+
+
+def optimal_map(X_benign: Any, X_harmful: Any, *, t: float | None = None) -> torch.Tensor:
     """The ``θ`` that attains the ceiling, in closed form: ``(D, D)`` float64, invertible.
 
     The dial ``t`` is the benign ``κ(H_P)`` after the map; by default ``κ(K_P)``, as it was. Where the harmful data
     have directions of their own the ceiling is infinite and no ``θ`` attains it: the map then lifts their smallest
-    singular value to ``harmful_gain`` times the largest of the shared ones, and the shared part stays optimal.
+    singular value to a thousand times the largest of the shared ones, and the shared part stays optimal.
 
     >>> theta = optimal_map(torch.diag(torch.tensor([2.0, 1.0])), torch.diag(torch.tensor([1.0, 3.0])), t=1.0)
     >>> (theta.T @ torch.diag(torch.tensor([4.0, 1.0]).double()) @ theta).round(decimals=6)  # K_P is whitened
@@ -252,8 +254,7 @@ def optimal_map(
     """
     P, H = factors(X_benign, X_harmful)
     t = P.kappa if t is None else check_number(t, "t, the benign condition number to end with,", 1)
-    check_number(harmful_gain, "harmful_gain", 1)
-    tolerance = _tolerance(P, H, tolerance)
+    tolerance = _tolerance(P, H, None)
     (P, scale), (H, _) = P.unit(), H.unit()
     null = null_basis(P.V)
     unseen = H.rows @ null
@@ -276,7 +277,7 @@ def optimal_map(
     if outside:
         # Without a shared direction there is nothing to exceed but rounding.
         largest = H.s[0] if outside == H.rank else torch.linalg.matrix_norm(H.rows @ shared, 2)
-        outer[:outside] = harmful_gain * largest / strengths[:outside]
+        outer[:outside] = _GAIN * largest / strengths[:outside]
     return check_result(torch.cat([shared, null @ (Wh.T * outer)], dim=1) / scale, "the map")
 
 

@@ -210,16 +210,6 @@ def test_unreadable_cards_are_named_and_left(tmp_path, text):
     assert (tmp_path / "README.md").read_bytes() == text
 
 
-def test_licence_of_ones_own_is_other():
-    for licence, *found in (
-        ("My licence: v2\nevil: yes", "other", "my-licence-v2-evil-yes"),
-        ("cc-by-4.0", "cc-by-4.0", None),
-    ):
-        card = rendered(record_of(licence=licence))
-        assert [card.data.license, card.data.license_name] == found
-        assert card_problems(str(card)) == []
-
-
 # ---- names from outside ----
 
 NASTY = [

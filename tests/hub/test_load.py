@@ -59,26 +59,26 @@ def test_what_cannot_be_loaded_is_named(checkpoint, tamper, tmp_path):
 @pytest.mark.hub
 def test_what_was_pushed_is_fetched_whole_and_pickles_and_code_are_not(checkpoint, api, online):
     push(checkpoint, REPO, api=api)
-    folder = fetch(REPO, api=api)
+    folder = fetch(REPO)
     assert {path.name for path in folder.iterdir()} == {path.name for path in checkpoint.iterdir()}
     assert load_immunized(folder)[1] == load_immunized(checkpoint)[1]
     online.repos[REPO].commit(
         {"pytorch_model.bin": b"x", "evil.py": b"raise SystemExit", "config.json": b"{}"}, "main"
     )
     with pytest.raises(WeightsError, match="safetensors"):
-        weight_files(fetch(REPO, api=api))
+        weight_files(fetch(REPO))
     assert not any(path.endswith((".bin", ".py")) for _, path in online.requests)
 
 
 @pytest.mark.hub
 def test_missing_repository_is_named_and_passing_trouble_waited_out(checkpoint, api, online):
     with pytest.raises(HubError, match="spelling") as failed:
-        fetch("tester/nothing-here", api=api)
+        fetch("tester/nothing-here")
     assert failed.value.outcome == "not_found"
     push(checkpoint, REPO, api=api)
     online.fail("GET", "/api/models/", 503)
     online.fail("GET", "/resolve/", "cut")
-    assert (fetch(REPO, api=api) / "model.safetensors").is_file()
+    assert (fetch(REPO) / "model.safetensors").is_file()
 
 
 # ---- trying again ----
@@ -111,7 +111,7 @@ def test_passing_trouble_alone_is_tried_again_with_growing_waits_and_not_for_eve
     assert not waits
 
 
-def test_faults_of_this_machine_keep_their_own_name(api, monkeypatch):
+def test_faults_of_this_machine_keep_their_own_name(online, monkeypatch):
     with pytest.raises(KeyError):
         retried({}.popitem, "push")
 
@@ -120,7 +120,7 @@ def test_faults_of_this_machine_keep_their_own_name(api, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_api.get_session", full)
     with pytest.raises(OSError, match="No space") as failed:
-        fetch(REPO, api=api)
+        fetch(REPO)
     assert not isinstance(failed.value, HubError)
 
 

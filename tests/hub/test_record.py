@@ -99,16 +99,6 @@ def test_only_finite_numbers_are_read_and_written(record, number):
         record.to_json()
 
 
-def test_failed_write_leaves_the_old_record(record, tmp_path):
-    write_record(tmp_path, record)
-    before = (tmp_path / "immunization.json").read_bytes()
-    record.metric.after = float("nan")
-    with pytest.raises(RecordError):
-        write_record(tmp_path, record)
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["immunization.json"]
-    assert (tmp_path / "immunization.json").read_bytes() == before
-
-
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

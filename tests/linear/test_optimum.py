@@ -2,8 +2,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hf_immunize import immunize_linear, rir_ceiling
 from hf_immunize.linear.optimum import advice, common_basis, map_ratio, null_basis, optimal_map, row_factor
@@ -50,14 +48,6 @@ def test_no_random_map_exceeds_the_ceiling_and_the_optimum_meets_it(dim):
         assert kappa(H @ best, dim) == pytest.approx(ceiling.pencil_kappa * t, rel=1e-8)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 8), st.floats(0, 4), st.floats(1, 1e4))
-def test_the_optimum_attains_the_ceiling_of_any_full_rank_pencil(seed, dim, power, t):
-    P, H = data(seed, dim + 3, dim, power=power), data(seed + 1, dim + 5, dim, power=power)
-    ceiling = rir_ceiling(P, H)
-    assert rir(P, H, optimal_map(P, H, t=t), dim, dim) == pytest.approx(ceiling.value, rel=1e-4)
-
-
 @pytest.mark.parametrize(("method", "options"), [
     ("kappa", {"step": "rule"}), ("kappa", {}), ("r_ill", {}), ("r_ill", {"step": "rule"}), ("imma", {}),
     ("opt_kappa", {"lr": 3e-4}), ("kappa", {"step": "rule", "batch_size": 8}), ("optimum", {}),
@@ -91,14 +81,10 @@ def test_harmful_directions_of_their_own_make_the_ceiling_infinite():
     P, H = data(4, 30, 8, rank=5), data(5, 30, 8, rank=6)
     ceiling = rir_ceiling(P, H)
     assert (ceiling.value, ceiling.harmful_only, ceiling.common_rank) == (math.inf, 3, 3)
-    previous = 0.0
-    for gain in (1.0, 1e2, 1e4):
-        theta = optimal_map(P, H, t=1.0, harmful_gain=gain)
-        assert torch.linalg.matrix_rank(theta) == 8
-        assert kappa(row_factor(P).rows @ theta, 5) == pytest.approx(1.0, rel=1e-8)
-        found = rir(row_factor(P).rows, row_factor(H).rows, theta, 5, 6)
-        assert found > 10 * previous
-        previous = found
+    theta = optimal_map(P, H, t=1.0)
+    assert torch.linalg.matrix_rank(theta) == 8
+    assert kappa(row_factor(P).rows @ theta, 5) == pytest.approx(1.0, rel=1e-8)
+    assert rir(row_factor(P).rows, row_factor(H).rows, theta, 5, 6) > 1e4 * ceiling.common_value
     basis = common_basis(row_factor(P), row_factor(H), ceiling.tolerance)
     theta = optimal_map(P @ basis, H @ basis, t=7.0)
     assert rir(P @ basis, H @ basis, theta, 3, 3) == pytest.approx(ceiling.common_value, rel=1e-8)
