@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from hf_immunize.data.pairs import BatchSizes
 from hf_immunize.errors import ArgumentError
@@ -216,6 +217,11 @@ class ImmunizationArguments(TrainingArguments):
         if vars(self).get("greater_is_better") is None and best.endswith(_LOWER_IS_BETTER):
             self.greater_is_better = False
         super().__post_init__()
+        if self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ArgumentError(
+                f"Expected hub_strategy= 'end' or 'every_save', found {self.hub_strategy.value!r}: what a run resumes "
+                "from holds paths of this machine. Keep checkpoints on disk."
+            )
         if getattr(self, "train_sampling_strategy", "random") not in ("random", "sequential"):
             raise ArgumentError(
                 f"Expected train_sampling_strategy= 'random' or 'sequential', found {self.train_sampling_strategy!r}: "

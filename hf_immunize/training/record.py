@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import re
 import shutil
-import tempfile
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import HfApi
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
@@ -34,8 +31,8 @@ from hf_immunize.hub.collect import (
     intercept_ratio,
     software_versions,
 )
-from hf_immunize.hub.load import changed_weights, hash_weights, name_outcome, refuse_links, retried
-from hf_immunize.hub.push import PushResult, check_loads_back, check_private, files_to_push, push
+from hf_immunize.hub.load import changed_weights, hash_weights, name_outcome
+from hf_immunize.hub.push import PushResult, check_loads_back, files_to_push, push
 from hf_immunize.hub.record import (
     RECORD_NAME,
     AuditRecord,
@@ -49,7 +46,6 @@ from hf_immunize.hub.record import (
 )
 from hf_immunize.text import printable, public_name
 from hf_immunize.training.arguments import Method
-from hf_immunize.training.checkpoints import STATE
 from hf_immunize.vision.head import without_wrapper
 
 
@@ -331,13 +327,6 @@ def _listed(value: Any) -> list[str]:
 
 # ---- pushes during training ----
 
-# What a run resumes from, in addition to the model and the Trainer's state. All else in a checkpoint's folder stays:
-# training_args.bin, which holds local paths and the token, the list of files, which is of the state with its local
-# paths, what callbacks and people put there, unfinished folders.
-_RESUMED_FROM = re.compile(
-    r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|immunization_(state|step)\.safetensors"
-)
-
 
 def push_from_checkpoint(trainer: Any, checkpoint: str) -> None:
     """Push during training, in the background. What goes wrong is logged, and training goes on."""
@@ -351,22 +340,17 @@ def push_from_checkpoint(trainer: Any, checkpoint: str) -> None:
     try:
         _copy_model(checkpoint, args.output_dir)
         trainer.create_model_card()
-        step = trainer.state.global_step
-        calls = [_push_call(trainer, f"Training in progress, step {step}", args.hub_token, args.hub_revision, None)]
+        message = f"Training in progress, step {trainer.state.global_step}"
+        call = _push_call(trainer, message, args.hub_token, args.hub_revision, None)
     except (ImmunizationError, OSError) as error:
         logger.warning(f"The checkpoint {checkpoint} is saved, but was not pushed: {error}")
         return
-    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-        last = args.hub_strategy == HubStrategy.CHECKPOINT
-        path = "last-checkpoint" if last else Path(checkpoint).name
-        calls.append(partial(_push_checkpoint_files, trainer, checkpoint, path, step))
-    jobs = [HfApi().run_as_future(call) for call in calls]
-    for job in jobs:
-        job.add_done_callback(partial(_report, checkpoint))
+    job = HfApi().run_as_future(call)
+    job.add_done_callback(partial(_report, checkpoint))
     if running is None or running.is_done():
-        trainer.push_in_progress = PushInProgress(jobs)
+        trainer.push_in_progress = PushInProgress([job])
     else:
-        running.jobs.extend(jobs)
+        running.jobs.append(job)
 
 
 def _copy_model(checkpoint: str, output_dir: str) -> None:
@@ -378,32 +362,6 @@ def _copy_model(checkpoint: str, output_dir: str) -> None:
     stale = {RECORD_NAME, "model.safetensors.index.json", *(file.name for file in target.glob("model*.safetensors"))}
     for name in stale - set(names):
         (target / name).unlink(missing_ok=True)
-
-
-def _push_checkpoint_files(trainer: Any, checkpoint: str, path: str, step: int) -> Any:
-    args, root = trainer.args, Path(checkpoint)
-    api = HfApi(token=args.hub_token, library_name="hf_immunize")
-    resumed = [name for name in sorted(os.listdir(root)) if _RESUMED_FROM.fullmatch(name)]
-    refuse_links(root, [*resumed, STATE])
-    names = sorted({*_files_to_push(root), *resumed})
-    check_private(root, names, args.hub_token)
-    with tempfile.TemporaryDirectory() as folder:
-        public = Path(folder) / STATE
-        state = json.loads((root / STATE).read_text(encoding="utf-8"))
-        if state.get("best_model_checkpoint"):  # a local path
-            state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
-        public.write_text(json.dumps(state, indent=2), encoding="utf-8")
-        check_private(folder, [STATE], args.hub_token)
-        files = {name: root / name for name in names} | {STATE: public}
-
-        def attempt() -> Any:
-            operations = [CommitOperationAdd(f"{path}/{name}", str(file)) for name, file in files.items()]
-            message = f"Training in progress, step {step}, checkpoint"
-            return api.create_commit(
-                trainer.hub_model_id, operations, commit_message=message, revision=args.hub_revision
-            )
-
-        return retried(attempt, f"push of a checkpoint to {trainer.hub_model_id}")
 
 
 def _report(checkpoint: str, job: Future[Any]) -> None:

@@ -1,12 +1,9 @@
-"""A figure of spectra and of the log's curves at every evaluation, for any `transformers.Trainer`."""
+"""A figure of spectra at every evaluation, for any `transformers.Trainer`; curves are for trackers to draw."""
 
 from __future__ import annotations
 
-import math
 import os
-import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +20,6 @@ from hf_immunize.errors import ArgumentError, CheckpointError, NonFiniteError, R
 from hf_immunize.features.cache import seeded
 from hf_immunize.features.extract import Measurement, extract, load_measurements, save_measurements, spectral_metrics
 from hf_immunize.files import staged_directory
-from hf_immunize.training.checkpoints import History, by_step
 from hf_immunize.training.distributed import sharded_weights
 
 
@@ -40,19 +36,16 @@ logger = logging.get_logger(__name__)
 # Blue for benign, vermilion for harmful (Okabe and Ito's palette, separable for colour-blind readers too).
 COLOURS = {"benign": "#0072B2", "harmful": "#D55E00"}
 STYLES = {"before": "--", "after": "-"}
-_DASHES = ("-", "--", ":", "-.")
 
 
-def new_figure(panels: int, columns: int | None = None) -> tuple[Figure, list[Axes]]:
-    """A figure with panels row by row, by default in one row, drawn without a display."""
+def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
+    """A figure with panels in one row, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(columns or panels, panels)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(5.2 * columns, 4.0 * rows), layout="constrained")
+    figure = Figure(figsize=(5.2 * panels, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(panels)]
+    return figure, [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
 
 
 def draw_spectra(axes: Axes, spectra: Mapping[tuple[str, str], Tensor]) -> None:
@@ -90,84 +83,18 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         figure.savefig(staging / path.name, dpi=130)
 
 
-# ---- the curves of a log ----
-
-# Of a training log, what is neither a loss nor a term.
-_NO_TERM = re.compile(
-    r"step|epoch|learning_rate|grad_norm|num_input_tokens_seen|total_flos|train_.*|.*_weight|.*runtime"
-)
-# Title and unit of a panel, and the names of its curves; of the first one, the losses of evaluations.
-_PANELS = {
-    ("Losses and terms", "value in the log"): r"eval_(.+_)?loss",
-    ("Condition numbers of linear probing", "log10 κ(ZᵀZ)"): r".+_(benign|harmful)_log10_kappa",
-    ("Accuracy", "as logged"): r"eval_.*accuracy",
-    ("RIR (of linear probing; no attack was run)", "log10 RIR"): r".+_log10_rir",
-}
-
-
-def history_panels(history: History) -> list[Callable[[Axes], None]]:
-    """What there is to draw of a log history: functions that each draw one panel; none for what was not logged."""
-    logged = {name for entry in history if "loss" in entry for name in entry}
-    curves: dict[str, dict[int, float]] = {}
-    for name in dict.fromkeys(
-        key for entry in history for key, value in entry.items() if isinstance(value, int | float)
-    ):
-        curves[name] = {step: value for step, value in by_step(history, name).items() if math.isfinite(value)}
-    panels: list[Callable[[Axes], None]] = []
-    for (title, unit), pattern in _PANELS.items():
-        terms = logged if "terms" in title else set()
-        names = [
-            name
-            for name, curve in curves.items()
-            if curve
-            and (re.fullmatch(pattern, name) or (name in terms and not _NO_TERM.fullmatch(name)))
-            # Another name for the same values.
-            and not ("benign_" in name and name.replace("benign_", "") in curves)
-        ]
-        if not terms:  # what a callback measured on a sample says nothing more than the whole evaluation set
-            names = [name for name in names if name.startswith("eval_")] or names
-        if names:
-            drawn = {name: curves[name] for name in names}
-            panels.append(partial(_draw_panel, history=history, curves=drawn, title=title, unit=unit))
-    return panels
-
-
-def _draw_panel(axes: Axes, history: History, curves: dict[str, dict[int, float]], title: str, unit: str) -> None:
-    """Draw curves, each value marked as exact or as a bound, with an arrow to where the true one lies."""
-    kinds = set()
-    for index, (name, curve) in enumerate(curves.items()):
-        stem, _, what = name.rpartition("log10_")
-        side = stem.rstrip("_").rpartition("_")[2]
-        colour = COLOURS[side] if what == "kappa" else "black" if what == "rir" else f"C{index}"
-        dashes = _DASHES[index // (2 if what else 10) % len(_DASHES)]
-        axes.plot(list(curve), list(curve.values()), dashes, color=colour, label=name)
-        lower = by_step(history, f"{stem}is_bound" if what == "kappa" else f"{stem}rir_is_lower_bound")
-        upper = by_step(history, f"{stem}rir_is_upper_bound") if what == "rir" else {}
-        for step, value in curve.items():
-            kind = "^" if lower.get(step) else "v" if upper.get(step) else "o"
-            kinds.add(kind)
-            axes.plot([step], [value], kind, color=colour, fillstyle="full" if kind == "o" else "none")
-    for kind in sorted(kinds - {"o"}):
-        axes.plot([], [], kind, color="black", fillstyle="none", label=f"{'lower' if kind == '^' else 'upper'} bound")
-    if "terms" in title:
-        values = [abs(value) for curve in curves.values() for value in curve.values()]
-        axes.set_yscale("symlog", linthresh=max(min(filter(None, values), default=1.0), 1e-6))
-    _finish(axes, title, "step", unit)
-
-
 # ---- the callback ----
 
 _REFERENCE = "starting_spectra.safetensors"
 
 
 class SpectrumFigureCallback(TrainerCallback):
-    """At every evaluation, draw the spectra of benign and harmful features, before and after, and the log's curves.
+    """At every evaluation, draw the spectra of benign and harmful features, before and after.
 
-    The figure is ``spectrum/spectrum.png`` in the Trainer's output_dir. The curves (losses and terms, log10 κ,
-    accuracy, log10 RIR over the steps) are those of the log history. The spectra need images: a sample of ``benign``
-    and ``harmful`` is run through the model when training begins and at every evaluation, in full precision and in
-    eval mode; training goes on as if this had not happened, random numbers included. What is found of the sample, if
-    there are benign images, is added to the log history, as ``spectrum_log10_rir``, … (see `spectral_metrics`).
+    The figure is ``spectrum/spectrum.png`` in the Trainer's output_dir. A sample of ``benign`` and ``harmful`` is run
+    through the model when training begins and at every evaluation, in full precision and in eval mode; training goes
+    on as if this had not happened, random numbers included. What is found of the sample, if there are benign images,
+    is added to the log history, as ``spectrum_log10_rir``, … (see `spectral_metrics`).
 
     The starting spectra are kept next to the figure, in ``starting_spectra.safetensors``, from where a resumed run
     reads them. Files are written whole or not at all, by the first process alone.
@@ -180,7 +107,7 @@ class SpectrumFigureCallback(TrainerCallback):
         head_module: The classifier's name, where it cannot be found without help.
 
     Raises:
-        ArgumentError: For impossible values; when training begins, for images with weights sharded over processes.
+        ArgumentError: For impossible values or no images; when training begins, for weights sharded over processes.
         DataError: If a dataset is empty or has no images.
         CheckpointError: When training begins, if the starting spectra cannot be written. A figure that cannot be
             written later on is passed over with a warning.
@@ -203,17 +130,19 @@ class SpectrumFigureCallback(TrainerCallback):
             raise ArgumentError(f"Expected sizes of at least 1, found {max_samples=}, {batch_size=}. Raise them.")
         given = {"benign": benign, "harmful": harmful}
         self._data = {side: _sample(data, side, max_samples) for side, data in given.items() if data is not None}
+        if not self._data:
+            raise ArgumentError("Expected benign= or harmful= images to draw spectra of, found neither. Give some.")
         self.batch_size, self.head_module = batch_size, head_module
         self._references: dict[str, Measurement] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure the starting weights, or read what was measured of them before the run was stopped."""
-        if self._data and sharded_weights():
+        if sharded_weights():
             raise ArgumentError(
-                "Expected whole weights in each process, found them sharded by FSDP or DeepSpeed. Leave benign= and "
-                "harmful= out to draw the curves alone."
+                "Expected whole weights in each process, found them sharded by FSDP or DeepSpeed. Leave the callback "
+                "out."
             )
-        if not self._data or not state.is_world_process_zero:
+        if not state.is_world_process_zero:
             return
         path = _folder(args) / _REFERENCE
         if state.global_step == 0:
@@ -246,17 +175,11 @@ class SpectrumFigureCallback(TrainerCallback):
             now = {}
         if state.log_history and metrics:
             state.log_history[-1].update({f"spectrum_{name}": value for name, value in metrics.items()})
-        moment = "after" if state.global_step else "before"
-        panels = history_panels(state.log_history)
-        if now:
-            panels.insert(0, partial(_draw_measured, now=now, before=before, metrics=metrics, moment=moment))
-        if panels:
-            self._draw(_folder(args) / "spectrum.png", panels)
-
-    def _draw(self, path: Path, panels: list[Callable[[Axes], None]]) -> None:
-        figure, axes = new_figure(len(panels), columns=3 if len(panels) > 4 else 2)
-        for panel, draw in zip(axes, panels, strict=True):
-            draw(panel)
+        if not now:
+            return
+        figure, (axes,) = new_figure(1)
+        _draw_measured(axes, now, before, metrics, "after" if state.global_step else "before")
+        path = _folder(args) / "spectrum.png"
         try:
             save_figure(figure, path)
         except CheckpointError as error:

@@ -1,6 +1,5 @@
-"""Figures are written at every evaluation, of the right spectra and curves, and training does not notice."""
+"""Figures are written at every evaluation, of the right spectra, and training does not notice."""
 
-import math
 import os
 import random
 
@@ -15,66 +14,7 @@ from hf_immunize import SpectrumFigureCallback
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.training import spectrum_figure
-from hf_immunize.training.spectrum_figure import history_panels, new_figure
 from hf_immunize.vision.head import penultimate_features
-
-
-def drawn(history):
-    """Title to the labelled lines of its panel."""
-    panels = history_panels(history)
-    _, axes = new_figure(max(len(panels), 1))
-    for panel, draw in zip(axes, panels, strict=False):
-        draw(panel)
-    lines = {panel.get_title(): panel.get_lines() for panel in axes[: len(panels)]}
-    return {
-        title: {
-            line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
-            for line in each
-            if not line.get_label().startswith("_")
-        }
-        for title, each in lines.items()
-    }
-
-
-def test_each_quantity_has_its_panel_with_the_logs_steps_and_values():
-    log = [
-        {"step": 0, "eval_loss": 0.7, "eval_accuracy": 0.9, "eval_benign_accuracy": 0.9, "eval_benign_loss": 0.7},
-        {"step": 1, "loss": 0.6, "grad_norm": 2.0, "learning_rate": 1e-3, "r_ill": 0.2, "harmful_weight": 3.0},
-        {"step": 2, "eval_accuracy": 0.8, "eval_benign_log10_kappa": 3.0, "eval_harmful_log10_kappa": 5.0},
-        {"step": 2, "eval_log10_rir": 1.5, "eval_rir_is_lower_bound": 1.0, "eval_rir_is_upper_bound": 0.0},
-        {"step": 2, "train_runtime": 3.0, "train_loss": 0.6},
-    ]
-    assert [set(lines) for lines in drawn(log).values()] == [
-        {"loss", "r_ill", "eval_loss"},
-        {"eval_benign_log10_kappa", "eval_harmful_log10_kappa"},
-        {"eval_accuracy"},
-        {"eval_log10_rir", "lower bound"},
-    ]
-    assert drawn(log)["Accuracy"]["eval_accuracy"] == ([0, 2], [0.9, 0.8])
-    assert list(drawn(log[1:2])) == ["Losses and terms"] and history_panels([]) == []
-
-
-@pytest.mark.parametrize(
-    ("log", "lines"),
-    [
-        ([{"eval_a_accuracy": 0.5}, {"eval_b_accuracy": 0.6}], {"eval_a_accuracy", "eval_b_accuracy"}),
-        # Of the evaluation set rather than of a sample.
-        ([{"eval_benign_log10_kappa": 3.0, "spectrum_benign_log10_kappa": 3.1}], {"eval_benign_log10_kappa"}),
-        ([{"spectrum_log10_rir": 2.0}], {"spectrum_log10_rir"}),
-        ([{"eval_log10_rir": 2.0, "eval_rir_is_upper_bound": 1.0}], {"eval_log10_rir", "upper bound"}),
-        ([{"eval_benign_log10_kappa": 9.0, "eval_benign_is_bound": 1.0}], {"eval_benign_log10_kappa", "lower bound"}),
-        # Losses of any sign; what is not a number is left out.
-        ([{"loss": -0.5}, {"loss": 0.0}, {"loss": math.nan}], {"loss"}),
-    ],
-)
-def test_curves_are_of_each_set_once_and_bounds_are_marked(log, lines):
-    (found,) = drawn([{"step": step} | entry for step, entry in enumerate(log)]).values()
-    assert set(found) == lines
-    if "loss" in lines:
-        assert found["loss"] == ([0, 1], [-0.5, 0.0])
-
-
-# ---- the callback ----
 
 
 @pytest.fixture
@@ -131,13 +71,10 @@ def test_the_figure_and_the_log_are_of_the_starting_and_of_the_present_weights_i
     assert sorted(os.listdir(tmp_path / "run" / "spectrum")) == ["spectrum.png", "starting_spectra.safetensors"]
 
 
-def test_either_side_may_be_left_out_or_both(plain, figures, spectra, tmp_path):
+def test_either_side_may_be_left_out(plain, figures, spectra):
     run = plain(figures(benign=None))
     run.train()
     assert set(spectra[-1]) == {("harmful", "before"), ("harmful", "after")}
-    spectra.clear()
-    plain(SpectrumFigureCallback(), folder=tmp_path / "curves").train()
-    assert spectra == [] and os.listdir(tmp_path / "curves" / "spectrum") == ["spectrum.png"]
 
 
 def test_an_immunizing_run_has_its_figure_which_can_be_opened(trainer, figures, tmp_path):
@@ -242,7 +179,7 @@ def test_features_that_are_lost_cost_the_spectra_and_not_the_run(plain, figures,
 
 
 def test_what_cannot_be_drawn_is_refused_at_once(plain, figures, monkeypatch):
-    for options in ({"max_samples": 0}, {"batch_size": 0}, {"benign": []}, {"benign": [{"text": "no image"}]}):
+    for options in ({}, {"max_samples": 0}, {"batch_size": 0}, {"benign": []}, {"benign": [{"text": "no image"}]}):
         with pytest.raises(DataError if "benign" in options else ArgumentError):
             SpectrumFigureCallback(**options)
     monkeypatch.setattr(spectrum_figure, "sharded_weights", lambda: True)
