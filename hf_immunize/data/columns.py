@@ -42,28 +42,23 @@ def label_outputs(dataset: Any, label_column: str, config: Any, name: str) -> li
                     "they are taken for outputs as they come. Let it number them as model.config.id2label does."
                 )
         return None
-    outputs = outputs_by_name(names, config)
-    if outputs is None:
-        known = list(_model_names(config).values())
-        if len(names) < config.num_labels:  # they cannot be the model's in its order
-            raise DataError(
-                f"Expected classes of {name} among the model's {config.num_labels} ({listed(known, 3)}), found "
-                f"{len(names)} others ({listed(names, 3)}). Name the outputs in model.config.id2label, rename the "
-                f"classes, or load the model with a new head (--new_head) of num_labels={len(names)}."
-            )
+    outputs, known = outputs_by_name(names, config), list(_model_names(config).values())
+    if outputs is None and len(names) >= config.num_labels:
         if known:
             logger.warning_once(
                 f"No class of {name} ({listed(names, 3)}) has the name of one of the model's ({listed(known, 3)}): "
                 "label i is taken for output i. Rename the classes, or give the model a new head."
             )
         return None
+    outputs = outputs or [-1] * len(names)
     unknown = {label for label, output in enumerate(outputs) if output < 0}
     if unknown and not is_transformed(dataset):
         unknown &= set(read_labels(dataset, label_column))
     if unknown:
         raise DataError(
-            f"Expected classes of {name} among the model's, found {listed(map(names.__getitem__, unknown), 5)} too. "
-            "Rename or drop them, or give the model a new head (--new_head)."
+            f"Expected classes of {name} among the model's {config.num_labels} ({listed(known, 3)}), found "
+            f"{listed(map(names.__getitem__, unknown), 5)} too. Rename or drop them, name the outputs in "
+            f"model.config.id2label, or load the model with a new head (--new_head) of num_labels={len(names)}."
         )
     return None if outputs == list(range(len(outputs))) else outputs
 

@@ -14,14 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.utils import logging
 
 from hf_immunize.data.columns import check_label, find_columns, is_stored_image, is_transformed
 from hf_immunize.errors import DataError, ImageDecodeError, ShapeError
 from hf_immunize.files import tensor_bytes
 
 
-logger = logging.get_logger(__name__)
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa")
 # What pillow raises on damaged files: not only OSError.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -218,33 +216,14 @@ def decoded(value: Any) -> Any:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB; what is transparent becomes white, as on a page."""
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_eight_bits(np.asarray(image), floating=image.mode == "F"))
-    elif image.mode in _ALPHA_MODES or "transparency" in image.info:
+    """An image of 8 bits per channel as RGB; what is transparent becomes white, as on a page."""
+    if image.mode.startswith("I") or image.mode == "F":  # whose range nothing tells
+        raise DataError(f"Expected 8 bits per channel, found an image of mode {image.mode}. Scale and convert it.")
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
         image = image.convert("RGBA")
         # Transparent pixels may have any colour.
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _eight_bits(shades: np.ndarray, floating: bool) -> np.ndarray:
-    # More than 8 bits say nothing of their range: the least of 8, 12 and 16 bits that holds the brightest pixel, and 0
-    # to 1 for floating-point pixels up to 1.
-    low, high = (float(shades.min()), float(shades.max())) if shades.size else (0.0, 0.0)
-    whole = next((bits for bits in (8, 12, 16) if high < 2**bits), None)
-    if not (low >= 0 and whole is not None):  # NaN is neither
-        raise DataError(
-            f"Expected pixels from 0 to 65535, or from 0 to 1, found {low:g} to {high:g}. Scale them to one of these."
-        )
-    if floating and high <= 1:
-        return (shades * 255).astype(np.uint8)
-    if whole > 8:
-        logger.warning_once(
-            "Some images have more than 8 bits per channel: each is scaled by the least of 8, 12 and 16 bits that "
-            "holds its brightest pixel. To compare images by brightness, convert them to 8 bits by one scale."
-        )
-    return (shades / 2 ** (whole - 8)).astype(np.uint8)
 
 
 # ---- knowing images again by their stored bytes, whatever their files, rows and data sets are called

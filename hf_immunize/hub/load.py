@@ -94,13 +94,10 @@ def changed_weights(folder: str | os.PathLike[str], recorded: Mapping[str, str])
 
 
 def refuse_links(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Refuse symbolic links, save for those of the Hub's own cache: what they lead to is no part of the folder."""
-    root = Path(folder)
-    here = root.resolve()
-    blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else None
+    """Refuse symbolic links: what they lead to is no part of the folder."""
     for name in names:
-        path = root / name
-        if path.is_symlink() and (blobs is None or path.resolve().parent != blobs):
+        path = Path(folder) / name
+        if path.is_symlink():
             raise ArgumentError(
                 f"Expected files of the folder itself, found that {printable(name)} is a symbolic link to "
                 f"{printable(os.readlink(path))}. Put a copy of that file in its place if it may be published."

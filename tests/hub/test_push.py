@@ -100,22 +100,6 @@ def test_linked_cards_are_not_written_through(checkpoint, record, tmp_path):
     assert (checkpoint / "README.md").is_symlink()
 
 
-def test_links_of_the_hubs_own_cache_are_followed(checkpoint, tmp_path):
-    cache = tmp_path / "models--user--model"
-    blobs, snapshot = cache / "blobs", cache / "snapshots" / "0123"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for path in checkpoint.iterdir():
-        shutil.move(path, blobs / path.name)
-        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
-    assert set(push(snapshot, REPO, dry_run=True).files) == EXPECTED - {"README.md"}
-    (tmp_path / "secret").write_text("Not for others.\n")
-    (blobs / "LICENSE").symlink_to(tmp_path / "secret")
-    (snapshot / "LICENSE").symlink_to("../../blobs/LICENSE")
-    with pytest.raises(ArgumentError, match="symbolic link"):
-        push(snapshot, REPO, dry_run=True)
-
-
 def test_upload_that_is_cut_leaves_the_repository_and_the_next_push_is_whole(checkpoint, api, online):
     online.fail("PUT", "/lfs/", "cut", times=100)
     before = local(checkpoint)

@@ -33,7 +33,7 @@ def tasks(seed=0, dim=6):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_returns_a_map_and_its_history(method):
     P, y, H, y_h = tasks()
-    closed = method in ("optimum", "time")
+    closed = method == "optimum"
     options = {} if closed else {"epochs": 5, "seed": 3}
     found = immunize_linear(P, y, H, method, y_harmful=y_h, **options)
     assert found.theta.shape == (6, 6) and torch.isfinite(found.theta).all()
@@ -209,6 +209,20 @@ def step_of(values, weights, step):
     """Eigenvalues after an update of a diagonal H."""
     values = torch.tensor(values, dtype=torch.float64)
     return values * (1 - 2 * step * weights(values) * values).square()
+
+
+def test_the_papers_range_for_r_well_has_a_hole():
+    # η < min{1/((1−1/D)σ_1), (√(σ_1σ_2) − σ_2)D/(2σ_2²)} allows η near 1/(2(1−1/D)σ_1), where σ_1 is annihilated.
+    values, dim = [10.0, 1.0, 0.5], 3
+    limit = min(1 / ((1 - 1 / dim) * 10), ((10 * 1) ** 0.5 - 1) * dim / 2)
+    eta = 0.999 / (2 * (1 - 1 / dim) * 10)
+    assert eta < limit
+    after = step_of(values, lambda v: well_weights(v, dim), eta)
+    assert after.max() / after.min() > 1000 * (10 / 0.5)
+    # The step of this library stays clear of it.
+    safe = well_step(torch.tensor(values, dtype=torch.float64), dim)
+    after = step_of(values, lambda v: well_weights(v, dim), safe)
+    assert safe < eta and after.max() / after.min() < 10 / 0.5
 
 
 def test_small_singular_values_come_from_the_features():
