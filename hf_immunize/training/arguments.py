@@ -19,6 +19,8 @@ from hf_immunize.training.objectives import DEFAULT, OBJECTIVES
 
 # Old to new names of objectives.
 RENAMED = {"silence": "dead_relu", "auto": DEFAULT, "subspace": DEFAULT}
+# Options that do not see that the trunk's modules are replaced while the rest runs.
+TRUNK_OBSTACLES = ("torch_compile", "fsdp", "deepspeed")
 BENIGN_LOSSES = ("distillation", "task", "both")
 
 
@@ -240,7 +242,7 @@ class ImmunizationArguments(TrainingArguments):
             self.cache_trunk = "no"
         if self.cache_trunk not in ("no", *DTYPES):
             raise ArgumentError(f"Expected cache_trunk= out of no, {', '.join(DTYPES)}, found {self.cache_trunk!r}.")
-        found = [name for name in ("torch_compile", "fsdp", "deepspeed") if getattr(self, name)]
+        found = [name for name in TRUNK_OBSTACLES if getattr(self, name)]
         if self.cache_trunk != "no" and found:
             raise ArgumentError(
                 f"Expected cache_trunk='{self.cache_trunk}' without {found[0]}, found both: the trunk's modules are "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,16 @@ from transformers.utils import logging
 
 from hf_immunize.data.images import ImageCollator, StreamedRows
 from hf_immunize.data.pairs import PairedCollator, PairedDataset, degenerate_sides
-from hf_immunize.errors import ArgumentError, CheckpointError, DataError
+from hf_immunize.errors import ArgumentError, CheckpointError, DataError, TrunkError
 from hf_immunize.features.cache import TrunkCache, open_or_write
 from hf_immunize.features.extract import Measurement, of_side, run_batches, spectral_metrics
 from hf_immunize.features.ranks import ALONE, launched
-from hf_immunize.features.trunk import split_trunk
+from hf_immunize.features.trunk import TrunkSplit, split_trunk
 from hf_immunize.files import check_writable, remove_leftovers, staged_directory
 from hf_immunize.hub.load import CARD_NAME, named_outcomes
 from hf_immunize.hub.record import RECORD_NAME
 from hf_immunize.training import checkpoints, checks, evaluation, record
-from hf_immunize.training.arguments import ImmunizationArguments, Method
+from hf_immunize.training.arguments import TRUNK_OBSTACLES, ImmunizationArguments, Method
 from hf_immunize.training.choice import draw_sample
 from hf_immunize.training.distillation import StartedRows
 from hf_immunize.training.step import ImmunizationStep, RunningMeans
@@ -171,6 +171,7 @@ class ImmunizationTrainer(Trainer):
         # Through the starting weights and through the latest, by metric prefix ("harmful" for the harmful set).
         self._references: dict[str, Measurement] = {}
         self._latest: dict[str, Measurement] = {}
+        self._trunk: TrunkSplit | None = None
         self._measured_again: set[str] = set()
         self._resumed = False
         self._mean_loss = evaluation.MeanLoss()
@@ -289,15 +290,12 @@ class ImmunizationTrainer(Trainer):
                     f"Expected cache_trunk='no' with streamed {side} images, found {args.cache_trunk!r}: what is "
                     "stored must be known as a whole. Store the data set, or train without the cache."
                 )
-        own = None if self._reads_images else self.data_collator.inner
-        sample = (own or ImageCollator(self.processing_class))([pairs.benign[0]])["pixel_values"]
-        scope = {"eval_modules": self._step.still, "head_module": args.head_module}
-        split = split_trunk(self.model, self._moving, tuple(sample.shape[1:]), **scope)
+        split = self._split_trunk()
         folder = Path(args.trunk_cache_dir or Path(args.output_dir) / "_trunk")
         everyone = launched()
         options: dict[str, Any] = {
             "processor": self.processing_class,
-            "collate": own,
+            "collate": None if self._reads_images else self.data_collator.inner,
             "dtype": args.cache_trunk,
             "batch_size": 2 * args.train_batch_size,  # as many as a step, of both sides, has room for
             "num_workers": args.dataloader_num_workers,
@@ -362,9 +360,22 @@ class ImmunizationTrainer(Trainer):
                     "it is, or let yours give dictionaries of both sides (see PairedCollator)."
                 )
             return super().compute_loss(model, inputs, return_outputs)
-        result = self._step(model, inputs, self.state.global_step, self._task_loss)
+        result = self._step(model, self._behind_trunk(inputs), self.state.global_step, self._task_loss)
         self._means.update(result.logged, self.state.global_step + 1, result.finite)
         return (result.loss, {"logits": result.logits}) if return_outputs else result.loss
+
+    def _behind_trunk(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The frozen trunk's activations in place of images, for the model and the starting model at once."""
+        if self._trunk is None:
+            return inputs
+        fits = all(tuple(rows["pixel_values"].shape[1:]) == self._trunk.pixel_shape for rows in inputs.values())
+        self._step.replayed = self._trunk.replayed if fits else nullcontext
+        if not fits:
+            return inputs
+        for module in self._step.still:
+            module.training = False
+        run = partial(self._trunk.activations, self.model)
+        return {side: {**rows, "pixel_values": run(rows["pixel_values"])} for side, rows in inputs.items()}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's; a `compute_loss` of a subclass that does not know batches of two sides is named."""
@@ -591,9 +602,27 @@ class ImmunizationTrainer(Trainer):
             self._measure_references()
         if isinstance(self.train_dataset, PairedDataset):
             self._step.prepare(self._sample)
+            self._trunk = self._find_trunk()
             if self.is_world_process_zero():
                 logger.info(f"Choices: {'; '.join(f'{name} {why}' for name, why in self.choices.items())}.")
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+
+    def _find_trunk(self) -> TrunkSplit | None:
+        """What of the model each step runs once for it and for the starting model; None where that is not possible."""
+        args = self.args
+        if args.cache_trunk != "no" or self._step.start is None or self.accelerator.mixed_precision != "no":
+            return None
+        if any(getattr(args, obstacle) for obstacle in TRUNK_OBSTACLES):
+            return None
+        with suppress(TrunkError):
+            return self._split_trunk()
+        return None
+
+    def _split_trunk(self) -> TrunkSplit:
+        own = None if self._reads_images else self.data_collator.inner
+        sample = (own or ImageCollator(self.processing_class))([self.train_dataset.benign[0]])["pixel_values"]
+        scope = {"eval_modules": self._step.still, "head_module": self.args.head_module}
+        return split_trunk(self.model, self._moving, tuple(sample.shape[1:]), **scope)
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         """Images for the objective to look at, which do not depend on the batch size."""

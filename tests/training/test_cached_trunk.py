@@ -40,6 +40,31 @@ def doubled(rows):
 DISTILLED = {"objective": "time", "benign_loss": "both", "benign_budget": 0.1}
 
 
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_on_images_the_trunk_runs_once_for_the_model_and_its_start(name, trainer, tiny, images, at, monkeypatch):
+    found, seen = [], {True: 0, False: 0}
+    for once in seen:
+
+        def count(state, control, model, once=once):
+            def hook(module, inputs, output):
+                seen[once] += len(output)
+
+            next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d)).register_forward_hook(
+                hook
+            )
+
+        callbacks = [at("on_train_begin", count)]
+        run = trainer(tiny(name), max_steps=3, **DISTILLED, distillation_dataset=images(11, 5), callbacks=callbacks)
+        if not once:
+            monkeypatch.setattr(run, "_find_trunk", lambda: None)
+        run.train()
+        found.append(weights(run))
+    assert largest_difference(*found) <= 1e-6
+    sizes = run.args.batch_sizes
+    assert seen[True] == 3 * (sizes.benign + sizes.harmful + sizes.distillation)
+    assert seen[False] == seen[True] + 3 * (sizes.benign + sizes.distillation)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
