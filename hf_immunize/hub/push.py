@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,9 +233,6 @@ def _words(path: Path) -> Iterator[bytes | str]:
     elif path.suffix in PICTURES:
         yield path.read_bytes()
         yield from _comments(path)
-    elif zipfile.is_zipfile(path):  # as torch.save writes
-        with zipfile.ZipFile(path) as archive:
-            yield from (archive.read(name) for name in archive.namelist() if name.endswith(".pkl"))
     else:
         yield path.read_bytes()
 

@@ -302,7 +302,6 @@ FORMS = {
     "international.png": lambda path, text: in_picture(path, text, "international"),
     "behind.png": lambda path, text: in_picture(path, text, "behind"),
     "photo.jpg": in_exif,
-    "optimizer.pt": lambda path, text: torch.save({"note": text, "state": torch.zeros(3)}, path),
 }
 
 
