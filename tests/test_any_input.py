@@ -11,6 +11,7 @@ import hf_immunize as hf
 from hf_immunize.errors import ImmunizationError, NonFiniteError
 from hf_immunize.linear.optimum import optimal_map
 from hf_immunize.linear.probe import least_squares_probe, probe_accuracy
+from hf_immunize.linear.time import time_map
 from hf_immunize.spectra.hessian_functions import hessian_log_kappa
 from hf_immunize.spectra.ratio import reference_condition_number
 
@@ -94,6 +95,9 @@ CASES = {
         {"Z": 0, "Y": 0},
     ),
     "fitted_fraction": (hf.fitted_fraction, {"Z": Z, "Y": Y, "steps": 3}, {"Z": 0, "Y": 0}),
+    "time_map": (
+        time_map, {"X_benign": P, "y_benign": Y, "delta": 0.1, "shrinkage": 0.0, "keep": 1}, {"X_benign": -1},
+    ),
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from hf_immunize.errors import ArgumentError, NonFiniteError, PerfectConditioningError, RankError
 from hf_immunize.linear.inputs import as_data, as_targets
 from hf_immunize.linear.optimum import Factor, factors, map_ratio, optimal_map
+from hf_immunize.linear.time import time_map
 from hf_immunize.spectra.checks import as_labels, as_values, check_count, check_number, check_result
 from hf_immunize.spectra.hessian_functions import ill_denominator
 
@@ -251,7 +252,7 @@ def adapted_loss(theta: Tensor, X: Tensor, targets: Tensor, steps: int) -> Tenso
 # rounding takes the benign features with it.
 _KAPPA_LIMIT = 1e14
 
-METHODS = ("optimum", "kappa", "r_ill", "imma", "opt_kappa")
+METHODS = ("optimum", "time", "kappa", "r_ill", "imma", "opt_kappa")
 
 
 @dataclass(frozen=True)
@@ -280,11 +281,13 @@ def immunize_linear(
     *,
     y_harmful: Any = None,
     t: float | None = None,
+    delta: float | None = None,
     **options: Any,
 ) -> LinearImmunization:
     """Find a linear map ``θ`` after which probing is slow on the harmful task and no slower on the benign one.
 
     - ``optimum``: the closed form that attains the ceiling of RIR (`optimal_map`).
+    - ``time``: the closed form that keeps what the benign labels need and shrinks all else (`time_map`).
     - ``kappa``: Algorithm 1 of Zheng et al. (ICML 2025): task loss, ``R_well(H_P)`` and ``R_ill(H_H)``.
     - ``r_ill``: task loss and ``R_ill(H_H)`` alone.
     - ``imma``: bi-level, after Zheng & Yeh (ECCV 2024): lower the benign loss, raise the harmful loss that an attacker
@@ -299,6 +302,7 @@ def immunize_linear(
         method: One of the above.
         y_harmful: Targets of the harmful data, for ``imma`` alone.
         t: Of the optimum (`optimal_map`).
+        delta: Of ``time``: what is shrunk is shrunk to this (`time_map`).
         **options: Constants of the iterative methods, the fields of `LinearSettings`.
 
     Returns:
@@ -328,10 +332,10 @@ def immunize_linear(
     chosen.check(method)
     if y_benign is None and method != "optimum":
         raise ArgumentError(f"Expected y_benign for the classifier of {method!r}, found None. 'optimum' needs none.")
-    if method == "optimum":
-        theta = optimal_map(P, H, t=t)
-        found = [{"epoch": 0, "step": 0} | _measure(P, H, theta)]
-        return LinearImmunization(theta, None, found, method, {"t": t})
+    if method in ("optimum", "time"):
+        theta = optimal_map(P, H, t=t) if method == "optimum" else time_map(X_benign, y_benign, delta=delta)
+        used = {"t": t} if method == "optimum" else {"delta": delta}
+        return LinearImmunization(theta, None, [{"epoch": 0, "step": 0} | _measure(P, H, theta)], method, used)
     task = benign_task(as_data(X_benign, "X_benign"), y_benign)
     X_H = as_data(X_harmful, "X_harmful")
     y_H = None

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from hf_immunize.errors import ArgumentError, RankError
 from hf_immunize.linear.inputs import as_data, as_targets, dtype_of_origin, keep_above_noise
+from hf_immunize.linear.optimum import null_basis
 from hf_immunize.spectra.checks import (
     as_matrix,
     as_values,
     binary_scale,
     check_count,
     check_number,
+    check_result,
     decomposing,
 )
 from hf_immunize.spectra.hessian_functions import without_autocast
@@ -140,16 +142,12 @@ def target_spectrum(Z: Any, Y: Any, produced_dtype: torch.dtype | None = None) -
     """
     matrix = as_data(Z)
     targets = centred_targets(Y, len(matrix)).to(matrix.device)
-    scale = binary_scale(matrix)
-    matrix = matrix / scale
-    with decomposing("features"):
-        U, s, _ = torch.linalg.svd(matrix - matrix.mean(dim=0), full_matrices=False)
-        whole = torch.linalg.matrix_norm(matrix, 2).reshape(1)
-    # Above the rounding of the features before their mean was taken off; equal features hold nothing.
-    noise = dtype_of_origin(Z, produced_dtype)
-    keep = keep_above_noise(scale * torch.cat([whole, s]), matrix.shape, noise)[1:]
-    energy = (U[:, keep].mT @ targets).square().sum(dim=1) / targets.square().sum()
-    return s[keep].square().cpu(), energy.cpu()
+    try:
+        U, s, _, _, _ = _centred_svd(matrix, dtype_of_origin(Z, produced_dtype))
+    except RankError:  # equal features hold nothing
+        return targets.new_zeros(0).cpu(), targets.new_zeros(0).cpu()
+    energy = (U.mT @ targets).square().sum(dim=1) / targets.square().sum()
+    return s.square().cpu(), energy.cpu()
 
 
 def streamed_spectrum(factor: FeatureFactor, class_sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,6 +176,96 @@ def centred_targets(Y: Any, rows: int) -> Tensor:
     if float(centred.norm()) <= 1e-12 * float(targets.norm()):
         raise RankError("Expected at least two different targets, found all the same. There is nothing to learn.")
     return centred
+
+
+def time_map(
+    X_benign: Any,
+    y_benign: Any,
+    *,
+    delta: float | None = None,
+    shrinkage: float = 0.0,
+    keep: int | None = None,
+) -> Tensor:
+    """A linear map after which a benign probe takes a few steps, and a probe of what the labels do not need many.
+
+    In the metric of the benign data, the directions that the benign labels need stay at 1 and all others are shrunk:
+    ``θ = K^{-1/2} (P + δ(I − P))``, K the Gram matrix of the centred benign features and P the projector on the
+    column space of the ridge-shrunk cross-covariance with the labels, after whitening. θ is invertible, so that no
+    attainable loss changes, and ``κ(θᵀKθ) = δ⁻²`` exactly where ``shrinkage`` is 0 and something is left to shrink:
+    the benign condition number is not above the one before where ``δ ≥ κ(K)^{-1/2}``, the default. No harmful data
+    are used: every other task of the same features is slowed as well. Not so a task of data distributed as the benign
+    ones, for conjugate gradient and exact line search: to those the map leaves two eigenvalues, a matter of two steps,
+    or of few. This map is this library's, not the paper's.
+
+    Args:
+        X_benign: ``(N, D)``.
+        y_benign: Class numbers ``(N,)`` or targets ``(N, C)``.
+        delta: δ, above 0 and at most 1.
+        shrinkage: What the whitening adds to the eigenvalues of K, as a share of their mean: with few samples,
+            whitening makes much of directions that hold little but noise.
+        keep: At most so many directions, those that hold most of the labels; by default all, at most C − 1.
+
+    Returns:
+        θ, ``(D, D)`` float64: immunized features are ``X @ θ``.
+
+    Raises:
+        ShapeError, NonFiniteError, RankError: The data do not fit, are not finite, or there is nothing to learn.
+        ArgumentError: An option out of range.
+
+    Example:
+        >>> X = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+        >>> Z = X.double() @ time_map(X, (X[:, 0] > 0).long(), delta=0.1)
+        >>> round(float(torch.linalg.cond(Z - Z.mean(0))) ** 2, 6)  # κ of the centred problem
+        100.0
+    """
+    matrix = as_data(X_benign, "X_benign")
+    targets = centred_targets(y_benign, len(matrix)).to(matrix.device)
+    U, s, V, null, unit = _centred_svd(matrix, dtype_of_origin(X_benign))
+    if delta is None:
+        delta = float(s[-1] / s[0])
+    if not check_number(delta, "delta", 0, 1) > 0:
+        raise ArgumentError("Expected delta= above 0, found 0: the map would not be invertible.")
+    check_number(shrinkage, "shrinkage=", 0)
+    strength = _ridge_strength(U, s, targets)
+    labels = (s.square() / (s.square() + strength))[:, None] * (U.mT @ targets)
+    Q, energy, _ = torch.linalg.svd(labels, full_matrices=False)
+    kept = energy > energy[0] * 1e-6
+    if keep is not None:
+        kept[check_count(keep, "keep=") :] = False
+    Q = Q[:, kept]
+    scale = (s.square() + shrinkage * s.square().sum() / matrix.shape[1]).rsqrt()
+    inner = delta * torch.eye(len(s), dtype=s.dtype, device=s.device) + (1 - delta) * (Q @ Q.mT)
+    # What benign data never show is no larger than the least of what they do.
+    theta = (V * scale) @ inner @ V.mT + delta * float(scale.min()) * (null @ null.mT)
+    return check_result(theta / unit, "the map")
+
+
+def _centred_svd(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """U, s, V of ``Z_c`` over a scale, above the rounding of the uncentred features; V's complement; the scale."""
+    scale = binary_scale(matrix)
+    matrix = matrix / scale
+    with decomposing("features"):
+        U, s, Vh = torch.linalg.svd(matrix - matrix.mean(dim=0), full_matrices=False)
+        whole = torch.linalg.matrix_norm(matrix, 2).reshape(1)
+    keep = keep_above_noise(scale * torch.cat([whole, s]), matrix.shape, dtype)[1:]
+    if not keep.any():
+        raise RankError("Expected at least two different samples, found all the same. Check how they were loaded.")
+    V = Vh[keep].mT
+    return U[:, keep], s[keep], V, null_basis(V), scale
+
+
+def _ridge_strength(U: Tensor, s: Tensor, targets: Tensor) -> float:
+    """The penalty with the least leave-one-out error, in closed form from the hat matrix, over nine decades."""
+    inside = U.mT @ targets
+    best, chosen = math.inf, float(s[0]) ** 2
+    for decade in range(10):
+        strength = float(s[0]) ** 2 * 10.0**-decade
+        weights = s.square() / (s.square() + strength)
+        leverage = (U.square() @ weights + 1 / len(U)).clamp(max=1 - 1e-9)
+        error = float((((targets - U @ (weights[:, None] * inside)) / (1 - leverage)[:, None]).square()).sum())
+        if error < best:
+            best, chosen = error, strength
+    return chosen
 
 
 def fitted_fraction(Z: Tensor, Y: Any, steps: int) -> Tensor:

@@ -8,7 +8,8 @@ from matrices import gaussian, geometric, orthonormal, relative_error, with_sing
 
 from hf_immunize.errors import ArgumentError, RankError
 from hf_immunize.features.extract import Measurement, spectral_metrics
-from hf_immunize.linear.time import fitted_fraction, probing_time, target_spectrum
+from hf_immunize.linear.algorithm import immunize_linear
+from hf_immunize.linear.time import fitted_fraction, probing_time, target_spectrum, time_map
 
 
 def features_and_targets(rows=30, columns=12, kappa=20.0, seed=0):
@@ -182,3 +183,61 @@ def test_float32_and_bfloat16_are_computed_in_float64():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         again = fitted_fraction(single, Y, 6)
     assert torch.equal(again, fitted_fraction(single, Y, 6))
+
+
+# ---- the map -------------------------------------------------------------------------------------------------------
+
+
+def task_data(rows, columns, read, seed):
+    """Features of κ 30² with targets that read some of their singular directions alike."""
+    rank = min(rows - 1, columns)
+    U, V = orthonormal(rows, rank + 1, seed), orthonormal(columns, rank, seed + 1)
+    U = torch.linalg.qr(U - U.mean(0)).Q[:, :rank] * rows**0.5
+    return (U * geometric(30.0, rank)) @ V.mT, U[:, read] + 0.01 * gaussian(rows, len(read), seed)
+
+
+def centred_kappa(Z):
+    return float(torch.linalg.cond(Z - Z.mean(0))) ** 2
+
+
+@pytest.mark.parametrize("delta", [1.0, 0.1, 1e-3])
+def test_the_benign_condition_number_after_the_map_is_that_of_the_dial(delta):
+    X, benign = task_data(120, 16, [2, 14], seed=0)
+    assert centred_kappa(X @ time_map(X, benign, delta=delta)) == pytest.approx(delta**-2, rel=1e-8)
+    assert centred_kappa(X @ time_map(X, benign)) == pytest.approx(centred_kappa(X), rel=1e-8)  # by default as before
+
+
+@pytest.mark.parametrize("rows", [120, 12])
+def test_the_map_is_invertible_so_that_least_squares_attains_the_same(rows):
+    X, benign = task_data(rows, 16, [2, 5], seed=0)
+    theta = immunize_linear(X, benign, X, "time", delta=0.05).theta
+    assert torch.equal(theta, time_map(X, benign, delta=0.05))
+    assert int(torch.linalg.matrix_rank(theta)) == 16
+    for targets in (benign, gaussian(rows, 2, seed=9)):
+        before = probing_time(X, targets).attainable
+        assert probing_time(X @ theta, targets).attainable == pytest.approx(before, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+@pytest.mark.parametrize("seed", [0, 10, 20])
+def test_benign_probing_is_faster_and_that_of_other_data_slower(method, seed):
+    X, benign = task_data(120, 16, [2, 14], seed)
+    X_other, other = task_data(120, 16, [1, 3, 6], seed + 5)
+    theta = time_map(X, benign, delta=0.01)
+    for features, targets, slower in ((X, benign, False), (X_other, other, True)):
+        before, after = (probing_time(Z, targets, method=method).steps[0.9] for Z in (features, features @ theta))
+        assert after > 3 * before if slower else after < before
+
+
+def test_one_shrinking_factor_does_not_slow_conjugate_gradient_on_data_like_the_benign():
+    # Whitened data with one factor for all that is shrunk have two eigenvalues: two steps solve any task of them.
+    X, benign = task_data(120, 16, [2, 14], seed=0)
+    other = X @ gaussian(16, 3, seed=4)
+    Z = X @ time_map(X, benign, delta=0.01)
+    assert probing_time(Z, other, method="conjugate_gradient").steps[0.99] <= 2
+
+
+def test_scale_and_shift_of_the_data_change_nothing_but_the_scale_of_the_map():
+    X, benign = task_data(120, 16, [2, 14], seed=0)
+    theta = time_map(X, benign)
+    assert relative_error(1e-3 * time_map(1e-3 * X + 7.0, benign), theta) < 1e-6
