@@ -15,7 +15,6 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, set_seed
-from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from hf_immunize.data.columns import find_columns
@@ -146,8 +145,6 @@ def _check_training(training: ImmunizationArguments) -> None:
     for name, value in vars(training).items():
         if name.endswith("_kwargs") and isinstance(value, str):
             raise ArgumentError(f"Expected --{name} as a mapping in JSON, found {value!r}. Leave it out, or mend it.")
-    if missing := sorted(set(training.report_to) - set(get_available_reporting_integrations())):
-        raise ArgumentError(f"Expected installed trackers as --report_to, found {missing}. Install them.")
     if not training.do_train or training.do_predict:
         raise ArgumentError(
             f"Expected --do_train and no --do_predict, found do_train={training.do_train}, "

@@ -254,7 +254,7 @@ def open_or_write(*caches: TrunkCache) -> list[CachedRows]:
     """Find the stored activations of caches in sister folders, and write those that are missing; a collective."""
     processes, parent = caches[0].processes, caches[0].folder.parent
     parent.mkdir(parents=True, exist_ok=True)
-    # Processes of a machine with a disk of its own each work alone, one after the other.
+    # Several processes wait for each other anyway; runs of one take turns.
     with WeakFileLock(parent / ".lock") if processes.count == 1 else nullcontext():
         found = processes.run_on_all_ranks(lambda: [cache.find() for cache in caches])
         # Rounding may differ between processes, and one that wrote alone would wait for the others forever.

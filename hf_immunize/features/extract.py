@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -204,10 +205,8 @@ def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     """Sums by class of two sets of images, of as many classes as the larger has."""
     if one is None or other is None:
         return None
-    sums = one.new_zeros(max(len(one), len(other)), one.shape[1])
-    sums[: len(one)] += one
-    sums[: len(other)] += other.to(one)
-    return sums
+    classes = max(len(one), len(other))
+    return torch.stack([F.pad(sums.to(one), (0, 0, 0, classes - len(sums))) for sums in (one, other)]).sum(dim=0)
 
 
 @contextmanager
@@ -258,18 +257,6 @@ def probing_steps(now: Measurement, before: Measurement | None) -> ProbingSteps 
     return ProbingSteps(int(steps) if start else None, int(after) if math.isfinite(after) else None)
 
 
-def probing_time_ratio(benign: ProbingSteps | None, harmful: ProbingSteps | None) -> dict[str, float]:
-    """Metrics of the growth of harmful probing steps over that of benign ones; none unless all four are known."""
-    if benign is None or harmful is None or benign.before is None or harmful.before is None:
-        return {}
-    grown = (harmful.after or harmful.max_steps) / harmful.before
-    return {
-        "probing_time_ratio": grown / ((benign.after or benign.max_steps) / benign.before),
-        "probing_time_ratio_is_lower_bound": float(harmful.after is None),
-        "probing_time_ratio_is_upper_bound": float(benign.after is None),
-    }
-
-
 def spectral_metrics(
     benign: Measurement,
     benign_reference: Measurement | None,
@@ -293,7 +280,12 @@ def spectral_metrics(
         if steps is not None:
             metrics[f"{side}_probing_steps"] = float(steps.after or steps.max_steps)
             metrics[f"{side}_probing_is_lower_bound"] = float(steps.after is None)
-    metrics |= probing_time_ratio(times.get("benign"), times.get("harmful"))
+    b, h = times.get("benign"), times.get("harmful")
+    if b is not None and h is not None and b.before is not None and h.before is not None:
+        grown = (h.after or h.max_steps) / h.before
+        metrics["probing_time_ratio"] = grown / ((b.after or b.max_steps) / b.before)
+        metrics["probing_time_ratio_is_lower_bound"] = float(h.after is None)
+        metrics["probing_time_ratio_is_upper_bound"] = float(b.after is None)
     for intercept in (False, True):
         known: dict[str, Any] = {}
         prefix = "intercept_" if intercept else ""

@@ -6,10 +6,8 @@ Everything that is waited for ends in an exchange of results or of what went wro
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,7 +16,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from hf_immunize.errors import ProcessError
-from hf_immunize.files import UNFINISHED
 
 
 T = TypeVar("T")
@@ -79,25 +76,6 @@ class Processes:
     def broadcast_from_main(self, work: Callable[[], T]) -> T:
         """Do something on the first process alone, and report to all what came of it; a collective."""
         return self.together(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
-
-    def share_folder(self, folder: str | os.PathLike[str]) -> bool:
-        """Whether all see what the first writes into a folder, not so on disks of their own; a collective."""
-        if self._state is None:
-            return True
-        folder = Path(folder)
-
-        def leave_a_mark() -> str:
-            folder.mkdir(parents=True, exist_ok=True)
-            # A name that no machine has asked for before, so that none remembers that it was missing.
-            mark = folder / f"{UNFINISHED}{uuid.uuid4().hex}"
-            mark.touch()
-            return mark.name
-
-        mark = folder / self.broadcast_from_main(leave_a_mark)
-        seen = self.together(mark.exists)
-        if self.first:
-            mark.unlink(missing_ok=True)
-        return all(seen)
 
 
 ALONE = Processes()

@@ -39,6 +39,8 @@ RECORD_NAME = "immunization.json"
 ACCESS = ("head_input", "any_layer", "fine_tuning")
 # What a figure may be: the endings of its name, and what it then is.
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
+# What is larger is damage, or made to take time and memory.
+_MAX_BYTES = 2**24
 # What a field may hold, as in ``Annotated[float, (…)]``, and words that complete "expected it to be …".
 Rule = tuple[Callable[[Any], object], str]
 
@@ -285,7 +287,27 @@ def _read_whole(values: Any) -> ImmunizationRecord:
             f"Expected finite numbers, Unicode text and lists in {RECORD_NAME}, found: {library_words(error)}. "
             "The record is damaged, or was not written by this library."
         ) from error
+    _check_together(record)
     return record
+
+
+def _check_together(record: ImmunizationRecord) -> None:
+    """What no field alone says."""
+    for protocol, ratio in record.ratios.items():
+        if ratio.log10_rir is None and ratio.bound != "undetermined":
+            raise _unexpected(f"ratios.{protocol}.log10_rir", "a number", None)
+    for side in ("benign_features", "harmful_features"):
+        for moment in ("before", "after"):
+            part: ConditioningRecord | None = getattr(getattr(record, side), moment)
+            least = 0 if part is None or part.is_bound else 1  # 0: all of it is lost
+            if part is not None and not least <= part.rank <= min(part.num_samples, part.dim):
+                words = f"between {least} and min(N, D) = {min(part.num_samples, part.dim)}"
+                raise _unexpected(f"{side}.{moment}.rank", words, part.rank)
+    if record.metric is not None and record.metric.name == "accuracy":
+        for moment in ("after", "before"):
+            share = getattr(record.metric, moment)
+            if share is not None and not 0 <= share <= 1:
+                raise _unexpected(f"metric.{moment}", "between 0 and 1", share)
 
 
 def read_record(folder: str | os.PathLike[str]) -> ImmunizationRecord:
@@ -296,6 +318,8 @@ def read_record(folder: str | os.PathLike[str]) -> ImmunizationRecord:
             f"Expected {RECORD_NAME} beside the weights, found none: this checkpoint carries no evidence. Immunize "
             "and evaluate it with hf_immunize, or load it with from_pretrained as any other model."
         )
+    if path.stat().st_size > _MAX_BYTES:
+        raise RecordError(f"Expected {RECORD_NAME} of a few kilobytes, found {path.stat().st_size} bytes.")
     return ImmunizationRecord.from_json(path.read_bytes())
 
 

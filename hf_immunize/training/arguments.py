@@ -166,8 +166,8 @@ class ImmunizationArguments(TrainingArguments):
         image_column_name, label_column_name: Columns, where they cannot be found without help.
         cache_trunk: "float32" or "float16" to compute what is frozen before the trainable part once, keep it on disk
             in this type, and train on that; "no" to compute it in each step. Evaluation always runs the whole model.
-        trunk_cache_dir: Folder for it, of one run at a time; by default ``_trunk`` in `output_dir`, which no push to
-            the Hub takes along.
+        trunk_cache_dir: Folder for it, of one run at a time, which all machines share; by default ``_trunk`` in
+            `output_dir`, which no push to the Hub takes along.
 
     Raises:
         ArgumentError: If an option has an impossible value.

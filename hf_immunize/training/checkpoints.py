@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -48,7 +47,6 @@ STATE = "trainer_state.json"
 MANIFEST = "checkpoint_files.json"
 # Made anew for the Hub, or read by nobody.
 _NOT_READ = ("README.md", "immunization.json", "training_args.bin")
-_NUMBERS = (".safetensors", ".pt", ".pth", ".bin", ".distcp")
 _STEP_FILE = "immunization_step.safetensors"
 _REFERENCES_FILE = "immunization_state.safetensors"
 
@@ -169,7 +167,7 @@ def flaw(checkpoint: str | os.PathLike[str]) -> str | None:
     try:
         TrainerState.load_from_json(str(folder / STATE))
         if not (folder / MANIFEST).is_file():
-            return _flaw_without_list(folder)
+            return None  # of a plain Trainer or an older version, which write the state after all else
         name = MANIFEST
         listed = checked((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, (size, digest) in listed.items():
@@ -179,27 +177,6 @@ def flaw(checkpoint: str | os.PathLike[str]) -> str | None:
         return f"{name} is missing"
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         return f"{name} cannot be read ({type(error).__name__})"
-    return None
-
-
-def _flaw_without_list(folder: Path) -> str | None:
-    """As `flaw`, by names and sizes: a plain Trainer and older versions leave no list."""
-    files = _resumed_from(folder)
-    for name, path in files.items():
-        if not path.stat().st_size and path.suffix in _NUMBERS:
-            return f"{name} is empty"
-
-    def found(pattern: str) -> bool:
-        return any(re.match(pattern, name) for name in files)
-
-    if found("global_step"):  # of DeepSpeed, which may keep everything in a folder of its own
-        return None
-    if not found(r"(.*/)?(model|adapter_model|pytorch_model)"):
-        return "the weights are missing"
-    # With save_only_model there are none of them.
-    parts = {"optimizer.pt": "optimizer", "scheduler.pt": "scheduler", "rng_state.pth": "rng_state"}
-    if found("immunization_step") or any(map(found, parts.values())):
-        return next((f"{name} is missing" for name, pattern in parts.items() if not found(pattern)), None)
     return None
 
 

@@ -23,7 +23,7 @@ from hf_immunize.data.pairs import PairedCollator, PairedDataset, degenerate_sid
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError, TrunkError
 from hf_immunize.features.cache import TrunkCache, open_or_write
 from hf_immunize.features.extract import Measurement, of_side, run_batches, spectral_metrics
-from hf_immunize.features.ranks import ALONE, launched
+from hf_immunize.features.ranks import launched
 from hf_immunize.features.trunk import TrunkSplit, split_trunk
 from hf_immunize.files import check_writable, remove_leftovers, staged_directory
 from hf_immunize.hub.load import CARD_NAME, named_outcomes
@@ -57,14 +57,10 @@ class _Guard(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer._step.calls == self._calls:
             raise ArgumentError(
-                f"Expected {self._trainer._overridden} to use this Trainer's loss, found that it does not. {_REMEDY}"
+                f"Expected {type(self._trainer).__name__} to use this Trainer's loss, found that it does not. In its "
+                "compute_loss, call super().compute_loss(model, inputs, return_outputs=True) and add to the loss; the "
+                "benign images are inputs['benign']."
             )
-
-
-_REMEDY = (
-    "In it, call super().compute_loss(model, inputs, return_outputs=True) and add to the loss; the benign images are "
-    "inputs['benign']."
-)
 
 
 class ImmunizationTrainer(Trainer):
@@ -300,8 +296,7 @@ class ImmunizationTrainer(Trainer):
             "batch_size": 2 * args.train_batch_size,  # as many as a step, of both sides, has room for
             "num_workers": args.dataloader_num_workers,
             "progress": not args.disable_tqdm and everyone.first,
-            # Machines with disks of their own each need all of it: there, processes take turns.
-            "processes": everyone if everyone.share_folder(folder) else ALONE,
+            "processes": everyone,
         }
         caches = [
             TrunkCache(self.model, split, rows, folder / side, name=f"{side} images", **options)
@@ -376,26 +371,6 @@ class ImmunizationTrainer(Trainer):
             module.training = False
         run = partial(self._trunk.activations, self.model)
         return {side: {**rows, "pixel_values": run(rows["pixel_values"])} for side, rows in inputs.items()}
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As the Trainer's; a `compute_loss` of a subclass that does not know batches of two sides is named."""
-        before = self._step.calls
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        except (AttributeError, KeyError, TypeError) as error:
-            if type(self).compute_loss is ImmunizationTrainer.compute_loss or self._step.calls > before:
-                raise
-            raise ArgumentError(
-                f"Expected {self._overridden} to take batches of benign and harmful images, found "
-                f"{type(error).__name__}: {error}. {_REMEDY}"
-            ) from error
-
-    @property
-    def _overridden(self) -> str:
-        """What of the step a subclass has replaced, by name."""
-        mine, names = type(self), ("training_step", "compute_loss")
-        changed = [name for name in names if getattr(mine, name) is not getattr(ImmunizationTrainer, name)]
-        return " and ".join(f"{mine.__name__}.{name}" for name in changed or names)
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:

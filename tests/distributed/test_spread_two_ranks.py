@@ -58,10 +58,9 @@ def one(script, tmp_path_factory):
     return script.everything(tmp_path_factory.mktemp("one"), ALONE)
 
 
-def test_shares_are_contiguous_and_disks_of_their_own_are_told_from_a_shared_one(one, two):
+def test_shares_are_contiguous(one, two):
     assert [found["processes"] for found in (one, *two)] == [1, 2, 2]
     assert two[0]["shares"] == two[1]["shares"] == [[0, 1, 2], [3, 4]]
-    assert [(found["shared_folder"], found["own_folder"]) for found in two] == [(True, False)] * 2
 
 
 @pytest.mark.parametrize("name", ["many", "few"])

@@ -191,7 +191,3 @@ def test_without_a_launcher_a_process_is_alone(size, monkeypatch):
 def test_an_error_of_ones_own_stays_what_it_is():
     with pytest.raises(KeyError, match="mine"):
         ALONE.together(lambda: {}["mine"])
-
-
-def test_a_process_alone_shares_every_folder_and_makes_none(tmp_path):
-    assert ALONE.share_folder(tmp_path / "new") and not (tmp_path / "new").exists()

@@ -219,39 +219,6 @@ def test_a_run_says_which_checkpoint_it_passes_over_and_refuses_to_resume_from_i
     assert [str(saved / "checkpoint-2") in each for each in warnings if "optimizer.pt" in each] == [True]
 
 
-OLDER = [
-    # Files of a checkpoint without a list, and the one that is missed.
-    ("model.safetensors optimizer.pt scheduler.pt rng_state_0.pth rng_state_1.pth", None),
-    ("adapter_model.safetensors", None),
-    ("pytorch_model_fsdp_0/0.distcp optimizer_0/0.distcp scheduler.pt rng_state_0.pth", None),
-    ("optimizer.bin pytorch_model_fsdp.bin scheduler.pt rng_state_0.pth", None),
-    ("global_step2/mp_rank_00_model_states.pt latest rng_state_0.pth", None),
-    (f"model.safetensors {STEP_FILE}", "optimizer.pt"),
-    ("model.safetensors optimizer.pt rng_state.pth", "scheduler.pt"),
-    ("model.safetensors optimizer.pt scheduler.pt", "rng_state.pth"),
-    ("optimizer.pt scheduler.pt rng_state.pth", "weights"),
-    ("", "weights"),
-]
-
-
-@pytest.mark.parametrize(("names", "missed"), OLDER)
-@pytest.mark.parametrize("emptied", [False, True])
-def test_a_checkpoint_without_a_list_is_judged_by_its_files(names, missed, emptied, tmp_path):
-    earlier, checkpoint, names = tmp_path / "checkpoint-9", tmp_path / "checkpoint-10", names.split()
-    for path in (earlier / "model.safetensors", *(checkpoint / name for name in names)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"numbers")
-    checkpoint.mkdir(exist_ok=True)
-    if emptied and names:
-        (checkpoint / names[0]).write_bytes(b"")
-        missed = names[0]
-    for folder in (earlier, checkpoint):
-        hf.TrainerState().save_to_json(str(folder / STATE))
-    last, broken = last_whole_checkpoint(str(tmp_path))
-    assert last == str(checkpoint if missed is None else earlier)
-    assert missed is None or missed in broken[str(checkpoint)]
-
-
 # ---- resuming ----
 
 

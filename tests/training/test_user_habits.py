@@ -3,7 +3,6 @@
 import datasets
 import pytest
 import torch
-from torch import nn
 
 from hf_immunize.errors import ArgumentError, DataError, NonFiniteError
 from hf_immunize.training.trainer import ImmunizationTrainer
@@ -39,22 +38,9 @@ class OwnSampler(ImmunizationTrainer):
         return torch.utils.data.RandomSampler(self.train_dataset)
 
 
-def of_loss(name, loss):
-    """A subclass with a loss of its own."""
-
+class GoesPast(ImmunizationTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return loss(model, inputs)
-
-    return type(name, (ImmunizationTrainer,), {"compute_loss": compute_loss})
-
-
-LOSSES = {
-    "PopsLabels": lambda model, inputs: nn.functional.cross_entropy(
-        target=inputs.pop("labels"), input=model(**inputs).logits
-    ),
-    "UnpacksInputs": lambda model, inputs: model(**inputs).loss,
-    "GoesPast": lambda model, inputs: model(**inputs["benign"]).loss,
-}
+        return model(**inputs["benign"]).loss
 
 
 class OwnStep(ImmunizationTrainer):
@@ -83,9 +69,9 @@ class Adds(ImmunizationTrainer):
     [
         (PlainLoader, "pixel_values"),
         (OwnSampler, "PairedSampler"),
-        *((of_loss(name, loss), f"{name}.compute_loss") for name, loss in LOSSES.items()),
-        (OwnStep, "OwnStep.training_step"),
-        (OwnLaterStep, "training_step"),
+        (GoesPast, "GoesPast"),
+        (OwnStep, "OwnStep"),
+        (OwnLaterStep, "OwnLaterStep"),
     ],
 )
 def test_a_subclass_that_would_train_without_the_method_is_refused(kind, found, trainer):

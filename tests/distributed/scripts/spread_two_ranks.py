@@ -47,9 +47,6 @@ def everything(folder, processes):
         "shares": processes.together(lambda: processes.share(range(5))),
         "rows": {name: [row["pixel_values"].tolist() for row in rows] for name, rows in written.items()},
         "labels": {name: [row["labels"] for row in rows] for name, rows in written.items()},
-        "shared_folder": processes.share_folder(folder / "shared"),
-        # A disk of each process's own.
-        "own_folder": processes.share_folder(folder / f"own-{processes.index}"),
     }
     before = (folder / "many" / "trunk.json").stat().st_mtime_ns
     open_or_write(*[cache(folder / name, processes, images(count, 1)) for name, count in COUNTS.items()])
