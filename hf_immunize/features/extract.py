@@ -194,7 +194,9 @@ class Measurement:
 
 def _class_sums(features: Tensor, labels: Tensor | None) -> Tensor | None:
     """Sums of ones and features by class, ``(C, 1 + D)`` float64 on the CPU; None unless every row has a class."""
-    if labels is None or labels.ndim != 1 or labels.is_floating_point() or not len(labels) or int(labels.min()) < 0:
+    if labels is None or labels.ndim != 1 or labels.is_floating_point() or not len(labels):
+        return None
+    if int(labels.min()) < 0 or int(labels.max()) >= 2**15:  # numbers of another kind
         return None
     rows = features.detach().cpu().double()
     sums = rows.new_zeros(int(labels.max()) + 1, rows.shape[1] + 1)

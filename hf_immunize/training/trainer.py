@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from hf_immunize.data.images import ImageCollator, StreamedRows
 from hf_immunize.data.pairs import PairedCollator, PairedDataset, degenerate_sides
-from hf_immunize.errors import ArgumentError, CheckpointError, DataError, TrunkError
+from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.features.cache import TrunkCache, open_or_write
 from hf_immunize.features.extract import Measurement, of_side, run_batches, spectral_metrics
 from hf_immunize.features.ranks import launched
@@ -589,8 +589,8 @@ class ImmunizationTrainer(Trainer):
             return None
         if any(getattr(args, obstacle) for obstacle in TRUNK_OBSTACLES):
             return None
-        with suppress(TrunkError):
-            return self._split_trunk()
+        with suppress(RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+            return self._split_trunk()  # a saving, without which the run is the same
         return None
 
     def _split_trunk(self) -> TrunkSplit:
