@@ -13,6 +13,8 @@ import math
 import tempfile
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
 from hf_immunize import relative_immunization_ratio
@@ -27,8 +29,8 @@ from hf_immunize.hub.load import load_model
 PROBES = ("gd_line_search", "momentum", "adamw", "batchnorm_adamw")
 
 
-def probe_data(folder: str, source: str, limit: int) -> tuple[ProbeData, float]:
-    """Features of a data set's training and test images through a checkpoint, and the checkpoint's own accuracy."""
+def probe_data(folder: str, source: str, limit: int) -> tuple[ProbeData, Tensor]:
+    """Features of a data set's training and test images through a checkpoint, and its own logits of the latter."""
     model, processor = load_model(folder), AutoImageProcessor.from_pretrained(folder)
     splits, parts = load_image_splits(source), []
     for name in ("train", "test"):
@@ -38,8 +40,19 @@ def probe_data(folder: str, source: str, limit: int) -> tuple[ProbeData, float]:
         )
         parts.append([torch.cat([getattr(batch, of) for batch in batches]) for of in ("features", "labels", "logits")])
     (Z, y, _), (Z_test, y_test, logits) = parts
-    accuracy = float((logits.argmax(dim=1) == y_test).float().mean())
-    return ProbeData(Z, y, Z_test, y_test, int(y.max()) + 1), accuracy
+    return ProbeData(Z, y, Z_test, y_test, int(y.max()) + 1), logits
+
+
+def print_benign(data: ProbeData, before: Tensor, after: Tensor, names: list[str]) -> None:
+    """Accuracy and loss of both checkpoints' own heads, and the classes whose loss grew most."""
+    hits = [float((logits.argmax(dim=1) == data.y_test).float().mean()) for logits in (before, after)]
+    old, new = (F.cross_entropy(logits, data.y_test, reduction="none") for logits in (before, after))
+    print(f"| benign accuracy | {hits[0]:.1%} | {hits[1]:.1%} |")
+    print(f"| benign loss | {float(old.mean()):.3f} | {float(new.mean()):.3f} |")
+    grown = torch.zeros(len(names)).index_add(0, data.y_test, (new - old) / len(old))
+    most = grown.topk(min(10, len(names)))
+    words = ", ".join(names[index] for index in most.indices.tolist())
+    print(f"| of that growth {float(most.values.sum() / grown.sum()):.0%} is of | {words} | |")
 
 
 def changed(folder: str, benign: str, saved_as: str, steps: int, into: str) -> str:
@@ -85,7 +98,8 @@ def main() -> None:
         )
         sides[side] = [before, after]
         if side == "benign":
-            print(f"| benign accuracy | {own:.1%} | {now:.1%} |")
+            names = load_image_splits(given.benign)["test"].features["label"].names
+            print_benign(before, own, now, names)
         ridge = [ATTACKERS["ridge"].run(data, budget, 0).accuracy for data in (before, after)]
         print(f"| {side}: ridge | {ridge[0]:.1%} | {ridge[1]:.1%} |")
         goal = 1 / before.num_classes + 0.8 * (ridge[0] - 1 / before.num_classes)
