@@ -50,9 +50,10 @@ def print_benign(data: ProbeData, before: Tensor, after: Tensor, names: list[str
     print(f"| benign accuracy | {hits[0]:.1%} | {hits[1]:.1%} |")
     print(f"| benign loss | {float(old.mean()):.3f} | {float(new.mean()):.3f} |")
     grown = torch.zeros(len(names)).index_add(0, data.y_test, (new - old) / len(old))
-    most = grown.topk(min(10, len(names)))
-    words = ", ".join(names[index] for index in most.indices.tolist())
-    print(f"| of that growth {float(most.values.sum() / grown.sum()):.0%} is of | {words} | |")
+    if len(names) > 10 and bool(grown.sum() > 0):
+        most = grown.topk(10)
+        words = ", ".join(names[index] for index in most.indices.tolist())
+        print(f"| of that growth {float(most.values.sum() / grown.sum()):.0%} is of | {words} | |")
 
 
 def changed(folder: str, benign: str, saved_as: str, steps: int, into: str) -> str:

@@ -200,7 +200,7 @@ def _class_sums(features: Tensor, labels: Tensor | None) -> Tensor | None:
         return None
     rows = features.detach().cpu().double()
     sums = rows.new_zeros(int(labels.max()) + 1, rows.shape[1] + 1)
-    return sums.index_add_(0, labels.cpu(), torch.cat([rows.new_ones(len(rows), 1), rows], dim=1))
+    return sums.index_add_(0, labels.cpu().long(), torch.cat([rows.new_ones(len(rows), 1), rows], dim=1))
 
 
 def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -240,23 +240,22 @@ class ProbingSteps(NamedTuple):
     The share is `PROBED` of what least squares fits on the starting features, or what is fitted there in `max_steps`.
     """
 
-    before: int | None  # None where the starting model was not measured on these images
+    before: int
     after: int | None  # None where it is not reached in `max_steps`
     max_steps: int = _MOST_STEPS
 
 
 def probing_steps(now: Measurement, before: Measurement | None) -> ProbingSteps | None:
-    """How long a probe of the images measured takes; None unless all of them have a class, of two at least."""
-    found = now.spectrum()
+    """How long a probe takes now and took before; None unless both are of the same images, of two classes at least."""
     start = None if before is None or not now.same_data(before) else before.spectrum()
-    first = start or found
-    if found is None or first is None or not len(first[1]):
+    found = now.spectrum()
+    if found is None or start is None or not len(start[1]):
         return None
-    of_start = time_of_spectrum(*first, max_steps=_MOST_STEPS)
+    of_start = time_of_spectrum(*start, max_steps=_MOST_STEPS)
     steps = min(of_start.steps[PROBED], _MOST_STEPS)
     goal = min(PROBED * of_start.attainable, float(of_start.curve[-1]))
     after = time_of_spectrum(*found, fractions=(1.0,), attainable=goal, max_steps=_MOST_STEPS).steps[1.0]
-    return ProbingSteps(int(steps) if start else None, int(after) if math.isfinite(after) else None)
+    return ProbingSteps(int(steps), int(after) if math.isfinite(after) else None)
 
 
 def spectral_metrics(
@@ -283,7 +282,7 @@ def spectral_metrics(
             metrics[f"{side}_probing_steps"] = float(steps.after or steps.max_steps)
             metrics[f"{side}_probing_is_lower_bound"] = float(steps.after is None)
     b, h = times.get("benign"), times.get("harmful")
-    if b is not None and h is not None and b.before is not None and h.before is not None:
+    if b is not None and h is not None:
         grown = (h.after or h.max_steps) / h.before
         metrics["probing_time_ratio"] = grown / ((b.after or b.max_steps) / b.before)
         metrics["probing_time_ratio_is_lower_bound"] = float(h.after is None)

@@ -113,9 +113,7 @@ def describe_side(now: Measurement | None, before: Measurement | None) -> SideRe
     start = before.factor.conditioning() if before is not None and now.same_data(before) else None
     after = now.factor.conditioning(start)
     steps = probing_steps(now, before)
-    probing = None
-    if steps is not None and steps.before is not None:
-        probing = ProbingRecord(steps.before, steps.after, steps.max_steps)
+    probing = None if steps is None else ProbingRecord(*steps)
     return SideRecord(None if start is None else ConditioningRecord.of(start), ConditioningRecord.of(after), probing)
 
 

@@ -363,14 +363,15 @@ class ImmunizationTrainer(Trainer):
         """The frozen trunk's activations in place of images, for the model and the starting model at once."""
         if self._trunk is None:
             return inputs
-        fits = all(tuple(rows["pixel_values"].shape[1:]) == self._trunk.pixel_shape for rows in inputs.values())
+        sides = {side: rows for side, rows in inputs.items() if side in ("benign", "harmful", "distillation")}
+        fits = all(tuple(rows["pixel_values"].shape[1:]) == self._trunk.pixel_shape for rows in sides.values())
         self._step.replayed = self._trunk.replayed if fits else nullcontext
         if not fits:
             return inputs
         for module in self._step.still:
             module.training = False
         run = partial(self._trunk.activations, self.model)
-        return {side: {**rows, "pixel_values": run(rows["pixel_values"])} for side, rows in inputs.items()}
+        return inputs | {side: {**rows, "pixel_values": run(rows["pixel_values"])} for side, rows in sides.items()}
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:
@@ -576,6 +577,7 @@ class ImmunizationTrainer(Trainer):
         if resume_from_checkpoint is None:
             self._measure_references()
         if isinstance(self.train_dataset, PairedDataset):
+            self._step.replayed = nullcontext  # of an earlier call
             self._step.prepare(self._sample)
             self._trunk = self._find_trunk()
             if self.is_world_process_zero():
