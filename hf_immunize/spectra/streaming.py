@@ -108,6 +108,7 @@ class FeatureFactor:
         part = self._whole()[1:, 1:].cpu()
         with decomposing("a factor"):
             _, s, Vh = torch.linalg.svd(part, full_matrices=False)
+        self._sigma.setdefault(True, s)
         try:
             kept = s > self.conditioning(intercept=True).cutoff
         except RankError:  # all rows are the same

@@ -35,7 +35,7 @@ def immunize(
         model: A classifier that has learned the benign task, or its folder or name on the Hub.
         benign: Benign images with labels: a `datasets.Dataset` or `DatasetDict`, a folder, parquet files, or a name on
             the Hub.
-        harmful: Harmful images, likewise; their labels are not used.
+        harmful: Harmful images, likewise; labels, where there are any, serve to measure how long a probe takes.
         output_dir: Folder for the checkpoint and its record, ``immunization.json``.
         processing_class: The image processor; by default the one beside the model.
         distillation: Images, without labels, on which the model shall stay what it was too; by default `Views` of

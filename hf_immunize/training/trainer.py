@@ -228,7 +228,7 @@ class ImmunizationTrainer(Trainer):
 
     def _take_training_data(self, benign: Any, harmful: Any, distillation: Any) -> None:
         if harmful is None:
-            raise DataError("Expected harmful_dataset=, found none. Images suffice; their labels are not used.")
+            raise DataError("Expected harmful_dataset=, found none. Images suffice, without labels.")
 
         def side(dataset: Any, name: str) -> Any:
             if dataset is None:

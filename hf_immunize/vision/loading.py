@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 # What transformers raises of files that are damaged, absent or of another kind.
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
 _IMAGES = 2
 # Convolutional networks, whose configs name no size, take any.
 _ANY_SIZE = 64

@@ -115,6 +115,15 @@ def test_the_last_sentence_says_what_failed_and_what_to_do(after, found):
     assert all(words in last for words in found) and ("This run" in last) == bool(found)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "nothing"), [(10_000, 10_000, True), (249, 10_000, False), (249, 250, True)]
+)
+def test_a_probe_counts_as_slowed_from_twice_its_steps_on_also_where_they_did_not_suffice(before, after, nothing):
+    steps = {"eval_harmful_probing_steps": after, "eval_harmful_probing_is_lower_bound": float(after == 10_000)}
+    text = summary_sentence({"eval_harmful_probing_steps": before}, {"eval_intercept_rir": 1.2} | steps)
+    assert ("achieved nothing" in text) == nothing
+
+
 BOUNDS = {"eval_rir_is_lower_bound": 1.0, "eval_rir_is_upper_bound": 1.0}
 
 
