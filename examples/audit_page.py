@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 
 from hf_immunize.audit.figures import draw_all
-from hf_immunize.audit.names import CLASSES, label, percent, ratio, signed
+from hf_immunize.audit.names import CLASSES, label, percent, ratio, share, signed
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.statistics import TARGET_SHARE
 
@@ -49,6 +49,22 @@ def attacks(frame) -> dict[str, list[list[str]]]:
     return found
 
 
+def removed(frame) -> list[list[str]]:
+    """Class of attackers to what is removed of the head start."""
+    known = frame[frame["head_start"].notna()].to_dict("records")
+    return [
+        [
+            CLASSES[row["access"]],
+            share(row["removed"]) if row["removed_claimed"] else "–",
+            interval(row["removed_low"], row["removed_high"], share) if row["removed_claimed"] else "–",
+            signed(row["head_start"]),
+            *(percent(row[name]) for name in ("reference_accuracy", "accuracy", "random_accuracy")),
+            f"{label(row['random_attacker'])}, {row['random_layer']}",
+        ]
+        for row in known
+    ]
+
+
 def page(report: AuditReport, title: str, figure: str, command: str, note: str) -> str:
     data, harmful, tables = report.data, report.data.tasks["harmful"], report.tables()
     steps, tasks = (tables[name].to_dict("records") for name in ("steps", "tasks"))
@@ -73,6 +89,8 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
         f"![Worst case by class of attackers]({figure})",
         "",
     ]
+    heads = ["", "removed", "interval", "head start, points", "before", "after", "without the weights", "by"]
+    lines += ["## Head start", "", *table(heads, rows)] if (rows := removed(tables["headline"])) else []
     heads = ["harmful task read by", "before", "after", "interval, %", "gap, points", "seconds a run", "seeds"]
     for access, rows in attacks(tables["attacks"]).items():
         lines += [f"## {CLASSES[access]}", "", *table(heads, rows)] if rows else []

@@ -85,6 +85,7 @@ def tiny_preset(probe_budget, tuning_budget):
         probe_seeds=2,
         layer_seeds=1,
         tuning_seeds=2,
+        random_copies=0,
         max_layers=2,
         probe_budget=probe_budget,
         tuning_budget=replace(tuning_budget, steps=4, trial_steps=2),

@@ -190,7 +190,7 @@ def test_the_page_of_an_audit_is_written_from_its_json(tmp_path, monkeypatch):
 
     from hf_immunize.audit.report import AuditReport
 
-    accuracies = {"reference": 0.812, "immunized": 0.537}
+    accuracies = {"reference": 0.812, "immunized": 0.537, "random": 0.3}
     data = make([one for subject, of in accuracies.items() for one in attack("ridge", "head_input", subject, of)])
     report = AuditReport(data)
     report.write(tmp_path / "run")
@@ -200,6 +200,7 @@ def test_the_page_of_an_audit_is_written_from_its_json(tmp_path, monkeypatch):
     page = (tmp_path / "page.md").read_text()
     assert all(f"- {one}" in page for one in report.verdict())
     assert "| closed-form least squares (ridge) | 81.2% | 53.7% |" in page
+    assert "| Probes at the classifier's input | 54% |" in page and "| +51.2 | 81.2% | 53.7% | 30.0% |" in page
     assert (tmp_path / "figures" / "page.svg").stat().st_size > 1000
 
 

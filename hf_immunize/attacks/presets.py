@@ -16,7 +16,7 @@ from hf_immunize.spectra.checks import check_count
 
 
 # Raised whenever an attacker, a grid or a budget below changes.
-PRESET_VERSION = 3
+PRESET_VERSION = 4
 
 # Every attacker by its name: what presets, labels, tables and the report read.
 ATTACKERS: dict[str, Attacker] = {one.name: one for module in (probes, finetune) for one in module.ATTACKERS}
@@ -47,6 +47,7 @@ class Preset:
     probe_seeds: int = 5
     layer_seeds: int = 3
     tuning_seeds: int = 3  # the first one chooses the settings of the others
+    random_copies: int = 3  # with random weights, each attacked with a seed of its own; the first chooses the settings
 
     def __post_init__(self) -> None:
         check_attackers([*self.attackers, *self.benign_attackers])
@@ -72,7 +73,7 @@ class Preset:
             tuning = replace(tuning, steps=steps, trial_steps=trial_steps)
             changed = replace(changed, probe_budget=replace(self.probe_budget, steps=steps), tuning_budget=tuning)
         if seeds is not None:
-            changed = replace(changed, probe_seeds=seeds, layer_seeds=seeds, tuning_seeds=seeds)
+            changed = replace(changed, probe_seeds=seeds, layer_seeds=seeds, tuning_seeds=seeds, random_copies=seeds)
         return changed
 
     def only(self, attackers: Iterable[str]) -> Preset:

@@ -20,9 +20,9 @@ from hf_immunize.audit.result import SUBJECTS, AuditResult
 
 
 # Okabe and Ito's palette, separable by colour-blind readers; line and hatch separate them in grey.
-COLOURS = {"immunized": "#D55E00", "reference": "#0072B2"}
-LINES = {"immunized": "-", "reference": "--"}
-HATCHES = {"immunized": "", "reference": "//"}
+COLOURS = {"immunized": "#D55E00", "reference": "#0072B2", "random": "#999999"}
+LINES = {"immunized": "-", "reference": "--", "random": "-."}
+HATCHES = {"immunized": "", "reference": "//", "random": ".."}
 # Characters of a name at an axis.
 _LONGEST = 34
 
@@ -42,7 +42,7 @@ class Picture:
 def draw_all(data: AuditResult, tables: Mapping[str, pandas.DataFrame]) -> list[Picture]:
     """All figures for which there are numbers, in the order of the report."""
     chance = data.tasks["harmful"].chance
-    whose = {"immunized": "", "reference": "reference_"}
+    whose = {"immunized": "", "reference": "reference_", "random": "random_"}
     heads = _rows(tables["headline"].replace({"access": CLASSES}), "access", whose)
     layers = _rows(tables["layers"], "layer", {subject: f"{subject}_" for subject in SUBJECTS})
     caption = "Worst case by class of attackers, with intervals over seeds and test images."

@@ -57,6 +57,11 @@ def signed(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
 
 
+def share(value: float | None) -> str:
+    """A share that may be below zero, such as "−12%"; "–" for None."""
+    return "–" if value is None else f"{value:.0%}".replace("-", "−")
+
+
 def ratio(value: float) -> str:
     """A ratio with two digits that count, large ones as powers of ten.
 
@@ -93,6 +98,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"clean": clean, "label": label, "percent": percent, "points": points, "signed": signed}
-    environment.filters |= {"ratio": ratio, "range": spread}
+    environment.filters |= {"ratio": ratio, "range": spread, "share": share}
     environment.filters |= {"percent0": "{:.0%}".format, "points0": lambda value: f"{100 * value:.0f} points"}
     return environment

@@ -14,7 +14,8 @@ import pandas
 
 from hf_immunize.audit import result
 from hf_immunize.audit import statistics as limit
-from hf_immunize.audit.names import CLASSES, clean, label, percent, render
+from hf_immunize.audit.head_start import Cost, HeadStart, costs
+from hf_immunize.audit.names import CLASSES, clean, label, percent, render, share
 from hf_immunize.audit.result import ACCESSES, SUBJECTS, AuditResult, Outcome
 from hf_immunize.audit.statistics import (
     Summary,
@@ -36,12 +37,15 @@ from hf_immunize.text import csv_cell
 _SIDES = " ".join(f"{subject}_{name}" for subject in SUBJECTS for name in ("attacker", "accuracy", "low", "high"))
 _HEADLINE = (
     "access attacker layer accuracy low high seeds reference_attacker reference_layer reference_accuracy "
-    "reference_low reference_high gap gap_low gap_high chance steps_ratio steps_ratio_is_bound finding"
+    "reference_low reference_high gap gap_low gap_high chance steps_ratio steps_ratio_is_bound finding "
+    "random_attacker random_layer random_accuracy random_low random_high head_start head_start_low head_start_high "
+    "removed removed_low removed_high removed_claimed"
 )
 COLUMNS = {
     "headline": _HEADLINE,
     "layers": f"layer chance {_SIDES} gap",
     "steps": "attacker access task layer target immunized_steps reference_steps ratio low high is_bound seeds",
+    "cost": " ".join(one.name for one in fields(Cost)),
     "tasks": f"task {_HEADLINE}",
     "curves": "attacker access subject task layer step accuracy low high seeds",
     "attacks": "attacker access subject task layer accuracy low high seeds reference_accuracy gap gap_low gap_high "
@@ -79,10 +83,10 @@ class AuditReport:
         """All tables; accuracies and differences between 0 and 1, missing numbers NaN.
 
         Returns:
-            "headline" (worst case by class of attackers), "layers" (best probe at each layer), "steps" (how many times
-            the steps), "tasks" (worst case on the other tasks), "curves" (accuracy after each step over the seeds),
-            "attacks" (every attack over its seeds, with its gap to the reference and its time) and "outcomes" (every
-            run).
+            "headline" (head start, what is removed of it and worst case by class of attackers), "layers" (best probe
+            at each layer), "steps" (how many times the steps), "cost" (steps to what random weights reach), "tasks"
+            (worst case on the other tasks), "curves" (accuracy after each step over the seeds), "attacks" (every
+            attack over its seeds, with its gap to the reference and its time) and "outcomes" (every run).
         """
         return {name: table.copy() for name, table in self._tables.items()}
 
@@ -144,11 +148,12 @@ class AuditReport:
         """The short form for a model card.
 
         Returns:
-            Plain JSON: "preset", "preset_version", "strongest" (attacker, layer, accuracy, reference_accuracy and
-            chance by class of attackers, None where none was tested), "utility" (None where it was not measured) and
-            "verdict" (sentences; names in them come from outside, so escape them for where they go).
+            Plain JSON: "preset", "preset_version", "strongest" (attacker, layer, accuracy, reference_accuracy, chance,
+            random_accuracy, removed and removed_interval by class of attackers, None where none was tested), "utility"
+            (None where it was not measured) and "verdict" (sentences; names in them come from outside, so escape them
+            for where they go).
         """
-        names = ("layer", "accuracy", "reference_accuracy", "chance")
+        names = ("layer", "accuracy", "reference_accuracy", "chance", "random_accuracy")
         utility = self.data.utility and asdict(self.data.utility)
         if utility and utility["interval"]:
             utility["interval"] = list(utility["interval"])
@@ -158,7 +163,10 @@ class AuditReport:
             "strongest": {
                 row["access"]: None
                 if row["accuracy"] is None
-                else {"attacker": label(row["attacker"])} | {name: row[name] for name in names}
+                else {"attacker": label(row["attacker"])}
+                | {name: row[name] for name in names}
+                | {"removed": row["removed"] if row["removed_claimed"] else None}
+                | {"removed_interval": [row["removed_low"], row["removed_high"]] if row["removed_claimed"] else None}
                 for row in _records(self._tables["headline"])
             },
             "utility": utility,
@@ -166,19 +174,25 @@ class AuditReport:
         }
 
     def summary(self) -> str:
-        """The short form for a terminal: the headline and the verdict, as plain text.
+        """The short form for a terminal: what is removed, the worst case and the verdict, as plain text.
 
         Returns:
             Lines without control characters. For rich, print it with ``markup=False``.
         """
         data = self.data
         lines = [f"Audit of {clean(data.model)} (preset {clean(data.preset)}, version {data.preset_version})"]
-        lines += [f"reference: {clean(data.reference)}" if data.reference else "no reference", "", "Worst case:"]
+        lines += [
+            f"reference: {clean(data.reference)}" if data.reference else "no reference",
+            "",
+            "Removed of the head start, and worst case:",
+        ]
         for row in _records(self._tables["headline"]):
             said = "not tested"
             if row["accuracy"] is not None:
                 against = f"reference {percent(row['reference_accuracy'])}, chance {percent(row['chance'])}"
+                against += f", random weights {percent(row['random_accuracy'])}" * (row["random_accuracy"] is not None)
                 said = f"{percent(row['accuracy'])} ({against}) by {label(row['attacker'])}"
+                said = f"{share(row['removed'])} removed; {said}" if row["removed_claimed"] else said
             lines.append(f"  {CLASSES[row['access']]}: {said}")
         lines += ["", "Verdict:", *(f"  - {one}" for one in self.verdict())]
         lines += ["", "Warnings:", *(f"  - {clean(one, 300)}" for one in data.warnings)] if data.warnings else []
@@ -219,7 +233,7 @@ def make_tables(data: AuditResult, findings: Sequence[Judgment]) -> dict[str, pa
     """The tables of `AuditReport.tables`."""
     summaries = summarize(data)
     # Of the whole verdict: a claim may be withheld.
-    said = {(one.access, one.task): one.kind.value for one in findings if one.kind in CLASS_KINDS}
+    said = {(one.access, one.task): one for one in findings if one.kind in CLASS_KINDS}
     other = [row for task in data.tasks if task != "harmful" for row in _worst_cases(data, summaries, task, said)]
     rows = {
         "headline": _worst_cases(data, summaries, "harmful", said),
@@ -229,6 +243,7 @@ def make_tables(data: AuditResult, findings: Sequence[Judgment]) -> dict[str, pa
             for task in data.tasks
             for one in steps_ratios(data, task)
         ],
+        "cost": [asdict(one) for one in costs(data)],
         "tasks": [row for row in other if row["accuracy"] is not None],
         "curves": _curves(data),
         "attacks": _attacks(summaries),
@@ -261,16 +276,17 @@ def _records(table: pandas.DataFrame) -> list[dict[str, Any]]:
 
 
 def _worst_cases(
-    data: AuditResult, summaries: Sequence[Summary], task: str, said: Mapping[tuple[str, str], str]
+    data: AuditResult, summaries: Sequence[Summary], task: str, said: Mapping[tuple[str, str], Judgment]
 ) -> list[dict[str, Any]]:
     """The worst case of each class of attackers on a task, those that were not tested included."""
     ratios = {attack_of(one): one for one in steps_ratios(data, task)}
     rows = []
     for access in ACCESSES:
         best = worst_by_subject([one for s in SUBJECTS for one in of_class(summaries, s, task, access)])
-        worst, theirs = (best[subject] for subject in SUBJECTS)
+        worst, theirs = best["immunized"], best["reference"]
         row: dict[str, Any] = {"task": task, "access": access, "chance": data.tasks[task].chance, "accuracy": None}
-        row["finding"] = said.get((access, task))
+        if finding := said.get((access, task)):
+            row |= {"finding": finding.kind.value} | _at_stake(finding.start)
         if worst is not None:
             row |= {"attacker": worst.attacker, "layer": worst.layer, "accuracy": worst.mean}
             row |= {"seeds": len(worst.accuracies)} | _ends(worst.ends)
@@ -282,6 +298,18 @@ def _worst_cases(
             row["gap"], row["gap_interval"] = gap(theirs, worst)
         rows.append(row)
     return rows
+
+
+def _at_stake(start: HeadStart | None) -> dict[str, Any]:
+    """Head start and what is removed of it, as columns."""
+    if start is None:
+        return {}
+    random = start.random
+    row: dict[str, Any] = {"random_attacker": random.attacker, "random_layer": random.layer}
+    row |= {"random_accuracy": random.mean, "head_start": start.points, "removed": start.removed}
+    row["removed_claimed"] = start.claimed and start.removed is not None
+    row |= _ends(random.ends, "random_") | _ends(start.interval, "head_start_")
+    return row | _ends(start.removed_interval, "removed_")
 
 
 def _layers(summaries: Sequence[Summary], chance: float) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from hf_immunize.text import public_name
 
 # What an attacker has: the classifier's input; the output of any earlier stage too; the weights.
 ACCESSES = ("head_input", "any_layer", "fine_tuning")
-# The model, and the same before immunization.
-SUBJECTS = ("immunized", "reference")
+# The model, the same before immunization, and copies of it with random weights, and pixels: what needs no weights.
+SUBJECTS = ("immunized", "reference", "random")
 STATUSES = ("done", "diverged", "skipped")
 
 FORMAT, FORMAT_VERSION = "hf_immunize.audit", 2

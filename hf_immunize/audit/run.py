@@ -1,4 +1,4 @@
-"""The audit: every attacker of a preset on the immunized model and on its reference, with the same draws.
+"""The audit: every attacker of a preset on the immunized model, its reference and random copies, with the same draws.
 
 `audit` is the whole of it: load, plan what the journal does not hold yet, extract and attack, report.
 """
@@ -11,16 +11,17 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from functools import cache, lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 
@@ -35,7 +36,7 @@ from hf_immunize.audit.statistics import paired_utility
 from hf_immunize.audit.tasks import AttackedTask, Images, load_task, overlaps
 from hf_immunize.data.columns import outputs_by_name
 from hf_immunize.data.sources import HeldOut
-from hf_immunize.errors import ArgumentError, ImmunizationError
+from hf_immunize.errors import ArgumentError, ImmunizationError, NonFiniteError
 from hf_immunize.features.extract import (
     Extraction,
     Layer,
@@ -51,7 +52,7 @@ from hf_immunize.spectra.conditioning import Conditioning, feature_conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.text import library_words
 from hf_immunize.vision.head import find_head, half_tensors, to_full_precision
-from hf_immunize.vision.loading import LOADING_ERRORS, load_classifier
+from hf_immunize.vision.loading import LOADING_ERRORS, load_classifier, random_copy
 
 
 if TYPE_CHECKING:
@@ -198,6 +199,22 @@ def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progres
 
 # The attacks
 
+# Seeds of random weights begin here: no model under test was drawn with them.
+_RANDOM_SEED = 2**31
+# Pixels of more squares than this a side are averaged over squares.
+_PIXELS = 32
+
+
+class Version(NamedTuple):
+    """Weights under attack."""
+
+    subject: str
+    seed: int | None = None  # of random ones, which are attacked with it alone; others are with every seed
+
+    def seeds(self, count: int) -> Sequence[int]:
+        """The seeds it is attacked with."""
+        return range(count) if self.seed is None else (self.seed,)
+
 
 @dataclass
 class Work:
@@ -221,20 +238,36 @@ class Work:
         self.metrics = FeatureMetrics(self.warnings)
         self.able = [task for task in self.tasks if not task.problem]
         # The reference first: rank lost is rank lost against it.
-        self.subjects = [name for name in ("reference", "immunized") if name in self.models]
+        self.versions = [Version(name) for name in ("reference", "immunized") if name in self.models]
+        # Without a reference no head start is known.
+        count = self.preset.random_copies if "reference" in self.models else 0
+        self.random = [Version("random", seed) for seed in range(count)]
+        # One at a time: copies of large models are drawn again rather than held.
+        self._copy = lru_cache(maxsize=1)(lambda seed: random_copy(self.models["reference"], _RANDOM_SEED + seed))
+        if self.random and self.model_of(self.random[0]) is None:
+            self.random = []
+            self.warnings.append(
+                f"{type(self.models['reference']).__name__} cannot be built from its config: no head start is known."
+            )
 
     def run(self) -> None:
         """Run all attacks that are not in the journal."""
         with underflow_to_zero(), tqdm(disable=not self.progress, unit=" attacks") as self.bar:
             for task in self.tasks:
-                for subject in self.subjects:
-                    self._probe(task, subject)
+                for version in self.versions:
+                    self._probe(task, version)
+            self._probe_random(self.tasks[0])
             for task in self.able:
                 self._fine_tune(task)
             if "reference" in self.models:
                 self._restore(self.able[0])
 
     # ---- what is ahead
+
+    def model_of(self, version: Version) -> PreTrainedModel:
+        """The model of these weights."""
+        found: PreTrainedModel = self.models[version.subject] if version.seed is None else self._copy(version.seed)
+        return found
 
     def probes_of(self, task: AttackedTask) -> tuple[str, ...]:
         """Attackers at the classifier's input."""
@@ -252,12 +285,12 @@ class Work:
         """Whether earlier layers are to be probed."""
         return task.name == "harmful" and bool(self.preset.layer_probes or self.preset.flattened_probes)
 
-    def views(self, task: AttackedTask, subject: str) -> tuple[list[tuple[Layer, str]], dict[str, str]]:
+    def views(self, task: AttackedTask, model: PreTrainedModel) -> tuple[list[tuple[Layer, str]], dict[str, str]]:
         """Earlier layers to probe, and those left out with a reason."""
         if not self.probes_layers(task):
             return [], {}
         example = next(iter(task.train.batches(self.processor, 1, progress=False)))
-        layers = find_layers(self.models[subject], example, self.preset.max_layers, self.head_module)
+        layers = find_layers(model, example, self.preset.max_layers, self.head_module)
         rows, flat = len(task.train) + len(task.test), bool(self.preset.flattened_probes)
         views, left_out = choose_views(layers, rows, self.preset.layer_entries, self.memory, flat)
         return [one for one in views if one[1] == "flattened" or self.preset.layer_probes], left_out
@@ -265,26 +298,26 @@ class Work:
     # ---- probes
 
     def _extract(
-        self, task: AttackedTask, subject: str, images: Images, views: Sequence[tuple[Layer, str]] = ()
+        self, task: AttackedTask, version: Version, images: Images, views: Sequence[tuple[Layer, str]] = ()
     ) -> Extraction:
-        model, description = self.models[subject], f"{subject}: {task.name}"
+        model, description = self.model_of(version), f"{version.subject}: {task.name}"
         batches = images.batches(self.processor, pass_size(model), description, self.progress)
         return extract_views(model, batches, list(views), self.head_module)
 
-    def _probe(self, task: AttackedTask, subject: str) -> None:
-        views, left_out = self.views(task, subject)
-        model = self.models[subject]
+    def _probe(self, task: AttackedTask, version: Version) -> None:
+        model, subject = self.model_of(version), version.subject
+        views, left_out = self.views(task, model)
         if self.probes_layers(task) and not (views or left_out):
             sentence = f"{type(model).__name__} has no list of blocks: earlier layers were not probed."
             self.warnings += [] if sentence in self.warnings else [sentence]
-        train = self._extract(task, subject, task.train, views)
-        test = self._extract(task, subject, task.test, views) if len(task.test) else None
-        if task.name in ("harmful", "benign"):
+        train = self._extract(task, version, task.train, views)
+        test = self._extract(task, version, task.test, views) if len(task.test) else None
+        if task.name in ("harmful", "benign") and version.seed is None:
             self.metrics.note_features(subject, task.name, train.features, next(model.parameters()).dtype)
         if task.name == "benign":
             # The released classifier is measured on classes too that no probe can learn.
             same = test is not None and task.utility.indices == task.test.indices
-            own = test if same else self._extract(task, subject, task.utility)
+            own = test if same else self._extract(task, version, task.utility)
             assert own is not None
             self.metrics.note_logits(model, subject, task, own.logits)
         if task.problem or test is None:
@@ -293,10 +326,7 @@ class Work:
         if (subject, task.name) == ("reference", "harmful"):
             self.public = data
         place = f"input of {find_head(model, self.head_module)[0]}"
-        for seed in range(self.preset.probe_seeds):
-            for attacker in self.probes_of(task):
-                outcome = Outcome(attacker, "head_input", subject, task.name, place, seed, "float64")
-                self._attack_features(outcome, lambda: data)
+        self._probe_head(task, version, place, lambda: data)
         data.forget()
         for layer, view in views:
             label = layer.label(view)
@@ -304,12 +334,35 @@ class Work:
             self.bar.set_description(f"{subject}: {label}")
             names = self.preset.flattened_probes if view == "flattened" else self.preset.layer_probes
             features = cache(partial(_dual_data, *parts, task))
-            for seed in range(self.preset.layer_seeds):
+            for seed in version.seeds(self.preset.layer_seeds):
                 for attacker in names:
                     outcome = Outcome(attacker, "any_layer", subject, task.name, label, seed, "float64")
                     self._attack_features(outcome, features)
-        for label, reason in left_out.items():
+        for label, reason in left_out.items() if version.seed is None else ():
             self._keep(Outcome("ridge", "any_layer", subject, task.name, label, 0, "float64", "skipped", reason))
+
+    def _probe_head(self, task: AttackedTask, version: Version, place: str, features: Callable[[], ProbeData]) -> None:
+        for seed in version.seeds(self.preset.probe_seeds):
+            for attacker in self.probes_of(task):
+                outcome = Outcome(attacker, "head_input", version.subject, task.name, place, seed, "float64")
+                self._attack_features(outcome, features)
+
+    def _probe_random(self, task: AttackedTask) -> None:
+        """What probes read without the released weights: from random ones, and from pixels."""
+
+        @cache
+        def pixels() -> ProbeData:
+            train, test = (_squares(one.batches(self.processor, progress=False)) for one in (task.train, task.test))
+            return _dual_data(train, test, task)
+
+        for version in list(self.random):
+            try:
+                self._probe(task, version)
+            except NonFiniteError as error:
+                self.random.remove(version)
+                self.warnings.append(f"A copy with random weights was left out: {error}")
+        for version in self.random:
+            self._probe_head(task, version, f"pixels, at most {_PIXELS} × {_PIXELS}", pixels)
 
     def _attack_features(self, outcome: Outcome, features: Callable[[], ProbeData]) -> None:
         attacker = ATTACKERS[outcome.attacker]
@@ -320,19 +373,23 @@ class Work:
     def _fine_tune(self, task: AttackedTask) -> None:
         budget, pixels = self.preset.tuning_budget, None
         # One attacker on all models before the next: what an interruption leaves can be compared.
-        for attacker, subject in itertools.product(map(ATTACKERS.__getitem__, self.tuners_of(task)), self.subjects):
-            model, settings = self.models[subject], None
-            for seed in range(self.preset.tuning_seeds):
-                place = (subject, task.name, attacker.where)
+        versions = [*self.versions, *(self.random if task.name == "harmful" else ())]
+        chosen: dict[tuple[str, str], Any] = {}
+        for attacker, version in itertools.product(map(ATTACKERS.__getitem__, self.tuners_of(task)), versions):
+            for seed in version.seeds(self.preset.tuning_seeds):
+                place = (version.subject, task.name, attacker.where)
+                key = attacker.name, version.subject
+                settings = chosen.get(key)
                 outcome = Outcome(attacker.name, "fine_tuning", *place, seed, "float32")
                 if key_of(outcome) not in self.journal.outcomes and pixels is None:
                     pixels = self._pixels(task, budget.max_images, budget.max_test_images)
+                model = self.model_of(version)
                 attack = partial(attacker.run, model, pixels, budget, seed, self.head_module, settings)
                 if isinstance(pixels, str):
                     attack = partial(Found, None, status="skipped", note=pixels)
                 self._attack(outcome, attack)
                 # The first seed chooses the optimizer and the rate for the others.
-                settings = settings or self.journal.outcomes[key_of(outcome)].settings or None
+                chosen[key] = settings or self.journal.outcomes[key_of(outcome)].settings or None
 
     def _pixels(self, task: AttackedTask, most: int, most_test: int) -> Any:
         """Pixel values and labels to train and to test on, or a sentence why they cannot be held."""
@@ -357,7 +414,7 @@ class Work:
         where, public = f"{len(changed)} tensors that immunization moved", self.public
         assert public is not None  # the reference was probed
         for attacker in self.preset.restoring:
-            for subject in self.subjects:
+            for subject in [version.subject for version in self.versions]:
                 for seed in range(self.preset.layer_seeds):
                     outcome = Outcome(attacker, "fine_tuning", subject, task.name, where, seed, "float64")
                     if changed:
@@ -380,6 +437,16 @@ class Work:
         if key not in self.journal.outcomes:
             self.journal.add(outcome)
         self.order.append(key)
+
+
+def _squares(batches: Iterable[Tensor]) -> Tensor:
+    """Pixel values as rows, averaged over squares where they are more than `_PIXELS` a side."""
+
+    def averaged(batch: Tensor) -> Tensor:
+        height, width = batch.shape[2:]
+        return adaptive_avg_pool2d(batch, (min(_PIXELS, height), min(_PIXELS, width))).flatten(1)
+
+    return torch.cat([averaged(batch) for batch in batches])
 
 
 def _dual_data(train: Tensor, test: Tensor, task: AttackedTask) -> ProbeData:

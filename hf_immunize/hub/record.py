@@ -67,6 +67,7 @@ Sketch = Annotated[str, _form(r"(?:[0-9a-f]{16}){0,256}", "at most 256 hashes of
 FileName = Annotated[str, _form(_FILE, "the name of a file beside the record")]
 Digest = Annotated[str, _form(r"[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
 _ENDINGS = "|".join(re.escape(ending) for ending in PICTURES)
+Ends = Annotated[list[float], (lambda ends: len(ends) == 2 and ends[0] <= ends[1], "two numbers in order")]
 Picture = Annotated[str, _form(f"{_FILE}(?:{_ENDINGS})", f"the name of a picture beside the record ({_ENDINGS})")]
 
 
@@ -201,6 +202,9 @@ class AttackRecord(Part):
     reference_accuracy: Share | None = None  # of the strongest of its kind, on the model before immunization
     chance: Share | None = None  # accuracy of always naming the most frequent class
     layer: str | None = None  # where it probes, or what it fine-tunes
+    random_accuracy: Share | None = None  # of the strongest of its kind without the weights: random ones, or pixels
+    removed: float | None = None  # share of the reference's accuracy beyond that which is gone; None: not claimed
+    removed_interval: Ends | None = None  # 95 %
 
 
 @dataclass

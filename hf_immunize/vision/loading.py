@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 # What transformers raises of files that are damaged, absent or of another kind.
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
 _IMAGES = 2
+# What a class raises that cannot be built from its config alone.
+_NO_CLASS = (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError)
 # Convolutional networks, whose configs name no size, take any.
 _ANY_SIZE = 64
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+|\.original_module\b|\.base_layer\b")
@@ -147,8 +149,24 @@ def _skeleton(plain: Any, device: str) -> Any:
     try:
         with torch.random.fork_rng(devices=[]), no_init_weights(), torch.device(device):
             return type(plain)(plain.config)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError):
+    except _NO_CLASS:
         return None
+
+
+def random_copy(model: Any, seed: int) -> Any:
+    """A model of the same class and config with weights drawn anew; None where its class cannot be built from it."""
+    plain, first = without_wrapper(model), next(model.parameters())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if _pooled(plain):
+                backbone = type(plain.backbone)(plain.backbone.config)
+                copy = LinearHeadForImageClassification(backbone, plain.config.num_labels, plain.pooling)
+            else:
+                copy = type(plain)(plain.config)
+    except _NO_CLASS:
+        return None
+    return copy.to(first.device, torch.promote_types(first.dtype, torch.float32)).eval()
 
 
 def _same_as_class(plain: Any, names: dict[str, str]) -> bool:

@@ -90,6 +90,12 @@ def make(outcomes, utility=Utility(2000, 0.742, 0.75, -0.008, (-0.019, 0.003)), 
     return AuditResult(**data | kwargs)
 
 
+def with_random(ours, floor=0.05, theirs=0.486, **kwargs):
+    """Probes at the classifier's input of the immunized model, its reference and random weights."""
+    subjects = {"immunized": ours, "reference": theirs, "random": floor}
+    return make([one for subject, read in subjects.items() for one in probes(subject, read)], **kwargs)
+
+
 def sample_data(**kwargs):
     """Immunized at the classifier's input, slowed in fine-tuning by a factor of two, earlier layers as before."""
     head = [*probes("immunized", 0.012), *probes("reference", 0.486)]

@@ -228,7 +228,8 @@ def test_the_card_is_plain_json_of_the_agreed_form_and_the_summary_plain_text(re
     assert json.loads(json.dumps(card, allow_nan=False)) == card
     assert list(card) == ["preset", "preset_version", "strongest", "utility", "verdict"]
     assert list(card["strongest"]) == ["head_input", "any_layer", "fine_tuning"]
-    expected = ["attacker", "layer", "accuracy", "reference_accuracy", "chance"]
+    expected = ["attacker", "layer", "accuracy", "reference_accuracy", "chance", "random_accuracy"]
+    expected += ["removed", "removed_interval"]
     assert all(list(one) == expected for one in card["strongest"].values())
     assert list(card["utility"]) == ["size", "immunized", "reference", "difference", "interval"]
     assert card["utility"]["interval"] == [-0.019, 0.003]

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from audit_sample import CHANCE, attack, fine_tuning, layers, lost, make, probes, sample_data
+from audit_sample import CHANCE, attack, fine_tuning, layers, lost, make, probes, sample_data, with_random
 
 from hf_immunize.audit.result import TaskSummary, Utility
 from hf_immunize.audit.statistics import paired_interval
@@ -299,6 +299,8 @@ def prose():
     audits += [make(speeds(half, seeds=3), utility=weak(0.62, 0.69, n)) for half, n in ((30, 50), (60, 500))]
     audits += [on_few_images(100, probes("immunized", 0.7), utility=weak(0.52, 0.52, 100)), one_image()]
     audits += [sample_data(utility=Utility(40, 0.6, 0.8, -0.2, (-0.42, 0.02)))]
+    audits += [with_random(ours, floor) for ours, floor in ((0.01, 0.05), (0.3, 0.05), (0.486, 0.05), (0.6, 0.05))]
+    audits += [with_random(0.3, 0.45), with_random(0.05, utility=None)]
     audits += [make([*speeds(3), *(lost(f"a{i}", "skipped", "x") for i in range(9))])]
     found = {}
     for data in audits:

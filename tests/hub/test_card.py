@@ -144,7 +144,7 @@ def test_the_first_sentence_says_what_was_found(before, after, found):
 def test_attackers_are_named_and_access_that_was_not_tried_too():
     text = rendered(record_of()).text
     assert "the strongest attacker tried (ridge) reaches 81.0% of the harmful task (85.0%" in text
-    assert "| the classifier's input | ridge | 81.0% | 85.0% | 25.0% |" in text
+    assert "| the classifier's input | – | ridge | 81.0% | 85.0% | – | 25.0% |" in text
     assert "all weights (fine-tuning) was not tried" in text
     record = record_of()
     record.audit = None

@@ -1,0 +1,257 @@
+"""Head start and what is removed of it: the figures, and audits of models whose answer is known."""
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from attacked import rows_of
+from audit_sample import attack, make, sample_data, with_random
+from scipy import stats
+
+from hf_immunize import audit
+from hf_immunize.attacks.presets import find_preset
+from hf_immunize.audit.head_start import costs, find_head_start, removed_share
+from hf_immunize.audit.report import AuditReport
+from hf_immunize.audit.result import Utility
+from hf_immunize.audit.statistics import gap, summarize
+from hf_immunize.audit.verdict import CLAIMS, Kind, judge
+from hf_immunize.hub.record import AuditRecord, from_plain
+from hf_immunize.vision.loading import random_copy
+
+
+def read(accuracies, size):
+    """An attack of which each seed reads so much."""
+    mean = float(np.mean(accuracies))
+    (one,) = summarize(make(attack("ridge", "head_input", "immunized", 0.5, seeds=1)))
+    return replace(one, accuracies=dict(enumerate(accuracies)), mean=mean, test_size=size)
+
+
+# ---- the figures
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "floor", "removed"),
+    [
+        (0.9, 0.9, 0.3, 0.0),
+        (0.9, 0.3, 0.3, 1.0),
+        (0.9, 0.75, 0.3, 0.25),
+        (0.9, 0.96, 0.3, -0.1),
+        (0.9, 0.1, 0.3, 4 / 3),  # below what random weights read
+    ],
+)
+def test_removed_is_the_share_of_the_head_start_and_clear_of_zero_exactly_where_the_gap_is(
+    before, after, floor, removed
+):
+    for size in (100, 10_000):
+        sides = [read([value] * 5, size) for value in (before, after, floor)]
+        share, (low, high) = removed_share(*sides)
+        assert share == pytest.approx(removed, abs=1e-9) and low <= share <= high
+        _, (lost, most) = gap(sides[0], sides[1])
+        assert (low > 0, high < 0) == (lost > 0, most < 0)
+
+
+def test_the_interval_over_seeds_is_fiellers():
+    """By his formula, for the ratio of two means of paired values."""
+    generator = np.random.default_rng(3)
+    before, after, floor = (m + generator.normal(0, 0.02, 6) for m in (0.8, 0.6, 0.3))
+    above, below = before - after, before - floor
+    (xx, xy), (_, yy) = np.cov(above, below) / 6
+    t, x, y = stats.t.ppf(0.975, 5), above.mean(), below.mean()
+    a, b, c = y * y - t * t * yy, x * y - t * t * xy, x * x - t * t * xx
+    root = math.sqrt(b * b - a * c)
+    _, found = removed_share(*(read(list(one), 10**9) for one in (before, after, floor)))
+    assert found == pytest.approx(((b - root) / a, (b + root) / a), abs=1e-4)
+
+
+def test_the_interval_over_images_covers_the_truth_nineteen_times_in_twenty():
+    generator, truth, size = np.random.default_rng(0), (0.8, 0.65, 0.4), 150
+    drawn = generator.binomial(size, truth, (400, 3)) / size
+    found = [removed_share(*(read([value], size) for value in row))[1] for row in drawn]
+    held = sum(low <= 0.375 <= high for low, high in found)
+    assert 368 <= held <= 395  # 380 in the mean
+
+
+@pytest.mark.parametrize(
+    ("before", "floor", "size", "at_stake", "known"),
+    [(0.99, 0.96, 1000, False, False), (0.9, 0.5, 1000, True, True), (0.6, 0.45, 20, True, False)],
+)
+def test_of_a_head_start_under_ten_points_or_not_clear_of_zero_no_share_is_known(before, floor, size, at_stake, known):
+    found = find_head_start(*(read([value] * 3, size) for value in (before, 0.5, floor)))
+    assert found.points == pytest.approx(before - floor) and found.at_stake == at_stake
+    assert (found.removed is not None) == (found.removed_interval is not None) == known
+
+
+def test_cost_is_the_steps_to_what_random_weights_reach_with_their_whole_budget():
+    halves = {"random": (0.3, 300), "reference": (0.8, 10), "immunized": (0.8, 1000)}
+    runs = [
+        one
+        for subject, (best, half) in halves.items()
+        for one in attack("adamw", "head_input", subject, best, half=half)
+    ]
+    (one,) = costs(make(runs))
+    assert one.target == pytest.approx(0.3, abs=0.02) and one.random_steps == 3000
+    assert one.reference_steps == 10 and one.immunized_steps == 1000 and not one.is_bound
+    assert costs(make(runs[5:])) == []
+
+
+# ---- what is said of it
+
+
+BROKEN = Utility(2000, 0.31, 0.75, -0.44, (-0.46, -0.42))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "claimed"),
+    [
+        (with_random(0.30), Kind.REDUCED, True),
+        (with_random(0.486), Kind.NOT_PREVENTED, True),
+        (with_random(0.6), Kind.HELPED, True),
+        (with_random(0.30, floor=0.45), Kind.NO_HEAD_START, False),
+        (with_random(0.05, utility=BROKEN), Kind.WITHHELD, False),
+        (with_random(0.40, utility=None), Kind.WITHHELD, False),
+        (with_random(0.6, utility=BROKEN), Kind.HELPED, True),
+    ],
+)
+def test_the_headline_of_a_class_is_what_is_removed_where_benign_accuracy_lets_it_be_claimed(data, kind, claimed):
+    report = AuditReport(data)
+    found = next(one for one in judge(data) if one.access == "head_input")
+    row = report.tables()["headline"].set_index("access").loc["head_input"]
+    assert (found.kind, row["finding"], bool(row["removed_claimed"])) == (kind, kind.value, claimed)
+    assert row["head_start"] == pytest.approx(row["reference_accuracy"] - row["random_accuracy"])
+    card = report.for_card()["strongest"]["head_input"]
+    said = [f"{row['removed']:.0%}".replace("-", "−") in text for text in (report.summary(), *report.verdict())]
+    if claimed:
+        assert card["removed"] == row["removed"] and card["removed_interval"][0] < row["removed"] and said[0]
+    assert claimed or card["removed"] is card["removed_interval"] is None
+    record = from_plain(AuditRecord, report.for_card(), "audit")
+    assert record.strongest["head_input"].removed == card["removed"]
+
+
+def test_an_audit_without_random_weights_says_what_it_said():
+    headline = AuditReport(sample_data()).tables()["headline"]
+    assert headline["removed"].isna().all() and all(one.start is None for one in judge(sample_data()))
+
+
+# ---- models whose answer is known
+
+
+SIZE = 16
+
+
+def crosses(rows, seed):
+    """Images of two patterns, each with a sign: whether the signs agree is harmful, the first sign is benign.
+
+    No linear function of the pixels tells whether they agree.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (rows, 2), generator=generator) * 2.0 - 1
+    pixels = 2 * signs @ patterns() + 0.3 * torch.randn(rows, 3 * SIZE**2, generator=generator)
+    return pixels.view(rows, 3, SIZE, SIZE), (signs.prod(dim=1) > 0).long(), (signs[:, 0] > 0).long()
+
+
+def patterns():
+    drawn = torch.randn(3 * SIZE**2, 2, generator=torch.Generator().manual_seed(17))
+    return torch.linalg.qr(drawn).Q.mT
+
+
+def untrained(seed):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    return hf.ViTForImageClassification(hf.ViTConfig(image_size=SIZE, patch_size=SIZE, num_labels=2, **sizes)).eval()
+
+
+@torch.no_grad()
+def knowing():
+    """Weights set by hand: dimensions 0 to 3 are ±(a + b) and ±(a − b) of the signs, 4 and 5 their absolute values."""
+    model = untrained(0)
+    for parameter in model.parameters():
+        parameter.zero_()
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.weight.fill_(1.0)
+    first, second = patterns()
+    rows = torch.stack([first + second, first - second, -first - second, second - first])
+    model.vit.embeddings.patch_embeddings.projection.weight[:4] = rows.view(4, 3, SIZE, SIZE)
+    block, last = model.vit.layers
+    block.mlp.fc1.weight[:4, :4] = torch.eye(4)
+    block.mlp.fc2.weight[4, [0, 2]] = block.mlp.fc2.weight[5, [1, 3]] = 1.0
+    # The class token reads the patch, evenly.
+    last.attention.v_proj.weight.copy_(torch.eye(16))
+    last.attention.o_proj.weight.copy_(torch.eye(16))
+    model.classifier.weight[1, :2] = 10.0
+    return model
+
+
+@torch.no_grad()
+def immunized_at_the_head():
+    model = knowing()
+    model.vit.layernorm.weight[4:] = 0.0
+    return model
+
+
+@torch.no_grad()
+def collapsed():
+    model = knowing()
+    model.vit.layernorm.weight.zero_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def audits():
+    made = {"the reference itself": knowing, "random": lambda: untrained(99)}
+    made |= {"at the head": immunized_at_the_head, "collapsed": collapsed}
+    return {name: audit_of(model()) for name, model in made.items()}
+
+
+def audit_of(model):
+    chosen = find_preset("quick").only(["ridge", "last_stage", "restore_swap"]).changed(seeds=3)
+    tuning = replace(chosen.tuning_budget, steps=40, trial_steps=10, optimizers={"adamw": (3e-3,)}, evaluations=2)
+    preset = replace(chosen, max_layers=3, restoring=(), tuning_budget=tuning)
+    sides = [crosses(120, 0), crosses(300, 1)]
+    harmful, benign = (tuple(rows_of(side[0], side[label]) for side in sides) for label in (1, 2))
+    data = {"harmful": harmful, "benign": benign, "reference": knowing()}
+    return audit(model, **data, preset=preset, progress=False)
+
+
+def removed(report):
+    return report.tables()["headline"].set_index("access")[["removed", "removed_low", "removed_high", "head_start"]]
+
+
+def test_much_is_at_stake_of_weights_that_know_what_pixels_do_not_tell(audits):
+    assert (removed(audits["the reference itself"])["head_start"] > 0.3).all()
+
+
+def test_of_the_reference_itself_nothing_is_removed(audits):
+    found = removed(audits["the reference itself"])
+    assert (found["removed"] == 0).all() and (found["removed_low"] <= 0).all() and (found["removed_high"] >= 0).all()
+
+
+def test_of_random_weights_all_is_removed(audits):
+    found = removed(audits["random"])
+    assert ((found["removed_low"] <= 1) & (found["removed_high"] >= 1) & (found["removed"] > 0.7)).all()
+
+
+def test_immunized_at_the_head_nothing_is_removed_at_any_layer(audits):
+    found = removed(audits["at the head"])["removed"]
+    assert found["any_layer"] == 0 and found["head_input"] > 0.7
+
+
+def test_of_a_model_whose_benign_accuracy_collapsed_this_is_said_first_and_nothing_claimed(audits):
+    found = judge(audits["collapsed"].data)
+    assert found[0].kind is Kind.BROKEN and not {one.kind for one in found} & CLAIMS
+    assert removed(audits["collapsed"]).loc["head_input", "removed"] > 0.7
+    assert audits["collapsed"].for_card()["strongest"]["head_input"]["removed"] is None
+
+
+def test_copies_are_of_one_kind_with_weights_of_their_seed():
+    model = untrained(0)
+    states = [random_copy(model, seed).state_dict() for seed in (1, 1, 2)]
+    assert states[0].keys() == model.state_dict().keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    name = "vit.layers.0.mlp.fc1.weight"
+    assert not torch.equal(states[0][name], states[2][name])
+    assert not torch.equal(states[0][name], copy.deepcopy(model).state_dict()[name])
