@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two threads saturate the two cores CI has; more only fight for them.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test house fast test-portable test-lowest test-newest quality style bench cards install install-dev clean
+.PHONY: demo test docs serve figures house fast test-portable test-lowest test-newest quality style bench cards install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -21,6 +21,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
 demo: install  ## Immunize a small ViT on handwritten digits; results in runs/demo/
 	$(BIN)/hf-immunize demo --output-dir runs/demo
 
@@ -33,6 +37,15 @@ test: install  ## All tests and the docstrings' examples; their times in runs/te
 
 house: install  ## The size and shape of the project, and what exceeds its bound
 	$(BIN)/python -m benchmarks.house
+
+docs: $(VENV)/.installed-docs  ## The site, built strictly into runs/site; `make serve` shows it while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+serve: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+figures: install  ## The figures of the documents, drawn anew; that of the demo from runs/demo
+	$(BIN)/python docs/figures/draw.py --demo runs/demo
 
 fast: install  ## The tests that finish within seconds each
 	$(PYTEST) -m 'not slow'
@@ -74,7 +87,9 @@ quality: install-dev  ## What CI asks of the code's form
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/zizmor --offline --quiet .github
 
 style: install-dev  ## Put the code into that form
 	$(BIN)/ruff check --fix .

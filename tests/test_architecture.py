@@ -81,7 +81,8 @@ def _opens_text(call):
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DECLARED = {canonicalize_name(one.name): one for one in map(Requirement, PROJECT["dependencies"])}
-TOOLS = {canonicalize_name(one.name): one for one in map(Requirement, PROJECT["optional-dependencies"]["test"])}
+EXTRAS = PROJECT["optional-dependencies"]
+TOOLS = {canonicalize_name(one.name): one for one in map(Requirement, [*EXTRAS["test"], *EXTRAS["docs"]])}
 PINS = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] not in "#"]
 PINNED = {canonicalize_name(name): version for name, version in (line.split("==") for line in PINS)}
 

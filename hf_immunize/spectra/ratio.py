@@ -67,6 +67,14 @@ class ImmunizationRatio:
             f"benign × {self.benign_ratio:.4g}; {self.protocol}{floored})"
         )
 
+    def _repr_html_(self) -> str:
+        """A notebook's view: the ratio, and the conditionings behind it where they are known."""
+        sides = {"harmful": (self.harmful_reference, self.harmful), "benign": (self.benign_reference, self.benign)}
+        cells = [[side, *map(str, pair)] for side, pair in sides.items() if None not in pair]
+        rows = "".join(f"<tr><th>{'</th><td>'.join((row[0], '</td><td>'.join(row[1:])))}</td></tr>" for row in cells)
+        table = f"<table><tr><th></th><th>before</th><th>after</th></tr>{rows}</table>" if rows else ""
+        return f"<p><b>{self}</b></p>{table}"
+
 
 def relative_immunization_ratio(
     *,
