@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest

@@ -29,10 +29,3 @@ def test_list_of_cards_is_complete():
     text = (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8")
     assert len(FOLDERS) >= 3
     assert all(f"({folder.name}/README.md)" in text for folder in FOLDERS)
-
-
-def test_a_guide_shows_the_card_of_the_demo():
-    page = (ROOT / "docs" / "guides" / "publish.md").read_text(encoding="utf-8")
-    excerpt = page.split("<!-- card of the demo -->")[1].strip()
-    card = (ROOT / "model_cards" / "digits-demo" / "README.md").read_text(encoding="utf-8")
-    assert all(line.removeprefix(">").strip().strip("*") in card for line in excerpt.splitlines())

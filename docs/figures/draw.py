@@ -132,6 +132,23 @@ def definition():
     save(figure, "definition")
 
 
+def head_start():
+    """An example of three accuracies, and the share that follows."""
+    figure, (ax,) = panels(1)
+    read = {"random weights, or raw pixels": 50, "immunized weights": 70, "weights before": 90}
+    ax.barh(list(read), list(read.values()), color=["0.75", HARMFUL, "0.55"])
+    ax.axvline(20, color="black", linestyle=":", linewidth=1)
+    ax.text(20.5, -0.75, "chance")
+    for y, (begin, end, text, colour) in enumerate(
+        [(50, 90, "head start: 40 points", "black"), (70, 90, "removed: 20 of 40 points, 50 %", HARMFUL)]
+    ):
+        height = 2.6 + 0.55 * (1 - y)
+        ax.annotate("", (begin, height), (end, height), arrowprops={"arrowstyle": "<->", "color": colour})
+        ax.text((begin + end) / 2, height + 0.12, text, ha="center", color=colour)
+    ax.set(xlim=(0, 100), ylim=(-0.9, 3.6), xlabel="harmful accuracy of the strongest attacker, %")
+    save(figure, "head-start")
+
+
 def demo(folder):
     """What linear probes read of the demo's held-out digits, before immunization and after."""
     from transformers import AutoModelForImageClassification
@@ -161,7 +178,7 @@ if __name__ == "__main__":
     parser.add_argument("--demo", type=Path, help="the folder that the demo of seed 0 has written")
     arguments = parser.parse_args()
     with matplotlib.rc_context(STYLE):
-        for one in (kappa, time, rir, definition):
+        for one in (kappa, time, rir, definition, head_start):
             one()
         if arguments.demo is not None:
             demo(arguments.demo)

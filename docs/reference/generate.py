@@ -3,6 +3,7 @@
 import inspect
 import re
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 
 import torch
 import typer
@@ -17,6 +18,7 @@ from hf_immunize.hub import record
 from hf_immunize.training.arguments import ImmunizationArguments
 
 
+ROOT = Path(__file__).parents[2]
 # Page of the API -> its title, first sentence, and the rooms whose public names it shows.
 API = {
     "immunize": ("Immunize", "From a model and two sets of images to an immunized checkpoint.", ("training", "data")),
@@ -60,8 +62,8 @@ weights."""
 def pages():
     """Path below docs/ to the text of every generated page."""
     found = {f"reference/api/{page}.md": api(page) for page in API}
-    written = {"command-line": command_line, "arguments": arguments, "record": schema, "metrics": metrics}
-    return found | {f"reference/{name}.md": make() for name, make in written.items()}
+    written = {"command-line": command_line, "arguments": arguments, "metrics": metrics, "record": schema}
+    return found | {f"reference/{name}.md": make() for name, make in (written | {"card": card}).items()}
 
 
 def on_files(files, config):
@@ -181,3 +183,10 @@ def metrics():
     also = {name.removeprefix("intercept_") for name in names if name.startswith("intercept_")}
     rows = [(*row, "yes" if row[0][6:-1] in also else "") for row in rows]
     return f"{METRICS_HEAD}\n\n{table(('metric', 'meaning', 'with an intercept'), rows)}\n\n{METRICS_FOOT}\n"
+
+
+def card():
+    """The card of the demo's model, without its metadata and figures."""
+    text = (ROOT / "model_cards" / "digits-demo" / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
+    text = re.sub(r"^(#+ )", r"#\1", re.sub(r"^!\[.*\n", "", text, flags=re.MULTILINE), flags=re.MULTILINE)
+    return f"# A model card\n\n`hf-immunize card` renders it from the record. This is the demo's.\n\n{text}"
