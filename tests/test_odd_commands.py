@@ -276,9 +276,11 @@ def test_no_name_commands_the_terminal(typed, monkeypatch, caplog, name):
         assert not [c for c in said.rstrip() if unicodedata.category(c) in ("Cc", "Cf", "Cs")]
 
 
-def test_version_and_the_help_of_training_are_printed(typed):
+def test_version_and_the_help_of_training_with_its_own_flags_first_are_printed(typed):
     assert typed("--version")[1].split() == ["hf-immunize", __version__]
-    assert typed("train", "--help")[0] == 0
+    code, said = typed("train", "--help")
+    places = [said.index(f"\n  --{flag} ") for flag in ("model", "harmful_classes", "objective", "trainable", "bf16")]
+    assert code == 0 and places == sorted(places)
 
 
 def test_commands_end_well_where_the_terminal_knows_few_characters(typed, files, tmp_path):

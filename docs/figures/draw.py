@@ -89,7 +89,7 @@ def rir():
         harmful=sides["harmful"][1], harmful_reference=harmful, benign=sides["benign"][1], benign_reference=benign
     )
     figure, axes = panels(2, sharey=True)
-    growth = {"benign": f"(ii) = {found.benign_ratio:.3g}", "harmful": f"(i) = {found.harmful_ratio:.3g}"}
+    growth = {"benign": f"(ii) = {found.benign_ratio:,.0f}", "harmful": f"(i) = {found.harmful_ratio:,.0f}"}
     for ax, (name, (before, after, colour)) in zip(axes, sides.items(), strict=True):
         for moment, matrix, line in (("before", before, "--"), ("after", after, "-")):
             values = torch.linalg.svdvals(matrix)
@@ -98,7 +98,7 @@ def rir():
         ax.set(yscale="log", title=f"{name}: κ grew by {growth[name]}", xlabel="direction")
         ax.legend(frameon=False, loc="lower left")
     axes[0].set_ylabel("singular value / largest")
-    figure.suptitle(f"RIR = (i) / (ii) = {found.rir:.3g}", fontweight="bold")
+    figure.suptitle(f"RIR = (i) / (ii) = {found.rir:,.0f}", fontweight="bold")
     save(figure, "rir")
 
 

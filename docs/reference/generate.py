@@ -21,7 +21,11 @@ from hf_immunize.training.arguments import ImmunizationArguments
 ROOT = Path(__file__).parents[2]
 # Page of the API -> its title, first sentence, and the rooms whose public names it shows.
 API = {
-    "immunize": ("Immunize", "From a model and two sets of images to an immunized checkpoint.", ("training", "data")),
+    "immunize": (
+        "Immunize",
+        "From a model and two sets of images to an immunized checkpoint.",
+        ("training.immunize", "training", "data"),
+    ),
     "measure": ("Measure", "Condition numbers, ratios and times of features.", ("spectra", "vision", "linear.time")),
     "linear": ("Linear setting", "One linear map in front of the probe, as in the paper.", ("linear",)),
     "publish": ("Publish", "The record of a checkpoint, loading and verifying it.", ("hub",)),
@@ -149,7 +153,7 @@ def arguments():
 
 def schema():
     """The parts of the record with their fields, read off the source."""
-    text = "# Record\n\n`immunization.json` lies with the weights. " + inspect.getdoc(record).split("\n\n")[1]
+    text = "# Record\n\n" + inspect.getdoc(record).split("\n\n")[1].replace("The file", "`immunization.json`", 1)
     text += f"\n\nSchema {record.SCHEMA_VERSION}. Every part may also hold `unknown`: fields of a later version.\n"
     kinds = [kind for kind in vars(record).values() if inspect.isclass(kind) and kind.__module__ == record.__name__]
     kinds = [kind for kind in kinds if is_dataclass(kind) and kind is not record.Part]
@@ -159,7 +163,9 @@ def schema():
             found = re.match(r"    (\w+): (.*?)(?: = (.*?))?(?:  # (.*))?$", line)
             if found and found[1] in kind.__dataclass_fields__:
                 kind_of = re.sub(r"Annotated\[(\w+), .*\]", r"\1", found[2]).replace(" | ", " or ")
-                rows.append((f"`{found[1]}`", f"`{kind_of}`", found[4] or above))
+                part = getattr(record, kind_of.removesuffix(" or None"), None)
+                about = inspect.getdoc(part).split("\n\n")[0] if part in kinds else ""
+                rows.append((f"`{found[1]}`", f"`{kind_of}`", found[4] or above or about))
             above = line.strip()[2:] if line.startswith("    # ") else ""
         summary = inspect.getdoc(kind).split("\n\nExample")[0]
         text += f"\n## {kind.__name__}\n\n{summary}\n\n{table(('field', 'type', 'meaning'), rows)}\n"

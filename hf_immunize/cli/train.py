@@ -100,7 +100,21 @@ class DataArguments:
 
 
 class _Parser(HfArgumentParser):
-    """Says what is wrong in one sentence, without the page of flags before it."""
+    """Says what is wrong in one sentence, without the page of flags before it; explains its own flags first."""
+
+    def format_help(self) -> str:
+        """The flags in three groups, without the list of all in front."""
+        kinds = {"what and on which images": DataArguments, "immunization": ImmunizationArguments}
+        named = {title: set(kind.__annotations__) for title, kind in kinds.items()}
+        named["what and on which images"] |= {"help", "config", "output_dir"}
+        named["transformers.TrainingArguments"] = {one.dest for one in self._actions}.difference(*named.values())
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        for title, names in named.items():
+            formatter.start_section(title)
+            formatter.add_arguments([one for one in self._actions if one.dest in names])
+            formatter.end_section()
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         raise ArgumentError(f"Expected flags with fitting values, found: {message}. --help explains them.")
