@@ -31,6 +31,7 @@ class Attacker:
     preset: str = "full"  # the smallest that runs it: "quick", "standard" or "full"
     where: str = ""  # what it trains, with access to the weights
     restores: bool = False  # puts the public starting weights back: reads the reference's features
+    applies: Callable[[Any], bool] = lambda model: True  # whether the model has what it attacks
 
 
 @dataclass(frozen=True)

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.attacks.attacker import (
     Attacker,
     Found,
     Part,
+    ProbeBudget,
+    ProbeData,
     TuningBudget,
     accuracy,
     best_index,
     log_steps,
     stratified_split,
 )
-from hf_immunize.attacks.probes import half_cosine, minibatches, ridge
+from hf_immunize.attacks.probes import half_cosine, minibatches, ridge, ridge_head
 from hf_immunize.errors import DataError
 from hf_immunize.features.extract import pass_size
-from hf_immunize.vision.head import find_head
+from hf_immunize.vision.head import find_head, penultimate_features
+from hf_immunize.vision.loading import random_copy
 from hf_immunize.vision.scope import last_stage
 
 
@@ -62,14 +66,17 @@ def fine_tune(
     fit, validation = stratified_split(data.y, 0.2, seed)
     validation = validation[: budget.max_test_images]
     grid = [Setting(name, rate) for name, rates in budget.optimizers.items() for rate in rates]
-    has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
 
     def attempt(setting: Setting, final: bool) -> tuple[list[float], list[int], str]:
-        attacked = prepare(model, attacker, data.num_classes, seed, head_module)
+        part = data
+        if not final:
+            part = Part(data.Z[fit], data.y[fit], data.Z[validation], data.y[validation], data.num_classes)
+        attacked = prepare(model, attacker, part, seed, head_module)
         if final:
             when = log_steps(budget.steps, max(1, round(budget.evaluations / math.log10(max(budget.steps, 10)))))
-            return _train(attacked, data, setting, when, budget.batch_size, seed)
-        part = Part(data.Z[fit], data.y[fit], data.Z[validation], data.y[validation], data.num_classes)
+            # What begins with a head that reads is measured before its first step too.
+            when = [0, *when] if attacker == "ridge_start" else when
+            return _train(attacked, part, setting, when, budget.batch_size, seed)
         return _train(attacked, part, setting, [budget.trial_steps], budget.batch_size, seed)
 
     trials = 1
@@ -83,7 +90,7 @@ def fine_tune(
             return Found(None, trials=trials, status="diverged", note=f"with every setting; the first: {tried[0][2]}")
         best = sound[best_index([tried[index][0][-1] for index in sound])]
         setting = grid[best]
-        if has_statistics:
+        if _has_batchnorm(model):
             trials += 1
             other = setting._replace(batch_statistics=True)
             curve, _, note = attempt(other, final=False)
@@ -95,9 +102,10 @@ def fine_tune(
 
 
 def prepare(
-    model: PreTrainedModel, attacker: str, num_classes: int, seed: int, head_module: str | None = None
+    model: PreTrainedModel, attacker: str, part: Part, seed: int, head_module: str | None = None
 ) -> PreTrainedModel:
     """A copy in eval mode with a new head, in which the attacker's parameters and no others take gradients."""
+    num_classes = part.num_classes
     head_name, old = find_head(model, head_module)
     rank = int(attacker.removeprefix("lora_r")) if attacker.startswith("lora_r") else 0
     attacked = copy.deepcopy(model).float().eval()
@@ -110,6 +118,8 @@ def prepare(
         setattr(attacked.get_submodule(parent), leaf, head.to(next(attacked.parameters()).device))
         if rank:
             attacked = _with_adapters(attacked, rank, head_name)
+    if attacker in _STARTS:
+        _STARTS[attacker](attacked, head_name, part, seed)
     attacked.config.num_labels = num_classes
     names = [name for name, _ in attacked.named_parameters()]
     choose = _TRAINABLE.get(attacker, lambda *_: {name for name in names if "lora_" in name})
@@ -123,7 +133,60 @@ _TRAINABLE: dict[str, Any] = {
     "last_stage": lambda model, head_name, names: set(last_stage(model, head_name)),
     "whole_network": lambda model, head_name, names: set(names),
     "bias_only": lambda model, head_name, names: {name for name in names if name.endswith("bias")},
+    **dict.fromkeys(("ridge_start", "reinitialized"), lambda model, head_name, names: set(names)),
+    "visual_prompt": lambda model, head_name, names: {"prompt"},
 }
+
+
+@torch.no_grad()
+def features_of(model: PreTrainedModel, pixels: Tensor, head_name: str) -> Tensor:
+    """The classifier's input for pixel values, ``(n, D)``, on the CPU."""
+    device = next(model.parameters()).device
+    parts = pixels.split(pass_size(model))
+    return torch.cat([penultimate_features(model, rows.to(device), head_name).cpu() for rows in parts])
+
+
+# ---- where it begins
+
+# One-hot targets, as least squares fits them, times this are logits of a sure softmax.
+_SURE = 10.0
+# A side of the prompt at most, stretched to the image's, and by how much a step moves it more than a weight.
+_PROMPT, _GAIN = 32, 10.0
+
+
+@torch.no_grad()
+def _from_ridge(model: PreTrainedModel, head_name: str, part: Part, seed: int) -> None:
+    """The head is the ridge solution, so that no step is spent on finding it (Kumar et al., ICLR 2022)."""
+    Z, head = features_of(model, part.Z, head_name), model.get_submodule(head_name)
+    weight, bias = ridge_head(ProbeData(Z, part.y, Z[:1], part.y[:1], part.num_classes), seed)
+    head.weight.copy_(_SURE * weight)
+    head.bias.copy_(_SURE * bias)
+
+
+@torch.no_grad()
+def _draw_anew(model: PreTrainedModel, head_name: str, part: Part, seed: int) -> None:
+    """The last stage is drawn anew: what was hidden there is gone with it."""
+    names = [name for name in last_stage(model, head_name) if not name.startswith(f"{head_name}.")]
+    inside, fresh = {name.rpartition(".")[0] for name in names}, random_copy(model, seed).state_dict()
+    for name, value in model.state_dict().items():
+        if name.rpartition(".")[0] in inside:
+            value.copy_(fresh[name])
+
+
+def _with_prompt(model: PreTrainedModel, head_name: str, part: Part, seed: int) -> None:
+    """Pixels, the same for all images, that are added to each (Bahng et al., 2022); at most 3,072 of three colours."""
+    channels, *sides = part.Z.shape[1:]
+    prompt = nn.Parameter(torch.zeros(1, channels, *(min(_PROMPT, side) for side in sides)))
+    model.register_parameter("prompt", nn.Parameter(prompt.to(next(model.parameters()).device)))
+
+    def add(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        stretched = torch.nn.functional.interpolate(model.prompt, tuple(sides), mode="bilinear")
+        return inputs, named | {"pixel_values": named["pixel_values"] + _GAIN * stretched}
+
+    model.register_forward_pre_hook(add, with_kwargs=True)
+
+
+_STARTS: dict[str, Any] = {"ridge_start": _from_ridge, "reinitialized": _draw_anew, "visual_prompt": _with_prompt}
 
 
 def _with_adapters(model: Any, rank: int, head_name: str) -> Any:
@@ -146,8 +209,8 @@ def _train(
     optimizer = _OPTIMIZERS[setting.optimizer](trainable, lr=setting.learning_rate)
     norms = [one for one in model.modules() if isinstance(one, _BatchNorm)] if setting.batch_statistics else []
     device = next(model.parameters()).device
-    curve: list[float] = []
-    steps: list[int] = []
+    curve = [_measure(model, part, norms)] if 0 in when else []
+    steps = [0] if 0 in when else []
     for step, rows in enumerate(minibatches(len(part.y), batch_size, when[-1], seed), start=1):
         optimizer.param_groups[0]["lr"] = setting.learning_rate * half_cosine((step - 1) / when[-1])
         for norm in norms:
@@ -176,7 +239,35 @@ def _measure(model: PreTrainedModel, part: Part, norms: list[_BatchNorm]) -> flo
     return accuracy(torch.cat(scores), part.y_test)
 
 
-# ---- restoring the public starting weights
+# ---- statistics and weights put in, without a step
+
+
+def reestimate(
+    model: PreTrainedModel,
+    data: Part,
+    budget: TuningBudget,
+    seed: int,
+    head_module: str | None = None,
+    chosen: dict[str, Any] | None = None,
+) -> Found:
+    """BatchNorm takes the statistics of the harmful images, then ridge: what frozen statistics hid is seen again."""
+    head_name, _ = find_head(model, head_module)
+    attacked = copy.deepcopy(model).float().eval()
+    norms = [module for module in attacked.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over batches
+        norm.train()
+    device = next(attacked.parameters()).device
+    with torch.no_grad():
+        for rows in minibatches(len(data.y), 64, -(-len(data.y) // 64), seed):
+            attacked(pixel_values=data.Z[rows].to(device))
+    Z, Z_test = (features_of(attacked.eval(), pixels, head_name) for pixels in (data.Z, data.Z_test))
+    return ridge(ProbeData(Z, data.y, Z_test, data.y_test, data.num_classes), ProbeBudget(), seed)
+
+
+def _has_batchnorm(model: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def changed_parameters(model: PreTrainedModel, reference: PreTrainedModel) -> list[str]:
@@ -212,6 +303,22 @@ ATTACKERS = (
     _adapters(2),
     _adapters(8, "quick"),
     _adapters(32),
+    _tuning("ridge_start", "fine-tuning from the ridge solution", "whole network", "quick"),
+    replace(
+        _tuning("reinitialized", "fine-tuning with the last stage drawn anew", "whole network", "standard"),
+        applies=lambda model: random_copy(model, 0) is not None,
+    ),
+    _tuning("visual_prompt", "a visual prompt", "pixels added to every image", "standard"),
+    Attacker(
+        "batchnorm_ridge",
+        "ridge after BatchNorm with statistics of the harmful images",
+        "fine_tuning",
+        True,
+        reestimate,
+        "quick",
+        "statistics of BatchNorm and a new head",
+        applies=_has_batchnorm,
+    ),
     # With the public weights back, the features are the reference's.
     Attacker("restore_swap", "restoring the public weights", "fine_tuning", True, ridge, "quick", restores=True),
 )

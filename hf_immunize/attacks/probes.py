@@ -43,13 +43,24 @@ def ridge(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
     """Ridge regression on one-hot targets in closed form, with an intercept, over a wide range of strengths."""
 
     def read(part: Part, strengths: list[float]) -> list[float]:
-        s = part.spectrum.s
-        # s²/(s² + λσ²) written so that nothing underflows.
-        relative = (s / s[0]).double().square() if len(s) else s.double()
-        return filter_accuracies(part, [(relative / (relative + strength)).to(s.dtype) for strength in strengths])
+        return filter_accuracies(part, [_shrinkage(part, strength) for strength in strengths])
 
     strengths = [10.0**power for power in range(2, -budget.ridge_decades - 1, -1)]
     return _choose(data, budget, seed, strengths, read, lambda strength: {"relative_strength": strength})
+
+
+def _shrinkage(part: Part, strength: float) -> Tensor:
+    """Ridge's filter, ``s²/(s² + λσ²)`` written so that nothing underflows."""
+    s = part.spectrum.s
+    relative = (s / s[0]).double().square() if len(s) else s.double()
+    return (relative / (relative + strength)).to(s.dtype)
+
+
+def ridge_head(data: ProbeData, seed: int) -> tuple[Tensor, Tensor]:
+    """Weights ``(C, D)`` and intercept ``(C,)`` of ridge with all training rows, its strength by validation."""
+    part, strength = data.whole(), ridge(data, ProbeBudget(), seed).settings["relative_strength"]
+    weight, bias = _filtered(part, _shrinkage(part, strength))
+    return (part.spectrum.V @ weight).mT, bias
 
 
 def whitening(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
@@ -64,21 +75,23 @@ def whitening(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
 
 
 def filter_accuracies(part: Part, filters: list[Tensor]) -> list[float]:
-    """Accuracy of ``W = V diag(h/s) Uᵀ(Y − 1bᵀ)`` with an unshrunk intercept ``b``, for each filter ``h``."""
+    """Accuracy of the filtered least squares, for each filter."""
+    projected = part.Z_test @ part.spectrum.V
+    found = (_filtered(part, h) for h in filters)
+    return [accuracy(projected @ weight + bias, part.y_test) for weight, bias in found]
+
+
+def _filtered(part: Part, h: Tensor) -> tuple[Tensor, Tensor]:
+    """``diag(h/s) Uᵀ(Y − 1bᵀ)``, the weights ``(r, C)`` in the eigenbasis, and an unshrunk intercept ``b``."""
     # 1ᵀ(I − U diag(h) Uᵀ)(Y − 1bᵀ) = 0 gives b without a decomposition of centred features.
-    targets, (U, s, V) = part.targets, part.spectrum
+    targets, (U, s, _) = part.targets, part.spectrum
     ones = part.Z.new_ones(len(part.Z))
-    inside, ones_inside = U.mT @ targets, U.mT @ ones
-    projected = part.Z_test @ V
-    values = []
-    for h in filters:
-        rest = ones - U @ (h * ones_inside)
-        room = float(rest @ ones)
-        # Features that span the constant leave nothing for an intercept.
-        bias = rest @ targets / room if room > len(ones) * 1e-6 else torch.zeros_like(targets[0])
-        weight = (h / s)[:, None] * (inside - ones_inside[:, None] * bias)
-        values.append(accuracy(projected @ weight + bias, part.y_test))
-    return values
+    ones_inside = U.mT @ ones
+    rest = ones - U @ (h * ones_inside)
+    room = float(rest @ ones)
+    # Features that span the constant leave nothing for an intercept.
+    bias = rest @ targets / room if room > len(ones) * 1e-6 else torch.zeros_like(targets[0])
+    return (h / s)[:, None] * (U.mT @ targets - ones_inside[:, None] * bias), bias
 
 
 def lda(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
@@ -189,25 +202,48 @@ def minibatches(count: int, batch_size: int, steps: int, seed: int) -> list[Tens
 # ---- gradient descent of least squares, in the eigenbasis of ZᵀZ: 100,000 steps cost as much as one on the features
 
 
-def descent_weights(part: Part, steps: list[int]) -> list[Tensor]:
+def descent_weights(part: Part, steps: list[int], first: int = 0) -> list[Tensor]:
     """Weights ``(r, C)`` in the eigenbasis after steps of gradient descent with exact line search, as in the paper."""
-    optimum = part.spectrum.U.mT @ part.targets / part.spectrum.s[:, None]
-    residuals = descent_residuals(part.spectrum.s, optimum.square().sum(dim=1), steps)
+    U, s, _ = (side[..., first:] for side in part.spectrum)
+    optimum = U.mT @ part.targets / s[:, None]
+    residuals = descent_residuals(s, optimum.square().sum(dim=1), steps)
     return [(1 - left)[:, None] * optimum for left in residuals]
+
+
+def descent_curve(part: Part, steps: list[int], first: int = 0) -> list[float]:
+    """Accuracy after these steps, without the leading directions before the `first` one."""
+    projected = part.Z_test @ part.spectrum.V[:, first:]
+    return [accuracy(projected @ weight, part.y_test) for weight in descent_weights(part, steps, first)]
 
 
 def gd_line_search(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
     """Gradient descent, stopped where validation says; the curve is that of all training rows, whatever the seed."""
     steps = log_steps(max(budget.descent_steps, 2))
-
-    def curve_of(part: Part) -> list[float]:
-        projected = part.Z_test @ part.spectrum.V
-        return [accuracy(projected @ weight, part.y_test) for weight in descent_weights(part, steps)]
-
-    tried = curve_of(data.tuning(seed, budget.validation_fraction))
-    curve = data.keep(None, ("descent", budget), lambda: curve_of(data.whole()))
+    tried = descent_curve(data.tuning(seed, budget.validation_fraction), steps)
+    curve = data.keep(None, ("descent", budget), lambda: descent_curve(data.whole(), steps))
     stop = best_index(tried)
     return Found(curve[stop], steps, curve, {"stop": steps[stop]})
+
+
+# Leading principal directions that are projected out, of which validation chooses.
+_REMOVED = (0, 1, 2, 4, 8, 16)
+
+
+def deflated(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
+    """Gradient descent after centring and without the leading directions: for features that one direction rules."""
+    steps = log_steps(max(budget.descent_steps, 2))
+
+    def centred(part: Part) -> Part:
+        return part.mapped(part.Z.mean(dim=0), 1.0)
+
+    part = centred(data.tuning(seed, budget.validation_fraction))
+    counts = [count for count in _REMOVED if count < max(1, len(part.spectrum.s))]
+    tried = [descent_curve(part, steps, count) for count in counts]
+    best = best_index([max(curve) for curve in tried])
+    whole = data.keep(None, "centred", lambda: centred(data.whole()))
+    curve, stop = descent_curve(whole, steps, counts[best]), best_index(tried[best])
+    settings = {"directions_removed": counts[best], "stop": steps[stop]}
+    return Found(curve[stop], steps, curve, settings, trials=len(counts))
 
 
 # ---- softmax regression on mini-batches
@@ -400,6 +436,9 @@ ATTACKERS = (
     Attacker("knn", "k nearest neighbours", "head_input", True, knn, "quick"),
     Attacker(
         "gd_line_search", "gradient descent with exact line search", "head_input", False, gd_line_search, "quick"
+    ),
+    Attacker(
+        "deflated_descent", "gradient descent without the leading directions", "head_input", False, deflated, "quick"
     ),
     *(
         Attacker(name, label, "head_input", False, partial(_minibatch_attack, update, rate, prepare), preset)

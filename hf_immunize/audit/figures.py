@@ -22,7 +22,7 @@ from hf_immunize.audit.result import SUBJECTS, AuditResult
 # Okabe and Ito's palette, separable by colour-blind readers; line and hatch separate them in grey.
 COLOURS = {"immunized": "#D55E00", "reference": "#0072B2", "random": "#999999"}
 LINES = {"immunized": "-", "reference": "--", "random": "-."}
-HATCHES = {"immunized": "", "reference": "//", "random": ".."}
+HATCHES = {"immunized": "", "reference": "//", "random": "\\\\"}
 # Characters of a name at an axis.
 _LONGEST = 34
 

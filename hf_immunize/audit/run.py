@@ -277,9 +277,9 @@ class Work:
 
     def tuners_of(self, task: AttackedTask) -> tuple[str, ...]:
         """Attackers that fine-tune."""
-        if task.name == "harmful":
-            return self.preset.fine_tuning
-        return tuple(name for name in self.preset.fine_tuning if name in self.preset.benign_attackers)
+        model = next(iter(self.models.values()))
+        names = tuple(name for name in self.preset.fine_tuning if ATTACKERS[name].applies(model))
+        return names if task.name == "harmful" else tuple(n for n in names if n in self.preset.benign_attackers)
 
     def probes_layers(self, task: AttackedTask) -> bool:
         """Whether earlier layers are to be probed."""

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,7 @@ class Layer:
     name: str
     before: bool  # whether its input is read
     shape: tuple[int, ...]  # of one image there
+    inner: bool = False  # hidden units of a feed-forward block, (…, C): read pooled alone
 
     @property
     def entries(self) -> int:
@@ -348,7 +349,7 @@ class Extraction:
 def find_layers(
     model: PreTrainedModel, pixel_values: Tensor, max_layers: int, head_module: str | None = None
 ) -> list[Layer]:
-    """The layers to probe, in their order: what enters the blocks, every stage's output, what enters ReLUs."""
+    """The layers to probe, in their order: what enters blocks, every stage's output, ReLUs' input, hidden units."""
     # A stage ends where the resolution changes; where it never does (ViT), every block is one. A dead ReLU hides what
     # enters it from all that follows, and an attacker has only to look there: at the first one up to the end of each
     # stage, before which nothing of the stage is hidden, and at the last.
@@ -358,9 +359,12 @@ def find_layers(
         return []
     wanted = [Layer(next(iter(blocks)), True, ()), *(Layer(name, False, ()) for name in blocks)]
     relus = [Layer(name, True, ()) for name, module in model.named_modules() if isinstance(module, RELUS)]
+    inner = {name: layer for name, block in blocks.items() for layer in _hidden_units(name, block)}
     head = find_head(model, head_module)[1]
-    (batch,) = run_batches(model, head, [{"pixel_values": pixel_values[:1]}], layers={*wanted, *relus})
-    shapes = {layer: tuple(value.shape[1:]) for layer, value in batch.layers.items() if value.dim() in (3, 4)}
+    every = {*wanted, *relus, *inner.values()}
+    (batch,) = run_batches(model, head, [{"pixel_values": pixel_values[:1]}], layers=every)
+    passed = {layer: value for layer, value in batch.layers.items() if value.dim() in (3, 4) and len(value) == 1}
+    shapes = {layer: tuple(value.shape[1:]) for layer, value in passed.items()}
     found = [layer for layer in wanted if layer in shapes]
     # (C, h, w) or (T, C): what changes between stages is the grid.
     grids = [shapes[layer][1:] if len(shapes[layer]) == 3 else shapes[layer][:1] for layer in found]
@@ -370,7 +374,17 @@ def find_layers(
     if len(found) > max_layers:
         chosen = np.unique(np.linspace(0, len(found) - 1, max_layers).round().astype(int))
         found = [found[i] for i in chosen]
-    return [Layer(layer.name, layer.before, shapes[layer]) for layer in _with_relus(found, list(shapes), set(relus))]
+    found = _with_relus(found, [layer for layer in shapes if not layer.inner], set(relus))
+    read = {*found, *(inner[layer.name] for layer in found if not layer.before and layer.name in inner)}
+    return [replace(layer, shape=shape) for layer, shape in shapes.items() if layer in read]
+
+
+def _hidden_units(name: str, block: nn.Module) -> list[Layer]:
+    """What enters the linear layer of a block that narrows most, the last of several: its hidden units, as used."""
+    linear = [(part, one) for part, one in block.named_modules() if isinstance(one, nn.Linear)]
+    narrowing = [(one.in_features / one.out_features, index) for index, (_, one) in enumerate(linear)]
+    ratio, index = max(narrowing, default=(0, 0))
+    return [Layer(f"{name}.{linear[index][0]}", True, (), inner=True)] if ratio > 1 else []
 
 
 def _with_relus(found: list[Layer], passed: list[Layer], relus: set[Layer]) -> list[Layer]:
@@ -395,7 +409,7 @@ def choose_views(
     left_out = {}
     # The dual form's matrices, N × N in float64, and one working copy.
     spent = 24 * rows * rows
-    for layer in reversed(layers if flattened else []):
+    for layer in reversed([layer for layer in layers if flattened and not layer.inner]):
         need = 4 * rows * layer.entries
         if layer.entries > limit:
             left_out[layer.label("flattened")] = (
@@ -427,6 +441,8 @@ def extract_views(
             value = batch.layers[layer]
             if view == "flattened":
                 value = value.flatten(1)
+            elif layer.inner:
+                value = value.flatten(1, -2).mean(dim=1)
             else:
                 value = value.mean(dim=(2, 3)) if value.dim() == 4 else value.mean(dim=1)
             parts.setdefault(layer.label(view), []).append(_host(value))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attacked import CLASSES, clusters, pictures, tiny_vit
+from attacked import CLASSES, clusters, pictures, tiny_resnet, tiny_vit
 
 from hf_immunize.attacks.attacker import Part, ProbeBudget, ProbeData, TuningBudget, guarded
 from hf_immunize.attacks.presets import ATTACKERS, PRESETS, find_preset
@@ -28,7 +28,8 @@ def attack(name, change=lambda *rows: rows, seed=0, **budget):
     one = ATTACKERS[name]
     if name in WITH_WEIGHTS:
         rows = change(*pictures(80, 0), *pictures(40, 1))
-        return one.run(tiny_vit(), Part(*rows, CLASSES), replace(TUNING, **budget), seed)
+        model = next(model for model in (tiny_vit(), tiny_resnet()) if one.applies(model))
+        return one.run(model, Part(*rows, CLASSES), replace(TUNING, **budget), seed)
     rows = change(*clusters(120, 0), *clusters(80, 1))
     data = ProbeData(*rows, int(rows[1].max()) + 1)
     return one.run(data, replace(PROBES, **budget), seed)
@@ -162,6 +163,19 @@ def test_on_a_linear_map_with_rir_above_1e4_descent_takes_a_hundred_times_the_st
     assert slow >= 100 * fast and control == fast
     ridge = [ATTACKERS["ridge"].run(one, ProbeBudget(), 0).accuracy for one in data]
     assert max(ridge) - min(ridge) <= 0.01
+
+
+def test_removing_directions_that_rule_gives_descent_its_speed_back():
+    def ruled(Z, y, Z_test, y_test):
+        generator = torch.Generator().manual_seed(2)
+        scales = torch.logspace(2, 4, 3)
+        loud = torch.randn(len(Z) + len(Z_test), 3, generator=generator) * scales
+        loud = loud @ torch.linalg.qr(torch.randn(Z.shape[1], 3, generator=generator)).Q.mT
+        return Z + loud[: len(Z)], y, Z_test + loud[len(Z) :], y_test
+
+    plain, found = attack("gd_line_search", ruled), attack("deflated_descent", ruled)
+    assert plain.accuracy < CHANCE + 0.25 and found.accuracy > CHANCE + 0.5
+    assert found.settings["directions_removed"] > 0 and found.steps[-1] == plain.steps[-1]
 
 
 # ---- the list

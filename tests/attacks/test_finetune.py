@@ -4,13 +4,15 @@ import pytest
 import torch
 from attacked import CLASSES, pictures, tiny_resnet, tiny_vit
 
-from hf_immunize.attacks.attacker import Part, TuningBudget
-from hf_immunize.attacks.finetune import changed_parameters, fine_tune, prepare
+from hf_immunize.attacks.attacker import Part, ProbeBudget, ProbeData, TuningBudget
+from hf_immunize.attacks.finetune import changed_parameters, features_of, fine_tune, prepare
 from hf_immunize.attacks.presets import ATTACKERS
+from hf_immunize.attacks.probes import ridge_head
 from hf_immunize.errors import DataError
 
 
 NAMES = ["last_stage", "whole_network", "bias_only", "lora_r2"]
+OTHERS = ["ridge_start", "reinitialized", "visual_prompt", "batchnorm_ridge"]
 SMALL = Part(*pictures(16, 0), *pictures(8, 1), CLASSES)
 
 
@@ -19,7 +21,7 @@ def budget(trial_steps=1, optimizers=None):
 
 
 @pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + OTHERS)
 def test_the_attacked_model_stays_as_it_was(name, build):
     model, before = build(), build().state_dict()
     ATTACKERS[name].run(model, SMALL, budget(), 0)
@@ -28,7 +30,7 @@ def test_the_attacked_model_stays_as_it_was(name, build):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_trained_is_what_the_name_says_and_the_head_is_that_of_the_seed(name):
-    attacked = [prepare(tiny_vit(seed), name, CLASSES, 7) for seed in (0, 1)]
+    attacked = [prepare(tiny_vit(seed), name, SMALL, 7) for seed in (0, 1)]
     assert torch.equal(attacked[0].classifier.weight, attacked[1].classifier.weight)
     trained = {key for key, p in attacked[0].named_parameters() if p.requires_grad}
     body, every = trained - {"classifier.weight", "classifier.bias"}, dict(attacked[0].named_parameters())
@@ -47,6 +49,54 @@ def test_one_diverging_rate_does_not_hide_a_sound_one_and_settings_of_an_earlier
     chosen = {"optimizer": "sgd", "learning_rate": 0.5, "batch_statistics": False}
     found = fine_tune("bias_only", tiny_vit(), SMALL, budget(), 0, chosen=chosen)
     assert (found.trials, found.settings["learning_rate"]) == (1, 0.5)
+
+
+# ---- where it begins, and what is put in without a step
+
+
+def test_from_the_ridge_solution_the_head_names_what_ridge_names_before_the_first_step():
+    part = Part(*pictures(80, 0), *pictures(40, 1), CLASSES)
+    attacked = prepare(tiny_vit(), "ridge_start", part, 0)
+    Z, Z_test = (features_of(tiny_vit(), pixels, "classifier") for pixels in (part.Z, part.Z_test))
+    weight, bias = ridge_head(ProbeData(Z, part.y, Z_test, part.y_test, CLASSES), 0)
+    with torch.no_grad():
+        named = attacked(pixel_values=part.Z_test).logits.argmax(dim=1)
+    assert torch.equal(named, (Z_test.double() @ weight.mT + bias).argmax(dim=1))
+    found = ATTACKERS["ridge_start"].run(tiny_vit(), part, budget(), 0)
+    assert found.steps == [0, 1, 2] and found.curve[0] == (named == part.y_test).double().mean() > 0.9
+
+
+def test_drawn_anew_is_the_last_stage_alone():
+    models = [tiny_resnet(seed) for seed in (0, 1)]
+    models[0].resnet.encoder.stages[1].layers[0].layer[1].normalization.running_mean += 5
+    (one, other), was = [prepare(m, "reinitialized", SMALL, 3).state_dict() for m in models], models[0].state_dict()
+    same = {name for name in was if torch.equal(one[name], other[name])}
+    kept = {name for name in was if torch.equal(one[name], was[name])} - same
+    last = {name for name in was if "stages.1" in name or "classifier" in name}
+    assert last <= same and kept and not kept & last
+
+
+def test_a_prompt_is_a_few_thousand_pixels_for_every_image_and_begins_as_none():
+    model = tiny_vit()
+    attacked = prepare(model, "visual_prompt", SMALL, 0)
+    trained = {name: p.numel() for name, p in attacked.named_parameters() if p.requires_grad}
+    assert trained.keys() == {"prompt", "classifier.weight", "classifier.bias"} and trained["prompt"] <= 3072
+    features = [features_of(one, SMALL.Z, "classifier") for one in (model, attacked)]
+    assert torch.equal(*features)
+    attacked.prompt.data += 1
+    assert not torch.allclose(features[0], features_of(attacked, SMALL.Z, "classifier"))
+
+
+@torch.no_grad()
+def test_statistics_of_the_harmful_images_activate_what_frozen_ones_hid():
+    model, part = tiny_resnet(), Part(*pictures(80, 0), *pictures(40, 1), CLASSES)
+    for norm in [one for one in model.modules() if isinstance(one, torch.nn.BatchNorm2d)]:
+        norm.running_mean += 1e3  # every ReLU after it is dead
+    Z, Z_test = (features_of(model, pixels, "classifier.1") for pixels in (part.Z, part.Z_test))
+    hidden = ATTACKERS["ridge"].run(ProbeData(Z, part.y, Z_test, part.y_test, CLASSES), ProbeBudget(), 0)
+    assert hidden.accuracy == 1 / CLASSES
+    assert ATTACKERS["batchnorm_ridge"].run(model, part, budget(), 0).accuracy > 0.9
+    assert not ATTACKERS["batchnorm_ridge"].applies(tiny_vit())
 
 
 # ---- public weights

@@ -13,12 +13,14 @@ from audit_sample import attack, make, sample_data, with_random
 from scipy import stats
 
 from hf_immunize import audit
-from hf_immunize.attacks.presets import find_preset
+from hf_immunize.attacks.attacker import ProbeBudget, ProbeData
+from hf_immunize.attacks.presets import ATTACKERS, find_preset
 from hf_immunize.audit.head_start import costs, find_head_start, removed_share
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import Utility
 from hf_immunize.audit.statistics import gap, summarize
 from hf_immunize.audit.verdict import CLAIMS, Kind, judge
+from hf_immunize.features.extract import choose_views, extract_views, find_layers
 from hf_immunize.hub.record import AuditRecord, from_plain
 from hf_immunize.vision.loading import random_copy
 
@@ -160,7 +162,7 @@ def patterns():
 
 def untrained(seed):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     return hf.ViTForImageClassification(hf.ViTConfig(image_size=SIZE, patch_size=SIZE, num_labels=2, **sizes)).eval()
 
 
@@ -245,6 +247,20 @@ def test_of_a_model_whose_benign_accuracy_collapsed_this_is_said_first_and_nothi
     assert found[0].kind is Kind.BROKEN and not {one.kind for one in found} & CLAIMS
     assert removed(audits["collapsed"]).loc["head_input", "removed"] > 0.7
     assert audits["collapsed"].for_card()["strongest"]["head_input"]["removed"] is None
+
+
+@torch.no_grad()
+def test_hidden_units_are_read_that_a_block_does_not_let_out():
+    model, sides = knowing(), [crosses(120, 0), crosses(300, 1)]
+    model.vit.layers[0].mlp.fc2.weight.zero_()
+    layers = find_layers(model, sides[0][0], 8)
+    views, _ = choose_views(layers, 420, 10_000, 2**30, True)
+    train, test = (extract_views(model, [side[0]], views).views for side in sides)
+    data = {name: ProbeData(train[name], sides[0][1], test[name], sides[1][1], 2) for name in train}
+    read = {name: ATTACKERS["ridge"].run(one, ProbeBudget(), 0).accuracy for name, one in data.items()}
+    inside = {name: read.pop(name) for name in list(read) if "fc2" in name}
+    assert list(inside) == [f"input of vit.layers.{i}.mlp.fc2 (pooled)" for i in (0, 1)]
+    assert max(inside.values()) > 0.95 and max(read.values()) < 0.7
 
 
 def test_copies_are_of_one_kind_with_weights_of_their_seed():
