@@ -89,7 +89,7 @@ def audit(model: str, **given: Any) -> None:
     starting weights back. Each tunes its own settings on a part of its training images. The same attacks with the
     same draws run on the reference. The strongest one counts.
 
-    Finished attacks are kept in the output folder. After an interruption the same command goes on where it was.
+    Finished attacks are kept in the output folder. After an interruption the same command resumes.
     --steps and --seeds change the preset's budget; the report says so. It runs in one process; of several that
     `torchrun` started the others end at once.
 

@@ -27,9 +27,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help=(
-        "Immunize vision models of Hugging Face Transformers: make adapting them to a harmful task by linear probing "
-        "hard, keep the benign task, and measure both.\n\n"
-        "Start with `hf-immunize demo`; then `hf-immunize train --help` for your own model and images."
+        "Make a vision model of Hugging Face Transformers slow to adapt to a harmful task, keep its own task, and "
+        "measure both.\n\n"
+        "Start with `hf-immunize demo`. For your own model and images see `hf-immunize train --help`."
     ),
 )
 
@@ -44,10 +44,10 @@ def options(version: Annotated[bool, typer.Option("--version", help="Show the ve
 
 @app.command()
 def demo(
-    output_dir: Annotated[Path, typer.Option(help="For checkpoint, card and figure.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the split, the weights and the training.")] = 0,
+    output_dir: Annotated[Path, typer.Option(help="Folder for checkpoint, card and figure.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of split, weights and training.")] = 0,
 ) -> None:
-    """The main job on real data in under two minutes, without a network.
+    """Immunize a small model on handwritten digits: two minutes, no network.
 
     Trains a small ViT on the handwritten digits 0 to 4 (scikit-learn), immunizes it against the digits 5 to 9,
     measures both tasks exactly, attacks the harmful one by linear probing, and says in one sentence what was achieved.

@@ -65,15 +65,15 @@ class DataArguments:
         metadata={"help": "With --dataset: the harmful classes, by name or number.", "action": "extend"},
     )
     distillation: str | None = _option(
-        None, "Images on which the model shall stay what it was: 'views' of the benign ones (default), others, 'none'."
+        None, "Images on which the model must not change: 'views' of the benign ones (default), others, or 'none'."
     )
     benign_eval: str | None = _option(None, "Benign images to measure on.")
     harmful_eval: str | None = _option(None, "Harmful images to measure on.")
-    eval_fraction: float = _option(0.3, "Part held out for measuring where there is no validation or test split.")
+    eval_fraction: float = _option(0.3, "Share held out to measure on, where there is no validation or test split.")
     model_revision: str = _option("main", "Branch, tag or commit of the model on the Hub.")
     new_head: bool = _option(False, "Replace the classifier by one for the benign classes.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model.")
-    max_images: int | None = _option(None, "At most so many images of each set.")
+    max_images: int | None = _option(None, "Use at most this many images of each set.")
 
     def __post_init__(self) -> None:
         if not self.model:
