@@ -11,11 +11,13 @@ from griffe import Extension
 from typer.cli import get_docs_for_click
 
 import hf_immunize
+from hf_immunize.attacks.presets import ATTACKERS, PRESET_VERSION
 from hf_immunize.cli.main import app
 from hf_immunize.cli.train import DataArguments
 from hf_immunize.features.extract import Measurement, spectral_metrics
 from hf_immunize.hub import record
 from hf_immunize.training.arguments import ImmunizationArguments
+from hf_immunize.training.objectives import OBJECTIVES
 
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +52,17 @@ METRICS = {
     "rir_is_lower_bound": "1.0 where the true ratio may be larger",
     "rir_is_upper_bound": "1.0 where the true ratio may be smaller",
 }
+ARGUMENTS_HEAD = """\
+# Arguments
+
+`ImmunizationArguments` is `transformers.TrainingArguments` with these fields added or given another default.
+`hf-immunize train` takes each as a flag. [The class][hf_immunize.training.arguments.ImmunizationArguments] explains
+them at length."""
+ATTACKERS_HEAD = f"""\
+# Attackers
+
+`hf-immunize audit --attackers NAME,NAME` runs some of them. *From* is the smallest preset that runs one; the presets
+are of version {PRESET_VERSION}. Some of those at the classifier's input also run at every earlier stage."""
 METRICS_HEAD = """\
 # Metrics
 
@@ -66,8 +79,8 @@ weights."""
 def pages():
     """Path below docs/ to the text of every generated page."""
     found = {f"reference/api/{page}.md": api(page) for page in API}
-    written = {"command-line": command_line, "arguments": arguments, "metrics": metrics, "record": schema}
-    return found | {f"reference/{name}.md": make() for name, make in (written | {"card": card}).items()}
+    written = {"command-line": command_line} | {one.__name__: one for one in (arguments, metrics, attackers, card)}
+    return found | {f"reference/{name}.md": make() for name, make in (written | {"record": schema}).items()}
 
 
 def on_files(files, config):
@@ -144,11 +157,16 @@ def command_line():
 def arguments():
     """The fields that `ImmunizationArguments` adds or changes."""
     rows = [(f"`{name}`", default, meaning) for name, default, meaning in options_of(ImmunizationArguments)]
-    return (
-        "# Arguments\n\n`ImmunizationArguments` is `transformers.TrainingArguments` with these fields added or given "
-        "another default. `hf-immunize train` takes each as a flag. [The class][hf_immunize.training.arguments."
-        "ImmunizationArguments] explains them at length.\n\n" + table(("argument", "default", "meaning"), rows) + "\n"
-    )
+    terms = [(f"`{name}`", inspect.getdoc(kind).split("\n\n")[0]) for name, kind in OBJECTIVES.items()]
+    objectives = f"## Objectives\n\n{table(('objective', 'what it does'), terms)}"
+    return f"{ARGUMENTS_HEAD}\n\n{table(('argument', 'default', 'meaning'), rows)}\n\n{objectives}\n"
+
+
+def attackers():
+    """Every attacker of the audit."""
+    access = {"head_input": "the classifier's input", "fine_tuning": "all weights"}
+    rows = [(f"`{one.name}`", one.label, access[one.access], one.preset) for one in ATTACKERS.values()]
+    return f"{ATTACKERS_HEAD}\n\n{table(('name', 'attacker', 'has', 'from'), rows)}\n"
 
 
 def schema():

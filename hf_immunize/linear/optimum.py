@@ -110,6 +110,11 @@ class Ceiling:
         tolerance: Sine of the angle above which a harmful direction counts as outside the benign row space.
         dim: ``D``.
         num_benign, num_harmful: Samples. With fewer than ``dim`` the numbers describe the sample, not the task.
+
+    Example:
+        >>> found = rir_ceiling(torch.diag(torch.tensor([2.0, 1.0])), torch.diag(torch.tensor([1.0, 3.0])))
+        >>> [round(number, 6) for point in found.frontier(2) for number in point]
+        [1.0, 0.25, 4.0, 4.0, 1.0, 16.0]
     """
 
     value: float

@@ -51,6 +51,10 @@ class ProbingTime:
         max_steps: The budget.
         curve: ``(T,)`` float64, the fitted share after steps 1 to T, where the largest share is reached or the
             budget ends.
+
+    Example:
+        >>> probing_time(torch.diag(torch.tensor([3.0, 1.0, 0.0])), torch.tensor([0, 1, 2])).steps
+        {0.5: 1, 0.9: 3, 0.99: 6}
     """
 
     method: str

@@ -33,6 +33,10 @@ class Conditioning:
             is ``Z_cᵀZ_c`` once the intercept is eliminated.
         set_by_norm: Whether σ_min is of the one direction in which all features are the same, as a LayerNorm makes
             them: of ``Z − mean`` it is gone. Such a κ says nothing of the task; take the one with an intercept.
+
+    Example:
+        >>> print(feature_conditioning(torch.diag(torch.tensor([3.0, 1.0]))))
+        κ = 9 (rank 2, N = 2, D = 2)
     """
 
     kappa: float

@@ -42,6 +42,12 @@ class ImmunizationRatio:
             "upper" (benign rank lost, or harmful rank gained), "undetermined" (one of each: no statement).
         protocol: "exact", "intercept", "groups" or "reference".
         harmful, harmful_reference, benign, benign_reference: The conditionings behind it, for the first two.
+
+    Example:
+        >>> Z, ill = [[1.0, 0.0], [0.0, 1.0]], [[10.0, 0.0], [0.0, 1.0]]
+        >>> found = relative_immunization_ratio(harmful=ill, harmful_reference=Z, benign=Z, benign_reference=Z)
+        >>> round(found.log10_rir, 6), found.bound
+        (2.0, None)
     """
 
     rir: float
