@@ -141,3 +141,10 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     assert len(TEXTS["README.md"].splitlines()) <= 150
     links = re.findall(r"\]\((?!https?:)([^)#]+)", TEXTS["README.md"])
     assert len(links) > 20 and all((ROOT / link).exists() for link in links)
+
+
+def test_what_the_readme_says_of_the_audit_stands_on_its_page():
+    said = TEXTS["README.md"].split("- **Fine-tuning**")[1].split("\n\n")[0]
+    page = (ROOT / "docs" / "results" / "audit-demo.md").read_text(encoding="utf-8").replace("%", " %")
+    shares = re.findall(r"\d+\.\d %", said)
+    assert len(shares) == 4 and all(share in page for share in shares), "take them from docs/results/audit-demo.md"
