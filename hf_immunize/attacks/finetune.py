@@ -253,17 +253,26 @@ def reestimate(
     """BatchNorm takes the statistics of the harmful images, then ridge: what frozen statistics hid is seen again."""
     head_name, _ = find_head(model, head_module)
     attacked = copy.deepcopy(model).float().eval()
-    norms = [module for module in attacked.modules() if isinstance(module, _BatchNorm)]
+    take_statistics(attacked, data.Z, seed)
+    Z, Z_test = (features_of(attacked, pixels, head_name) for pixels in (data.Z, data.Z_test))
+    return ridge(ProbeData(Z, data.y, Z_test, data.y_test, data.num_classes), ProbeBudget(), seed)
+
+
+@torch.no_grad()
+def take_statistics(model: nn.Module, pixels: Tensor, seed: int) -> None:
+    """BatchNorm takes its statistics from one pass over pixel values, their mean over batches."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the mean over batches
+        norm.momentum = None
         norm.train()
-    device = next(attacked.parameters()).device
-    with torch.no_grad():
-        for rows in minibatches(len(data.y), 64, -(-len(data.y) // 64), seed):
-            attacked(pixel_values=data.Z[rows].to(device))
-    Z, Z_test = (features_of(attacked.eval(), pixels, head_name) for pixels in (data.Z, data.Z_test))
-    return ridge(ProbeData(Z, data.y, Z_test, data.y_test, data.num_classes), ProbeBudget(), seed)
+    device = next(model.parameters()).device
+    for rows in minibatches(len(pixels), 64, -(-len(pixels) // 64), seed) if norms else []:
+        model(pixel_values=pixels[rows].to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 def _has_batchnorm(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 
 from hf_immunize.attacks.attacker import Found, Part, ProbeData, guarded
-from hf_immunize.attacks.finetune import changed_parameters
+from hf_immunize.attacks.finetune import changed_parameters, take_statistics
 from hf_immunize.attacks.presets import ATTACKERS, PRESET_VERSION, Preset
 from hf_immunize.audit.journal import Journal, fingerprint, key_of
 from hf_immunize.audit.report import AuditReport
@@ -201,6 +201,8 @@ def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progres
 
 # Seeds of random weights begin here: no model under test was drawn with them.
 _RANDOM_SEED = 2**31
+# Images that BatchNorm of random copies takes its statistics from.
+_STATISTICS = 256
 # Pixels of more squares than this a side are averaged over squares.
 _PIXELS = 32
 
@@ -243,7 +245,7 @@ class Work:
         count = self.preset.random_copies if "reference" in self.models else 0
         self.random = [Version("random", seed) for seed in range(count)]
         # One at a time: copies of large models are drawn again rather than held.
-        self._copy = lru_cache(maxsize=1)(lambda seed: random_copy(self.models["reference"], _RANDOM_SEED + seed))
+        self._copy = lru_cache(maxsize=1)(self._drawn)
         if self.random and self.model_of(self.random[0]) is None:
             self.random = []
             self.warnings.append(
@@ -294,6 +296,14 @@ class Work:
         rows, flat = len(task.train) + len(task.test), bool(self.preset.flattened_probes)
         views, left_out = choose_views(layers, rows, self.preset.layer_entries, self.memory, flat)
         return [one for one in views if one[1] == "flattened" or self.preset.layer_probes], left_out
+
+    def _drawn(self, seed: int) -> Any:
+        """A copy with random weights; without statistics of images BatchNorm would let nothing through."""
+        model, images = random_copy(self.models["reference"], _RANDOM_SEED + seed), self.tasks[0].train
+        if model is not None:
+            rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:_STATISTICS]
+            take_statistics(model, images.pixels(self.processor, rows), seed)
+        return model
 
     # ---- probes
 

@@ -359,11 +359,13 @@ def find_layers(
         return []
     wanted = [Layer(next(iter(blocks)), True, ()), *(Layer(name, False, ()) for name in blocks)]
     relus = [Layer(name, True, ()) for name, module in model.named_modules() if isinstance(module, RELUS)]
-    inner = {name: layer for name, block in blocks.items() for layer in _hidden_units(name, block)}
+    inner = {name: _hidden_units(name, block) for name, block in blocks.items()}
     head = find_head(model, head_module)[1]
-    every = {*wanted, *relus, *inner.values()}
-    (batch,) = run_batches(model, head, [{"pixel_values": pixel_values[:1]}], layers=every)
-    passed = {layer: value for layer, value in batch.layers.items() if value.dim() in (3, 4) and len(value) == 1}
+    # Two images tell what is of an image from what is of the network, such as biases of positions.
+    two = {"pixel_values": pixel_values[:1].repeat(2, 1, 1, 1)}
+    every = {*wanted, *relus, *(unit for units in inner.values() for unit in units)}
+    (batch,) = run_batches(model, head, [two], layers=every)
+    passed = {layer: value for layer, value in batch.layers.items() if value.dim() in (3, 4) and len(value) == 2}
     shapes = {layer: tuple(value.shape[1:]) for layer, value in passed.items()}
     found = [layer for layer in wanted if layer in shapes]
     # (C, h, w) or (T, C): what changes between stages is the grid.
@@ -375,16 +377,17 @@ def find_layers(
         chosen = np.unique(np.linspace(0, len(found) - 1, max_layers).round().astype(int))
         found = [found[i] for i in chosen]
     found = _with_relus(found, [layer for layer in shapes if not layer.inner], set(relus))
-    read = {*found, *(inner[layer.name] for layer in found if not layer.before and layer.name in inner)}
+    units = [[unit for unit in inner.get(layer.name, []) if unit in shapes] for layer in found if not layer.before]
+    read = {*found, *(one[-1] for one in units if one)}
     return [replace(layer, shape=shape) for layer, shape in shapes.items() if layer in read]
 
 
 def _hidden_units(name: str, block: nn.Module) -> list[Layer]:
-    """What enters the linear layer of a block that narrows most, the last of several: its hidden units, as used."""
+    """What enters the linear layers of a block that narrow, hidden units as they are used; what narrows most last."""
     linear = [(part, one) for part, one in block.named_modules() if isinstance(one, nn.Linear)]
-    narrowing = [(one.in_features / one.out_features, index) for index, (_, one) in enumerate(linear)]
-    ratio, index = max(narrowing, default=(0, 0))
-    return [Layer(f"{name}.{linear[index][0]}", True, (), inner=True)] if ratio > 1 else []
+    linear = [(part, one) for part, one in linear if one.in_features > one.out_features]
+    linear.sort(key=lambda named: named[1].in_features / named[1].out_features)
+    return [Layer(f"{name}.{part}", True, (), inner=True) for part, _ in linear]
 
 
 def _with_relus(found: list[Layer], passed: list[Layer], relus: set[Layer]) -> list[Layer]:

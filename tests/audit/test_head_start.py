@@ -1,9 +1,9 @@
 """Head start and what is removed of it: the figures, and audits of models whose answer is known."""
 
-import copy
 import math
 from dataclasses import replace
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -14,6 +14,7 @@ from scipy import stats
 
 from hf_immunize import audit
 from hf_immunize.attacks.attacker import ProbeBudget, ProbeData
+from hf_immunize.attacks.finetune import take_statistics
 from hf_immunize.attacks.presets import ATTACKERS, find_preset
 from hf_immunize.audit.head_start import costs, find_head_start, removed_share
 from hf_immunize.audit.report import AuditReport
@@ -22,6 +23,8 @@ from hf_immunize.audit.statistics import gap, summarize
 from hf_immunize.audit.verdict import CLAIMS, Kind, judge
 from hf_immunize.features.extract import choose_views, extract_views, find_layers
 from hf_immunize.hub.record import AuditRecord, from_plain
+from hf_immunize.vision.bare import with_linear_head
+from hf_immunize.vision.head import penultimate_features
 from hf_immunize.vision.loading import random_copy
 
 
@@ -270,4 +273,18 @@ def test_copies_are_of_one_kind_with_weights_of_their_seed():
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     name = "vit.layers.0.mlp.fc1.weight"
     assert not torch.equal(states[0][name], states[2][name])
-    assert not torch.equal(states[0][name], copy.deepcopy(model).state_dict()[name])
+    assert not torch.equal(states[0][name], model.state_dict()[name])
+    headed = with_linear_head(hf.ViTModel(model.config), 3, "cls")
+    drawn = random_copy(headed, 1)
+    assert drawn.state_dict().keys() == headed.state_dict().keys()
+    name = name.replace("vit", "backbone")
+    assert not torch.equal(drawn.state_dict()[name], headed.state_dict()[name])
+
+
+@pytest.mark.parametrize("name", families.BUILDERS)
+def test_images_pass_through_random_weights_of_every_family(name):
+    """Without statistics of images, BatchNorm lets nothing through a deep network: there would be no floor."""
+    drawn, pixels = random_copy(families.BUILDERS[name](), 5), torch.randn(40, 3, 32, 32)
+    take_statistics(drawn, pixels, 0)
+    with torch.no_grad():
+        assert penultimate_features(drawn, pixels[:8]).std(dim=0).mean() > 1e-3

@@ -2,6 +2,7 @@
 
 import math
 
+import families
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from hf_immunize.features.extract import (
     spectral_metrics,
 )
 from hf_immunize.vision.head import penultimate_features
+from hf_immunize.vision.scope import block_modules
 
 
 # ---- the loop
@@ -79,6 +81,19 @@ def test_what_enters_the_last_relu_of_a_stage_is_read_before_it(inplace):
     found = extract_views(model, [pixels], views_of(model, pixels)[0]).views
     before = [value for name, value in found.items() if name.startswith("input of") and "(flattened)" in name][-1]
     assert (before < 0).any() and torch.equal(before.relu(), list(found.values())[-1])
+
+
+@pytest.mark.parametrize("name", families.BUILDERS)
+def test_every_view_of_every_family_has_a_row_for_each_image(name):
+    model, pixels = families.BUILDERS[name](), torch.randn(5, 3, 32, 32)
+    views, _ = choose_views(find_layers(model, pixels, 8), 5, 10**6, 2**30, True)
+    found = extract_views(model, [pixels], views).views
+    assert {len(value) for value in found.values()} == {5}
+    linear = any(
+        isinstance(part, torch.nn.Linear) for block in block_modules(model).values() for part in block.modules()
+    )
+    assert any(layer.inner for layer, _ in views) == linear
+    assert all(view == "pooled" for layer, view in views if layer.inner)
 
 
 @pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
