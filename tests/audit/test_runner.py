@@ -62,6 +62,7 @@ def test_models_of_half_precision_are_attacked_in_float32(models, harmful, tiny_
 
 
 def test_an_interrupted_audit_goes_on_where_it_was(models, harmful, tiny_preset, tmp_path, monkeypatch):
+    tiny_preset = replace(tiny_preset, random_copies=2)
     whole = run(models, harmful, tiny_preset)
     run(models, harmful, tiny_preset, run_dir=tmp_path)
     path = tmp_path / "outcomes.jsonl"
