@@ -22,7 +22,7 @@ from hf_immunize.training.arguments import ImmunizationArguments
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {
-    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     if path.parent.name != "results"
 }
