@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import typer
-from griffe import Extension
 from typer.cli import get_docs_for_click
 
 import hf_immunize
@@ -90,16 +89,6 @@ def on_files(files, config):
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
     return files
-
-
-class Examples(Extension):
-    """Sections called Example, which griffe knows in the plural alone, and would take for prose."""
-
-    def on_object(self, *, obj, **_):
-        """Called with every object that has a docstring."""
-        if obj.docstring is not None:
-            text = obj.docstring.value.replace("[!NOTE]", "**Note**")
-            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
 
 
 def page_of(module):

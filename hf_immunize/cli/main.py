@@ -42,7 +42,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Show the ve
         raise typer.Exit
 
 
-@app.command()
+@app.command(short_help="Immunize a small model on handwritten digits: two minutes, no network.")
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for checkpoint, card and figure.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of split, weights and training.")] = 0,
