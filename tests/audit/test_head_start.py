@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from attacked import rows_of
+from attacked import rows_of, tiny_vit
 from audit_sample import attack, make, sample_data, with_random
 from scipy import stats
 
@@ -288,3 +288,23 @@ def test_images_pass_through_random_weights_of_every_family(name):
     take_statistics(drawn, pixels, 0)
     with torch.no_grad():
         assert penultimate_features(drawn, pixels[:8]).std(dim=0).mean() > 1e-3
+
+
+class Particular(hf.ViTForImageClassification):
+    """A class that its config alone does not build."""
+
+    def __init__(self, config, secret):
+        super().__init__(config)
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_without_a_sound_copy_the_audit_goes_on_and_says_what_it_lacks(built, monkeypatch, tiny_preset, harmful):
+    model, reference = (Particular(tiny_vit().config, 1).eval() for _ in range(2))
+    preset = replace(tiny_preset.only(["ridge", "bias_only"]), random_copies=2)
+    if built:  # with weights that overflow
+        drawn = tiny_vit()
+        drawn.vit.layernorm.bias.data.fill_(torch.inf)
+        monkeypatch.setattr("hf_immunize.audit.run.random_copy", lambda model, seed: drawn)
+    found = audit(model, harmful=harmful, reference=reference, preset=preset, progress=False).data
+    assert not [one for one in found.outcomes if one.subject == "random"]
+    assert sum("random" in one or "config" in one for one in found.warnings) == 1 + built
