@@ -1,4 +1,4 @@
-"""Write the table of model families: what "last_stage" means in each, how much of it moves, what the head sees.
+"""Write the table of model families: what "last_stage" means in each, how much of it is trainable, what the head sees.
 
 python -m examples.backbones_page --output docs/backbones.md
 
@@ -69,7 +69,7 @@ def row(kind: str, family: Family) -> list[str]:
 
 def page() -> str:
     """The whole page."""
-    columns = ["family", "sizes of", "last stage", "moves", "of", "share", "D", "the head sees", "checkpointing"]
+    columns = ["family", "sizes of", "last stage", "trainable", "of", "share", "D", "the head sees", "checkpointing"]
     rows = [columns, ["---", "---", "---", "---:", "---:", "---:", "---:", "---", "---"]]
     rows += [row(kind, family) for kind, family in SHOWN.items()]
     lines = [
