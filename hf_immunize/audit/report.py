@@ -316,7 +316,8 @@ def _layers(summaries: Sequence[Summary], chance: float) -> list[dict[str, Any]]
     """Best probe at each layer by subject, the layers in the audit's order, the classifier's input last."""
     probes = [one for one in summaries if one.task == "harmful" and one.access != "fine_tuning"]
     rows = []
-    for layer in dict.fromkeys(one.layer for one in sorted(probes, key=lambda one: one.access == "head_input")):
+    own = [one for one in probes if one.subject != "random"]  # pixels are no layer
+    for layer in dict.fromkeys(one.layer for one in sorted(own, key=lambda one: one.access == "head_input")):
         row: dict[str, Any] = {"layer": layer, "chance": chance}
         best = worst_by_subject([one for one in probes if one.layer == layer])
         for subject, one in best.items():

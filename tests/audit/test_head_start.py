@@ -230,6 +230,11 @@ def test_much_is_at_stake_of_weights_that_know_what_pixels_do_not_tell(audits):
     assert (removed(audits["the reference itself"])["head_start"] > 0.3).all()
 
 
+def test_every_layer_is_read_from_random_weights_too_and_pixels_are_none(audits):
+    layers = audits["the reference itself"].tables()["layers"]
+    assert layers["random_accuracy"].notna().all() and not layers["layer"].str.contains("pixels").any()
+
+
 def test_of_the_reference_itself_nothing_is_removed(audits):
     found = removed(audits["the reference itself"])
     assert (found["removed"] == 0).all() and (found["removed_low"] <= 0).all() and (found["removed_high"] >= 0).all()
