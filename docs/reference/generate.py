@@ -37,6 +37,10 @@ METRICS = {
     "{side}_probing_steps": "steps of gradient descent with exact line search until a probe with an intercept has "
     "fitted 80 % of what least squares fits on the starting features (10,000 at most)",
     "{side}_probing_is_lower_bound": "1.0 where those steps did not suffice",
+    "{side}_probing_of_components": "1.0 where no image has a label, so that the probe fits the leading components of "
+    "the starting features",
+    "{side}_conjugate_gradient_steps": "the same steps by conjugate gradient",
+    "{side}_conjugate_gradient_is_lower_bound": "1.0 where those did not suffice",
     "probing_time_ratio": "growth of the harmful steps over the growth of the benign ones",
     "probing_time_ratio_is_lower_bound": "1.0 where the harmful steps did not suffice",
     "probing_time_ratio_is_upper_bound": "1.0 where the benign steps did not suffice",

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from hf_immunize.data.images import ImageCollator
 from hf_immunize.errors import NonFiniteError, RankError, ScopeError
-from hf_immunize.linear.time import PROBED, streamed_spectrum, time_of_spectrum
+from hf_immunize.linear.time import PROBED, component_spectra, streamed_spectrum, time_of_spectrum
 from hf_immunize.spectra.conditioning import Conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.spectra.streaming import FeatureFactor
@@ -145,15 +145,19 @@ class Measurement:
     factor: FeatureFactor = field(default_factory=FeatureFactor)
     checksum: float = 0.0
     class_sums: Tensor | None = None  # (C, 1 + D), of ones and features by class; None unless all have a class
-    _spectrum: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    # Of images without a class, numbers to know them by, (n,), and features, (n, D): targets come of the reference.
+    unlabelled: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     def update(self, features: Tensor, pixel_values: Tensor, labels: Tensor | None = None) -> None:
         """Fold in a batch: features ``(n, D)`` of images ``(n, C, H, W)``, with class numbers ``(n,)`` or without."""
         first = self.factor.num_samples == 0
-        self.checksum += images_checksum(pixel_values)
+        numbers = _image_numbers(pixel_values)
+        self.checksum += float(numbers.sum())
         self.factor.update(features)
         sums = _class_sums(features, labels)
-        self.class_sums, self._spectrum = sums if first else _added(self.class_sums, sums), None
+        self.class_sums = sums if first else _added(self.class_sums, sums)
+        if sums is None:
+            self.unlabelled.append((numbers, features.detach().cpu()))
 
     def merge(self, other: Measurement) -> None:
         """Fold in the measurement of other images through the same weights, as of another process."""
@@ -163,13 +167,18 @@ class Measurement:
         self.checksum += other.checksum
         self.factor.merge(other.factor)
         self.class_sums = other.class_sums if first else _added(self.class_sums, other.class_sums)
-        self._spectrum = None
+        self.unlabelled += other.unlabelled
 
     def spectrum(self) -> tuple[Tensor, Tensor] | None:
         """Eigenvalues and the classes' shares in their directions (see `streamed_spectrum`); None without classes."""
-        if self._spectrum is None and self.class_sums is not None:  # references are asked at every evaluation
-            self._spectrum = streamed_spectrum(self.factor, self.class_sums)
-        return self._spectrum
+        return None if self.class_sums is None else streamed_spectrum(self.factor, self.class_sums)
+
+    def rows(self) -> Tensor | None:
+        """Features ``(N, D)`` in an order that depends on the images alone; None unless all are without a class."""
+        if sum(len(numbers) for numbers, _ in self.unlabelled) != self.factor.num_samples:
+            return None
+        numbers, features = (torch.cat(parts) for parts in zip(*self.unlabelled, strict=True))
+        return features[numbers.argsort()]
 
     def same_data(self, other: Measurement) -> bool:
         """Whether both measurements are of the same images, in whatever order."""
@@ -185,12 +194,17 @@ class Measurement:
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `from_state_dict` restores."""
         state = {**self.factor.state_dict(), "checksum": torch.tensor(self.checksum, dtype=torch.float64)}
+        if self.unlabelled:
+            numbers, features = zip(*self.unlabelled, strict=True)
+            state |= {"numbers": torch.cat(numbers), "unlabelled": torch.cat(features)}
         return state if self.class_sums is None else {**state, "class_sums": self.class_sums}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> Measurement:
         """Restore a measurement from the tensors of `state_dict`."""
-        return cls(FeatureFactor.from_state_dict(state), float(state["checksum"]), state.get("class_sums"))
+        factor, classes = FeatureFactor.from_state_dict(state), state.get("class_sums")
+        rows = [(state["numbers"].cpu(), state["unlabelled"].cpu())] if "unlabelled" in state else []
+        return cls(factor, float(state["checksum"]), classes, rows)
 
 
 def _class_sums(features: Tensor, labels: Tensor | None) -> Tensor | None:
@@ -221,14 +235,14 @@ def of_side(name: str) -> Iterator[None]:
         raise NonFiniteError(f"Of the {name} images: {error}") from error
 
 
-def images_checksum(pixel_values: Tensor) -> float:
-    """A number by which to know images again: a sum over them, so that it does not depend on their order."""
-    # Each adds e + e², with e its mean squared pixel, where the weight of pixels rises from 1 to 2 over the image so
+def _image_numbers(pixel_values: Tensor) -> Tensor:
+    """A number of each image by which to know it again, ``(n,)`` float64 on the CPU; their sum is of the set."""
+    # Each is e + e², with e its mean squared pixel, where the weight of pixels rises from 1 to 2 over the image so
     # that a flipped one is another one, and the square so that the sum says more than the mean of all images together.
     rows = pixel_values.detach().float().flatten(1)
     weights = 1 + torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device) / rows.shape[1]
     energies = (rows.square() * weights).mean(dim=1).cpu().double()
-    return float((energies + energies.square()).sum())
+    return energies + energies.square()
 
 
 # After which a probe counts as not done: a tenth of a second.
@@ -236,27 +250,43 @@ _MOST_STEPS = 10_000
 
 
 class ProbingSteps(NamedTuple):
-    """Steps of gradient descent with exact line search, of a probe with an intercept, to the same fitted share.
+    """Steps of a probe with an intercept to the same fitted share, by gradient descent with exact line search.
 
     The share is `PROBED` of what least squares fits on the starting features, or what is fitted there in `max_steps`.
+    Conjugate gradient, which takes the fewest steps that any such method can, is what immunization does not stop.
     """
 
     before: int
     after: int | None  # None where it is not reached in `max_steps`
-    max_steps: int = _MOST_STEPS
+    max_steps: int
+    targets: str  # "classes", or "components": the leading ones of the starting features, where no image has a class
+    conjugate_before: int  # by conjugate gradient
+    conjugate_after: int | None
 
 
 def probing_steps(now: Measurement, before: Measurement | None) -> ProbingSteps | None:
     """How long a probe takes now and took before; None unless both are of the same images, of two classes at least."""
-    start = None if before is None or not now.same_data(before) else before.spectrum()
-    found = now.spectrum()
+    if before is None or not now.same_data(before):
+        return None
+    targets, start, found = "classes", before.spectrum(), now.spectrum()
+    rows = None if start else before.rows(), None if found else now.rows()
+    if rows[0] is not None and rows[1] is not None:
+        targets, (start, found) = "components", component_spectra(before.factor, rows[0], now.factor, rows[1])
     if found is None or start is None or not len(start[1]):
         return None
     of_start = time_of_spectrum(*start, max_steps=_MOST_STEPS)
     steps = min(of_start.steps[PROBED], _MOST_STEPS)
     goal = min(PROBED * of_start.attainable, float(of_start.curve[-1]))
-    after = time_of_spectrum(*found, fractions=(1.0,), attainable=goal, max_steps=_MOST_STEPS).steps[1.0]
-    return ProbingSteps(int(steps), int(after) if math.isfinite(after) else None)
+
+    def to_goal(spectrum: tuple[Tensor, Tensor], method: str) -> int | None:
+        if float(spectrum[1].sum()) < goal * (1 - 1e-9):
+            return None  # no number of steps would do
+        taken = time_of_spectrum(*spectrum, method, (1.0,), goal, _MOST_STEPS).steps[1.0]
+        return int(taken) if math.isfinite(taken) else None
+
+    conjugate = [to_goal(spectrum, "conjugate_gradient") for spectrum in (start, found)]
+    after = to_goal(found, "line_search")
+    return ProbingSteps(int(steps), after, _MOST_STEPS, targets, conjugate[0] or _MOST_STEPS, conjugate[1])
 
 
 def spectral_metrics(
@@ -271,8 +301,9 @@ def spectral_metrics(
     ``benign_rank``, ``benign_effective_rank``, the same for ``harmful``, and against the references ``rir``,
     ``log10_rir``, ``harmful_ratio``, ``benign_ratio`` with ``rir_is_lower_bound`` and ``rir_is_upper_bound``
     (both 1.0: no statement, and ``rir`` is NaN). A reference of other data, through the starting weights, is ignored.
-    Names that begin with ``intercept_`` are of a probe with an intercept. Where all images have a class,
-    ``benign_probing_steps`` and ``harmful_probing_steps`` are how long such a probe takes (see `probing_steps`), and
+    Names that begin with ``intercept_`` are of a probe with an intercept. Where all images have a class, or none has,
+    ``benign_probing_steps`` and ``harmful_probing_steps`` are how long such a probe takes (see `probing_steps`;
+    without classes, ``…_probing_of_components`` is 1.0), ``…_conjugate_gradient_steps`` by conjugate gradient, and
     ``probing_time_ratio`` is the growth of the harmful ones over that of the benign ones.
     """
     metrics: dict[str, float] = {}
@@ -282,6 +313,9 @@ def spectral_metrics(
         if steps is not None:
             metrics[f"{side}_probing_steps"] = float(steps.after or steps.max_steps)
             metrics[f"{side}_probing_is_lower_bound"] = float(steps.after is None)
+            metrics[f"{side}_probing_of_components"] = float(steps.targets == "components")
+            metrics[f"{side}_conjugate_gradient_steps"] = float(steps.conjugate_after or steps.max_steps)
+            metrics[f"{side}_conjugate_gradient_is_lower_bound"] = float(steps.conjugate_after is None)
     b, h = times.get("benign"), times.get("harmful")
     if b is not None and h is not None:
         grown = (h.after or h.max_steps) / h.before

@@ -61,6 +61,16 @@ _ROWS = (
     ("rank of harmful features", "eval_harmful_rank", "{:.0f}", "", ""),
     ("steps of a benign probe", "eval_benign_probing_steps", "{:,.0f}", "eval_benign_probing_is_lower_bound", ""),
     ("steps of a harmful probe", "eval_harmful_probing_steps", "{:,.0f}", "eval_harmful_probing_is_lower_bound", ""),
+    *(
+        (
+            f"steps of a {side} probe by conjugate gradient",
+            f"eval_{side}_conjugate_gradient_steps",
+            "{:,.0f}",
+            f"eval_{side}_conjugate_gradient_is_lower_bound",
+            "",
+        )
+        for side in ("benign", "harmful")
+    ),
     (
         INTERCEPT_ROW,
         "eval_intercept_rir",
@@ -140,6 +150,11 @@ def _metrics_of(record: ImmunizationRecord) -> tuple[dict[str, Any], dict[str, A
             before[f"eval_{side}_probing_steps"] = steps.before
             after[f"eval_{side}_probing_steps"] = steps.max_steps if steps.after is None else steps.after
             after[f"eval_{side}_probing_is_lower_bound"] = steps.after is None
+            if steps.conjugate_before is not None:
+                name, found = f"eval_{side}_conjugate_gradient", steps.conjugate_after
+                before[f"{name}_steps"] = steps.conjugate_before
+                after[f"{name}_steps"] = steps.max_steps if found is None else found
+                after[f"{name}_is_lower_bound"] = found is None
     for protocol, name in (("exact", "eval_rir"), ("intercept", "eval_intercept_rir")):
         if (ratio := record.ratios.get(protocol)) is not None:
             before[name] = 1.0
@@ -321,6 +336,8 @@ def _body(record: ImmunizationRecord, options: CardOptions, title: str) -> str:
         rows=rows,
         has_bounds=any(("≥" in row[2] or "≤" in row[2]) and not row[0].startswith("steps") for row in rows),
         has_steps=any(row[0].startswith("steps") for row in rows),
+        has_conjugate=any(row[0].endswith("conjugate gradient") for row in rows),
+        of_components=record.harmful_features.probing and record.harmful_features.probing.targets == "components",
         short=any(part is not None and part.num_samples < part.dim for part in parts),
         set_by_norm=any(part is not None and part.set_by_norm for part in parts),
         figures={name: _FIGURES.get(name, plain(name)) for name in record.figures},

@@ -162,6 +162,10 @@ class ProbingRecord(Part):
     before: Count  # through the reference weights
     after: Count | None  # through those beside the record; None where `max_steps` do not suffice
     max_steps: Count
+    # What is fitted: the classes, or, where no image has one, the leading components of the starting features.
+    targets: Annotated[str, _form("classes|components", "classes or components")] = "classes"
+    conjugate_before: Count | None = None  # by conjugate gradient; None where it was not measured
+    conjugate_after: Count | None = None  # None, where that is known, if `max_steps` do not suffice
 
 
 @dataclass
@@ -170,7 +174,7 @@ class SideRecord(Part):
 
     before: ConditioningRecord | None = None
     after: ConditioningRecord | None = None
-    probing: ProbingRecord | None = None  # None unless all images measured on have a class
+    probing: ProbingRecord | None = None  # None unless all images measured on have a class, or none has
 
 
 @dataclass

@@ -37,6 +37,8 @@ MAX_STEPS = 100_000
 # The share of what least squares fits at which evaluations count a task as probed: of networks measured, a probe then
 # has about 80 % of its final accuracy above chance; the last tenths depend on directions that hold little else.
 PROBED = 0.8
+# Leading components that stand for the classes of images without labels, at most.
+COMPONENTS = 10
 _TINY = 1e-12
 
 
@@ -161,10 +163,33 @@ def streamed_spectrum(factor: FeatureFactor, class_sums: Tensor) -> tuple[Tensor
     """
     counts, sums = class_sums[:, :1].double().cpu(), class_sums[:, 1:].double().cpu()
     energy = float(counts.sum() - counts.square().sum() / counts.sum())
+    return _spectrum_of(factor, sums - counts * (sums.sum(dim=0) / counts.sum()), energy)
+
+
+def component_spectra(
+    start: FeatureFactor, start_rows: Tensor, now: FeatureFactor, rows: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`target_spectrum` of features then and now, where no classes are known: the targets are the leading components.
+
+    Those of the centred starting features, `COMPONENTS` of them or as many as there are, each of the same energy, as
+    classes of one size have. Rows are of the same images in the same order; the factors are of these rows.
+    """
+    s, V = start.directions()
+    count = min(COMPONENTS, len(s))
+    shares, cross = torch.zeros_like(s), s.new_zeros(count, rows.shape[1])
+    shares[:count] = 1 / max(count, 1)
+    start_mean, mean = (of.mean(dim=0, dtype=torch.float64) for of in (start_rows, rows))
+    for then, here in zip(start_rows.split(4096), rows.split(4096), strict=True):
+        targets = (then.double() - start_mean) @ V[:, :count] / s[:count]
+        cross += targets.mT @ (here.double() - mean)
+    return (s.square(), shares), _spectrum_of(now, cross, float(count))
+
+
+def _spectrum_of(factor: FeatureFactor, cross: Tensor, energy: float) -> tuple[Tensor, Tensor]:
+    """From the factor of Z, ``Y_cᵀZ`` and the energy of the centred targets."""
     s, V = factor.directions()
     if energy <= 0 or not len(s):
         return s.new_zeros(0), s.new_zeros(0)
-    cross = sums - counts * (sums.sum(dim=0) / counts.sum())
     return s.square(), (cross @ V / s).square().sum(dim=0) / energy
 
 
@@ -350,12 +375,17 @@ def _conjugate_gradient(values: np.ndarray, shares: np.ndarray) -> Iterator[floa
     root = np.sqrt(q)
     residual = root * np.sqrt(shares)
     direction, norm = residual.copy(), float(residual @ residual)
+    smallest, earlier = norm * 1e-30, np.empty((len(q), 0))
     while True:
         image = q * direction
         curvature = float(direction @ image)
         # Once nothing is left but rounding, the quotient of two roundings would be a step of any size.
-        if curvature > 0 and norm > 0:
+        if curvature > 0 and norm > smallest and earlier.shape[1] < len(q):
+            # As in exact arithmetic: rounding would have it search directions twice, later on other machines.
+            earlier = np.column_stack([earlier, residual / math.sqrt(norm)])
             residual = residual - norm / curvature * image
+            for _ in range(2):
+                residual = residual - earlier @ (residual @ earlier)
             before, norm = norm, float(residual @ residual)
             direction = residual + norm / before * direction
         left = (residual / np.where(root > 0, root, 1.0)) ** 2

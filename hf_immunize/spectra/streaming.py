@@ -58,6 +58,7 @@ class FeatureFactor:
         self._folds = 0
         # Of the rows seen so far, once asked for: references are asked at every evaluation.
         self._sigma: dict[bool, Tensor] = {}
+        self._directions: tuple[Tensor, Tensor] | None = None
 
     def update(self, features: Any, produced_dtype: torch.dtype | None = None) -> "FeatureFactor":
         """Fold in a batch.
@@ -105,6 +106,8 @@ class FeatureFactor:
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """Singular values ``(r,)`` and right singular vectors ``(D, r)`` of ``Z − mean`` that the rank rule keeps."""
+        if self._directions is not None:
+            return self._directions
         part = self._whole()[1:, 1:].cpu()
         with decomposing("a factor"):
             _, s, Vh = torch.linalg.svd(part, full_matrices=False)
@@ -113,7 +116,8 @@ class FeatureFactor:
             kept = s > self.conditioning(intercept=True).cutoff
         except RankError:  # all rows are the same
             kept = torch.zeros_like(s, dtype=torch.bool)
-        return s[kept], Vh[kept].mT
+        self._directions = s[kept], Vh[kept].mT
+        return self._directions
 
     def conditioning(
         self, reference: "Conditioning | FeatureFactor | None" = None, *, intercept: bool = False
@@ -182,7 +186,7 @@ class FeatureFactor:
             )
         if self.produced_dtype is None or torch.finfo(dtype).eps > torch.finfo(self.produced_dtype).eps:
             self.produced_dtype = dtype
-        self.dim, self._sigma = dim, {}
+        self.dim, self._sigma, self._directions = dim, {}, None
         if self._buffer is None:
             block = self._block_rows or max(2 * dim, min(_BLOCK_PER_DIM * dim, _BUFFER_ENTRIES // dim), 256)
             # Features from a device without float64 (MPS) are folded on the CPU.

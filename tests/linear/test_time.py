@@ -1,15 +1,24 @@
 """Probing time against the iterations themselves, and the fitted fraction against autograd through them."""
 
+import itertools
 import math
 
+import mpmath
 import pytest
 import torch
 from matrices import gaussian, geometric, orthonormal, relative_error, with_singular_values
 
 from hf_immunize.errors import ArgumentError, RankError
-from hf_immunize.features.extract import Measurement, spectral_metrics
+from hf_immunize.features.extract import Measurement, probing_steps, spectral_metrics
 from hf_immunize.linear.algorithm import immunize_linear
-from hf_immunize.linear.time import fitted_fraction, probing_time, target_spectrum, time_map
+from hf_immunize.linear.time import (
+    component_spectra,
+    fitted_fraction,
+    probing_time,
+    target_spectrum,
+    time_map,
+    time_of_spectrum,
+)
 
 
 def features_and_targets(rows=30, columns=12, kappa=20.0, seed=0):
@@ -68,6 +77,65 @@ def test_what_is_streamed_has_the_spectrum_of_the_whole(scale):
         assert torch.allclose(found, expected / expected[0] if found[0] == 1 else expected, rtol=1e-8, atol=1e-10)
     parts[0].update(Z[:3], torch.zeros(3, 1, 2, 2))  # without classes
     assert parts[0].spectrum() is None
+
+
+@pytest.mark.parametrize("kappa", [1e1, 1e3, 1e6])
+def test_conjugate_gradient_fits_what_the_best_polynomial_does(kappa):
+    values = geometric(kappa, 12)
+    shares = gaussian(12, 1, 5).flatten().square()
+    curve = time_of_spectrum(values, shares / shares.sum(), "conjugate_gradient", (1.0,), 1.0, 14).curve
+    with mpmath.workdps(120):
+        lam, weights = ([mpmath.mpf(float(x)) for x in of] for of in (values, shares / shares.sum()))
+        for degree, found in enumerate(curve, start=1):  # the least Σ w_i p(λ_i)² over polynomials with p(0) = 1
+            powers = mpmath.matrix(12, min(degree, 12))
+            for i, j in itertools.product(range(12), range(min(degree, 12))):
+                powers[i, j] = mpmath.sqrt(weights[i]) * lam[i] ** (j + 1)
+            b = mpmath.matrix([mpmath.sqrt(weight) for weight in weights])
+            fitted = powers * mpmath.lu_solve(powers.T * powers, powers.T * b)
+            assert abs(float((fitted.T * b)[0]) - float(found)) < 1e-8
+
+
+def measured_in_parts(Z, order, parts=2):
+    """Features of images without labels, in batches dealt to processes and merged; pixels tell the images apart."""
+    found = [Measurement() for _ in range(parts)]
+    for number, rows in enumerate(order.split(7)):
+        found[number % parts].update(Z[rows], (rows + 1.0).sqrt().reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2))
+    for other in found[1:]:
+        found[0].merge(Measurement.from_state_dict(other.state_dict()))
+    return Measurement.from_state_dict(found[0].state_dict())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("columns", [12, 8])
+def test_without_labels_the_targets_are_the_leading_components_of_the_starting_features(method, columns):
+    Z, _ = features_and_targets(40, columns)
+    now = torch.tanh(Z @ gaussian(columns, 12, 3) / 3) + gaussian(1, 12, 4)
+    U = torch.linalg.svd(Z - Z.mean(0), full_matrices=False)[0][:, :10]
+    orders = [torch.arange(40), torch.arange(40).flip(0)]
+    merged = [measured_in_parts(of, order) for of, order in zip((Z, now), orders, strict=True)]
+    spectra = component_spectra(*(part for one in merged for part in (one.factor, one.rows())))
+    for features, spectrum in zip((Z, now), spectra, strict=True):
+        steps = 7 if method == "conjugate_gradient" else 200
+        found = time_of_spectrum(*spectrum, method, (1.0,), 1.0, steps).curve
+        assert torch.allclose(found, run(features, U, method, len(found)), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_steps_without_labels_are_of_both_methods_whatever_the_scale_and_the_rotation(scale):
+    Z, _ = features_and_targets(40, 12)
+    now, order = Z @ torch.diag(torch.logspace(0, -2, 12).double()), torch.arange(40)
+    U = torch.linalg.svd(Z - Z.mean(0), full_matrices=False)[0][:, :10]
+    Q, found = orthonormal(12, 12, seed=3), [measured_in_parts(of, order) for of in (Z, now)]
+    turned = [measured_in_parts(scale * of @ Q, order.flip(0)) for of in (Z, now)]
+    steps = probing_steps(found[1], found[0])
+    assert probing_steps(turned[1], turned[0]) == steps and steps.targets == "components"
+    for method, taken in (("line_search", steps[:2]), ("conjugate_gradient", steps[-2:])):
+        expected = (probing_time(of, U, method=method, attainable=0.8, fractions=(1.0,)).steps[1.0] for of in (Z, now))
+        assert tuple(expected) == taken
+    assert steps.conjugate_after < steps.after / 10
+    found[1].update(Z[:3], torch.zeros(3, 1, 2, 2), torch.arange(3))  # some have classes
+    found[0].update(Z[:3], torch.zeros(3, 1, 2, 2), torch.arange(3))
+    assert probing_steps(found[1], found[0]) is None
 
 
 def test_the_ratio_of_probing_times_is_of_the_steps_that_a_probe_takes():

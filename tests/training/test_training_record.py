@@ -35,8 +35,11 @@ def finished(run):
 # ---- the record of a run ----
 
 
-def test_the_record_holds_what_was_before_and_after_with_method_sizes_and_hashes(trainer, images, saved, tmp_path):
-    run = trainer(harmful_weight=2.5, seed=7, harmful_eval_dataset=images(24, 4))
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_record_holds_what_was_before_and_after_with_method_sizes_and_hashes(
+    labels, trainer, images, saved, tmp_path
+):
+    run = trainer(harmful_weight=2.5, seed=7, harmful_eval_dataset=images(24, 4, labels=labels))
     before = run.evaluate()
     run.train()
     after = run.evaluate()
@@ -50,6 +53,12 @@ def test_the_record_holds_what_was_before_and_after_with_method_sizes_and_hashes
         steps, unreached = after[f"eval_{side}_probing_steps"], after[f"eval_{side}_probing_is_lower_bound"]
         assert features.probing.before == before[f"eval_{side}_probing_steps"]
         assert features.probing.after == (None if unreached else steps)
+        assert features.probing.conjugate_before == before[f"eval_{side}_conjugate_gradient_steps"]
+        conjugate, unreached = (
+            after[f"eval_{side}_conjugate_gradient_{what}"] for what in ("steps", "is_lower_bound")
+        )
+        assert features.probing.conjugate_after == (None if unreached else conjugate)
+        assert features.probing.targets == ("classes" if labels or side == "benign" else "components")
     assert "steps of a harmful probe" in {name for name, *_ in record_rows(record)}
     assert record.weights == hash_weights(tmp_path / "model")
     method = record.method
