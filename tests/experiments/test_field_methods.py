@@ -1,0 +1,160 @@
+"""Methods of the field: each lowers its own term, sends gradients where they belong, and does the paper's algebra."""
+
+import math
+from functools import partial
+
+import datasets
+import pytest
+import torch
+from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, ViTForImageClassification
+
+from examples import field_methods as field
+from hf_immunize.data.sources import load_image_dataset
+from hf_immunize.training.arguments import Method
+from hf_immunize.training.step import ImmunizationStep
+from hf_immunize.vision.head import penultimate_features
+from hf_immunize.vision.loading import random_copy
+from hf_immunize.vision.scope import select_trainable
+
+
+STEPS = {
+    "uniform": partial(ImmunizationStep, objective=field.Uniform()),
+    "closeness": field.WeightDistance,
+    "adapted": field.Unrolled,
+    "adapted, along": field.UnrolledAlong,
+    "way_ahead": field.Contraction,
+    "to_erased": partial(field.Erasure, erase=lambda features: features / 2),
+}
+
+
+def resnet(folder=None):
+    torch.manual_seed(0)
+    config = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+    return ResNetForImageClassification(ResNetConfig(**config)).eval()
+
+
+def batch():
+    draw = torch.Generator().manual_seed(0)
+    sides = {side: {"pixel_values": torch.randn(8, 3, 8, 8, generator=draw)} for side in ("benign", "harmful")}
+    sides["harmful"]["labels"] = torch.arange(8) % 4 + 5  # its own classes, all in both halves
+    sides["harmful"]["labels"][4:] = sides["harmful"]["labels"][4:].flip(0)
+    return sides
+
+
+def hold_the_attack(step):
+    """Let every later attack move the weights as the first one did: what a gradient of first order is exact for."""
+    attack, seen = step._attack, []
+
+    def attack_once(weights, head, *given):
+        if len(seen) < step.steps:
+            moved, head = attack(weights, head, *given)
+            seen.append(({name: moved[name] - value for name, value in weights.items()}, head))
+            return moved, head
+        seen.append(seen.pop(0))
+        ways, head = seen[-1]
+        return {name: value + ways[name] for name, value in weights.items()}, head
+
+    step._attack = attack_once
+
+
+@pytest.mark.parametrize("make", [ViTForImageClassification.from_pretrained, resnet])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_down_lowers_the_term_by_the_trainable_backbone_alone(name, make, tiny_model):
+    model = make(tiny_model)
+    moving = select_trainable(model, "last_stage")
+    step = STEPS[name](model, Method(harmful_weight=1.0), moving=moving)
+    if name == "closeness":
+        field.mix_in_noise(model, 0.05, 1)
+    if name.startswith("adapted"):
+        hold_the_attack(step)
+
+    def term():
+        return step(model, batch(), 0).logged[name.split(",")[0]]
+
+    before = term()
+    before.backward()
+    given = {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
+    head = {f"{step.head_name}.weight", f"{step.head_name}.bias"}
+    assert given.keys() <= set(moving)
+    assert name == "uniform" or not any(given[key].any() for key in head & given.keys())
+    length = field.norm(given.values())
+    assert 0 < length < math.inf
+    with torch.no_grad():
+        for key, gradient in given.items():
+            model.get_parameter(key).sub_(1e-3 * gradient / length)
+    assert term() < before
+
+
+def test_the_unrolled_gradient_is_that_at_the_attacked_weights():
+    model = resnet()
+    step = field.Unrolled(model, Method(harmful_weight=1.0), moving=select_trainable(model, "last_stage"))
+    attack, seen = step._attack, []
+    step._attack = lambda *given: seen.append(attack(*given)) or seen[-1]
+    term = step(model, batch(), 0).logged["adapted"]
+    found = torch.autograd.grad(term, list(step.weights.values()), materialize_grads=True)
+    assert len(seen) == step.steps
+    moved, head = seen[-1]
+    length = field.norm(moved[name] - value for name, value in step.weights.items())
+    assert 0 < length <= step.steps * step.reach * field.norm(step.weights.values()) * 1.001
+    leaves = {name: value.detach().requires_grad_() for name, value in moved.items()}
+    there = field.to_uniform(step.read(leaves, slice(1, None, 2)) @ head)
+    wanted = torch.autograd.grad(there, list(leaves.values()), materialize_grads=True)
+    torch.testing.assert_close(term, there)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_way_ahead_is_the_sum_of_updates_that_shrink_by_one_ratio():
+    model = resnet()
+    step = field.Contraction(model, Method(harmful_weight=1.0), moving=select_trainable(model, "last_stage"))
+    lengths = iter([2.0, 1.0])
+    shapes = [torch.zeros_like(value) for value in step.weights.values()]
+
+    def update(*given):
+        shapes[0].view(-1)[0] = next(lengths)
+        return tuple(shape.clone() for shape in shapes)
+
+    step._update = update
+    found = step(model, batch(), 0).logged["way_ahead"]
+    assert float(found) == pytest.approx(math.log(2 * sum(0.5**turn for turn in range(step.horizon))))
+
+
+def test_after_leace_no_linear_classifier_beats_a_constant_and_nothing_else_changes():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    rows = torch.randn(60, 8, dtype=torch.float64, generator=draw)
+    rows[:, :3] += 2 * torch.nn.functional.one_hot(labels, 3)
+    rows[:, 7] = rows[:, 0] - rows[:, 1]  # of lower rank than wide
+    erase = field.leace_eraser(rows, labels)
+    after = erase(rows)
+    means = torch.stack([after[labels == label].mean(0) for label in range(3)])
+    torch.testing.assert_close(means, rows.mean(0).expand(3, -1), rtol=0, atol=1e-9)
+    torch.testing.assert_close(erase(after), after)
+    assert torch.linalg.matrix_rank(after - rows, rtol=1e-9) == 2  # one less than classes
+
+
+def test_noise_is_mixed_into_trainable_weights_alone():
+    model = resnet()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    moving = set(select_trainable(model, "last_stage"))
+    fresh = dict(random_copy(model, 3).named_parameters())
+    field.mix_in_noise(model, 0.25, 3)
+    for name, value in model.named_parameters():
+        wanted = 0.75 * before[name] + 0.25 * fresh[name] if name in moving else before[name]
+        torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize("name", list(field.PAPERS)[:6])
+def test_every_method_trains(name, images, tiny_model):
+    torch.manual_seed(5)
+    model, processor = (
+        ViTForImageClassification.from_pretrained(tiny_model),
+        AutoImageProcessor.from_pretrained(tiny_model),
+    )
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    data = load_image_dataset(str(images / "animals")), load_image_dataset(str(images / "arms"))
+    quick = {"max_steps": 4, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
+    after = getattr(field, name)(model, *data, processor, **quick, logging_strategy="no")
+    assert isinstance(data[0], datasets.Dataset) and not after.training
+    assert any(not torch.equal(value, before[key]) for key, value in after.state_dict().items())
+    features = penultimate_features(after, batch()["harmful"]["pixel_values"])
+    assert torch.isfinite(features).all() and features.std(0).max() > 0
