@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,13 @@ from tqdm.auto import tqdm
 
 from hf_immunize.data.images import ImageCollator
 from hf_immunize.errors import NonFiniteError, RankError, ScopeError
-from hf_immunize.linear.time import PROBED, component_spectra, streamed_spectrum, time_of_spectrum
+from hf_immunize.linear.time import (
+    ProbingSteps,
+    component_spectra,
+    probing_metrics,
+    steps_of_spectra,
+    streamed_spectrum,
+)
 from hf_immunize.spectra.conditioning import Conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.spectra.streaming import FeatureFactor
@@ -245,25 +251,6 @@ def _image_numbers(pixel_values: Tensor) -> Tensor:
     return energies + energies.square()
 
 
-# After which a probe counts as not done: a tenth of a second.
-_MOST_STEPS = 10_000
-
-
-class ProbingSteps(NamedTuple):
-    """Steps of a probe with an intercept to the same fitted share, by gradient descent with exact line search.
-
-    The share is `PROBED` of what least squares fits on the starting features, or what is fitted there in `max_steps`.
-    Conjugate gradient, which takes the fewest steps that any such method can, is what immunization does not stop.
-    """
-
-    before: int
-    after: int | None  # None where it is not reached in `max_steps`
-    max_steps: int
-    targets: str  # "classes", or "components": the leading ones of the starting features, where no image has a class
-    conjugate_before: int  # by conjugate gradient
-    conjugate_after: int | None
-
-
 def probing_steps(now: Measurement, before: Measurement | None) -> ProbingSteps | None:
     """How long a probe takes now and took before; None unless both are of the same images, of two classes at least."""
     if before is None or not now.same_data(before):
@@ -272,21 +259,9 @@ def probing_steps(now: Measurement, before: Measurement | None) -> ProbingSteps 
     rows = None if start else before.rows(), None if found else now.rows()
     if rows[0] is not None and rows[1] is not None:
         targets, (start, found) = "components", component_spectra(before.factor, rows[0], now.factor, rows[1])
-    if found is None or start is None or not len(start[1]):
+    if found is None or start is None:
         return None
-    of_start = time_of_spectrum(*start, max_steps=_MOST_STEPS)
-    steps = min(of_start.steps[PROBED], _MOST_STEPS)
-    goal = min(PROBED * of_start.attainable, float(of_start.curve[-1]))
-
-    def to_goal(spectrum: tuple[Tensor, Tensor], method: str) -> int | None:
-        if float(spectrum[1].sum()) < goal * (1 - 1e-9):
-            return None  # no number of steps would do
-        taken = time_of_spectrum(*spectrum, method, (1.0,), goal, _MOST_STEPS).steps[1.0]
-        return int(taken) if math.isfinite(taken) else None
-
-    conjugate = [to_goal(spectrum, "conjugate_gradient") for spectrum in (start, found)]
-    after = to_goal(found, "line_search")
-    return ProbingSteps(int(steps), after, _MOST_STEPS, targets, conjugate[0] or _MOST_STEPS, conjugate[1])
+    return steps_of_spectra(start, found, targets)
 
 
 def spectral_metrics(
@@ -306,22 +281,9 @@ def spectral_metrics(
     without classes, ``…_probing_of_components`` is 1.0), ``…_conjugate_gradient_steps`` by conjugate gradient, and
     ``probing_time_ratio`` is the growth of the harmful ones over that of the benign ones.
     """
-    metrics: dict[str, float] = {}
     sides = {"benign": (benign, benign_reference), "harmful": (harmful, harmful_reference)}
     times = {side: probing_steps(now, before) for side, (now, before) in sides.items() if now is not None}
-    for side, steps in times.items():
-        if steps is not None:
-            metrics[f"{side}_probing_steps"] = float(steps.after or steps.max_steps)
-            metrics[f"{side}_probing_is_lower_bound"] = float(steps.after is None)
-            metrics[f"{side}_probing_of_components"] = float(steps.targets == "components")
-            metrics[f"{side}_conjugate_gradient_steps"] = float(steps.conjugate_after or steps.max_steps)
-            metrics[f"{side}_conjugate_gradient_is_lower_bound"] = float(steps.conjugate_after is None)
-    b, h = times.get("benign"), times.get("harmful")
-    if b is not None and h is not None:
-        grown = (h.after or h.max_steps) / h.before
-        metrics["probing_time_ratio"] = grown / ((b.after or b.max_steps) / b.before)
-        metrics["probing_time_ratio_is_lower_bound"] = float(h.after is None)
-        metrics["probing_time_ratio_is_upper_bound"] = float(b.after is None)
+    metrics = probing_metrics(times)
     for intercept in (False, True):
         known: dict[str, Any] = {}
         prefix = "intercept_" if intercept else ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoImageProcessor
 
 from hf_immunize.data import sources
-from hf_immunize.data.columns import find_columns, label_outputs
+from hf_immunize.data.columns import find_columns, has_classes, label_outputs
 from hf_immunize.data.images import ImageRows
 from hf_immunize.errors import DataError
 from hf_immunize.features.extract import Measurement, extract, of_side
@@ -29,6 +29,7 @@ from hf_immunize.hub.record import (
     ConditioningRecord,
     DataRecord,
     ImmunizationRecord,
+    ProbingRecord,
     RatioRecord,
     SideRecord,
     read_record,
@@ -50,6 +51,8 @@ _OUTCOMES = {
 LOG10_TOLERANCE = 1e-3
 # Of the accuracy: half a point, or one image where that is more; two points where it was evaluated in half precision.
 _ACCURACY_TOLERANCE, _HALF_PRECISION_TOLERANCE = 0.005, 0.02
+# Of the steps of a probe: one step, or this share where that is more.
+_STEPS_TOLERANCE = 0.01
 _BOUND_WORDS = {None: "a number", "lower": "a bound from below", "upper": "a bound from above"}
 
 
@@ -98,10 +101,11 @@ def verify(
     """Measure an immunized checkpoint again and compare with what its record claims.
 
     On the images the record was made of (as many, with the same pixel values), decimal logarithms of the protocol
-    "exact" agree within 1e-3, or within what rounding leaves open. On other images nothing can be said. Weights other
-    than the recorded ones differ, whatever their figures.
+    "exact" agree within 1e-3, or within what rounding leaves open, steps of a probe within one or 1 %. On other images
+    nothing can be said. Weights other than the recorded ones differ, whatever their figures.
 
-    Without `reference` the κ's before immunization, into which RIR is divided, are the record's own, on trust.
+    Without `reference` the κ's before immunization, into which RIR is divided, are the record's own, on trust, and
+    neither steps of a probe nor RIR with an intercept can be measured again.
 
     Args:
         repo_or_folder: Id on the Hub, or a folder.
@@ -140,7 +144,9 @@ def verify(
         claimed: DataRecord | None = getattr(record, side)
         if isinstance(data, (str, os.PathLike)):
             data = drawn_again(sources.measured(str(data), recorded_draw(claimed)), record, side)
-        rows = image_rows(data, side, model, labels=side == "benign")
+        probing = getattr(record, f"{side}_features").probing
+        labels = "outputs" if side == "benign" else "own" if probing and probing.targets == "classes" else "none"
+        rows = image_rows(data, side, model, labels)
         refuse_training_images(claimed, rows, side)
         if image_processor is None and "pixel_values" not in rows[0]:
             image_processor = _processor(folder, trust_remote_code)
@@ -176,15 +182,17 @@ class Measured:
 Pair = tuple[Measured, Measured | None]
 
 
-def image_rows(data: Any, name: str, model: PreTrainedModel, labels: bool = True) -> Any:
-    """Rows for `measure` from a data set; labels that are not the model's are left out."""
+def image_rows(data: Any, name: str, model: PreTrainedModel, labels: str = "outputs") -> Any:
+    """Rows for `measure` from a data set, with its "own" labels, or "none", or those of the model's "outputs"."""
     if isinstance(data, ImageRows):
         return data
     if hasattr(data, "__len__") and len(data) == 0:
         raise DataError(f"Expected at least one image in the {name} data, found none. Check the split.")
     image, label = find_columns(data, None, None, False)
-    if label is None or not labels:
+    if label is None or labels == "none":
         return ImageRows(data, name, image)
+    if labels == "own":
+        return ImageRows(data, name, image, label if has_classes(data, label) else None)
     try:
         outputs = label_outputs(data, label, model.config, name)
     except DataError:
@@ -259,12 +267,31 @@ def _figures(record: ImmunizationRecord, found: dict[str, Pair], same: dict[str,
             note = "" if part is None else f"rank {part.rank}{', a bound from below' if part.is_bound else ''}"
             name = f"log10 κ of {side} features, {moment}"
             yield _judged(name, old, new, same[side], note, allowance=rounding_allowance(part))
+        if then is not None and claimed.probing is not None:
+            yield from _probing_figures(side, claimed.probing, sides[side], same[side])
     ratios = {"exact": exact_ratio(sides["benign"], sides["harmful"]), "intercept": _intercept_ratio(found)}
     for protocol, ratio in ratios.items():
         recorded = record.ratios.get(protocol)
         if protocol == "exact" or (recorded is not None and ratio is not None):  # the other needs a reference model
             allowance = sum(rounding_allowance(side.after) for side in sides.values())
             yield _ratio_figure(f"log10 RIR ({protocol})", recorded, ratio, all(same.values()), allowance)
+
+
+def _probing_figures(side: str, claim: ProbingRecord, found: SideRecord, same: bool) -> Iterator[Figure]:
+    """Steps of a probe, claimed and measured; those that do not suffice count as the budget."""
+    now = found.probing if found.probing is not None and found.probing.targets == claim.targets else None
+    for moment in ("before", "after"):
+        # No direction is learned later by more than κ grows.
+        allowance = 10 ** rounding_allowance(getattr(found, moment)) - 1
+        for method, name in (("", moment), (" by conjugate gradient", f"conjugate_{moment}")):
+            if method and claim.conjugate_before is None:
+                continue
+            taken = getattr(claim, name) or claim.max_steps
+            again = None if now is None else getattr(now, name) or now.max_steps
+            tolerance = max(1.0, _STEPS_TOLERANCE * taken)
+            note = f"the record's are of {claim.targets}, these not" if now is None else ""
+            title = f"steps of a {side} probe{method}, {moment}"
+            yield _judged(title, taken, again, same, note, tolerance=tolerance, allowance=allowance * taken)
 
 
 def _judged(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ MAX_STEPS = 100_000
 PROBED = 0.8
 # Leading components that stand for the classes of images without labels, at most.
 COMPONENTS = 10
+# After which a probe counts as not done: a tenth of a second.
+_BUDGET = 10_000
 _TINY = 1e-12
 
 
@@ -139,6 +141,62 @@ def time_of_spectrum(
         reached = found >= fraction * most * (1 - 1e-12) if most > 0 else np.zeros(1, dtype=bool)
         steps[fraction] = int(reached.argmax()) + 1 if reached.any() else math.inf
     return ProbingTime(method, steps, most, max_steps, torch.from_numpy(found))
+
+
+class ProbingSteps(NamedTuple):
+    """Steps of a probe with an intercept to the same fitted share, by gradient descent with exact line search.
+
+    The share is `PROBED` of what least squares fits on the starting features, or what is fitted there in `max_steps`.
+    Conjugate gradient, which takes the fewest steps that any such method can, is what immunization does not stop.
+    """
+
+    before: int
+    after: int | None  # None where it is not reached in `max_steps`
+    max_steps: int
+    targets: str  # "classes", or "components": the leading ones of the starting features, where no image has a class
+    conjugate_before: int  # by conjugate gradient
+    conjugate_after: int | None
+
+
+def steps_of_spectra(
+    start: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor], targets: str = "classes"
+) -> ProbingSteps | None:
+    """How long a probe took and takes, from `target_spectrum` of both; None where the start had nothing to learn."""
+    if not len(start[1]):
+        return None
+    of_start = time_of_spectrum(*start, max_steps=_BUDGET)
+    steps = min(of_start.steps[PROBED], _BUDGET)
+    goal = min(PROBED * of_start.attainable, float(of_start.curve[-1]))
+
+    def to_goal(spectrum: tuple[Tensor, Tensor], method: str) -> int | None:
+        if float(spectrum[1].sum()) < goal * (1 - 1e-9):
+            return None  # no number of steps would do
+        taken = time_of_spectrum(*spectrum, method, (1.0,), goal, _BUDGET).steps[1.0]
+        return int(taken) if math.isfinite(taken) else None
+
+    conjugate = [to_goal(spectrum, "conjugate_gradient") for spectrum in (start, now)]
+    return ProbingSteps(
+        int(steps), to_goal(now, "line_search"), _BUDGET, targets, conjugate[0] or _BUDGET, conjugate[1]
+    )
+
+
+def probing_metrics(times: dict[str, ProbingSteps | None]) -> dict[str, float]:
+    """Steps now as metrics, by "benign" and "harmful", and the growth of the harmful ones over the benign ones'."""
+    metrics: dict[str, float] = {}
+    for side, steps in times.items():
+        if steps is not None:
+            metrics[f"{side}_probing_steps"] = float(steps.after or steps.max_steps)
+            metrics[f"{side}_probing_is_lower_bound"] = float(steps.after is None)
+            metrics[f"{side}_probing_of_components"] = float(steps.targets == "components")
+            metrics[f"{side}_conjugate_gradient_steps"] = float(steps.conjugate_after or steps.max_steps)
+            metrics[f"{side}_conjugate_gradient_is_lower_bound"] = float(steps.conjugate_after is None)
+    b, h = times.get("benign"), times.get("harmful")
+    if b is not None and h is not None:
+        grown = (h.after or h.max_steps) / h.before
+        metrics["probing_time_ratio"] = grown / ((b.after or b.max_steps) / b.before)
+        metrics["probing_time_ratio_is_lower_bound"] = float(h.after is None)
+        metrics["probing_time_ratio_is_upper_bound"] = float(b.after is None)
+    return metrics
 
 
 def target_spectrum(Z: Any, Y: Any, produced_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

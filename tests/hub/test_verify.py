@@ -8,9 +8,10 @@ from transformers import ViTImageProcessorPil
 
 from hf_immunize import verify
 from hf_immunize.errors import DataError
+from hf_immunize.hub.collect import describe_side
 from hf_immunize.hub.load import hash_weights, load_model
 from hf_immunize.hub.record import ConditioningRecord, write_record
-from hf_immunize.hub.verify import AGREES, CANNOT_SAY, DIFFERS, rounding_allowance
+from hf_immunize.hub.verify import AGREES, CANNOT_SAY, DIFFERS, image_rows, measure, rounding_allowance
 from hf_immunize.spectra.conditioning import feature_conditioning
 
 
@@ -110,6 +111,34 @@ def test_of_other_images_nothing_can_be_said(checkpoint, benign, harmful):
     assert "24 images then, 20 now" in str(found)
     other = ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.4] * 3)
     assert checked(checkpoint, benign, harmful, image_processor=other).outcome == CANNOT_SAY
+
+
+@pytest.mark.parametrize(("factor", "outcome"), [(1.0, AGREES), (1.005, AGREES), (1.5, DIFFERS)])
+@pytest.mark.parametrize("name", ["before", "after", "conjugate_before", "conjugate_after"])
+def test_probing_time_is_measured_again(factor, outcome, name, checkpoint, benign, harmful, reference, record):
+    taken = getattr(record.harmful_features.probing, name)
+    setattr(record.harmful_features.probing, name, max(round(factor * taken), taken + (2 if factor > 1.1 else 0)))
+    write_record(checkpoint, record)
+    assert checked(checkpoint, benign, harmful, reference=reference).outcome == outcome
+
+
+def test_probing_time_of_classes_cannot_be_said_without_labels_and_that_of_components_needs_none(
+    checkpoint, benign, harmful, reference, record
+):
+    found = outcomes(checked(checkpoint, benign, harmful.remove_columns("label"), reference=reference))
+    assert {found[name] for name in found if "harmful probe" in name} == {CANNOT_SAY}
+    assert {found[name] for name in found if "benign probe" in name} == {AGREES}
+    rows = image_rows(harmful, "harmful", reference, "none")
+    processor = ViTImageProcessorPil.from_pretrained(checkpoint)
+    now, then = (measure(model, rows, processor, progress=False) for model in (load_model(checkpoint), reference))
+    record.harmful_features = describe_side(now.measurement, then.measurement)
+    assert record.harmful_features.probing.targets == "components"
+    write_record(checkpoint, record)
+    for images in (harmful, harmful.remove_columns("label")):
+        assert checked(checkpoint, benign, images, reference=reference).outcome == AGREES
+    record.harmful_features.probing = None  # as in records of earlier versions
+    write_record(checkpoint, record)
+    assert checked(checkpoint, benign, harmful, reference=reference).outcome == AGREES
 
 
 def test_reference_is_measured_where_it_is_given(checkpoint, benign, harmful, reference, record):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hf_immunize
-from hf_immunize import relative_immunization_ratio
+from hf_immunize import probing_time, relative_immunization_ratio
 from hf_immunize.errors import ImmunizationError
 
 
@@ -52,10 +52,25 @@ def test_code_of_the_card_runs(capsys):
     assert float(capsys.readouterr().out.splitlines()[-1]) == pytest.approx(100.0)
 
 
+def test_with_labels_it_has_the_probing_time_of_each_side(metric, features):
+    labels = torch.arange(50) % 2
+    found, sides = metric.compute(**inputs(features), labels=labels.tolist()), {"benign": labels[:30]}
+    for side, of in (sides | {"harmful": labels[30:]}).items():
+        start = probing_time(features[f"{side}_reference"], of)
+        goal = {"fractions": (0.8,), "attainable": start.attainable}
+        for name, part in (("probing_steps_before", f"{side}_reference"), ("probing_steps", side)):
+            assert found[f"{side}_{name}"] == probing_time(features[part], of, **goal).steps[0.8]
+    growth = found["harmful_probing_steps"] / found["harmful_probing_steps_before"]
+    assert found["probing_time_ratio"] == growth > 2  # the benign features are as they were
+    assert "probing_time_ratio" not in metric.compute(**inputs(features))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("predictions", [[1.0]] * 50),
+        ("labels", [0] * 50),
+        ("labels", [0, 1]),
         ("predictions", [[math.nan] * 4] * 50),
         ("harmful", [True] * 50),
         ("harmful", [False] * 50),

@@ -5,6 +5,7 @@ import evaluate
 import torch
 
 from hf_immunize.errors import ArgumentError, DataError
+from hf_immunize.linear.time import probing_metrics, steps_of_spectra, target_spectrum
 from hf_immunize.spectra.checks import as_labels, as_matrix, as_values
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 
@@ -60,6 +61,7 @@ class RelativeImmunizationRatio(evaluate.Metric):
         group_size: int = 100,
         seed: int = 0,
         produced_dtype: str = "float32",
+        labels: list[int] | None = None,
     ) -> dict[str, float | str | None]:
         if not isinstance(produced_dtype, str) or produced_dtype not in _DTYPES:
             raise ArgumentError(f"Expected produced_dtype out of {', '.join(_DTYPES)}, found {produced_dtype!r}.")
@@ -82,4 +84,12 @@ class RelativeImmunizationRatio(evaluate.Metric):
             seed=seed,
         )
         names = ("rir", "log10_rir", "harmful_ratio", "benign_ratio", "std", "bound")
-        return {name: getattr(ratio, name) for name in names}
+        found = {name: getattr(ratio, name) for name in names}
+        if labels is None:
+            return found
+        classes, times = as_labels(labels, len(after), "labels"), {}
+        for side, rows in (("benign", ~is_harmful), ("harmful", is_harmful)):
+            spectra = (target_spectrum(features[rows], classes[rows]) for features in (before, after))
+            times[side] = steps_of_spectra(*spectra)
+        started = {f"{side}_probing_steps_before": steps and steps.before for side, steps in times.items()}
+        return found | started | probing_metrics(times)
