@@ -59,16 +59,15 @@ _ROWS = (
     ("log10 κ of harmful features", "eval_harmful_log10_kappa", "{:.2f}", "eval_harmful_is_bound", ""),
     ("rank of benign features", "eval_benign_rank", "{:.0f}", "", ""),
     ("rank of harmful features", "eval_harmful_rank", "{:.0f}", "", ""),
-    ("steps of a benign probe", "eval_benign_probing_steps", "{:,.0f}", "eval_benign_probing_is_lower_bound", ""),
-    ("steps of a harmful probe", "eval_harmful_probing_steps", "{:,.0f}", "eval_harmful_probing_is_lower_bound", ""),
     *(
         (
-            f"steps of a {side} probe by conjugate gradient",
-            f"eval_{side}_conjugate_gradient_steps",
+            f"steps of a {side} probe{by}",
+            f"eval_{side}_{key}_steps",
             "{:,.0f}",
-            f"eval_{side}_conjugate_gradient_is_lower_bound",
+            f"eval_{side}_{key}_is_lower_bound",
             "",
         )
+        for key, by in (("probing", ""), ("conjugate_gradient", " by conjugate gradient"))
         for side in ("benign", "harmful")
     ),
     (

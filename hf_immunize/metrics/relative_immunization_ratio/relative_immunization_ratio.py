@@ -88,8 +88,8 @@ class RelativeImmunizationRatio(evaluate.Metric):
         if labels is None:
             return found
         classes, times = as_labels(labels, len(after), "labels"), {}
-        for side, rows in (("benign", ~is_harmful), ("harmful", is_harmful)):
-            spectra = (target_spectrum(features[rows], classes[rows]) for features in (before, after))
-            times[side] = steps_of_spectra(*spectra)
+        for side, of in (("benign", ~is_harmful), ("harmful", is_harmful)):
+            start, now = (target_spectrum(Z[of], classes[of]) for Z in (before, after))
+            times[side] = steps_of_spectra(start, now)
         started = {f"{side}_probing_steps_before": steps and steps.before for side, steps in times.items()}
         return found | started | probing_metrics(times)
