@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from hf_immunize.audit.names import CLASSES, clean, label, percent
-from hf_immunize.audit.result import SUBJECTS, AuditResult
+from hf_immunize.audit.names import CLASSES, SUBJECTS, clean, label, percent
+from hf_immunize.audit.result import AuditResult
 
 
 # Okabe and Ito's palette, separable by colour-blind readers; line and hatch separate them in grey.
@@ -24,7 +24,7 @@ COLOURS = {"immunized": "#D55E00", "reference": "#0072B2", "random": "#999999"}
 LINES = {"immunized": "-", "reference": "--", "random": "-."}
 HATCHES = {"immunized": "", "reference": "//", "random": "\\\\"}
 # Characters of a name at an axis.
-_LONGEST = 34
+_LONGEST = 42
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,6 @@ class Picture:
     caption: str
     alt: str
     uri: str
-    width: int  # in CSS pixels
-    height: int
 
 
 def draw_all(data: AuditResult, tables: Mapping[str, pandas.DataFrame]) -> list[Picture]:
@@ -45,10 +43,10 @@ def draw_all(data: AuditResult, tables: Mapping[str, pandas.DataFrame]) -> list[
     whose = {"immunized": "", "reference": "reference_", "random": "random_"}
     heads = _rows(tables["headline"].replace({"access": CLASSES}), "access", whose)
     layers = _rows(tables["layers"], "layer", {subject: f"{subject}_" for subject in SUBJECTS})
-    caption = "Worst case by class of attackers, with intervals over seeds and test images."
+    caption = "Accuracy of the strongest attacker of each class, with intervals over seeds and test images."
     pictures = [_draw_bars("headline", caption, heads, chance, 0.85)] if heads else []
     pictures += draw_curves(tables["attacks"], tables["curves"], chance)
-    caption = "Best probe at every layer, in the network's order, the head's input last."
+    caption = "The strongest probe at every layer, in the network's order, the classifier's input last."
     return pictures + ([_draw_bars("layers", caption, layers, chance, 0.6)] if layers else [])
 
 
@@ -62,13 +60,13 @@ def _rows(table: pandas.DataFrame, name: str, prefixes: Mapping[str, str]) -> Ba
         for subject, prefix in prefixes.items():
             mean, low, high = (row[f"{prefix}{end}"] for end in ("accuracy", "low", "high"))
             if mean == mean:
-                rows.setdefault(clean(row[name], _LONGEST), {})[subject] = (mean, low, high)
+                rows.setdefault(row[name], {})[subject] = (mean, low, high)
     return rows
 
 
 def _draw_bars(section: str, caption: str, rows: Bars, chance: float, inches: float) -> Picture:
     """The best of attackers on each subject, as bars."""
-    figure = Figure(figsize=(6.4, 0.9 + inches * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7.4, 0.9 + inches * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     drawn = [subject for subject in SUBJECTS if any(subject in by for by in rows.values())]
     height = 0.8 / len(drawn)
@@ -79,20 +77,20 @@ def _draw_bars(section: str, caption: str, rows: Bars, chance: float, inches: fl
         for s, (mean, low, high) in by.items():
             at = index + (drawn.index(s) - (len(drawn) - 1) / 2) * height
             axes.barh(at, 100 * mean, height * 0.92, **styles[s])
-            ends = [[100 * (mean - low)], [100 * (high - mean)]]
-            axes.errorbar([100 * mean], [at], xerr=ends, color="black", capsize=2.5, linewidth=1)
+            if high > low:
+                ends = [[100 * (mean - low)], [100 * (high - mean)]]
+                axes.errorbar([100 * mean], [at], xerr=ends, color="black", capsize=2.5, linewidth=1)
             axes.annotate(percent(mean), (100 * high, at), (4, 0), textcoords="offset points", va="center", size=8)
-    keys: list[Any] = [Patch(label=subject, **styles[subject]) for subject in drawn]
+    keys: list[Any] = [Patch(label=SUBJECTS[subject], **styles[subject]) for subject in drawn]
     axes.axvline(100 * chance, color="black", linestyle=":", linewidth=1)
     keys.append(Line2D([], [], color="black", linestyle=":", linewidth=1, label="chance"))
-    axes.set_yticks(range(len(rows)), [_plain(name) for name in rows])
+    axes.set_yticks(range(len(rows)), [_plain(clean(name, _LONGEST)) for name in rows], size=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("test accuracy on the harmful task, %")
     axes.set_xlim(0, min(112.0, max(1.0, 1.15 * axes.get_xlim()[1])))
     figure.legend(handles=keys, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-    alt = [
-        f"{name}: " + ", ".join(f"{s} {percent(mean)}" for s, (mean, *_) in by.items()) for name, by in rows.items()
-    ]
+    told = [", ".join(f"{SUBJECTS[s]} {percent(mean)}" for s, (mean, *_) in by.items()) for by in rows.values()]
+    alt = [f"{clean(name)}: {words}" for name, words in zip(rows, told, strict=True)]
     return _picture(figure, section, caption, "; ".join(alt))
 
 
@@ -115,9 +113,10 @@ def _draw_curve(rows: pandas.DataFrame, chance: float) -> Picture:
         if own.empty:
             continue
         style: dict[str, Any] = {"color": COLOURS[subject], "linestyle": LINES[subject], "linewidth": 1.6}
-        axes.plot(own["step"], 100 * own["accuracy"], label=subject, marker="." if len(own) < 12 else "", **style)
+        style |= {"label": SUBJECTS[subject], "marker": "." if len(own) < 12 else ""}
+        axes.plot(own["step"], 100 * own["accuracy"], **style)
         axes.fill_between(own["step"], 100 * own["low"], 100 * own["high"], color=COLOURS[subject], alpha=0.18, lw=0)
-        ends.append(f"{subject} {own['accuracy'].iloc[-1]:.1%} after {own['step'].iloc[-1]:,} steps")
+        ends.append(f"{SUBJECTS[subject]} {own['accuracy'].iloc[-1]:.1%} after {own['step'].iloc[-1]:,} steps")
     axes.axhline(100 * chance, color="black", linestyle=":", linewidth=1, label="chance")
     axes.set_xscale("symlog" if (rows["step"] == 0).any() else "log")
     axes.set_ylim(bottom=0)
@@ -129,8 +128,7 @@ def _draw_curve(rows: pandas.DataFrame, chance: float) -> Picture:
     name = label(rows["attacker"].iloc[0])
     name = name[:1].upper() + name[1:]
     where = ", at the classifier's input" if rows["access"].iloc[0] == "head_input" else ""
-    caption = f"{name}{where}: accuracy against steps, mean and interval over seeds and test images."
-    return _picture(figure, "curves", caption, f"{name}: {', '.join(ends)}; chance {percent(chance)}")
+    return _picture(figure, "curves", f"{name}{where}.", f"{name}: {', '.join(ends)}; chance {percent(chance)}")
 
 
 def _plain(text: str) -> str:
@@ -144,6 +142,5 @@ def _picture(figure: Figure, section: str, caption: str, alt: str) -> Picture:
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "hf_immunize"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    width, height = (round(96 * side) for side in figure.get_size_inches())
     uri = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Picture(section, caption, alt, uri, width, height)
+    return Picture(section, caption, alt, uri)

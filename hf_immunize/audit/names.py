@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ CLASSES = {
     "any_layer": "Probes at any layer",
     "fine_tuning": "Fine-tuning",
 }
+SUBJECTS = {"immunized": "after immunization", "reference": "before immunization", "random": "without its weights"}
+QUESTION = "Can the harmful task still be learnt?"
 
 
 def clean(text: object, length: int = 80) -> str:
@@ -40,6 +43,11 @@ def label(attacker: str) -> str:
     """
     known = ATTACKERS.get(attacker)
     return known.label if known else clean(attacker).replace("_", " ")
+
+
+def source(layer: str) -> str:
+    """What an attacker without the released weights learnt from: raw pixels, or a copy with random weights."""
+    return "raw pixels" if layer.startswith("pixels") else "random weights"
 
 
 def percent(value: float | None) -> str:
@@ -76,9 +84,16 @@ def ratio(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
-def spread(low: float | None, high: float | None) -> str:
-    """An interval of accuracies, such as "48.1 to 50.2%"; "–" for None."""
-    return "–" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}%"
+def spread(low: float | None, high: float | None, show: Callable[[float], str] = percent) -> str:
+    """An interval, such as "48.1% to 50.2%"; "–" for None, and for one that shows no width.
+
+    Example:
+        >>> spread(0.481, 0.502), spread(1.0, 1.01, ratio), spread(75.0, math.inf, ratio)
+        ('48.1% to 50.2%', '–', 'at least 75')
+    """
+    if low is None or high is None or math.isnan(low) or show(low) == show(high):
+        return "–"
+    return f"at least {show(low)}" if high == math.inf else f"{show(low)} to {show(high)}"
 
 
 def render(template: str, **values: Any) -> str:
@@ -98,6 +113,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"clean": clean, "label": label, "percent": percent, "points": points, "signed": signed}
-    environment.filters |= {"ratio": ratio, "range": spread, "share": share}
+    environment.filters |= {"ratio": ratio, "range": spread, "share": share, "source": source}
+    environment.globals |= {"ratio": ratio, "signed": signed, "share": share}
+    environment.globals |= {"classes": CLASSES, "subjects": SUBJECTS, "question": QUESTION, "zip": zip}
     environment.filters |= {"percent0": "{:.0%}".format, "points0": lambda value: f"{100 * value:.0f} points"}
     return environment

@@ -15,7 +15,7 @@ import pandas
 from hf_immunize.audit import result
 from hf_immunize.audit import statistics as limit
 from hf_immunize.audit.head_start import Cost, HeadStart, costs
-from hf_immunize.audit.names import CLASSES, clean, label, percent, render, share
+from hf_immunize.audit.names import label, render
 from hf_immunize.audit.result import ACCESSES, SUBJECTS, AuditResult, Outcome
 from hf_immunize.audit.statistics import (
     Summary,
@@ -28,7 +28,7 @@ from hf_immunize.audit.statistics import (
     summarize,
     worst_by_subject,
 )
-from hf_immunize.audit.verdict import CLASS_KINDS, Judgment, judge, sentence
+from hf_immunize.audit.verdict import CLASS_KINDS, Judgment, answer, judge, sentence
 from hf_immunize.errors import DataError
 from hf_immunize.files import staged_directory
 from hf_immunize.text import csv_cell
@@ -97,6 +97,10 @@ class AuditReport:
     @cached_property
     def _findings(self) -> list[Judgment]:
         return judge(self.data)
+
+    def answer(self) -> str:
+        """Whether the harmful task can still be learnt: the whole audit in one sentence or two."""
+        return sentence(answer(self._findings, self.data.tasks["harmful"].chance), self.data)
 
     def verdict(self) -> list[str]:
         """What is prevented, slowed and neither, in plain language, the most important first."""
@@ -174,42 +178,32 @@ class AuditReport:
         }
 
     def summary(self) -> str:
-        """The short form for a terminal: what is removed, the worst case and the verdict, as plain text.
+        """The short form for a terminal: the answer, what each class of attackers reaches, and the verdict.
 
         Returns:
             Lines without control characters. For rich, print it with ``markup=False``.
         """
-        data = self.data
-        lines = [f"Audit of {clean(data.model)} (preset {clean(data.preset)}, version {data.preset_version})"]
-        lines += [
-            f"reference: {clean(data.reference)}" if data.reference else "no reference",
-            "",
-            "Removed of the head start, and worst case:",
-        ]
-        for row in _records(self._tables["headline"]):
-            said = "not tested"
-            if row["accuracy"] is not None:
-                against = f"reference {percent(row['reference_accuracy'])}, chance {percent(row['chance'])}"
-                against += f", random weights {percent(row['random_accuracy'])}" * (row["random_accuracy"] is not None)
-                said = f"{percent(row['accuracy'])} ({against}) by {label(row['attacker'])}"
-                said = f"{share(row['removed'])} removed; {said}" if row["removed_claimed"] else said
-            lines.append(f"  {CLASSES[row['access']]}: {said}")
-        lines += ["", "Verdict:", *(f"  - {one}" for one in self.verdict())]
-        lines += ["", "Warnings:", *(f"  - {clean(one, 300)}" for one in data.warnings)] if data.warnings else []
-        return "\n".join(lines)
+        return self._render("summary.jinja")
 
     def to_html(self) -> str:
         """The report as one HTML file: no network, no script, its figures within."""
         from hf_immunize.audit.figures import draw_all
 
+        return self._render("report.html.jinja", pictures=draw_all(self.data, self._tables), limit=limit)
+
+    def _repr_html_(self) -> str:
+        """A notebook's view: the answer, and what each class of attackers reaches."""
+        return self._render("view.html.jinja")
+
+    def _render(self, template: str, **values: Any) -> str:
         return render(
-            "report.html.jinja",
+            template,
             data=self.data,
+            overall=answer(self._findings, self.data.tasks["harmful"].chance),
+            answer=self.answer(),
             findings=[(one, sentence(one, self.data)) for one in self._findings],
             tables={name: _records(table) for name, table in self._tables.items()},
-            pictures=draw_all(self.data, self._tables),
-            classes=CLASSES,
-            limit=limit,
+            **values,
         )
 
     def write(self, folder: str | os.PathLike[str]) -> None:

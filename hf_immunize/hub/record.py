@@ -256,6 +256,12 @@ class ImmunizationRecord(Part):
         ordered = {"schema_version": values.pop("schema_version"), **values}
         return json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
 
+    def _repr_html_(self) -> str:
+        """A notebook's view: what the card says first."""
+        from hf_immunize.hub.card import view
+
+        return view(self)
+
     @classmethod
     def from_json(cls, text: str | bytes) -> ImmunizationRecord:
         """Read the text of ``immunization.json``, or its bytes.

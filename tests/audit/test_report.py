@@ -3,9 +3,13 @@
 import base64
 import csv
 import dataclasses
+import html
 import io
 import json
 import math
+import re
+import shutil
+import subprocess
 import unicodedata
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -21,6 +25,7 @@ from hf_immunize.audit.result import Utility, from_json, to_json
 from hf_immunize.errors import DataError
 
 
+TABLE = {"table", "tr", "th", "td"}
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -170,7 +175,7 @@ def test_the_page_needs_nothing_but_itself_and_is_whole(report, page):
     assert len(page.named("table")) == len(page.named("caption")) >= 6
     images = page.named("img")
     assert len(images) == 8 and all(len(one["alt"]) > 40 for one in images)
-    assert set(report.verdict()) <= set(page.text)
+    assert {report.answer(), *report.verdict()} <= set(page.text)
     empty = AuditReport(make([], utility=None, reference=None, rir={}, machine={}, budget={}))
     assert Page(empty.to_html()).named("img") == []
 
@@ -181,8 +186,36 @@ def test_hostile_names_inject_nothing(page):
     assert not [name for _, attributes in found.elements for name in attributes if name.startswith("on")]
     assert all(one["src"].startswith("data:image/svg+xml;base64,") for one in found.named("img"))
     assert "{{ 7*7 }}" in "".join(found.text)
-    style = [html.split("<style>")[1].split("</style>")[0] for html in (hostile_html(), sample_html())]
+    style = [one.split("<style>")[1].split("</style>")[0] for one in (hostile_html(), sample_html())]
     assert style[0] == style[1]
+
+
+# What lies beyond the window's right edge, or within a box that scrolls or cuts; and the narrowest figure.
+LOOK = """<script>document.title = JSON.stringify([document.documentElement.scrollWidth - innerWidth,
+  [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth
+    || (e.clientWidth && e.scrollWidth > e.clientWidth + 1)).map(e => e.outerHTML.slice(0, 80)),
+  Math.min(...[...document.querySelectorAll('.figures:not(.many) img')].map(e => e.clientWidth))])</script>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 500])
+@pytest.mark.parametrize("made", [sample_html, hostile_html])
+def test_a_browser_shows_the_whole_page_at_any_width(tmp_path, made, width):
+    page = tmp_path / "page.html"
+    page.write_text(re.sub(r"<meta http-equiv[^>]*>", "", made()).replace("</body>", f"{LOOK}</body>"))
+    words = ["--headless", "--no-sandbox", f"--user-data-dir={tmp_path}", f"--window-size={width},900"]
+    command = ["chromium", *words, "--dump-dom", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    over, beyond, figure = json.loads(html.unescape(re.search("<title>(.*?)</title>", shown)[1]))
+    assert over <= 0 and beyond == [] and figure >= min(0.9 * width, 1000)
+
+
+@pytest.mark.parametrize("data", [sample_data(), make([]), named_data("<b>&</b>", sample_data())])
+def test_a_notebook_shows_the_answer_and_nothing_that_is_not_escaped(data):
+    report = AuditReport(data)
+    view = Page(report._repr_html_())
+    assert report.answer() in "".join(view.text) and {tag for tag, _ in view.elements} <= {"p", "b", *TABLE}
+    assert len(view.named("tr")) == 4
 
 
 def draw(data):
@@ -207,7 +240,7 @@ def test_every_section_has_its_figures_that_load_nothing_and_tell_their_numbers(
         links = [value for node in parsed(picture).iter() for key, value in node.items() if key.endswith("href")]
         assert links and all(link.startswith("#") for link in links)
         assert picture.caption.endswith(".") and "%" in picture.alt
-    assert "Probes at any layer: immunized 53.0%, reference 53.0%" in pictures[0].alt
+    assert "Probes at any layer: after immunization 53.0%, before immunization 53.0%" in pictures[0].alt
     data = make(one_seed())
     assert draw(data) == draw(data) and draw(make([])) == []
 
@@ -237,7 +270,7 @@ def test_the_card_is_plain_json_of_the_agreed_form_and_the_summary_plain_text(re
     assert card["strongest"]["fine_tuning"] is None and card["utility"] is None
     assert card["strongest"]["head_input"]["reference_accuracy"] is None
     text = report.summary()
-    assert "Probes at any layer: 53.0% (reference 53.0%, chance 1.0%)" in text and len(text) < 4000
+    assert "Probes at any layer: 53.0% (before immunization 53.0%, chance 1.0%)" in text and len(text) < 4000
     assert all(line.isprintable() for line in text.split("\n"))
 
 

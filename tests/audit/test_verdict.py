@@ -10,7 +10,7 @@ from audit_sample import CHANCE, attack, fine_tuning, layers, lost, make, probes
 
 from hf_immunize.audit.result import TaskSummary, Utility
 from hf_immunize.audit.statistics import paired_interval
-from hf_immunize.audit.verdict import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind, judge, sentence
+from hf_immunize.audit.verdict import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind, answer, judge, sentence
 
 
 def kinds(data, access=None, task="harmful"):
@@ -82,6 +82,11 @@ def without_reference(read):
 def everywhere(read=0.012):
     """Held at the classifier's input and at every layer."""
     return head(0.012, 0.486, *layers("immunized", read), *layers("reference", 0.53))
+
+
+def held():
+    """Held in fine-tuning too."""
+    return make([*everywhere().outcomes, *fine_tuning("immunized", 0.012), *fine_tuning("reference", 0.52)])
 
 
 def fallen():
@@ -199,6 +204,24 @@ def test_what_the_strongest_attacker_of_a_class_reads(name):
     assert found.kind is kind and reason in found.reason and bool(reason) == bool(found.reason)
 
 
+@pytest.mark.parametrize(
+    ("made", "kind"),
+    [
+        (sample_data, Kind.LEARNT),  # held at the classifier's input, read by fine-tuning
+        (slowed, Kind.LEARNT),
+        (broken, Kind.LEARNT),  # read though broken
+        (lambda: with_random(0.3, floor=0.45), Kind.LEARNT),  # though the weights do not help
+        (held, Kind.NOT_LEARNT),
+        (everywhere, Kind.UNDECIDED),  # fine-tuning was not tested
+        (still_rising, Kind.UNDECIDED),
+        (lambda: make([]), Kind.UNDECIDED),
+    ],
+)
+def test_the_task_is_learnt_where_one_class_reads_it_and_not_where_all_are_held(made, kind):
+    data = made()
+    assert answer(judge(data), data.tasks["harmful"].chance).kind is kind
+
+
 def test_what_diverged_is_not_counted_and_the_class_includes_the_classifiers_input():
     assert kinds(sample_data(), "head_input", "unseen") == [Kind.PREVENTED]
     assert judge(head(0.4, 0.486, *diverged("sgd")))[1].worst.mean == pytest.approx(0.4, abs=0.01)
@@ -290,7 +313,7 @@ def test_what_else_is_said_and_what_is_not(made, there, absent):
 def prose():
     """The sentences of audits that have every kind of judgment between them."""
     audits = [made() for made, *_ in CLASSES.values()]
-    audits += [slowed(1), maybe_slowed(), equal_to_the_reference(), broken()]
+    audits += [slowed(1), maybe_slowed(), equal_to_the_reference(), broken(), held()]
     audits += [sample_data(rir={"rir": value, "bound": b}) for value, b in ((3e9, "lower"), (2.0, "upper"))]
     audits += [sample_data(rir={"rir": math.nan, "bound": "undetermined"})]
     audits += [sample_data(utility=Utility(900, 0.76, 0.75, 0.01, (-0.004, 0.024)))]
@@ -304,7 +327,8 @@ def prose():
     audits += [make([*speeds(3), *(lost(f"a{i}", "skipped", "x") for i in range(9))])]
     found = {}
     for data in audits:
-        for judgment in judge(data):
+        judgments = judge(data)
+        for judgment in [answer(judgments, data.tasks["harmful"].chance), *judgments]:
             said = sentence(judgment, data)
             assert said[0].isupper() and said.endswith(".") and not {"None", "nan"} & set(said.split())
             found.setdefault(said, judgment.kind)

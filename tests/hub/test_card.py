@@ -141,6 +141,21 @@ def test_the_first_sentence_says_what_was_found(before, after, found):
     assert [words for words in found if words not in text] == []
 
 
+def test_the_view_of_a_record_has_the_rows_of_its_card():
+    record, empty = record_of(), ImmunizationRecord(MethodRecord("kappa", "all", 0, 0), BaseModelRecord("x"))
+    record.metric.name = "f1_macro"
+    view = record._repr_html_()
+    assert view.count("<tr>") == 1 + len(record_rows(record)) and "user/vit" in view and "benign f1_macro" in view
+    assert "<table>" not in empty._repr_html_()
+
+
+def test_fewer_images_than_dimensions_describe_the_sample_alone():
+    record, said = record_of(), "describes this sample"
+    assert said not in rendered(record).text
+    record.harmful_features.after.dim = record.harmful_features.after.num_samples + 1
+    assert said in rendered(record).text
+
+
 def test_attackers_are_named_and_access_that_was_not_tried_too():
     text = rendered(record_of()).text
     assert "the strongest attacker tried (ridge) reaches 81.0% of the harmful task (85.0%" in text
@@ -286,6 +301,8 @@ def test_names_change_nothing_but_words(name, harmful, base, attacker, licence, 
         assert shape(card.text) == PLAIN_SHAPE
     assert not re.search(r"<(?!!-- hf-immunize: (begin\. Written|end -->))[a-zA-Z!/]", card.text)
     assert "://" not in card.text.replace(printable("arXiv:"), "")
+    found = re.findall(r"<(?!/?(?:p|b|table|tr|th|td)>)|&(?!\w+;|#\d+;)", record._repr_html_())
+    assert found == []
 
 
 def test_text_is_plain_and_what_was_written_to_the_eye():
