@@ -22,6 +22,7 @@ from hf_immunize.spectra.hessian_functions import (
     hessian_r_well,
     spectral_concentration,
 )
+from hf_immunize.spectra.running import RunningCovariance
 from hf_immunize.training.distributed import process_mean, sum_over_processes, world_size
 from hf_immunize.vision.relu import ReluInputs, choke_points, find_relus
 
@@ -102,6 +103,13 @@ class Objective:
         """The terms of a batch."""
         raise NotImplementedError
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it remembers from step to step, for a resumed run, apart from what it was made with."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+
 
 class Concentration(Objective):
     """Harmful features towards one direction, benign features away from one (see `spectral_concentration`)."""
@@ -122,17 +130,24 @@ _OUTSIDE = 0.0025
 
 
 class Time(Objective):
-    """Harmful features vary in two directions and hardly outside them; benign features stay what they are.
+    """Harmful features vary in two directions and hardly outside them; benign features vary evenly.
 
     With Z_c the centred harmful features and Q, ``(D, 2)``, their leading directions in the starting model, it
     lowers ``log E``, ``E = ‖Z_c(I − QQᵀ)‖²/‖Z_cQ‖²``. Little of the task is left at the scale of the two, and
     first-order probes with an intercept, which never see the mean, take up to ``1/E`` times the steps:
-    ``log κ(Z_cᵀZ_c) ≥ log((k − 2)/2) − log E``, k the rank. The concentration of the centred benign features goes
-    down, which keeps their κ.
+    ``log κ(Z_cᵀZ_c) ≥ log((k − 2)/2) − log E``, k the rank. E is ruled by the largest directions outside; the mean
+    log eigenvalue of what is outside goes down too, and with it the small ones, which decide κ. That of the benign
+    features goes up, all in units of their variance, which lowers their κ and the time of their probes.
     """
 
     needs_rows = True
     weight = 0.2
+
+    def __init__(
+        self, reads: Sequence[str] = (), scale_free: bool = False, directions: Sequence[Sequence[float]] = ()
+    ) -> None:
+        super().__init__(reads, scale_free, directions)
+        self._running = {"benign": RunningCovariance(), "harmful": RunningCovariance()}
 
     @staticmethod
     def prepare(benign: Tensor, harmful: Tensor) -> list[list[float]]:
@@ -148,7 +163,10 @@ class Time(Objective):
         return directions[:kept].tolist()
 
     def __call__(self, benign: Side, harmful: Side) -> Terms:
-        """The terms ``spread`` (benign, −C) and ``outside`` (harmful, log E)."""
+        """The terms ``spread`` (benign), ``outside`` (harmful, log E) and ``tail`` (harmful, of what is outside).
+
+        ``spread`` is the mean log eigenvalue with its sign turned, ``tail`` that with its own.
+        """
         assert isinstance(benign.features, Tensor) and isinstance(harmful.features, Tensor)  # `needs_rows`
         # In half precision a mean would be lost in rounding.
         kind = torch.promote_types(harmful.features.dtype, torch.float32)
@@ -156,16 +174,48 @@ class Time(Objective):
         if self._basis is None:  # of the batch where no sample was looked at
             self._basis = torch.tensor(self.directions or self.prepare(others, rows), dtype=torch.float64)
         self._basis = self._basis.to(rows)  # copied to a device once
-        centred = rows - rows.mean(dim=0)
+        centred, others = rows - rows.mean(dim=0), others - others.mean(dim=0)
         inside = centred @ self._basis.mT
-        limits = torch.finfo(rows.dtype)
-        least = (limits.eps * centred.detach().square().sum()).clamp_min(limits.tiny)
-        outside = (centred - inside @ self._basis).square().sum().clamp_min(least)
-        share = outside / inside.square().sum().clamp_min(least)
+        outside = centred - inside @ self._basis
+        least = _least(centred)
+        within = inside.square().sum().clamp_min(least)
+        share = outside.square().sum().clamp_min(least) / within
         return Terms(
-            benign={"spread": -spectral_concentration(others - others.mean(dim=0))},
-            harmful={"outside": (share + _OUTSIDE).log()},
+            benign={
+                "spread": -self._log_eigenvalue("benign", others, others.square().sum().clamp_min(_least(others)))
+            },
+            harmful={
+                "outside": (share + _OUTSIDE).log(),
+                "tail": self._log_eigenvalue("harmful", outside, within),
+            },
         )
+
+    def _log_eigenvalue(self, side: str, rows: Tensor, energy: Tensor) -> Tensor:
+        """The mean log eigenvalue of a side's covariance, in units of an energy, which gets no gradient.
+
+        If it did, harmful features would grow inside the two directions, and with them those of benign images that
+        look a little like harmful ones.
+        """
+        return self._running[side].mean_log_eigenvalue(rows, energy / max(1, len(rows) - 1)).to(rows)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The running covariances."""
+        return {
+            f"{side}.{name}": value for side, one in self._running.items() for name, value in one.state_dict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        for side, one in self._running.items():
+            one.load_state_dict(
+                {name.removeprefix(f"{side}."): v for name, v in state.items() if name.startswith(side)}
+            )
+
+
+def _least(centred: Tensor) -> Tensor:
+    """The energy of rounding in rows, at which logarithms end."""
+    limits = torch.finfo(centred.dtype)
+    return (limits.eps * centred.detach().square().sum()).clamp_min(limits.tiny)
 
 
 class Kappa(Objective):

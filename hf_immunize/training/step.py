@@ -319,6 +319,8 @@ class ImmunizationStep:
         if self.choice is not None:
             text = json.dumps({"objective": self.method.objective, **asdict(self.choice)})
             parts["choice"] = {"json": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+        if self._objective is not None:
+            parts["objective"] = self._objective.state_dict()
         return {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -334,11 +336,15 @@ class ImmunizationStep:
         self.weighting.load_state_dict(parts["weighting"])
         if self.start is not None:
             self.start.load_state_dict(parts["start"])
+        same = self._objective is not None
         if "choice" in parts:
             found = json.loads(bytes(parts["choice"]["json"].tolist()))
-            if found["objective"] == self.method.objective:
+            same = found["objective"] == self.method.objective
+            if same:
                 directions = tuple(map(tuple, found["directions"]))
                 self._set(Choice(tuple(found["reads"]), directions, found["separability"]))
+        if same and self._objective is not None:
+            self._objective.load_state_dict(parts.get("objective", {}))
 
 
 def forward_both(

@@ -151,6 +151,7 @@ def test_what_is_outside_has_no_scale_no_mean_and_bounds_the_condition_number(se
     for term, again in (
         (terms.harmful["outside"], moved.harmful["outside"]),
         (terms.benign["spread"], moved.benign["spread"]),
+        (terms.harmful["tail"], moved.harmful["tail"]),
     ):
         assert torch.isclose(term, again, rtol=1e-9, atol=1e-9)
     conditioning = feature_conditioning(features, intercept=True)
