@@ -121,6 +121,7 @@ class ImmunizationArguments(TrainingArguments):
 
     > [!NOTE]
     > These defaults differ from `TrainingArguments`: 1,000 steps unless `num_train_epochs` is given;
+    > `per_device_train_batch_size=32`, since what is minimized is a statistic of the batch;
     > `learning_rate=3e-4` with `warmup_steps=20` and a cosine schedule (a final rate near zero heals what larger steps
     > cost the benign side); `remove_unused_columns=False` (pairs of images have no columns to compare with the model's
     > signature); `logging_nan_inf_filter=False` (it would log a loss of NaN as 0.0 while the weights are lost); and
@@ -132,7 +133,7 @@ class ImmunizationArguments(TrainingArguments):
 
     Args:
         objective: "time" (harmful features vary in two directions and hardly outside them, which is what slows a
-            probe; on convolutional networks and on transformers), "concentration" (harmful features towards one
+            probe, and benign features vary evenly; on convolutional networks and on transformers), "concentration" (harmful features towards one
             direction, a bound on κ from the top pair alone), "dead_relu" (the last ReLU or ReLU6 that no shortcut
             bypasses is deactivated on harmful images: where that succeeds, nothing is left to read after it; what
             enters it is still there, and κ of the benign features grows), "kappa" (the paper's: R_well of benign +
@@ -198,6 +199,7 @@ class ImmunizationArguments(TrainingArguments):
     trunk_cache_dir: str | None = _option(None, "Folder of the cached trunk; by default _trunk in output_dir.")
     max_steps: int = _option(-1, "Optimizer steps; by default 1,000, unless num_train_epochs is given.")
     num_train_epochs: float | None = _option(None, "Epochs over the benign images, in place of steps.")
+    per_device_train_batch_size: int = _option(32, "Benign images per device and step; statistics of 8 say little.")
     learning_rate: float = _option(3e-4, "Highest learning rate.")
     lr_scheduler_type: str = _option("cosine", "Schedule of the learning rate.")
     warmup_steps: float = _option(20, "Steps (below 1: a share of all) over which the learning rate rises.")
