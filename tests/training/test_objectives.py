@@ -186,6 +186,24 @@ def test_the_directions_are_those_of_the_sample_whose_images_must_differ():
         Time.prepare(features, features[:1].expand(8, -1))
 
 
+def test_a_step_goes_on_with_the_running_covariances_to_the_bit_and_leaves_those_of_another_objective(tiny):
+    draw = torch.Generator().manual_seed(0)
+    batches = [
+        {side: {"pixel_values": torch.randn(4, 3, 8, 8, generator=draw)} for side in ("benign", "harmful")}
+        for _ in range(4)  # of fewer rows than the features have dimensions
+    ]
+    whole, resumed = (ImmunizationStep(tiny(), Method()) for _ in range(2))
+    for number, batch in enumerate(batches[:3]):
+        whole(whole._plain_model, batch, number)
+    resumed.load_state_dict(whole.state_dict())
+    some, wanted = (step(step._plain_model, batches[3], 3).logged for step in (resumed, whole))
+    assert some.keys() == wanted.keys() and all(torch.equal(some[name], wanted[name]) for name in wanted)
+    fresh = ImmunizationStep(tiny(), Method())
+    alone = fresh(fresh._plain_model, batches[3], 0).logged
+    assert not torch.equal(alone["tail"], wanted["tail"])
+    ImmunizationStep(tiny(), Method(objective="concentration")).load_state_dict(whole.state_dict())
+
+
 # ---- dead ReLU ----
 
 
