@@ -133,12 +133,12 @@ class ImmunizationArguments(TrainingArguments):
 
     Args:
         objective: "time" (harmful features vary in two directions and hardly outside them, which is what slows a
-            probe, and benign features vary evenly; on convolutional networks and on transformers), "concentration" (harmful features towards one
-            direction, a bound on κ from the top pair alone), "dead_relu" (the last ReLU or ReLU6 that no shortcut
-            bypasses is deactivated on harmful images: where that succeeds, nothing is left to read after it; what
-            enters it is still there, and κ of the benign features grows), "kappa" (the paper's: R_well of benign +
-            R_ill of harmful features), or one of the paper's baselines: "r_ill" (without R_well), "opt_kappa" (log κ
-            itself), "imma" (bi-level on the head; needs harmful labels).
+            probe, and benign features vary evenly; on convolutional networks and on transformers), "concentration"
+            (harmful features towards one direction, a bound on κ from the top pair alone), "dead_relu" (the last ReLU
+            or ReLU6 that no shortcut bypasses is deactivated on harmful images: where that succeeds, nothing is left
+            to read after it; what enters it is still there, and κ of the benign features grows), "kappa" (the paper's:
+            R_well of benign + R_ill of harmful features), or one of the paper's baselines: "r_ill" (without R_well),
+            "opt_kappa" (log κ itself), "imma" (bi-level on the head; needs harmful labels).
         benign_loss: "distillation" (logits and features stay those of the starting model, which costs a forward pass
             over the benign images, and no labels), "task" (the model's own loss), or "both".
         feature_distillation_weight: Weight of the relative squared feature error beside the logits' divergence.
