@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 
 from hf_immunize.audit.figures import draw_all
-from hf_immunize.audit.names import CLASSES, label, percent, ratio, share, signed
+from hf_immunize.audit.names import CLASSES, QUESTION, label, percent, ratio, render, share, signed, source, spread
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.statistics import TARGET_SHARE
 
@@ -20,10 +20,6 @@ def table(heads: list[str], rows: list[list[str]]) -> list[str]:
         return []
     cells = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
     return [*("| " + " | ".join(row) + " |" for row in cells), ""]
-
-
-def interval(low: float, high: float, show=lambda value: f"{100 * value:.1f}") -> str:
-    return "–" if low != low else f"{show(low)} to {show(high)}"
 
 
 def number(value: float | None, show=percent) -> str:
@@ -40,7 +36,7 @@ def attacks(frame) -> dict[str, list[list[str]]]:
                 label(row["attacker"]) + layer,
                 number(row["reference_accuracy"]),
                 number(row["accuracy"]) if row["accuracy"] == row["accuracy"] else (row["note"] or "–"),
-                interval(row["low"], row["high"]),
+                spread(row["low"], row["high"]),
                 number(row["gap"], signed),
                 f"{row['seconds']:,.1f}",
                 str(row["seeds"]),
@@ -56,10 +52,10 @@ def removed(frame) -> list[list[str]]:
         [
             CLASSES[row["access"]],
             share(row["removed"]) if row["removed_claimed"] else "–",
-            interval(row["removed_low"], row["removed_high"], share) if row["removed_claimed"] else "–",
+            spread(row["removed_low"], row["removed_high"], share) if row["removed_claimed"] else "–",
             signed(row["head_start"]),
             *(percent(row[name]) for name in ("reference_accuracy", "accuracy", "random_accuracy")),
-            f"{label(row['random_attacker'])}, {row['random_layer']}",
+            f"{label(row['random_attacker'])} from {source(row['random_layer'])}",
         ]
         for row in known
     ]
@@ -68,7 +64,7 @@ def removed(frame) -> list[list[str]]:
 def page(report: AuditReport, title: str, figure: str, command: str, note: str) -> str:
     data, harmful, tables = report.data, report.data.tasks["harmful"], report.tables()
     steps, tasks = (tables[name].to_dict("records") for name in ("steps", "tasks"))
-    budget = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in data.budget.items())
+    budget = " ".join(render("budget.html.jinja", data=data).split())
     sides = [("reference_accuracy", percent), ("accuracy", percent), ("gap", signed)]
     lines = [f"# {title}", "", f"{date.today().isoformat()}. Written by `python -m examples.audit_page` from what"]
     lines += ["", "```bash", command.strip(), "```", ""] if command else [""]
@@ -78,23 +74,39 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
         f"{', '.join(f'{name}: {value}' for name, value in data.machine.items())}.",
         "",
         f"{harmful.num_classes} harmful classes, {harmful.train_size:,} images to learn from, {harmful.test_size:,} "
-        f"to measure on, chance {percent(harmful.chance)}. Budget: {budget}.",
+        f"to measure on, chance {percent(harmful.chance)}. {budget}",
         "",
         *([note, ""] if note else []),
-        "## Verdict",
+        f"**{QUESTION}** {report.answer()}",
+        "",
+        "## In detail",
         "",
         *(f"- {one}" for one in report.verdict()),
         "",
         *(["Warnings:", "", *(f"- {one}" for one in data.warnings), ""] if data.warnings else []),
-        f"![Worst case by class of attackers]({figure})",
+        f"![What the strongest attackers reach]({figure})",
         "",
     ]
-    heads = ["", "removed", "interval", "head start, points", "before", "after", "without the weights", "by"]
+    heads = [
+        "",
+        "of the head start gone",
+        "interval",
+        "head start, points",
+        "before",
+        "after",
+        "without its weights",
+        "by",
+    ]
     lines += ["## Head start", "", *table(heads, rows)] if (rows := removed(tables["headline"])) else []
-    heads = ["harmful task read by", "before", "after", "interval, %", "gap, points", "seconds a run", "seeds"]
+    heads = ["harmful task learnt by", "before", "after", "interval", "points lost", "seconds a run", "seeds"]
     for access, rows in attacks(tables["attacks"]).items():
         lines += [f"## {CLASSES[access]}", "", *table(heads, rows)] if rows else []
-    lines += ["## Steps", "", f"To {TARGET_SHARE:.0%} of what the attacker reads before above chance.", ""]
+    lines += [
+        "## Steps",
+        "",
+        f"Until an attacker has {TARGET_SHARE:.0%} of what it reached above chance before immunization.",
+        "",
+    ]
     lines += table(
         ["attacker", "task", "to", "before", "after", "ratio", "interval"],
         [
@@ -103,16 +115,16 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
                 row["task"],
                 percent(row["target"]),
                 f"{row['reference_steps']:,.0f}",
-                "not in " * row["is_bound"] + f"{row['immunized_steps']:,.0f}",
+                "more than " * row["is_bound"] + f"{row['immunized_steps']:,.0f}",
                 "≥ " * row["is_bound"] + ratio(row["ratio"]),
-                interval(row["low"], row["high"], ratio),
+                spread(row["low"], row["high"], ratio),
             ]
             for row in steps
         ],
     )
     lines += ["## Other tasks", ""] if tasks else []
     lines += table(
-        ["task", "class of attackers", "attacker", "before", "after", "gap, points"],
+        ["task", "class of attackers", "attacker", "before", "after", "points lost"],
         [
             [row["task"], CLASSES[row["access"]], label(row["attacker"])]
             + [number(row[name], show) for name, show in sides]

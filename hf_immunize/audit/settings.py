@@ -42,15 +42,13 @@ class AuditSettings:
     _: KW_ONLY
     harmful: Any = field(metadata={"help": "Labelled images of the harmful task: folder, parquet file or Hub id."})
     benign: Any = field(default=None, metadata={"help": "Labelled images of the task to keep."})
-    reference: Any = field(
-        default=None, metadata={"help": "The model before immunization; without it nothing can be compared."}
-    )
+    reference: Any = field(default=None, metadata={"help": "The model before immunization, to compare with."})
     # Names; by default those of the preset.
     attackers: Sequence[str] | None = None
     # "quick", "standard" or "full".
     preset: str | Preset = "standard"
     unseen: Any = field(default=None, metadata={"help": "Harmful images of classes that immunization never saw."})
-    unrelated: Any = field(default=None, metadata={"help": "A third task that should be left alone."})
+    unrelated: Any = field(default=None, metadata={"help": "A third task, which should not suffer."})
     # Image processor, where the model is not given by its name and the data hold images.
     processing_class: Any = None
     # Where finished attacks are kept; the same call resumes an interrupted audit there.
@@ -62,14 +60,12 @@ class AuditSettings:
     label_column: str | None = field(default=None, metadata={"help": "Column of labels, where it cannot be found."})
     test_fraction: float | None = field(
         default=None,
-        metadata={"help": "Held out where data have no validation or test split; by default as training did."},
+        metadata={"help": "Share held out to test on, where there is no test split; by default as in training."},
     )
     max_images: int | None = field(
         default=None, metadata={"help": "At most so many training and test images of each task.", "min": 2}
     )
-    seed: int | None = field(
-        default=None, metadata={"help": "Seed of held-out splits, where MODEL has no record of the one training used."}
-    )
+    seed: int | None = field(default=None, metadata={"help": "Seed of that split, where MODEL has no record of it."})
     # Bytes to use; by default 60 % of what is free.
     memory_limit: int | None = None
     progress: bool = True

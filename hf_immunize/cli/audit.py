@@ -38,14 +38,12 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     ),
     "harmful_test": _option(str | None, "Harmful images to measure on."),
     "benign_test": _option(str | None, "Benign images to measure on."),
-    "output_dir": _option(
-        Path, "For the report, and for finished attacks: the same command resumes there.", Path("runs/audit")
-    ),
+    "output_dir": _option(Path, "Folder of the report, and of finished attacks to resume from.", Path("runs/audit")),
     "quick": _option(bool, "Small budgets: two minutes on a small model.", False, "--quick"),
     "full": _option(bool, "Every attacker, large budgets: hours, and a GPU.", False, "--full"),
     "attackers": _option(str | None, "Run these alone, separated by commas, such as ridge,adamw,lora_r8."),
-    "steps": _option(int | None, "Steps of fine-tuning and of mini-batch probes, not the preset's."),
-    "seeds": _option(int | None, "Seeds of every attack, not the preset's."),
+    "steps": _option(int | None, "Steps of fine-tuning and of probes on batches, in place of the preset's."),
+    "seeds": _option(int | None, "Seeds of every attack, in place of the preset's."),
     "attach": _option(
         bool, "Write the findings into MODEL's record and card; MODEL is a folder with both.", False, "--attach"
     ),
@@ -80,20 +78,19 @@ def _signature() -> Signature:
 
 
 def audit(model: str, **given: Any) -> None:
-    """Attack an immunized model with what an adversary has, and say what is slowed, what is prevented, what is not.
+    """Can the harmful task still be learnt? Attack an immunized model as somebody who downloaded it would.
 
         hf-immunize audit runs/mine --harmful my/weapons --benign my/pets --reference my/model-before --quick
 
-    Attackers probe the classifier's input (gradient descent, Adam, closed forms, second-order methods, nearest
-    neighbours), probe every earlier stage, fine-tune the network (also by low-rank adapters), and put the public
-    starting weights back. Each tunes its own settings on a part of its training images. The same attacks with the
-    same draws run on the reference. The strongest one counts.
+    Attackers learn the harmful task from what the classifier sees (gradient descent, Adam, least squares, nearest
+    neighbours), from every earlier layer, by fine-tuning (LoRA too), and by putting the public weights back. Each
+    chooses its settings on a part of its training images. The same attacks run on the reference, and on random
+    weights. What counts is the strongest one.
 
-    Finished attacks are kept in the output folder. After an interruption the same command resumes.
-    --steps and --seeds change the preset's budget; the report says so. It runs in one process; of several that
-    `torchrun` started the others end at once.
+    The output folder keeps finished attacks: after an interruption the same command goes on there. With --steps or
+    --seeds the report names another budget. Of several processes that `torchrun` started, one works.
 
-    The exit code says whether the audit ran, not what it found: report.html and the lines printed say that.
+    The exit code says whether the audit ran, not what it found: the lines printed and report.html say that.
     """
     import transformers
 

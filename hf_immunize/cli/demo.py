@@ -233,7 +233,7 @@ class Slowing:
     def steps(self) -> str:
         """Steps before and after, and the range of their ratio."""
         before, after = (f"{step:,}" if step else f"more than {PROBE_STEPS:,}" for step in (self.before, self.after))
-        both = f"{before} steps before and {after} after to read {self.target:.0%} of them"
+        both = f"{before} steps before and {after} after to be right on {self.target:.0%}"
         if self.low is None:
             return both
         return f"{both}: {self.low:.2g} to {'more than ' * self.is_bound}{self.high:.2g} times as many"
@@ -260,13 +260,14 @@ def demo_sentence(
     readable = wilson_interval(new.least_squares, new.size)
     stays = "stays possible" if readable[0] > CHANCE else "cannot be separated from chance"
     return (
-        f"Benign accuracy went from {utility.reference or 0:.1%} to {utility.immunized:.1%} (a difference of "
-        f"{100 * (utility.difference or 0):+.1f} points, {100 * low:+.1f} to {100 * high:+.1f} with the noise of "
-        f"{utility.size} images), and gradient descent on the benign digits {kept.verb} ({kept.steps}). On "
-        f"the harmful digits it reads {new.at(100):.1%} after 100 steps where it read {old.at(100):.1%}, and "
-        f"{slowed.verb} ({slowed.steps}, with the noise of {new.size} images); a probe with an intercept has an RIR "
-        f"of {rir}. Least squares reads {new.least_squares:.1%} of them ({readable[0]:.1%} to {readable[1]:.1%}; "
-        f"{old.least_squares:.1%} before; chance {CHANCE:.0%}): probing them {stays}."
+        f"The model's own task: accuracy went from {utility.reference or 0:.1%} to {utility.immunized:.1%} "
+        f"({100 * (utility.difference or 0):+.1f} points, {100 * low:+.1f} to {100 * high:+.1f} with the noise of "
+        f"{utility.size} images), and learning it by gradient descent {kept.verb} ({kept.steps}). The harmful "
+        f"task: learning it by gradient descent {slowed.verb} ({slowed.steps}, with the noise of {new.size} images). "
+        f"After 100 steps it is right on {new.at(100):.1%} of the images, where it was on {old.at(100):.1%}; the RIR "
+        f"with an intercept is {rir}. Least squares, which takes no steps, is right on {new.least_squares:.1%} "
+        f"({readable[0]:.1%} to {readable[1]:.1%}; {old.least_squares:.1%} before; chance {CHANCE:.0%}): learning "
+        f"the harmful task {stays}."
     )
 
 

@@ -70,8 +70,8 @@ def train(context: typer.Context) -> None:
     run_train(context.args)
 
 
-app.command(short_help="Attack an immunized model: what is slowed, what is prevented, what is not.")(audit)
-app.command(short_help="Before any training: how far are these two tasks separable?")(ceiling)
+app.command(short_help="Attack an immunized model: can the harmful task still be learnt?")(audit)
+app.command(short_help="Before any training: how much immunization do two tasks allow?")(ceiling)
 app.command(short_help="Publish a checkpoint with its record and card; nothing else leaves.")(push)
 app.command(short_help="Measure a published checkpoint again: do its claims hold?")(verify)
 app.command(short_help="Write the model card from the record.")(card)

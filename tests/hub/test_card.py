@@ -158,9 +158,9 @@ def test_fewer_images_than_dimensions_describe_the_sample_alone():
 
 def test_attackers_are_named_and_access_that_was_not_tried_too():
     text = rendered(record_of()).text
-    assert "the strongest attacker tried (ridge) reaches 81.0% of the harmful task (85.0%" in text
-    assert "| the classifier's input | – | ridge | 81.0% | 85.0% | – | 25.0% |" in text
-    assert "all weights (fine-tuning) was not tried" in text
+    assert re.search(r"81\.0% with the strongest attacker tried, ridge \(\D*85\.0%", text)
+    assert "| the classifier's input | ridge | 81.0% | 85.0% | – | – | 25.0% |" in text
+    assert "all weights (fine-tuning) were not tried" in text
     record = record_of()
     record.audit = None
     for objective in ("dead_relu", "silence", "concentration"):
