@@ -365,7 +365,10 @@ def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str,
         trainer.create_model_card()
         print_table(results)
         Console(soft_wrap=True).print(
-            f"\n{results['summary']}\n\nCheckpoint, record, card and figure: {folder}/", highlight=False, markup=False
+            f"\n{results['summary']}\n\nCheckpoint, record, card and figure: {folder}/\nSee what an attacker can "
+            f"still learn: hf-immunize audit {folder} --reference THE_MODEL_BEFORE --harmful … --benign …",
+            highlight=False,
+            markup=False,
         )
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -163,12 +163,12 @@ def _metrics_of(record: ImmunizationRecord) -> tuple[dict[str, Any], dict[str, A
     return before, after
 
 
-def record_rows(record: ImmunizationRecord, escape: Callable[[str], str] = plain) -> list[tuple[str, str, str]]:
+def record_rows(record: ImmunizationRecord) -> list[tuple[str, str, str]]:
     """Rows of the card's table: those of which something is known."""
     rows = [row for row in metric_rows(*_metrics_of(record)) if row[1:] != ("–", "–")]
     if record.metric is not None and record.metric.name != "accuracy":
         old, new = ("–" if value is None else f"{value:.4g}" for value in (record.metric.before, record.metric.after))
-        rows.insert(0, (f"benign {escape(record.metric.name)}", old, new))
+        rows.insert(0, (f"benign {plain(record.metric.name)}", old, new))
     exact = record.ratios.get("exact")
     for side, number in (("harmful", "(i)"), ("benign", "(ii)")):
         value = getattr(exact, f"log10_{side}_ratio", None)
@@ -344,12 +344,6 @@ def _body(record: ImmunizationRecord, options: CardOptions, title: str) -> str:
         access_words=_ACCESS_WORDS,
         software=", ".join(f"{name} {version}" for name, version in record.software.items()) or "not recorded",
     )
-
-
-def view(record: ImmunizationRecord) -> str:
-    """A notebook's view of a record, in HTML."""
-    rows, summary = record_rows(record, printable), summary_sentence(*_metrics_of(record))
-    return _template("view.html.jinja").render(record=record, rows=rows, summary=summary)
 
 
 def _read_card(text: str) -> ModelCard:

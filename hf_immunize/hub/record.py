@@ -21,6 +21,7 @@ import types
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -257,10 +258,11 @@ class ImmunizationRecord(Part):
         return json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
 
     def _repr_html_(self) -> str:
-        """A notebook's view: what the card says first."""
-        from hf_immunize.hub.card import view
+        """A notebook's view: what was done and what was measured."""
+        from jinja2 import Template
 
-        return view(self)
+        source = files("hf_immunize.hub").joinpath("templates", "view.html.jinja").read_text(encoding="utf-8")
+        return Template(source, autoescape=True).render(record=self)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ImmunizationRecord:

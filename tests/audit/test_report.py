@@ -241,6 +241,10 @@ def test_every_section_has_its_figures_that_load_nothing_and_tell_their_numbers(
         assert links and all(link.startswith("#") for link in links)
         assert picture.caption.endswith(".") and "%" in picture.alt
     assert "Probes at any layer: after immunization 53.0%, before immunization 53.0%" in pictures[0].alt
+    # Each layer has bars of its own, however alike the long names.
+    layers = [f"encoder.blocks.{i}.intermediate.fc2.weights (pooled)" for i in range(3)]
+    data = make([one for layer in layers for one in attack("ridge", "any_layer", "immunized", 0.3, layer=layer)])
+    assert draw(data)[-1].alt.count("after") == 3
     data = make(one_seed())
     assert draw(data) == draw(data) and draw(make([])) == []
 

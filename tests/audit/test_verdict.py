@@ -204,22 +204,11 @@ def test_what_the_strongest_attacker_of_a_class_reads(name):
     assert found.kind is kind and reason in found.reason and bool(reason) == bool(found.reason)
 
 
-@pytest.mark.parametrize(
-    ("made", "kind"),
-    [
-        (sample_data, Kind.LEARNT),  # held at the classifier's input, read by fine-tuning
-        (slowed, Kind.LEARNT),
-        (broken, Kind.LEARNT),  # read though broken
-        (lambda: with_random(0.3, floor=0.45), Kind.LEARNT),  # though the weights do not help
-        (held, Kind.NOT_LEARNT),
-        (everywhere, Kind.UNDECIDED),  # fine-tuning was not tested
-        (still_rising, Kind.UNDECIDED),
-        (lambda: make([]), Kind.UNDECIDED),
-    ],
-)
-def test_the_task_is_learnt_where_one_class_reads_it_and_not_where_all_are_held(made, kind):
-    data = made()
-    assert answer(judge(data), data.tasks["harmful"].chance).kind is kind
+def test_the_task_is_learnt_where_one_class_reads_it_and_not_where_all_are_held():
+    # Read by fine-tuning; though slowed; though broken; though the weights do not help.
+    audits = [sample_data(), slowed(), broken(), with_random(0.3, floor=0.45), held(), everywhere(), make([])]
+    found = [answer(judge(data), CHANCE).kind for data in audits]
+    assert found == [Kind.LEARNT] * 4 + [Kind.NOT_LEARNT] + [Kind.UNDECIDED] * 2
 
 
 def test_what_diverged_is_not_counted_and_the_class_includes_the_classifiers_input():
