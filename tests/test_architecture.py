@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_immunize"
 # Lowest first. A room imports from rooms of a lower level, from itself, and from errors.py.
-LEVEL = {"text": 0, "files": 0, "spectra": 1, "linear": 2, "metrics": 3, "data": 2, "vision": 2}
+LEVEL = {"text": 0, "files": 0, "intervals": 0, "spectra": 1, "linear": 2, "metrics": 3, "data": 2, "vision": 2}
 LEVEL |= {"features": 3, "attacks": 4, "hub": 4, "audit": 5, "training": 5, "cli": 6, "__main__": 7}
 
 

@@ -44,6 +44,9 @@ METRICS = {
     "probing_time_ratio": "growth of the harmful steps over the growth of the benign ones",
     "probing_time_ratio_is_lower_bound": "1.0 where the harmful steps did not suffice",
     "probing_time_ratio_is_upper_bound": "1.0 where the benign steps did not suffice",
+    "accuracy_change": "change of the benign top-1 accuracy, of the same images through both weights",
+    "accuracy_change_low": "lower end of its 95 % interval over images, paired",
+    "accuracy_change_high": "upper end of that",
     "{side}_log10_kappa": "decimal logarithm of κ of the features",
     "{side}_is_bound": "1.0 where rank was lost, so that κ is a bound from below",
     "{side}_rank": "numerical rank of the features",
@@ -188,7 +191,7 @@ def metric_names():
     torch.manual_seed(0)
     sides = [Measurement() for _ in range(4)]
     for side in sides:
-        side.update(torch.randn(8, 2), torch.ones(8, 3, 2, 2), torch.arange(8) % 2)
+        side.update(torch.randn(8, 2), torch.ones(8, 3, 2, 2), torch.arange(8) % 2, torch.randn(8, 2))
     return list(spectral_metrics(*sides))
 
 

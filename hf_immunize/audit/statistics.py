@@ -7,21 +7,17 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from scipy.special import ndtri, stdtrit
+from scipy.special import stdtrit
 from torch import Tensor
 
 from hf_immunize.attacks.presets import ATTACKERS
 from hf_immunize.audit.result import SUBJECTS, AuditResult, Outcome, Utility
+from hf_immunize.intervals import LEVEL, NORMAL, Interval, paired_interval
 
 
-Interval = tuple[float, float]
 # What tells one attack from another on the same subject: attacker, access, task and layer.
 Key = tuple[str, str, str, str]
 
-# Two-sided level of every interval.
-LEVEL = 0.95
-# Two-sided quantile of the standard normal distribution.
-NORMAL = float(ndtri(0.5 + LEVEL / 2))
 # Fewer seeds than this give no interval over seeds, and no claim of resistance.
 MIN_SEEDS = 3
 # A task is worth protecting where the reference's interval lies above chance by at least this much.
@@ -84,13 +80,6 @@ def newcombe_interval(*terms: tuple[float, float, int]) -> Interval:
         total += weight * accuracy
         below, above = math.hypot(below, weight * accuracy - low), math.hypot(above, high - weight * accuracy)
     return total - below, total + above
-
-
-def paired_interval(gained: int, lost: int, size: int) -> Interval:
-    """Bonett and Price's interval (2012) of a difference of accuracies: images that one side alone names rightly."""
-    up, down = (gained + 1) / (size + 2), (lost + 1) / (size + 2)
-    half = NORMAL * math.sqrt((up + down - (up - down) ** 2) / (size + 2))
-    return max(-1.0, up - down - half), min(1.0, up - down + half)
 
 
 def wider(interval: Interval, other: Interval | None) -> Interval:

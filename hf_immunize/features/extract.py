@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from hf_immunize.data.images import ImageCollator
 from hf_immunize.errors import NonFiniteError, RankError, ScopeError
+from hf_immunize.intervals import paired_interval
 from hf_immunize.linear.time import (
     ProbingSteps,
     component_spectra,
@@ -151,11 +152,17 @@ class Measurement:
     factor: FeatureFactor = field(default_factory=FeatureFactor)
     checksum: float = 0.0
     class_sums: Tensor | None = None  # (C, 1 + D), of ones and features by class; None unless all have a class
-    # Of images without a class, numbers to know them by, (n,), and features, (n, D): targets come of the reference.
-    unlabelled: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+    # What is compared with the reference image by image, and numbers to know images by, (n,): of images without a
+    # class their features, (n, D), and of others whether the model names them rightly, (n, 1), where that is known.
+    by_image: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
-    def update(self, features: Tensor, pixel_values: Tensor, labels: Tensor | None = None) -> None:
-        """Fold in a batch: features ``(n, D)`` of images ``(n, C, H, W)``, with class numbers ``(n,)`` or without."""
+    def update(
+        self, features: Tensor, pixel_values: Tensor, labels: Tensor | None = None, logits: Tensor | None = None
+    ) -> None:
+        """Fold in a batch: features ``(n, D)`` of images ``(n, C, H, W)``, with class numbers ``(n,)`` or without.
+
+        Logits ``(n, C)`` are given where the classes are the model's.
+        """
         first = self.factor.num_samples == 0
         numbers = _image_numbers(pixel_values)
         self.checksum += float(numbers.sum())
@@ -163,7 +170,9 @@ class Measurement:
         sums = _class_sums(features, labels)
         self.class_sums = sums if first else _added(self.class_sums, sums)
         if sums is None:
-            self.unlabelled.append((numbers, features.detach().cpu()))
+            self.by_image.append((numbers, features.detach().cpu()))
+        elif labels is not None and logits is not None:
+            self.by_image.append((numbers, (logits.argmax(-1) == labels).cpu()[:, None]))
 
     def merge(self, other: Measurement) -> None:
         """Fold in the measurement of other images through the same weights, as of another process."""
@@ -173,18 +182,20 @@ class Measurement:
         self.checksum += other.checksum
         self.factor.merge(other.factor)
         self.class_sums = other.class_sums if first else _added(self.class_sums, other.class_sums)
-        self.unlabelled += other.unlabelled
+        self.by_image += other.by_image
 
     def spectrum(self) -> tuple[Tensor, Tensor] | None:
         """Eigenvalues and the classes' shares in their directions (see `streamed_spectrum`); None without classes."""
         return None if self.class_sums is None else streamed_spectrum(self.factor, self.class_sums)
 
     def rows(self) -> Tensor | None:
-        """Features ``(N, D)`` in an order that depends on the images alone; None unless all are without a class."""
-        if sum(len(numbers) for numbers, _ in self.unlabelled) != self.factor.num_samples:
+        """`by_image`, ``(N, D)``, in an order that depends on the images alone; None unless all are of one kind."""
+        if sum(len(numbers) for numbers, _ in self.by_image) != self.factor.num_samples:
             return None
-        numbers, features = (torch.cat(parts) for parts in zip(*self.unlabelled, strict=True))
-        return features[numbers.argsort()]
+        if len({(values.shape[1], values.dtype) for _, values in self.by_image}) > 1:
+            return None
+        numbers, values = (torch.cat(parts) for parts in zip(*self.by_image, strict=True))
+        return values[numbers.argsort()]
 
     def same_data(self, other: Measurement) -> bool:
         """Whether both measurements are of the same images, in whatever order."""
@@ -200,16 +211,17 @@ class Measurement:
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `from_state_dict` restores."""
         state = {**self.factor.state_dict(), "checksum": torch.tensor(self.checksum, dtype=torch.float64)}
-        if self.unlabelled:
-            numbers, features = zip(*self.unlabelled, strict=True)
-            state |= {"numbers": torch.cat(numbers), "unlabelled": torch.cat(features)}
+        rows = self.rows()
+        if rows is not None:
+            numbers = torch.cat([numbers for numbers, _ in self.by_image])
+            state |= {"numbers": numbers.sort().values, "by_image": rows}
         return state if self.class_sums is None else {**state, "class_sums": self.class_sums}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> Measurement:
         """Restore a measurement from the tensors of `state_dict`."""
         factor, classes = FeatureFactor.from_state_dict(state), state.get("class_sums")
-        rows = [(state["numbers"].cpu(), state["unlabelled"].cpu())] if "unlabelled" in state else []
+        rows = [(state["numbers"].cpu(), state["by_image"].cpu())] if "by_image" in state else []
         return cls(factor, float(state["checksum"]), classes, rows)
 
 
@@ -264,6 +276,18 @@ def probing_steps(now: Measurement, before: Measurement | None) -> ProbingSteps 
     return steps_of_spectra(start, found, targets)
 
 
+def accuracy_change(now: Measurement, before: Measurement | None) -> dict[str, float]:
+    """Change of the accuracy and its 95 % interval over images, paired; empty unless both named the same images."""
+    if before is None or before is now or not now.same_data(before):
+        return {}
+    found, start = now.rows(), before.rows()
+    if found is None or start is None or found.dtype != torch.bool or start.dtype != torch.bool:
+        return {}
+    gained, lost, size = int((found & ~start).sum()), int((start & ~found).sum()), len(found)
+    low, high = paired_interval(gained, lost, size)
+    return {"accuracy_change": (gained - lost) / size, "accuracy_change_low": low, "accuracy_change_high": high}
+
+
 def spectral_metrics(
     benign: Measurement,
     benign_reference: Measurement | None,
@@ -283,7 +307,7 @@ def spectral_metrics(
     """
     sides = {"benign": (benign, benign_reference), "harmful": (harmful, harmful_reference)}
     times = {side: probing_steps(now, before) for side, (now, before) in sides.items() if now is not None}
-    metrics = probing_metrics(times)
+    metrics = probing_metrics(times) | accuracy_change(benign, benign_reference)
     for intercept in (False, True):
         known: dict[str, Any] = {}
         prefix = "intercept_" if intercept else ""

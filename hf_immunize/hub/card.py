@@ -139,6 +139,9 @@ def _metrics_of(record: ImmunizationRecord) -> tuple[dict[str, Any], dict[str, A
     after: dict[str, Any] = {}
     if (metric := record.metric) is not None:
         before[f"eval_{metric.name}"], after[f"eval_{metric.name}"] = metric.before, metric.after
+        if metric.change is not None and metric.change_interval is not None:
+            names = (f"eval_accuracy_change{end}" for end in ("", "_low", "_high"))
+            after |= dict(zip(names, (metric.change, *metric.change_interval), strict=True))
     for side, features in (("benign", record.benign_features), ("harmful", record.harmful_features)):
         for metrics, part in ((before, features.before), (after, features.after)):
             if part is not None:
@@ -149,6 +152,7 @@ def _metrics_of(record: ImmunizationRecord) -> tuple[dict[str, Any], dict[str, A
             before[f"eval_{side}_probing_steps"] = steps.before
             after[f"eval_{side}_probing_steps"] = steps.max_steps if steps.after is None else steps.after
             after[f"eval_{side}_probing_is_lower_bound"] = steps.after is None
+            after[f"eval_{side}_probing_of_components"] = steps.targets == "components"
             if steps.conjugate_before is not None:
                 name, found = f"eval_{side}_conjugate_gradient", steps.conjugate_after
                 before[f"{name}_steps"] = steps.conjugate_before

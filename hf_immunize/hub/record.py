@@ -91,6 +91,7 @@ class MethodRecord(Part):
     harmful_weight: float | str | None = None
     freeze_batchnorm: bool | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # all further ones, as `ImmunizationArguments` names them
+    distilled_on: str | None = None  # images on which the model was held near the starting one
 
 
 @dataclass
@@ -196,6 +197,8 @@ class MetricRecord(Part):
     after: float  # through the weights beside the record
     before: float | None = None  # through the starting weights, where they were evaluated
     precision: str | None = None  # mixed precision of the evaluation: "no", "bf16" or "fp16"
+    change: float | None = None  # of the accuracy, where both weights named the same images
+    change_interval: Ends | None = None  # 95 %, over images, paired
 
 
 @dataclass

@@ -83,13 +83,19 @@ class Accuracy:
 
 
 def fold(
-    measurement: Measurement, features: Tensor, pixel_values: Tensor, labels: Any, accelerator: Accelerator
+    measurement: Measurement,
+    features: Tensor,
+    pixel_values: Tensor,
+    labels: Any,
+    logits: Tensor | None,
+    accelerator: Accelerator,
 ) -> None:
     """Fold in this process's batch, without the repeats with which accelerate fills up the last one."""
     count = own_images(len(features), accelerator)
     if count:
         classes = labels[:count] if isinstance(labels, Tensor) else None
-        measurement.update(features[:count].detach(), pixel_values[:count], classes)
+        outputs = logits[:count] if isinstance(logits, Tensor) else None
+        measurement.update(features[:count].detach(), pixel_values[:count], classes, outputs)
 
 
 def is_filled_up(count: int, accelerator: Accelerator) -> bool:

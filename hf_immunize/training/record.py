@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
+from hf_immunize.data.views import Views
 from hf_immunize.errors import ImmunizationError, RecordError, WeightsError
 from hf_immunize.features.extract import Measurement
 from hf_immunize.files import staged_directory, weights_fingerprint
@@ -28,6 +29,7 @@ from hf_immunize.hub.collect import (
     describe_dataset,
     describe_side,
     exact_ratio,
+    innermost,
     intercept_ratio,
     software_versions,
 )
@@ -200,6 +202,7 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
             benign_weight=settings.pop("benign_weight"),
             harmful_weight=settings.pop("harmful_weight"),
             freeze_batchnorm=args.freeze_batchnorm,
+            distilled_on=_distilled_on(args.benign_loss, trainer.train_dataset),
             settings=settings,
         ),
         base_model=dataclasses.replace(base),
@@ -211,6 +214,19 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
         figures=list(evidence.figures),
         remarks=[printable(remark) for remark in evidence.remarks],
     )
+
+
+def _distilled_on(benign_loss: str, train: Any) -> str | None:
+    """The images on which a run stays near the starting model; None where it does so on none."""
+    if benign_loss == "task" or train is None:
+        return None
+    others = describe_dataset(None, train=getattr(train, "distillation", None))
+    if others is None:
+        return "the benign images"
+    size = "" if others.train_size is None else f"{others.train_size} "
+    if isinstance(innermost(train.distillation), Views):
+        return f"the benign images and {size}views of them"
+    return f"the benign images and {size}of {others.name}"
 
 
 def save_record(trainer: Any, staging: Path, target: str) -> None:
@@ -252,7 +268,11 @@ def _metric(before: dict[str, Any], after: dict[str, float], prefix: str, precis
         value, old = after.get(f"{prefix}_{name}"), before.get(f"eval_{name}")
         if value is not None and math.isfinite(value):
             known = None if old is None or not math.isfinite(old) else float(old)
-            return MetricRecord(name, float(value), known, precision=precision)
+            metric, key = MetricRecord(name, float(value), known, precision=precision), f"{prefix}_{name}_change"
+            if key in after:
+                metric.change, metric.change_interval = after[key], [after[f"{key}_low"], after[f"{key}_high"]]
+                metric.before = metric.after - metric.change if known is None else known
+            return metric
     return None
 
 

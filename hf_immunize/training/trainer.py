@@ -471,7 +471,8 @@ class ImmunizationTrainer(Trainer):
         else:
             with of_side("benign evaluation"), HeadInput(self._step.head) as captured:
                 result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-                found = captured.features, inputs["pixel_values"], inputs.get("labels")
+                logits = result[1][0] if isinstance(result[1], tuple) else result[1]
+                found = captured.features, inputs["pixel_values"], inputs.get("labels"), logits
                 evaluation.fold(measurement, *found, self.accelerator)
         count = len(inputs["pixel_values"])
         loss, own = result[0], evaluation.own_images(count, self.accelerator)
@@ -515,7 +516,9 @@ class ImmunizationTrainer(Trainer):
         measurement = Measurement()
         with of_side(f"{name.replace('eval', 'benign')} evaluation"):
             for batch in run_batches(self.model, self._step.head, map(self._prepare_inputs, shown), forward=forward):
-                evaluation.fold(measurement, batch.features, batch.pixel_values, batch.labels, self.accelerator)
+                logits = None if name.split()[-1] == "harmful" else batch.logits  # harmful classes are not the model's
+                found = batch.features, batch.pixel_values, batch.labels, logits
+                evaluation.fold(measurement, *found, self.accelerator)
             return evaluation.merged(measurement, self.accelerator.device)
 
     def _measure_references(self) -> None:

@@ -20,7 +20,6 @@ from hf_immunize.audit.statistics import (
     matched,
     mean_interval,
     of_class,
-    paired_interval,
     paired_utility,
     reached,
     steps_ratios,
@@ -28,6 +27,7 @@ from hf_immunize.audit.statistics import (
     summarize,
     wilson_interval,
 )
+from hf_immunize.intervals import paired_interval
 
 
 def run(attacker, access, subject, seed, curve, steps=(0, 10, 100), layer="l", **kwargs):

@@ -9,8 +9,8 @@ import pytest
 from audit_sample import CHANCE, attack, fine_tuning, layers, lost, make, probes, sample_data, with_random
 
 from hf_immunize.audit.result import TaskSummary, Utility
-from hf_immunize.audit.statistics import paired_interval
 from hf_immunize.audit.verdict import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind, answer, judge, sentence
+from hf_immunize.intervals import paired_interval
 
 
 def kinds(data, access=None, task="harmful"):

@@ -124,6 +124,8 @@ def test_a_probe_counts_as_slowed_from_twice_its_steps_on_also_where_they_did_no
     assert ("achieved nothing" in text) == nothing
 
 
+CHANGE = {"eval_accuracy_change": -0.2, "eval_accuracy_change_low": -0.31, "eval_accuracy_change_high": -0.09}
+COMPONENTS = {"eval_harmful_probing_steps": 900.0, "eval_harmful_probing_of_components": 1.0}
 BOUNDS = {"eval_rir_is_lower_bound": 1.0, "eval_rir_is_upper_bound": 1.0}
 
 
@@ -134,6 +136,13 @@ BOUNDS = {"eval_rir_is_lower_bound": 1.0, "eval_rir_is_upper_bound": 1.0}
         ({}, {"eval_accuracy": 0.9, "eval_rir": None, **BOUNDS}, ["undetermined", "not measured before"]),
         ({}, {}, ["ratio of condition numbers was not measured", "accuracy was not measured"]),
         ({}, {"eval_rir": 5.0, "eval_rir_is_upper_bound": True}, ["at most 5"]),
+        (
+            {"eval_harmful_probing_steps": 30.0},
+            COMPONENTS,
+            ["leading components of the harmful images takes 900 steps"],
+        ),
+        # Paired over images, it is known also where the starting weights had no evaluation of their own.
+        ({}, {"eval_accuracy": 0.7} | CHANGE, ["from 90.0%", "-20.0 points", "-31.0 to -9.0", "cost 20.0 points"]),
     ],
 )
 def test_the_first_sentence_says_what_was_found(before, after, found):

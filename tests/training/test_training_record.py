@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as hf
+from PIL import Image
 from transformers import AutoModelForImageClassification
 
+from hf_immunize.audit.statistics import paired_utility
+from hf_immunize.data.views import Views
 from hf_immunize.files import weights_fingerprint
-from hf_immunize.hub.card import record_rows
+from hf_immunize.hub.card import record_rows, render_card
 from hf_immunize.hub.load import hash_weights
 from hf_immunize.hub.record import AttackRecord, AuditRecord, DataRecord, read_record
 
@@ -65,6 +70,52 @@ def test_the_record_holds_what_was_before_and_after_with_method_sizes_and_hashes
     assert (method.objective, method.harmful_weight, method.benign_weight) == ("kappa", 2.5, "auto")
     assert (method.steps, method.seed) == (2, 7)
     assert [(data.train_size, data.size) for data in (record.benign, record.harmful)] == [(16, 24), (16, 24)]
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_the_change_of_accuracy_is_of_the_same_images_with_its_paired_interval(evaluated, trainer, images, saved):
+    run, rows = trainer(), images(24, 3)
+    pixels, labels = torch.stack([row["pixel_values"] for row in rows]), torch.tensor([row["labels"] for row in rows])
+
+    def hits():
+        with torch.no_grad():
+            return run.model.eval()(pixel_values=pixels).logits.argmax(1) == labels
+
+    before = hits()
+    if evaluated:
+        assert "eval_accuracy_change" not in run.evaluate()
+    run.train()
+    run.model.classifier.weight.data[1] *= -1  # so that some change
+    run.evaluate()
+    metric, utility = saved(run).metric, paired_utility(hits(), before)
+    assert 0 < abs(utility.difference) < 1 and metric.before == pytest.approx(utility.reference)
+    assert metric.change == pytest.approx(utility.difference) == pytest.approx(metric.after - metric.before)
+    assert metric.change_interval == pytest.approx(utility.interval)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "the benign images"),
+        ({"benign_loss": "task"}, None),
+        ({"views": 9}, "9 views"),
+        ({"others": 12}, "12 of"),
+    ],
+)
+def test_the_record_and_the_card_say_what_was_distilled_on(given, found, trainer, images, saved):
+    options = {"benign_loss": "distillation"} | given
+    if count := options.pop("views", None):
+        picture = [{"image": Image.new("RGB", (8, 8), (number, 9, 9))} for number in range(3)]
+        options["distillation_dataset"] = Views(picture, count)
+        options["processing_class"] = hf.ViTImageProcessorPil(size={"height": 8, "width": 8})
+    if count := options.pop("others", None):
+        options["distillation_dataset"] = images(count, 9, labels=False)
+    run = trainer(**options)
+    run.evaluate()
+    record = saved(run)
+    on = record.method.distilled_on
+    assert on is None if found is None else found in on
+    assert ("- distilled on: the benign images" in str(render_card(record))) == (found is not None)
 
 
 def test_weights_that_were_not_evaluated_have_no_record(trainer, tmp_path):
