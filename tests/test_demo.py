@@ -45,6 +45,10 @@ def test_more_images_say_more():
     assert few.low < 1.1 < 1.3 < many.low <= many.high < few.high and many.target == few.target
 
 
+def test_a_range_without_width_is_one_number():
+    assert " to " not in slowing(probing(1), probing(1)).steps.split(":")[1]
+
+
 def test_steps_beyond_what_was_tried_are_a_bound():
     found = slowing(probing(100), probing(5000))
     assert found.is_bound and found.after is None and "more than 1,000 after" in found.steps

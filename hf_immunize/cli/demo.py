@@ -236,7 +236,8 @@ class Slowing:
         both = f"{before} steps before and {after} after to be right on {self.target:.0%}"
         if self.low is None:
             return both
-        return f"{both}: {self.low:.2g} to {'more than ' * self.is_bound}{self.high:.2g} times as many"
+        low, high = f"{self.low:.2g}", f"{'more than ' * self.is_bound}{self.high:.2g}"
+        return f"{both}: {low if low == high else f'{low} to {high}'} times as many"
 
 
 def slowing(old: Probing, new: Probing) -> Slowing:

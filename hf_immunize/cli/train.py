@@ -378,5 +378,6 @@ def print_table(results: dict[str, Any]) -> None:
     for name, justify in (("", "left"), ("before", "right"), ("after", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for row in metric_rows(results["before"], results["after"]):
-        table.add_row(*row)
+        if row[1:] != ("–", "–"):
+            table.add_row(*row)
     Console().print(table)
