@@ -23,11 +23,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoImageProcessor, set_seed
 
-from examples.experiments import backbones, tasks
+from examples.experiments import backbones, measure, tasks
 from examples.experiments.files import Parts, alone
-from examples.experiments.run import _hardware, _weights_of
+from examples.experiments.run import hardware, weights_of
 from examples.experiments.settings import Run, digest, parse_changes, plain
 from hf_immunize.attacks.presets import ATTACKERS, PRESET_VERSION, Preset, find_preset
 from hf_immunize.audit.head_start import costs, find_head_start
@@ -35,7 +37,7 @@ from hf_immunize.audit.names import CLASSES, label, share, signed
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import ACCESSES, AuditResult
 from hf_immunize.audit.run import audit
-from hf_immunize.audit.statistics import of_class, strongest, summarize
+from hf_immunize.audit.statistics import of_class, paired_utility, strongest, summarize
 from hf_immunize.errors import ArgumentError, ImmunizationError
 from hf_immunize.files import staged_directory
 from hf_immunize.vision.loading import load_classifier
@@ -79,12 +81,12 @@ def make_row(text: str, run: Run, given: argparse.Namespace) -> dict[str, Any]:
     preset = find_attackers(given, run.spec())
     key = plain(
         {
-            "method": text if callable(method) else f"{method.name} {_weights_of(str(method))}",
+            "method": text if callable(method) else f"{method.name} {weights_of(str(method))}",
             "changes": changes,
             "setting": run.experiment,
             "seed": run.seed,
             "data": digest(images.settings()),
-            "start": _weights_of(start),
+            "start": weights_of(start),
             "training": run.spec()["training"],
             "preset": asdict(preset) | {"version": PRESET_VERSION},
         }
@@ -100,18 +102,42 @@ def make_row(text: str, run: Run, given: argparse.Namespace) -> dict[str, Any]:
             parts.run("immunizing", lambda: immunize(method, start, images, run, changes, model))
         else:
             model = method
-        data: dict[str, Any] = {side: (images.load(side, "train"), images.load(side, "test")) for side in _ATTACKED}
-        report = audit(str(model), reference=start, **data, preset=preset, run_dir=folder / "audit", progress=False)
-        report.write(folder / "audit")
+        before = starting(start, run, images, preset)
+        after = attacked(str(model), images, preset, folder)
+    report = joined(before, after, title)
     row = {"title": title, "key": key, "command": command(text, run, given), "date": date.today().isoformat()}
-    row |= {"hardware": _hardware(), "seconds": parts.seconds() | {"audit": round(report.data.seconds, 1)}}
+    row |= {"hardware": hardware(), "seconds": parts.seconds() | {"audit": round(report.data.seconds, 1)}}
     row |= measures(report)
     with alone(given.rows.parent), given.rows.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
     return row
 
 
-_ATTACKED = ("harmful", "benign")
+Attacked = tuple[AuditResult, Tensor]  # what attacks found, and which benign test images are named rightly
+
+
+def attacked(model: str, images: tasks.Data, preset: Preset, folder: Path, **reference: Any) -> Attacked:
+    """Attack a model, or go on with it."""
+    harmful = images.load("harmful", "train"), images.load("harmful", "test")
+    report = audit(model, harmful=harmful, preset=preset, run_dir=folder / "audit", progress=False, **reference)
+    measure.store_features(model, images, folder / measure.FEATURES)
+    return report.data, load_file(folder / measure.FEATURES)["benign hits"]
+
+
+def starting(start: str, run: Run, images: tasks.Data, preset: Preset) -> Attacked:
+    """The same attacks on the starting model and on random copies, once for all methods."""
+    mark = digest([images.settings(), weights_of(start), asdict(preset), PRESET_VERSION])
+    folder = run.shared / "head_start" / f"{run.experiment}-seed{run.seed}-{mark}"
+    with alone(folder):
+        return attacked(start, images, preset, folder, reference=start)
+
+
+def joined(before: Attacked, after: Attacked, title: str) -> AuditReport:
+    """One report of attacks on random copies, on the starting model and on the immunized one."""
+    known = [one for one in before[0].outcomes if one.subject != "immunized"]  # there, the starting model again
+    outcomes = [*known, *after[0].outcomes]
+    found = replace(before[0], model=title, outcomes=outcomes, utility=paired_utility(after[1], before[1]))
+    return AuditReport(replace(found, seconds=after[0].seconds, spectra=[], rir={}))
 
 
 def immunize(

@@ -36,7 +36,7 @@ def run_one(run: Run) -> dict[str, Any]:
             {
                 "version": VERSION,
                 "data": images.settings(),
-                "start": {"name": about["name"], "weights": _weights_of(start)},
+                "start": {"name": about["name"], "weights": weights_of(start)},
                 "training": arguments,
                 "audit": attacks.settings(run.spec().get("audit"), run.attackers),
             }
@@ -78,7 +78,7 @@ def _claim(run: Run, settings: dict[str, Any]) -> None:
     write_json(run.folder / SETTINGS, settings)
 
 
-def _weights_of(model: str) -> str:
+def weights_of(model: str) -> str:
     """What tells a starting model's weights from others: a digest of them, or the Hub's id."""
     return digest(hash_weights(model)) if Path(model).is_dir() else model
 
@@ -129,7 +129,7 @@ def _make(run: Run, images: tasks.Data, file: Path, settings: dict[str, Any], be
         "seed": run.seed,
         "command": run.command(),
         "date": date.today().isoformat(),
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "versions": software_versions(),
         "settings": settings,
         "seconds": parts.seconds(),
@@ -147,7 +147,7 @@ def _make(run: Run, images: tasks.Data, file: Path, settings: dict[str, Any], be
     }
 
 
-def _hardware() -> str:
+def hardware() -> str:
     """Processor, cores, threads, versions, and the GPU if there is one."""
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return f"{gpu}{describe_machine()}, {platform.system()}"
