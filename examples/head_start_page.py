@@ -121,8 +121,8 @@ def sentences(groups: list[Group]) -> list[str]:
     presets = ", ".join(dict.fromkeys(row["key"]["preset"]["name"] for row in rows))
     single = sum(len(group.rows) == 1 for group in groups)
     said = [
-        f"These are {len(rows)} rows of {len(groups)} methods and settings ({settings}), by the attackers of the "
-        f"presets {presets}; {single} of the {len(groups)} have one seed, and another training may differ.",
+        f"The table has {len(groups)} of the methods in their settings ({settings}), {single} with one seed alone, of "
+        f"which another training may differ; rows: {len(rows)}, preset: {presets}.",
         "*Removed* is the share of what the released weights give an attacker, beyond the same attack on random "
         "weights, that is gone: 100% where they give nothing more, below 0 where immunization helps.",
     ]
@@ -139,14 +139,15 @@ def sentences(groups: list[Group]) -> list[str]:
     for access, words in CLASSES.items():
         known = {group: value for group in groups if (value := group.of_class(access)) is not None and _real(group)}
         if not known:
-            said.append(f"{words}: of no method may a share be claimed.")
+            said.append(f"{words}: of no method may a share be claimed; too little is at stake, or none attacked.")
             continue
         kept = {group: value for group, value in known.items() if group.benign >= -KEPT}
         best = max(kept or known, key=known.__getitem__)
+        none = sum(value <= 0 for value in known.values())
+        most = f"{best.title} removes most" if known[best] > 0 else f"none removes any, and {best.title} is ahead"
         said.append(
-            f"{words}: by the strongest attacker of each model {best.title} removes most, {share(known[best])}"
-            f"{_ends(best, access)}{'' if kept else ', at a loss of benign accuracy'}; {len(known)} methods and "
-            f"settings are compared, and {sum(value <= 0 for value in known.values())} of them remove nothing."
+            f"{words}: by the strongest attacker of each model {most}, {share(known[best])}{_ends(best, access)}"
+            f"{'' if kept else ', at a loss of benign accuracy'}; {none} of {len(known)} remove nothing."
         )
     breaks = [
         f"{group.title} by {named(key)} ({share(group.removed[key])})"
@@ -196,7 +197,7 @@ def _ends(group: Group, access: str) -> str:
 def draw(groups: list[Group], path: Path) -> None:
     """Methods from top to bottom, what is removed of each attacker from left to right, with its interval."""
     figure, (axes,) = new_figure(1)
-    figure.set_size_inches(8, 1.2 + 0.45 * len(groups))
+    figure.set_size_inches(9, 1.8 + 0.5 * len(groups))
     attackers = list(dict.fromkeys(key for group in groups for key in group.removed))
     for number, key in enumerate(attackers):
         for height, group in enumerate(groups):
@@ -208,13 +209,13 @@ def draw(groups: list[Group], path: Path) -> None:
             axes.plot([100 * end for end in ends or (value, value)], [at, at], color=f"C{number}", alpha=0.4)
             axes.plot(100 * value, at, "o", color=f"C{number}", markersize=5)
         axes.plot([], [], "o", color=f"C{number}", label=named(key))
-    axes.set_yticks(range(len(groups)), [f"{group.title}, {group.setting}" for group in groups], fontsize=8)
+    axes.set_yticks(range(len(groups)), [f"{group.title}\n{group.setting}" for group in groups], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="0.5", linewidth=0.8)
     axes.axvline(100, color="0.5", linewidth=0.8)
     axes.set_xlim(-120, 140)
     axes.set_xlabel("removed of the head start, %")
-    axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    figure.legend(frameon=False, fontsize=7, loc="outside lower center", ncols=2)
     save_figure(figure, path)
 
 
