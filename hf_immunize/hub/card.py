@@ -31,6 +31,7 @@ from hf_immunize.hub.record import (
     read_record,
     write_record,
 )
+from hf_immunize.linear.time import probing_metrics
 from hf_immunize.text import printable
 from hf_immunize.vision.loading import checkpoint_form
 
@@ -149,15 +150,10 @@ def _metrics_of(record: ImmunizationRecord) -> tuple[dict[str, Any], dict[str, A
                 metrics[f"eval_{side}_is_bound"] = part.is_bound
                 metrics[f"eval_{side}_rank"] = part.rank
         if (steps := features.probing) is not None:
-            before[f"eval_{side}_probing_steps"] = steps.before
-            after[f"eval_{side}_probing_steps"] = steps.max_steps if steps.after is None else steps.after
-            after[f"eval_{side}_probing_is_lower_bound"] = steps.after is None
-            after[f"eval_{side}_probing_of_components"] = steps.targets == "components"
-            if steps.conjugate_before is not None:
-                name, found = f"eval_{side}_conjugate_gradient", steps.conjugate_after
-                before[f"{name}_steps"] = steps.conjugate_before
-                after[f"{name}_steps"] = steps.max_steps if found is None else found
-                after[f"{name}_is_lower_bound"] = found is None
+            taken = {"probing": steps.before, "conjugate_gradient": steps.conjugate_before}
+            before |= {f"eval_{side}_{method}_steps": number for method, number in taken.items()}
+    times = {"benign": record.benign_features.probing, "harmful": record.harmful_features.probing}
+    after |= {f"eval_{name}": value for name, value in probing_metrics(times).items()}
     for protocol, name in (("exact", "eval_rir"), ("intercept", "eval_intercept_rir")):
         if (ratio := record.ratios.get(protocol)) is not None:
             before[name] = 1.0

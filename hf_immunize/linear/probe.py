@@ -4,7 +4,8 @@ Gradient descent with exact line search on ``½‖Zw − y‖²`` contracts by a
 & Vandenberghe, 2004, §9.3): its curve is the condition number seen at work. Everything is computed in float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,21 +25,24 @@ def descent_residuals(s: Tensor, weights: Tensor, steps: Sequence[int]) -> list[
     row i. So 100,000 steps cost as much as one on the features.
     """
     s, weights = s.cpu(), weights.cpu()
-    kind = s.numpy().dtype
     # Scaled so that the sixth power of the largest is 1.
     q = (s / s.max()).square().numpy() if len(s) else s.numpy()
     scale = weights / weights.max() if weights.any() else weights
     w = scale.to(s.dtype).numpy() * q * q
+    last, wanted = steps[-1] if steps else 0, set(steps)
+    factors = enumerate(islice(line_search_factors(q, w), last), start=1)
+    return [torch.from_numpy(p) for step, p in factors if step in wanted]
+
+
+def line_search_factors(q: np.ndarray, w: np.ndarray) -> Iterator[np.ndarray]:
+    """What is left of the error in each direction after one step, two, …: ``q = s²``, ``w = s⁴w_i``, up to factors."""
     p = np.ones_like(q)
-    residuals, wanted = [], set(steps)
-    for step in range(1, (steps[-1] if steps else 0) + 1):
+    while True:
         gradient = w * p * p
         curvature = float(gradient @ q)
         if curvature > 0:
-            p = p * (1 - kind.type(float(gradient.sum()) / curvature) * q)
-        if step in wanted:
-            residuals.append(torch.from_numpy(p))
-    return residuals
+            p = p * (1 - q.dtype.type(float(gradient.sum()) / curvature) * q)
+        yield p
 
 
 class _Problem(NamedTuple):

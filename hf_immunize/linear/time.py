@@ -9,7 +9,7 @@ Everything here is computed from (λ, p), at a cost of the rank a step, in float
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_immunize.errors import ArgumentError, RankError
 from hf_immunize.linear.inputs import as_data, as_targets, dtype_of_origin, keep_above_noise
 from hf_immunize.linear.optimum import null_basis
+from hf_immunize.linear.probe import line_search_factors
 from hf_immunize.spectra.checks import (
     as_matrix,
     as_values,
@@ -180,16 +181,17 @@ def steps_of_spectra(
     )
 
 
-def probing_metrics(times: dict[str, ProbingSteps | None]) -> dict[str, float]:
-    """Steps now as metrics, by "benign" and "harmful", and the growth of the harmful ones over the benign ones'."""
+def probing_metrics(times: Mapping[str, Any]) -> dict[str, float]:
+    """Steps now as metrics, of "benign" and "harmful" `ProbingSteps` or their record; and how their quotient grew."""
     metrics: dict[str, float] = {}
     for side, steps in times.items():
-        if steps is not None:
-            metrics[f"{side}_probing_steps"] = float(steps.after or steps.max_steps)
-            metrics[f"{side}_probing_is_lower_bound"] = float(steps.after is None)
-            metrics[f"{side}_probing_of_components"] = float(steps.targets == "components")
-            metrics[f"{side}_conjugate_gradient_steps"] = float(steps.conjugate_after or steps.max_steps)
-            metrics[f"{side}_conjugate_gradient_is_lower_bound"] = float(steps.conjugate_after is None)
+        if steps is None:
+            continue
+        metrics[f"{side}_probing_of_components"] = float(steps.targets == "components")
+        methods = {"probing": steps.after, "conjugate_gradient": steps.conjugate_after}
+        for method, taken in methods.items() if steps.conjugate_before else [("probing", steps.after)]:
+            metrics[f"{side}_{method}_steps"] = float(taken or steps.max_steps)
+            metrics[f"{side}_{method}_is_lower_bound"] = float(taken is None)
     b, h = times.get("benign"), times.get("harmful")
     if b is not None and h is not None:
         grown = (h.after or h.max_steps) / h.before
@@ -419,13 +421,8 @@ def _fixed_step(values: np.ndarray, shares: np.ndarray) -> Iterator[float]:
 
 def _line_search(values: np.ndarray, shares: np.ndarray) -> Iterator[float]:
     q = values / values[0] if len(values) else values
-    left = shares
-    while True:
-        gradient = q * left
-        curvature = float(gradient @ q)
-        if curvature > 0:
-            left = left * (1 - float(gradient.sum()) / curvature * q) ** 2
-        yield float((shares - left).sum())
+    for left in line_search_factors(q, q * shares):
+        yield float((shares - shares * left * left).sum())
 
 
 def _conjugate_gradient(values: np.ndarray, shares: np.ndarray) -> Iterator[float]:

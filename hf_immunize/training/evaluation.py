@@ -82,20 +82,11 @@ class Accuracy:
         return {"accuracy": float(hits.mean())}
 
 
-def fold(
-    measurement: Measurement,
-    features: Tensor,
-    pixel_values: Tensor,
-    labels: Any,
-    logits: Tensor | None,
-    accelerator: Accelerator,
-) -> None:
-    """Fold in this process's batch, without the repeats with which accelerate fills up the last one."""
-    count = own_images(len(features), accelerator)
+def fold(measurement: Measurement, batch: tuple[Any, ...], accelerator: Accelerator) -> None:
+    """Fold in this process's features, pixel values, labels and logits, without repeats that fill up a batch."""
+    count = own_images(len(batch[0]), accelerator)
     if count:
-        classes = labels[:count] if isinstance(labels, Tensor) else None
-        outputs = logits[:count] if isinstance(logits, Tensor) else None
-        measurement.update(features[:count].detach(), pixel_values[:count], classes, outputs)
+        measurement.update(*(part[:count] if isinstance(part, Tensor) else None for part in batch))  # type: ignore[arg-type]
 
 
 def is_filled_up(count: int, accelerator: Accelerator) -> bool:

@@ -473,7 +473,7 @@ class ImmunizationTrainer(Trainer):
                 result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
                 logits = result[1][0] if isinstance(result[1], tuple) else result[1]
                 found = captured.features, inputs["pixel_values"], inputs.get("labels"), logits
-                evaluation.fold(measurement, *found, self.accelerator)
+                evaluation.fold(measurement, found, self.accelerator)
         count = len(inputs["pixel_values"])
         loss, own = result[0], evaluation.own_images(count, self.accelerator)
         if loss is not None and evaluation.is_filled_up(count, self.accelerator):
@@ -518,7 +518,7 @@ class ImmunizationTrainer(Trainer):
             for batch in run_batches(self.model, self._step.head, map(self._prepare_inputs, shown), forward=forward):
                 logits = None if name.split()[-1] == "harmful" else batch.logits  # harmful classes are not the model's
                 found = batch.features, batch.pixel_values, batch.labels, logits
-                evaluation.fold(measurement, *found, self.accelerator)
+                evaluation.fold(measurement, found, self.accelerator)
             return evaluation.merged(measurement, self.accelerator.device)
 
     def _measure_references(self) -> None:
