@@ -78,7 +78,7 @@ def _draw_bars(section: str, caption: str, rows: Bars, chance: float, inches: fl
             at = index + (drawn.index(s) - (len(drawn) - 1) / 2) * height
             axes.barh(at, 100 * mean, height * 0.92, **styles[s])
             if high > low:
-                ends = [[100 * (mean - low)], [100 * (high - mean)]]
+                ends = [[100 * max(0.0, mean - low)], [100 * max(0.0, high - mean)]]  # of all equal rows, rounding
                 axes.errorbar([100 * mean], [at], xerr=ends, color="black", capsize=2.5, linewidth=1)
             axes.annotate(percent(mean), (100 * high, at), (4, 0), textcoords="offset points", va="center", size=8)
     keys: list[Any] = [Patch(label=SUBJECTS[subject], **styles[subject]) for subject in drawn]

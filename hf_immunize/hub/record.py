@@ -57,6 +57,7 @@ def _form(pattern: str, words: str) -> Rule:
 _FILE = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 Share = Annotated[float, _between(0, 1)]
 Count = Annotated[int, _between(0, 2**53)]
+Steps = Annotated[int, _between(1, 2**53)]  # nothing is fitted before the first
 Size = Annotated[float, _between(0, math.inf)]
 # Of a condition number of float64 matrices, and of quotients of such.
 Log10 = Annotated[float, _between(-10_000, 10_000)]
@@ -161,13 +162,13 @@ class ProbingRecord(Part):
     80 % of what least squares fits on the starting features, or what is fitted there in `max_steps`.
     """
 
-    before: Count  # through the reference weights
-    after: Count | None  # through those beside the record; None where `max_steps` do not suffice
-    max_steps: Count
+    before: Steps  # through the reference weights
+    after: Steps | None  # through those beside the record; None where `max_steps` do not suffice
+    max_steps: Steps
     # What is fitted: the classes, or, where no image has one, the leading components of the starting features.
     targets: Annotated[str, _form("classes|components", "classes or components")] = "classes"
-    conjugate_before: Count | None = None  # by conjugate gradient; None where it was not measured
-    conjugate_after: Count | None = None  # None, where that is known, if `max_steps` do not suffice
+    conjugate_before: Steps | None = None  # by conjugate gradient; None where it was not measured
+    conjugate_after: Steps | None = None  # None, where that is known, if `max_steps` do not suffice
 
 
 @dataclass
