@@ -50,11 +50,13 @@ class RunningCovariance:
         new = min(1.0, count / dim)
         self._matrix = new * batch if self._matrix is None else (1 - new) * self._matrix.to(batch) + new * batch
         self._known = new + (1 - new) * self._known
-        floor = FLOOR * torch.eye(dim, dtype=batch.dtype, device=batch.device)
+        found = self._matrix / self._known
+        # At least what rounding leaves of rows that varied far more than these: below it there is no factor.
+        floor = torch.maximum(FLOOR * scale, 4 * torch.finfo(found.dtype).eps * found.trace())
         # Without a look at its success, for which a GPU would have to be waited for.
-        root = torch.linalg.cholesky_ex(self._matrix / (self._known * scale) + floor).L
-        value = 2 * root.diagonal().log().mean()
-        pull = torch.linalg.solve_triangular(root, rows.mT, upper=False).square().sum() / (freedom * scale * dim)
+        root = torch.linalg.cholesky_ex(found + floor * torch.eye(dim, dtype=found.dtype, device=found.device)).L
+        value = 2 * root.diagonal().log().mean() - scale.log()
+        pull = torch.linalg.solve_triangular(root, rows.mT, upper=False).square().sum() / (freedom * dim)
         return value + pull - pull.detach()
 
     def state_dict(self) -> dict[str, Tensor]:

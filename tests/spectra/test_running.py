@@ -58,3 +58,15 @@ def test_what_was_saved_goes_on_to_the_bit_and_what_is_not_finite_is_nan():
         some, wanted = (one.mean_log_eigenvalue(batch, torch.tensor(1.0)) for one in (second, first))
         assert torch.equal(some, wanted)
     assert first.mean_log_eigenvalue(torch.full((12, 24), torch.nan), torch.tensor(1.0)).isnan()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1e4])
+def test_a_batch_that_varies_far_less_or_more_than_those_before_has_a_finite_value_and_gradient(size):
+    running = RunningCovariance()
+    for batch in rows(96, 512, seed=1).split(32):
+        running.mean_log_eigenvalue(batch, batch.square().sum() / 31)
+    given = (size * rows(32, 512, seed=2)).requires_grad_()
+    scale = (given.detach().square().sum() / 31).clamp_min(torch.finfo(torch.float64).tiny)
+    value = running.mean_log_eigenvalue(given, scale)
+    (gradient,) = torch.autograd.grad(value, given)
+    assert value.isfinite() and gradient.isfinite().all()

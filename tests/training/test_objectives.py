@@ -13,6 +13,7 @@ from hf_immunize.hub.record import read_record
 from hf_immunize.linear.time import probing_time
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.spectra.hessian_functions import spectral_concentration
+from hf_immunize.spectra.running import FLOOR
 from hf_immunize.training import choice
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.choice import LEAST_IMAGES, MIN_SEPARABILITY, prepare_objective, separability, separable
@@ -151,9 +152,11 @@ def test_what_is_outside_has_no_scale_no_mean_and_bounds_the_condition_number(se
     for term, again in (
         (terms.harmful["outside"], moved.harmful["outside"]),
         (terms.benign["spread"], moved.benign["spread"]),
-        (terms.harmful["tail"], moved.harmful["tail"]),
     ):
         assert torch.isclose(term, again, rtol=1e-9, atol=1e-9)
+    # The directions inside are empty: what a factorization rounds off is compared with the floor there.
+    rounding = 10 * torch.finfo(torch.float64).eps / FLOOR
+    assert abs(terms.harmful["tail"] - moved.harmful["tail"]) <= rounding
     conditioning = feature_conditioning(features, intercept=True)
     assert conditioning.log_kappa >= math.log((conditioning.rank - kept) / kept) - terms.harmful["outside"]
 
