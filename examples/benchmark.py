@@ -218,7 +218,9 @@ def shown(row: dict[str, Any]) -> str:
     spent = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in row["seconds"].items())
     lines.append(f"  cost: {spent}")
     for one in row["cost"]:
-        steps = f"{one['reference_steps']:,.0f} → {'> ' * one['is_bound']}{one['immunized_steps']:,.0f} steps"
+        bounds = {"reference": "reference_is_bound", "immunized": "is_bound"}
+        before, after = (f"{'> ' * one[bound]}{one[f'{side}_steps']:,.0f}" for side, bound in bounds.items())
+        steps = f"{before} → {after} steps"
         lines.append(f"    {label(one['attacker'])}, to what it reads from random weights: {steps}")
     return "\n".join(lines)
 

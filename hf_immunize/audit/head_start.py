@@ -45,12 +45,12 @@ class HeadStart:
     interval: Interval
     removed: float | None  # share of it; None where too little is at stake
     removed_interval: Interval | None
-    claimed: bool = True  # False where benign accuracy forbids it
+    claimed: bool = True  # False where benign accuracy or too few seeds forbid it
 
     @property
-    def at_stake(self) -> bool:
-        """Whether there is a head start to remove, by its mean alone."""
-        return self.points >= LEAST_HEAD_START
+    def hardly_any(self) -> bool:
+        """Whether there is none by its whole interval."""
+        return self.interval[1] < LEAST_HEAD_START
 
 
 def find_head_start(reference: Summary, immunized: Summary, random: Summary) -> HeadStart:
@@ -59,7 +59,8 @@ def find_head_start(reference: Summary, immunized: Summary, random: Summary) -> 
     if points >= LEAST_HEAD_START and interval[0] > 0:
         removed, ends = removed_share(reference, immunized, random)
         if all(map(math.isfinite, ends)):
-            return HeadStart(random, points, interval, removed, ends)
+            enough = removed <= 0 or len(shared_seeds(reference, immunized, random)) >= MIN_SEEDS
+            return HeadStart(random, points, interval, removed, ends, claimed=enough)
     return HeadStart(random, points, interval, None, None)
 
 
@@ -81,7 +82,10 @@ def removed_share(reference: Summary, immunized: Summary, random: Summary) -> tu
     def over_seeds(at: float) -> Interval:
         left = [sum(w * one.accuracies[s] for w, one in zip(weights(at), sides, strict=True)) for s in seeds]
         mean, interval = mean_interval(left)
-        return interval or (mean, mean)
+        low, high = interval or (mean, mean)
+        # Around the share, which is of all seeds: those that all have may be fewer.
+        shift = sum(w * m for w, m in zip(weights(at), means, strict=True)) - mean
+        return low + shift, high + shift
 
     found = _held(over_images, share)
     return share, found if len(seeds) < MIN_SEEDS else wider(found, _held(over_seeds, share))
@@ -110,10 +114,11 @@ class Cost:
     task: str
     layer: str
     target: float  # that accuracy
-    random_steps: float  # the budget
+    random_steps: float  # to the best of each run's own
     reference_steps: float  # the budget where it was not reached
     immunized_steps: float
-    is_bound: bool  # whether some seed did not reach it on the immunized model
+    reference_is_bound: bool  # whether some seed did not reach it
+    is_bound: bool  # likewise, on the immunized model
     seeds: int
 
 
@@ -124,8 +129,10 @@ def costs(data: AuditResult, task: str = "harmful") -> list[Cost]:
         if not runs:
             continue
         target = statistics.fmean(reached(run[0]) for run in runs)
-        before, after = ([first_reaching(run[side], target) for run in runs] for side in (1, 2))
-        budget = statistics.fmean(run[0].steps[-1] for run in runs)
-        theirs, ours = (statistics.fmean(step for step, _ in side) for side in (before, after))
-        found.append(Cost(*key, target, budget, theirs, ours, not all(there for _, there in after), len(runs)))
+        # A mean of equal accuracies may lie above them by rounding.
+        sides = [[first_reaching(run[side], target - 1e-9) for run in runs] for side in (1, 2)]
+        own = statistics.fmean(first_reaching(run[0], reached(run[0]))[0] for run in runs)
+        steps = (statistics.fmean(step for step, _ in side) for side in sides)
+        bounds = (not all(there for _, there in side) for side in sides)
+        found.append(Cost(*key, target, own, *steps, *bounds, len(runs)))
     return found

@@ -183,15 +183,18 @@ def _without_claim(one: Judgment, reason: Kind) -> Judgment:
 def _class(data: AuditResult, summaries: Sequence[Summary], access: str, task: str) -> Judgment:
     """What the strongest attacker of a class gains and reads, one of `CLASS_KINDS`."""
     found = _reading(data, summaries, access, task)
-    random = strongest(of_class(summaries, "random", task, access))
+    own, theirs = (of_class(summaries, subject, task, access) for subject in ("immunized", "reference"))
+    done = {one.attacker for one in matched(theirs, own) if one.mean is not None}
+    # By the same attackers: one that failed on a model says nothing of what random weights lack.
+    random = strongest(one for one in of_class(summaries, "random", task, access) if one.attacker in done)
     if random is None or found.worst is None or found.reference is None or found.kind is Kind.NOTHING_TO_PROTECT:
         return found
     start = find_head_start(found.reference, found.worst, random)
     kind, reason = found.kind, found.reason
-    if not start.at_stake:
-        kind, reason = Kind.NO_HEAD_START, ""
-    elif start.removed_interval is not None and start.removed_interval[1] < 0:
+    if limit.gap(found.reference, found.worst)[1][1] < 0:
         kind, reason = Kind.HELPED, ""
+    elif start.hardly_any and found.kind is not Kind.INCONCLUSIVE:
+        kind, reason = Kind.NO_HEAD_START, ""
     return replace(found, kind=kind, reason=reason, start=start)
 
 
