@@ -132,7 +132,7 @@ def costs(data: AuditResult, task: str = "harmful") -> list[Cost]:
         # A mean of equal accuracies may lie above them by rounding.
         sides = [[first_reaching(run[side], target - 1e-9) for run in runs] for side in (1, 2)]
         own = statistics.fmean(first_reaching(run[0], reached(run[0]))[0] for run in runs)
-        steps = (statistics.fmean(step for step, _ in side) for side in sides)
-        bounds = (not all(there for _, there in side) for side in sides)
-        found.append(Cost(*key, target, own, *steps, *bounds, len(runs)))
+        before, after = (statistics.fmean(step for step, _ in side) for side in sides)
+        unreached = [not all(there for _, there in side) for side in sides]
+        found.append(Cost(*key, target, own, before, after, unreached[0], unreached[1], len(runs)))
     return found

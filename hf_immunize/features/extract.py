@@ -21,9 +21,11 @@ from hf_immunize.errors import NonFiniteError, RankError, ScopeError
 from hf_immunize.intervals import paired_interval
 from hf_immunize.linear.time import (
     ProbingSteps,
+    StartTimes,
     component_spectra,
     probing_metrics,
-    steps_of_spectra,
+    start_times,
+    steps_after,
     streamed_spectrum,
 )
 from hf_immunize.spectra.conditioning import Conditioning
@@ -144,6 +146,9 @@ def pass_size(model: nn.Module) -> int:
 
 # ---- the spectrum of a data set ----
 
+# Of a measurement's state, what is compared on the CPU.
+BY_IMAGE = ("numbers", "by_image")
+
 
 @dataclass
 class Measurement:
@@ -155,6 +160,8 @@ class Measurement:
     # What is compared with the reference image by image, and numbers to know images by, (n,): of images without a
     # class their features, (n, D), and of others whether the model names them rightly, (n, 1), where that is known.
     by_image: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+    # How long a probe takes here, by its targets: of a reference, every evaluation asks for it.
+    _times: dict[str, StartTimes | None] = field(default_factory=dict, init=False, repr=False)
 
     def update(
         self, features: Tensor, pixel_values: Tensor, labels: Tensor | None = None, logits: Tensor | None = None
@@ -164,13 +171,15 @@ class Measurement:
         Logits ``(n, C)`` are given where the classes are the model's.
         """
         first = self.factor.num_samples == 0
+        self._times = {}
         numbers = _image_numbers(pixel_values)
         self.checksum += float(numbers.sum())
         self.factor.update(features)
         sums = _class_sums(features, labels)
         self.class_sums = sums if first else _added(self.class_sums, sums)
         if sums is None:
-            self.by_image.append((numbers, features.detach().cpu()))
+            # Copied: of a view, as a class token is, the whole would stay.
+            self.by_image.append((numbers, features.detach().to("cpu", copy=True)))
         elif labels is not None and logits is not None:
             self.by_image.append((numbers, (logits.argmax(-1) == labels).cpu()[:, None]))
 
@@ -179,6 +188,7 @@ class Measurement:
         if other.factor.num_samples == 0:
             return
         first = self.factor.num_samples == 0
+        self._times = {}
         self.checksum += other.checksum
         self.factor.merge(other.factor)
         self.class_sums = other.class_sums if first else _added(self.class_sums, other.class_sums)
@@ -273,7 +283,10 @@ def probing_steps(now: Measurement, before: Measurement | None) -> ProbingSteps 
         targets, (start, found) = "components", component_spectra(before.factor, rows[0], now.factor, rows[1])
     if found is None or start is None:
         return None
-    return steps_of_spectra(start, found, targets)
+    if targets not in before._times:
+        before._times[targets] = start_times(start)
+    times = before._times[targets]
+    return None if times is None else steps_after(times, found, targets)
 
 
 def accuracy_change(now: Measurement, before: Measurement | None) -> dict[str, float]:

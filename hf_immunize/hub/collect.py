@@ -54,13 +54,9 @@ def describe_dataset(dataset: Any, train: Any = None) -> DataRecord | None:
     inner = innermost(dataset if dataset is not None else train)
     if inner is None:
         return None
-    info = getattr(inner, "info", None)
-    files = list(getattr(info, "download_checksums", None) or {})
-    source = next((match for file in files if (match := _HUB_FILE.match(str(file)))), None)
-    own = source[1] if source else getattr(info, "dataset_name", None) or "unnamed images"
-    split = getattr(inner, "split", None)
+    source, split = _hub_source(inner), getattr(inner, "split", None)
     return DataRecord(
-        name=public_name(own),
+        name=dataset_name(inner),
         on_hub=source is not None,
         revision=source[2] if source else None,
         split=printable(split) if split is not None else None,
@@ -70,6 +66,21 @@ def describe_dataset(dataset: Any, train: Any = None) -> DataRecord | None:
         train_sketch=sketch_of(train),
         sketch=sketch_of(dataset),
     )
+
+
+def dataset_name(dataset: Any) -> str:
+    """The name that `datasets` knows of images."""
+    inner = innermost(dataset)
+    source = _hub_source(inner)
+    return public_name(
+        source[1] if source else getattr(getattr(inner, "info", None), "dataset_name", None) or "unnamed images"
+    )
+
+
+def _hub_source(inner: Any) -> re.Match[str] | None:
+    """Name and revision on the Hub, where the images are from there."""
+    files = getattr(getattr(inner, "info", None), "download_checksums", None) or {}
+    return next((match for file in files if (match := _HUB_FILE.match(str(file)))), None)
 
 
 def recorded_draw(data: DataRecord | None) -> HeldOut | None:

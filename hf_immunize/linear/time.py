@@ -159,26 +159,36 @@ class ProbingSteps(NamedTuple):
     conjugate_after: int | None
 
 
-def steps_of_spectra(
-    start: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor], targets: str = "classes"
-) -> ProbingSteps | None:
-    """How long a probe took and takes, from `target_spectrum` of both; None where the start had nothing to learn."""
+class StartTimes(NamedTuple):
+    """What a probe took before immunization, and the fitted share that it takes it to."""
+
+    steps: int
+    goal: float
+    conjugate: int
+
+
+def start_times(start: tuple[Tensor, Tensor]) -> StartTimes | None:
+    """How long a probe took, from `target_spectrum`; None where there was nothing to learn."""
     if not len(start[1]):
         return None
-    of_start = time_of_spectrum(*start, max_steps=_BUDGET)
-    steps = min(of_start.steps[PROBED], _BUDGET)
-    goal = min(PROBED * of_start.attainable, float(of_start.curve[-1]))
+    found = time_of_spectrum(*start, max_steps=_BUDGET)
+    goal = min(PROBED * found.attainable, float(found.curve[-1]))
+    conjugate = _steps_to(goal, start, "conjugate_gradient")
+    return StartTimes(int(min(found.steps[PROBED], _BUDGET)), goal, conjugate or _BUDGET)
 
-    def to_goal(spectrum: tuple[Tensor, Tensor], method: str) -> int | None:
-        if float(spectrum[1].sum()) < goal * (1 - 1e-9):
-            return None  # no number of steps would do
-        taken = time_of_spectrum(*spectrum, method, (1.0,), goal, _BUDGET).steps[1.0]
-        return int(taken) if math.isfinite(taken) else None
 
-    conjugate = [to_goal(spectrum, "conjugate_gradient") for spectrum in (start, now)]
-    return ProbingSteps(
-        int(steps), to_goal(now, "line_search"), _BUDGET, targets, conjugate[0] or _BUDGET, conjugate[1]
-    )
+def steps_after(times: StartTimes, now: tuple[Tensor, Tensor], targets: str = "classes") -> ProbingSteps:
+    """How long a probe takes to the same share, from `target_spectrum` of the same targets."""
+    after, conjugate = (_steps_to(times.goal, now, method) for method in ("line_search", "conjugate_gradient"))
+    return ProbingSteps(times.steps, after, _BUDGET, targets, times.conjugate, conjugate)
+
+
+def _steps_to(goal: float, spectrum: tuple[Tensor, Tensor], method: str) -> int | None:
+    """Steps to a fitted share; None where it is not reached."""
+    if float(spectrum[1].sum()) < goal * (1 - 1e-9):
+        return None  # no number of steps would do
+    taken = time_of_spectrum(*spectrum, method, (1.0,), goal, _BUDGET).steps[1.0]
+    return int(taken) if math.isfinite(taken) else None
 
 
 def probing_metrics(times: Mapping[str, Any]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """What one evaluation of the Trainer computes in addition to the loss: means, accuracy, features of all images.
 
 Over several processes, each folds the images that it was dealt into a QR factor of its own, and the factors are merged
-at the end: no features travel, and what is found does not depend on the number of processes.
+at the end: what is found does not depend on the number of processes, and no features travel but those of images that
+have no class, whose probing time is compared image by image.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import EvalPrediction
 from transformers.utils import logging
 
-from hf_immunize.features.extract import Measurement
+from hf_immunize.features.extract import BY_IMAGE, Measurement
 from hf_immunize.training.distributed import process_mean, world_size
 
 
@@ -119,5 +120,6 @@ def merged(measurement: Measurement, device: torch.device) -> Measurement:
     dist.all_gather_object(states, {name: value.cpu() for name, value in own.items()})
     total = Measurement()
     for state in filter(None, states):
-        total.merge(Measurement.from_state_dict({name: value.to(device) for name, value in state.items()}))
+        on_device = {name: value.to(device) for name, value in state.items() if name not in BY_IMAGE}
+        total.merge(Measurement.from_state_dict({**state, **on_device}))
     return total

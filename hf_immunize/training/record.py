@@ -25,6 +25,7 @@ from hf_immunize.features.extract import Measurement
 from hf_immunize.files import staged_directory, weights_fingerprint
 from hf_immunize.hub.card import CardOptions, write_card
 from hf_immunize.hub.collect import (
+    dataset_name,
     describe_base_model,
     describe_dataset,
     describe_side,
@@ -220,13 +221,13 @@ def _distilled_on(benign_loss: str, train: Any) -> str | None:
     """The images on which a run stays near the starting model; None where it does so on none."""
     if benign_loss == "task" or train is None:
         return None
-    others = describe_dataset(None, train=getattr(train, "distillation", None))
+    others = getattr(train, "distillation", None)
     if others is None:
         return "the benign images"
-    size = "" if others.train_size is None else f"{others.train_size} "
-    if isinstance(innermost(train.distillation), Views):
+    size = f"{len(others)} " if hasattr(others, "__len__") else ""
+    if isinstance(innermost(others), Views):
         return f"the benign images and {size}views of them"
-    return f"the benign images and {size}of {others.name}"
+    return f"the benign images and {size or 'images '}of {dataset_name(others)}"
 
 
 def save_record(trainer: Any, staging: Path, target: str) -> None:

@@ -445,6 +445,10 @@ class ImmunizationTrainer(Trainer):
             if metric in metrics:
                 metrics[metric.replace(prefix, f"{prefix}_benign", 1)] = metrics[metric]
         spectral = spectral_metrics(benign, references.get(name), harmful, references.get("harmful"))
+        if not plain:  # the loop's accuracy is of other numbers
+            spectral = {
+                metric: value for metric, value in spectral.items() if not metric.startswith("accuracy_change")
+            }
         metrics.update({f"{prefix}_{metric}": value for metric, value in spectral.items()})
         if self.args.should_save and not self._is_sharded and own_data:
             named = {metric.replace(prefix, name, 1): value for metric, value in metrics.items()}

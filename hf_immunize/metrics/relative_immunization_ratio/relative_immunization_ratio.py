@@ -5,7 +5,7 @@ import evaluate
 import torch
 
 from hf_immunize.errors import ArgumentError, DataError
-from hf_immunize.linear.time import probing_metrics, steps_of_spectra, target_spectrum
+from hf_immunize.linear.time import ProbingSteps, probing_metrics, start_times, steps_after, target_spectrum
 from hf_immunize.spectra.checks import as_labels, as_matrix, as_values
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 
@@ -87,9 +87,11 @@ class RelativeImmunizationRatio(evaluate.Metric):
         found = {name: getattr(ratio, name) for name in names}
         if labels is None:
             return found
-        classes, times = as_labels(labels, len(after), "labels"), {}
+        classes = as_labels(labels, len(after), "labels")
+        times: dict[str, ProbingSteps | None] = {}
         for side, of in (("benign", ~is_harmful), ("harmful", is_harmful)):
             start, now = (target_spectrum(Z[of], classes[of]) for Z in (before, after))
-            times[side] = steps_of_spectra(start, now)
+            known = start_times(start)
+            times[side] = None if known is None else steps_after(known, now)
         started = {f"{side}_probing_steps_before": steps and steps.before for side, steps in times.items()}
         return found | started | probing_metrics(times)
