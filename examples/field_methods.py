@@ -373,7 +373,7 @@ def leace(model: Any, benign: Any, harmful: Any, processor: Any, **arguments: An
 
 
 def _library(name: str, model: Any, *data: Any, **arguments: Any) -> Any:
-    return train(ImmunizationStep, model, *data, **{**arguments, **LIBRARY[name]})
+    return train(ImmunizationStep, model, *data, **{**LIBRARY[name], **arguments})
 
 
 default, concentration, dead_relu = (partial(_library, name) for name in ("default", "concentration", "dead_relu"))

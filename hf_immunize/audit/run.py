@@ -199,8 +199,6 @@ def _load_images(tasks: list[AttackedTask], processor: Any, memory: int, progres
 
 # The attacks
 
-# Seeds of random weights begin here: no model under test was drawn with them.
-_RANDOM_SEED = 2**31
 # Images that BatchNorm of random copies takes its statistics from.
 _STATISTICS = 256
 # Pixels of more squares than this a side are averaged over squares.
@@ -299,7 +297,7 @@ class Work:
 
     def _drawn(self, seed: int) -> Any:
         """A copy with random weights; without statistics of images BatchNorm would let nothing through."""
-        model, images = random_copy(self.models["reference"], _RANDOM_SEED + seed), self.tasks[0].train
+        model, images = random_copy(self.models["reference"], seed), self.tasks[0].train
         if model is not None:
             rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:_STATISTICS]
             take_statistics(model, images.pixels(self.processor, rows), seed)

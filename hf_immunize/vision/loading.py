@@ -43,6 +43,8 @@ LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Runt
 _IMAGES = 2
 # What a class raises that cannot be built from its config alone.
 _NO_CLASS = (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError)
+# Seeds of random copies begin here: with small ones a model may have been drawn before its training.
+_FRESH = 2**31
 # Convolutional networks, whose configs name no size, take any.
 _ANY_SIZE = 64
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+|\.original_module\b|\.base_layer\b")
@@ -158,7 +160,7 @@ def random_copy(model: Any, seed: int) -> Any:
     plain, first = without_wrapper(model), next(model.parameters())
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(_FRESH + seed)
             if _pooled(plain):
                 backbone = type(plain.backbone)(plain.backbone.config)
                 copy = LinearHeadForImageClassification(backbone, plain.config.num_labels, plain.pooling)
