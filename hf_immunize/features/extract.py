@@ -182,6 +182,10 @@ class Measurement:
             self.by_image.append((numbers, features.detach().to("cpu", copy=True)))
         elif labels is not None and logits is not None:
             self.by_image.append((numbers, (logits.argmax(-1) == labels).cpu()[:, None]))
+        # Many small tensors among large ones that go would keep the memory of both.
+        while len(self.by_image) > 1 and _joins(*self.by_image[-2:]):
+            numbers, values = (torch.cat(parts) for parts in zip(*self.by_image[-2:], strict=True))
+            self.by_image[-2:] = [(numbers, values)]
 
     def merge(self, other: Measurement) -> None:
         """Fold in the measurement of other images through the same weights, as of another process."""
@@ -233,6 +237,12 @@ class Measurement:
         factor, classes = FeatureFactor.from_state_dict(state), state.get("class_sums")
         rows = [(state["numbers"].cpu(), state["by_image"].cpu())] if "by_image" in state else []
         return cls(factor, float(state["checksum"]), classes, rows)
+
+
+def _joins(earlier: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor]) -> bool:
+    """Whether rows of a later part are of the earlier's kind and as many: each is then copied a few times alone."""
+    kinds = {(values.shape[1], values.dtype) for _, values in (earlier, later)}
+    return len(kinds) == 1 and len(later[0]) >= len(earlier[0])
 
 
 def _class_sums(features: Tensor, labels: Tensor | None) -> Tensor | None:
