@@ -57,6 +57,8 @@ _PERSONS = ("/home/", "/Users/", "/root/")
 # The same on every machine: they give nothing away.
 _SYSTEMS = ("/bin/", "/dev/", "/etc/", "/lib/", "/lib64/", "/proc/", "/sbin/", "/sys/", "/usr/")
 _LONGEST_HEADER = 2**27
+# Compressed pixels have bytes of every kind, "n:\\u" too, but hardly ever so many characters on end.
+_LEGIBLE = re.compile(rb"[\x20-\x7e]{12,}")
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ def _words(path: Path) -> Iterator[bytes | str]:
         with open(path, "rb") as file:
             yield file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER))
     elif path.suffix in PICTURES:
-        yield path.read_bytes()
+        raw = path.read_bytes()
+        yield from (b"\n".join(_LEGIBLE.findall(form)) for form in (raw, raw.replace(b"\0", b"")))
         yield from _comments(path)
     else:
         yield path.read_bytes()

@@ -5,6 +5,7 @@ import shutil
 import time
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from hub_server import TOKEN, USER
@@ -315,6 +316,14 @@ def test_tokens_and_paths_are_found_in_every_form(name, tmp_path):
         with pytest.raises(ArgumentError, match=found) as refused:
             check_private(tmp_path, [name], own)
         assert text == path or text not in str(refused.value)
+
+
+def test_pixels_are_no_words(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    names = ["noise.png", "noise.jpg", "noise.webp"]
+    for name in names:
+        Image.fromarray(pixels).save(tmp_path / name)
+    check_private(tmp_path, names)
 
 
 SECRET = [f"key={text}" for text in OTHERS]
