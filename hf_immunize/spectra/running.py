@@ -46,15 +46,17 @@ class RunningCovariance:
         count, dim = rows.shape
         held = rows.detach()
         freedom = max(1, count - 1)
-        batch = held.mT @ held / freedom
         new = min(1.0, count / dim)
-        self._matrix = new * batch if self._matrix is None else (1 - new) * self._matrix.to(batch) + new * batch
+        if self._matrix is None:
+            self._matrix = held.new_zeros(dim, dim)
+        self._matrix = torch.addmm(self._matrix.to(held), held.mT, held, beta=1 - new, alpha=new / freedom)
         self._known = new + (1 - new) * self._known
         found = self._matrix / self._known
         # At least what rounding leaves of rows that varied far more than these: below it there is no factor.
         floor = torch.maximum(FLOOR * scale, 4 * torch.finfo(found.dtype).eps * found.trace())
+        found.diagonal().add_(floor)
         # Without a look at its success, for which a GPU would have to be waited for.
-        root = torch.linalg.cholesky_ex(found + floor * torch.eye(dim, dtype=found.dtype, device=found.device)).L
+        root = torch.linalg.cholesky_ex(found).L
         value = 2 * root.diagonal().log().mean() - scale.log()
         pull = torch.linalg.solve_triangular(root, rows.mT, upper=False).square().sum() / (freedom * dim)
         return value + pull - pull.detach()
