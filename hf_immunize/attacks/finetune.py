@@ -28,7 +28,7 @@ from hf_immunize.attacks.probes import half_cosine, minibatches, ridge, ridge_he
 from hf_immunize.errors import DataError
 from hf_immunize.features.extract import pass_size
 from hf_immunize.vision.head import find_head, penultimate_features
-from hf_immunize.vision.loading import random_copy
+from hf_immunize.vision.loading import can_copy, random_copy
 from hf_immunize.vision.scope import last_stage
 
 
@@ -315,7 +315,7 @@ ATTACKERS = (
     _tuning("ridge_start", "fine-tuning from the ridge solution", "whole network", "quick"),
     replace(
         _tuning("reinitialized", "fine-tuning with the last stage drawn anew", "whole network", "standard"),
-        applies=lambda model: random_copy(model, 0) is not None,
+        applies=can_copy,
     ),
     _tuning("visual_prompt", "a visual prompt", "pixels added to every image", "standard"),
     Attacker(

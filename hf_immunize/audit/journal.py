@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import nn
 
 from hf_immunize.audit.result import Outcome
@@ -22,8 +26,39 @@ class Journal:
     def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: str, warnings: list[str]) -> None:
         self.outcomes: dict[str, Outcome] = {}
         self.path = None if folder is None else Path(folder) / "outcomes.jsonl"
+        self._lines = 0  # read so far
         if self.path is not None:
+            self._claims = self.path.parent / "_claims"
             self._read(fingerprint, warnings)
+
+    @contextmanager
+    def claimed(self, outcome: Outcome, wait: bool = False) -> Iterator[bool]:
+        """Whether an attack is this process's for now; what others have found by then is among the outcomes.
+
+        The system lets go of the claims of a process that ends, however that happens.
+        """
+        if self.path is None:
+            yield True
+            return
+        name = hashlib.blake2b(key_of(outcome).encode(), digest_size=16).hexdigest()
+        lock = FileLock(self._claims / name, timeout=-1 if wait else 0)
+        try:
+            lock.acquire(poll_interval=0.5)
+        except Timeout:
+            yield False
+            return
+        except (NotImplementedError, OSError):
+            pass  # a file system that knows no locks: an attack may run twice
+        try:
+            self._catch_up()
+            yield True
+        finally:
+            lock.release()
+
+    def close(self) -> None:
+        """Remove the claims, when all outcomes are there."""
+        if self.path is not None:
+            shutil.rmtree(self._claims, ignore_errors=True)
 
     def add(self, outcome: Outcome) -> None:
         """Keep an outcome, on disk before this returns."""
@@ -39,9 +74,25 @@ class Journal:
 
     def _append(self, line: dict[str, Any]) -> None:
         assert self.path is not None
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(with_checksum(line) + "\n")
+        with open(self.path, "ab", buffering=0) as file:
+            # At once, so that lines of several processes do not mix.
+            file.write(f"{with_checksum(line)}\n".encode())
         flush(self.path)
+
+    def _catch_up(self) -> None:
+        """Read what other processes have added."""
+        assert self.path is not None
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        for line in lines[self._lines :]:
+            with suppress(ValueError, TypeError):
+                self._note(checked(line))
+        self._lines = len(lines)
+
+    def _note(self, values: dict[str, Any]) -> None:
+        outcome = Outcome(**values)
+        # What was skipped for want of memory may go now.
+        if outcome.status != "skipped":
+            self.outcomes.setdefault(key_of(outcome), outcome)
 
     def _read(self, fingerprint: str, warnings: list[str]) -> None:
         assert self.path is not None
@@ -53,10 +104,7 @@ class Journal:
                 if "fingerprint" in values:
                     found = values["fingerprint"]
                 else:
-                    outcome = Outcome(**values)
-                    # What was skipped for want of memory may go now.
-                    if outcome.status != "skipped":
-                        self.outcomes[key_of(outcome)] = outcome
+                    self._note(values)
                 whole.append(line)
             except (ValueError, TypeError):
                 pass

@@ -46,13 +46,14 @@ from hf_immunize.features.extract import (
     find_layers,
     pass_size,
 )
+from hf_immunize.features.ranks import process_index
 from hf_immunize.hub.collect import draw_like, refuse_training_images
 from hf_immunize.hub.record import find_record
 from hf_immunize.spectra.conditioning import Conditioning, feature_conditioning
 from hf_immunize.spectra.ratio import relative_immunization_ratio
 from hf_immunize.text import library_words
 from hf_immunize.vision.head import find_head, half_tensors, to_full_precision
-from hf_immunize.vision.loading import LOADING_ERRORS, load_classifier, random_copy
+from hf_immunize.vision.loading import LOADING_ERRORS, can_copy, load_classifier, random_copy
 
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def audit(model: Any, **options: Any) -> AuditReport:
     start = time.time()
     warnings: list[str] = []
     models, processor, names, tasks = _load(settings, warnings)
-    memory = settings.memory_limit or int(0.6 * psutil.virtual_memory().available)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    memory = settings.memory_limit or int(0.6 * psutil.virtual_memory().available / beside)
     memory = _load_images(tasks, processor, memory, settings.progress)
     warnings += overlaps(tasks)
     warnings += [f"{task.problem}; it was not attacked." for task in tasks if task.problem]
@@ -152,6 +154,8 @@ def _load(
 
 def _load_models(settings: AuditSettings) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str]]:
     models, names, processor = {}, {}, settings.processing_class
+    cards = torch.cuda.device_count()
+    device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % cards}" if cards else "cpu"
     for subject, given in (("immunized", settings.model), ("reference", settings.reference)):
         if given is None:
             continue
@@ -172,7 +176,7 @@ def _load_models(settings: AuditSettings) -> tuple[dict[str, PreTrainedModel], A
                 f"Expected an image classifier with its processor as the {subject} model at {given}, found: "
                 f"{library_words(error)}. Check the spelling, the connection and your rights."
             ) from error
-        models[subject] = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+        models[subject] = loaded.to(device)
         names[subject] = os.fspath(given)
     # The caller's own model stays as it is.
     wide = {name: to_full_precision(copy.deepcopy(one)) if half_tensors(one) else one for name, one in models.items()}
@@ -211,9 +215,23 @@ class Version(NamedTuple):
     subject: str
     seed: int | None = None  # of random ones, which are attacked with it alone; others are with every seed
 
+    @staticmethod
+    def of(outcome: Outcome) -> Version:
+        """The weights that an outcome is of."""
+        return Version(outcome.subject, outcome.seed if outcome.subject == "random" else None)
+
     def seeds(self, count: int) -> Sequence[int]:
         """The seeds it is attacked with."""
         return range(count) if self.seed is None else (self.seed,)
+
+
+class Group(NamedTuple):
+    """Attacks that read the same images, in units of which one process runs all."""
+
+    units: list[list[Outcome]]  # still to be found; the first of a unit chooses the settings of the others
+    # Reads the images; what it gives attacks, with the settings chosen before.
+    prepare: Callable[[], Callable[[Outcome, dict[str, Any] | None], Found]]
+    measured: bool = False  # whether the metrics need what it reads
 
 
 @dataclass
@@ -242,25 +260,36 @@ class Work:
         # Without a reference no head start is known.
         count = self.preset.random_copies if "reference" in self.models else 0
         self.random = [Version("random", seed) for seed in range(count)]
+        self.unsound: set[Version] = set()
+        self.measured: set[tuple[str, str]] = set()
         # One at a time: copies of large models are drawn again rather than held.
         self._copy = lru_cache(maxsize=1)(self._drawn)
-        if self.random and self.model_of(self.random[0]) is None:
+        if self.random and not can_copy(self.models["reference"]):
             self.random = []
             self.warnings.append(
                 f"{type(self.models['reference']).__name__} cannot be built from its config: no head start is known."
             )
 
     def run(self) -> None:
-        """Run all attacks that are not in the journal."""
+        """Run all attacks that are not in the journal; processes with one journal share them out."""
+        first = self.tasks[0]
+        groups = [self._probing(task, version) for task in self.tasks for version in self.versions]
+        groups += [*(self._probing(first, version) for version in self.random), self._probing_pixels(first)]
+        longest = [self._fine_tuning(task) for task in self.able]
+        groups += [*longest, *([self._restoring(self.able[0])] if "reference" in self.models else [])]
+        planned = [outcome for group in groups for unit in group.units for outcome in unit]
+        for outcome in planned:
+            if outcome.status == "skipped":  # by plan
+                self.journal.outcomes.setdefault(key_of(outcome), outcome)
+        # The first process reads features meanwhile, which it needs for the metrics.
+        walk = groups if process_index() == 0 else [*longest, *(one for one in groups if one not in longest)]
         with underflow_to_zero(), tqdm(disable=not self.progress, unit=" attacks") as self.bar:
-            for task in self.tasks:
-                for version in self.versions:
-                    self._probe(task, version)
-            self._probe_random(self.tasks[0])
-            for task in self.able:
-                self._fine_tune(task)
-            if "reference" in self.models:
-                self._restore(self.able[0])
+            for group in walk:
+                self._run(group)
+            for group in walk:  # what others began is waited for, and run where they ended without an outcome
+                self._run(group, wait=True)
+        self.order = [key_of(one) for one in planned if Version.of(one) not in self.unsound]
+        self.journal.close()
 
     # ---- what is ahead
 
@@ -298,12 +327,38 @@ class Work:
     def _drawn(self, seed: int) -> Any:
         """A copy with random weights; without statistics of images BatchNorm would let nothing through."""
         model, images = random_copy(self.models["reference"], seed), self.tasks[0].train
-        if model is not None:
-            rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:_STATISTICS]
-            take_statistics(model, images.pixels(self.processor, rows), seed)
+        rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:_STATISTICS]
+        take_statistics(model, images.pixels(self.processor, rows), seed)
         return model
 
     # ---- probes
+
+    def _probing(self, task: AttackedTask, version: Version) -> Group:
+        # Random copies have the reference's layers.
+        model, subject = self.models.get(version.subject, self.models.get("reference")), version.subject
+        assert model is not None
+        views, left_out = self.views(task, model)
+        if self.probes_layers(task) and not (views or left_out):
+            sentence = f"{type(model).__name__} has no list of blocks: earlier layers were not probed."
+            self.warnings += [] if sentence in self.warnings else [sentence]
+        units: list[list[Outcome]] = []
+        if not task.problem and len(task.test):
+            units += self._at(f"input of {find_head(model, self.head_module)[0]}", task, version)
+            for layer, view in views:
+                label, seeds = layer.label(view), version.seeds(self.preset.layer_seeds)
+                names = self.preset.flattened_probes if view == "flattened" else self.preset.layer_probes
+                each = itertools.product(seeds, names)
+                units.append([Outcome(n, "any_layer", subject, task.name, label, seed, "float64") for seed, n in each])
+            row = "ridge", "any_layer", subject, task.name
+            left = left_out.items() if version.seed is None else ()
+            units += [[Outcome(*row, label, 0, "float64", "skipped", reason)] for label, reason in left]
+        return Group(units, partial(self._read, task, version, views), measured=version.seed is None)
+
+    def _at(self, place: str, task: AttackedTask, version: Version) -> list[list[Outcome]]:
+        """Probes at one place, those of a seed together."""
+        row = ("head_input", version.subject, task.name, place)
+        seeds, names = version.seeds(self.preset.probe_seeds), self.probes_of(task)
+        return [[Outcome(name, *row, seed, "float64") for name in names] for seed in seeds]
 
     def _extract(
         self, task: AttackedTask, version: Version, images: Images, views: Sequence[tuple[Layer, str]] = ()
@@ -312,92 +367,80 @@ class Work:
         batches = images.batches(self.processor, pass_size(model), description, self.progress)
         return extract_views(model, batches, list(views), self.head_module)
 
-    def _probe(self, task: AttackedTask, version: Version) -> None:
-        model, subject = self.model_of(version), version.subject
-        views, left_out = self.views(task, model)
-        if self.probes_layers(task) and not (views or left_out):
-            sentence = f"{type(model).__name__} has no list of blocks: earlier layers were not probed."
-            self.warnings += [] if sentence in self.warnings else [sentence]
+    def _read(self, task: AttackedTask, version: Version, views: Sequence[tuple[Layer, str]] = ()) -> Any:
+        """Read features; gives what probes them."""
         train = self._extract(task, version, task.train, views)
         test = self._extract(task, version, task.test, views) if len(task.test) else None
-        if task.name in ("harmful", "benign") and version.seed is None:
+        if version.seed is None and (version.subject, task.name) not in self.measured:
+            self._measure(task, version.subject, train, test)
+        if task.problem or test is None:
+            return None
+        labels = task.train.labels, task.test.labels
+        data = ProbeData(train.features, labels[0], test.features, labels[1], task.num_classes)
+        if (version.subject, task.name) == ("reference", "harmful"):
+            self.public = data
+        held = {"head_input": data}
+
+        def attack(outcome: Outcome, _: Any) -> Found:
+            key = outcome.layer if outcome.access == "any_layer" else "head_input"
+            if key not in held:
+                data.forget()
+                held.clear()  # before the next, which may be large
+                held[key] = _dual_data(train.views.pop(key), test.views.pop(key), task)
+            return self._probe(held[key], outcome)
+
+        return attack
+
+    def _measure(self, task: AttackedTask, subject: str, train: Extraction, test: Extraction | None) -> None:
+        model = self.models[subject]
+        self.measured.add((subject, task.name))
+        if task.name in ("harmful", "benign"):
             self.metrics.note_features(subject, task.name, train.features, next(model.parameters()).dtype)
         if task.name == "benign":
             # The released classifier is measured on classes too that no probe can learn.
             same = test is not None and task.utility.indices == task.test.indices
-            own = test if same else self._extract(task, version, task.utility)
+            own = test if same else self._extract(task, Version(subject), task.utility)
             assert own is not None
             self.metrics.note_logits(model, subject, task, own.logits)
-        if task.problem or test is None:
-            return
-        data = ProbeData(train.features, task.train.labels, test.features, task.test.labels, task.num_classes)
-        if (subject, task.name) == ("reference", "harmful"):
-            self.public = data
-        place = f"input of {find_head(model, self.head_module)[0]}"
-        self._probe_head(task, version, place, lambda: data)
-        data.forget()
-        for layer, view in views:
-            label = layer.label(view)
-            parts = train.views.pop(label), test.views.pop(label)
-            self.bar.set_description(f"{subject}: {label}")
-            names = self.preset.flattened_probes if view == "flattened" else self.preset.layer_probes
-            features = cache(partial(_dual_data, *parts, task))
-            for seed in version.seeds(self.preset.layer_seeds):
-                for attacker in names:
-                    outcome = Outcome(attacker, "any_layer", subject, task.name, label, seed, "float64")
-                    self._attack_features(outcome, features)
-        for label, reason in left_out.items() if version.seed is None else ():
-            self._keep(Outcome("ridge", "any_layer", subject, task.name, label, 0, "float64", "skipped", reason))
 
-    def _probe_head(self, task: AttackedTask, version: Version, place: str, features: Callable[[], ProbeData]) -> None:
-        for seed in version.seeds(self.preset.probe_seeds):
-            for attacker in self.probes_of(task):
-                outcome = Outcome(attacker, "head_input", version.subject, task.name, place, seed, "float64")
-                self._attack_features(outcome, features)
+    def _probing_pixels(self, task: AttackedTask) -> Group:
+        """What probes read without any weights."""
 
-    def _probe_random(self, task: AttackedTask) -> None:
-        """What probes read without the released weights: from random ones, and from pixels."""
-
-        @cache
-        def pixels() -> ProbeData:
+        def prepare() -> Any:
             train, test = (_squares(one.batches(self.processor, progress=False)) for one in (task.train, task.test))
-            return _dual_data(train, test, task)
+            data = _dual_data(train, test, task)
+            return lambda outcome, _: self._probe(data, outcome)
 
-        for version in list(self.random):
-            try:
-                self._probe(task, version)
-            except NonFiniteError as error:
-                self.random.remove(version)
-                self.warnings.append(f"A copy with random weights was left out: {error}")
-        for version in self.random:
-            self._probe_head(task, version, f"pixels, at most {_PIXELS} × {_PIXELS}", pixels)
+        place = f"pixels, at most {_PIXELS} × {_PIXELS}"
+        return Group([unit for version in self.random for unit in self._at(place, task, version)], prepare)
 
-    def _attack_features(self, outcome: Outcome, features: Callable[[], ProbeData]) -> None:
-        attacker = ATTACKERS[outcome.attacker]
-        self._attack(outcome, lambda: attacker.run(features(), self.preset.probe_budget, outcome.seed))
+    def _probe(self, data: ProbeData, outcome: Outcome) -> Found:
+        return ATTACKERS[outcome.attacker].run(data, self.preset.probe_budget, outcome.seed)
 
     # ---- fine-tuning and restoring
 
-    def _fine_tune(self, task: AttackedTask) -> None:
-        budget, pixels = self.preset.tuning_budget, None
+    def _fine_tuning(self, task: AttackedTask) -> Group:
+        budget, seeds = self.preset.tuning_budget, self.preset.tuning_seeds
         # One attacker on all models before the next: what an interruption leaves can be compared.
-        versions = [*self.versions, *(self.random if task.name == "harmful" else ())]
-        chosen: dict[tuple[str, str], Any] = {}
-        for attacker, version in itertools.product(map(ATTACKERS.__getitem__, self.tuners_of(task)), versions):
-            for seed in version.seeds(self.preset.tuning_seeds):
-                place = (version.subject, task.name, attacker.where)
-                key = attacker.name, version.subject
-                settings = chosen.get(key)
-                outcome = Outcome(attacker.name, "fine_tuning", *place, seed, "float32")
-                if key_of(outcome) not in self.journal.outcomes and pixels is None:
-                    pixels = self._pixels(task, budget.max_images, budget.max_test_images)
-                model = self.model_of(version)
-                attack = partial(attacker.run, model, pixels, budget, seed, self.head_module, settings)
+        sides = [*([version] for version in self.versions), self.random if task.name == "harmful" else []]
+        units = []
+        for name, side in itertools.product(self.tuners_of(task), sides):
+            rows = [(version.subject, task.name, ATTACKERS[name].where) for version in side]
+            each = [(row, seed) for row, version in zip(rows, side, strict=True) for seed in version.seeds(seeds)]
+            units.append([Outcome(name, "fine_tuning", *row, seed, "float32") for row, seed in each])
+
+        def prepare() -> Any:
+            pixels = self._pixels(task, budget.max_images, budget.max_test_images)
+
+            def attack(outcome: Outcome, settings: dict[str, Any] | None) -> Found:
                 if isinstance(pixels, str):
-                    attack = partial(Found, None, status="skipped", note=pixels)
-                self._attack(outcome, attack)
-                # The first seed chooses the optimizer and the rate for the others.
-                chosen[key] = settings or self.journal.outcomes[key_of(outcome)].settings or None
+                    return Found(None, status="skipped", note=pixels)
+                model, run = self.model_of(Version.of(outcome)), ATTACKERS[outcome.attacker].run
+                return run(model, pixels, budget, outcome.seed, self.head_module, settings)
+
+            return attack
+
+        return Group(units, prepare)
 
     def _pixels(self, task: AttackedTask, most: int, most_test: int) -> Any:
         """Pixel values and labels to train and to test on, or a sentence why they cannot be held."""
@@ -416,35 +459,60 @@ class Work:
             parts.append((images.pixels(self.processor, rows), images.labels[rows]))
         return Part(*parts[0], *parts[1], task.num_classes)
 
-    def _restore(self, task: AttackedTask) -> None:
+    def _restoring(self, task: AttackedTask) -> Group:
         """The public weights put back; in the reference they are already, so that it is read as it is."""
         changed = changed_parameters(self.models["immunized"], self.models["reference"])
-        where, public = f"{len(changed)} tensors that immunization moved", self.public
-        assert public is not None  # the reference was probed
-        for attacker in self.preset.restoring:
-            for subject in [version.subject for version in self.versions]:
-                for seed in range(self.preset.layer_seeds):
-                    outcome = Outcome(attacker, "fine_tuning", subject, task.name, where, seed, "float64")
-                    if changed:
-                        self._attack_features(outcome, lambda: public)
-                    else:
-                        self._keep(replace(outcome, status="skipped", note="No tensor differs from the reference."))
+        row = (task.name, f"{len(changed)} tensors that immunization moved")
+        known = ("done", "") if changed else ("skipped", "No tensor differs from the reference.")
+        seeds = range(self.preset.layer_seeds)
+        units = [
+            [Outcome(name, "fine_tuning", version.subject, *row, seed, "float64", *known) for seed in seeds]
+            for name, version in itertools.product(self.preset.restoring, self.versions)
+        ]
 
-    # ---- bookkeeping
+        def prepare() -> Any:
+            data = self.public
+            assert data is not None  # the reference was read before
+            return lambda outcome, _: self._probe(data, outcome)
 
-    def _attack(self, outcome: Outcome, attack: Callable[[], Found]) -> None:
-        if key_of(outcome) not in self.journal.outcomes:
-            self.bar.set_description(f"{outcome.subject}: {outcome.attacker}, {outcome.task}, seed {outcome.seed}")
-            begin = time.perf_counter()
-            outcome = replace(outcome, **vars(guarded(attack)), seconds=time.perf_counter() - begin)
-        self._keep(outcome)
-        self.bar.update()
+        return Group(units, prepare)
 
-    def _keep(self, outcome: Outcome) -> None:
-        key = key_of(outcome)
-        if key not in self.journal.outcomes:
-            self.journal.add(outcome)
-        self.order.append(key)
+    # ---- one unit after the other
+
+    def _run(self, group: Group, wait: bool = False) -> None:
+        prepared = cache(group.prepare)
+        if group.measured and not wait:
+            prepared()
+        for unit in group.units:
+            if not self._ahead(unit):
+                continue
+            with self.journal.claimed(unit[0], wait) as claimed:
+                if claimed:
+                    self._attack(unit, prepared)
+
+    def _ahead(self, unit: list[Outcome]) -> list[Outcome]:
+        """What is neither found nor of weights that are left out."""
+        found = self.journal.outcomes
+        return [one for one in unit if key_of(one) not in found and Version.of(one) not in self.unsound]
+
+    def _attack(self, unit: list[Outcome], prepared: Callable[[], Any]) -> None:
+        settings = None
+        for outcome in unit:
+            for one in self._ahead([outcome]):
+                self.bar.set_description(f"{one.subject}: {one.attacker}, {one.task}, seed {one.seed}")
+                try:
+                    attack = partial(prepared(), one, settings)
+                    begin = time.perf_counter()
+                    found = vars(guarded(attack))
+                    self.journal.add(replace(one, **found, seconds=time.perf_counter() - begin))
+                except NonFiniteError as error:
+                    if one.subject != "random":
+                        raise
+                    self.unsound.add(Version.of(one))
+                    self.warnings.append(f"A copy with random weights was left out: {error}")
+                self.bar.update()
+            known = self.journal.outcomes.get(key_of(outcome))
+            settings = settings or (known.settings if known else None) or None
 
 
 def _squares(batches: Iterable[Tensor]) -> Tensor:

@@ -5,7 +5,6 @@ Heavy imports wait until the command runs, so that ``--help`` is quick.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import partial
@@ -87,14 +86,15 @@ def audit(model: str, **given: Any) -> None:
     chooses its settings on a part of its training images. The same attacks run on the reference, and on random
     weights. What counts is the strongest one.
 
-    The output folder keeps finished attacks: after an interruption the same command goes on there. With --steps or
-    --seeds the report names another budget. Of several processes that `torchrun` started, one works.
+    The output folder keeps finished attacks: after an interruption the same command goes on there. Processes that
+    `torchrun` started share the attacks out. With --steps or --seeds the report names another budget.
 
     The exit code says whether the audit ran, not what it found: the lines printed and report.html say that.
     """
     import transformers
 
     from hf_immunize.audit.run import audit as run_audit
+    from hf_immunize.features.ranks import process_index
     from hf_immunize.hub.card import attach_audit
     from hf_immunize.hub.load import CARD_NAME
     from hf_immunize.hub.record import RECORD_NAME
@@ -104,13 +104,14 @@ def audit(model: str, **given: Any) -> None:
         raise ArgumentError("Expected --quick or --full, found both. Leave one out.")
     preset = _preset(asked)
     _check_folders(asked)
-    # A scheduler may set RANK for what it does not start in several processes; LOCAL_RANK is a launcher's.
-    if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
-        return
     transformers.utils.logging.set_verbosity_error()
     shared = {one.name: given[one.name] for one in fields(AuditSettings) if one.metadata and one.name in given}
     shared["harmful"], shared["benign"] = _data(asked, partial(_draw, asked))
-    report = run_audit(model, **shared, attackers=_names(asked.attackers), preset=preset, run_dir=asked.output_dir)
+    first = process_index() == 0
+    shared |= {"attackers": _names(asked.attackers), "preset": preset, "run_dir": asked.output_dir, "progress": first}
+    report = run_audit(model, **shared)
+    if not first:
+        return
     report.write(asked.output_dir)
     typer.echo(report.summary())
     typer.echo(f"Report: {printable(asked.output_dir / 'report.html')}")

@@ -81,6 +81,12 @@ class Processes:
 ALONE = Processes()
 
 
+def process_index() -> int:
+    """This process's number among those that a launcher started, without joining them."""
+    # A scheduler may set RANK for what it does not start in several processes; LOCAL_RANK is a launcher's.
+    return int(os.environ.get("RANK", "0")) if "LOCAL_RANK" in os.environ else 0
+
+
 def launched() -> Processes:
     """All processes that torchrun or ``accelerate launch`` started, else this one; to be called on all."""
     joined = dist.is_available() and dist.is_initialized()

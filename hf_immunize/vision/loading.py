@@ -155,6 +155,12 @@ def _skeleton(plain: Any, device: str) -> Any:
         return None
 
 
+def can_copy(model: Any) -> bool:
+    """Whether `random_copy` can build a model like this one; asked without room for weights."""
+    plain = without_wrapper(model)
+    return _skeleton(plain.backbone if _pooled(plain) else plain, "meta") is not None
+
+
 def random_copy(model: Any, seed: int) -> Any:
     """A model of the same class and config with weights drawn anew; None where its class cannot be built from it."""
     plain, first = without_wrapper(model), next(model.parameters())

@@ -1,7 +1,10 @@
 """The audit as a whole, on tiny models."""
 
 import copy
+import os
+import signal
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -173,6 +176,29 @@ def test_a_damaged_journal_is_started_anew_with_a_sentence(tmp_path, content):
     assert said and list(Journal(tmp_path, "mark", []).outcomes.values()) == [done]
     with pytest.raises(CheckpointError, match=r"outcomes\.jsonl"):
         Journal(tmp_path / "outcomes.jsonl", "mark", [])
+
+
+def test_what_a_process_claims_is_its_own_until_it_is_found_or_the_process_is_killed(tmp_path):
+    one, other = (
+        Outcome("ridge", "head_input", "immunized", "harmful", "head", seed, "float64", accuracy=0.5)
+        for seed in (0, 1)
+    )
+    mine = Journal(tmp_path, "mark", [])
+    if (child := os.fork()) == 0:  # goes on until it is killed
+        theirs = Journal(tmp_path, "mark", [])
+        with theirs.claimed(one), theirs.claimed(other):
+            theirs.add(one)
+            time.sleep(600)
+    while "ridge" not in (tmp_path / "outcomes.jsonl").read_text():
+        time.sleep(0.01)
+    with mine.claimed(one) as free, mine.claimed(other) as free_too:
+        assert not free and not free_too
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with mine.claimed(other, wait=True) as free:
+        assert free and list(mine.outcomes.values()) == [one]
+    mine.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["outcomes.jsonl"]
 
 
 # What is measured in addition to the attacks

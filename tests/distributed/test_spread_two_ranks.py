@@ -1,4 +1,4 @@
-"""Two processes cache a trunk as one does, each its share of the images; the first of them audits."""
+"""Two processes cache a trunk as one does, each its share of the images, and share out the attacks of an audit."""
 
 import json
 
@@ -95,11 +95,33 @@ def report(folder):
     return without_seconds(json.loads((folder / "audit.json").read_text()))
 
 
-def test_of_two_processes_one_audits_and_reports_what_one_alone_does(started):
-    _, root, words, two = started
+def test_two_processes_share_an_audit_and_report_what_one_alone_does(started):
+    folder, root, words, two = started
     alone = CliRunner().invoke(app, [*words, "--output-dir", str(root / "out-1")])
     assert alone.exit_code == 0, alone.output
     assert report(root / "out-2") == report(root / "out-1")
+    tables = [path.name for path in (root / "out-1").glob("*.csv")]
+    assert tables and not (root / "out-2" / "_claims").exists()
+    ran = [json.loads((folder / f"ran-{rank}.json").read_text()) for rank in (0, 1)]
     lines = [len((root / f"out-{count}" / "outcomes.jsonl").read_text().splitlines()) for count in (1, 2)]
-    assert lines[0] == lines[1] > 20
+    # Each attack once, after a line that says of what.
+    assert all(ran) and len(ran[0]) + len(ran[1]) + 1 == lines[0] == lines[1] > 20
     assert two.stdout.count("Report: ") == 1
+
+
+def test_one_process_goes_on_where_two_were_interrupted(started):
+    _, root, words, _ = started
+    lines = (root / "out-2" / "outcomes.jsonl").read_text().splitlines(keepends=True)
+    (root / "out-3" / "_claims").mkdir(parents=True)
+    (root / "out-3" / "outcomes.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    resumed = CliRunner().invoke(app, [*words, "--output-dir", str(root / "out-3")])
+    assert resumed.exit_code == 0, resumed.output
+    assert report(root / "out-3") == report(root / "out-2")
+
+
+def test_where_one_process_fails_the_other_ends_and_its_attacks_are_kept(started, torchrun):
+    _, root, words, _ = started
+    failed = torchrun("failing_audit.py", *words, "--output-dir", root / "out-4")
+    assert failed.returncode != 0 and "the weights are gone" in failed.stderr
+    found = [json.loads(line) for line in (root / "out-4" / "outcomes.jsonl").read_text().splitlines()[1:]]
+    assert found and {one["attacker"] for one in found} == {"ridge"}

@@ -1,7 +1,7 @@
 """Cached trunks of one process and of two, what each saw written as JSON, and then a command of the terminal's.
 
 ``torchrun ... spread_two_ranks.py FOLDER COMMAND``. In the end the second process fails; the command
-comes after that, since a start costs more than either.
+comes after that, since a start costs more than either. Of an audit each process counts the attacks that it ran.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers as hf
 
+from hf_immunize.audit.journal import Journal
 from hf_immunize.cli.main import app
 from hf_immunize.errors import NonFiniteError, ProcessError
 from hf_immunize.features.cache import TrunkCache, open_or_write
@@ -63,7 +64,10 @@ if __name__ == "__main__":
     target, everyone = Path(sys.argv[1]), launched()
     result = everything(target, everyone)
     (target / f"found-{everyone.index}.json").write_text(json.dumps(result))
+    ran, add = [], Journal.add
+    Journal.add = lambda journal, outcome: (ran.append(outcome.access), add(journal, outcome))
     try:
         app(sys.argv[2:])
     finally:
+        (target / f"ran-{everyone.index}.json").write_text(json.dumps(ran))
         torch.distributed.destroy_process_group()
