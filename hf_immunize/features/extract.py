@@ -146,6 +146,8 @@ def pass_size(model: nn.Module) -> int:
 
 # ---- the spectrum of a data set ----
 
+# Features of so many images are kept, to be compared with the reference's image by image.
+_SAMPLE = 8192
 # Of a measurement's state, what is compared on the CPU.
 BY_IMAGE = ("numbers", "by_image")
 
@@ -160,6 +162,7 @@ class Measurement:
     # What is compared with the reference image by image, and numbers to know images by, (n,): of images without a
     # class their features, (n, D), and of others whether the model names them rightly, (n, 1), where that is known.
     by_image: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+    noted: int = 0  # images that this is of; there are features of a sample of `_SAMPLE` at most
     # How long a probe takes here, by its targets: of a reference, every evaluation asks for it.
     _times: dict[str, StartTimes | None] = field(default_factory=dict, init=False, repr=False)
 
@@ -179,13 +182,9 @@ class Measurement:
         self.class_sums = sums if first else _added(self.class_sums, sums)
         if sums is None:
             # Copied: of a view, as a class token is, the whole would stay.
-            self.by_image.append((numbers, features.detach().to("cpu", copy=True)))
+            self._note([(numbers, features.detach().to("cpu", copy=True))], len(numbers))
         elif labels is not None and logits is not None:
-            self.by_image.append((numbers, (logits.argmax(-1) == labels).cpu()[:, None]))
-        # Many small tensors among large ones that go would keep the memory of both.
-        while len(self.by_image) > 1 and _joins(*self.by_image[-2:]):
-            numbers, values = (torch.cat(parts) for parts in zip(*self.by_image[-2:], strict=True))
-            self.by_image[-2:] = [(numbers, values)]
+            self._note([(numbers, (logits.argmax(-1) == labels).cpu()[:, None])], len(numbers))
 
     def merge(self, other: Measurement) -> None:
         """Fold in the measurement of other images through the same weights, as of another process."""
@@ -196,20 +195,27 @@ class Measurement:
         self.checksum += other.checksum
         self.factor.merge(other.factor)
         self.class_sums = other.class_sums if first else _added(self.class_sums, other.class_sums)
-        self.by_image += other.by_image
+        self._note(other.by_image, other.noted)
+
+    def _note(self, parts: list[tuple[Tensor, Tensor]], count: int) -> None:
+        self.by_image += parts
+        self.noted += count
+        # Many small tensors among large ones that go would keep the memory of both.
+        while len(self.by_image) > 1 and _joins(*self.by_image[-2:]):
+            self.by_image[-2:] = [_drawn(self.by_image[-2:])]
 
     def spectrum(self) -> tuple[Tensor, Tensor] | None:
         """Eigenvalues and the classes' shares in their directions (see `streamed_spectrum`); None without classes."""
         return None if self.class_sums is None else streamed_spectrum(self.factor, self.class_sums)
 
     def rows(self) -> Tensor | None:
-        """`by_image`, ``(N, D)``, in an order that depends on the images alone; None unless all are of one kind."""
-        if sum(len(numbers) for numbers, _ in self.by_image) != self.factor.num_samples:
+        """`by_image`, ``(n, D)``, in an order that depends on the images alone; None unless all are of one kind."""
+        if self.noted != self.factor.num_samples or not self.noted:
             return None
         if len({(values.shape[1], values.dtype) for _, values in self.by_image}) > 1:
             return None
-        numbers, values = (torch.cat(parts) for parts in zip(*self.by_image, strict=True))
-        return values[numbers.argsort()]
+        self.by_image = [_drawn(self.by_image)]
+        return self.by_image[0][1]
 
     def same_data(self, other: Measurement) -> bool:
         """Whether both measurements are of the same images, in whatever order."""
@@ -227,8 +233,7 @@ class Measurement:
         state = {**self.factor.state_dict(), "checksum": torch.tensor(self.checksum, dtype=torch.float64)}
         rows = self.rows()
         if rows is not None:
-            numbers = torch.cat([numbers for numbers, _ in self.by_image])
-            state |= {"numbers": numbers.sort().values, "by_image": rows}
+            state |= {"numbers": self.by_image[0][0], "by_image": rows}
         return state if self.class_sums is None else {**state, "class_sums": self.class_sums}
 
     @classmethod
@@ -236,7 +241,18 @@ class Measurement:
         """Restore a measurement from the tensors of `state_dict`."""
         factor, classes = FeatureFactor.from_state_dict(state), state.get("class_sums")
         rows = [(state["numbers"].cpu(), state["by_image"].cpu())] if "by_image" in state else []
-        return cls(factor, float(state["checksum"]), classes, rows)
+        return cls(factor, float(state["checksum"]), classes, rows, factor.num_samples if rows else 0)
+
+
+def _drawn(by_image: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Numbers and values in the order of numbers; of features a sample by content, whatever their order."""
+    numbers, values = (torch.cat(parts) for parts in zip(*by_image, strict=True))
+    if values.dtype != torch.bool and len(numbers) > _SAMPLE:
+        # The golden ratio's bits spread numbers evenly: the smallest are no sample, but dark images.
+        chosen = (numbers.view(torch.int64) * -7046029254386353131).argsort()[:_SAMPLE]
+        numbers, values = numbers[chosen], values[chosen]
+    order = numbers.argsort()
+    return numbers[order], values[order]
 
 
 def _joins(earlier: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor]) -> bool:
@@ -284,13 +300,22 @@ def _image_numbers(pixel_values: Tensor) -> Tensor:
 
 
 def probing_steps(now: Measurement, before: Measurement | None) -> ProbingSteps | None:
-    """How long a probe takes now and took before; None unless both are of the same images, of two classes at least."""
+    """How long a probe takes now and took before; None unless both are of the same images, of two classes at least.
+
+    Without classes, it is of a sample of 8,192 images where there are more.
+    """
     if before is None or not now.same_data(before):
         return None
     targets, start, found = "classes", before.spectrum(), now.spectrum()
     rows = None if start else before.rows(), None if found else now.rows()
     if rows[0] is not None and rows[1] is not None:
-        targets, (start, found) = "components", component_spectra(before.factor, rows[0], now.factor, rows[1])
+        factors = before.factor, now.factor
+        if len(rows[0]) < before.factor.num_samples:
+            # Rounding may draw other images on other hardware.
+            if not torch.allclose(before.by_image[0][0], now.by_image[0][0], rtol=1e-6):
+                return None
+            factors = FeatureFactor().update(rows[0]), FeatureFactor().update(rows[1])
+        targets, (start, found) = "components", component_spectra(factors[0], rows[0], factors[1], rows[1])
     if found is None or start is None:
         return None
     if targets not in before._times:

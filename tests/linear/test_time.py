@@ -138,6 +138,22 @@ def test_steps_without_labels_are_of_both_methods_whatever_the_scale_and_the_rot
     assert probing_steps(found[1], found[0]) is None
 
 
+def test_of_many_images_without_labels_a_sample_is_compared_whatever_their_order_and_processes(monkeypatch):
+    Z, _ = features_and_targets(400, 12)
+    now = Z @ torch.diag(torch.logspace(0, -2, 12).double())
+    (known, _), *_ = measured_in_parts(Z, torch.arange(400)).by_image
+    monkeypatch.setattr("hf_immunize.features.extract._SAMPLE", 60)
+    ways = (1, torch.arange(400)), (3, torch.arange(400).flip(0))
+    found = [[measured_in_parts(of, order, parts) for of in (Z, now)] for parts, order in ways]
+    ((numbers, rows),) = found[0][0].by_image
+    chosen = torch.isin(known, numbers)
+    assert len(rows) == 60 and torch.equal(Z[chosen], rows)
+    assert 150 < float(chosen.nonzero().double().mean()) < 250  # bright images and dark ones
+    alone = [measured_in_parts(of[chosen], torch.arange(60)) for of in (Z, now)]
+    steps = [probing_steps(after, before) for before, after in (*found, alone)]
+    assert steps[0] == steps[1] == steps[2] is not None
+
+
 def test_the_ratio_of_probing_times_is_of_the_steps_that_a_probe_takes():
     Z, _ = features_and_targets(60, 8)
     y = torch.arange(60) % 4
