@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_immunize.audit.result import TaskSummary
 from hf_immunize.data.columns import find_columns, listed, stored_labels
-from hf_immunize.data.images import ImageCollator, ImageRows
+from hf_immunize.data.images import ImageCollator, ImageRows, sampled
 from hf_immunize.data.sources import AS_USUAL, HeldOut, Parts, choose, divide
 from hf_immunize.errors import DataError
 
@@ -115,7 +115,9 @@ def load_task(
     """Find and check the images of a task, without decoding any."""
     parts = _divided(name, source, draw, warnings)
     sides = [
-        _side(part, f"the {name} {side} data", image_column, label_column)
+        _side(
+            sampled(part, max_images, seed, f"the {name} data"), f"the {name} {side} data", image_column, label_column
+        )
         for part, side in ((parts.train, "training"), (parts.test, "test"))
     ]
     (train_rows, train_labels, train_names), (test_rows, test_labels, test_names) = sides

@@ -100,6 +100,11 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
             if self.num_labels is not None:
                 check_label(label, self.num_labels, self.name, index)
             row["labels"] = label if self.outputs is None else self.outputs[int(label)]
+            if self.outputs is not None and row["labels"] < 0:  # of a stream, which cannot be looked through
+                raise DataError(
+                    f"Expected classes that have an output by their name, found label {label} in row {index} of "
+                    f"{self.name}. Filter such rows out, or name the outputs in model.config.id2label."
+                )
         return row
 
 
@@ -131,9 +136,12 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
         first = next(iter(dataset), None)
         if first is None:
             raise DataError(f"Expected at least one image in {name}, found an empty stream. Check the split.")
-        self.dataset, self.name, self._raw = dataset, name, raw
+        self.dataset, self.name = dataset, name
+        self.first = _stored([first], dataset)  # by which columns are found
+        # What `ImageRows` is told of columns and labels; None where rows are given as they are.
+        self.about: tuple[Any, ...] | None = None
         if not raw:
-            self._image, self._label = find_columns([first], image_column, label_column, need_label=False)
+            self.about = find_columns(self.first, image_column, label_column, need_label=False)
         self._length: int | None = None  # known after the first pass
         self._position = 0  # of the next row in this pass
         self._pass = 0
@@ -142,16 +150,26 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The row at a position, counted over all passes."""
+        self._refuse_workers()
+        return self._as_row(self._seek(position), position)
+
+    def one_pass(self) -> Iterator[dict[str, Any]]:
+        """The rows of one pass, in the stream's order."""
+        self._refuse_workers()
+        for position, row in enumerate(self.dataset):
+            yield self._as_row(row, position)
+
+    def _refuse_workers(self) -> None:
         if torch.utils.data.get_worker_info() is not None:
             raise DataError(
                 f"Expected dataloader_num_workers=0 with {self.name}, which is streamed, found workers, among which "
                 "its shards would be dealt out. Set it to 0 or store the data set."
             )
-        row = self._seek(position)
-        if self._raw:
+
+    def _as_row(self, row: dict[str, Any], position: int) -> dict[str, Any]:
+        if self.about is None:
             return row
-        rows = ImageRows([row], f"{self.name} (at position {position} of the stream)", self._image, self._label)
-        return rows[0]
+        return ImageRows([row], f"{self.name} (at position {position} of the stream)", *self.about)[0]
 
     def _seek(self, position: int) -> dict[str, Any]:
         while True:
@@ -173,6 +191,42 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
             )
         self._length = self._position
         self._started = False
+
+
+class OnePass(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """A stream to measure on: its rows once, in its own order."""
+
+    def __init__(self, dataset: StreamedRows) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.dataset.one_pass()
+
+
+def sampled(dataset: Any, count: int | None, seed: int, name: str) -> Any:
+    """Rows of a stream as a stored set, at most ``count`` drawn evenly over all of it; another set as it is."""
+    if not is_stream(dataset):
+        return dataset
+    if count is None:
+        raise DataError(
+            f"Expected max_images with {name}, which are streamed, found none. Say how many to draw of each task, or "
+            "store them."
+        )
+    generator, kept = np.random.default_rng(seed), []
+    for number, row in enumerate(dataset):
+        if number < count:
+            kept.append(row)
+        elif (place := int(generator.integers(number + 1))) < count:
+            kept[place] = row
+    return _stored(kept, dataset)
+
+
+def _stored(rows: list[Any], stream: Any) -> Any:
+    """Rows of a stream, with what it knows of its columns."""
+    features = stream.features if isinstance(stream, datasets.IterableDataset) else None
+    if features is None or any(isinstance(value, Tensor) for row in rows for value in row.values()):
+        return rows
+    return datasets.Dataset.from_list(rows, features=features)
 
 
 # ---- batches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +56,9 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         *,
         num_distillation: int | None = 0,
         batch_sizes: BatchSizes = ONE_EACH,
+        streamed: bool = False,  # benign rows, which then come in their order
     ) -> None:
+        self.streamed = streamed
         self.num_benign, self.num_harmful, self.num_distillation = num_benign, num_harmful, num_distillation
         self.batch_sizes = batch_sizes
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
@@ -69,7 +71,9 @@ class PairedSampler(torch.utils.data.Sampler[Draw]):
         return self.num_benign
 
     def __iter__(self) -> Iterator[Draw]:
-        benign = self._permutation(self.num_benign, kind=0, count=self.epoch)
+        benign: Iterable[int] = range(self.epoch * self.num_benign, (self.epoch + 1) * self.num_benign)
+        if not self.streamed:
+            benign = self._permutation(self.num_benign, kind=0, count=self.epoch)
         harmful = self._beside(self.num_harmful, self.batch_sizes.harmful, kind=1)
         distillation = self._beside(self.num_distillation, self.batch_sizes.distillation, kind=2)
         yield from zip(benign, harmful, distillation, strict=True)
@@ -110,17 +114,18 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         harmful_labels: bool = False,
         distillation: Any = None,
         batch_sizes: BatchSizes = ONE_EACH,
+        count: int = 0,  # benign rows to an epoch, of a stream
     ) -> None:
         sides = {"benign": benign, "harmful": harmful, "distillation": distillation}
         for name, data in sides.items():
             if data is not None and _length(data) == 0:
                 raise DataError(f"Expected at least one {name} image, found an empty {name} dataset. Give images.")
         self.benign, self.harmful, self.distillation = benign, harmful, distillation
-        self.harmful_labels, self.batch_sizes = harmful_labels, batch_sizes
+        self.harmful_labels, self.batch_sizes, self.count = harmful_labels, batch_sizes, count
         self._sampler: PairedSampler | None = None
 
     def __len__(self) -> int:
-        return len(self.benign)
+        return self.count or len(self.benign)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         if not isinstance(draw, tuple):
@@ -139,12 +144,13 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """Make the sampler that draws this dataset's rows, and keep its epoch current; see `set_epoch`."""
         none = self.distillation is None
         self._sampler = PairedSampler(
-            len(self.benign),
+            len(self),
             _length(self.harmful),
             seed,
             shuffle,
             num_distillation=0 if none else _length(self.distillation),
             batch_sizes=replace(self.batch_sizes, distillation=0) if none else self.batch_sizes,
+            streamed=self.count > 0,
         )
         return self._sampler
 

@@ -10,7 +10,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from hf_immunize.data.columns import find_columns, has_classes, label_outputs, validate_labels
-from hf_immunize.data.images import ImageRows, StreamedRows, is_stream
+from hf_immunize.data.images import ImageRows, OnePass, StreamedRows, is_stream
 from hf_immunize.data.pairs import PairedDataset
 from hf_immunize.errors import ArgumentError, DataError, HeadError
 from hf_immunize.text import library_words
@@ -229,8 +229,15 @@ def check_batches(args: ImmunizationArguments, processes: int) -> None:
 
 def image_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any, labels: str = "needed") -> Any:
     """A dataset as rows of an image (or pixel values) and of an output's index; with labels "own", of its classes."""
-    if isinstance(dataset, ImageRows):
+    if isinstance(dataset, (ImageRows, OnePass)):
         return dataset
+    if is_stream(dataset):
+        streamed = _streamed(dataset, name, args, raw=True)
+        rows = image_rows(streamed.first, name, args, config, labels)
+        # Of what comes later, nothing tells whether it has classes.
+        label = None if labels == "own" else rows.label_column
+        streamed.about = rows.image_column, label, rows.num_labels, rows.outputs
+        return streamed if name == "train_dataset" else OnePass(streamed)
     needed = labels == "needed"
     about = (
         "Labels are needed by benign_loss='task' and 'both', not by 'distillation'."
@@ -255,7 +262,6 @@ def columns(
     dataset: Any, name: str, image: str | None, label: str | None, needed: bool, about_labels: str = ""
 ) -> tuple[str, str | None]:
     """The image column of a data set, and the label column if there is one; refuses one without what is needed."""
-    # A streamed dataset has no length; `find_columns` says what to do about it.
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise DataError(f"Expected at least one image in {name}, found none. Check the split and its filters.")
     try:
@@ -278,12 +284,7 @@ def side_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any,
     """A dataset that is trained on beside the benign one, stored or streamed, with labels if it needs any."""
     needed = name == "harmful_dataset" and Method.of(args).needs_harmful_labels
     if is_stream(dataset):
-        if args.dataloader_num_workers:
-            raise DataError(
-                f"Expected dataloader_num_workers=0 with a streamed {name}, found {args.dataloader_num_workers}: its "
-                "shards would be dealt out among them. Set it to 0 or store the data set."
-            )
-        return StreamedRows(dataset, name, args.image_column_name, args.label_column_name if needed else None, raw=raw)
+        return _streamed(dataset, name, args, args.label_column_name if needed else None, raw=raw)
     if raw or isinstance(dataset, ImageRows):
         return dataset
     # Labels of the harmful task are its own; they need not be outputs of this model.
@@ -292,12 +293,28 @@ def side_rows(dataset: Any, name: str, args: ImmunizationArguments, config: Any,
     return ImageRows(dataset, name, image, label if needed else None)
 
 
+def _streamed(dataset: Any, name: str, args: Any, label: str | None = None, *, raw: bool) -> StreamedRows:
+    if args.dataloader_num_workers:
+        raise DataError(
+            f"Expected dataloader_num_workers=0 with a streamed {name}, found {args.dataloader_num_workers}: its "
+            "shards would be dealt out among them. Set it to 0 or store the data set."
+        )
+    return StreamedRows(dataset, name, args.image_column_name, label, raw=raw)
+
+
 def paired_rows(benign: Any, harmful: Any, args: ImmunizationArguments, distillation: Any = None) -> PairedDataset:
     """Benign, harmful and distillation rows as one dataset, long enough for a batch."""
     # ImageRows of harmful data have no labels unless the objective reads them; a user's own collator gets all items.
     sizes = args.batch_sizes
-    paired = PairedDataset(benign, harmful, harmful_labels=True, distillation=distillation, batch_sizes=sizes)
     batch, harmful_batch = sizes.benign * world_size(), sizes.harmful * world_size()
+    # A stream has no epoch but the run.
+    count = 0 if hasattr(benign, "__len__") else args.max_steps * args.gradient_accumulation_steps * batch
+    if count < 0:
+        raise DataError(
+            "Expected max_steps with a streamed train_dataset, whose length is not known, found epochs. Say how many "
+            "steps to take."
+        )
+    paired = PairedDataset(benign, harmful, True, distillation, sizes, count)
     if min(batch, harmful_batch) < 2:
         raise DataError(
             f"Expected global batches of at least 2, found {batch} benign and {harmful_batch} harmful: κ of one image "

@@ -190,7 +190,7 @@ class ImmunizationCallback(TrainerCallback):
         image, label = self._columns
         needed = {"harmful_dataset": self.method.needs_harmful_labels, "benign_dataset": self.method.needs_labels}
         needs_label = needed.get(name, False)
-        if is_stream(dataset):
+        if is_stream(dataset) and name != "benign_dataset":  # whose length makes the epochs
             return StreamedRows(dataset, name, image, label if needs_label else None)
         image, label = columns(dataset, name, image, label, needs_label)
         return ImageRows(dataset, name, image, label if needs_label else None)

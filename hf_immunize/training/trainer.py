@@ -79,12 +79,13 @@ class ImmunizationTrainer(Trainer):
         model: An image classifier with one linear head (`AutoModelForImageClassification`).
         args: `ImmunizationArguments`.
         train_dataset: Benign data: a `datasets.Dataset` with an image column, or any map-style dataset whose items
-            hold ``pixel_values``; with labels, where ``benign_loss`` is "task" or "both".
+            hold ``pixel_values``; with labels, where ``benign_loss`` is "task" or "both". Streamed, it needs
+            ``max_steps``.
         harmful_dataset: Harmful data, stored or streamed; labels are needed by ``objective="imma"`` alone.
         distillation_dataset: Any images, without labels, stored or streamed, on which the model shall stay what it was
             as well; the more varied, the better benign accuracy is kept.
-        eval_dataset: Benign data with labels; `eval_loss` and `eval_accuracy` are of these.
-        harmful_eval_dataset: Harmful data on which κ and RIR are measured.
+        eval_dataset: Benign data with labels, stored or streamed; `eval_loss` and `eval_accuracy` are of these.
+        harmful_eval_dataset: Harmful data on which κ and RIR are measured, stored or streamed.
         processing_class: Image processor that turns images into ``pixel_values``.
         data_collator: A collator of your own for either side; it then gets the datasets' own items.
         compute_metrics: Defaults to the accuracy.
@@ -223,7 +224,8 @@ class ImmunizationTrainer(Trainer):
 
     def _rows(self, dataset: Any, name: str, labels: str = "needed") -> Any:
         if dataset is None or not self._reads_images:
-            return dataset
+            raw = dataset is not None and name == "train_dataset"
+            return checks.side_rows(dataset, name, self.args, None, raw=True) if raw else dataset
         return checks.image_rows(dataset, name, self.args, self.model.config, labels)
 
     def _take_training_data(self, benign: Any, harmful: Any, distillation: Any) -> None:
@@ -496,7 +498,8 @@ class ImmunizationTrainer(Trainer):
         missing = known is None or not now.same_data(known) or (first and self._resumed and not self.evidence.before)
         if missing and self._step.start and name not in self._measured_again:
             self._measured_again.add(name)
-            dataloader = dataloader or self.get_eval_dataloader(self._harmful_eval)
+            if dataloader is None:  # one of a stream has no length to be true by
+                dataloader = self.get_eval_dataloader(self._harmful_eval)
             with self._step.start.in_place(self.model):
                 known = self._references[name] = self._measure(dataloader, f"starting {name}")
                 if first and self._evaluation is not None:

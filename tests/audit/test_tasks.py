@@ -49,6 +49,25 @@ def test_a_test_split_is_used_and_data_without_one_are_divided_and_this_is_said(
     assert len(load_task("harmful", data, []).test) == 1
 
 
+def test_of_streams_a_stated_sample_is_drawn_over_all_of_them():
+    sides = [dataset([0, 1] * 30, ["b", "a"]), dataset([1, 0] * 5, ["a", "b"])]
+    given = tuple(side.to_iterable_dataset() for side in sides)
+    tasks = [load_task("benign", given, [], max_images=20, seed=seed) for seed in (0, 0, 1)]
+    for task in tasks:
+        for images in (task.train, task.test):
+            images.load(processor, 2**20, progress=False)
+    assert [(len(task.train), len(task.test), len(task.utility)) for task in tasks] == [(20, 10, 10)] * 3
+    assert tasks[0].train.hashes == tasks[1].train.hashes != tasks[2].train.hashes
+    shades = [task.train._held[:, 0, 0, 0] / 3 for task in tasks]
+    assert len(set(shades[0].tolist())) == 20 and all(int(each.max()) > 45 and int(each.min()) < 15 for each in shades)
+    assert shades[0].long().remainder(2).tolist() == tasks[0].train.labels.tolist() and tasks[0].label_names == [
+        "a",
+        "b",
+    ]
+    with pytest.raises(DataError, match="max_images"):
+        load_task("benign", given, [])
+
+
 def test_labels_that_are_names_without_numbers_are_a_task():
     rows = [{"pixel_values": torch.zeros(3, 8, 8), "labels": name} for name in ("dog", "cat", "dog")]
     task = load_task("benign", (rows, [*rows, {**rows[0], "labels": "eel"}]), [])

@@ -157,3 +157,46 @@ def test_a_run_on_a_streamed_harmful_set_is_resumed_bit_for_bit(shuffled, traine
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert resumed.state.global_step == 6
     torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
+def named(count, seed):
+    """Images with classes in another order than the model's outputs."""
+    columns = {"label": datasets.ClassLabel(names=["b", "other", "a"])}
+    rows = unlabelled(count, seed).add_column("label", [0, 2] * (count // 2))
+    return rows.cast(datasets.Features({**rows.features, **columns}))
+
+
+def streamed(sets):
+    return {name: data.to_iterable_dataset() for name, data in sets.items()}
+
+
+@pytest.mark.parametrize("own_collator", [False, True])
+def test_with_all_sets_streamed_a_run_is_that_on_stored_ones_and_is_resumed(own_collator, tiny, trainer, tmp_path):
+    sets = {"train_dataset": named(48, 1), "harmful_dataset": named(20, 2)}
+    measured = {"eval_dataset": named(20, 3), "harmful_eval_dataset": named(24, 4)}
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    options |= {"benign_loss": "distillation"} if own_collator else {"benign_loss": "both"}
+    options |= {"data_collator": pixels_alone} if own_collator else {}
+
+    def run(given):
+        named_model = tiny(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
+        return trainer(named_model, **given, **options)
+
+    stored = finished(run({**sets, **measured, "train_sampling_strategy": "sequential"}))
+    whole = finished(run(streamed(sets | measured)))
+    resumed = run(streamed(sets | measured))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    for other in (stored, resumed):
+        torch.testing.assert_close(other.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+    found, expected = whole.evaluate(), stored.evaluate()
+    shared = [name for name in found if name.endswith(("loss", "accuracy", "kappa", "rir"))]
+    assert "eval_rir" in shared and ("eval_accuracy" in shared) != own_collator
+    assert {name: found[name] for name in shared} == pytest.approx({name: expected[name] for name in shared}, rel=1e-6)
+    assert resumed.evaluate()["eval_rir"] == found["eval_rir"]
+
+
+def test_of_a_streamed_set_a_class_without_an_output_is_named_when_it_comes(tiny, trainer):
+    rows = named(8, 1).map(lambda row, number: {"label": 1 if number == 5 else 0}, with_indices=True)
+    model = tiny(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
+    with pytest.raises(DataError, match=r"label 1 .*position 5 of the stream"):
+        trainer(model, eval_dataset=rows.to_iterable_dataset()).evaluate()
