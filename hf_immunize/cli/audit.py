@@ -83,11 +83,12 @@ def audit(model: str, **given: Any) -> None:
 
     Attackers learn the harmful task from what the classifier sees (gradient descent, Adam, least squares, nearest
     neighbours), from every earlier layer, by fine-tuning (LoRA too), and by putting the public weights back. Each
-    chooses its settings on a part of its training images. The same attacks run on the reference, and on random
-    weights. What counts is the strongest one.
+    chooses its settings on a held-out part of its own training images. The same attacks run on the reference and on
+    copies with random weights, to compare with. The result is that of the strongest attacker.
 
     The output folder keeps finished attacks: after an interruption the same command goes on there. Processes that
-    `torchrun` started share the attacks out. With --steps or --seeds the report names another budget.
+    `torchrun` started share the attacks out. If you set --steps or --seeds, the
+    report says that the preset was changed.
 
     The exit code says whether the audit ran, not what it found: the lines printed and report.html say that.
     """

@@ -65,7 +65,7 @@ class DataArguments:
         metadata={"help": "With --dataset: the harmful classes, by name or number.", "action": "extend"},
     )
     distillation: str | None = _option(
-        None, "Images on which the model must not change: 'views' of the benign ones (default), others, or 'none'."
+        None, "Images whose outputs must stay: 'views' (augmented benign ones; default), a folder or id, or 'none'."
     )
     benign_eval: str | None = _option(None, "Benign images to measure on.")
     harmful_eval: str | None = _option(None, "Harmful images to measure on.")
