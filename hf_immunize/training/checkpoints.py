@@ -45,8 +45,8 @@ History = Sequence[Mapping[str, Any]]
 STATE = "trainer_state.json"
 # Names the other files of a checkpoint, with their sizes and checksums.
 MANIFEST = "checkpoint_files.json"
-# Made anew for the Hub, or read by nobody.
-_NOT_READ = ("README.md", "immunization.json", "training_args.bin")
+# Made anew for the Hub, read by nobody, or removed when a checkpoint written on SIGTERM is whole.
+_NOT_READ = ("README.md", "immunization.json", "training_args.bin", "checkpoint-is-incomplete.txt")
 _STEP_FILE = "immunization_step.safetensors"
 _REFERENCES_FILE = "immunization_state.safetensors"
 

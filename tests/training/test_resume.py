@@ -1,9 +1,15 @@
 """A run that was stopped and resumed is the run that was not stopped, bit for bit."""
 
+import os
 import shutil
+import signal
+import time
 
 import pytest
 import torch
+from transformers import TrainerCallback
+
+from hf_immunize.training.checkpoints import flaw
 
 
 DISTILLED = {"objective": "time", "benign_loss": "distillation", "benign_budget": 0.1, "harmful_batch_size": 3}
@@ -64,3 +70,30 @@ def test_a_resumed_run_is_the_whole_one(whole, last, by_path, trainer, tmp_path)
     # As text, in which an undetermined RIR equals itself.
     assert "eval_rir" in names and [repr(found[key]) for key in names] == [repr(metrics[key]) for key in names]
     assert same(type(run.model).from_pretrained(folder / "checkpoint-5"), run.model)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
+@pytest.mark.parametrize("event", ["on_step_begin", "on_prediction_step"])
+def test_a_run_that_is_told_to_end_leaves_a_checkpoint_that_is_resumed(event, trainer, images, tmp_path):
+    sets = {"eval_dataset": images(6, 3), "harmful_eval_dataset": images(6, 4)}
+    evaluations = {"eval_strategy": "steps", "eval_steps": 2, "enable_jit_checkpoint": True}
+    run = trainer("resnet", tmp_path, **sets, **evaluations)
+    manager = next(each.jit_manager for each in run.callback_handler.callbacks if hasattr(each, "jit_manager"))
+    manager.kill_wait = 0
+
+    def tell(args, state, control, **kwargs):
+        if state.global_step == 2 and not manager.is_checkpoint_requested:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not manager.is_checkpoint_requested:
+                time.sleep(0.01)
+
+    callback = TrainerCallback()
+    setattr(callback, event, tell)
+    run.add_callback(callback)
+    run.train()
+    assert run.state.global_step < 5 and flaw(tmp_path / "checkpoint-2") is None
+    resumed, whole = trainer("resnet", tmp_path, **sets), trainer("resnet", tmp_path / "whole", **sets)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    whole.train()
+    # Written within a step, its running means have seen the step's batch already.
+    assert resumed.state.global_step == 5 and (same(resumed.model, whole.model) or event == "on_step_begin")
