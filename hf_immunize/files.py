@@ -167,5 +167,11 @@ def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Hash all weights and statistics of a model."""
-    return tensors_hash((name, value) for name, value in model.state_dict().items() if hasattr(value, "detach"))
+    """Hash all weights and statistics of a model; of those in parts, the part that this process holds."""
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if hasattr(value, "detach")}
+    return tensors_hash((name, _own_part(value).detach()) for name, value in state.items())
+
+
+def _own_part(value: Any) -> Any:
+    """What this process holds of a tensor of FSDP2, of ZeRO 3, or of any other."""
+    return value.to_local() if hasattr(value, "to_local") else getattr(value, "ds_tensor", value)

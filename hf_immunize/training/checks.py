@@ -23,12 +23,20 @@ from hf_immunize.vision.head import to_full_precision, without_wrapper
 logger = logging.get_logger(__name__)
 
 
+_GATHERED = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 _OWN_LOOP = "use the functions of hf_immunize.training.objectives in your own loop"
 
 
 def as_classifier(model: PreTrainedModel, args: ImmunizationArguments) -> PreTrainedModel:
     """The model to train, in float32 at least: a bare backbone gets the head that ``pooling`` asks for."""
     model = to_full_precision(model)
+    # Of FSDP2 or a tensor-parallel plan, and of ZeRO 3.
+    if any(hasattr(part, "full_tensor") or hasattr(part, "ds_id") for part in model.parameters()):
+        raise ArgumentError(
+            f"Expected a {type(model).__name__} with whole weights, found them loaded in parts, of which no process "
+            "could keep or measure the starting model. Load it without distributed_config= or tp_plan=; for ZeRO 3, "
+            "before its ImmunizationArguments are made (with a launcher, zero3_init_flag: false)."
+        )
     if args.pooling is None:
         return model
     kind = type(model).__name__
@@ -105,7 +113,14 @@ def check_checkpointing(model: Any, args: TrainingArguments | None = None) -> No
 
 
 def check_sharding(args: ImmunizationArguments, accelerator: Any = None, harmful_eval: Any = None) -> None:
-    """Refuse what cannot be done where processes hold parts of the weights."""
+    """Refuse what cannot be done where processes hold parts of the weights, or of the images."""
+    parallel = getattr(args if accelerator is None else accelerator, "parallelism_config", None)
+    if parallel is not None and parallel.non_data_parallel_size > 1:
+        raise ArgumentError(
+            f"Expected parallelism over images alone, found parallelism_config of {parallel.non_dp_dim_names}, under "
+            "which several processes hold the same images and κ of a batch would count them several times. Leave "
+            "tensor, context and sequence parallelism out."
+        )
     asked = bool(args.fsdp or args.deepspeed)
     sharded = asked if accelerator is None else sharded_weights()
     if asked and not sharded:
@@ -115,11 +130,6 @@ def check_sharding(args: ImmunizationArguments, accelerator: Any = None, harmful
         )
     if not sharded:
         return
-    if Method.of(args).needs_start:
-        raise ArgumentError(
-            "Expected benign_loss='task' and benign_budget=None under FSDP or DeepSpeed, where no starting model can "
-            f"be run, found {args.benign_loss!r} and {args.benign_budget}. Change them, or train with DDP."
-        )
     if args.cache_trunk != "no":
         raise ArgumentError(
             "Expected cache_trunk='no' under FSDP or DeepSpeed, which do not see that the trunk's modules are "
@@ -138,15 +148,32 @@ def check_sharding(args: ImmunizationArguments, accelerator: Any = None, harmful
             f"Evaluations will report no κ: sharded weights run in {accelerator.mixed_precision} alone, in which it "
             "would be mostly rounding noise. Measure the saved model."
         )
-    if getattr(getattr(accelerator.state, "fsdp_plugin", None), "cpu_ram_efficient_loading", False):
-        raise ArgumentError(
-            "Expected cpu_ram_efficient_loading=False for FSDP, found True: each process measures its part of the "
-            "data through the starting weights. Set it to False."
+    wrong = None
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    zero = getattr(getattr(accelerator.state, "deepspeed_plugin", None), "hf_ds_config", None)
+    if getattr(plugin, "cpu_ram_efficient_loading", False):
+        wrong = (
+            "cpu_ram_efficient_loading=False for FSDP, found True: each process measures its part of the data through "
+            "the starting weights. Set it to False."
         )
+    elif getattr(plugin, "fsdp_version", 2) != 2:
+        wrong = f"version 2 of FSDP, found {plugin.fsdp_version}, which transformers drops. Set fsdp_version to 2."
+    elif "SHARDED" in str(getattr(plugin, "state_dict_type", "")):
+        wrong = (
+            "FULL_STATE_DICT for FSDP, found SHARDED_STATE_DICT, under which no model is saved that could be loaded. "
+            "Set state_dict_type to FULL_STATE_DICT."
+        )
+    elif zero is not None and zero.is_zero3() and zero.get_value(_GATHERED) is not True:
+        wrong = (
+            f"{_GATHERED}=true for DeepSpeed, found {zero.get_value(_GATHERED)}, under which no model is saved that "
+            "could be loaded. Set it (zero3_save_16bit_model, with a launcher)."
+        )
+    if wrong is not None:
+        raise ArgumentError(f"Expected {wrong}")
 
 
 def check_shardable(model: Any, accelerator: Any) -> None:
-    """Refuse a model that accelerate cannot shard by FSDP2, which it would say in other words."""
+    """Refuse a model that accelerate cannot shard by FSDP2, and leave its embeddings out of what is wrapped."""
     if not accelerator.is_fsdp2:
         return
     # Here, since it takes longer to import than all else in this module, and hardly anyone needs it.
@@ -167,21 +194,13 @@ def check_shardable(model: Any, accelerator: Any) -> None:
     modules = [module for module in model.modules() if type(module).__name__ in wrapped]
     around = [module for module in modules if module is not embeddings and embeddings in list(module.modules())]
     holding, present = ({type(module).__name__ for module in each} for each in (around, modules))
-    if holding:
+    if holding and plugin.transformer_cls_names_to_wrap:
         raise ArgumentError(
             f"Expected modules for FSDP without the input embeddings, which would be sharded twice, found {kind}'s "
-            f"{', '.join(sorted(holding))}. Set fsdp_config={{'transformer_layer_cls_to_wrap': "
-            f"{sorted(present - holding)}}}."
+            f"{', '.join(sorted(holding))}. Leave transformer_layer_cls_to_wrap at its default."
         )
-
-
-def check_prepared(accelerator: Any) -> None:
-    """Refuse to evaluate weights that cannot be sharded yet."""
-    if accelerator.is_fsdp2 and not accelerator._models:
-        raise ArgumentError(
-            "Expected train() before evaluate() under FSDP, where accelerate shards a model along with its optimizer, "
-            "found none. For the starting weights, set eval_on_start=True."
-        )
+    if holding:  # of the model's own list
+        plugin.transformer_cls_names_to_wrap = sorted(present - holding)
 
 
 def check_reporting(args: ImmunizationArguments) -> None:

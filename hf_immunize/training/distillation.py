@@ -6,6 +6,7 @@ benign training set does not show.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,31 +53,43 @@ def feature_error(features: Tensor, start_features: Tensor) -> Tensor:
 class StartingModel:
     """The model as it was, run through the modules of the model that is being trained.
 
-    Only the tensors that training can change are kept: the trainable parameters and all buffers.
+    Only the tensors that training can change are kept: the trainable parameters and all buffers. With ``head``, the
+    whole of the model is copied, and run in its place: processes that hold parts of the weights cannot run others.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module | None = None) -> None:
         trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self._tensors = {
             name: value.detach().clone() for name, value in (trainable | dict(model.named_buffers())).items()
         }
+        self._copy: tuple[Any, Any] | None = None if head is None else copy.deepcopy((model, head))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, head: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``(N, D)`` and logits ``(N, C)`` through the starting weights; ``model`` has no wrapper."""
-        if self._tensors and next(iter(self._tensors.values())).device != pixel_values.device:
-            self._tensors = {name: value.to(pixel_values.device) for name, value in self._tensors.items()}
+        tensors: dict[str, Tensor] = {}
+        if self._copy is not None:
+            model, head = self._copy[0].to(pixel_values.device), self._copy[1]
+            pixel_values = pixel_values.to(next(model.parameters()).dtype)  # DeepSpeed casts them
+        elif self._tensors:
+            if next(iter(self._tensors.values())).device != pixel_values.device:
+                self._tensors = {name: value.to(pixel_values.device) for name, value in self._tensors.items()}
+            tensors = self._tensors
         with in_eval_mode(model), HeadInput(head) as captured:
-            outputs = torch.func.functional_call(model, self._tensors, (), {"pixel_values": pixel_values})
+            outputs = torch.func.functional_call(model, tensors, (), {"pixel_values": pixel_values})
         return captured.features, outputs["logits"]
 
     @contextmanager
-    def in_place(self, model: nn.Module) -> Iterator[None]:
-        """Within, the model itself has its starting weights."""
+    def in_place(self, model: Any, head: Any) -> Iterator[tuple[Any, Any]]:
+        """Within, a model with the starting weights, and its head: the one given, or the copy where there is one."""
+        if self._copy is not None:
+            self._copy[0].to(next(model.parameters()).device)
+            yield self._copy
+            return
         kept = {name: value.clone() for name, value in model.state_dict().items() if name in self._tensors}
         try:
             model.load_state_dict(self._tensors, strict=False)
-            yield
+            yield model, head
         finally:
             model.load_state_dict(kept, strict=False)
 
@@ -95,6 +108,8 @@ class StartingModel:
                     "benign_loss= of the interrupted run."
                 )
         self._tensors = {name: state[name].to(value.device) for name, value in self._tensors.items()}
+        if self._copy is not None:
+            self._copy[0].load_state_dict(self._tensors, strict=False)
 
 
 class StartedRows(torch.utils.data.Dataset[dict[str, Any]]):

@@ -21,7 +21,9 @@ USED = {
     "transformers.PreTrainedModel._no_split_modules": "what FSDP shards by default",
     "transformers.PreTrainedConfig()._name_or_path": "the record names the base model",
     "accelerate.state.AcceleratorState._shared_state": "whether weights are sharded, before there is an accelerator",
-    "accelerate.Accelerator(cpu=True)._models": "whether FSDP has sharded the model yet",
+    "accelerate.Accelerator(cpu=True)._optimizers": "whether the model was prepared for training yet",
+    "accelerate.Accelerator(cpu=True).prepare_model(torch.nn.Linear(1, 1))._is_accelerate_prepared": "an evaluation "
+    "before training leaves it on a model that is not wrapped yet",
     "datasets.Dataset.from_dict({})._fingerprint": "stored activations belong to these very rows",
     "torch.nn.Module()._modules": "a module's second name, which named_children() leaves out",
     "torch.nn.Module()._non_persistent_buffers_set": "buffers that no checkpoint holds",

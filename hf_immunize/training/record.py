@@ -239,7 +239,7 @@ def save_record(trainer: Any, staging: Path, target: str) -> None:
         write_record(staging, record)
         return
     # A checkpoint of a run in progress gets a record when it is written, or none.
-    if not trainer._is_sharded and not Path(target).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+    if not Path(target).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
         evidence._saved = weights_fingerprint(trainer.model), target, hash_weights(staging)
     if (Path(target) / RECORD_NAME).is_file():
         logger.warning(

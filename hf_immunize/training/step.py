@@ -25,6 +25,7 @@ from hf_immunize.training.distributed import (
     gather_labels,
     mean_gradient_norm,
     process_mean,
+    sharded_weights,
     sum_hessian,
     sum_is_smaller,
     world_size,
@@ -115,7 +116,8 @@ class ImmunizationStep:
             )
         self.still = modules_in_eval(model, moving, freeze_batchnorm, head_module)
         self.together = not has_batch_statistics(model, self.still)
-        self.start = StartingModel(model) if self.method.needs_start else None
+        copied = self.head if sharded_weights() else None
+        self.start = StartingModel(model, copied) if self.method.needs_start else None
         # Micro-batches so far: the Trainer sees by it that none goes past the method.
         self.calls = 0
         # With a cached trunk, batches hold its activations, and within this context the model runs from them.

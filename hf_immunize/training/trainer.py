@@ -72,8 +72,8 @@ class ImmunizationTrainer(Trainer):
     Weights of half precision are turned into float32, in which they are trained, measured and saved.
 
     Under gradient accumulation the mean of the micro-batches' regularizers is minimized, since κ is not additive; over
-    processes the whole batch counts. FSDP needs ``benign_loss="task"`` without a budget, and measures no κ
-    in half precision; it is tested on the CPU (FSDP2). DeepSpeed, under the same conditions, is untested.
+    processes the whole batch counts. Under FSDP2 and DeepSpeed each keeps a whole frozen copy of the starting model,
+    and no κ is measured in half precision.
 
     Args:
         model: An image classifier with one linear head (`AutoModelForImageClassification`).
@@ -116,6 +116,9 @@ class ImmunizationTrainer(Trainer):
     # The loss is a per-batch mean: the Trainer divides it by the accumulation steps, and must not guess about it.
     loss_is_scaled_for_ga = False
     data_collator: Any
+    model: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
 
     def __init__(
         self,
@@ -405,7 +408,6 @@ class ImmunizationTrainer(Trainer):
         `spectral_metrics`), and ``eval_benign_loss`` and ``eval_benign_accuracy`` as other names. ``eval_dataset`` may
         name one of several sets of the constructor's; with other data, κ is reported without RIR.
         """
-        checks.check_prepared(self.accelerator)
         if self._evaluation is not None:  # one of several sets
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         one = eval_dataset if isinstance(eval_dataset, str) else None
@@ -452,7 +454,7 @@ class ImmunizationTrainer(Trainer):
                 metric: value for metric, value in spectral.items() if not metric.startswith("accuracy_change")
             }
         metrics.update({f"{prefix}_{metric}": value for metric, value in spectral.items()})
-        if self.args.should_save and not self._is_sharded and own_data:
+        if own_data:  # on every process: what is known decides whether all of them measure the start again
             named = {metric.replace(prefix, name, 1): value for metric, value in metrics.items()}
             self.evidence.note(self.model, name, self.state.global_step, named, benign, harmful, references)
         return output
@@ -460,12 +462,36 @@ class ImmunizationTrainer(Trainer):
     def _loop_with_exact_loss(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As the Trainer's, with the loss as the mean over images, whatever the batches and processes."""
         self._mean_loss = evaluation.MeanLoss()
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        with self._unprepared():
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
         mean = self._mean_loss.value(self.args.device)
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if mean is not None and output.metrics is not None and name in output.metrics:
             output.metrics[name] = mean
         return output
+
+    @contextmanager
+    def _unprepared(self) -> Iterator[None]:
+        """Within, an evaluation before any training runs the model as it is, and leaves it for training to prepare."""
+        engines = self.is_fsdp_enabled, self.is_deepspeed_enabled
+        prepared = bool(self.accelerator._optimizers)
+        if self._is_sharded and not prepared:  # engines take a model apart along with its optimizer alone
+            self.is_fsdp_enabled = self.is_deepspeed_enabled = False
+            self.model.to(self.args.device)
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled, self.is_deepspeed_enabled = engines
+            self._reshard()
+            if not prepared:
+                # accelerate would take the model for one that it has wrapped, and each process would train its own.
+                vars(self.model).pop("_is_accelerate_prepared", None)
+
+    def _reshard(self) -> None:
+        """Let go of whole weights that a pass leaves with FSDP2, before the first process alone looks at its part."""
+        for module in self.model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -500,12 +526,16 @@ class ImmunizationTrainer(Trainer):
             self._measured_again.add(name)
             if dataloader is None:  # one of a stream has no length to be true by
                 dataloader = self.get_eval_dataloader(self._harmful_eval)
-            with self._step.start.in_place(self.model):
-                known = self._references[name] = self._measure(dataloader, f"starting {name}")
-                if first and self._evaluation is not None:
-                    self._evaluation.benign = None  # what follows is of other weights
-                    metrics = self._loop_with_exact_loss(dataloader, f"starting {name}").metrics or {}
-                    self.evidence.know_before(metrics, known)
+            current = self.model, self._step.head
+            try:
+                with self._step.start.in_place(*current) as (self.model, self._step.head):
+                    known = self._references[name] = self._measure(dataloader, f"starting {name}")
+                    if first and self._evaluation is not None:
+                        self._evaluation.benign = None  # what follows is of other weights
+                        metrics = self._loop_with_exact_loss(dataloader, f"starting {name}").metrics or {}
+                        self.evidence.know_before(metrics, known)
+            finally:
+                self.model, self._step.head = current
         if known is None or not now.same_data(known):
             logger.warning_once(
                 f"No RIR is reported: the images of {'harmful_eval_dataset' if name == 'harmful' else 'eval_dataset'} "
@@ -515,9 +545,11 @@ class ImmunizationTrainer(Trainer):
 
     def _measure(self, dataloader: Any, name: str) -> Measurement:
         """Features of all processes' images through the model in full precision, the same on every process."""
-        self.model.to(self.args.device)
+        in_parts = self._is_sharded and bool(self.accelerator._optimizers)
+        if not in_parts:
+            self.model.to(self.args.device)
         # The class's own: what accelerate put in its place, once in each preparation, runs under autocast.
-        forward = self.model if self._is_sharded else partial(type(self.model).forward, self.model)
+        forward = self.model if in_parts else partial(type(self.model).forward, self.model)
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         shown = tqdm(dataloader, desc=f"κ of {name} features", disable=quiet, leave=False)
         measurement = Measurement()
@@ -526,6 +558,7 @@ class ImmunizationTrainer(Trainer):
                 logits = None if name.split()[-1] == "harmful" else batch.logits  # harmful classes are not the model's
                 found = batch.features, batch.pixel_values, batch.labels, logits
                 evaluation.fold(measurement, found, self.accelerator)
+            self._reshard()
             return evaluation.merged(measurement, self.accelerator.device)
 
     def _measure_references(self) -> None:
@@ -592,6 +625,8 @@ class ImmunizationTrainer(Trainer):
             self._trunk = self._find_trunk()
             if self.is_world_process_zero():
                 logger.info(f"Choices: {'; '.join(f'{name} {why}' for name, why in self.choices.items())}.")
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # which loads its checkpoints by itself
+            self._load_run(resume_from_checkpoint)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
 
     def _find_trunk(self) -> TrunkSplit | None:
@@ -599,7 +634,7 @@ class ImmunizationTrainer(Trainer):
         args = self.args
         if args.cache_trunk != "no" or self._step.start is None or self.accelerator.mixed_precision != "no":
             return None
-        if any(getattr(args, obstacle) for obstacle in TRUNK_OBSTACLES):
+        if self._is_sharded or any(getattr(args, obstacle) for obstacle in TRUNK_OBSTACLES):
             return None
         with suppress(RuntimeError, ValueError, TypeError, AttributeError, LookupError):
             return self._split_trunk()  # a saving, without which the run is the same
@@ -668,11 +703,15 @@ class ImmunizationTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is None and self._loads_whole:
             checkpoints.load_weights(self.model, resume_from_checkpoint)
-            self.evidence.adopt(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._loads_whole or self._is_sharded:
+            self.evidence.adopt(self.model, resume_from_checkpoint)
+        self._load_run(resume_from_checkpoint)
+
+    def _load_run(self, checkpoint: str) -> None:
         self._resumed = True
-        references = checkpoints.load_run_state(resume_from_checkpoint, self._step, self.args.train_batch_size)
+        references = checkpoints.load_run_state(checkpoint, self._step, self.args.train_batch_size)
         self._references = references or self._references
 
     def _load_best_model(self) -> None:
@@ -680,8 +719,7 @@ class ImmunizationTrainer(Trainer):
             checkpoints.load_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
-        if not self._is_sharded:
-            self.evidence.adopt(self.model, self.state.best_model_checkpoint)
+        self.evidence.adopt(self.model, self.state.best_model_checkpoint)
 
     @property
     def _loads_whole(self) -> bool:

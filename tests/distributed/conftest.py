@@ -3,11 +3,14 @@
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from folders import image_folder, tiny_classifier
 
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -18,13 +21,24 @@ ROOT = Path(__file__).parents[2]
 def torchrun():
     """Run a script on two processes; gives what became of it."""
 
-    def launch(script, *arguments):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command += [str(SCRIPTS / script), *map(str, arguments)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    return lambda script, *arguments: finished(launched(script, *arguments))
 
-    return launch
+
+def launched(script, *arguments, how=("--standalone",), processes=2):
+    """A launcher of processes that run a script."""
+    command = [sys.executable, "-m", "torch.distributed.run", *how, "--nproc_per_node", str(processes)]
+    command += [str(SCRIPTS / script), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(launcher, within=400):
+    """What became of a launcher and its processes."""
+    try:
+        said = launcher.communicate(timeout=within)
+    finally:
+        launcher.terminate()  # which ends its processes too
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, *said)
 
 
 @pytest.fixture(scope="session")
@@ -60,16 +74,54 @@ def one(script, one_folder):
 
 @pytest.fixture(scope="session")
 def killed(torchrun, tmp_path_factory):
-    """A run on two processes of which one was killed: its folder, and how it ended."""
+    """A run on two processes of which one was killed: its folder, and how it ended, after how many seconds."""
     folder = tmp_path_factory.mktemp("killed")
-    return folder, torchrun("killed_rank.py", folder)
+    return folder, torchrun("killed_rank.py", folder), seconds_since_the_kill(folder)
+
+
+def seconds_since_the_kill(folder):
+    """By the file that was written just before it."""
+    return time.time() - (folder / "killed").stat().st_mtime
 
 
 @pytest.fixture(scope="session")
-def two_folder(torchrun, one, one_folder, killed, tmp_path_factory):
+def three(tmp_path_factory):
+    """What three processes found, two of a launcher and one of another, and how both ended when one was killed."""
+    folder = tmp_path_factory.mktemp("three")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    how = [
+        "--nnodes",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        f"127.0.0.1:{port}",
+        "--local_addr",
+        "127.0.0.1",
+    ]
+    machines = [launched("three_ranks.py", folder, how=how, processes=count) for count in (2, 1)]
+    ended = [finished(machine) for machine in machines]
+    assert (folder / "found.json").is_file(), [each.stderr[-4000:] for each in ended]
+    return json.loads((folder / "found.json").read_text()), ended, seconds_since_the_kill(folder)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A tiny classifier of pets, and images of pets and of weapons; no batch size divides those to test on."""
+    root = tmp_path_factory.mktemp("images")
+    for seed, (task, classes) in enumerate({"pets": ("cat", "dog"), "weapons": ("gun", "knife")}.items()):
+        image_folder(root / task, classes, {"train": 12, "test": 7}, 8, seed)
+    tiny_classifier(root / "model", ("cat", "dog"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def two_folder(torchrun, one, one_folder, killed, images, tmp_path_factory):
     """What two processes wrote, who had the folders of the one and of the killed ones beside them."""
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun("two_ranks.py", folder, one_folder, killed[0])
+    done = torchrun("two_ranks.py", folder, one_folder, killed[0], images)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -78,3 +130,12 @@ def two_folder(torchrun, one, one_folder, killed, tmp_path_factory):
 def two(two_folder):
     """What two processes found, as the first of them wrote it."""
     return json.loads((two_folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def zero(torchrun, images, tmp_path_factory):
+    """Where two processes worked with DeepSpeed, and what they found, by stage."""
+    folder = tmp_path_factory.mktemp("zero")
+    done = torchrun("zero.py", folder, images)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, json.loads((folder / "found.json").read_text())

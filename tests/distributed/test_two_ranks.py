@@ -3,6 +3,8 @@
 All in one file, so that they share two starts of processes wherever the tests run.
 """
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ import torch
 import transformers as hf
 
 from hf_immunize.files import checked
+from hf_immunize.hub.load import load_model
+from hf_immunize.hub.record import read_record
+from hf_immunize.hub.verify import verify
 from hf_immunize.training.checkpoints import MANIFEST, last_whole_checkpoint
 from hf_immunize.training.objectives import OBJECTIVES
 
@@ -19,7 +24,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SPECTRAL = [name for name, kind in OBJECTIVES.items() if not (kind.needs_rows or name in INSIDE)]
 # A ViT has no ReLU to train with.
 TRAINED = [name for name in OBJECTIVES if name not in INSIDE]
-RUNS = ["fixed", "adam", "defaults", "cached"]
+RUNS = ["fixed", "adam", "defaults", "batch of 12", "cached"]
 RUNS += [f"summed {name}" for name in (*SPECTRAL, "distilled")]
 EXACTLY = [*TRAINED, "distilled", "both", "dead_relu"]
 
@@ -45,6 +50,28 @@ def same_gradients(found, expected, tolerance):
 def test_gradients_of_every_objective_are_exact(objective, dtype, tolerance, one, two):
     case = f"{objective} {dtype} rows"
     same_gradients(two["gradients"][case], one["gradients"][case], tolerance)
+
+
+def test_three_processes_of_two_launchers_compute_what_one_does(one, three):
+    found, _, _ = three
+    for case, expected in one["gradients"].items():
+        same_gradients(found["gradients"][case], expected, 1e-12 if "float64" in case else 1e-6)
+    expected = one["runs"]["batch of 12"]
+    same_weights(found["run"]["weights"], expected["weights"], 1e-4)
+    assert found["run"]["metrics"] == pytest.approx(expected["metrics"], rel=1e-3, abs=1e-6)
+
+
+def test_in_bfloat16_two_processes_move_the_weights_as_one_does_to_its_rounding(one, two, script):
+    start = {name: value.flatten().tolist() for name, value in script.vit().named_parameters()}
+
+    def moved(run):
+        return torch.cat([torch.tensor(v) - torch.tensor(start[name]) for name, v in run["weights"].items()])
+
+    found, expected, whole = (
+        moved(of["runs"][name]) for of, name in ((two, "bf16"), (one, "bf16"), (one, "defaults"))
+    )
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+    assert float((whole - expected).norm()) > 0  # it was another precision
 
 
 @pytest.mark.parametrize("objective", SPECTRAL)
@@ -100,26 +127,63 @@ def test_beside_someone_elses_trainer_steps_end_at_the_same_weights(objective, o
 # ---- sharded weights ----
 
 
-def test_sharded_weights_end_where_one_process_does_and_are_measured_saved_whole_and_resumed(one, two):
-    expected, found = one["runs"]["adam"], two["sharded"]
-    assert found["is_sharded"]
-    same_weights(found["weights"], expected["weights"], 1e-4)
-    same_weights(found["saved"], found["weights"], 1e-12)
-    same_weights(found["resumed"], found["weights"], 1e-6)
-    metrics = {name: expected["metrics"][name] for name in found["metrics"]}
-    assert found["metrics"] == pytest.approx(metrics, rel=1e-3) and "eval_rir" in metrics
+def spectral(metrics):
+    return [name for name in metrics if any(part in name for part in ("kappa", "rir", "probing_steps"))]
 
 
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        (0, "set eval_on_start=True"),
-        (1, "benign_loss='task' and benign_budget=None under FSDP"),
-        (2, "Set fsdp_config={'transformer_layer_cls_to_wrap': ['ViTLayer']}"),
-    ],
-)
-def test_what_cannot_be_done_with_sharded_weights_is_refused(index, message, two):
-    assert message in two["sharded"]["refused"][index]
+def weights_in(folder, names):
+    state = load_model(folder).state_dict()
+    return {name: state[name].flatten().tolist() for name in names}
+
+
+def ended_as_one_process_does(found, folder, expected):
+    """Weights, figures of the start and of the end, of a run and of one that went on from its middle."""
+    saved, resumed = (weights_in(folder / name, expected["weights"]) for name in ("saved", "resumed"))
+    same_weights(saved, expected["weights"], 1e-4)
+    same_weights(resumed, saved, 1e-6)
+    metrics = [name for name in spectral(found["metrics"]) if name in expected["metrics"]]
+    assert {"eval_rir", "eval_intercept_rir"} <= set(metrics)
+    for name in metrics:
+        assert found["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-3, abs=1e-6), name
+    # What went on measures the start again, through the copy.
+    for now, then in (("started", "before"), ("resumed", "metrics")):
+        for name in ("eval_accuracy", "eval_loss", *spectral(found[then])):
+            assert found[now][name] == pytest.approx(found[then][name], rel=1e-4, abs=1e-6), name
+
+
+def test_sharded_weights_end_where_one_process_does_and_are_measured_saved_whole_and_resumed(one, two, two_folder):
+    assert two["sharded"]["in_parts"]
+    ended_as_one_process_does(two["sharded"], two_folder / "fsdp2", one["runs"]["defaults"])
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install deepspeed")
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_with_deepspeed_processes_end_where_one_does(stage, one, zero):
+    folder, found = zero
+    assert found[stage]["in_parts"] == (stage == "3")
+    ended_as_one_process_does(found[stage], folder / f"zero{stage}", one["runs"]["defaults"])
+    if stage == "3":  # transformers loads a model in parts, once the command has read that it shall
+        assert "loaded in parts" in found[stage]["refused"]
+    else:
+        assert found[stage]["refused"] is None and read_record(folder / f"command{stage}").ratios
+
+
+def test_what_cannot_be_sharded_is_refused(two):
+    assert "ViTEmbeddings" in two["sharded"]["refused"]
+
+
+@pytest.mark.parametrize("how", ["whole_weights", "parts"])
+def test_the_train_command_writes_on_two_processes_what_loads_and_verifies(how, two_folder, images):
+    folder = two_folder / how
+    sides = {"benign": str(images / "pets"), "harmful": str(images / "weapons")}
+    found = verify(folder, **sides, reference=images / "model", progress=False)
+    assert found.outcome == "agrees", found.reasons
+    record, results = read_record(folder), json.loads((folder / "results.json").read_text())
+    assert set(record.ratios) == {"exact", "intercept"} and record.harmful_features.probing is not None
+    assert record.metric.before == results["before"]["eval_accuracy"]
+    whole = load_model(two_folder / "whole_weights").state_dict()
+    states = {name: value.flatten().tolist() for name, value in load_model(folder).state_dict().items()}
+    same_weights(states, {name: value.flatten().tolist() for name, value in whole.items()}, 1e-4)
 
 
 # ---- runs that were interrupted ----
@@ -139,12 +203,18 @@ def test_two_processes_go_on_from_one(one, two):
 
 
 def test_a_dead_process_ends_the_run_with_an_error_and_leaves_a_whole_checkpoint(killed):
-    folder, ended = killed
+    folder, ended, seconds = killed
     assert ended.returncode != 0 and "SIGKILL" in ended.stderr + ended.stdout
+    assert seconds < 60
     path, _ = last_whole_checkpoint(str(folder))
     assert path is not None and path.rpartition("-")[2] in ("2", "3")
     listed = checked((Path(path) / MANIFEST).read_text(encoding="utf-8"))["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= set(listed)
+
+
+def test_a_process_that_dies_ends_those_of_another_launcher_too(three):
+    _, ended, seconds = three
+    assert all(each.returncode != 0 for each in ended) and seconds < 60
 
 
 def test_a_run_resumed_after_a_death_ends_as_the_one_without(two):

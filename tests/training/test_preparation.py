@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from accelerate import ParallelismConfig
 from families import BUILDERS, TEXT, TRANSFORMER
 from PIL import Image
 from torch import nn
@@ -361,7 +362,7 @@ def sharded(monkeypatch):
 
 
 @pytest.mark.parametrize("asked", ["fsdp", "deepspeed", None])
-def test_what_runs_the_starting_model_or_replaces_modules_is_refused_beside_sharded_weights(asked, sharded, arguments):
+def test_what_replaces_modules_is_refused_beside_sharded_weights(asked, sharded, arguments):
     """Asked for by an option, or by the launcher alone."""
     accelerator = sharded() if asked is None else None
 
@@ -370,14 +371,9 @@ def test_what_runs_the_starting_model_or_replaces_modules_is_refused_beside_shar
             SimpleNamespace(**vars(arguments(**options)) | ({asked: "full"} if asked else {})), accelerator
         )
 
-    check()
-    for options, found in (
-        ({"benign_loss": "distillation"}, "benign_budget=None under FSDP.*'distillation'"),
-        ({"benign_budget": 0.1}, "benign_budget=None under FSDP.*0.1"),
-        ({"cache_trunk": "float32"}, "cache_trunk='no' under FSDP.*'float32'"),
-    ):
-        with pytest.raises(ArgumentError, match=found):
-            check(**options)
+    check(benign_loss="distillation", benign_budget=0.1)
+    with pytest.raises(ArgumentError, match=r"cache_trunk='no' under FSDP.*'float32'"):
+        check(cache_trunk="float32")
 
 
 def test_what_accelerate_would_do_otherwise_with_shards_is_refused(sharded, arguments, monkeypatch):
@@ -386,8 +382,13 @@ def test_what_accelerate_would_do_otherwise_with_shards_is_refused(sharded, argu
     settings = SimpleNamespace(**vars(arguments()) | {"fsdp": True, "device": "cpu"})
     with pytest.raises(ArgumentError, match="accelerators for fsdp or deepspeed, found the device cpu"):
         checks.check_sharding(settings, SimpleNamespace())
-    with pytest.raises(ArgumentError, match="cpu_ram_efficient_loading=False"):
-        checks.check_sharding(arguments(), sharded(cpu_ram_efficient_loading=True))
+    for plugin in (
+        {"cpu_ram_efficient_loading": True},
+        {"fsdp_version": 1},
+        {"state_dict_type": "SHARDED_STATE_DICT"},
+    ):
+        with pytest.raises(ArgumentError, match=f"{next(iter(plugin.values()))}"):
+            checks.check_sharding(arguments(), sharded(**plugin))
     # In half precision they may be trained but not measured.
     checks.check_sharding(arguments(), sharded("bf16"))
     assert len(said) == 1 and "no κ" in said[0]
@@ -395,34 +396,56 @@ def test_what_accelerate_would_do_otherwise_with_shards_is_refused(sharded, argu
         checks.check_sharding(arguments(), sharded("bf16"), harmful_eval=[1])
 
 
-def fsdp2(*names, models=()):
+@pytest.mark.parametrize("dimension", ["tp", "cp", "sp"])
+def test_what_takes_images_or_modules_apart_is_refused_by_option_and_by_launcher(dimension, arguments):
+    found = ParallelismConfig(**{f"{dimension}_size": 2})
+    for settings, accelerator in (
+        ({"parallelism_config": found}, None),
+        ({}, SimpleNamespace(parallelism_config=found)),
+    ):
+        with pytest.raises(ArgumentError, match=f"'{dimension}'"):
+            checks.check_sharding(SimpleNamespace(**vars(arguments()) | settings), accelerator)
+    checks.check_sharding(arguments(), SimpleNamespace(parallelism_config=ParallelismConfig(dp_replicate_size=2)))
+
+
+def test_a_model_that_was_loaded_in_parts_is_refused(arguments):
+    model = BUILDERS["vit"]()
+    model.classifier.bias.ds_id = 3  # as ZeRO 3 marks them
+    with pytest.raises(ArgumentError, match="ViTForImageClassification with whole weights"):
+        checks.as_classifier(model, arguments())
+
+
+def fsdp2(*names):
     """An accelerator that shards modules of these classes; by default those that a model names itself."""
     plugin = SimpleNamespace(auto_wrap_policy=transformer_auto_wrap_policy, transformer_cls_names_to_wrap=list(names))
-    return SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin), _models=list(models))
+    return SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
 
 
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        # Embeddings that would be sharded twice, with what to set.
-        ("vit", r"'transformer_layer_cls_to_wrap': \['ViTLayer'\]"),
-        ("dinov2", r"'transformer_layer_cls_to_wrap': \['Dinov2Layer'\]"),
-        ("siglip", r"to_wrap': \['SiglipEncoderLayer', 'SiglipMultiheadAttentionPoolingHead'\]"),
-        *((name, "input embeddings .* Train it with DDP") for name in ("resnet", "mobilenet_v2", "convnext", "clip")),
-    ],
-)
-def test_a_model_that_fsdp_cannot_shard_is_refused(name, found):
-    with pytest.raises(ArgumentError, match=found):
+@pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "convnext", "clip"])
+def test_a_model_that_fsdp_cannot_shard_is_refused(name):
+    with pytest.raises(ArgumentError, match=r"input embeddings .* Train it with DDP"):
         checks.check_shardable(BUILDERS[name](), fsdp2())
 
 
-@pytest.mark.parametrize(("name", "layers"), [("vit", ["ViTLayer"]), ("beit", []), ("swin", []), ("resnet", None)])
-def test_models_that_fsdp_can_shard_are_accepted_and_evaluated_once_they_are(name, layers):
-    """And without FSDP, any."""
-    checks.check_shardable(BUILDERS[name](), SimpleNamespace(is_fsdp2=False) if layers is None else fsdp2(*layers))
-    with pytest.raises(ArgumentError, match="eval_on_start=True"):
-        checks.check_prepared(fsdp2())
-    checks.check_prepared(fsdp2(models=["prepared"]))
+def test_embeddings_that_would_be_sharded_twice_are_refused():
+    with pytest.raises(ArgumentError, match="'s ViTEmbeddings"):
+        checks.check_shardable(BUILDERS["vit"](), fsdp2("ViTEmbeddings", "ViTLayer"))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrapped"),
+    [
+        ("vit", ["ViTLayer"]),
+        ("dinov2", ["Dinov2Layer"]),
+        ("siglip", ["SiglipEncoderLayer", "SiglipMultiheadAttentionPoolingHead"]),
+        ("beit", []),
+        ("swin", []),
+    ],
+)
+def test_embeddings_are_left_out_of_what_fsdp_wraps_by_default(name, wrapped):
+    accelerator = fsdp2()
+    checks.check_shardable(BUILDERS[name](), accelerator)
+    assert accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap == wrapped
 
 
 # ---- batches ----

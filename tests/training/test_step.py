@@ -333,7 +333,7 @@ def test_the_starting_model_predicts_what_the_model_did_and_leaves_it_as_it_is(n
     state = {key: value.clone() for key, value in model.state_dict().items()}
     modes = [module.training for module in model.train().modules()]
     assert torch.allclose(start(model, find_head(model)[1], images)[1], before, atol=1e-6)
-    with start.in_place(model):
+    with start.in_place(model, model):
         assert torch.allclose(model.eval()(pixel_values=images).logits, before, atol=1e-6)
     assert all(torch.equal(value, state[key]) for key, value in model.train().state_dict().items())
     assert [module.training for module in model.modules()] == modes

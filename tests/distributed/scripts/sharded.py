@@ -6,10 +6,10 @@ accelerate drives FSDP on accelerators alone, though torch shards on the CPU as 
 from contextlib import contextmanager
 from unittest import mock
 
-import transformers as hf
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
+from hf_immunize.cli.train import run_train
 from hf_immunize.errors import ArgumentError
 
 
@@ -38,15 +38,6 @@ def forget():
     GradientState._reset_state()
 
 
-def full(model):
-    """Whole trainable weights, on every process."""
-    return {
-        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().flatten().tolist()
-        for name, value in model.named_parameters()
-        if value.requires_grad
-    }
-
-
 def refusal(action):
     """The message of what an action raises."""
     try:
@@ -55,31 +46,79 @@ def refusal(action):
         return str(error)
 
 
-def sharded(folder, trainer, vit, options):
-    """Steps, an evaluation, a checkpoint, and going on from it."""
-    layers = {"transformer_layer_cls_to_wrap": ["ViTLayer"]}
-    options = options | {"fsdp": True, "fsdp_config": layers, "max_steps": 2}
-    options |= {"save_strategy": "steps", "save_steps": 1}
-    with fsdp_on_cpu():
-        done = trainer(folder / "sharded", vit(), **options)
-        refused = [refusal(done.evaluate)]
-        done.train()
-        metrics = done.evaluate()
-        done.save_model(str(folder / "sharded_model"))
-        weights = full(done.model)
-        is_sharded = any(hasattr(value, "full_tensor") for value in done.model.parameters())
-        refused.append(refusal(lambda: trainer(folder / "refused", vit(), fsdp=True)))
-        refused.append(refusal(lambda: trainer(folder / "refused", vit(), **options | {"fsdp_config": {}})))
-        forget()
-        again = trainer(folder / "sharded", vit(), **options)
-        again.train(resume_from_checkpoint=str(folder / "sharded" / "checkpoint-1"))
-        resumed = full(again.model)
-    saved = hf.ViTForImageClassification.from_pretrained(folder / "sharded_model")
+def through(folder, trainer, vit, options):
+    """Evaluation, steps, an evaluation, a checkpoint, and going on from one in the middle; saves both models."""
+    options = options | {"save_strategy": "steps", "save_steps": 2}
+    done = trainer(folder / "run", vit(), **options)
+    before = done.evaluate()
+    done.train()
+    metrics = done.evaluate()
+    done.save_model(str(folder / "saved"))
+    in_parts = any(hasattr(value, "full_tensor") or hasattr(value, "ds_id") for value in done.model.parameters())
+    forget()
+    again = trainer(folder / "run", vit(), **options)
+    again.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
+    resumed = again.evaluate()
+    again.save_model(str(folder / "resumed"))
     return {
-        "is_sharded": is_sharded,
-        "weights": weights,
-        "saved": {name: value.flatten().tolist() for name, value in saved.named_parameters() if name in weights},
+        "in_parts": in_parts,
+        "before": before,
+        "metrics": metrics,
+        "started": again.starting_metrics,
         "resumed": resumed,
-        "refused": refused,
-        "metrics": {name: value for name, value in metrics.items() if "kappa" in name or "rir" in name},
     }
+
+
+def sharded(folder, trainer, vit, options):
+    """All of it with FSDP2, and what is refused."""
+    embeddings = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["ViTEmbeddings"]}}
+    with fsdp_on_cpu():
+        found = through(folder / "fsdp2", trainer, vit, options | {"fsdp": True})
+        return found | {"refused": refusal(lambda: trainer(folder / "refused", vit(), **options | embeddings))}
+
+
+def command(images, output, *more):
+    """Words behind `hf-immunize train`."""
+    words = [
+        "--model",
+        images / "model",
+        "--benign",
+        images / "pets",
+        "--harmful",
+        images / "weapons",
+        "--max_steps",
+        3,
+    ]
+    words += ["--per_device_train_batch_size", 4, "--learning_rate", 1e-2, "--report_to", "none"]
+    words += [
+        "--use_cpu",
+        "--ddp_backend",
+        "gloo",
+        "--optim",
+        "sgd",
+        "--disable_tqdm",
+        "True",
+        "--output_dir",
+        output,
+        *more,
+    ]
+    return [str(word) for word in words]
+
+
+def commands(folder, images):
+    """`hf-immunize train` on weights that are whole, and on sharded ones, by as many processes."""
+    words = [
+        "--model",
+        images / "model",
+        "--benign",
+        images / "pets",
+        "--harmful",
+        images / "weapons",
+        "--max_steps",
+        3,
+    ]
+    words += ["--per_device_train_batch_size", 4, "--learning_rate", 1e-2, "--report_to", "none"]
+    words += ["--use_cpu", "--ddp_backend", "gloo", "--optim", "sgd", "--disable_tqdm", "True"]
+    run_train([*map(str, words), "--output_dir", str(folder / "whole_weights")])
+    with fsdp_on_cpu():
+        run_train([*map(str, words), "--output_dir", str(folder / "parts"), "--fsdp", "full_shard"])

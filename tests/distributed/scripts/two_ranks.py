@@ -1,4 +1,4 @@
-"""What one process and two should agree on: ``torchrun ... two_ranks.py FOLDER FOLDER_OF_ONE FOLDER_OF_KILLED``."""
+"""What one process and two should agree on: ``torchrun ... two_ranks.py FOLDER OF_ONE OF_KILLED IMAGES``."""
 
 import gc
 import json
@@ -32,6 +32,7 @@ TRAINED = [name for name, kind in OBJECTIVES.items() if not kind.looks_inside()]
 SPECTRAL = [name for name in TRAINED if not OBJECTIVES[name].needs_rows]
 # Its default would make steps of full size out of gradients that are rounding, as of the bias of attention's keys.
 ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-2}
+DEFAULTS = ADAM | {"max_steps": 4, "benign_budget": 0.1}
 FIXED = PAPER | {"benign_weight": 0.5, "harmful_weight": 2.0}
 
 
@@ -70,8 +71,8 @@ def gathered(gradient):
 def gradients():
     """Gradients of every objective's terms on this rank's features."""
     generator = torch.Generator().manual_seed(3)
-    features = [torch.randn(8, 4, dtype=torch.float64, generator=generator) for _ in range(2)]
-    labels = torch.arange(8) % 3
+    features = [torch.randn(12, 4, dtype=torch.float64, generator=generator) for _ in range(2)]
+    labels = torch.arange(12) % 3
     own = gather_labels(labels.chunk(world_size())[rank()])
     found = {}
     for name, objective in OBJECTIVES.items():
@@ -128,6 +129,7 @@ def outcome(run):
     """Weights, last log, and metrics of a Trainer."""
     names = ("kappa", "rank", "rir", "ratio", "accuracy", "loss")
     metrics = {key: value for key, value in run.evaluate().items() if any(name in key for name in names)}
+    metrics.pop("eval_model_preparation_time", None)
     log = [entry for entry in run.state.log_history if "loss" in entry][-1]
     names = ["loss", "benign_loss", "r_well", "r_ill", "benign_weight", "harmful_weight", "kl"]
     names += ["total_variation", "spread", "outside", "concentration", "negative_adapted_loss", "negative_log_kappa"]
@@ -135,8 +137,10 @@ def outcome(run):
     return {"metrics": metrics, "log": {name: log[name] for name in names if name in log}, "weights": moved}
 
 
-def run(folder, dtype=torch.float32, model=None, **options):
+def run(folder, dtype=torch.float32, model=None, first=False, **options):
     done = trainer(folder, (model or vit()).to(dtype), dtype, **options)
+    if first:
+        done.evaluate()
     done.train()
     return outcome(done)
 
@@ -241,8 +245,10 @@ def everything(folder):
         "runs": {
             "fixed": run(folder, **FIXED),
             "adam": run(folder, **PAPER, max_steps=2, **ADAM),
-            # Starting model, gate and a third set.
-            "defaults": run(folder, max_steps=4, benign_budget=0.1),
+            # Starting model, gate and a third set; evaluated first, as by the command.
+            "defaults": run(folder, first=True, **DEFAULTS),
+            "batch of 12": run(folder, batch=12, **DEFAULTS),
+            "bf16": run(folder, bf16=True, **DEFAULTS),
             "cached": run(folder / "cached", cache_trunk="float32", **FIXED),
             **of_sums,
         },
@@ -253,16 +259,17 @@ def everything(folder):
     }
 
 
-def on_two(folder, of_one, of_killed):
+def on_two(folder, of_one, of_killed, images):
     from callbacks_two_ranks import callbacks
-    from sharded import sharded
+    from sharded import commands, sharded
 
+    commands(folder, images)
     return everything(folder) | {
         "from_one": resumed(of_one / "whole", folder / "from_one", last=3),
         "dropout": uninterrupted(folder / "dropout", dropout=0.2),
         "after_kill": resumed(of_killed, folder / "after_kill", dropout=0.2),
         "callbacks": callbacks(folder, plain, vit, rows),
-        "sharded": sharded(folder, trainer, vit, PAPER | ADAM),
+        "sharded": sharded(folder, trainer, vit, DEFAULTS),
     }
 
 
