@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 
 from hf_immunize.files import checked
-from hf_immunize.hub.load import load_model
+from hf_immunize.hub.load import changed_weights, load_model
 from hf_immunize.hub.record import read_record
 from hf_immunize.hub.verify import verify
 from hf_immunize.training.checkpoints import MANIFEST, last_whole_checkpoint
@@ -141,6 +141,8 @@ def ended_as_one_process_does(found, folder, expected):
     saved, resumed = (weights_in(folder / name, expected["weights"]) for name in ("saved", "resumed"))
     same_weights(saved, expected["weights"], 1e-4)
     same_weights(resumed, saved, 1e-6)
+    record = read_record(folder / "saved")
+    assert set(record.ratios) == {"exact", "intercept"} and not changed_weights(folder / "saved", record.weights)
     metrics = [name for name in spectral(found["metrics"]) if name in expected["metrics"]]
     assert {"eval_rir", "eval_intercept_rir"} <= set(metrics)
     for name in metrics:
@@ -156,31 +158,37 @@ def test_sharded_weights_end_where_one_process_does_and_are_measured_saved_whole
     ended_as_one_process_does(two["sharded"], two_folder / "fsdp2", one["runs"]["defaults"])
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install deepspeed")
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_with_deepspeed_processes_end_where_one_does(stage, one, zero):
-    folder, found = zero
-    assert found[stage]["in_parts"] == (stage == "3")
-    ended_as_one_process_does(found[stage], folder / f"zero{stage}", one["runs"]["defaults"])
-    if stage == "3":  # transformers loads a model in parts, once the command has read that it shall
-        assert "loaded in parts" in found[stage]["refused"]
-    else:
-        assert found[stage]["refused"] is None and read_record(folder / f"command{stage}").ratios
-
-
 def test_what_cannot_be_sharded_is_refused(two):
     assert "ViTEmbeddings" in two["sharded"]["refused"]
 
 
-@pytest.mark.parametrize("how", ["whole_weights", "parts"])
-def test_the_train_command_writes_on_two_processes_what_loads_and_verifies(how, two_folder, images):
-    folder = two_folder / how
+def verified(folder, images):
+    """Whether what the command wrote loads, and is what its record says."""
     sides = {"benign": str(images / "pets"), "harmful": str(images / "weapons")}
     found = verify(folder, **sides, reference=images / "model", progress=False)
     assert found.outcome == "agrees", found.reasons
     record, results = read_record(folder), json.loads((folder / "results.json").read_text())
     assert set(record.ratios) == {"exact", "intercept"} and record.harmful_features.probing is not None
     assert record.metric.before == results["before"]["eval_accuracy"]
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install deepspeed")
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_with_deepspeed_processes_end_where_one_does(stage, one, zero, images):
+    folder, found = zero
+    assert found[stage]["in_parts"] == (stage == "3")
+    ended_as_one_process_does(found[stage], folder / f"zero{stage}", one["runs"]["defaults"])
+    if stage == "3":  # transformers loads a model in parts, once the command has read that it shall
+        assert "loaded in parts" in found[stage]["refused"]
+    else:
+        assert found[stage]["refused"] is None
+        verified(folder / f"command{stage}", images)
+
+
+@pytest.mark.parametrize("how", ["whole_weights", "parts"])
+def test_the_train_command_writes_on_two_processes_what_loads_and_verifies(how, two_folder, images):
+    folder = two_folder / how
+    verified(folder, images)
     whole = load_model(two_folder / "whole_weights").state_dict()
     states = {name: value.flatten().tolist() for name, value in load_model(folder).state_dict().items()}
     same_weights(states, {name: value.flatten().tolist() for name, value in whole.items()}, 1e-4)
