@@ -43,6 +43,7 @@ def test_the_names_stand_in_the_metrics_in_the_log_and_where_it_is_reported_to(t
     for metrics in (*logged, run.evaluate()):
         assert set(metrics) >= NAMES and metrics["eval_benign_loss"] == metrics["eval_loss"]
         assert metrics["eval_benign_accuracy"] == metrics["eval_accuracy"]
+    assert all(isinstance(value, int | float) for entry in run.state.log_history for value in entry.values())
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()
     assert {"eval/rir", "train/r_ill"} <= set(board.Tags()["scalars"])
