@@ -320,3 +320,11 @@ def test_no_name_ends_a_report_or_acts_on_what_shows_it(tmp_path, name):
     for text in shown:
         text.encode("utf-8")
         assert not [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs")]
+
+
+def test_no_table_has_a_column_without_values():
+    tables = re.findall("<table>.*?</table>", sample_html(), re.DOTALL)
+    for table in tables:
+        heads = re.findall(r'<th scope="col"[^>]*>([^<]+)<', table)
+        assert set(heads[1:]) == set(re.findall(r'data-head="([^"]+)"', table))
+    assert len(tables) > 4
