@@ -216,16 +216,35 @@ _MOST = 100_000
 
 
 def degenerate_sides(trained: Any, measured: Any) -> list[str]:
-    """Sentences, also logged, on images of which κ and RIR say nothing: those trained on, else those measured."""
+    """Sentences, also logged, on images of which the figures say little: those trained on, else those measured."""
     # Only `ImageRows` that are stored are read, so that no random transform of a user's runs.
+    found: list[str] = []
     for kind, sides in (("", trained), (" evaluation", measured)):
         benign, harmful = (sides or (None, None))[:2]
-        found = _of_both(f"benign{kind}", benign, f"harmful{kind}", harmful)
-        for sentence in found:
-            logger.warning(sentence)
-        if found:
-            return found
-    return []
+        found = found or _of_both(f"benign{kind}", benign, f"harmful{kind}", harmful)
+    found = found or _unseen(*(sides[0] if sides else None for sides in (trained, measured)))
+    for sentence in found:
+        logger.warning(sentence)
+    return found
+
+
+def _classes(rows: Any) -> list[Any] | None:
+    """The classes of stored images, one an image; None where they are not known."""
+    known = isinstance(rows, ImageRows) and rows.label_column is not None
+    return stored_labels(rows.dataset, rows.label_column) if known else None
+
+
+def _unseen(trained: Any, measured: Any) -> list[str]:
+    """Whether benign images are measured of classes that none of those trained on is of."""
+    shown, asked = _classes(trained), _classes(measured)
+    if not shown or not asked or not (missing := set(asked) - set(shown)):
+        return []
+    count = sum(label in missing for label in asked)
+    return [
+        f"{count} of {len(asked)} benign evaluation images are of classes that no benign training image is of "
+        f"({len(missing)} of {len(set(asked))}): nothing holds what the model knows of them, and their accuracy may "
+        "fall. Give benign images of every class."
+    ]
 
 
 def _of_both(benign_name: str, benign: Any, harmful_name: str, harmful: Any) -> list[str]:
@@ -246,9 +265,7 @@ def _of_both(benign_name: str, benign: Any, harmful_name: str, harmful: Any) -> 
             f"{share} {harmful_name} images are benign ones too: the goals of the two sides contradict each other on "
             "them, and RIR stays near 1. Remove them from one side."
         )
-    labels = None
-    if isinstance(benign, ImageRows) and benign.label_column is not None:
-        labels = stored_labels(benign.dataset, benign.label_column)
+    labels = _classes(benign)
     if labels and len(set(labels)) == 1:
         sentences.append(
             f"All {benign_name} images are of one class: whatever the weights, their accuracy says nothing about the "

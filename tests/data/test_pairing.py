@@ -235,6 +235,13 @@ def test_what_is_degenerate_is_reported_once(case, part, monkeypatch):
     assert len(said) == 1 and said == logged and words in said[0].replace(" evaluation", "")
 
 
+def test_classes_that_only_the_evaluation_shows_are_reported():
+    measured = noise(range(30, 50), labels=[0, 1, 1, 2, 3] * 4), HARMFUL
+    (said,) = degenerate_sides((BENIGN, HARMFUL), measured)
+    assert "8 of 20" in said and "(2 of 4)" in said
+    assert degenerate_sides(None, measured) == []
+
+
 def test_healthy_sides_and_rows_made_on_the_fly_are_passed_over(unreadable):
     assert degenerate_sides((BENIGN, HARMFUL, None), (noise(range(30, 50)), noise(range(130, 150)))) == []
     made = ImageRows(unreadable, "made", "pixel_values", "labels")
