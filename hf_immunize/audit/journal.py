@@ -26,7 +26,7 @@ class Journal:
     def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: str, warnings: list[str]) -> None:
         self.outcomes: dict[str, Outcome] = {}
         self.path = None if folder is None else Path(folder) / "outcomes.jsonl"
-        self._lines = 0  # read so far
+        self._seen = 0  # bytes that were read
         if self.path is not None:
             self._claims = self.path.parent / "_claims"
             self._read(fingerprint, warnings)
@@ -82,11 +82,13 @@ class Journal:
     def _catch_up(self) -> None:
         """Read what other processes have added."""
         assert self.path is not None
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-        for line in lines[self._lines :]:
+        with open(self.path, "rb") as file:
+            file.seek(self._seen)
+            *whole, unfinished = file.read().split(b"\n")
+            self._seen = file.tell() - len(unfinished)
+        for line in whole:
             with suppress(ValueError, TypeError):
-                self._note(checked(line))
-        self._lines = len(lines)
+                self._note(checked(line.decode("utf-8", errors="replace")))
 
     def _note(self, values: dict[str, Any]) -> None:
         outcome = Outcome(**values)

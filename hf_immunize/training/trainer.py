@@ -226,9 +226,10 @@ class ImmunizationTrainer(Trainer):
     # ---- data ----
 
     def _rows(self, dataset: Any, name: str, labels: str = "needed") -> Any:
-        if dataset is None or not self._reads_images:
-            raw = dataset is not None and name == "train_dataset"
-            return checks.side_rows(dataset, name, self.args, None, raw=True) if raw else dataset
+        if dataset is None or (not self._reads_images and name != "train_dataset"):
+            return dataset
+        if not self._reads_images:
+            return checks.side_rows(dataset, name, self.args, None, raw=True)
         return checks.image_rows(dataset, name, self.args, self.model.config, labels)
 
     def _take_training_data(self, benign: Any, harmful: Any, distillation: Any) -> None:

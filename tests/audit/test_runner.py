@@ -178,6 +178,7 @@ def test_a_damaged_journal_is_started_anew_with_a_sentence(tmp_path, content):
         Journal(tmp_path / "outcomes.jsonl", "mark", [])
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no fork")
 def test_what_a_process_claims_is_its_own_until_it_is_found_or_the_process_is_killed(tmp_path):
     one, other = (
         Outcome("ridge", "head_input", "immunized", "harmful", "head", seed, "float64", accuracy=0.5)

@@ -79,46 +79,14 @@ def sharded(folder, trainer, vit, options):
 
 def command(images, output, *more):
     """Words behind `hf-immunize train`."""
-    words = [
-        "--model",
-        images / "model",
-        "--benign",
-        images / "pets",
-        "--harmful",
-        images / "weapons",
-        "--max_steps",
-        3,
-    ]
-    words += ["--per_device_train_batch_size", 4, "--learning_rate", 1e-2, "--report_to", "none"]
-    words += [
-        "--use_cpu",
-        "--ddp_backend",
-        "gloo",
-        "--optim",
-        "sgd",
-        "--disable_tqdm",
-        "True",
-        "--output_dir",
-        output,
-        *more,
-    ]
-    return [str(word) for word in words]
+    words = f"""--model {images}/model --benign {images}/pets --harmful {images}/weapons --output_dir {output}
+        --max_steps 3 --per_device_train_batch_size 4 --learning_rate 1e-2 --report_to none --use_cpu
+        --ddp_backend gloo --optim sgd --disable_tqdm True"""
+    return [*words.split(), *map(str, more)]
 
 
 def commands(folder, images):
     """`hf-immunize train` on weights that are whole, and on sharded ones, by as many processes."""
-    words = [
-        "--model",
-        images / "model",
-        "--benign",
-        images / "pets",
-        "--harmful",
-        images / "weapons",
-        "--max_steps",
-        3,
-    ]
-    words += ["--per_device_train_batch_size", 4, "--learning_rate", 1e-2, "--report_to", "none"]
-    words += ["--use_cpu", "--ddp_backend", "gloo", "--optim", "sgd", "--disable_tqdm", "True"]
-    run_train([*map(str, words), "--output_dir", str(folder / "whole_weights")])
+    run_train(command(images, folder / "whole_weights"))
     with fsdp_on_cpu():
-        run_train([*map(str, words), "--output_dir", str(folder / "parts"), "--fsdp", "full_shard"])
+        run_train(command(images, folder / "parts", "--fsdp", "full_shard"))
