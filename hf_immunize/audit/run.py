@@ -10,11 +10,13 @@ import inspect
 import itertools
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache, partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
@@ -29,10 +31,11 @@ from hf_immunize.attacks.attacker import Found, Part, ProbeData, guarded
 from hf_immunize.attacks.finetune import changed_parameters, take_statistics
 from hf_immunize.attacks.presets import ATTACKERS, PRESET_VERSION, Preset
 from hf_immunize.audit.journal import Journal, fingerprint, key_of
+from hf_immunize.audit.names import SUBJECTS, clean, label, percent
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import AuditResult, FeatureSpectrum, Outcome, Utility
 from hf_immunize.audit.settings import AuditSettings
-from hf_immunize.audit.statistics import paired_utility
+from hf_immunize.audit.statistics import Key, attack_of, paired_utility, reached
 from hf_immunize.audit.tasks import AttackedTask, Images, load_task, overlaps
 from hf_immunize.data.columns import outputs_by_name
 from hf_immunize.data.sources import HeldOut
@@ -248,6 +251,8 @@ class Work:
     warnings: list[str]
     progress: bool
     order: list[str] = field(default_factory=list)  # keys of the outcomes
+    planned: dict[str, Outcome] = field(default_factory=dict)
+    told: set[Key] = field(default_factory=set)  # attacks of which the result was printed
     # What the reference makes of the harmful images, which whoever has the public weights makes too.
     public: ProbeData | None = None
     bar: Any = None
@@ -277,18 +282,19 @@ class Work:
         groups += [*(self._probing(first, version) for version in self.random), self._probing_pixels(first)]
         longest = [self._fine_tuning(task) for task in self.able]
         groups += [*longest, *([self._restoring(self.able[0])] if "reference" in self.models else [])]
-        planned = [outcome for group in groups for unit in group.units for outcome in unit]
-        for outcome in planned:
+        self.planned = {key_of(outcome): outcome for group in groups for unit in group.units for outcome in unit}
+        for key, outcome in self.planned.items():
             if outcome.status == "skipped":  # by plan
-                self.journal.outcomes.setdefault(key_of(outcome), outcome)
+                self.journal.outcomes.setdefault(key, outcome)
         # The first process reads features meanwhile, which it needs for the metrics.
         walk = groups if process_index() == 0 else [*longest, *(one for one in groups if one not in longest)]
-        with underflow_to_zero(), tqdm(disable=not self.progress, unit=" attacks") as self.bar:
+        there = {"total": len(self.planned), "initial": len(self.planned.keys() & self.journal.outcomes.keys())}
+        with underflow_to_zero(), tqdm(**there, disable=not self.progress, unit=" attacks") as self.bar:
             for group in walk:
                 self._run(group)
             for group in walk:  # what others began is waited for, and run where they ended without an outcome
                 self._run(group, wait=True)
-        self.order = [key_of(one) for one in planned if Version.of(one) not in self.unsound]
+        self.order = [key for key, one in self.planned.items() if Version.of(one) not in self.unsound]
         self.journal.close()
 
     # ---- what is ahead
@@ -484,11 +490,12 @@ class Work:
         if group.measured and not wait:
             prepared()
         for unit in group.units:
-            if not self._ahead(unit):
-                continue
-            with self.journal.claimed(unit[0], wait) as claimed:
-                if claimed:
-                    self._attack(unit, prepared)
+            if self._ahead(unit):
+                with self.journal.claimed(unit[0], wait) as claimed:
+                    if claimed:
+                        self._attack(unit, prepared)
+            if self.progress:
+                self._tell(unit)
 
     def _ahead(self, unit: list[Outcome]) -> list[Outcome]:
         """What is neither found nor of weights that are left out."""
@@ -513,6 +520,25 @@ class Work:
                 self.bar.update()
             known = self.journal.outcomes.get(key_of(outcome))
             settings = settings or (known.settings if known else None) or None
+
+    def _tell(self, unit: list[Outcome]) -> None:
+        """Count what other processes found too, and print what an attack reaches once all its seeds are there."""
+        known = self.journal.outcomes
+        done = sum(key in known or Version.of(one) in self.unsound for key, one in self.planned.items())
+        self.bar.update(done - self.bar.n)
+        for attack in dict.fromkeys(map(attack_of, unit)):
+            keys = [k for k, one in self.planned.items() if attack_of(one) == attack and one.subject != "random"]
+            if attack in self.told or not known.keys() >= set(keys):
+                continue
+            self.told.add(attack)
+            read: dict[str, list[float]] = {}
+            for one in (known[key] for key in keys if known[key].status == "done"):
+                read.setdefault(one.subject, []).append(reached(one))
+            if read:
+                attacker, access, task, layer = attack
+                where = "" if access == "fine_tuning" else f" at {clean(layer)}"  # of the former the name says it
+                words = ", ".join(f"{percent(fmean(found))} {SUBJECTS[subject]}" for subject, found in read.items())
+                tqdm.write(f"{task} task, {label(attacker)}{where}: {words}", file=sys.stderr)
 
 
 def _squares(batches: Iterable[Tensor]) -> Tensor:

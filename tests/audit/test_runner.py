@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from attacked import pictures, rows_of, tiny_resnet, tiny_vit
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
+from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
 
 from hf_immunize import audit
@@ -78,6 +80,42 @@ def test_an_interrupted_audit_goes_on_where_it_was(models, harmful, tiny_preset,
     idle = {name: replace(one, run=lambda *_: pytest.fail("attacked again")) for name, one in ATTACKERS.items()}
     monkeypatch.setattr(sys.modules["hf_immunize.audit.run"], "ATTACKERS", idle)
     assert run(models, harmful, tiny_preset, run_dir=tmp_path).outcomes == resumed.outcomes
+
+
+def test_progress_counts_what_is_ahead_also_when_resumed_or_shared_and_tells_each_attack(
+    models, harmful, tiny_preset, tmp_path, monkeypatch, capsys
+):
+    module, bars = sys.modules["hf_immunize.audit.run"], []
+
+    class Bar(tqdm):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            bars.append((self, self.n))
+
+    def told():
+        said = capsys.readouterr().err
+        return sorted(set(re.findall(r"harmful task, (.*?): [\d.]+% before immunization, [\d.]+% after", said)))
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    preset = replace(tiny_preset, random_copies=2)
+    planned = len(run(models, harmful, preset, progress=True, run_dir=tmp_path).outcomes)
+    first = told()
+    assert any("ridge" in line for line in first) and any("bias" in line for line in first)
+    path = tmp_path / "outcomes.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:8]))
+    # Another process adds all but the last while the first of the rest is under way.
+    attack, others = module.guarded, ["".join(lines[9:-1])]
+
+    def shared(call):
+        with path.open("a") as file:
+            file.write(others.pop() if others else "")
+        return attack(call)
+
+    monkeypatch.setattr(module, "guarded", shared)
+    run(models, harmful, preset, progress=True, run_dir=tmp_path)
+    assert [(bar.total, start, bar.n) for bar, start in bars] == [(planned, 0, planned), (planned, 7, planned)]
+    assert told() == first
 
 
 def test_what_a_budget_allows_is_in_the_report_and_a_layer_above_its_limit_is_named_with_it(
