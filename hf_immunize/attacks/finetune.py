@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import skip_init
 
 from hf_immunize.attacks.attacker import (
     Attacker,
@@ -21,6 +22,7 @@ from hf_immunize.attacks.attacker import (
     TuningBudget,
     accuracy,
     best_index,
+    decompose,
     log_steps,
     stratified_split,
 )
@@ -29,7 +31,8 @@ from hf_immunize.errors import DataError
 from hf_immunize.features.extract import pass_size
 from hf_immunize.vision.head import find_head, penultimate_features
 from hf_immunize.vision.loading import can_copy, random_copy
-from hf_immunize.vision.scope import last_stage
+from hf_immunize.vision.relu import RELUS
+from hf_immunize.vision.scope import block_modules, last_stage
 
 
 if TYPE_CHECKING:
@@ -75,7 +78,7 @@ def fine_tune(
         if final:
             when = log_steps(budget.steps, max(1, round(budget.evaluations / math.log10(max(budget.steps, 10)))))
             # What begins with a head that reads is measured before its first step too.
-            when = [0, *when] if attacker == "ridge_start" else when
+            when = [0, *when] if attacker in _FROM_RIDGE else when
             return _train(attacked, part, setting, when, budget.batch_size, seed)
         return _train(attacked, part, setting, [budget.trial_steps], budget.batch_size, seed)
 
@@ -114,8 +117,7 @@ def prepare(
         head = nn.Linear(old.in_features, num_classes)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-        parent, _, leaf = head_name.rpartition(".")
-        setattr(attacked.get_submodule(parent), leaf, head.to(next(attacked.parameters()).device))
+        _put(attacked, head_name, head.to(next(attacked.parameters()).device))
         if rank:
             attacked = _with_adapters(attacked, rank, head_name)
     if attacker in _STARTS:
@@ -133,7 +135,10 @@ _TRAINABLE: dict[str, Any] = {
     "last_stage": lambda model, head_name, names: set(last_stage(model, head_name)),
     "whole_network": lambda model, head_name, names: set(names),
     "bias_only": lambda model, head_name, names: {name for name in names if name.endswith("bias")},
-    **dict.fromkeys(("ridge_start", "reinitialized"), lambda model, head_name, names: set(names)),
+    **dict.fromkeys(
+        ("ridge_start", "reinitialized", "leaky", "whitened", "every_block"),
+        lambda model, head_name, names: set(names),
+    ),
     "visual_prompt": lambda model, head_name, names: {"prompt"},
 }
 
@@ -157,7 +162,10 @@ _PROMPT, _GAIN = 32, 10.0
 @torch.no_grad()
 def _from_ridge(model: PreTrainedModel, head_name: str, part: Part, seed: int) -> None:
     """The head is the ridge solution, so that no step is spent on finding it (Kumar et al., ICLR 2022)."""
-    Z, head = features_of(model, part.Z, head_name), model.get_submodule(head_name)
+    _solve(model.get_submodule(head_name), features_of(model, part.Z, head_name), part, seed)
+
+
+def _solve(head: Any, Z: Tensor, part: Part, seed: int) -> None:
     weight, bias = ridge_head(ProbeData(Z, part.y, Z[:1], part.y[:1], part.num_classes), seed)
     head.weight.copy_(_SURE * weight)
     head.bias.copy_(_SURE * bias)
@@ -186,7 +194,69 @@ def _with_prompt(model: PreTrainedModel, head_name: str, part: Part, seed: int) 
     model.register_forward_pre_hook(add, with_kwargs=True)
 
 
-_STARTS: dict[str, Any] = {"ridge_start": _from_ridge, "reinitialized": _draw_anew, "visual_prompt": _with_prompt}
+def _leak(model: PreTrainedModel, head_name: str, part: Part, seed: int) -> None:
+    """Every ReLU passes a tenth of what it stopped, gradients too: none is dead."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, RELUS):
+            _put(model, name, nn.LeakyReLU(0.1))
+    _from_ridge(model, head_name, part, seed)
+
+
+class _AllBlocks(nn.Module):
+    """The classifier's input, and what every block gives, averaged over places: what an earlier block knows."""
+
+    def __init__(self, model: PreTrainedModel, head_name: str) -> None:
+        super().__init__()
+        self._found: dict[str, Tensor] = {}
+        for name, block in block_modules(model, head_name).items():
+            block.register_forward_hook(partial(self._keep, name))
+
+    def _keep(self, name: str, block: nn.Module, inputs: Any, output: Any) -> None:
+        value = output if isinstance(output, Tensor) else output[0]
+        self._found[name] = value.flatten(2).mean(dim=2) if value.ndim == 4 else value.mean(dim=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.cat([*self._found.values(), features], dim=1)
+
+
+# Of the largest standard deviation: what lies below may be nothing but rounding.
+_LEAST_SPREAD = 1e-3
+
+
+@torch.no_grad()
+def _whiten(model: PreTrainedModel, head_name: str, part: Part, seed: int, every_block: bool = False) -> None:
+    """All directions get the same variance on the harmful images before the head reads them, shrunk ones too."""
+    # To read every block at once follows Evci et al. (Head2Toe, ICML 2022).
+    first = _AllBlocks(model, head_name) if every_block else nn.Identity()
+    _put(model, head_name, first)  # so that the model gives what the head will be given
+    device = next(model.parameters()).device
+    parts = (model(pixel_values=rows.to(device)).logits for rows in part.Z.split(pass_size(model)))
+    Z = torch.cat([rows.cpu() for rows in parts]).double()
+    mean, (_, s, V) = Z.mean(dim=0), decompose(Z - Z.mean(dim=0))
+    s, V = (s, V) if len(s) else (Z.new_ones(1), Z.new_zeros(Z.shape[1], 1))  # where nothing varies
+    scale = V / (s + _LEAST_SPREAD * s[:1]) * len(Z) ** 0.5
+    whiten, head = (skip_init(nn.Linear, *sizes) for sizes in (scale.shape, (len(s), part.num_classes)))
+    whiten.weight.copy_(scale.mT)
+    whiten.bias.copy_(-mean @ scale)
+    _solve(head, (Z - mean) @ scale, part, seed)
+    _put(model, head_name, nn.Sequential(first, whiten, head).to(device))
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+_STARTS: dict[str, Any] = {
+    "ridge_start": _from_ridge,
+    "reinitialized": _draw_anew,
+    "visual_prompt": _with_prompt,
+    "leaky": _leak,
+    "whitened": _whiten,
+    "every_block": partial(_whiten, every_block=True),
+}
+# Measured before their first step too: their head reads at once.
+_FROM_RIDGE = ("ridge_start", "leaky", "whitened", "every_block")
 
 
 def _with_adapters(model: Any, rank: int, head_name: str) -> Any:
@@ -279,6 +349,10 @@ def _has_batchnorm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
+def _has_relus(model: nn.Module) -> bool:
+    return any(isinstance(module, RELUS) for module in model.modules())
+
+
 def changed_parameters(model: PreTrainedModel, reference: PreTrainedModel) -> list[str]:
     """Names of the parameters and buffers in which two checkpoints of one architecture differ."""
     ours, theirs = model.state_dict(), reference.state_dict()
@@ -317,6 +391,12 @@ ATTACKERS = (
         _tuning("reinitialized", "fine-tuning with the last stage drawn anew", "whole network", "standard"),
         applies=can_copy,
     ),
+    replace(
+        _tuning("leaky", "fine-tuning with leaky activations", "whole network, its ReLUs made leaky,", "standard"),
+        applies=_has_relus,
+    ),
+    _tuning("whitened", "fine-tuning behind a whitening", "whole network, a whitening of its features", "standard"),
+    _tuning("every_block", "fine-tuning of what every block gives", "whole network, a head on all blocks", "standard"),
     _tuning("visual_prompt", "a visual prompt", "pixels added to every image", "standard"),
     Attacker(
         "batchnorm_ridge",

@@ -12,7 +12,8 @@ from hf_immunize.errors import DataError
 
 
 NAMES = ["last_stage", "whole_network", "bias_only", "lora_r2"]
-OTHERS = ["ridge_start", "reinitialized", "visual_prompt", "batchnorm_ridge"]
+ADAPTIVE = ["leaky", "whitened", "every_block"]
+OTHERS = ["ridge_start", "reinitialized", "visual_prompt", "batchnorm_ridge", *ADAPTIVE]
 SMALL = Part(*pictures(16, 0), *pictures(8, 1), CLASSES)
 
 
@@ -97,6 +98,57 @@ def test_statistics_of_the_harmful_images_activate_what_frozen_ones_hid():
     assert hidden.accuracy == 1 / CLASSES
     assert ATTACKERS["batchnorm_ridge"].run(model, part, budget(), 0).accuracy > 0.9
     assert not ATTACKERS["batchnorm_ridge"].applies(tiny_vit())
+
+
+# ---- those who know how models are immunized
+
+
+def only_rounding_left(model):
+    """All images get nearly the same features: what one channel knows is a ten-thousandth of what is constant."""
+    last = model.resnet.encoder.stages[1].layers[0]
+    last.layer[1].normalization.weight.data *= 1e-4
+    last.shortcut.normalization.weight.data *= 1e-4
+    last.shortcut.normalization.bias.data += 1
+    return model
+
+
+def dead(model):
+    """The last ReLU passes nothing."""
+    model.resnet.encoder.stages[1].layers[0].shortcut.normalization.bias.data -= 1e3
+    return model
+
+
+def constant_at_the_end(model):
+    """The last block forgets the image."""
+    for norm in (model.resnet.encoder.stages[1].layers[0].layer[1], model.resnet.encoder.stages[1].layers[0].shortcut):
+        norm.normalization.weight.data *= 0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "closed"), [("leaky", dead), ("whitened", only_rounding_left), ("every_block", constant_at_the_end)]
+)
+def test_an_adaptive_attacker_learns_in_a_few_steps_what_fine_tuning_does_not(name, closed):
+    part = Part(*pictures(80, 0), *pictures(40, 1), CLASSES)
+    model, spent = closed(tiny_resnet()), TuningBudget(steps=5, trial_steps=5, optimizers={"sgd": (1e-3,)})
+    blind = ATTACKERS["whole_network"].run(model, part, spent, 0)
+    found = ATTACKERS[name].run(model, part, spent, 0)
+    assert found.steps[0] == 0 and found.curve[0] > 0.9 and max(blind.curve) < 0.5
+
+
+@torch.no_grad()
+def test_behind_a_whitening_all_directions_have_one_variance_and_the_head_is_that_of_ridge():
+    part = Part(*pictures(80, 0), *pictures(40, 1), CLASSES)
+    attacked = prepare(tiny_vit(), "whitened", part, 0)
+    white = features_of(attacked, part.Z, "classifier.2").double()
+    values = torch.linalg.eigvalsh(white.T.cov()) * 79 / 80
+    assert float(values.max()) <= 1 + 1e-6 and float(values[-4:].min()) > 0.9
+    weight, bias = ridge_head(ProbeData(white, part.y, white, part.y, CLASSES), 0)
+    assert torch.equal((white @ weight.mT + bias).argmax(dim=1), attacked(pixel_values=part.Z).logits.argmax(dim=1))
+
+
+def test_leaky_is_for_models_with_relus():
+    assert [ATTACKERS["leaky"].applies(model) for model in (tiny_resnet(), tiny_vit())] == [True, False]
 
 
 # ---- public weights
