@@ -220,7 +220,7 @@ def shown(row: dict[str, Any]) -> str:
     for one in row["cost"]:
         bounds = {"reference": "reference_is_bound", "immunized": "is_bound"}
         before, after = (f"{'> ' * one[bound]}{one[f'{side}_steps']:,.0f}" for side, bound in bounds.items())
-        steps = f"{before} → {after} steps"
+        steps = f"{before} → {after} {one['counted']}"
         lines.append(f"    {label(one['attacker'])}, to what it reads from random weights: {steps}")
     return "\n".join(lines)
 

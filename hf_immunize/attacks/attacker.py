@@ -30,6 +30,7 @@ class Attacker:
     run: Callable[..., Found]
     preset: str = "full"  # the smallest that runs it: "quick", "standard" or "full"
     where: str = ""  # what it trains, with access to the weights
+    counts: Literal["steps", "images"] = "steps"  # what `Found.steps` are: labelled images of an attack on few of them
     restores: bool = False  # puts the public starting weights back: reads the reference's features
     applies: Callable[[Any], bool] = lambda model: True  # whether the model has what it attacks
 

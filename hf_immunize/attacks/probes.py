@@ -56,6 +56,22 @@ def _shrinkage(part: Part, strength: float) -> Tensor:
     return (relative / (relative + strength)).to(s.dtype)
 
 
+def few_images(data: ProbeData, budget: ProbeBudget, seed: int) -> Found:
+    """Ridge on ever more of the labelled images, drawn class by class: how many the features save."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(data.y), generator=generator)
+    # Each image's place within its class: the first of every class come first.
+    places = (one_hot(data.y[drawn], data.num_classes).cumsum(dim=0) - 1).gather(1, data.y[drawn, None])[:, 0]
+    order, least = drawn[places.argsort(stable=True)], min(len(data.y), 2 * data.num_classes)
+    counts = sorted({round(count) for count in np.geomspace(least, len(data.y), 8)})
+    curve = []
+    for count in counts:
+        rows = order[:count]
+        part = ProbeData(data.Z[rows], data.y[rows], data.Z_test, data.y_test, data.num_classes)
+        curve.append(ridge(part, budget, seed).accuracy or 0.0)
+    return Found(curve[-1], counts, curve)
+
+
 def ridge_head(data: ProbeData, seed: int) -> tuple[Tensor, Tensor]:
     """Weights ``(C, D)`` and intercept ``(C,)`` of ridge with all training rows, its strength by validation."""
     part, strength = data.whole(), ridge(data, ProbeBudget(), seed).settings["relative_strength"]
@@ -430,6 +446,9 @@ _MINIBATCH = [
 ]
 ATTACKERS = (
     Attacker("ridge", "closed-form least squares (ridge)", "head_input", True, ridge, "quick"),
+    Attacker(
+        "few_images", "ridge on few labelled images", "head_input", True, few_images, "standard", counts="images"
+    ),
     Attacker("whitening", "least squares on whitened features", "head_input", True, whitening, "quick"),
     Attacker("lda", "linear discriminant analysis", "head_input", True, lda, "quick"),
     Attacker("lbfgs", "L-BFGS", "head_input", False, lbfgs, "quick"),

@@ -21,6 +21,7 @@ from hf_immunize.audit.statistics import (
     MIN_SEEDS,
     Interval,
     Summary,
+    counted,
     first_reaching,
     gap,
     mean_interval,
@@ -107,12 +108,15 @@ def _held(left_over: Callable[[float], Interval], share: float) -> Interval:
 
 @dataclass(frozen=True)
 class Cost:
-    """Steps to what the same attack reaches from random weights with its whole budget, means over seeds."""
+    """Steps, or labelled images, to what the same attack reaches from random weights with all of its budget."""
+
+    # Means over seeds.
 
     attacker: str
     access: str
     task: str
     layer: str
+    counted: str  # "steps" or "images", for all that is called steps here
     target: float  # that accuracy
     random_steps: float  # to the best of each run's own
     reference_steps: float  # the budget where it was not reached
@@ -123,7 +127,7 @@ class Cost:
 
 
 def costs(data: AuditResult, task: str = "harmful") -> list[Cost]:
-    """One for each attack with steps that is done on all three."""
+    """One for each attack with a curve that is done on all three."""
     found = []
     for key, runs in runs_by_seed(data, task, "random", "reference", "immunized").items():
         if not runs:
@@ -134,5 +138,5 @@ def costs(data: AuditResult, task: str = "harmful") -> list[Cost]:
         own = statistics.fmean(first_reaching(run[0], reached(run[0]))[0] for run in runs)
         before, after = (statistics.fmean(step for step, _ in side) for side in sides)
         unreached = [not all(there for _, there in side) for side in sides]
-        found.append(Cost(*key, target, own, before, after, unreached[0], unreached[1], len(runs)))
+        found.append(Cost(*key, counted(key[0]), target, own, before, after, unreached[0], unreached[1], len(runs)))
     return found

@@ -159,6 +159,12 @@ class Summary:
         return self.rise >= STILL_RISING and self.rise * self.test_size >= STILL_RISING_IMAGES
 
 
+def counted(attacker: str) -> str:
+    """What the points of an attacker's curve are: "steps", or "images" of an attack on few of them."""
+    known = ATTACKERS.get(attacker)
+    return known.counts if known else "steps"
+
+
 def reached(outcome: Outcome) -> float:
     """Best accuracy of an attack that is done, along its curve too: who attacks would have stopped there."""
     assert outcome.accuracy is not None
@@ -181,6 +187,7 @@ def summarize(data: AuditResult) -> list[Summary]:
 
 def _summarize(runs: list[Outcome], test_size: int) -> Summary:
     done, known = [run for run in runs if run.status == "done"], ATTACKERS.get(runs[0].attacker)
+    stepped = [run for run in done if run.steps and counted(run.attacker) == "steps"]
     accuracies = {run.seed: reached(run) for run in done}
     mean, interval = mean_interval(list(accuracies.values())) if accuracies else (None, None)
     seconds, seconds_interval = mean_interval([run.seconds for run in runs])
@@ -196,9 +203,9 @@ def _summarize(runs: list[Outcome], test_size: int) -> Summary:
         diverged=sum(run.status == "diverged" for run in runs),
         skipped=sum(run.status == "skipped" for run in runs),
         notes=tuple(dict.fromkeys(run.note for run in runs if run.status != "done" and run.note)),
-        closed_form=bool(done) and (known is None or known.closed_form) and not any(run.steps for run in done),
-        rise=statistics.fmean([late_rise(run.steps, run.curve) for run in done]) if done else 0.0,
-        budget=max((run.steps[-1] for run in done if run.steps), default=0),
+        closed_form=bool(done) and (known is None or known.closed_form) and not stepped,
+        rise=statistics.fmean([late_rise(run.steps, run.curve) for run in stepped]) if stepped else 0.0,
+        budget=max((run.steps[-1] for run in stepped), default=0),
         before_divergence=max(before, default=None),
         seconds=seconds,
         seconds_interval=seconds_interval and (max(0.0, seconds_interval[0]), seconds_interval[1]),
@@ -298,11 +305,11 @@ def first_reaching(run: Outcome, target: float) -> tuple[float, bool]:
 
 
 def steps_ratios(data: AuditResult, task: str = "harmful") -> list[StepsRatio]:
-    """One for each attack with steps that clearly beats chance on the reference."""
+    """One for each attack that counts steps and clearly beats chance on the reference."""
     chance, found = data.tasks[task].chance, []
     for key, runs in runs_by_seed(data, task, "reference", "immunized").items():
         pairs = [pair for pair in runs if max(pair[0].curve) >= chance + SIGNAL]
-        if pairs:
+        if pairs and counted(key[0]) == "steps":
             found.append(_steps_ratio(data, key, pairs, chance))
     return found
 

@@ -1,5 +1,6 @@
 """Every attacker of the list attacks, sees nothing where there is nothing, keeps to its budget and repeats itself."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from attacked import CLASSES, clusters, pictures, tiny_resnet, tiny_vit
 
-from hf_immunize.attacks.attacker import Part, ProbeBudget, ProbeData, TuningBudget, guarded
+from hf_immunize.attacks.attacker import Found, Part, ProbeBudget, ProbeData, TuningBudget, guarded
 from hf_immunize.attacks.presets import ATTACKERS, PRESETS, find_preset
 from hf_immunize.errors import ArgumentError
 from hf_immunize.spectra.ratio import relative_immunization_ratio
@@ -84,8 +85,28 @@ def test_the_same_seed_gives_the_same_finding(name):
 @every_attacker
 def test_takes_no_more_steps_than_its_budget(name):
     found = attack(name, steps=7, **({} if name in WITH_WEIGHTS else {"iterations": 7, "descent_steps": 7}))
-    assert len(found.steps) == len(found.curve) and max(found.steps, default=0) <= 7
+    assert len(found.steps) == len(found.curve)
+    if ATTACKERS[name].counts == "images":
+        return
+    assert max(found.steps, default=0) <= 7
     assert bool(found.steps) <= (not ATTACKERS[name].closed_form)
+
+
+def test_of_few_images_every_class_has_some_and_more_are_added_to_them(monkeypatch):
+    given = []
+
+    def ridge(data, budget, seed):
+        given.append(data)
+        return Found(0.5)
+
+    monkeypatch.setattr("hf_immunize.attacks.probes.ridge", ridge)
+    Z = torch.arange(103.0)[:, None]
+    y = (Z[:, 0] % CLASSES).long()
+    found = ATTACKERS["few_images"].run(ProbeData(Z, y, Z, y, CLASSES), PROBES, 0)
+    assert found.steps[0] == 2 * CLASSES and found.steps[-1] == 103 and len(found.curve) == len(found.steps) >= 6
+    for fewer, more in itertools.pairwise(given):
+        assert torch.equal(fewer.Z, more.Z[: len(fewer.Z)])
+        assert max(fewer.y.bincount()) - min(fewer.y.bincount()) <= 1
 
 
 @every_attacker

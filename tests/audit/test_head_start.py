@@ -20,7 +20,7 @@ from hf_immunize.attacks.presets import ATTACKERS, find_preset
 from hf_immunize.audit.head_start import costs, find_head_start, removed_share
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import Utility
-from hf_immunize.audit.statistics import gap, summarize
+from hf_immunize.audit.statistics import gap, steps_ratios, summarize
 from hf_immunize.audit.verdict import CLAIMS, Kind, judge
 from hf_immunize.features.extract import choose_views, extract_views, find_layers
 from hf_immunize.hub.record import AuditRecord, from_plain
@@ -113,6 +113,19 @@ def test_cost_is_the_steps_to_what_random_weights_reach_with_their_whole_budget(
     assert one.target == pytest.approx(0.3, abs=0.02) and one.random_steps == pytest.approx(np.mean(first))
     assert one.reference_steps == 10 and one.immunized_steps == 1000 and not one.is_bound
     assert costs(make(runs[5:])) == []
+
+
+def test_labelled_images_are_a_cost_and_no_steps():
+    halves = {"random": (0.3, 300), "reference": (0.8, 10), "immunized": (0.8, 1000)}
+    runs = [
+        one
+        for subject, (best, half) in halves.items()
+        for one in attack("few_images", "head_input", subject, best, half=half)
+    ]
+    data = make(runs)
+    (one,) = costs(data)
+    assert (one.counted, one.reference_steps, one.immunized_steps) == ("images", 10, 1000)
+    assert steps_ratios(data) == [] and all(one.closed_form and not one.budget for one in summarize(data))
 
 
 # ---- what is said of it
