@@ -4,8 +4,8 @@
 
 Features of both checkpoints, of the training images that are given and the test images that each data set has; the
 library's attackers. Steps are to 80 % of what ridge attains above chance on the starting features; the optimizers'
-learning rates are tuned. A dozen minutes for a few thousand images on two cores. `--saved_as bfloat16` rounds the
-immunized weights first, `--benign_steps 200` trains the whole immunized model on its benign task first. Where benign
+learning rates are tuned. A dozen minutes for a few thousand images on two cores. `--saved_as bfloat16` (or int8) rounds
+the immunized weights first, `--benign_steps 200` trains the whole immunized model on its benign task first. Where benign
 test images are of classes that no training image shows, new crops of the training images tell what that costs.
 """
 
@@ -103,9 +103,21 @@ def changed(folder: str, benign: str, saved_as: str, steps: int, into: str) -> s
         quiet = {"report_to": "none", "save_strategy": "no", "remove_unused_columns": False}
         arguments = TrainingArguments(into, **size, **quiet)  # type: ignore[arg-type]
         Trainer(model, arguments, train_dataset=rows, data_collator=ImageCollator(processor)).train()
-    model.to(getattr(torch, saved_as)).save_pretrained(into)
+    if saved_as == "int8":
+        round_weights(model)
+    model.to(torch.bfloat16 if saved_as == "bfloat16" else torch.float32).save_pretrained(into)
     processor.save_pretrained(into)
     return into
+
+
+@torch.no_grad()
+def round_weights(model: torch.nn.Module) -> None:
+    """Every weight becomes one of the 255 multiples of its output channel's step: int8 weights, symmetric, in float32."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            step = parameter.flatten(1).abs().amax(dim=1).clamp_min(1e-30) / 127
+            step = step.view(-1, *[1] * (parameter.ndim - 1))
+            parameter.copy_((parameter / step).round() * step)
 
 
 def steps_to(found: Found, accuracy: float) -> float:
@@ -122,7 +134,7 @@ def main() -> None:
     parser.add_argument("--harmful", required=True)
     parser.add_argument("--limit", type=int, default=3000, help="Images of each part (default: 3000).")
     parser.add_argument("--steps", type=int, default=3000, help="Of optimizers on mini-batches (default: 3000).")
-    parser.add_argument("--saved_as", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--saved_as", default="float32", choices=("float32", "bfloat16", "int8"))
     parser.add_argument("--benign_steps", type=int, default=0, help="Of training on the benign task before probing.")
     given = parser.parse_args()
     budget = ProbeBudget(steps=given.steps)
