@@ -4,9 +4,10 @@
 
 Features of both checkpoints, of the training images that are given and the test images that each data set has; the
 library's attackers. Steps are to 80 % of what ridge attains above chance on the starting features; the optimizers'
-learning rates are tuned. A dozen minutes for a few thousand images on two cores. `--saved_as bfloat16` (or int8) rounds
-the immunized weights first, `--benign_steps 200` trains the whole immunized model on its benign task first. Where benign
-test images are of classes that no training image shows, new crops of the training images tell what that costs.
+learning rates are tuned. A dozen minutes for a few thousand images on two cores. `--saved_as bfloat16` (or int8)
+rounds the immunized weights first, `--benign_steps 200` trains the whole immunized model on its benign task first.
+Where benign test images are of classes that no training image shows, new crops of the training images tell what that
+costs.
 """
 
 import argparse
@@ -112,7 +113,7 @@ def changed(folder: str, benign: str, saved_as: str, steps: int, into: str) -> s
 
 @torch.no_grad()
 def round_weights(model: torch.nn.Module) -> None:
-    """Every weight becomes one of the 255 multiples of its output channel's step: int8 weights, symmetric, in float32."""
+    """Every weight becomes one of 255 multiples of its output channel's step: int8, symmetric, in float32."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             step = parameter.flatten(1).abs().amax(dim=1).clamp_min(1e-30) / 127
