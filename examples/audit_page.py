@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hf_immunize.audit.figures import draw_all
 from hf_immunize.audit.names import CLASSES, QUESTION, label, percent, ratio, render, share, signed, source, spread
+from hf_immunize.audit.names import removed as gone
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.statistics import TARGET_SHARE
 
@@ -51,7 +52,7 @@ def removed(frame) -> list[list[str]]:
     return [
         [
             CLASSES[row["access"]],
-            share(row["removed"]) if row["removed_claimed"] else "–",
+            gone(row["removed"]) if row["removed_claimed"] else "–",
             spread(row["removed_low"], row["removed_high"], share) if row["removed_claimed"] else "–",
             signed(row["head_start"]),
             *(percent(row[name]) for name in ("reference_accuracy", "accuracy", "random_accuracy")),
@@ -116,7 +117,8 @@ def page(report: AuditReport, title: str, figure: str, command: str, note: str) 
                 percent(row["target"]),
                 f"{row['reference_steps']:,.0f}",
                 "more than " * row["is_bound"] + f"{row['immunized_steps']:,.0f}",
-                "≥ " * row["is_bound"] + ratio(row["ratio"]),
+                # The start takes the whole budget too.
+                number(row["ratio"], lambda value, row=row: "≥ " * row["is_bound"] + ratio(value)),
                 spread(row["low"], row["high"], ratio),
             ]
             for row in steps

@@ -143,11 +143,11 @@ def sentences(groups: list[Group]) -> list[str]:
             continue
         kept = {group: value for group, value in known.items() if group.benign >= -KEPT}
         best = max(kept or known, key=known.__getitem__)
-        none = sum(value <= 0 for value in known.values())
+        helped = sum(value < 0 for value in known.values())
         most = f"{best.title} removes most" if known[best] > 0 else f"none removes any, and {best.title} is ahead"
         said.append(
             f"{words}: by the strongest attacker of each model {most}, {share(known[best])}{_ends(best, access)}"
-            f"{'' if kept else ', at a loss of benign accuracy'}; {none} of {len(known)} remove nothing."
+            f"{'' if kept else ', at a loss of benign accuracy'}; {helped} of {len(known)} help the attacker."
         )
     breaks = [
         f"{group.title} by {named(key)} ({share(group.removed[key])})"

@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from hf_immunize.attacks.presets import ATTACKERS
+from hf_immunize.intervals import removal
 from hf_immunize.text import printable
 
 
@@ -67,7 +68,17 @@ def signed(value: float | None) -> str:
 
 def share(value: float | None) -> str:
     """A share that may be below zero, such as "−12%"; "–" for None."""
-    return "–" if value is None else f"{value:.0%}".replace("-", "−")
+    return "–" if value is None else f"{round(value, 2) + 0.0:.0%}".replace("-", "−")
+
+
+def removed(value: float) -> str:
+    """A share that is removed, for a table.
+
+    Example:
+        >>> removed(0.98), removed(-0.26)
+        ('98%', 'none (−26%)')
+    """
+    return f"none ({share(value)})" if share(value).startswith("−") else share(value)
 
 
 def ratio(value: float) -> str:
@@ -114,6 +125,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {"clean": clean, "label": label, "percent": percent, "points": points, "signed": signed}
     environment.filters |= {"ratio": ratio, "range": spread, "share": share, "source": source}
+    environment.filters |= {"removal": removal, "removed": removed}
     environment.globals |= {"ratio": ratio, "signed": signed, "share": share}
     environment.globals |= {"classes": CLASSES, "subjects": SUBJECTS, "question": QUESTION, "zip": zip}
     environment.filters |= {"percent0": "{:.0%}".format, "points0": lambda value: f"{100 * value:.0f} points"}

@@ -28,7 +28,7 @@ from hf_immunize.audit.statistics import (
     summarize,
     worst_by_subject,
 )
-from hf_immunize.audit.verdict import CLASS_KINDS, Judgment, answer, judge, sentence
+from hf_immunize.audit.verdict import CLASS_KINDS, Judgment, Kind, answer, judge, sentence, speed_kind
 from hf_immunize.errors import DataError
 from hf_immunize.files import staged_directory
 from hf_immunize.text import csv_cell
@@ -233,7 +233,9 @@ def make_tables(data: AuditResult, findings: Sequence[Judgment]) -> dict[str, pa
         "headline": _worst_cases(data, summaries, "harmful", said),
         "layers": _layers(summaries, data.tasks["harmful"].chance),
         "steps": [
-            asdict(one) | {"immunized_steps": one.immunized, "reference_steps": one.reference} | _ends(one.interval)
+            asdict(one)
+            | {"immunized_steps": one.immunized, "reference_steps": one.reference}
+            | ({"ratio": None} if one.untold else _ends(one.interval))
             for task in data.tasks
             for one in steps_ratios(data, task)
         ],
@@ -284,7 +286,8 @@ def _worst_cases(
         if worst is not None:
             row |= {"attacker": worst.attacker, "layer": worst.layer, "accuracy": worst.mean}
             row |= {"seeds": len(worst.accuracies)} | _ends(worst.ends)
-            if ratio := ratios.get(attack_of(worst)):
+            # What the verdict does not decide, no figure decides beside it.
+            if (ratio := ratios.get(attack_of(worst))) and speed_kind(ratio) in (Kind.SLOWED, Kind.NOT_SLOWED):
                 row |= {"steps_ratio": ratio.ratio, "steps_ratio_is_bound": ratio.is_bound}
         if worst is not None and theirs is not None:
             row |= {"reference_attacker": theirs.attacker, "reference_layer": theirs.layer}

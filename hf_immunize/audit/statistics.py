@@ -297,6 +297,11 @@ class StepsRatio:
     is_bound: bool  # not reached in some seed, so that the ratio is a lower bound
     seeds: int
 
+    @property
+    def untold(self) -> bool:
+        """Whether the reference takes the whole budget too: whatever is slower, nobody would see it."""
+        return self.is_bound and self.reference >= self.immunized
+
 
 def first_reaching(run: Outcome, target: float) -> tuple[float, bool]:
     """First step, at least 1, at which a curve is at its target; the last where it never is, and whether it is."""

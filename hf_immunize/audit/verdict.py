@@ -9,6 +9,7 @@ the interval, and attackers that were really run. Anything short of that is said
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -60,6 +61,7 @@ class Kind(str, Enum):
     SLOWED = "slowed"
     NOT_SLOWED = "not slowed"
     SPEED_UNKNOWN = "speed not decided"
+    SPEED_UNTOLD = "no slowing can be told"
     TASK_LOST = "another task suffers"
     MAYBE_TASK_LOST = "another task may suffer"
     BENIGN_SLOWED = "benign probing takes more steps"
@@ -291,16 +293,19 @@ def _slowing(data: AuditResult, access: str) -> list[Judgment]:
     by_kind: dict[Kind, list[StepsRatio]] = {}
     for one in sorted(steps_ratios(data), key=lambda one: -one.ratio):
         if one.access == access:
-            by_kind.setdefault(_speed_kind(one), []).append(one)
+            by_kind.setdefault(speed_kind(one), []).append(one)
     by_kind.get(Kind.NOT_SLOWED, []).reverse()
-    order = (Kind.SLOWED, Kind.SPEED_UNKNOWN, Kind.NOT_SLOWED)
+    order = (Kind.SLOWED, Kind.SPEED_UNKNOWN, Kind.SPEED_UNTOLD, Kind.NOT_SLOWED)
     return [Judgment(kind, access, ratios=tuple(by_kind[kind])) for kind in order if kind in by_kind]
 
 
-def _speed_kind(one: StepsRatio) -> Kind:
+def speed_kind(one: StepsRatio) -> Kind:
+    """What its interval tells of an attacker's speed."""
+    if one.untold:
+        return Kind.SPEED_UNTOLD
     if one.interval is not None and one.interval[0] >= limit.SLOWED_RATIO:
         return Kind.SLOWED
-    highest = one.ratio if one.interval is None else one.interval[1]
+    highest = one.interval[1] if one.interval else math.inf if one.is_bound else one.ratio
     return Kind.NOT_SLOWED if highest < limit.SLOWED_RATIO else Kind.SPEED_UNKNOWN
 
 

@@ -31,6 +31,7 @@ from hf_immunize.hub.record import (
     read_record,
     write_record,
 )
+from hf_immunize.intervals import removal
 from hf_immunize.linear.time import probing_metrics
 from hf_immunize.text import printable
 from hf_immunize.vision.loading import checkpoint_form
@@ -131,7 +132,13 @@ def metric_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str
             return "undetermined" if lower and upper else "–"
         return ("≥ " if lower else "≤ " if upper else "") + form.format(value)
 
-    return [(name, cell(before, *rest), cell(after, *rest)) for name, *rest in _ROWS]
+    rows = []
+    for name, key, form, below, above in _ROWS:
+        old, new = (cell(metrics, key, form, below, above) for metrics in (before, after))
+        if name.startswith("steps") and after.get(below) and (before.get(key) or 0) >= after[key]:
+            old, new = f"not in {old}", f"not in {old} either: no slowing can be told"
+        rows.append((name, old, new))
+    return rows
 
 
 def _metrics_of(record: ImmunizationRecord) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -314,6 +321,7 @@ def _template(name: str) -> Template:
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {
         "plain": plain,
+        "removal": removal,
         "share": lambda value: "–" if value is None else f"{value:.1%}",
         "line": lambda text: " ".join(text.split()),
     }

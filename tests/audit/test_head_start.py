@@ -18,6 +18,7 @@ from hf_immunize.attacks.attacker import ProbeBudget, ProbeData
 from hf_immunize.attacks.finetune import take_statistics
 from hf_immunize.attacks.presets import ATTACKERS, find_preset
 from hf_immunize.audit.head_start import costs, find_head_start, removed_share
+from hf_immunize.audit.names import render, share
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import Utility
 from hf_immunize.audit.statistics import gap, steps_ratios, summarize
@@ -154,9 +155,13 @@ def test_the_headline_of_a_class_is_what_is_removed_where_benign_accuracy_lets_i
     assert (found.kind, row["finding"], bool(row["removed_claimed"])) == (kind, kind.value, claimed)
     assert row["head_start"] == pytest.approx(row["reference_accuracy"] - row["random_accuracy"])
     card = report.for_card()["strongest"]["head_input"]
-    said = [f"{row['removed']:.0%}".replace("-", "−") in text for text in (report.summary(), *report.verdict())]
+    said = report.summary(), " ".join(report.verdict())
     if claimed:
-        assert card["removed"] == row["removed"] and card["removed_interval"][0] < row["removed"] and said[0]
+        assert card["removed"] == row["removed"] and card["removed_interval"][0] < row["removed"]
+        assert all(f"{abs(row['removed']):.0%}" in text for text in said)
+        # A share below zero is not one that is removed.
+        assert all(("helps the attacker: " in text) == (kind is Kind.HELPED) for text in said)
+        assert kind is not Kind.HELPED or f"none ({share(row['removed'])})" in report.to_html()
     assert claimed or card["removed"] is card["removed_interval"] is None
     record = from_plain(AuditRecord, report.for_card(), "audit")
     assert record.strongest["head_input"].removed == card["removed"]
@@ -165,6 +170,12 @@ def test_the_headline_of_a_class_is_what_is_removed_where_benign_accuracy_lets_i
 def test_an_audit_without_random_weights_says_what_it_said():
     headline = AuditReport(sample_data()).tables()["headline"]
     assert headline["removed"].isna().all() and all(one.start is None for one in judge(sample_data()))
+
+
+def test_copies_with_random_weights_are_in_the_budget_where_one_was_attacked():
+    budget = sys.modules["hf_immunize.audit.run"]._budget(find_preset("quick"), None) | {"random_copies": 91}
+    made = sample_data(budget=budget), with_random(0.3, budget=budget)
+    assert ["91" in render("budget.html.jinja", data=data) for data in made] == [False, True]
 
 
 # ---- models whose answer is known

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from audit_sample import CHANCE, attack, fine_tuning, layers, lost, make, probes, sample_data, with_random
 
+from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import TaskSummary, Utility
 from hf_immunize.audit.verdict import BAD, CLAIMS, GOOD, SIDE_CLAIMS, Kind, answer, judge, sentence
 from hf_immunize.intervals import paired_interval
@@ -64,6 +65,11 @@ def one_image():
     data = make(runs)
     data.tasks["harmful"] = TaskSummary("harmful", "digits", 300, 100, 10, 0.1)
     return data
+
+
+def saturated(seeds=5):
+    """The reference is still at it in its last step, the immunized model as well."""
+    return make(speeds(9000, 900, seeds=seeds))
 
 
 def still_rising():
@@ -286,6 +292,8 @@ def equal_to_the_reference():
         (lambda: slowed(seeds=1), {Kind.SPEED_UNKNOWN}, {Kind.SLOWED}),
         (maybe_slowed, {Kind.SPEED_UNKNOWN}, {Kind.SLOWED, Kind.NOT_SLOWED}),
         (one_image, {Kind.SPEED_UNKNOWN}, {Kind.SLOWED, Kind.NOT_SLOWED}),
+        (saturated, {Kind.SPEED_UNTOLD}, {Kind.SLOWED, Kind.NOT_SLOWED, Kind.SPEED_UNKNOWN}),
+        (lambda: saturated(1), {Kind.SPEED_UNTOLD}, {Kind.SLOWED, Kind.NOT_SLOWED, Kind.SPEED_UNKNOWN}),
         (lambda: benign_slowed(5), {Kind.BENIGN_SLOWED}, set()),
         (lambda: unrelated(20), {Kind.MAYBE_TASK_LOST}, {Kind.TASK_LOST}),
         (lambda: unrelated(2000), {Kind.TASK_LOST}, {Kind.MAYBE_TASK_LOST}),
@@ -296,13 +304,21 @@ def test_what_else_is_said_and_what_is_not(made, there, absent):
     assert there <= found and not found & absent
 
 
+@pytest.mark.parametrize("made", [saturated, lambda: make(speeds(900, seeds=1)), lambda: make(speeds(900))])
+def test_no_figure_decides_what_the_verdict_leaves_open(made):
+    tables, found = AuditReport(made()).tables(), set(kinds(made()))
+    told = tables["headline"].set_index("access").loc["head_input", "steps_ratio"]
+    assert (Kind.SLOWED in found) == bool(told >= 10)
+    assert (Kind.SPEED_UNTOLD in found) == bool(tables["steps"]["ratio"].isna().any())
+
+
 # The words
 
 
 def prose():
     """The sentences of audits that have every kind of judgment between them."""
     audits = [made() for made, *_ in CLASSES.values()]
-    audits += [slowed(1), maybe_slowed(), equal_to_the_reference(), broken(), held()]
+    audits += [slowed(1), maybe_slowed(), saturated(), equal_to_the_reference(), broken(), held()]
     audits += [sample_data(rir={"rir": value, "bound": b}) for value, b in ((3e9, "lower"), (2.0, "upper"))]
     audits += [sample_data(rir={"rir": math.nan, "bound": "undetermined"})]
     audits += [sample_data(utility=Utility(900, 0.76, 0.75, 0.01, (-0.004, 0.024)))]

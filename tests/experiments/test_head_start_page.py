@@ -53,7 +53,7 @@ def test_cells_are_means_over_seeds_with_the_least_in_bold_and_lost_accuracy_mar
 def test_ten_sentences_prefer_who_keeps_benign_accuracy_and_claim_nothing_without_a_head_start():
     said = sentences(grouped(ROWS))
     assert len(said) == 10
-    assert "UNDO" in said[3] and "60%" in said[3] and "0 of 2" in said[3]  # not the 90 % at a loss, nor the check
+    assert "UNDO" in said[3] and "60%" in said[3] and "0 of 2 help" in said[3]  # not the 90 % at a loss, nor the check
     assert "no method" in said[4] and "LEACE as target † (−5.0)" in said[7]
     assert "fine-tuning of the last stage (vit_near)" in said[2] and " 0 are among them" in said[9]
 

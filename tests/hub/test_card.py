@@ -30,6 +30,7 @@ from hf_immunize.hub.record import (
     ImmunizationRecord,
     MethodRecord,
     MetricRecord,
+    ProbingRecord,
     RatioRecord,
     SideRecord,
 )
@@ -124,6 +125,25 @@ def test_a_probe_counts_as_slowed_from_twice_its_steps_on_also_where_they_did_no
     assert ("achieved nothing" in text) == nothing
 
 
+def test_steps_that_the_start_does_not_suffice_with_either_are_no_slowing():
+    record = record_of()
+    for before, told in ((249, True), (10_000, False)):
+        record.harmful_features.probing = ProbingRecord(before, None, 10_000)
+        (row,) = [row for row in record_rows(record) if row[0] == "steps of a harmful probe"]
+        said = [row[2], rendered(record).text, record._repr_html_()]
+        assert [("no slowing can be told" in text) for text in said] == [not told] * 3 and ("≥" in row[2]) == told
+
+
+def test_an_attacker_who_is_helped_is_not_one_of_whom_something_is_removed():
+    record = record_of()
+    for removed, ends, found in ((0.5, [0.4, 0.6], 0), (-0.26, [-0.3, -0.1], 1), (-0.26, [-0.3, 0.1], 0)):
+        attack = record.audit.strongest["head_input"]
+        attack.random_accuracy, attack.removed, attack.removed_interval = 0.3, removed, ends
+        text = rendered(record).text
+        assert text.count("helps the attacker") == found and ("removed 50.0%" in text) == (removed > 0)
+        assert ("| none (-26.0%) |" in text) == (removed < 0)
+
+
 CHANGE = {"eval_accuracy_change": -0.2, "eval_accuracy_change_low": -0.31, "eval_accuracy_change_high": -0.09}
 COMPONENTS = {"eval_harmful_probing_steps": 900.0, "eval_harmful_probing_of_components": 1.0}
 BOUNDS = {"eval_rir_is_lower_bound": 1.0, "eval_rir_is_upper_bound": 1.0}
@@ -173,7 +193,7 @@ def test_attackers_are_named_and_access_that_was_not_tried_too():
     for objective in ("dead_relu", "silence", "concentration"):
         record.method.objective = objective
         text = rendered(record).text
-        assert "No audit was made" in text
+        assert "holds no audit" in text
         assert ("statistics of its batch" in text) == (objective != "concentration")
 
 
