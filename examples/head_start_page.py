@@ -23,6 +23,8 @@ from hf_immunize.training.spectrum_figure import new_figure, save_figure
 
 # Benign accuracy may change by so much.
 KEPT = 0.01
+# Attackers who know how models are immunized.
+ADAPTIVE = ("leaky", "whitened", "every_block")
 # The core grid: four methods, two networks against two tasks each, six attackers.
 CORE = {
     "method": ("default", "undo", "sophon", "leace"),
@@ -30,13 +32,17 @@ CORE = {
     "task": ("near", "far"),
     "attackers": ("ridge", "gd_line_search", "last_stage", "whole_network", "lora_r8", "ridge_start"),
 }
+BUDGET = "--preset standard --attack_steps 200"
 GRID = f"""python -m examples.benchmark --backbone {" ".join(CORE["backbone"])} --task {" ".join(CORE["task"])} \\
     --method examples.field_methods:{{{",".join(CORE["method"])}}} \\
-    --attackers {",".join(CORE["attackers"])} --data_path DATA
+    --attackers {",".join(CORE["attackers"])} {BUDGET} --data_path DATA
 python -m examples.benchmark --backbone resnet18_cifar10 vit_cifar10 --task near far --data_path DATA \\
-    --method examples.field_methods:{{weight_distance,tar,contraction,kappa,r_ill,opt_kappa,imma}}
+    --method examples.field_methods:{{weight_distance,tar,contraction,kappa,r_ill,opt_kappa,imma}} {BUDGET}
+python -m examples.benchmark --backbone {" ".join(CORE["backbone"])} --task {" ".join(CORE["task"])} \\
+    --method examples.field_methods:{{{",".join(CORE["method"])}}} \\
+    --attackers {",".join(ADAPTIVE)} {BUDGET} --data_path DATA
 python -m examples.benchmark --backbone mobilenet --task cars --data_path DATA \\
-    --method examples.field_methods:{{default,undo,sophon,leace}}
+    --method examples.field_methods:{{default,undo,sophon,leace}} {BUDGET}
 python -m examples.head_start_page --rows runs/benchmark/rows.jsonl"""
 Key = tuple[str, str]  # attacker and class of access
 
@@ -74,6 +80,23 @@ class Group:
             found.setdefault((one["attacker"], one["access"]), []).append(one["removed"])
         return {key: statistics.fmean(v) for key, v in found.items() if None not in v}  # type: ignore[type-var]
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether its attackers know how models are immunized."""
+        return any(name in ADAPTIVE for name, _ in self.removed)
+
+    @property
+    def slowed(self) -> str:
+        """How many times the steps the last stage needs, to what it reaches from random weights."""
+        costs = [one for row in self.rows for one in row["cost"] if one["attacker"] == "last_stage"]
+        if not costs:
+            return "–"
+        bound = "≥ " * any(one["is_bound"] for one in costs)
+        before, after = (
+            statistics.fmean(one[f"{side}_steps"] for one in costs) for side in ("reference", "immunized")
+        )
+        return f"{bound}{after / before:.1f} ×"
+
     def of_class(self, access: str) -> float | None:
         """Mean share that is removed by the strongest attacker of each model, where it may be claimed."""
         found = [(row["removed"][access] or {}).get("removed") for row in self.rows]
@@ -85,7 +108,8 @@ def grouped(rows: Iterable[dict[str, Any]]) -> list[Group]:
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         key = row["key"]
-        of = key["setting"], row["title"], key["method"], str(key["changes"]), key["preset"]["name"]
+        attackers = tuple(one["attacker"] for one in row["attackers"])
+        of = key["setting"], row["title"], key["method"], str(key["changes"]), key["preset"]["name"], attackers
         found.setdefault(of, []).append(row)
     return sorted(map(Group, found.values()), key=lambda group: group.setting)
 
@@ -99,6 +123,7 @@ def main_table(groups: list[Group]) -> list[str]:
     """Methods and attackers by what is removed; the least of a row in bold."""
     attackers = list(dict.fromkeys(key for group in groups for key in group.removed))
     attackers.sort(key=lambda key: list(CLASSES).index(key[1]))
+    slowed = any(group.slowed != "–" for group in groups)
     lines = []
     for group in groups:
         found = group.removed
@@ -110,8 +135,9 @@ def main_table(groups: list[Group]) -> list[str]:
         seconds = statistics.fmean(row["seconds"].get("immunizing", 0.0) for row in group.rows)
         seeds = ", ".join(str(row["key"]["seed"]) for row in group.rows)
         lines.append([f"{group.title} ({group.setting})", seeds, signed(group.benign), f"{seconds:,.0f}", *cells])
+        lines[-1] += [group.slowed] * slowed
     heads = ["method (setting)", "seeds", "benign, points", "seconds"]
-    return table([*heads, *map(named, attackers)], lines)
+    return table([*heads, *map(named, attackers), *["steps of the last stage"] * slowed], lines)
 
 
 def sentences(groups: list[Group]) -> list[str]:
@@ -230,12 +256,16 @@ def page(groups: list[Group], figure: str) -> str:
     names = dict.fromkeys(row["title"] for row in rows if row["key"]["method"].startswith("examples.field_methods:"))
     papers = [f"- {PAPERS[name][0]}: {PAPERS[name][1]}." for name in names]
     lines = ["# Head start: methods of the field", "", "Written by `python -m examples.head_start_page` from rows of"]
-    lines += ["`python -m examples.benchmark`.", "", " ".join(sentences(groups)), ""]
+    known = [group for group in groups if not group.adaptive] or groups
+    lines += ["`python -m examples.benchmark`.", "", " ".join(sentences(known)), ""]
     lines += [
-        *main_table(groups),
-        "†: more than a point of benign accuracy lost. –: not attacked, or under ten points",
+        *main_table(known),
+        "†: more than a point of benign accuracy lost. –: not attacked, or under ten points at stake. The last",
+        "column is of steps to what the same attack reaches from random weights.",
     ]
-    lines += ["at stake.", "", f"![What is removed of each attacker’s head start, by method]({figure})", ""]
+    if adaptive := [group for group in groups if group.adaptive]:
+        lines += ["", "## Under attackers who know the method", "", *main_table(adaptive)]
+    lines += ["", f"![What is removed of each attacker’s head start, by method]({figure})", ""]
     lines += ["## Methods", "", "Of the papers' ideas on this library's Trainer (`examples/field_methods.py`), not of"]
     lines += ["their authors' code.", "", *papers, "", "## Rows that were run", "", "```bash"]
     lines += [*dict.fromkeys(row["command"] for row in rows), "```", "", "## The rest", ""]
@@ -255,7 +285,7 @@ def main(words: list[str] | None = None) -> None:
         raise DataError(f"Expected rows in {given.rows}, found none. Make some by python -m examples.benchmark.")
     picture = given.out.parent / "figures" / f"{given.out.stem}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(groups, picture)
+    draw([group for group in groups if not group.adaptive] or groups, picture)
     write_whole(given.out, page(groups, f"figures/{picture.name}"))
 
 

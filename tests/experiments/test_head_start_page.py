@@ -50,6 +50,17 @@ def test_cells_are_means_over_seeds_with_the_least_in_bold_and_lost_accuracy_mar
     assert cells["LEACE as target † (vit_near)"] == ["0", "−5.0", "3", "**90%**", "–"]
 
 
+def test_attackers_who_know_the_method_stand_apart_and_steps_beside_the_shares(tmp_path):
+    rows = [row("undo", (0.5, -0.1)), row("undo", (0.4, -0.33))]
+    rows[0]["cost"] = [{"attacker": "last_stage", "reference_steps": 4, "immunized_steps": 10, "is_bound": True}]
+    rows[1]["attackers"][1]["attacker"] = "every_block"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    main(["--rows", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "page.md")])
+    page, _, apart = (tmp_path / "page.md").read_text().partition("## Under attackers who know the method")
+    assert "≥ 2.5 ×" in page and "−10%" in page and "−33%" not in page
+    assert "**−33%**" in apart
+
+
 def test_ten_sentences_prefer_who_keeps_benign_accuracy_and_claim_nothing_without_a_head_start():
     said = sentences(grouped(ROWS))
     assert len(said) == 10
