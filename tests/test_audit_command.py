@@ -1,6 +1,7 @@
 """`hf-immunize audit` from the terminal."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,16 @@ def test_an_attached_audit_is_in_the_record_and_its_strongest_attackers_on_the_c
     card = (Path(recorded) / "README.md").read_text()
     assert all(plain(name) in card for name in names.values())
     assert f"{strongest['fine_tuning'].accuracy:.1%}" in card
+
+
+def test_an_audit_that_has_ended_is_attached_by_its_command_without_another_attack(recorded, tmp_path, monkeypatch):
+    words = ["audit", recorded, "--harmful", saved(tmp_path / "harmful", 0), "--quick", "--attackers", "ridge"]
+    words += ["--output-dir", str(tmp_path / "out")]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 0 and "--attach" in found.output and read_record(recorded).audit is None
+    monkeypatch.setattr(sys.modules["hf_immunize.audit.run"], "guarded", lambda _: pytest.fail("attacked again"))
+    found = CliRunner().invoke(app, [*words, "--attach"])
+    assert found.exit_code == 0 and read_record(recorded).audit is not None
 
 
 @pytest.mark.parametrize(("local", "error"), [(True, RecordError), (False, ArgumentError)])

@@ -9,6 +9,7 @@ from hub_server import USER
 from typer.testing import CliRunner
 
 from hf_immunize.cli import main as cli
+from hf_immunize.hub.record import read_record, write_record
 
 
 sys.path.insert(0, str(Path(__file__).parent / "hub"))
@@ -90,5 +91,11 @@ def test_push_says_what_it_did(checkpoint, online):
 def test_card_is_written_from_the_record(checkpoint):
     assert typed("card", checkpoint, "--license", "mit", "--name", "Mine").exit_code == 0
     assert "license: mit" in (checkpoint / "README.md").read_text()
+    record, said = read_record(checkpoint), []
+    for audit in (record.audit, None):
+        record.audit = audit
+        write_record(checkpoint, record)
+        said.append([typed("card", checkpoint).output, typed("push", checkpoint, REPO, "--dry-run").output])
+    assert ["--attach" in text for both in said for text in both] == [False, False, True, True]
     (checkpoint / "immunization.json").unlink()
     assert "carries no evidence" in str(typed("card", checkpoint).exception)

@@ -9,6 +9,7 @@ from folders import image_folder, tiny_classifier
 from typer.testing import CliRunner
 
 from hf_immunize import verify
+from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.run import audit
 from hf_immunize.cli import main as cli
 from hf_immunize.cli.audit import _data, _draw
@@ -89,6 +90,8 @@ def test_an_audit_of_another_split_is_refused(run, images, tmp_path, changed, re
     options = ["--quick", "--attackers", "ridge", "--output-dir", tmp_path, *changed]
     found = typed("audit", run[0], "--dataset", images, *CLASSES_TYPED, *options)
     assert isinstance(found.exception, TrainingImagesError) if refused else found.exit_code == 0, found.output
+    # The record confirms the split, so that nobody has to be warned of it.
+    assert refused or AuditReport.load(tmp_path).data.warnings == []
 
 
 def test_training_images_under_another_name_are_refused(run, tmp_path):
@@ -102,7 +105,9 @@ def test_training_images_under_another_name_are_refused(run, tmp_path):
         verify(output, progress=False, **sources)
 
 
-def test_a_record_that_knows_no_training_images_refuses_none(run, tmp_path):
+def test_a_record_that_knows_no_training_images_refuses_none_and_a_split_by_itself_is_warned_of(
+    run, images, tmp_path
+):
     output, (benign, harmful) = run
     record = read_record(output)
     for data in (record.benign, record.harmful):
@@ -112,6 +117,9 @@ def test_a_record_that_knows_no_training_images_refuses_none(run, tmp_path):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     write_record(tmp_path, record)
     assert verify(tmp_path, benign=benign.train, harmful=harmful.train, progress=False).exit_code == 4
+    options = ["--quick", "--attackers", "ridge", "--output-dir", tmp_path / "audit"]
+    assert typed("audit", tmp_path, "--dataset", images, *CLASSES_TYPED, *options).exit_code == 0
+    assert len(AuditReport.load(tmp_path / "audit").data.warnings) == 2
 
 
 def test_verify_holds_out_by_itself(run, images):

@@ -1,16 +1,20 @@
 """`hf-immunize train` on what a newcomer has: a folder of images."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
 from folders import image_folder, tiny_classifier
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessorPil
+from typer.testing import CliRunner
 
-from hf_immunize.cli.train import load_splits, parse_arguments, run_train
+from hf_immunize.audit.report import AuditReport
+from hf_immunize.cli.main import app
+from hf_immunize.cli.train import audit_command, load_splits, parse_arguments, run_train
 from hf_immunize.errors import ArgumentError, DataError, WeightsError
-from hf_immunize.hub.card import metric_rows
+from hf_immunize.hub.card import metric_rows, plain
 from hf_immunize.hub.record import read_record
 
 
@@ -120,9 +124,25 @@ def test_what_does_not_fit_is_named(images, model, tmp_path, words, error, named
 def test_new_head_takes_the_benign_classes(images, model, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_immunize.cli.train.logger.warning", said.append)
-    run_train(flags(model, tmp_path, "--benign", images, "--harmful", images, "--new_head"))
+    results = run_train(flags(model, tmp_path, "--benign", images, "--harmful", images, "--new_head"))
     assert any("--benign_loss task" in line for line in said)
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == dict(enumerate(CLASSES))
+    # Why little is reached stays to be read: the two sides are the same images.
+    *_, why = read_record(tmp_path).remarks
+    assert results["summary"].endswith(why) and plain(why) in (tmp_path / "README.md").read_text()
+
+
+def test_the_audit_that_is_printed_can_be_typed(finished, images, model, tmp_path):
+    output, _ = finished
+    (tmp_path / "it's here").symlink_to(images)
+    given = flags(model, output, "--dataset", tmp_path / "it's here", *HARMFUL)
+    command = audit_command(*parse_arguments(given))
+    quick = ["--quick", "--attackers", "ridge", "--output-dir", str(tmp_path / "audit")]
+    done = CliRunner().invoke(app, [*shlex.split(command)[1:], *quick])
+    assert done.exit_code == 0, done.output
+    found = AuditReport.load(tmp_path / "audit").data
+    assert (found.model, found.reference) == (output.name, model.name)
+    assert found.tasks["harmful"].num_classes == found.tasks["benign"].num_classes == 2
 
 
 def test_harmful_class_typed_as_a_name_of_digits_is_a_name(tmp_path):

@@ -38,6 +38,7 @@ from hf_immunize.audit.settings import AuditSettings
 from hf_immunize.audit.statistics import Key, attack_of, paired_utility, reached
 from hf_immunize.audit.tasks import AttackedTask, Images, load_task, overlaps
 from hf_immunize.data.columns import outputs_by_name
+from hf_immunize.data.images import all_measured
 from hf_immunize.data.sources import HeldOut
 from hf_immunize.errors import ArgumentError, ImmunizationError, NonFiniteError
 from hf_immunize.features.extract import (
@@ -133,7 +134,7 @@ def _load(
     if "reference" in models:
         changed_parameters(models["immunized"], models["reference"])  # refuses another architecture
     record = find_record(settings.model, settings.revision)
-    drawn = HeldOut.seed if record is None else record.method.seed
+    seed = HeldOut.seed if record is None else record.method.seed
     tasks = [
         load_task(
             name,
@@ -143,7 +144,7 @@ def _load(
             image_column=settings.image_column,
             label_column=settings.label_column,
             max_images=settings.max_images,
-            seed=drawn if settings.seed is None else settings.seed,
+            seed=seed if settings.seed is None else settings.seed,
             required=name != "benign",
         )
         for name in ("harmful", "unseen", "benign", "unrelated")
@@ -151,7 +152,13 @@ def _load(
     ]
     for task in tasks:
         measured = task.test.rows.subset(sorted({*task.test.indices, *task.utility.indices}))
-        refuse_training_images(getattr(record, task.name, None), measured, f"{task.name} test")
+        data, drawn = getattr(record, task.name, None), task.held_out
+        refuse_training_images(data, measured, f"{task.name} test")
+        if drawn is not None and not (data and all_measured(measured.hashes, data.sketch)):
+            warnings.append(
+                f"The {task.name} data have no validation or test split: {drawn.fraction:.0%} held out (seed "
+                f"{drawn.seed}). If immunization saw these images, use the split that it held out."
+            )
     return *loaded, tasks
 
 

@@ -92,6 +92,7 @@ class AttackedTask:
     utility: Images  # all test images with the labels as the data set has them, for the classifier's accuracy
     label_names: list[str]  # of each label as the data set has it, where it has names
     problem: str = ""  # why the task cannot be learned from these images; empty if it can
+    held_out: HeldOut | None = None  # how the test images were drawn; None where they are a split of their own
 
     def describe(self) -> TaskSummary:
         """The task as reports have it."""
@@ -113,7 +114,7 @@ def load_task(
     required: bool = True,
 ) -> AttackedTask:
     """Find and check the images of a task, without decoding any."""
-    parts = _divided(name, source, draw, warnings)
+    parts = _divided(name, source, draw)
     sides = [
         _side(
             sampled(part, max_images, seed, f"the {name} data"), f"the {name} {side} data", image_column, label_column
@@ -153,7 +154,8 @@ def load_task(
     utility, label_names = _utility(test_rows, test_labels, test_names or [], chosen if name == "benign" else [])
     typed = source[0] if isinstance(source, (tuple, list)) else source
     called = str(typed) if isinstance(typed, (str, Path)) else f"{name} images"
-    return AttackedTask(name, called, train_images, test_images, len(classes), utility, label_names, problem)
+    found = train_images, test_images, len(classes), utility, label_names, problem, parts.held_out
+    return AttackedTask(name, called, *found)
 
 
 def _utility(rows: ImageRows, labels: list[Any], names: list[str], every: list[int]) -> tuple[Images, list[str]]:
@@ -187,16 +189,10 @@ def overlaps(tasks: list[AttackedTask]) -> list[str]:
     return sentences
 
 
-def _divided(name: str, source: Any, draw: HeldOut, warnings: list[str]) -> Parts:
+def _divided(name: str, source: Any, draw: HeldOut) -> Parts:
     pair = isinstance(source, (tuple, list)) and len(source) == 2 and not isinstance(source[0], dict)
     source, test = source if pair else (source, None)
-    parts = divide(source, draw, test=test, name=f"{name} data")
-    if parts.held_out is not None:
-        warnings.append(
-            f"The {name} data have no validation or test split: {draw.fraction:.0%} held out (seed {draw.seed}). If "
-            "immunization saw these images, use the split that it held out."
-        )
-    return parts
+    return divide(source, draw, test=test, name=f"{name} data")
 
 
 def _side(

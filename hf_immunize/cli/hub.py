@@ -52,6 +52,7 @@ def push(
         typer.echo(printable(f"Pushed to {result.url}, commit {result.commit}."))
     else:
         typer.echo(f"{printable(result.url)} has all of this already; no commit was made.")
+    _say_how_to_attach(folder)
 
 
 def verify(
@@ -120,6 +121,18 @@ def card(
 
     options = CardOptions(repo_id=repo_id, model_name=name, license=license)
     typer.echo(f"Wrote {write_card(folder, read_record(folder), options)}.")
+    _say_how_to_attach(folder)
+
+
+def _say_how_to_attach(folder: Path) -> None:
+    """Where the record holds no audit: one may have been made all the same, in a folder that nobody can guess."""
+    from hf_immunize.hub.record import read_record
+
+    if read_record(folder).audit is None:
+        typer.echo(
+            f"Record and card hold no audit. hf-immunize audit {printable(folder)} … --attach writes one into both; of "
+            "an audit that was made, type its command again with --attach: nothing is attacked anew."
+        )
 
 
 def _check_sources(benign: str | None, harmful: str | None, dataset: str | None, harmful_classes: list[str]) -> None:

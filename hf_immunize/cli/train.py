@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from argparse import Action, ArgumentParser, RawTextHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -299,9 +300,9 @@ def run_train(words: list[str]) -> dict[str, Any]:
     sources = [public_name(str(source or data.dataset)) for source in (data.benign, data.harmful)]
     names = (public_name(data.model), sources[0], sources[1] + classes)
     results = run_results(trainer, names, sizes, before, after)
-    results["summary"] = summary_sentence(results["before"], results["after"])
+    results["summary"] = summary_sentence(results["before"], results["after"], trainer.warning)
     describe(trainer, data, results["before"], {"benign": benign.held_out, "harmful": harmful.held_out})
-    write_outputs(folder, trainer, results)
+    write_outputs(folder, trainer, results, audit_command(data, args))
     return results
 
 
@@ -351,7 +352,20 @@ def describe(
         setattr(evidence, side, record)
 
 
-def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str, Any]) -> None:
+def audit_command(data: DataArguments, args: ImmunizationArguments) -> str:
+    """The command that attacks the checkpoint with the images of this run, to be pasted into a shell."""
+    options: dict[str, Any] = {"dataset": data.dataset, "harmful": data.harmful, "benign": data.benign}
+    options |= {"harmful-test": data.harmful_eval, "benign-test": data.benign_eval}
+    options |= {"image-column": args.image_column_name, "label-column": args.label_column_name}
+    if not data.new_head and args.pooling is None:  # else nobody could compare the heads
+        options["reference"] = data.model
+    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+    words += [word for name in data.harmful_classes for word in ("--harmful-classes", name)]
+    words += ["--trust-remote-code"] * data.trust_remote_code
+    return shlex.join(["hf-immunize", "audit", str(args.output_dir), *map(str, words)])
+
+
+def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str, Any], audit: str) -> None:
     """Figure, checkpoint and record, results as JSON, a card, and a table in the terminal."""
     first = trainer.is_world_process_zero()
     if first:
@@ -366,7 +380,7 @@ def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str,
         print_table(results)
         Console(soft_wrap=True).print(
             f"\n{results['summary']}\n\nCheckpoint, record, card and figure: {folder}/\nSee what an attacker can "
-            f"still learn: hf-immunize audit {folder} --reference THE_MODEL_BEFORE --harmful … --benign …",
+            f"still learn:\n{audit}",
             highlight=False,
             markup=False,
         )

@@ -321,6 +321,14 @@ def count_trained(hashes: np.ndarray | None, train_sketch: str, sketch: str | No
     return int(np.isin(hashes, np.setdiff1d(trained, measured)).sum())
 
 
+def all_measured(hashes: np.ndarray | None, sketch: str | None) -> bool:
+    """Whether images are known to be of those that training itself measured on."""
+    measured = _read(sketch or "")
+    if hashes is not None and len(measured) == _SIZE:
+        hashes = hashes[hashes <= measured[-1]]  # of larger ones it is not known
+    return hashes is not None and len(hashes) > 0 and bool(np.isin(hashes, measured).all())
+
+
 def _read(sketch: str) -> np.ndarray:
     return np.array([int(sketch[i : i + _DIGITS], 16) for i in range(0, len(sketch), _DIGITS)], dtype=np.uint64)
 

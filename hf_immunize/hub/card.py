@@ -193,10 +193,10 @@ def _power(exponent: float) -> float:
     return 10.0**exponent if exponent < math.log10(1.7e308) else 1.7e308
 
 
-def summary_sentence(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What was achieved by the metrics of `ImmunizationTrainer.evaluate`, and what to do where that is little."""
+def summary_sentence(before: dict[str, Any], after: dict[str, Any], warning: str = "") -> str:
+    """What was achieved by the metrics of `ImmunizationTrainer.evaluate`; where that is little, what to do and why."""
     summary = _template("sentences.jinja").module.summary  # type: ignore[attr-defined]
-    return " ".join(summary(before, after).split())
+    return " ".join([*summary(before, after).split(), *warning.split()])
 
 
 # ---- metadata ----

@@ -42,6 +42,17 @@ class Choice:
     directions: tuple[tuple[float, ...], ...] = ()
     separability: float | None = None
 
+    @property
+    def warning(self) -> str:
+        """Why little may be reached; empty where nothing was found that says so."""
+        if self.separability is None or self.separability >= MIN_SEPARABILITY:
+            return ""
+        return (
+            "The starting model hardly separates harmful from benign images: a ridge classifier at the classifier's "
+            f"input puts {100 * self.separability:.0f}% of a sample on their own side (50% is chance). What is done "
+            "to one side is done to the other, which limits immunization or costs benign accuracy."
+        )
+
 
 def prepare_objective(
     method: Method,
@@ -93,14 +104,10 @@ def _look(
     reads = tuple(objective.find(model, trainable, lambda: features(few)))
     with torch.no_grad():
         sides = [torch.cat([features(part) for part in side.split(_AT_ONCE)]) for side in (benign, harmful)]
-    share = separability(*sides)
-    if share is not None and share < MIN_SEPARABILITY:
-        logger.warning_once(
-            f"The model hardly separates harmful from benign images: a ridge classifier at the classifier's input "
-            f"puts {100 * share:.0f}% of a sample on their own side (50% is chance). What is done to one side "
-            "is done to the other: expect less immunization, or a larger loss of benign accuracy."
-        )
-    return Choice(reads, tuple(map(tuple, objective.prepare(*sides))), share)
+    found = Choice(reads, tuple(map(tuple, objective.prepare(*sides))), separability(*sides))
+    if found.warning:
+        logger.warning_once(found.warning)
+    return found
 
 
 def separable(benign: Tensor, harmful: Tensor) -> Tensor:

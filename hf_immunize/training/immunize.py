@@ -87,5 +87,5 @@ def immunize(
     after = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        print(summary_sentence(trainer.starting_metrics, after))
+        print(summary_sentence(trainer.starting_metrics, after, trainer.warning))
     return trainer.model, read_record(Path(args.output_dir))

@@ -174,7 +174,7 @@ def make_record(trainer: Any) -> ImmunizationRecord | None:
         record.ratios = {protocol: ratio for protocol, ratio in ratios.items() if ratio is not None}
     elif evidence._adopted is not None and evidence._adopted[0] == weights:
         record = dataclasses.replace(evidence._adopted[1])
-        record.figures, record.remarks = list(evidence.figures), [printable(remark) for remark in evidence.remarks]
+        record.figures, record.remarks = list(evidence.figures), _remarks(trainer)
         record.license = evidence.license or record.license
     else:
         return None
@@ -213,8 +213,13 @@ def bare_record(trainer: Any, prefix: str = "eval", step: int | None = None) -> 
         software=software_versions(),
         license=evidence.license,
         figures=list(evidence.figures),
-        remarks=[printable(remark) for remark in evidence.remarks],
+        remarks=_remarks(trainer),
     )
+
+
+def _remarks(trainer: Any) -> list[str]:
+    """The user's, and what was seen before the first step."""
+    return [printable(remark) for remark in (*trainer.evidence.remarks, trainer.warning) if remark]
 
 
 def _distilled_on(benign_loss: str, train: Any) -> str | None:

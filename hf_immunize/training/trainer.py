@@ -185,6 +185,11 @@ class ImmunizationTrainer(Trainer):
         self._step = self.create_step(model)
 
     @property
+    def warning(self) -> str:
+        """Why the run may reach little, as far as it was seen before its first step; else empty."""
+        return "" if self._step.choice is None else self._step.choice.warning
+
+    @property
     def choices(self) -> dict[str, str]:
         """What the run works with and why, by option: objective, head, scope and batch sizes."""
         args, found = self.args, self._step.choice

@@ -40,13 +40,13 @@ def test_no_shared_class_of_the_benign_task_leaves_utility():
     assert len(task.utility) == 1
 
 
-def test_a_test_split_is_used_and_data_without_one_are_divided_and_this_is_said():
-    said = []
-    task = load_task("harmful", dataset([0, 1] * 10, ["a", "b"]), said)
+def test_a_test_split_is_used_and_data_without_one_are_divided_and_this_is_known():
+    task = load_task("harmful", dataset([0, 1] * 10, ["a", "b"]), [])
     assert (len(task.train), len(task.test)) == (14, 6)
-    assert any("30% held out (seed 42)" in sentence for sentence in said)
+    assert (task.held_out.fraction, task.held_out.seed) == (0.3, 42)
     data = DatasetDict({"train": dataset([0, 1], ["a", "b"]), "test": dataset([1], ["a", "b"])})
-    assert len(load_task("harmful", data, []).test) == 1
+    given = load_task("harmful", data, [])
+    assert len(given.test) == 1 and given.held_out is None
 
 
 def test_of_streams_a_stated_sample_is_drawn_over_all_of_them():
