@@ -21,6 +21,10 @@ def push(
     private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to, created if need be.")] = None,
     message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload an immunized checkpoint",
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="Send benign accuracy to a benchmark's leaderboard too: user/data, or user/data:task."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files that would be pushed, and stop.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model, to load it.")] = False,
 ) -> None:
@@ -43,6 +47,7 @@ def push(
         commit_message=message,
         dry_run=dry_run,
         trust_remote_code=trust_remote_code,
+        benchmark=benchmark,
     )
     for name, size in result.files.items():
         typer.echo(f"{size:>14,} bytes  {printable(name)}")

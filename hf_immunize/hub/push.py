@@ -12,20 +12,27 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResultEntry,
+    HfApi,
+    eval_result_entries_to_yaml,
+)
 from PIL import Image
 from transformers.utils import logging
 
 from hf_immunize.errors import ArgumentError, HubError, RecordError, WeightsError
 from hf_immunize.hub.card import CardOptions, write_card
-from hf_immunize.hub.collect import is_hub_id
+from hf_immunize.hub.collect import HUB_ID, is_hub_id
 from hf_immunize.hub.load import ALLOWED, INDEX, changed_weights, load_model, refuse_links, retried, weight_files
 from hf_immunize.hub.record import PICTURES, RECORD_NAME, ImmunizationRecord, read_record
 from hf_immunize.text import library_words, printable, public_name
@@ -102,9 +109,11 @@ def push(
     trust_remote_code: bool = False,
     api: HfApi | None = None,
     as_saved: bool = False,
+    benchmark: str | None = None,
 ) -> PushResult:
     """Push a checkpoint to the Hub: card, record, weights, config, processor and figures, nothing else.
 
+    With `benchmark`, ``user/data`` or ``user/data:task`` of the Hub, benign accuracy goes to its leaderboard too.
     What a Trainer saved goes with the card that it wrote; it has seen that the files load back (`as_saved`).
     """
     root = Path(folder)
@@ -113,13 +122,38 @@ def push(
         write_card(root, record, CardOptions(repo_id=repo_id))
     names = files_to_push(root, record)
     check_private(root, names, token)
-    sizes = {name: (root / name).stat().st_size for name in names}
+    files: dict[str, str | bytes] = {name: str(root / name) for name in names}
+    files |= benchmark_result(record, benchmark) if benchmark is not None else {}
     if not as_saved:
         check_loads_back(root, names, token, trust_remote_code)
     if dry_run:
-        return PushResult(repo_id, sizes)
+        return PushResult(repo_id, _sizes(files))
     api = api or HfApi(token=token, library_name="hf_immunize")
-    return _send(api, repo_id, root, sizes, private, revision, commit_message)
+    return _send(api, repo_id, files, private, revision, commit_message)
+
+
+def _sizes(files: Mapping[str, str | bytes]) -> dict[str, int]:
+    return {name: len(one) if isinstance(one, bytes) else os.path.getsize(one) for name, one in files.items()}
+
+
+def benchmark_result(record: ImmunizationRecord | None, benchmark: str) -> dict[str, str | bytes]:
+    """The file that puts benign accuracy on a benchmark's leaderboard, by its name."""
+    dataset, _, task = benchmark.partition(":")
+    if not (HUB_ID.fullmatch(dataset) and re.fullmatch(r"[\w.-]*", task, re.ASCII)):
+        raise ArgumentError(
+            f"Expected a benchmark user/data or user/data:task of the Hub, found {benchmark!r}. Correct the name."
+        )
+    metric = record.metric if record is not None else None
+    if metric is None or metric.name != "accuracy":
+        found = "none" if metric is None else printable(metric.name)
+        raise ArgumentError(
+            f"Expected a record with benign accuracy to send to {dataset}, found {found}. Evaluate on its test images "
+            "and save, or leave the benchmark out."
+        )
+    notes = f"immunized with hf_immunize; before: {metric.before:.4f}" if metric.before is not None else None
+    entry = EvalResultEntry(dataset, task or "default", round(metric.after, 4), notes=notes)
+    text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+    return {f".eval_results/{dataset.replace('/', '_')}.yaml": text.encode()}
 
 
 def _record_of(root: Path, repo_id: str, required: bool) -> ImmunizationRecord | None:
@@ -140,12 +174,13 @@ def _record_of(root: Path, repo_id: str, required: bool) -> ImmunizationRecord |
 def _send(
     api: HfApi,
     repo_id: str,
-    root: Path,
-    sizes: dict[str, int],
+    files: Mapping[str, str | bytes],
     private: bool | None,
     revision: str | None,
     message: str,
 ) -> PushResult:
+    sizes = _sizes(files)
+
     def commit() -> PushResult:
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
@@ -163,7 +198,7 @@ def _send(
         if stale:
             logger.warning(f"Removing {', '.join(stale)} from {name}: the pushed checkpoint does not have them.")
         # Operations can be committed only once; a new attempt needs new ones.
-        operations: list[Any] = [CommitOperationAdd(file, str(root / file)) for file in sizes]
+        operations: list[Any] = [CommitOperationAdd(file, content) for file, content in files.items()]
         operations += [CommitOperationDelete(file) for file in stale]
         done = api.create_commit(name, operations, commit_message=printable(message), revision=revision)
         return PushResult(name, sizes, done.oid, str(done.repo_url), changed=done.oid != info.sha)

@@ -8,8 +8,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
 from hub_server import TOKEN, USER
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, parse_eval_result_entries
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
@@ -50,6 +51,20 @@ def test_repository_holds_exactly_the_allowed_files_and_the_figures_of_the_recor
     there = online.files(REPO)
     assert set(there) == expected | {".gitattributes"}
     assert {name: there[name] for name in expected} == {name: local(checkpoint)[name] for name in expected}
+
+
+def test_benign_accuracy_goes_to_the_benchmark_that_is_named_and_to_no_other(checkpoint, record, api, online):
+    push(checkpoint, REPO, api=api, benchmark="user/pets:test")
+    (entry,) = parse_eval_result_entries(yaml.safe_load(online.files(REPO)[".eval_results/user_pets.yaml"]))
+    assert (entry.dataset_id, entry.task_id) == ("user/pets", "test")
+    assert entry.value == pytest.approx(record.metric.after, abs=1e-4)
+    for wrong in ("pets", "user/../pets", "user/pets:a b", "user/pets\nx: y"):
+        with pytest.raises(ArgumentError, match="benchmark"):
+            push(checkpoint, REPO, dry_run=True, benchmark=wrong)
+    record.metric = None
+    write_record(checkpoint, record)
+    with pytest.raises(ArgumentError, match="accuracy"):
+        push(checkpoint, REPO, dry_run=True, benchmark="user/pets")
 
 
 def test_figures_of_a_record_are_pictures_by_name_and_content(checkpoint, record):
