@@ -105,9 +105,7 @@ def test_training_images_under_another_name_are_refused(run, tmp_path):
         verify(output, progress=False, **sources)
 
 
-def test_a_record_that_knows_no_training_images_refuses_none_and_a_split_by_itself_is_warned_of(
-    run, images, tmp_path
-):
+def test_a_record_that_knows_no_training_images_refuses_none_and_a_split_by_itself_is_warned_of(run, images, tmp_path):
     output, (benign, harmful) = run
     record = read_record(output)
     for data in (record.benign, record.harmful):

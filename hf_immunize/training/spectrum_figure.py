@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
@@ -97,7 +98,8 @@ class SpectrumFigureCallback(TrainerCallback):
     is added to the log history, as ``spectrum_log10_rir``, … (see `spectral_metrics`).
 
     The starting spectra are kept next to the figure, in ``starting_spectra.safetensors``, from where a resumed run
-    reads them. Files are written whole or not at all, by the first process alone.
+    reads them. Files are written whole or not at all, by the first process alone. Where the run reports to TensorBoard
+    or trackio, the figures are there too, as images named ``spectra``.
 
     Args:
         benign: Benign images: a `datasets.Dataset`, or a map-style dataset of dictionaries. Labels are not needed.
@@ -185,6 +187,8 @@ class SpectrumFigureCallback(TrainerCallback):
         except CheckpointError as error:
             # A figure is not worth the run.
             logger.warning(f"Passing over the figure {path}: {error}")
+        else:
+            _show(path, args, state.global_step)
 
     def _measure(self, args: Any, model: Any, processing_class: Any = None, **kwargs: Any) -> dict[str, Measurement]:
         found = {}
@@ -196,6 +200,24 @@ class SpectrumFigureCallback(TrainerCallback):
                 for batch in extract(model, rows, processing_class, **options):
                     found[side].update(batch.features, batch.pixel_values)
         return found
+
+
+def _show(path: Path, args: Any, step: int) -> None:
+    """The figure in the trackers of the run that keep pictures."""
+    if not {"tensorboard", "trackio"} & {*args.report_to}:
+        return
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    if "tensorboard" in args.report_to:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # The Trainer's own writer is out of a callback's reach: in TensorBoard these are a run beside it.
+        folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(args.output_dir, "runs")
+        with SummaryWriter(os.path.join(folder, "spectra")) as writer:
+            writer.add_image("spectra", pixels, step, dataformats="HWC")
+    if "trackio" in args.report_to:
+        import trackio  # type: ignore[import-not-found]
+
+        trackio.log({"spectra": trackio.Image(pixels), "train/global_step": step})
 
 
 def _folder(args: Any) -> Path:

@@ -1,7 +1,10 @@
 """Figures are written at every evaluation, of the right spectra, and training does not notice."""
 
+import io
 import os
 import random
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 import transformers as hf
 from matplotlib.figure import Figure
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_immunize import SpectrumFigureCallback
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
@@ -81,6 +85,20 @@ def test_an_immunizing_run_has_its_figure_which_can_be_opened(trainer, figures, 
     trainer(eval_strategy="steps", eval_steps=2, callbacks=[figures()]).train()
     with Image.open(tmp_path / "run" / "spectrum" / "spectrum.png") as image:
         assert image.format == "PNG" and image.width > image.height
+
+
+def test_trackers_that_keep_pictures_have_the_figure_of_each_evaluation(plain, figures, tmp_path, monkeypatch):
+    logged = []
+    trackio = SimpleNamespace(log=logged.append, Image=lambda pixels: pixels)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    run = plain(figures(), eval_strategy="steps", eval_steps=1)
+    run.args.report_to = ["tensorboard", "trackio"]
+    run.train()
+    shown = EventAccumulator(str(tmp_path / "run" / "runs" / "spectra")).Reload().Images("spectra")
+    steps = [one["train/global_step"] for one in logged]
+    assert [one.step for one in shown] == steps and steps[:2] == [1, 2]
+    with Image.open(io.BytesIO(shown[-1].encoded_image_string)) as last:
+        assert np.array_equal(np.asarray(last), logged[-1]["spectra"])
 
 
 def test_a_sample_is_drawn_from_all_over_the_set_and_processed_by_the_trainers_processor(images, plain, spectra):
