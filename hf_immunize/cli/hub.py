@@ -135,8 +135,8 @@ def _say_how_to_attach(folder: Path) -> None:
 
     if read_record(folder).audit is None:
         typer.echo(
-            f"Record and card hold no audit. hf-immunize audit {printable(folder)} … --attach writes one into both; of "
-            "an audit that was made, type its command again with --attach: nothing is attacked anew."
+            f"Record and card hold no audit. hf-immunize audit {printable(folder)} … --attach adds one to both. Of "
+            "one that was made, type the command again with --attach: nothing is attacked anew."
         )
 
 
