@@ -120,7 +120,7 @@ def audit(model: str, **given: Any) -> None:
         attach_audit(model, report.for_card())
         typer.echo(f"Attached to {RECORD_NAME} and {CARD_NAME} in {printable(model)}.")
     elif (Path(model) / RECORD_NAME).is_file():
-        typer.echo(f"{CARD_NAME} does not say so yet. Type --attach in addition: nothing is attacked anew.")
+        typer.echo(f"Not yet in {RECORD_NAME} and {CARD_NAME}: type --attach in addition; nothing is attacked anew.")
 
 
 audit.__signature__ = _signature()  # type: ignore[attr-defined]
