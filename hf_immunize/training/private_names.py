@@ -19,6 +19,7 @@ USED = {
     "transformers.Trainer._finish_current_push": "a push waits for the one before it",
     "transformers.PreTrainedModel._from_config": "a classifier is built with a backbone's class and dtype",
     "transformers.PreTrainedModel._no_split_modules": "what FSDP shards by default",
+    "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref": "models load whole, also under ZeRO 3",
     "transformers.PreTrainedConfig()._name_or_path": "the record names the base model",
     "accelerate.state.AcceleratorState._shared_state": "whether weights are sharded, before there is an accelerator",
     "accelerate.Accelerator(cpu=True)._optimizers": "whether the model was prepared for training yet",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -661,6 +662,9 @@ class ImmunizationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
+        failed = sys.exception()
+        if state_dict == {} and failed is not None:
+            raise failed  # which the Trainer took for a setting of DeepSpeed's: it would wait for processes that go on
         # Of sharded weights, the first process alone was given the whole.
         weights = dict(self.model.named_parameters()) if state_dict is None else state_dict
         checkpoints.check_finite_weights({name: weights[name] for name in self._moving if name in weights})

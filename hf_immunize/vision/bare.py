@@ -10,7 +10,8 @@ import copy
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.integrations import deepspeed
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import cached_file
@@ -36,6 +38,18 @@ HEAD_FILES = HEAD_FILE, HEAD_CONFIG_FILE = "head.safetensors", "head_config.json
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Within, transformers builds whole models, also once ZeRO 3 is on, which gives each of all processes a part."""
+    known = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = known
+
+
+@whole_weights()
 def with_linear_head(backbone: PreTrainedModel, num_labels: int | None = None, pooling: str = "") -> PreTrainedModel:
     """Put a new linear head on a bare backbone."""
     if pooling not in POOLINGS:

@@ -27,6 +27,7 @@ from hf_immunize.vision.bare import (
     LinearHeadForImageClassification,
     load_with_linear_head,
     read_head,
+    whole_weights,
     with_linear_head,
     write_head,
 )
@@ -201,6 +202,7 @@ _REMEDY = (
 )
 
 
+@whole_weights()
 def load_classifier(
     source: str | os.PathLike[str], *, new_head: bool = False, kind: Any = None, **options: Any
 ) -> PreTrainedModel:
@@ -225,6 +227,7 @@ def checkpoint_form(folder: str | os.PathLike[str]) -> str:
     return "pooled" if (Path(folder) / HEAD_CONFIG_FILE).is_file() else "plain"
 
 
+@whole_weights()
 def load_backbone(source: str | os.PathLike[str], pooling: str, **options: Any) -> PreTrainedModel:
     """Load a backbone that will get a head; the head of a classifier that it may come from is left behind."""
     options["ignore_mismatched_sizes"] = True

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from folders import image_folder, tiny_classifier
+from hub_server import TOKEN, Hub
 
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -21,14 +22,29 @@ ROOT = Path(__file__).parents[2]
 def torchrun():
     """Run a script on two processes; gives what became of it."""
 
-    return lambda script, *arguments: finished(launched(script, *arguments))
+    return lambda script, *arguments, **environment: finished(launched(script, *arguments, **environment))
 
 
-def launched(script, *arguments, how=("--standalone",), processes=2):
+@pytest.fixture(scope="session")
+def served():
+    """A Hub on loopback, to which processes push."""
+    server = Hub()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def online(served):
+    """Environment of processes that push there."""
+    return {"HF_ENDPOINT": served.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
+
+def launched(script, *arguments, how=("--standalone",), processes=2, **more):
     """A launcher of processes that run a script."""
     command = [sys.executable, "-m", "torch.distributed.run", *how, "--nproc_per_node", str(processes)]
     command += [str(SCRIPTS / script), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)} | more
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -118,10 +134,10 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def two_folder(torchrun, one, one_folder, killed, images, tmp_path_factory):
+def two_folder(torchrun, online, one, one_folder, killed, images, tmp_path_factory):
     """What two processes wrote, who had the folders of the one and of the killed ones beside them."""
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun("two_ranks.py", folder, one_folder, killed[0], images)
+    done = torchrun("two_ranks.py", folder, one_folder, killed[0], images, **online)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -133,9 +149,9 @@ def two(two_folder):
 
 
 @pytest.fixture(scope="session")
-def zero(torchrun, images, tmp_path_factory):
+def zero(torchrun, online, images, tmp_path_factory):
     """Where two processes worked with DeepSpeed, and what they found, by stage."""
     folder = tmp_path_factory.mktemp("zero")
-    done = torchrun("zero.py", folder, images)
+    done = torchrun("zero.py", folder, images, **online)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, json.loads((folder / "found.json").read_text())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from hub_server import USER
 
 from hf_immunize.files import checked
 from hf_immunize.hub.load import changed_weights, load_model
@@ -136,13 +137,19 @@ def weights_in(folder, names):
     return {name: state[name].flatten().tolist() for name in names}
 
 
-def ended_as_one_process_does(found, folder, expected):
-    """Weights, figures of the start and of the end, of a run and of one that went on from its middle."""
+def ended_as_one_process_does(found, folder, expected, hub):
+    """Weights and figures of a run and of one that went on from its middle; what was pushed is what was saved."""
     saved, resumed = (weights_in(folder / name, expected["weights"]) for name in ("saved", "resumed"))
     same_weights(saved, expected["weights"], 1e-4)
     same_weights(resumed, saved, 1e-6)
-    record = read_record(folder / "saved")
-    assert set(record.ratios) == {"exact", "intercept"} and not changed_weights(folder / "saved", record.weights)
+    (folder / "pushed").mkdir()
+    for name, content in hub.files(f"{USER}/{folder.name}").items():
+        (folder / "pushed" / name).write_bytes(content)
+    assert weights_in(folder / "pushed", saved) == saved
+    for name in ("saved", "pushed"):
+        record = read_record(folder / name)
+        assert set(record.ratios) == {"exact", "intercept"} and not changed_weights(folder / name, record.weights)
+    assert "NaN" in found["lost"] and not (folder / "lost" / "config.json").exists()
     metrics = [name for name in spectral(found["metrics"]) if name in expected["metrics"]]
     assert {"eval_rir", "eval_intercept_rir"} <= set(metrics)
     for name in metrics:
@@ -153,13 +160,16 @@ def ended_as_one_process_does(found, folder, expected):
             assert found[now][name] == pytest.approx(found[then][name], rel=1e-4, abs=1e-6), name
 
 
-def test_sharded_weights_end_where_one_process_does_and_are_measured_saved_whole_and_resumed(one, two, two_folder):
-    assert two["sharded"]["in_parts"]
-    ended_as_one_process_does(two["sharded"], two_folder / "fsdp2", one["runs"]["defaults"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_weights_end_where_one_process_does_and_are_measured_saved_whole_pushed_and_resumed(
+    engine, one, two, two_folder, served
+):
+    assert two[engine]["in_parts"] == (engine == "fsdp2")
+    ended_as_one_process_does(two[engine], two_folder / engine, one["runs"]["defaults"], served)
 
 
 def test_what_cannot_be_sharded_is_refused(two):
-    assert "ViTEmbeddings" in two["sharded"]["refused"]
+    assert "ViTEmbeddings" in two["fsdp2"]["refused"]
 
 
 def verified(folder, images):
@@ -174,15 +184,11 @@ def verified(folder, images):
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install deepspeed")
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_with_deepspeed_processes_end_where_one_does(stage, one, zero, images):
+def test_with_deepspeed_processes_end_where_one_does(stage, one, zero, images, served):
     folder, found = zero
     assert found[stage]["in_parts"] == (stage == "3")
-    ended_as_one_process_does(found[stage], folder / f"zero{stage}", one["runs"]["defaults"])
-    if stage == "3":  # transformers loads a model in parts, once the command has read that it shall
-        assert "loaded in parts" in found[stage]["refused"]
-    else:
-        assert found[stage]["refused"] is None
-        verified(folder / f"command{stage}", images)
+    ended_as_one_process_does(found[stage], folder / f"zero{stage}", one["runs"]["defaults"], served)
+    verified(folder / f"command{stage}", images)  # of ZeRO 3 too, under which transformers alone loads parts
 
 
 @pytest.mark.parametrize("how", ["whole_weights", "parts"])

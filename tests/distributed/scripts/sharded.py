@@ -6,11 +6,13 @@ accelerate drives FSDP on accelerators alone, though torch shards on the CPU as 
 from contextlib import contextmanager
 from unittest import mock
 
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
 from hf_immunize.cli.train import run_train
-from hf_immunize.errors import ArgumentError
+from hf_immunize.errors import ArgumentError, NonFiniteError
+from hf_immunize.files import _own_part
 
 
 @contextmanager
@@ -42,30 +44,38 @@ def refusal(action):
     """The message of what an action raises."""
     try:
         action()
-    except ArgumentError as error:
+    except (ArgumentError, NonFiniteError) as error:
         return str(error)
 
 
 def through(folder, trainer, vit, options):
-    """Evaluation, steps, an evaluation, a checkpoint, and going on from one in the middle; saves both models."""
+    """Evaluation, steps, an evaluation, a checkpoint, a push, and going on from one in the middle; saves both models.
+
+    At last all weights are lost, and saved again.
+    """
     options = options | {"save_strategy": "steps", "save_steps": 2}
-    done = trainer(folder / "run", vit(), **options)
+    done = trainer(folder / "run", vit(), **options, hub_model_id=f"tester/{folder.name}")
     before = done.evaluate()
     done.train()
     metrics = done.evaluate()
     done.save_model(str(folder / "saved"))
+    done.push_to_hub()
     in_parts = any(hasattr(value, "full_tensor") or hasattr(value, "ds_id") for value in done.model.parameters())
     forget()
     again = trainer(folder / "run", vit(), **options)
     again.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
     resumed = again.evaluate()
     again.save_model(str(folder / "resumed"))
+    with torch.no_grad():
+        for value in again.model.parameters():
+            _own_part(value).fill_(torch.nan)
     return {
         "in_parts": in_parts,
         "before": before,
         "metrics": metrics,
         "started": again.starting_metrics,
         "resumed": resumed,
+        "lost": refusal(lambda: again.save_model(str(folder / "lost"))),
     }
 
 

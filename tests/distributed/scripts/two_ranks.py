@@ -261,7 +261,7 @@ def everything(folder):
 
 def on_two(folder, of_one, of_killed, images):
     from callbacks_two_ranks import callbacks
-    from sharded import commands, sharded
+    from sharded import commands, sharded, through
 
     commands(folder, images)
     return everything(folder) | {
@@ -269,7 +269,8 @@ def on_two(folder, of_one, of_killed, images):
         "dropout": uninterrupted(folder / "dropout", dropout=0.2),
         "after_kill": resumed(of_killed, folder / "after_kill", dropout=0.2),
         "callbacks": callbacks(folder, plain, vit, rows),
-        "sharded": sharded(folder, trainer, vit, DEFAULTS),
+        "ddp": through(folder / "ddp", trainer, vit, DEFAULTS),
+        "fsdp2": sharded(folder, trainer, vit, DEFAULTS),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch.distributed as dist
-from sharded import command, forget, refusal, through
+from sharded import command, forget, through
 from two_ranks import DEFAULTS, rank, trainer, vit
 
 from hf_immunize.cli.train import run_train
@@ -26,7 +26,7 @@ if __name__ == "__main__":
         (folder / f"{stage}.json").write_text(json.dumps(settings))
         forget()
         words = command(images, folder / f"command{stage}", "--deepspeed", folder / f"{stage}.json")
-        found[stage]["refused"] = refusal(lambda words=words: run_train(words))
+        run_train(words)
         forget()
     if rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
