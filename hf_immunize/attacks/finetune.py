@@ -66,42 +66,47 @@ def fine_tune(
     """Fine-tune a copy of a model with a new head, by the best of the settings, or by those of an earlier seed."""
     # Each setting is tried on four fifths of the training images and compared on the rest; the best one then runs on
     # all of them. Dropout is off and BatchNorm keeps its statistics; the best is also tried with those of the batch.
-    fit, validation = stratified_split(data.y, 0.2, seed)
-    validation = validation[: budget.max_test_images]
-    grid = [Setting(name, rate) for name, rates in budget.optimizers.items() for rate in rates]
-
-    def attempt(setting: Setting, final: bool) -> tuple[list[float], list[int], str]:
-        part = data
-        if not final:
-            part = Part(data.Z[fit], data.y[fit], data.Z[validation], data.y[validation], data.num_classes)
-        attacked = prepare(model, attacker, part, seed, head_module)
-        if final:
-            when = log_steps(budget.steps, max(1, round(budget.evaluations / math.log10(max(budget.steps, 10)))))
-            # What begins with a head that reads is measured before its first step too.
-            when = [0, *when] if attacker in _FROM_RIDGE else when
-            return _train(attacked, part, setting, when, budget.batch_size, seed)
-        return _train(attacked, part, setting, [budget.trial_steps], budget.batch_size, seed)
-
-    trials = 1
     if chosen is not None:
-        setting = Setting(*(chosen[name] for name in Setting._fields))
+        setting, trials = Setting(*(chosen[name] for name in Setting._fields)), 1
     else:
-        tried = [attempt(one, final=False) for one in grid]
-        sound = [index for index, (_, _, note) in enumerate(tried) if not note]
-        trials = len(grid)
-        if not sound:
-            return Found(None, trials=trials, status="diverged", note=f"with every setting; the first: {tried[0][2]}")
-        best = sound[best_index([tried[index][0][-1] for index in sound])]
-        setting = grid[best]
-        if _has_batchnorm(model):
-            trials += 1
-            other = setting._replace(batch_statistics=True)
-            curve, _, note = attempt(other, final=False)
-            setting = other if not note and curve[-1] > tried[best][0][-1] else setting
-    curve, steps, note = attempt(setting, final=True)
+        found, trials, note = _choose(attacker, model, data, budget, seed, head_module)
+        if found is None:
+            return Found(None, trials=trials, status="diverged", note=note)
+        setting = found
+    when = log_steps(budget.steps, max(1, round(budget.evaluations / math.log10(max(budget.steps, 10)))))
+    # What begins with a head that reads is measured before its first step too.
+    when = [0, *when] if attacker in _FROM_RIDGE else when
+    attacked = prepare(model, attacker, data, seed, head_module)
+    curve, steps, note = _train(attacked, data, setting, when, budget.batch_size, seed)
     size = min(budget.batch_size, len(data.y))
     settings = setting._asdict() | {"steps": steps[-1] if steps else 0, "batch_size": size}
     return Found(None if note else curve[-1], steps, curve, settings, trials, "diverged" if note else "done", note)
+
+
+def _choose(
+    attacker: str, model: PreTrainedModel, data: Part, budget: TuningBudget, seed: int, head_module: str | None
+) -> tuple[Setting | None, int, str]:
+    """The best of the settings, how many were tried, and what to say where all of them diverge."""
+    fit, validation = stratified_split(data.y, 0.2, seed)
+    validation = validation[: budget.max_test_images]
+    part = Part(data.Z[fit], data.y[fit], data.Z[validation], data.y[validation], data.num_classes)
+    start = prepare(model, attacker, part, seed, head_module)  # which may take a pass over all images
+
+    def attempt(setting: Setting) -> tuple[list[float], list[int], str]:
+        return _train(copy.deepcopy(start), part, setting, [budget.trial_steps], budget.batch_size, seed)
+
+    grid = [Setting(name, rate) for name, rates in budget.optimizers.items() for rate in rates]
+    tried = [attempt(one) for one in grid]
+    sound = [index for index, (_, _, note) in enumerate(tried) if not note]
+    if not sound:
+        return None, len(grid), f"with every setting; the first: {tried[0][2]}"
+    best = sound[best_index([tried[index][0][-1] for index in sound])]
+    if not _has_batchnorm(model):
+        return grid[best], len(grid), ""
+    other = grid[best]._replace(batch_statistics=True)
+    curve, _, note = attempt(other)
+    better = not note and curve[-1] > tried[best][0][-1]
+    return (other if better else grid[best]), len(grid) + 1, ""
 
 
 def prepare(
@@ -187,8 +192,9 @@ def _with_prompt(model: PreTrainedModel, head_name: str, part: Part, seed: int) 
     prompt = nn.Parameter(torch.zeros(1, channels, *(min(_PROMPT, side) for side in sides)))
     model.register_parameter("prompt", nn.Parameter(prompt.to(next(model.parameters()).device)))
 
-    def add(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        stretched = torch.nn.functional.interpolate(model.prompt, tuple(sides), mode="bilinear")
+    # The prompt of the module that runs, which may be a copy of this one.
+    def add(one: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        stretched = torch.nn.functional.interpolate(one.prompt, tuple(sides), mode="bilinear")
         return inputs, named | {"pixel_values": named["pixel_values"] + _GAIN * stretched}
 
     model.register_forward_pre_hook(add, with_kwargs=True)

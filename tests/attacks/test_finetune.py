@@ -5,6 +5,7 @@ import torch
 from attacked import CLASSES, pictures, tiny_resnet, tiny_vit
 
 from hf_immunize.attacks.attacker import Part, ProbeBudget, ProbeData, TuningBudget
+from hf_immunize.attacks import finetune
 from hf_immunize.attacks.finetune import changed_parameters, features_of, fine_tune, prepare
 from hf_immunize.attacks.presets import ATTACKERS
 from hf_immunize.attacks.probes import ridge_head
@@ -50,6 +51,28 @@ def test_one_diverging_rate_does_not_hide_a_sound_one_and_settings_of_an_earlier
     chosen = {"optimizer": "sgd", "learning_rate": 0.5, "batch_statistics": False}
     found = fine_tune("bias_only", tiny_vit(), SMALL, budget(), 0, chosen=chosen)
     assert (found.trials, found.settings["learning_rate"]) == (1, 0.5)
+
+
+@pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
+@pytest.mark.parametrize("name", [name for name in NAMES + OTHERS if name != "batchnorm_ridge"])
+def test_the_start_is_made_once_for_all_settings_which_find_what_each_would_from_its_own(name, build, monkeypatch):
+    starts, runs, train = [], [], finetune._train
+
+    def made(*given):
+        starts.append(prepare(*given))
+        return starts[-1]
+
+    def compared(model, part, *given):
+        own = prepare(build(), name, part, 0)
+        runs.append(train(model, part, *given))
+        assert train(own, part, *given) == runs[-1]
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in own.state_dict().items())
+        return runs[-1]
+
+    monkeypatch.setattr(finetune, "prepare", made)
+    monkeypatch.setattr(finetune, "_train", compared)
+    fine_tune(name, build(), SMALL, budget(2, {"sgd": (1e-2, 1e-1), "adamw": (3e-3,)}), 0)
+    assert (len(starts), len(runs)) == (2, 4 + (build is tiny_resnet))
 
 
 # ---- where it begins, and what is put in without a step
