@@ -107,7 +107,7 @@ def audit(model: Any, **options: Any) -> AuditReport:
             preset_version=PRESET_VERSION,
             budget=_budget(chosen, settings.max_images),
             tasks={task.name: task.describe() for task in tasks},
-            outcomes=[journal.outcomes[key] for key in work.order],
+            outcomes=work.outcomes(),
             utility=work.metrics.utility(),
             spectra=work.metrics.spectra,
             rir=work.metrics.ratio(),
@@ -168,6 +168,9 @@ def _load_models(settings: AuditSettings) -> tuple[dict[str, PreTrainedModel], A
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % cards}" if cards else "cpu"
     for subject, given in (("immunized", settings.model), ("reference", settings.reference)):
         if given is None:
+            continue
+        if subject == "reference" and given == settings.model and settings.revision == "main":
+            models[subject], names[subject] = models["immunized"], names["immunized"]
             continue
         if not isinstance(given, (str, os.PathLike)):
             models[subject], names[subject] = given, type(given).__name__
@@ -267,8 +270,9 @@ class Work:
     def __post_init__(self) -> None:
         self.metrics = FeatureMetrics(self.warnings)
         self.able = [task for task in self.tasks if not task.problem]
-        # The reference first: rank lost is rank lost against it.
-        self.versions = [Version(name) for name in ("reference", "immunized") if name in self.models]
+        # The reference first: rank lost is rank lost against it. A model that is its own is attacked once.
+        self.own = self.models.get("reference") is self.models["immunized"]
+        self.versions = [Version(name) for name in ("reference", "immunized")[: 2 - self.own] if name in self.models]
         # Without a reference no head start is known.
         count = self.preset.random_copies if "reference" in self.models else 0
         self.random = [Version("random", seed) for seed in range(count)]
@@ -303,6 +307,12 @@ class Work:
                 self._run(group, wait=True)
         self.order = [key for key, one in self.planned.items() if Version.of(one) not in self.unsound]
         self.journal.close()
+
+    def outcomes(self) -> list[Outcome]:
+        """What was found, in the order of the plan."""
+        found = [self.journal.outcomes[key] for key in self.order]
+        same = [replace(one, subject="immunized") for one in found if one.subject == "reference"] if self.own else []
+        return found + same
 
     # ---- what is ahead
 
@@ -407,14 +417,17 @@ class Work:
     def _measure(self, task: AttackedTask, subject: str, train: Extraction, test: Extraction | None) -> None:
         model = self.models[subject]
         self.measured.add((subject, task.name))
+        subjects = (subject, "immunized")[: 1 + self.own]
         if task.name in ("harmful", "benign"):
-            self.metrics.note_features(subject, task.name, train.features, next(model.parameters()).dtype)
+            for one in subjects:
+                self.metrics.note_features(one, task.name, train.features, next(model.parameters()).dtype)
         if task.name == "benign":
             # The released classifier is measured on classes too that no probe can learn.
             same = test is not None and task.utility.indices == task.test.indices
             own = test if same else self._extract(task, Version(subject), task.utility)
             assert own is not None
-            self.metrics.note_logits(model, subject, task, own.logits)
+            for one in subjects:
+                self.metrics.note_logits(model, one, task, own.logits)
 
     def _probing_pixels(self, task: AttackedTask) -> Group:
         """What probes read without any weights."""

@@ -20,7 +20,7 @@ from transformers import ViTImageProcessorPil
 
 from hf_immunize import audit
 from hf_immunize.attacks.presets import ATTACKERS
-from hf_immunize.audit.journal import Journal
+from hf_immunize.audit.journal import Journal, key_of
 from hf_immunize.audit.result import Outcome
 from hf_immunize.audit.run import FeatureMetrics
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
@@ -56,6 +56,26 @@ def test_all_classes_are_attacked_on_both_models_and_utility_spectra_and_rir_mea
     classes = ("head_input", "any_layer", "fine_tuning")
     assert seen == {(subject, access) for subject in ("immunized", "reference") for access in classes}
     assert data.utility.size == 24 and len(data.spectra) == 4 and data.rir["harmful_ratio"] > 100
+
+
+def test_a_model_that_is_its_own_reference_is_attacked_once_and_found_as_a_copy_of_it_is(
+    models, harmful, benign, tiny_preset, tmp_path
+):
+    preset = replace(tiny_preset, random_copies=2, restoring=("restore_swap",))
+    own, other = (
+        run((models[0], one), harmful, preset, benign=benign, run_dir=tmp_path / name)
+        for name, one in (("own", models[0]), ("copy", copy.deepcopy(models[0])))
+    )
+    assert sorted(map(key_of, own.outcomes)) == sorted(map(key_of, other.outcomes))
+    for subject in ("reference", "immunized", "random"):
+        found, expected = ([one for one in without_time(of) if one.subject == subject] for of in (own, other))
+        assert found == expected and found
+    assert (own.utility, own.rir) == (other.utility, other.rir)
+    assert {(one.subject, one.task, one.log10_kappa) for one in own.spectra} == {
+        (one.subject, one.task, one.log10_kappa) for one in other.spectra
+    }
+    ran = [(tmp_path / name / "outcomes.jsonl").read_text() for name in ("own", "copy")]
+    assert ['"immunized"' in text for text in ran] == [False, True]
 
 
 def test_models_of_half_precision_are_attacked_in_float32(models, harmful, tiny_preset):

@@ -49,7 +49,8 @@ def test_a_function_and_a_folder_become_rows_which_are_not_made_again(words, tmp
     for one in rows[2]["attackers"]:  # of the model itself
         assert one["immunized"] == one["reference"] and one["removed"] in (None, 0)
     # Nothing runs anew, and what was audited is not asked for again.
-    assert len(list((tmp_path / "runs/benchmark/shared/head_start").iterdir())) == 1
+    (start,) = (tmp_path / "runs/benchmark/shared/head_start").iterdir()
+    assert '"immunized"' not in (start / "audit" / "outcomes.jsonl").read_text()  # attacked once, as the reference
     monkeypatch.setattr(benchmark, "audit", lambda *given, **options: pytest.fail("audited again"))
     assert main(command) == 0 and capsys.readouterr().out == "".join(shown(row) + "\n" for row in rows)
     assert len((tmp_path / "runs/benchmark/rows.jsonl").read_text().splitlines()) == 3
