@@ -163,7 +163,9 @@ def _load(
 
 
 def _load_models(settings: AuditSettings) -> tuple[dict[str, PreTrainedModel], Any, dict[str, str]]:
-    models, names, processor = {}, {}, settings.processing_class
+    models: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    processor = settings.processing_class
     cards = torch.cuda.device_count()
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % cards}" if cards else "cpu"
     for subject, given in (("immunized", settings.model), ("reference", settings.reference)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from attacked import rows_of, tiny_vit
-from audit_sample import attack, make, sample_data, with_random
+from audit_sample import attack, lost, make, sample_data, with_random
 from scipy import stats
 
 from hf_immunize import audit
@@ -20,7 +20,8 @@ from hf_immunize.attacks.presets import ATTACKERS, find_preset
 from hf_immunize.audit.head_start import costs, find_head_start, removed_share
 from hf_immunize.audit.names import render, share
 from hf_immunize.audit.report import AuditReport
-from hf_immunize.audit.result import Utility
+from hf_immunize.audit.result import SUBJECTS, Utility
+from hf_immunize.audit.run import _budget
 from hf_immunize.audit.statistics import gap, steps_ratios, summarize
 from hf_immunize.audit.verdict import CLAIMS, Kind, judge
 from hf_immunize.features.extract import choose_views, extract_views, find_layers
@@ -167,13 +168,39 @@ def test_the_headline_of_a_class_is_what_is_removed_where_benign_accuracy_lets_i
     assert record.strongest["head_input"].removed == card["removed"]
 
 
+@pytest.mark.parametrize(
+    ("ran_on", "floor"),
+    [
+        (("reference", "immunized"), None),  # what it reads from random weights may be as much
+        (("reference",), 0.05),
+        (("immunized",), None),  # as much may be read from the reference
+        (("random",), 0.05),
+        (("random", "reference"), 0.05),
+        (("random", "immunized"), None),
+        (("random", "reference", "immunized"), 0.7),
+    ],
+)
+def test_a_head_start_is_of_attackers_that_ran_on_all_three_models(ran_on, floor):
+    for failed in ([], [lost("mlp", "diverged", "the loss is NaN", subject=s) for s in SUBJECTS if s not in ran_on]):
+        more = [one for subject in ran_on for one in attack("mlp", "head_input", subject, 0.7)]
+        data = with_random(0.3)
+        data = replace(data, outcomes=[*data.outcomes, *more, *failed])
+        found = next(one for one in judge(data) if one.access == "head_input")
+        row = AuditReport(data).tables()["headline"].set_index("access").loc["head_input"]
+        assert (found.start is None) == (floor is None) == bool(np.isnan(row["head_start"]))
+        assert found.kind is not Kind.HELPED
+        if floor is not None:
+            assert found.start.random.mean == pytest.approx(floor, abs=0.01)
+            assert found.start.points == pytest.approx(found.reference.mean - found.start.random.mean)
+
+
 def test_an_audit_without_random_weights_says_what_it_said():
     headline = AuditReport(sample_data()).tables()["headline"]
     assert headline["removed"].isna().all() and all(one.start is None for one in judge(sample_data()))
 
 
 def test_copies_with_random_weights_are_in_the_budget_where_one_was_attacked():
-    budget = sys.modules["hf_immunize.audit.run"]._budget(find_preset("quick"), None) | {"random_copies": 91}
+    budget = _budget(find_preset("quick"), None) | {"random_copies": 91}
     made = sample_data(budget=budget), with_random(0.3, budget=budget)
     assert ["91" in render("budget.html.jinja", data=data) for data in made] == [False, True]
 
