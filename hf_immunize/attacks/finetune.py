@@ -29,7 +29,7 @@ from hf_immunize.attacks.attacker import (
 from hf_immunize.attacks.probes import half_cosine, minibatches, ridge, ridge_head
 from hf_immunize.errors import DataError
 from hf_immunize.features.extract import pass_size
-from hf_immunize.vision.head import find_head, penultimate_features
+from hf_immunize.vision.head import fast_layout, find_head, penultimate_features
 from hf_immunize.vision.loading import can_copy, random_copy
 from hf_immunize.vision.relu import RELUS
 from hf_immunize.vision.scope import block_modules, last_stage
@@ -236,7 +236,7 @@ def _whiten(model: PreTrainedModel, head_name: str, part: Part, seed: int, every
     first = _AllBlocks(model, head_name) if every_block else nn.Identity()
     _put(model, head_name, first)  # so that the model gives what the head will be given
     device = next(model.parameters()).device
-    parts = (model(pixel_values=rows.to(device)).logits for rows in part.Z.split(pass_size(model)))
+    parts = (model(pixel_values=fast_layout(model, rows.to(device))).logits for rows in part.Z.split(pass_size(model)))
     Z = torch.cat([rows.cpu() for rows in parts]).double()
     mean, (_, s, V) = Z.mean(dim=0), decompose(Z - Z.mean(dim=0))
     s, V = (s, V) if len(s) else (Z.new_ones(1), Z.new_zeros(Z.shape[1], 1))  # where nothing varies
@@ -291,7 +291,7 @@ def _train(
         optimizer.param_groups[0]["lr"] = setting.learning_rate * half_cosine((step - 1) / when[-1])
         for norm in norms:
             norm.train(len(rows) > 1)
-        logits = model(pixel_values=part.Z[rows].to(device)).logits
+        logits = model(pixel_values=fast_layout(model, part.Z[rows].to(device))).logits
         loss = torch.nn.functional.cross_entropy(logits, part.y[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -311,7 +311,10 @@ def _measure(model: PreTrainedModel, part: Part, norms: list[_BatchNorm]) -> flo
     for norm in norms:
         norm.eval()
     device = next(model.parameters()).device
-    scores = [model(pixel_values=rows.to(device)).logits.cpu() for rows in part.Z_test.split(pass_size(model))]
+    scores = [
+        model(pixel_values=fast_layout(model, rows.to(device))).logits.cpu()
+        for rows in part.Z_test.split(pass_size(model))
+    ]
     return accuracy(torch.cat(scores), part.y_test)
 
 
@@ -345,7 +348,7 @@ def take_statistics(model: nn.Module, pixels: Tensor, seed: int) -> None:
         norm.train()
     device = next(model.parameters()).device
     for rows in minibatches(len(pixels), 64, -(-len(pixels) // 64), seed) if norms else []:
-        model(pixel_values=pixels[rows].to(device))
+        model(pixel_values=fast_layout(model, pixels[rows].to(device)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.errors import ShapeError, TrunkError
-from hf_immunize.vision.head import HeadInput, find_head, in_eval_mode
+from hf_immunize.vision.head import HeadInput, fast_layout, find_head, in_eval_mode
 from hf_immunize.vision.scope import modules_in_eval
 
 
@@ -69,7 +69,7 @@ class TrunkSplit:
 
         with torch.no_grad(), _plain(model, pixel_values.device), suppress(_TrunkDone), ExitStack() as hook:
             hook.callback(model.get_submodule(self._producer).register_forward_hook(stop).remove)
-            model(pixel_values=pixel_values)
+            model(pixel_values=fast_layout(model, pixel_values))
         return found[0].contiguous()
 
     @contextmanager

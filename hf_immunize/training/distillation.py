@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_immunize.errors import ArgumentError
-from hf_immunize.vision.head import HeadInput, in_eval_mode
+from hf_immunize.vision.head import HeadInput, fast_layout, in_eval_mode
 
 
 # Benign images that show what is harmful (a fire engine, where that is cars) are lost first and wholly: two of them
@@ -76,7 +76,9 @@ class StartingModel:
                 self._tensors = {name: value.to(pixel_values.device) for name, value in self._tensors.items()}
             tensors = self._tensors
         with in_eval_mode(model), HeadInput(head) as captured:
-            outputs = torch.func.functional_call(model, tensors, (), {"pixel_values": pixel_values})
+            outputs = torch.func.functional_call(
+                model, tensors, (), {"pixel_values": fast_layout(model, pixel_values)}
+            )
         return captured.features, outputs["logits"]
 
     @contextmanager

@@ -32,7 +32,14 @@ from hf_immunize.training.distributed import (
 )
 from hf_immunize.training.objectives import OBJECTIVES, Objective, Side, Terms, gradient_norm
 from hf_immunize.training.weighting import Weighting
-from hf_immunize.vision.head import HeadInput, check_full_precision, find_head, in_eval_mode, outermost_name
+from hf_immunize.vision.head import (
+    HeadInput,
+    check_full_precision,
+    fast_layout,
+    find_head,
+    in_eval_mode,
+    outermost_name,
+)
 from hf_immunize.vision.relu import ReluInputs
 from hf_immunize.vision.scope import has_batch_statistics, modules_in_eval
 
@@ -358,16 +365,16 @@ def forward_both(
     """
     if together:
         with HeadInput(head) as captured:
-            outputs = model(pixel_values=torch.cat([benign, others]))
+            outputs = model(pixel_values=fast_layout(model, torch.cat([benign, others])))
         return captured.features, outputs["logits"], captured.features
     with HeadInput(head) as first:
-        benign_logits = model(pixel_values=benign)["logits"]
+        benign_logits = model(pixel_values=fast_layout(model, benign))["logits"]
     with ExitStack() as stack:
         # A harmful batch in the running statistics alone costs benign accuracy.
         for norm in (module for module in model.modules() if isinstance(module, _BatchNorm)):
             stack.enter_context(in_eval_mode(norm))
         second = stack.enter_context(HeadInput(head))
-        other_logits = model(pixel_values=others)["logits"]
+        other_logits = model(pixel_values=fast_layout(model, others))["logits"]
     logits = torch.cat([benign_logits, other_logits])
     return torch.cat([first.features, second.features]), logits, first.features
 

@@ -12,7 +12,14 @@ from hf_immunize.errors import ArgumentError, HeadError, ImmunizationError
 from hf_immunize.features.extract import extract
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.step import ImmunizationStep
-from hf_immunize.vision.head import HeadInput, find_head, half_tensors, penultimate_features, to_full_precision
+from hf_immunize.vision.head import (
+    HeadInput,
+    fast_layout,
+    find_head,
+    half_tensors,
+    penultimate_features,
+    to_full_precision,
+)
 
 
 TINY_VIT = TRANSFORMER | {"num_hidden_layers": 1}
@@ -148,3 +155,12 @@ def test_a_quantized_model_and_a_step_in_half_precision_are_refused(tiny):
     model.is_quantized = True
     with pytest.raises(ArgumentError, match="quantized"):
         to_full_precision(model)
+
+
+def test_the_fast_layout_has_the_same_values_in_another_order():
+    images, depthwise = torch.randn(2, 3, 4, 5), torch.nn.Conv2d(3, 3, 1, groups=3)
+    found = fast_layout(depthwise, images)
+    assert torch.equal(found, images) and found.stride() == (60, 1, 15, 3)
+    others = (torch.randn(2, 3), torch.empty(2, 3, 4, 5, device="meta"))
+    assert all(fast_layout(depthwise, other) is other for other in others)
+    assert fast_layout(torch.nn.Conv2d(3, 3, 1), images) is images
