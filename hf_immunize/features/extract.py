@@ -163,6 +163,7 @@ class Measurement:
     # class their features, (n, D), and of others whether the model names them rightly, (n, 1), where that is known.
     by_image: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
     noted: int = 0  # images that this is of; there are features of a sample of `_SAMPLE` at most
+    compared: bool = True  # whether anything will be, image by image; else the factor is all that is kept
     # How long a probe takes here, by its targets: of a reference, every evaluation asks for it.
     _times: dict[str, StartTimes | None] = field(default_factory=dict, init=False, repr=False)
 
@@ -178,6 +179,8 @@ class Measurement:
         numbers = _image_numbers(pixel_values)
         self.checksum += float(numbers.sum())
         self.factor.update(features)
+        if not self.compared:
+            return
         sums = _class_sums(features, labels)
         self.class_sums = sums if first else _added(self.class_sums, sums)
         if sums is None:

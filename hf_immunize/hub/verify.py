@@ -150,8 +150,9 @@ def verify(
         refuse_training_images(claimed, rows, side)
         if image_processor is None and "pixel_values" not in rows[0]:
             image_processor = _processor(folder, trust_remote_code)
-        now = measure(model, rows, image_processor, name=side, **options)
-        then = None if before is None else measure(before, rows, image_processor, name=f"{side} reference", **options)
+        compared = before is not None
+        now = measure(model, rows, image_processor, name=side, compared=compared, **options)
+        then = measure(before, rows, image_processor, name=f"{side} reference", **options) if compared else None
         found[side] = now, then
     return compare(record, found["benign"], found["harmful"], changed)
 
@@ -209,9 +210,10 @@ def measure(
     batch_size: int = 64,
     head_module: str | None = None,
     progress: bool = True,
+    compared: bool = True,
 ) -> Measured:
-    """Run rows through a model and fold up its features."""
-    found = Measured()
+    """Run rows through a model and fold up its features, to be compared with a reference's or not."""
+    found = Measured(Measurement(compared=compared))
     right = seen = 0
     description = f"κ of {name} features"
     options = {"batch_size": batch_size, "head_module": head_module, "progress": progress}

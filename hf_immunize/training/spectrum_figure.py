@@ -194,7 +194,7 @@ class SpectrumFigureCallback(TrainerCallback):
         found = {}
         with seeded(0):  # training goes on with the random numbers that it would have had
             for side, rows in self._data.items():
-                found[side] = Measurement()
+                found[side] = Measurement(compared="benign" in self._data)  # else spectra alone are drawn, none logged
                 options: dict[str, Any] = {"batch_size": self.batch_size, "head_module": self.head_module}
                 options |= {"description": f"spectrum of {side} features", "progress": not args.disable_tqdm}
                 for batch in extract(model, rows, processing_class, **options):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from attacked import CLASSES, pictures, tiny_resnet, tiny_vit
 
-from hf_immunize.attacks.attacker import Part, ProbeBudget, ProbeData, TuningBudget
 from hf_immunize.attacks import finetune
+from hf_immunize.attacks.attacker import Part, ProbeBudget, ProbeData, TuningBudget
 from hf_immunize.attacks.finetune import changed_parameters, features_of, fine_tune, prepare
 from hf_immunize.attacks.presets import ATTACKERS
 from hf_immunize.attacks.probes import ridge_head

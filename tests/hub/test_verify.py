@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import ViTImageProcessorPil
 
+import hf_immunize.hub.verify as verifying
 from hf_immunize import verify
 from hf_immunize.errors import DataError
 from hf_immunize.hub.collect import describe_side
@@ -33,6 +34,18 @@ def test_a_true_record_agrees_whatever_the_batch_size(batch_size, checkpoint, be
     assert exact.claimed == record.ratios["exact"].log10_rir
     assert exact.measured == pytest.approx(exact.claimed, abs=1e-3)
     assert figures["benign accuracy"].measured == record.metric.after
+
+
+@pytest.mark.parametrize("referred", [False, True])
+def test_rows_are_kept_only_to_be_compared_with_a_reference(
+    referred, checkpoint, benign, harmful, reference, monkeypatch
+):
+    found = []
+    monkeypatch.setattr(verifying, "compare", lambda record, *sides: found.extend(sides[:2]))
+    checked(checkpoint, benign, harmful.remove_columns("label"), reference=reference if referred else None)
+    kept = [sum(len(rows) for _, rows in now.measurement.by_image) for now, _ in found]
+    assert kept == [0, 24 * referred]
+    assert [now.measurement.factor.num_samples for now, _ in found] == [24, 24]
 
 
 def test_images_from_a_folder_agree_also_by_a_config_without_label2id(checkpoint, benign, harmful, tmp_path):

@@ -81,6 +81,15 @@ def test_either_side_may_be_left_out(plain, figures, spectra):
     assert set(spectra[-1]) == {("harmful", "before"), ("harmful", "after")}
 
 
+@pytest.mark.parametrize(("given", "kept"), [({}, 24), ({"benign": None}, 0)])
+def test_features_are_kept_only_where_steps_of_a_probe_are_logged(given, kept, figures, plain):
+    callback = figures(**given)
+    run = plain(callback, max_steps=1)
+    run.train()
+    assert sum(len(rows) for _, rows in callback._references["harmful"].by_image) == kept
+    assert bool(logged(run, "spectrum_harmful_probing_steps")) == bool(kept)
+
+
 def test_an_immunizing_run_has_its_figure_which_can_be_opened(trainer, figures, tmp_path):
     trainer(eval_strategy="steps", eval_steps=2, callbacks=[figures()]).train()
     with Image.open(tmp_path / "run" / "spectrum" / "spectrum.png") as image:
