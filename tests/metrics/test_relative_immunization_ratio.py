@@ -65,11 +65,23 @@ def test_with_labels_it_has_the_probing_time_of_each_side(metric, features):
     assert "probing_time_ratio" not in metric.compute(**inputs(features))
 
 
+@pytest.mark.parametrize("side", ["benign", "harmful"])
+def test_a_side_of_one_class_leaves_the_other_its_probing_time(side, metric, features):
+    labels, own = torch.arange(50) % 3, slice(0, 30) if side == "benign" else slice(30, 50)
+    both = metric.compute(**inputs(features), labels=labels.tolist())
+    labels[own] = 7
+    found = metric.compute(**inputs(features), labels=labels.tolist())
+    assert found.pop(f"{side}_probing_steps_before") is None
+    assert found == {name: value for name, value in both.items() if name in found}
+    assert {f"{side}_probing_steps", "probing_time_ratio"} <= both.keys() - found.keys()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("predictions", [[1.0]] * 50),
         ("labels", [0] * 50),
+        ("labels", [0] * 30 + [1] * 20),
         ("labels", [0, 1]),
         ("predictions", [[math.nan] * 4] * 50),
         ("harmful", [True] * 50),

@@ -88,8 +88,15 @@ class RelativeImmunizationRatio(evaluate.Metric):
         if labels is None:
             return found
         classes = as_labels(labels, len(after), "labels")
-        times: dict[str, ProbingSteps | None] = {}
+        if all(len(classes[of].unique()) < 2 for of in (is_harmful, ~is_harmful)):
+            raise DataError(
+                "Expected labels of two classes or more on one side at least, found one class on each: there is "
+                "nothing to learn. Leave labels out."
+            )
+        times: dict[str, ProbingSteps | None] = {"benign": None, "harmful": None}
         for side, of in (("benign", ~is_harmful), ("harmful", is_harmful)):
+            if len(classes[of].unique()) < 2:  # as of harmful images of one kind
+                continue
             start, now = (target_spectrum(Z[of], classes[of]) for Z in (before, after))
             known = start_times(start)
             times[side] = None if known is None else steps_after(known, now)
