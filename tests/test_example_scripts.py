@@ -67,10 +67,11 @@ def differences():
     return [line for line in difflib.unified_diff(*lines, lineterm="", n=0) if line[:3] not in ("---", "+++")]
 
 
-def test_three_lines_make_it_immunize_and_the_readme_shows_them_where_they_are():
+def test_three_lines_make_it_immunize_and_the_guide_shows_them_where_they_are():
     changed = [line for line in differences() if line[0] in "+-"]
     assert sorted(line[0] for line in changed) == ["+", "+", "+", "-"]
-    block = (ROOT / "README.md").read_text(encoding="utf-8").split("```diff\n")[1].split("```")[0].splitlines()
+    page = (ROOT / "docs" / "guides" / "own-model.md").read_text(encoding="utf-8")
+    block = page.split("```diff\n")[1].split("```")[0].splitlines()
     assert [line for line in block if line[0] in "+-"] == changed
     source = (EXAMPLES / "immunize.py").read_text().splitlines()
     assert all(line[1:] in source for line in block if line[0] in " +" and line.strip() != "…")
