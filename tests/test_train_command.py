@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.cli.main import app
-from hf_immunize.cli.train import audit_command, load_splits, parse_arguments, run_train
+from hf_immunize.cli.train import audit_command, load_splits, parse_arguments, print_table, run_train
 from hf_immunize.errors import ArgumentError, DataError, WeightsError
-from hf_immunize.hub.card import metric_rows, plain
+from hf_immunize.hub.card import INTERCEPT_ROW, metric_rows, plain
 from hf_immunize.hub.record import read_record
 
 
@@ -77,6 +77,15 @@ def test_a_folder_of_images_becomes_a_checkpoint_with_record_card_and_figure(fin
         raise AssertionError(f"{constant} is no JSON")
 
     json.loads((output / "results.json").read_text(), parse_constant=refuse)
+
+
+def test_the_terminal_has_what_is_read_first_and_the_card_the_rest(finished, capsys):
+    output, results = finished
+    print_table(results)
+    said, card = capsys.readouterr().out, (output / "README.md").read_text()
+    shown = {name for name, *_ in metric_rows(results["before"], results["after"]) if f"{name} " in said}
+    assert {"benign accuracy", "steps of a harmful probe", INTERCEPT_ROW} <= shown
+    assert "κ" not in said and "rank" not in said and "log10 κ" in card and "rank" in card
 
 
 def test_resumes(finished, images, model):

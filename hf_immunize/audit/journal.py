@@ -112,8 +112,8 @@ class Journal:
                 pass
         if found is not None and found != fingerprint:
             raise ArgumentError(
-                f"{self.path.parent} holds an audit of other weights, data or budgets; choose another run directory, "
-                "or remove its outcomes.jsonl to start anew."
+                f"Expected this audit or none in {self.path.parent}, found one of other weights, data or budgets. "
+                "Give another folder (--output-dir, in Python run_dir=), or remove its outcomes.jsonl to start anew."
             )
         if found is None:
             # Cut off before its first line was whole, or another file: nothing tells what its outcomes are of.

@@ -283,7 +283,7 @@ def _unclear(own: Sequence[Summary], worst: Summary, theirs: Summary) -> str:
     seeds, images = gap_of_seeds(theirs, worst), gap_of_images(theirs, worst)
     for over, interval in (("seeds", seeds), ("test images", images)):
         if interval is not None and interval[0] <= 0:
-            return f"the interval of the difference over {over} includes zero"
+            return f"the interval of the difference over {over} includes zero, and more {over} may decide"
     if worst.still_rising:
         return "the strongest attacker ran out of its budget while it was still improving"
     lost = max((one.before_divergence or 0.0 for one in own), default=0.0)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +88,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.setLogRecordFactory(_printable_record)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # of every loader on a machine without a GPU
     try:
         _check_words(sys.argv[1:])
         app()

@@ -23,7 +23,7 @@ from hf_immunize.data.sources import HeldOut, Parts, choose, divide, divide_clas
 from hf_immunize.data.views import to_distil_on
 from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
 from hf_immunize.files import check_writable, write_whole
-from hf_immunize.hub.card import metric_rows, summary_sentence
+from hf_immunize.hub.card import INTERCEPT_ROW, metric_rows, summary_sentence
 from hf_immunize.hub.collect import describe_base_model, is_hub_id
 from hf_immunize.hub.record import DataRecord
 from hf_immunize.text import library_words, printable, public_name
@@ -380,18 +380,18 @@ def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str,
         print_table(results)
         Console(soft_wrap=True).print(
             f"\n{results['summary']}\n\nCheckpoint, record, card and figure: {folder}/\nSee what an attacker can "
-            f"still learn:\n{audit}",
+            f"still learn (about an hour; with --quick, minutes):\n{audit}",
             highlight=False,
             markup=False,
         )
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Metrics before and after, in the terminal."""
+    """What to read first, before and after, in the terminal; the card has the rest."""
     table = Table(title="Immunization, measured on held-out images", title_justify="left")
     for name, justify in (("", "left"), ("before", "right"), ("after", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for row in metric_rows(results["before"], results["after"]):
-        if row[1:] != ("–", "–"):
+        if row[1:] != ("–", "–") and row[0].startswith(("benign accuracy", "steps", INTERCEPT_ROW)):
             table.add_row(*row)
     Console().print(table)

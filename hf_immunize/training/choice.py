@@ -49,8 +49,9 @@ class Choice:
             return ""
         return (
             "The starting model hardly separates harmful from benign images: a ridge classifier at the classifier's "
-            f"input puts {100 * self.separability:.0f}% of a sample on their own side (50% is chance). What is done "
-            "to one side is done to the other, which limits immunization or costs benign accuracy."
+            f"input puts {100 * self.separability:.0f}% of a sample on their own side (50% is chance, "
+            f"{MIN_SEPARABILITY:.0%} is enough). What is done to one side is done to the other, which limits "
+            "immunization or costs benign accuracy: if either suffers, choose harmful images further from benign ones."
         )
 
 

@@ -173,6 +173,10 @@ def test_the_page_needs_nothing_but_itself_and_is_whole(report, page):
     (policy,) = [one["content"] for one in page.named("meta") if one.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'")
     assert len(page.named("table")) == len(page.named("caption")) >= 6
+    # What is told to be read stands first, and what is pointed at is there.
+    ids = [one["id"] for _, one in page.elements if one.get("id", "warnings") != "warnings"]
+    assert ids[:3] == ["verdict", "headline", "utility"]
+    assert {one["href"] for one in page.named("a")} <= {f"#{name}" for name in ids} and page.named("a")
     images = page.named("img")
     assert len(images) == 8 and all(len(one["alt"]) > 40 for one in images)
     assert {report.answer(), *report.verdict()} <= set(page.text)

@@ -155,7 +155,7 @@ def test_a_run_directory_keeps_outcomes_alone_and_refuses_other_weights_and_arch
 ):
     run(models, harmful, tiny_preset.only(["ridge"]), run_dir=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["outcomes.jsonl"]
-    with pytest.raises(ArgumentError, match="another run directory"):
+    with pytest.raises(ArgumentError, match="--output-dir"):
         run((models[1], models[1]), harmful, tiny_preset.only(["ridge"]), run_dir=tmp_path)
     with pytest.raises(DataError, match="same architecture"):
         run(models, harmful, tiny_preset, reference=tiny_resnet())
