@@ -18,15 +18,17 @@ def main() -> None:
     parser.add_argument("--output-dir", default="runs/demo", help="Folder of the demo.")
     parser.add_argument("--preset", default="quick", help="quick, standard or full.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the demo.")
+    parser.add_argument("--attackers", type=lambda text: text.split(","), help="These alone, with commas.")
     arguments = parser.parse_args()
     folder = Path(arguments.output_dir)
     if not (folder / "before").exists():
         run_demo(folder, arguments.seed)
     benign, harmful = digit_splits(arguments.seed)
-    models = {"reference": str(folder / "before"), "preset": arguments.preset, "run_dir": folder / "audit"}
-    report = audit(str(folder), harmful=harmful, benign=benign, **models)
-    report.write(folder / "audit")
-    print(*report.verdict(), *report.data.warnings, f"Figures: {folder / 'audit' / 'report.html'}", sep="\n")
+    into = folder / "-".join(["audit", *(arguments.attackers or ())])
+    models = {"reference": str(folder / "before"), "preset": arguments.preset, "attackers": arguments.attackers}
+    report = audit(str(folder), harmful=harmful, benign=benign, run_dir=into, **models)
+    report.write(into)
+    print(*report.verdict(), *report.data.warnings, f"Figures: {into / 'report.html'}", sep="\n")
 
 
 if __name__ == "__main__":
