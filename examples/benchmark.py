@@ -38,6 +38,7 @@ from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import ACCESSES, AuditResult
 from hf_immunize.audit.run import audit
 from hf_immunize.audit.statistics import of_class, paired_utility, strongest, summarize
+from hf_immunize.data.sources import choose
 from hf_immunize.errors import ArgumentError, ImmunizationError
 from hf_immunize.files import staged_directory
 from hf_immunize.vision.loading import load_classifier
@@ -89,6 +90,7 @@ def make_row(text: str, run: Run, given: argparse.Namespace) -> dict[str, Any]:
             "start": weights_of(start),
             "training": run.spec()["training"],
             "preset": asdict(preset) | {"version": PRESET_VERSION},
+            **({"attack_images": given.attack_images} if given.attack_images else {}),
         }
     )
     for row in read_rows(given.rows):
@@ -102,8 +104,8 @@ def make_row(text: str, run: Run, given: argparse.Namespace) -> dict[str, Any]:
             parts.run("immunizing", lambda: immunize(method, start, images, run, changes, model))
         else:
             model = method
-        before = starting(start, run, images, preset)
-        after = attacked(str(model), images, preset, folder)
+        before = starting(start, run, images, preset, given.attack_images)
+        after = attacked(str(model), images, preset, folder, given.attack_images)
     report = joined(before, after, title)
     row = {"title": title, "key": key, "command": command(text, run, given), "date": date.today().isoformat()}
     row |= {"hardware": hardware(), "seconds": parts.seconds() | {"audit": round(report.data.seconds, 1)}}
@@ -116,20 +118,24 @@ def make_row(text: str, run: Run, given: argparse.Namespace) -> dict[str, Any]:
 Attacked = tuple[AuditResult, Tensor]  # what attacks found, and which benign test images are named rightly
 
 
-def attacked(model: str, images: tasks.Data, preset: Preset, folder: Path, **reference: Any) -> Attacked:
-    """Attack a model, or go on with it."""
-    harmful = images.load("harmful", "train"), images.load("harmful", "test")
+def attacked(
+    model: str, images: tasks.Data, preset: Preset, folder: Path, most: int | None, **reference: Any
+) -> Attacked:
+    """Attack a model, or go on with it, with so many labelled images at most."""
+    train = images.load("harmful", "train")
+    train = train.select(choose(len(train), most, 0)) if most else train
+    harmful = train, images.load("harmful", "test")
     report = audit(model, harmful=harmful, preset=preset, run_dir=folder / "audit", progress=False, **reference)
     measure.store_features(model, images, folder / measure.FEATURES)
     return report.data, load_file(folder / measure.FEATURES)["benign hits"]
 
 
-def starting(start: str, run: Run, images: tasks.Data, preset: Preset) -> Attacked:
+def starting(start: str, run: Run, images: tasks.Data, preset: Preset, most: int | None) -> Attacked:
     """The same attacks on the starting model and on random copies, once for all methods."""
-    mark = digest([images.settings(), weights_of(start), asdict(preset), PRESET_VERSION])
+    mark = digest([images.settings(), weights_of(start), asdict(preset), PRESET_VERSION, *([most] if most else [])])
     folder = run.shared / "head_start" / f"{run.experiment}-seed{run.seed}-{mark}"
     with alone(folder):
-        return attacked(start, images, preset, folder, reference=start)
+        return attacked(start, images, preset, folder, most, reference=start)
 
 
 def joined(before: Attacked, after: Attacked, title: str) -> AuditReport:
@@ -200,7 +206,7 @@ def command(text: str, run: Run, given: argparse.Namespace) -> str:
     return " ".join([*words, "--data_path DATA"])
 
 
-_BUDGETS = ("attack_steps", "attack_seeds")
+_BUDGETS = ("attack_steps", "attack_seeds", "attack_images")
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -237,6 +243,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--attackers", type=lambda text: text.split(","), help="some of the preset, with commas")
     parser.add_argument("--attack_steps", type=int, help="of fine-tuning, in place of the preset's")
     parser.add_argument("--attack_seeds", type=int, help="of every attack, in place of the preset's")
+    parser.add_argument("--attack_images", type=int, help="labelled images that attackers have; by default all")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an argument of the method")
     parser.add_argument("--data_path", default="data", help="folder of the data sets")
     parser.add_argument("--output_dir", default="runs/benchmark", help="folder of all runs")

@@ -56,7 +56,8 @@ class Group:
     @property
     def setting(self) -> str:
         """Backbone and task."""
-        return self.rows[0]["key"]["setting"]
+        key = self.rows[0]["key"]
+        return key["setting"] + (f", {key['attack_images']} images" if "attack_images" in key else "")
 
     @property
     def title(self) -> str:
@@ -109,7 +110,8 @@ def grouped(rows: Iterable[dict[str, Any]]) -> list[Group]:
     for row in rows:
         key = row["key"]
         attackers = tuple(one["attacker"] for one in row["attackers"])
-        of = key["setting"], row["title"], key["method"], str(key["changes"]), key["preset"]["name"], attackers
+        images = key.get("attack_images", 0)
+        of = key["setting"], images, row["title"], key["method"], str(key["changes"]), key["preset"]["name"], attackers
         found.setdefault(of, []).append(row)
     return sorted(map(Group, found.values()), key=lambda group: group.setting)
 

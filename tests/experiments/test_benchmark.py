@@ -57,6 +57,15 @@ def test_a_function_and_a_folder_become_rows_which_are_not_made_again(words, tmp
     assert (tmp_path / "called").read_text().count("\n") == 1
 
 
+def test_attackers_have_no_more_labelled_images_than_they_are_given(words, tmp_path, monkeypatch):
+    sizes, run = [], benchmark.audit
+    spied = lambda *given, **options: sizes.append(len(options["harmful"][0])) or run(*given, **options)  # noqa: E731
+    monkeypatch.setattr(benchmark, "audit", spied)
+    assert main(["--method", "examples.field_methods:unchanged", *words, "--attack_images", "5"]) == 0
+    row = json.loads((tmp_path / "runs/benchmark/rows.jsonl").read_text())
+    assert set(sizes) == {5} and row["key"]["attack_images"] == 5 and "--attack_images 5" in row["command"]
+
+
 @pytest.mark.parametrize("text", ["nowhere", "no_such_module:f", "math:no_such_function", ":f"])
 def test_what_is_no_method_is_refused_by_name(text):
     with pytest.raises(ArgumentError, match=f"found '{text}'"):
