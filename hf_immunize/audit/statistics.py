@@ -214,7 +214,9 @@ def _summarize(runs: list[Outcome], test_size: int) -> Summary:
 
 def of_class(summaries: Iterable[Summary], subject: str, task: str, access: str) -> list[Summary]:
     """Attacks of a class, unfinished ones too; any layer includes the head's input where another layer was probed."""
-    own = [one for one in summaries if (one.subject, one.task) == (subject, task)]
+    # What an attack reaches with fewer images is a cost, not another attack.
+    known = (one for one in summaries if counted(one.attacker) == "steps")
+    own = [one for one in known if (one.subject, one.task) == (subject, task)]
     found = [one for one in own if one.access == access]
     if access == "any_layer" and any(one.mean is not None for one in found):
         found += [one for one in own if one.access == "head_input"]

@@ -22,7 +22,7 @@ from hf_immunize.audit.names import render, share
 from hf_immunize.audit.report import AuditReport
 from hf_immunize.audit.result import SUBJECTS, Utility
 from hf_immunize.audit.run import _budget
-from hf_immunize.audit.statistics import gap, steps_ratios, summarize
+from hf_immunize.audit.statistics import gap, of_class, steps_ratios, summarize
 from hf_immunize.audit.verdict import CLAIMS, Kind, judge
 from hf_immunize.features.extract import choose_views, extract_views, find_layers
 from hf_immunize.hub.record import AuditRecord, from_plain
@@ -128,6 +128,7 @@ def test_labelled_images_are_a_cost_and_no_steps():
     (one,) = costs(data)
     assert (one.counted, one.reference_steps, one.immunized_steps) == ("images", 10, 1000)
     assert steps_ratios(data) == [] and all(one.closed_form and not one.budget for one in summarize(data))
+    assert of_class(summarize(data), "immunized", "harmful", "head_input") == []
 
 
 # ---- what is said of it
