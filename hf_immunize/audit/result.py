@@ -76,7 +76,7 @@ class FeatureSpectrum:
     task: str
     num_samples: int
     rank: int
-    log10_kappa: float  # of ZᵀZ
+    log10_kappa: float  # of Z_cᵀZ_c, Z_c = Z − mean: of a probe with an intercept
     is_bound: bool  # rank was lost against the reference, so that kappa is a lower bound
 
 
@@ -93,7 +93,7 @@ class AuditResult:
     outcomes: list[Outcome]
     utility: Utility | None = None
     spectra: list[FeatureSpectrum] = field(default_factory=list)
-    rir: dict[str, Any] = field(default_factory=dict)  # rir, log10_rir, harmful_ratio, benign_ratio, bound; or empty
+    rir: dict[str, Any] = field(default_factory=dict)  # rir, log10_rir, its two parts, bound, protocol; or empty
     warnings: list[str] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0

@@ -40,7 +40,7 @@ from hf_immunize.audit.tasks import AttackedTask, Images, load_task, overlaps
 from hf_immunize.data.columns import outputs_by_name
 from hf_immunize.data.images import all_measured
 from hf_immunize.data.sources import HeldOut
-from hf_immunize.errors import ArgumentError, ImmunizationError, NonFiniteError
+from hf_immunize.errors import ArgumentError, ImmunizationError, NonFiniteError, RankError
 from hf_immunize.features.extract import (
     Extraction,
     Layer,
@@ -601,14 +601,13 @@ class FeatureMetrics:
         self._hits: dict[str, Tensor] = {}
 
     def note_features(self, subject: str, task: str, features: Tensor, produced_dtype: torch.dtype) -> None:
-        """Measure the spectrum of the classifier's input."""
+        """Measure the spectrum of the classifier's input, as a probe with an intercept sees it."""
         before = self._conditioning.get(("reference", task)) if subject == "immunized" else None
-        if before is None and not features.any():
-            self.warnings.append(
-                f"All features of the {task} images through the {subject} model are zero: its κ is undefined."
-            )
+        try:
+            found = feature_conditioning(features, reference=before, produced_dtype=produced_dtype, intercept=True)
+        except RankError as error:
+            self.warnings.append(f"κ of the {task} images through the {subject} model is undefined: {error}")
             return
-        found = feature_conditioning(features, reference=before, produced_dtype=produced_dtype)
         self._conditioning[subject, task] = found
         measured = found.num_samples, found.rank, found.log10_kappa, found.is_bound
         self.spectra.append(FeatureSpectrum(subject, task, *measured))
@@ -618,13 +617,15 @@ class FeatureMetrics:
         self._hits[subject] = logits.argmax(dim=1) == _expected_outputs(model, task, self.warnings)
 
     def ratio(self) -> dict[str, Any]:
-        """RIR by the exact protocol and its parts; empty without benign data or without a reference."""
+        """RIR of a probe with an intercept and its parts; empty without benign data or without a reference."""
         needed = [(subject, task) for subject in ("immunized", "reference") for task in ("harmful", "benign")]
         if not all(pair in self._conditioning for pair in needed):
             return {}
         h, b, h0, b0 = (self._conditioning[pair] for pair in needed)
-        ratio = relative_immunization_ratio(harmful=h, harmful_reference=h0, benign=b, benign_reference=b0)
-        names = ("rir", "log10_rir", "harmful_ratio", "benign_ratio", "bound")
+        ratio = relative_immunization_ratio(
+            harmful=h, harmful_reference=h0, benign=b, benign_reference=b0, protocol="intercept"
+        )
+        names = ("rir", "log10_rir", "harmful_ratio", "benign_ratio", "bound", "protocol")
         return {name: getattr(ratio, name) for name in names}
 
     def utility(self) -> Utility | None:

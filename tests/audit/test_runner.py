@@ -276,5 +276,13 @@ def test_the_ratio_has_its_parts_and_collapse_is_a_bound_and_not_good_conditioni
     ratio = metrics.ratio()
     assert (ratio["bound"], ratio["benign_ratio"]) == (bound, 1.0) and ratio["rir"] == ratio["harmful_ratio"] > 1e5
     assert [one.is_bound for one in metrics.spectra] == [False, bound == "lower", False, False]
-    metrics.note_features("reference", "harmful", torch.zeros(6, 3), torch.float32)
-    assert len(metrics.spectra) == 4 and "are zero" in warnings[0]
+    assert ratio["protocol"] == "intercept"
+    # What is the same for all images is no direction of a probe with an intercept.
+    there = FeatureMetrics([])
+    for subject, features in (("reference", Z + 100), ("immunized", shrunk - 7)):
+        there.note_features(subject, "harmful", features, torch.float64)
+    shifted = [one.log10_kappa for one in there.spectra]
+    if bound is None:  # which grows with rounding noise
+        assert shifted == pytest.approx([one.log10_kappa for one in metrics.spectra[:2]], abs=1e-6)
+    metrics.note_features("reference", "harmful", torch.ones(6, 3), torch.float32)
+    assert len(metrics.spectra) == 4 and "harmful images" in warnings[0]
