@@ -32,7 +32,7 @@ CORE = {
     "task": ("near", "far"),
     "attackers": ("ridge", "gd_line_search", "last_stage", "whole_network", "lora_r8", "ridge_start"),
 }
-BUDGET = "--preset standard --attack_steps 200"
+BUDGET = "--preset standard --attack_steps 200 --attack_images 200"
 GRID = f"""python -m examples.benchmark --backbone {" ".join(CORE["backbone"])} --task {" ".join(CORE["task"])} \\
     --method examples.field_methods:{{{",".join(CORE["method"])}}} \\
     --attackers {",".join(CORE["attackers"])} {BUDGET} --data_path DATA
@@ -175,7 +175,7 @@ def sentences(groups: list[Group]) -> list[str]:
         most = f"{best.title} removes most" if known[best] > 0 else f"none removes any, and {best.title} is ahead"
         said.append(
             f"{words}: by the strongest attacker of each model {most}, {share(known[best])}{_ends(best, access)}"
-            f"{'' if kept else ', at a loss of benign accuracy'}; {helped} of {len(known)} help the attacker."
+            f"{'' if kept else ', at a loss of benign accuracy'}; {helped} of {len(known)} are below 0%."
         )
     breaks = [
         f"{group.title} by {named(key)} ({share(group.removed[key])})"
