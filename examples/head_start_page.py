@@ -82,6 +82,14 @@ class Group:
         return {key: statistics.fmean(v) for key, v in found.items() if None not in v}  # type: ignore[type-var]
 
     @property
+    def head_starts(self) -> dict[Key, float]:
+        """Mean head start of each attacker."""
+        found: dict[Key, list[float]] = {}
+        for one in (one for row in self.rows for one in row["attackers"]):
+            found.setdefault((one["attacker"], one["access"]), []).append(one["head_start"])
+        return {key: statistics.fmean(values) for key, values in found.items()}
+
+    @property
     def adaptive(self) -> bool:
         """Whether its attackers know how models are immunized."""
         return any(name in ADAPTIVE for name, _ in self.removed)
@@ -122,15 +130,18 @@ def named(key: Key) -> str:
 
 
 def main_table(groups: list[Group]) -> list[str]:
-    """Methods and attackers by what is removed; the least of a row in bold."""
-    attackers = list(dict.fromkeys(key for group in groups for key in group.removed))
+    """Methods and attackers by what is removed of how many points; the least of a row in bold."""
+    attackers = list(dict.fromkeys(key for group in groups for key in group.head_starts))
     attackers.sort(key=lambda key: list(CLASSES).index(key[1]))
     slowed = any(group.slowed != "–" for group in groups)
     lines = []
     for group in groups:
-        found = group.removed
+        found, stakes = group.removed, group.head_starts
         least = min(found.values(), default=None)
-        cells = [share(found.get(key)) for key in attackers]
+        cells = [
+            share(found.get(key)) + (f" of {round(100 * stakes[key])}".replace("-", "−") if key in stakes else "")
+            for key in attackers
+        ]
         cells = [
             f"**{cell}**" if found.get(key) == least else cell for key, cell in zip(attackers, cells, strict=True)
         ]
@@ -154,15 +165,11 @@ def sentences(groups: list[Group]) -> list[str]:
         "*Removed* is the share of what the released weights give an attacker, beyond the same attack on random "
         "weights, that is gone: 100% where they give nothing more, below 0 where immunization helps.",
     ]
-    under = {
-        f"{named((one['attacker'], one['access']))} ({row['key']['setting']})"
-        for row in rows
-        for one in row["attackers"]
-        if one["head_start"] < LEAST_HEAD_START
-    }
+    stakes = [(group.setting, key, points) for group in groups for key, points in group.head_starts.items()]
+    under = {tuple(pair) for *pair, points in stakes if points < LEAST_HEAD_START}
     said.append(
-        f"Of {'; '.join(sorted(under)) or 'no attacker'} the head start is under {100 * LEAST_HEAD_START:.0f} points, "
-        "so that nothing can be said to be removed."
+        f"Of {len(under)} of {len({tuple(pair) for *pair, _ in stakes})} attackers in these settings the head start is under "
+        f"{100 * LEAST_HEAD_START:.0f} points, so that nothing can be said to be removed."
     )
     for access, words in CLASSES.items():
         known = {group: value for group in groups if (value := group.of_class(access)) is not None and _real(group)}
@@ -262,8 +269,9 @@ def page(groups: list[Group], figure: str) -> str:
     lines += ["`python -m examples.benchmark`.", "", " ".join(sentences(known)), ""]
     lines += [
         *main_table(known),
-        "†: more than a point of benign accuracy lost. –: not attacked, or under ten points at stake. The last",
-        "column is of steps to what the same attack reaches from random weights.",
+        "A cell is the share that is removed of how many points of head start; –: no share can be told, since under",
+        "ten points are at stake. †: more than a point of benign accuracy lost. The last column is of steps to what",
+        "the same attack reaches from random weights.",
     ]
     if adaptive := [group for group in groups if group.adaptive]:
         lines += ["", "## Under attackers who know the method", "", *main_table(adaptive)]

@@ -46,8 +46,8 @@ ROWS = [
 def test_cells_are_means_over_seeds_with_the_least_in_bold_and_lost_accuracy_marked():
     lines = main_table(grouped(ROWS))
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:-1]}
-    assert cells["UNDO (vit_near)"] == ["0, 1", "+0.0", "3", "60%", "**0%**"]
-    assert cells["LEACE as target † (vit_near)"] == ["0", "−5.0", "3", "**90%**", "–"]
+    assert cells["UNDO (vit_near)"] == ["0, 1", "+0.0", "3", "60% of 30", "**0% of 30**"]
+    assert cells["LEACE as target † (vit_near)"] == ["0", "−5.0", "3", "**90% of 30**", "– of 2"]
 
 
 def test_attackers_who_know_the_method_stand_apart_and_steps_beside_the_shares(tmp_path):
@@ -57,16 +57,18 @@ def test_attackers_who_know_the_method_stand_apart_and_steps_beside_the_shares(t
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     main(["--rows", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "page.md")])
     page, _, apart = (tmp_path / "page.md").read_text().partition("## Under attackers who know the method")
-    assert "≥ 2.5 ×" in page and "−10%" in page and "−33%" not in page
-    assert "**−33%**" in apart
+    assert "≥ 2.5 ×" in page and "−10% of 30" in page and "−33%" not in page
+    assert "**−33% of 30**" in apart
 
 
 def test_ten_sentences_prefer_who_keeps_benign_accuracy_and_claim_nothing_without_a_head_start():
     said = sentences(grouped(ROWS))
     assert len(said) == 10
-    assert "UNDO" in said[3] and "60%" in said[3] and "0 of 2 are below" in said[3]  # not the 90 % at a loss, nor the check
+    assert (
+        "UNDO" in said[3] and "60%" in said[3] and "0 of 2 are below" in said[3]
+    )  # not the 90 % at a loss, nor the check
     assert "no method" in said[4] and "LEACE as target † (−5.0)" in said[7]
-    assert "fine-tuning of the last stage (vit_near)" in said[2] and " 0 are among them" in said[9]
+    assert "Of 1 of 2 attackers" in said[2] and " 0 are among them" in said[9]
 
 
 def test_the_page_holds_table_figure_and_the_commands_of_its_rows(tmp_path):
