@@ -167,8 +167,9 @@ def sentences(groups: list[Group]) -> list[str]:
     ]
     stakes = [(group.setting, key, points) for group in groups for key, points in group.head_starts.items()]
     under = {tuple(pair) for *pair, points in stakes if points < LEAST_HEAD_START}
+    every = {tuple(pair) for *pair, _ in stakes}
     said.append(
-        f"Of {len(under)} of {len({tuple(pair) for *pair, _ in stakes})} attackers in these settings the head start is under "
+        f"Of {len(under)} of {len(every)} attackers in these settings the head start is under "
         f"{100 * LEAST_HEAD_START:.0f} points, so that nothing can be said to be removed."
     )
     for access, words in CLASSES.items():
