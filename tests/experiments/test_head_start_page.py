@@ -64,9 +64,7 @@ def test_attackers_who_know_the_method_stand_apart_and_steps_beside_the_shares(t
 def test_ten_sentences_prefer_who_keeps_benign_accuracy_and_claim_nothing_without_a_head_start():
     said = sentences(grouped(ROWS))
     assert len(said) == 10
-    assert (
-        "UNDO" in said[3] and "60%" in said[3] and "0 of 2 are below" in said[3]
-    )  # not the 90 % at a loss, nor the check
+    assert "UNDO" in said[3] and "60%" in said[3] and "0 of 2 are below" in said[3]
     assert "no method" in said[4] and "LEACE as target † (−5.0)" in said[7]
     assert "Of 1 of 2 attackers" in said[2] and " 0 are among them" in said[9]
 
