@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two threads saturate the two cores CI has; more only fight for them.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test docs serve figures house fast test-portable test-lowest test-newest quality style bench cards install install-dev clean
+.PHONY: demo test docs serve figures house fast test-portable test-lowest test-newest test-minimal quality style bench cards install install-dev clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -82,6 +82,13 @@ test-newest:  ## All tests with the newest versions that pyproject.toml admits, 
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-newest/torch.txt -e '.[test]'
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadfile
 
+# What needs no extra, where none is installed.
+test-minimal:  ## Measuring, training and publishing without any extra, in .venv-minimal
+	$(PYTHON) -m venv --clear .venv-minimal
+	.venv-minimal/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest pytest-timeout hypothesis
+	.venv-minimal/bin/python -m pytest -m 'not slow' tests/spectra tests/metrics tests/training/test_step.py \
+		tests/training/test_publishing.py tests/hub/test_push.py tests/hub/test_load.py tests/test_hub_commands.py
+
 quality: install-dev  ## What CI asks of the code's form
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -102,4 +109,4 @@ cards: install  ## The committed cards, written anew from their records
 	for folder in model_cards/*/; do $(BIN)/hf-immunize card $$folder || exit 1; done
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest runs build dist
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-minimal runs build dist

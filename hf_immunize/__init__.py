@@ -6,6 +6,8 @@ Public names load on first use: ``import hf_immunize`` alone imports neither tra
 from importlib import import_module
 from typing import Any
 
+from hf_immunize.errors import named_extras
+
 
 __version__ = "0.1.0"
 
@@ -43,7 +45,8 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'hf_immunize' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    with named_extras():
+        value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

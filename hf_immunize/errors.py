@@ -1,5 +1,8 @@
 """Named errors. Each message says what was expected, what was found and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ImmunizationError(Exception):
     """Base class of every error this library raises on purpose."""
@@ -97,3 +100,26 @@ class HubError(ImmunizationError, OSError):
 
 class WeightsChangedWarning(UserWarning):
     """Weights differ from those that their record describes: its figures are not theirs."""
+
+
+class MissingPackageError(ImmunizationError, ImportError):
+    """A package of an extra is not installed; the message has the command that installs it."""
+
+
+# Package -> the extra that brings it. Training and measuring need none of them.
+_EXTRAS = {"matplotlib": "plots", "peft": "audit", "scipy": "audit", "sklearn": "audit"}
+
+
+@contextmanager
+def named_extras() -> Iterator[None]:
+    """Within it, a package that an extra would have brought is missed by the name of that extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        raise MissingPackageError(
+            f"Expected the package {package}, found it not installed. Install what brings it: "
+            f"pip install 'hf-immunize[{_EXTRAS[package]}]'"
+        ) from error

@@ -14,9 +14,10 @@ import pytest
 import yaml
 from hub_server import USER
 
+import hf_immunize
 from hf_immunize import __version__
 from hf_immunize.cli import main as cli
-from hf_immunize.errors import DataError
+from hf_immunize.errors import DataError, MissingPackageError
 
 
 sys.path.insert(0, str(Path(__file__).parent / "hub"))
@@ -241,6 +242,23 @@ def test_what_a_machine_or_a_person_does_ends_in_a_sentence(typed, monkeypatch, 
     code, text = typed("train")
     assert code == (130 if isinstance(error, KeyboardInterrupt) else 2)
     assert text.strip() and str(error) in text
+
+
+@pytest.mark.parametrize("package, extra", [("scipy.special", "audit"), ("matplotlib", "plots")])
+def test_a_package_that_an_extra_brings_is_missed_with_the_command_that_installs_it(
+    typed, monkeypatch, package, extra
+):
+    missing = ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    def fail(*words):
+        raise missing
+
+    monkeypatch.setattr("hf_immunize.cli.train.run_train", fail)
+    code, text = typed("train")
+    assert code == 2 and text.rstrip().endswith(f"pip install 'hf-immunize[{extra}]'")
+    monkeypatch.setattr("hf_immunize.import_module", fail)
+    with pytest.raises(MissingPackageError, match=extra):
+        hf_immunize.__getattr__("AuditReport")
 
 
 def test_other_errors_keep_their_traceback(typed, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -86,6 +87,13 @@ def test_the_terminal_has_what_is_read_first_and_the_card_the_rest(finished, cap
     shown = {name for name, *_ in metric_rows(results["before"], results["after"]) if f"{name} " in said}
     assert {"benign accuracy", "steps of a harmful probe", INTERCEPT_ROW} <= shown
     assert "κ" not in said and "rank" not in said and "log10 κ" in card and "rank" in card
+
+
+def test_without_matplotlib_there_is_no_figure_and_all_the_rest(images, model, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run_train(flags(model, tmp_path, "--dataset", images, *HARMFUL))
+    assert "pip install 'hf-immunize[plots]'" in caplog.text
+    assert not (tmp_path / "spectra.png").exists() and (tmp_path / "model.safetensors").exists()
 
 
 def test_resumes(finished, images, model):

@@ -17,7 +17,7 @@ from hf_immunize import __version__
 from hf_immunize.cli.audit import audit
 from hf_immunize.cli.ceiling import ceiling
 from hf_immunize.cli.hub import card, push, verify
-from hf_immunize.errors import ArgumentError, ImmunizationError
+from hf_immunize.errors import ArgumentError, ImmunizationError, named_extras
 from hf_immunize.text import printable
 
 
@@ -91,7 +91,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # of every loader on a machine without a GPU
     try:
         _check_words(sys.argv[1:])
-        app()
+        with named_extras():
+            app()
     except SystemExit as stop:
         if stop.code == 130:
             typer.secho("Interrupted. What was finished and saved is whole.", err=True, fg="red")

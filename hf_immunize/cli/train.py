@@ -21,7 +21,7 @@ from transformers.utils import logging
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.sources import HeldOut, Parts, choose, divide, divide_classes
 from hf_immunize.data.views import to_distil_on
-from hf_immunize.errors import ArgumentError, DataError, ImmunizationError
+from hf_immunize.errors import ArgumentError, DataError, ImmunizationError, MissingPackageError
 from hf_immunize.files import check_writable, write_whole
 from hf_immunize.hub.card import INTERCEPT_ROW, metric_rows, summary_sentence
 from hf_immunize.hub.collect import describe_base_model, is_hub_id
@@ -369,17 +369,22 @@ def write_outputs(folder: Path, trainer: ImmunizationTrainer, results: dict[str,
     """Figure, checkpoint and record, results as JSON, a card, and a table in the terminal."""
     first = trainer.is_world_process_zero()
     if first:
-        figure, (axes,) = new_figure(1)
-        draw_spectra(axes, trainer.last_spectra)
-        save_figure(figure, folder / "spectra.png")
-        trainer.evidence.figures = ["spectra.png"]
+        try:
+            figure, (axes,) = new_figure(1)
+        except MissingPackageError as error:
+            logger.warning(f"There is no figure of the spectra. {error}")
+        else:
+            draw_spectra(axes, trainer.last_spectra)
+            save_figure(figure, folder / "spectra.png")
+            trainer.evidence.figures = ["spectra.png"]
     trainer.save_model()
     if first:
         write_whole(folder / "results.json", json.dumps(results, indent=2))
         trainer.create_model_card()
         print_table(results)
+        made = "record, card and figure" if trainer.evidence.figures else "record and card"
         Console(soft_wrap=True).print(
-            f"\n{results['summary']}\n\nCheckpoint, record, card and figure: {folder}/\nSee what an attacker can "
+            f"\n{results['summary']}\n\nCheckpoint, {made}: {folder}/\nSee what an attacker can "
             f"still learn (about an hour; with --quick, minutes):\n{audit}",
             highlight=False,
             markup=False,

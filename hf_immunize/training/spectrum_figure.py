@@ -17,7 +17,7 @@ from transformers.utils import logging
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.images import ImageRows
 from hf_immunize.data.sources import choose
-from hf_immunize.errors import ArgumentError, CheckpointError, NonFiniteError, RankError
+from hf_immunize.errors import ArgumentError, CheckpointError, NonFiniteError, RankError, named_extras
 from hf_immunize.features.cache import seeded
 from hf_immunize.features.extract import Measurement, extract, load_measurements, save_measurements, spectral_metrics
 from hf_immunize.files import staged_directory
@@ -41,8 +41,9 @@ STYLES = {"before": "--", "after": "-"}
 
 def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
     """A figure with panels in one row, drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with named_extras():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * panels, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -111,6 +112,7 @@ class SpectrumFigureCallback(TrainerCallback):
     Raises:
         ArgumentError: For impossible values or no images; when training begins, for weights sharded over processes.
         DataError: If a dataset is empty or has no images.
+        MissingPackageError: Without matplotlib, which ``hf-immunize[plots]`` brings.
         CheckpointError: When training begins, if the starting spectra cannot be written. A figure that cannot be
             written later on is passed over with a warning.
 
@@ -134,6 +136,7 @@ class SpectrumFigureCallback(TrainerCallback):
         self._data = {side: _sample(data, side, max_samples) for side, data in given.items() if data is not None}
         if not self._data:
             raise ArgumentError("Expected benign= or harmful= images to draw spectra of, found neither. Give some.")
+        new_figure(1)  # in vain, so that a package that is missing costs no training
         self.batch_size, self.head_module = batch_size, head_module
         self._references: dict[str, Measurement] = {}
 

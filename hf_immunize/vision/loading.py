@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from hf_immunize.errors import HeadError, WeightsError
+from hf_immunize.errors import HeadError, WeightsError, named_extras
 from hf_immunize.vision.bare import (
     HEAD_CONFIG_FILE,
     HUB_OPTIONS,
@@ -250,7 +250,8 @@ def _load_plain(kind: Any, source: str, new_head: bool, **options: Any) -> PreTr
 
 
 def _load_adapted(source: str, hub: dict[str, Any], **options: Any) -> PreTrainedModel:
-    from peft import PeftConfig, PeftModel  # which takes a second
+    with named_extras():
+        from peft import PeftConfig, PeftModel  # which takes a second
 
     adapter = PeftConfig.from_pretrained(source, **hub)
     base = adapter.base_model_name_or_path

@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_immunize import SpectrumFigureCallback
-from hf_immunize.errors import ArgumentError, CheckpointError, DataError
+from hf_immunize.errors import ArgumentError, CheckpointError, DataError, MissingPackageError
 from hf_immunize.spectra.conditioning import feature_conditioning
 from hf_immunize.training import spectrum_figure
 from hf_immunize.vision.head import penultimate_features
@@ -40,6 +40,12 @@ def spectra(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(b""))
     monkeypatch.setattr(spectrum_figure, "draw_spectra", lambda axes, each: (drawn.append(each), draw(axes, each)))
     return drawn
+
+
+def test_a_missing_matplotlib_is_named_before_any_training(figures, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingPackageError, match="plots"):
+        figures()
 
 
 def sigmas(model, rows):
