@@ -192,9 +192,9 @@ def sentences(groups: list[Group]) -> list[str]:
         for key in [min(group.removed, key=group.removed.__getitem__)]
     ]
     said.append(f"What breaks each, in bold: {'; '.join(breaks)}.")
-    lost = [f"{group.title} ({signed(group.benign)})" for group in groups if group.benign < -KEPT]
+    lost = [f"{group.title} ({group.setting}: {_change(group)})" for group in groups if group.benign < -KEPT]
     said.append(
-        f"Benign accuracy is lost by more than a point by {', '.join(lost) or 'none'}"
+        f"Benign accuracy came out more than a point lower with {', '.join(lost) or 'none'}"
         f"{', marked †: what these remove is no gain, since a model that knows nothing removes all' * bool(lost)}."
     )
     spent = [row["seconds"].get("immunizing", 0.0) for row in rows]
@@ -222,6 +222,12 @@ def _of_core(row: dict[str, Any], settings: set[str]) -> bool:
 def _real(group: Group) -> bool:
     """Whether it is a method, and not the check that nothing is removed from the starting model itself."""
     return group.rows[0]["title"] != "unchanged"
+
+
+def _change(group: Group) -> str:
+    """The change of benign accuracy, of a single row with its interval over images."""
+    ends = group.rows[0]["benign"]["interval"]
+    return signed(group.benign) + (f", {' to '.join(map(signed, ends))}" if len(group.rows) == 1 else "")
 
 
 def _ends(group: Group, access: str) -> str:
@@ -272,8 +278,8 @@ def page(groups: list[Group], figure: str) -> str:
     lines += [
         *main_table(known),
         "A cell is the share that is removed of how many points of head start; –: no share can be told, since under",
-        "ten points are at stake, or since test images and seeds leave open whether any are. †: more than a point of",
-        "benign accuracy lost. The last column is of steps to what the same attack reaches from random weights.",
+        "ten points are at stake, or since test images and seeds leave open whether any are. †: benign accuracy came",
+        "out more than a point lower. The last column is of steps to what the same attack reaches from random weights.",
     ]
     if adaptive := [group for group in groups if group.adaptive]:
         lines += ["", "## Under attackers who know the method", "", *main_table(adaptive)]

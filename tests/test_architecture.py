@@ -12,6 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from hf_immunize.errors import _EXTRAS
+
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_immunize"
@@ -80,9 +82,18 @@ def _opens_text(call):
 # ---- dependencies: declared, bounded and pinned ----
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DECLARED = {canonicalize_name(one.name): one for one in map(Requirement, PROJECT["dependencies"])}
 EXTRAS = PROJECT["optional-dependencies"]
-TOOLS = {canonicalize_name(one.name): one for one in map(Requirement, [*EXTRAS["test"], *EXTRAS["docs"]])}
+
+
+def declared(*lists):
+    """Requirements by their names, without those that an extra takes from another."""
+    found = {canonicalize_name(one.name): one for each in lists for one in map(Requirement, each)}
+    return {name: one for name, one in found.items() if name != PROJECT["name"]}
+
+
+OPTIONAL = declared(EXTRAS["plots"], EXTRAS["audit"])
+DECLARED = declared(PROJECT["dependencies"]) | OPTIONAL
+TOOLS = declared(EXTRAS["test"], EXTRAS["docs"])
 PINS = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] not in "#"]
 PINNED = {canonicalize_name(name): version for name, version in (line.split("==") for line in PINS)}
 
@@ -94,6 +105,13 @@ def test_what_the_package_imports_is_declared():
     owners = packages_distributions()
     found = {canonicalize_name(owner) for name in names for owner in owners.get(name, [name])[:1]}
     assert len(found) > 10 and found <= DECLARED.keys()
+
+
+def test_what_an_extra_brings_is_named_where_it_is_missed():
+    owners = packages_distributions()
+    assert {canonicalize_name(owners[package][0]) for package in _EXTRAS} == OPTIONAL.keys()
+    for package, extra in _EXTRAS.items():
+        assert canonicalize_name(owners[package][0]) in declared(EXTRAS[extra])
 
 
 @pytest.mark.parametrize("name", [*DECLARED, *TOOLS])

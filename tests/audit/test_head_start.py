@@ -102,33 +102,33 @@ def test_of_more_seeds_on_the_model_than_random_copies_the_share_keeps_an_interv
     assert few.removed > 0.8 and not few.claimed
 
 
-def test_cost_is_the_steps_to_what_random_weights_reach_with_their_whole_budget():
-    halves = {"random": (0.3, 300), "reference": (0.8, 10), "immunized": (0.8, 1000)}
-    runs = [
+HALVES = {"random": (0.3, 300), "reference": (0.8, 10), "immunized": (0.8, 1000)}
+
+
+def curves(attacker):
+    return [
         one
-        for subject, (best, half) in halves.items()
-        for one in attack("adamw", "head_input", subject, best, half=half)
+        for subject, (best, half) in HALVES.items()
+        for one in attack(attacker, "head_input", subject, best, half=half)
     ]
-    (one,) = costs(make(runs))
-    random = [run for run in make(runs).outcomes if run.subject == "random"]
+
+
+@pytest.mark.parametrize(("attacker", "counted"), [("adamw", "steps"), ("few_images", "images")])
+def test_cost_is_what_it_takes_to_reach_what_random_weights_do_with_their_whole_budget(attacker, counted):
+    data = make(curves(attacker))
+    (one,) = costs(data)
+    random = [run for run in data.outcomes if run.subject == "random"]
     first = [run.steps[run.curve.index(max(run.curve))] for run in random]
     assert one.target == pytest.approx(0.3, abs=0.02) and one.random_steps == pytest.approx(np.mean(first))
-    assert one.reference_steps == 10 and one.immunized_steps == 1000 and not one.is_bound
-    assert costs(make(runs[5:])) == []
+    assert (one.counted, one.reference_steps, one.immunized_steps, one.is_bound) == (counted, 10, 1000, False)
+    assert costs(make(curves(attacker)[5:])) == []
 
 
-def test_labelled_images_are_a_cost_and_no_steps():
-    halves = {"random": (0.3, 300), "reference": (0.8, 10), "immunized": (0.8, 1000)}
-    runs = [
-        one
-        for subject, (best, half) in halves.items()
-        for one in attack("few_images", "head_input", subject, best, half=half)
-    ]
-    data = make(runs)
-    (one,) = costs(data)
-    assert (one.counted, one.reference_steps, one.immunized_steps) == ("images", 10, 1000)
-    assert steps_ratios(data) == [] and all(one.closed_form and not one.budget for one in summarize(data))
-    assert of_class(summarize(data), "immunized", "harmful", "head_input") == []
+def test_labelled_images_are_no_steps_and_never_the_strongest_attack():
+    summaries = summarize(make(curves("few_images")))
+    assert steps_ratios(make(curves("few_images"))) == []
+    assert all(one.closed_form and not one.budget for one in summaries)
+    assert of_class(summaries, "immunized", "harmful", "head_input") == []
 
 
 # ---- what is said of it
