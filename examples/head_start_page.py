@@ -279,7 +279,7 @@ def page(groups: list[Group], figure: str) -> str:
         *main_table(known),
         "A cell is the share that is removed of how many points of head start; –: no share can be told, since under",
         "ten points are at stake, or since test images and seeds leave open whether any are. †: benign accuracy came",
-        "out more than a point lower. The last column is of steps to what the same attack reaches from random weights.",
+        "out more than a point lower. The last column: steps to what the same attack reaches from random weights.",
     ]
     if adaptive := [group for group in groups if group.adaptive]:
         lines += ["", "## Under attackers who know the method", "", *main_table(adaptive)]

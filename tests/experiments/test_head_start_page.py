@@ -25,7 +25,7 @@ def row(title, removed, benign=0.0, seed=0, setting="vit_near"):
     return {
         "title": title,
         "key": key | {"preset": {"name": "quick", "version": 5}},
-        "benign": {"difference": benign},
+        "benign": {"difference": benign, "interval": [benign - 0.01, benign + 0.01]},
         "seconds": {"immunizing": 3.0, "audit": 5.0},
         "attackers": attackers,
         "removed": {"any_layer": None, **best},
@@ -65,7 +65,7 @@ def test_ten_sentences_prefer_who_keeps_benign_accuracy_and_claim_nothing_withou
     said = sentences(grouped(ROWS))
     assert len(said) == 10
     assert "UNDO" in said[3] and "60%" in said[3] and "0 of 2 are below" in said[3]
-    assert "no method" in said[4] and "LEACE as target † (−5.0)" in said[7]
+    assert "no method" in said[4] and "LEACE as target † (vit_near: −5.0, −6.0 to −4.0)" in said[7]
     assert "Of 1 of 2 attackers" in said[2] and " 0 are among them" in said[9]
 
 
