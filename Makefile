@@ -25,7 +25,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
-demo: install  ## Immunize a small ViT on handwritten digits; results in runs/demo/
+demo: install  ## Immunize a small ResNet on handwritten digits; results in runs/demo/
 	$(BIN)/hf-immunize demo --output-dir runs/demo
 
 # Two processes of one thread each are faster than one of two: most tests are too small to share out.

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import ViTForImageClassification, ViTImageProcessorPil
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_immunize import verify
 from hf_immunize.audit.statistics import paired_utility
@@ -96,13 +96,13 @@ def test_demo_slows_harmful_probes_alone_and_keeps_benign_accuracy(demo, seed):
         for side, each in results["probing"].items()
     }
     # Above chance; the benign digits are the control.
-    assert probing["harmful"][1] <= 0.7 * probing["harmful"][0] and probing["benign"][1] >= 0.95 * probing["benign"][0]
-    assert after["eval_intercept_rir"] >= 3 and before["eval_intercept_rir"] == pytest.approx(1)
-    assert after["eval_accuracy"] >= before["eval_accuracy"] - 0.03
-    model = ViTForImageClassification.from_pretrained(folder)
-    rows = decoded(digit_splits(seed)[0]["test"], ViTImageProcessorPil.from_pretrained(folder))
+    assert probing["harmful"][1] <= 0.5 * probing["harmful"][0] and probing["benign"][1] >= 0.95 * probing["benign"][0]
+    assert after["eval_intercept_rir"] >= 100 and before["eval_intercept_rir"] == pytest.approx(1)
+    assert after["eval_accuracy"] >= before["eval_accuracy"] - 0.02
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    rows = decoded(digit_splits(seed)[0]["test"], AutoImageProcessor.from_pretrained(folder))
     torch.manual_seed(seed)
-    kept, untrained = (hits(one, rows).double().mean() for one in (model, ViTForImageClassification(model.config)))
+    kept, untrained = (hits(one, rows).double().mean() for one in (model, type(model)(model.config)))
     assert kept == pytest.approx(after["eval_accuracy"])
     assert kept > 0.9 and untrained < 0.5
 

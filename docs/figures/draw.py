@@ -153,9 +153,9 @@ def demo(folder):
     """What linear probes read of the demo's held-out digits, before immunization and after."""
     from transformers import AutoModelForImageClassification
 
-    from hf_immunize.cli.demo import ViTProcessor, decoded, digit_splits, probe
+    from hf_immunize.cli.demo import decoded, digit_splits, new_processor, probe
 
-    processor = ViTProcessor(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = new_processor()
     models = [AutoModelForImageClassification.from_pretrained(path) for path in (folder / "before", folder)]
     figure, axes = panels(2, sharey=True)
     tasks = zip(axes, ("benign", "harmful"), ("0 to 4", "5 to 9"), (BENIGN, HARMFUL), digit_splits(0), strict=True)

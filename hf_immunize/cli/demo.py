@@ -20,8 +20,15 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import one_hot
-from transformers import PreTrainedModel, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
-from transformers import ViTImageProcessorPil as ViTProcessor
+from transformers import (
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers import ViTImageProcessorPil as Processor
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
@@ -45,6 +52,8 @@ Rows = list[dict[str, Any]]
 PROBE_STEPS = 1000
 # Digits below it are benign.
 FIRST_HARMFUL = 5
+# The digits are of 8 by 8 pixels; a ResNet halves its images twice before its first block.
+IMAGE_SIZE = 16
 CHANCE = 0.2
 # From so many times the steps on, gradient descent counts as slowed.
 SLOWED = 2
@@ -85,7 +94,13 @@ def digit_splits(seed: int) -> tuple[datasets.DatasetDict, datasets.DatasetDict]
     return split_benign_harmful(parts, [str(digit) for digit in range(FIRST_HARMFUL, 10)])
 
 
-def decoded(data: datasets.Dataset, processor: ViTProcessor) -> Rows:
+def new_processor() -> Processor:
+    """The image processor of the demo's model."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return Processor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def decoded(data: datasets.Dataset, processor: Processor) -> Rows:
     """Images decoded and processed once: decoding them anew every epoch would take longer than the network."""
     rows = ImageRows(data, "digits", "image", "label")
     batch = ImageCollator(processor)([rows[index] for index in range(len(rows))])
@@ -93,11 +108,12 @@ def decoded(data: datasets.Dataset, processor: ViTProcessor) -> Rows:
 
 
 def shifted(rows: Rows) -> Rows:
-    """Each image and its shifts by one pixel, so that training on a few hundred images carries over to others."""
-    padded = [(row, torch.nn.functional.pad(row["pixel_values"], (1, 1, 1, 1), value=-1.0)) for row in rows]
+    """Each image and its shifts by an eighth, so that training on a few hundred images carries over to others."""
+    by = IMAGE_SIZE // 8
+    padded = [(row, torch.nn.functional.pad(row["pixel_values"], (by,) * 4, value=-1.0)) for row in rows]
     return [
-        {**row, "pixel_values": image[:, top : top + 8, left : left + 8].contiguous()}
-        for top, left in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
+        {**row, "pixel_values": image[:, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE].contiguous()}
+        for top, left in ((by, by), (0, by), (2 * by, by), (by, 0), (by, 2 * by))
         for row, image in padded
     ]
 
@@ -119,18 +135,14 @@ class _Bars(ProgressCallback):
         """Print nothing."""
 
 
-def train_benign(folder: Path, benign: Rows, seed: int) -> ViTForImageClassification:
-    """A small ViT trained on the benign digits with a plain Trainer."""
+def train_benign(folder: Path, benign: Rows, seed: int) -> ResNetForImageClassification:
+    """A small ResNet trained on the benign digits with a plain Trainer."""
     set_seed(seed)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
     names = {digit: str(digit) for digit in range(FIRST_HARMFUL)}
     labels = {"id2label": names, "label2id": {name: digit for digit, name in names.items()}}
-    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, **sizes, **labels))
-    # A final LayerNorm maps all images, whatever the task, into one affine plane: with a bias near zero, as short
-    # training leaves it, the direction across that plane is almost empty and pins κ of both tasks at the same value.
-    # Long-trained ViTs have a bias of the order of one.
-    torch.nn.init.normal_(model.vit.layernorm.bias, std=0.5)
-    rates: dict[str, Any] = {"max_steps": 800, "learning_rate": 4e-3, "warmup_steps": 80}
+    sizes: dict[str, Any] = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(**sizes, **labels))
+    rates: dict[str, Any] = {"max_steps": 800, "learning_rate": 3e-3, "warmup_steps": 80}
     arguments = TrainingArguments(str(folder), **rates, seed=seed, remove_unused_columns=False, **_TRAINING)
     trainer = Trainer(model, arguments, train_dataset=shifted(benign), data_collator=ImageCollator())
     trainer.remove_callback(ProgressCallback)
@@ -142,8 +154,8 @@ def train_benign(folder: Path, benign: Rows, seed: int) -> ViTForImageClassifica
 def immunizer(
     folder: Path, seed: int, model: PreTrainedModel, benign: dict[str, Rows], harmful: dict[str, Rows], processor: Any
 ) -> ImmunizationTrainer:
-    """The Trainer with its default method; all of so small a net is trainable, and digits are much alike."""
-    method: dict[str, Any] = {"trainable": "all", "learning_rate": 2e-3, "harmful_weight": 1.0, "max_steps": 1500}
+    """The Trainer with its default method; all of so small a network is trainable, at a high rate."""
+    method: dict[str, Any] = {"trainable": "all", "learning_rate": 4e-3, "max_steps": 1500}
     trainer = ImmunizationTrainer(
         model,
         ImmunizationArguments(str(folder), **method, seed=seed, **_TRAINING),
@@ -298,20 +310,20 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
-    """Train a small ViT on benign digits, immunize it against the harmful ones, measure, and report."""
+    """Train a small ResNet on benign digits, immunize it against the harmful ones, measure, and report."""
     logging.set_verbosity_error()  # the table at the end is the log
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     folder = Path(output_dir)
     check_writable(folder, "--output-dir")
     console = Console(highlight=False, soft_wrap=True)
-    processor = ViTProcessor(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = new_processor()
     splits = digit_splits(seed)
     benign, harmful = ({name: decoded(data, processor) for name, data in side.items()} for side in splits)
     console.print(
         f"Digits 0-4 are benign ({len(benign['train'])} images to train on, {len(benign['test'])} held out), 5-9 "
-        f"harmful ({len(harmful['train'])} and {len(harmful['test'])}).\n\n[bold]1/3[/] Training a small ViT on the "
-        "benign digits"
+        f"harmful ({len(harmful['train'])} and {len(harmful['test'])}).\n\n[bold]1/3[/] Training a small ResNet on "
+        "the benign digits"
     )
     model = train_benign(folder, benign["train"], seed)
     model.save_pretrained(folder / "before")  # the reference that an audit needs
@@ -326,7 +338,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Any]:
         name: (probe(reference, side), probe(model, side)) for name, side in (("benign", benign), ("harmful", harmful))
     }
     old, new = probed["harmful"]
-    names = ["a ViT of three layers trained on the benign digits"]
+    names = ["a ResNet of two blocks trained on the benign digits"]
     names += ["scikit-learn digits 0 to 4", "scikit-learn digits 5 to 9"]
     parts = {"benign_train": benign["train"], "harmful_train": harmful["train"]}
     parts |= {"benign_eval": benign["test"], "harmful_eval": harmful["test"]}
@@ -383,7 +395,7 @@ def draw(path: Path, spectra: Any, distances: dict[tuple[str, str], Tensor], old
     draw_curves(axes[2], curves, title="Probing: held-out harmful digits", ylabel="accuracy")
     for probing, colour, moment in ((old, "0.6", "before"), (new, "0.2", "after")):
         axes[2].axhline(probing.least_squares, color=colour, linestyle=":", label=f"least squares, {moment}")
-    axes[2].legend(frameon=False, loc="lower right")
+    axes[2].legend(frameon=False, loc="center right")
     save_figure(figure, path)
 
 

@@ -50,7 +50,7 @@ def demo(
 ) -> None:
     """Immunize a small model on handwritten digits: two minutes, no network.
 
-    Trains a small ViT on the handwritten digits 0 to 4 (scikit-learn), immunizes it against the digits 5 to 9,
+    Trains a small ResNet on the handwritten digits 0 to 4 (scikit-learn), immunizes it against the digits 5 to 9,
     measures both tasks exactly, attacks the harmful one by linear probing, and says in one sentence what was achieved.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
