@@ -234,12 +234,6 @@ def _classes(rows: Any) -> list[Any] | None:
     return stored_labels(rows.dataset, rows.label_column) if known else None
 
 
-def uncovered(benign: Any, num_labels: int) -> int:
-    """How many of a classifier's classes no benign image is of; 0 where that is not known."""
-    shown = _classes(benign)
-    return num_labels - len({*shown} & {*range(num_labels)}) if shown else 0
-
-
 def _unseen(trained: Any, measured: Any) -> list[str]:
     """Whether benign images are measured of classes that none of those trained on is of."""
     shown, asked = _classes(trained), _classes(measured)
@@ -249,7 +243,7 @@ def _unseen(trained: Any, measured: Any) -> list[str]:
     return [
         f"{count} of {len(asked)} benign evaluation images are of classes that no benign training image is of "
         f"({len(missing)} of {len(set(asked))}): nothing holds what the model knows of them, and their accuracy may "
-        "fall. Give benign images of every class."
+        "fall. Give benign images of every class, or set harmful_distillation_weight=1."
     ]
 
 

@@ -130,8 +130,6 @@ class ImmunizationStep:
         # With a cached trunk, batches hold its activations, and within this context the model runs from them.
         self.replayed: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
         self.choice: Choice | None = None
-        # Classes of the classifier that no benign image is of, as far as whoever has the data says.
-        self.uncovered = 0
         self._plain_model = model
         self._objective = objective
         self.weighting = Weighting(self.method, (objective or OBJECTIVES[self.method.objective]).weight)
@@ -263,7 +261,7 @@ class ImmunizationStep:
             now = torch.cat([passed.features[passed.sides[side]] for side in kept])
             parts["feature_error"] = feature_error(now, start_features)
             loss = parts["kl"] + self.method.feature_distillation_weight * parts["feature_error"]
-            if weight := self.harmful_distillation_weight:
+            if weight := self.method.harmful_distillation_weight:
                 start = self._started(batch, "harmful")[1]
                 parts["harmful_kl"] = logit_divergence(passed.logits[passed.sides["harmful"]], start)
                 loss = loss + weight * parts["harmful_kl"]
@@ -272,14 +270,6 @@ class ImmunizationStep:
             moved = process_mean(total_variation(logits[:count].detach(), start_logits[:count]))
             parts["total_variation"], spent = moved, moved / self.method.benign_budget
         return loss, parts, spent
-
-    @property
-    def harmful_distillation_weight(self) -> float:
-        """What "auto" comes to; 0 where no starting model is distilled from."""
-        asked = self.method.harmful_distillation_weight
-        if self.method.benign_loss == "task":
-            return 0.0
-        return float(asked) if asked != "auto" else 1.0 if self.uncovered else 0.0
 
     def _started(self, batch: dict[str, Any], *sides: str) -> tuple[Tensor, Tensor]:
         """Features and logits of the starting model for some sides, stored or computed."""

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from hf_immunize.data.images import ImageCollator, StreamedRows
-from hf_immunize.data.pairs import PairedCollator, PairedDataset, degenerate_sides, uncovered
+from hf_immunize.data.pairs import PairedCollator, PairedDataset, degenerate_sides
 from hf_immunize.errors import ArgumentError, CheckpointError, DataError
 from hf_immunize.features.cache import TrunkCache, open_or_write
 from hf_immunize.features.extract import Measurement, of_side, run_batches, spectral_metrics
@@ -197,13 +197,11 @@ class ImmunizationTrainer(Trainer):
         share = None if found is None else found.separability
         sides = "" if share is None else f"; {share:.0%} of a sample are separable at the classifier's input"
         head = "by name" if args.head_module else "the only linear layer that gives the logits"
-        lost = f"{self._step.uncovered} of the classifier's classes have no benign image"
         same = "by default as many as benign ones" if args.harmful_batch_size is None else "as asked"
         return {
             "objective": f"{args.objective}{sides}",
             "head_module": f"{self._step.head_name}: {head}",
             "trainable": f"{len(self._moving)} parameters: trainable={args.trainable!r}",
-            "harmful_distillation_weight": f"{self._step.harmful_distillation_weight:g}: {lost}",
             "harmful_batch_size": f"{args.batch_sizes.harmful}: {same}",
         }
 
@@ -319,7 +317,7 @@ class ImmunizationTrainer(Trainer):
         stored: dict[str, Any] = dict(zip(sides, open_or_write(*caches), strict=True))
         self._step.replayed = split.replayed
         self.model.to(args.device)
-        kept = ["benign", "distillation", *["harmful"] * bool(self._step.harmful_distillation_weight)]
+        kept = ["benign", "distillation", *["harmful"] * bool(args.harmful_distillation_weight)]
         kept = [side for side in kept if self._step.start is not None and side in stored]
         values = sum(len(stored[side]) for side in kept) * (self._step.head.in_features + self._step.head.out_features)
         for side in kept if values <= _MOST_VALUES else ():
@@ -631,7 +629,6 @@ class ImmunizationTrainer(Trainer):
             self._measure_references()
         if isinstance(self.train_dataset, PairedDataset):
             self._step.replayed = nullcontext  # of an earlier call
-            self._step.uncovered = uncovered(self.train_dataset.benign, self._step.head.out_features)
             self._step.prepare(self._sample)
             self._trunk = self._find_trunk()
             if self.is_world_process_zero():

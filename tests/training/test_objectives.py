@@ -402,11 +402,5 @@ def test_a_run_looks_before_its_first_step_whatever_the_batch_and_says_so_in_the
     run.evaluate()
     run.save_model(str(tmp_path / "model"))
     choices = read_record(tmp_path / "model").method.settings["choices"]
-    assert set(choices) == {
-        "objective",
-        "head_module",
-        "trainable",
-        "harmful_distillation_weight",
-        "harmful_batch_size",
-    }
+    assert set(choices) == {"objective", "head_module", "trainable", "harmful_batch_size"}
     assert f"{found[0].separability:.0%}" in choices["objective"]

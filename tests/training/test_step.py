@@ -1,6 +1,5 @@
 """A step's loss, weights and gradients are what they are said to be, and the benign side is held where it started."""
 
-import datasets
 import pytest
 import torch
 from hypothesis import given
@@ -359,47 +358,25 @@ def test_distillation_on_unlabelled_images_enters_the_loss(trainer, images):
     assert logs[0][0]["kl"] == logs[1][0]["kl"] == 0 and logs[0][-1]["kl"] != logs[1][-1]["kl"]
 
 
-@pytest.mark.parametrize(
-    ("asked", "uncovered", "benign_loss", "weight"),
-    [
-        ("auto", 0, "distillation", 0.0),
-        ("auto", 3, "distillation", 1.0),
-        (0.5, 0, "both", 0.5),
-        (0.0, 3, "distillation", 0.0),
-        ("auto", 3, "task", 0.0),
-    ],
-)
-def test_logits_on_harmful_images_count_as_asked_or_where_classes_have_no_benign_image(
-    asked, uncovered, benign_loss, weight, tiny
-):
+@pytest.mark.parametrize(("benign_loss", "weight"), [("distillation", 1.0), ("both", 0.5), ("task", 1.0)])
+def test_logits_on_harmful_images_count_as_asked_where_anything_is_distilled(benign_loss, weight, tiny):
     draw = torch.Generator().manual_seed(0)
     batch = {side: {"pixel_values": torch.randn(4, 3, 8, 8, generator=draw)} for side in ("benign", "harmful")}
     batch["benign"]["labels"] = torch.tensor([0, 1, 0, 1])
-    model, found = tiny("vit").eval(), []
+    model = tiny("vit").eval()
     start = model(pixel_values=batch["harmful"]["pixel_values"]).logits.detach()
     moving, options = select_trainable(model, "last_stage"), FIXED | {"benign_loss": benign_loss}
     steps = [
         ImmunizationStep(model, Method(harmful_distillation_weight=each, **options), moving=moving)
-        for each in (0.0, asked)
+        for each in (0.0, weight)
     ]
     with torch.no_grad():
         find_head(model)[1].weight.mul_(1.5).add_(0.1)
-    for step in steps:
-        step.uncovered = uncovered
-        found.append(step(model, batch, step=0))
+    without, found = (step(model, batch, step=0) for step in steps)
     moved = logit_divergence(model(pixel_values=batch["harmful"]["pixel_values"]).logits, start).item()
-    assert moved > 1e-3 and ("harmful_kl" in found[1].logged) == (weight > 0)
-    assert (found[1].loss - found[0].loss).item() == pytest.approx(weight * moved, abs=1e-5)
-
-
-@pytest.mark.parametrize(("classes", "uncovered"), [((0, 1), 0), ((0,), 1), (None, 0)])
-def test_the_trainer_counts_the_classes_that_no_benign_image_is_of(classes, uncovered, trainer, images):
-    rows = [{k: v for k, v in row.items() if classes or k != "labels"} for row in images(16)]
-    rows = [row for row in rows if not classes or row["labels"] in classes]
-    run = trainer(train_dataset=datasets.Dataset.from_list(rows).with_format("torch"), benign_loss="distillation")
-    logs = train_logs(run)
-    assert ("harmful_kl" in logs[-1]) == bool(uncovered)
-    assert run.choices["harmful_distillation_weight"].startswith(f"{min(uncovered, 1)}: {uncovered} of")
+    counted = 0.0 if benign_loss == "task" else weight * moved
+    assert moved > 1e-3 and ("harmful_kl" in found.logged) == (counted > 0)
+    assert (found.loss - without.loss).item() == pytest.approx(counted, abs=1e-5)
 
 
 @pytest.mark.outcome
