@@ -243,7 +243,7 @@ def _unseen(trained: Any, measured: Any) -> list[str]:
     return [
         f"{count} of {len(asked)} benign evaluation images are of classes that no benign training image is of "
         f"({len(missing)} of {len(set(asked))}): nothing holds what the model knows of them, and their accuracy may "
-        "fall. Give benign images of every class, or set harmful_distillation_weight=1."
+        "fall. Give benign images of every class."
     ]
 
 

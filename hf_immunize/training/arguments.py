@@ -41,7 +41,6 @@ class Method:
     objective: str = DEFAULT
     benign_loss: str = "distillation"
     feature_distillation_weight: float = 20.0
-    harmful_distillation_weight: float = 0.0
     benign_budget: float | None = None
     benign_weight: str | float = "auto"
     harmful_weight: str | float = "auto"
@@ -104,7 +103,6 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "benign_budget": (lambda x: 0 < x < MAX_TV_PER_IMAGE, f"above 0 and below {MAX_TV_PER_IMAGE:g}, or None"),
     "auto_weight_ratio": (lambda x: x >= 0, "of at least 0 (typically 0.1 to 1)"),
     "feature_distillation_weight": (lambda x: x >= 0, "of at least 0"),
-    "harmful_distillation_weight": (lambda x: x >= 0, "of at least 0"),
     "benign_weight": _WEIGHT,
     "harmful_weight": _WEIGHT,
 }
@@ -144,9 +142,6 @@ class ImmunizationArguments(TrainingArguments):
         benign_loss: "distillation" (logits and features stay those of the starting model, which costs a forward pass
             over the benign images, and no labels), "task" (the model's own loss), or "both".
         feature_distillation_weight: Weight of the relative squared feature error beside the logits' divergence.
-        harmful_distillation_weight: Weight of the logits' divergence on harmful images, beside the distillation loss.
-            Worth 1 where classes of the classifier have no benign image: what the model knows of those is held by
-            nothing else, and suffers most where they look like what is harmful. It costs RIR.
         benign_budget: How far the benign side may move, as the total variation between the starting model's
             probabilities and the present ones (mean over a batch's images, each of which counts 0.2 at most: the few
             benign images that show what is harmful shall not use up the budget of all). All regularizers are
@@ -187,7 +182,6 @@ class ImmunizationArguments(TrainingArguments):
     objective: str = _option(DEFAULT, f"What is minimized in addition to the benign loss: {', '.join(OBJECTIVES)}.")
     benign_loss: str = _option("distillation", f"What keeps the benign task: {', '.join(BENIGN_LOSSES)}.")
     feature_distillation_weight: float = _option(20.0, "Weight of the feature error next to the logits' divergence.")
-    harmful_distillation_weight: float = _option(0.0, "Weight of keeping the logits on harmful images too.")
     benign_budget: str | None = _option(None, "Most that benign predictions may move (total variation), or 'none'.")
     benign_weight: str = _option("auto", "Weight of the benign regularizer: a number, or 'auto'.")
     harmful_weight: str = _option("auto", "Weight of the harmful regularizer: a number, or 'auto'.")

@@ -254,30 +254,23 @@ class ImmunizationStep:
         if self.start is None:
             return None, {}, None
         kept = [side for side in passed.sides if side != "harmful"]
-        start_features, start_logits = self._started(batch, *kept)
+        if all("start_logits" in batch[side] for side in kept):
+            start_features, start_logits = (
+                torch.cat([batch[side][name] for side in kept]) for name in ("start_features", "start_logits")
+            )
+        else:
+            start_features, start_logits = self.run_start(torch.cat([batch[side]["pixel_values"] for side in kept]))
         logits = torch.cat([passed.logits[passed.sides[side]] for side in kept])
         parts, loss, spent = {"kl": logit_divergence(logits, start_logits)}, None, None
         if self.method.benign_loss != "task":
             now = torch.cat([passed.features[passed.sides[side]] for side in kept])
             parts["feature_error"] = feature_error(now, start_features)
             loss = parts["kl"] + self.method.feature_distillation_weight * parts["feature_error"]
-            if weight := self.method.harmful_distillation_weight:
-                start = self._started(batch, "harmful")[1]
-                parts["harmful_kl"] = logit_divergence(passed.logits[passed.sides["harmful"]], start)
-                loss = loss + weight * parts["harmful_kl"]
         if self.method.benign_budget is not None:
             count = len(batch["benign"]["pixel_values"])
             moved = process_mean(total_variation(logits[:count].detach(), start_logits[:count]))
             parts["total_variation"], spent = moved, moved / self.method.benign_budget
         return loss, parts, spent
-
-    def _started(self, batch: dict[str, Any], *sides: str) -> tuple[Tensor, Tensor]:
-        """Features and logits of the starting model for some sides, stored or computed."""
-        if all("start_logits" in batch[side] for side in sides):
-            names = ("start_features", "start_logits")
-            features, logits = (torch.cat([batch[side][name] for side in sides]) for name in names)
-            return features, logits
-        return self.run_start(torch.cat([batch[side]["pixel_values"] for side in sides]))
 
     def run_start(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Features and logits of the starting model; with a cached trunk, of its activations."""

@@ -317,8 +317,7 @@ class ImmunizationTrainer(Trainer):
         stored: dict[str, Any] = dict(zip(sides, open_or_write(*caches), strict=True))
         self._step.replayed = split.replayed
         self.model.to(args.device)
-        kept = ["benign", "distillation", *["harmful"] * bool(args.harmful_distillation_weight)]
-        kept = [side for side in kept if self._step.start is not None and side in stored]
+        kept = [side for side in ("benign", "distillation") if self._step.start is not None and side in stored]
         values = sum(len(stored[side]) for side in kept) * (self._step.head.in_features + self._step.head.out_features)
         for side in kept if values <= _MOST_VALUES else ():
             stored[side] = StartedRows(stored[side], self._run_start, options["batch_size"])

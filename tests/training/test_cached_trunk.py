@@ -73,7 +73,6 @@ def test_on_images_the_trunk_runs_once_for_the_model_and_its_start(name, trainer
         ("resnet", {"freeze_batchnorm": False}),
         ("mobilenet_v2", {"freeze_batchnorm": False}),
         ("resnet", {"data_collator": doubled}),
-        ("resnet", {"benign_loss": "distillation", "harmful_distillation_weight": 1.0}),
         ("vit", DISTILLED),  # the starting model runs from activations too
         ("dropout", {}),  # of the trainable part, which draws the same
     ],
