@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_immunize import relative_immunization_ratio
 from hf_immunize.attacks.attacker import Found, ProbeBudget, ProbeData
@@ -33,16 +33,24 @@ from hf_immunize.hub.load import load_model
 PROBES = ("gd_line_search", "momentum", "adamw", "batchnorm_adamw")
 
 
+def loaded(folder: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A checkpoint and its image processor; on the GPU, where there is one."""
+    model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, AutoImageProcessor.from_pretrained(folder)
+
+
 def probe_data(folder: str, source: str, limit: int) -> tuple[ProbeData, Tensor]:
     """Features of a data set's training and test images through a checkpoint, and its own logits of the latter."""
-    model, processor = load_model(folder), AutoImageProcessor.from_pretrained(folder)
+    model, processor = loaded(folder)
     splits, parts = load_image_splits(source), []
     for name in ("train", "test"):
         images = splits[name].select(choose(len(splits[name]), limit, 0))
         batches = list(
             extract(model, ImageRows(images, name, "image", "label"), processor, description=f"{folder} {name}")
         )
-        parts.append([torch.cat([getattr(batch, of) for batch in batches]) for of in ("features", "labels", "logits")])
+        parts.append(
+            [torch.cat([getattr(batch, of).cpu() for batch in batches]) for of in ("features", "labels", "logits")]
+        )
     (Z, y, _), (Z_test, y_test, logits) = parts
     return ProbeData(Z, y, Z_test, y_test, int(y.max()) + 1), logits
 
@@ -83,9 +91,9 @@ def print_crops(checkpoints: tuple[str, str], source: str) -> None:
     """Accuracy and loss of both checkpoints on new crops of the images that immunization saw, with the interval."""
     rows, hits, losses = Crops(ImageRows(load_image_splits(source)["train"], "train", "image", "label")), [], []
     for folder in checkpoints:
-        processor = AutoImageProcessor.from_pretrained(folder)
-        batches = list(extract(load_model(folder), rows, processor, description=f"{folder} crops"))
-        logits, labels = (torch.cat([getattr(batch, of) for batch in batches]) for of in ("logits", "labels"))
+        model, processor = loaded(folder)
+        batches = list(extract(model, rows, processor, description=f"{folder} crops"))
+        logits, labels = (torch.cat([getattr(batch, of).cpu() for batch in batches]) for of in ("logits", "labels"))
         hits.append((logits.argmax(dim=1) == labels).float())
         losses.append(float(F.cross_entropy(logits, labels)))
     change = hits[1] - hits[0]
@@ -97,7 +105,7 @@ def print_crops(checkpoints: tuple[str, str], source: str) -> None:
 
 def changed(folder: str, benign: str, saved_as: str, steps: int, into: str) -> str:
     """The immunized checkpoint after benign training by a plain Trainer, in the type that it is saved in."""
-    model, processor = load_model(folder), AutoImageProcessor.from_pretrained(folder)
+    model, processor = loaded(folder)
     if steps:
         rows = ImageRows(load_image_splits(benign)["train"], "train", "image", "label")
         size = {"max_steps": steps, "per_device_train_batch_size": 64, "learning_rate": 1e-4}

@@ -158,7 +158,7 @@ def ridge_start(features: Tensor, targets: Tensor, count: int) -> Tensor:
     """The attacker's head ``(D, C)``: ridge on features ``(N, D)``, in closed form, without a gradient."""
     rows = features.detach().float()
     kernel = rows @ rows.mT
-    ridge = 0.1 * kernel.diagonal().mean() * torch.eye(len(rows), device=rows.device)
+    ridge = (0.1 * kernel.diagonal().mean()).clamp_min(1e-12) * torch.eye(len(rows), device=rows.device)
     return rows.mT @ torch.linalg.solve(kernel + ridge, F.one_hot(targets, count).float() - 1 / count)
 
 
@@ -185,7 +185,7 @@ def mix_in_noise(model: nn.Module, share: float, seed: int) -> None:
     fresh = dict(random_copy(model, seed).named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.lerp_(fresh[name], share)
+            parameter.lerp_(fresh[name].to(parameter.device), share)
 
 
 def undo(model: Any, *data: Any, noise: float = 0.3, max_steps: int = 1000, **arguments: Any) -> Any:
