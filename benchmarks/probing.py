@@ -7,12 +7,13 @@ library's attackers. Steps are to 80 % of what ridge attains above chance on the
 learning rates are tuned. A dozen minutes for a few thousand images on two cores. `--saved_as bfloat16` (or int8)
 rounds the immunized weights first, `--benign_steps 200` trains the whole immunized model on its benign task first.
 Where benign test images are of classes that no training image shows, new crops of the training images tell what that
-costs.
+costs. `--fine_tuning` adds how many steps the last stage takes, with a new head, to learn the benign task again.
 """
 
 import argparse
 import math
 import tempfile
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_immunize import relative_immunization_ratio
-from hf_immunize.attacks.attacker import Found, ProbeBudget, ProbeData
-from hf_immunize.attacks.presets import ATTACKERS
+from hf_immunize.attacks.attacker import Found, Part, ProbeBudget, ProbeData
+from hf_immunize.attacks.presets import ATTACKERS, find_preset
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.data.sources import choose, load_image_splits
 from hf_immunize.features.extract import extract
@@ -103,6 +104,25 @@ def print_crops(checkpoints: tuple[str, str], source: str) -> None:
     print(f"| benign loss, new crops of training images | {losses[0]:.3f} | {losses[1]:.3f} |")
 
 
+def print_fine_tuning(checkpoints: tuple[str, str], source: str, limit: int, own: float) -> None:
+    """Steps of fine-tuning the last stage, with a new head, to within a point of the start's own benign accuracy.
+
+    Where the start does not come back to it, to within a point of where the start comes.
+    """
+    tuning, found = find_preset("standard").tuning_budget, []
+    for folder in checkpoints:
+        (model, processor), splits, sides = loaded(folder), load_image_splits(source), []
+        for name in ("train", "test"):
+            rows = ImageRows(splits[name].select(choose(len(splits[name]), limit, 0)), name, "image", "label")
+            batch = ImageCollator(processor)([rows[index] for index in range(len(rows))])
+            sides += [batch["pixel_values"], batch["labels"]]
+        part = Part(*sides, int(sides[1].max()) + 1)
+        found.append(ATTACKERS["last_stage"].run(model, part, replace(tuning, evaluations=60), 0))
+    goal = min(own, max(found[0].curve)) - 0.01
+    cells = [f"{steps_to(one, goal):,.0f} (best {max(one.curve):.1%})".replace("inf", "not reached") for one in found]
+    print(f"| benign: steps of fine-tuning to {goal:.1%} | {' | '.join(cells)} |", flush=True)
+
+
 def changed(folder: str, benign: str, saved_as: str, steps: int, into: str) -> str:
     """The immunized checkpoint after benign training by a plain Trainer, in the type that it is saved in."""
     model, processor = loaded(folder)
@@ -145,6 +165,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000, help="Of optimizers on mini-batches (default: 3000).")
     parser.add_argument("--saved_as", default="float32", choices=("float32", "bfloat16", "int8"))
     parser.add_argument("--benign_steps", type=int, default=0, help="Of training on the benign task before probing.")
+    parser.add_argument("--fine_tuning", action="store_true", help="Steps to learn the benign task again, too.")
     given = parser.parse_args()
     budget = ProbeBudget(steps=given.steps)
     start, immunized = given.start, given.immunized
@@ -163,6 +184,9 @@ def main() -> None:
             if unseen := set(before.y_test.tolist()) - set(before.y.tolist()):
                 print(f"| benign test classes that no training image shows: {len(unseen)} of {len(names)} | | |")
                 print_crops((start, immunized), given.benign)
+            if given.fine_tuning:
+                hits = float((own.argmax(dim=1) == before.y_test).float().mean())
+                print_fine_tuning((start, immunized), given.benign, given.limit, hits)
         ridge = [ATTACKERS["ridge"].run(data, budget, 0).accuracy for data in (before, after)]
         print(f"| {side}: ridge | {ridge[0]:.1%} | {ridge[1]:.1%} |")
         goal = 1 / before.num_classes + 0.8 * (ridge[0] - 1 / before.num_classes)

@@ -35,13 +35,10 @@ CORE = {
 BUDGET = "--preset standard --attack_steps 200 --attack_images 200"
 GRID = f"""python -m examples.benchmark --backbone {" ".join(CORE["backbone"])} --task {" ".join(CORE["task"])} \\
     --method examples.field_methods:{{{",".join(CORE["method"])}}} \\
-    --attackers {",".join(CORE["attackers"])} {BUDGET} --data_path DATA
+    --attackers {",".join([*CORE["attackers"], *ADAPTIVE])} {BUDGET} --data_path DATA
 python -m examples.benchmark --backbone resnet18_cifar10 vit_cifar10 --task near far --data_path DATA \\
     --method examples.field_methods:{{weight_distance,tar,contraction,kappa,r_ill,opt_kappa,imma}} {BUDGET}
-python -m examples.benchmark --backbone {" ".join(CORE["backbone"])} --task {" ".join(CORE["task"])} \\
-    --method examples.field_methods:{{{",".join(CORE["method"])}}} \\
-    --attackers {",".join(ADAPTIVE)} {BUDGET} --data_path DATA
-python -m examples.benchmark --backbone mobilenet --task cars --data_path DATA \\
+python -m examples.benchmark --backbone mobilenet dinov2_cifar10 --task cars --data_path DATA \\
     --method examples.field_methods:{{default,undo,sophon,leace}} {BUDGET}
 python -m examples.head_start_page --rows runs/benchmark/rows.jsonl"""
 Key = tuple[str, str]  # attacker and class of access
@@ -90,11 +87,6 @@ class Group:
         return {key: statistics.fmean(values) for key, values in found.items()}
 
     @property
-    def adaptive(self) -> bool:
-        """Whether its attackers know how models are immunized."""
-        return any(name in ADAPTIVE for name, _ in self.removed)
-
-    @property
     def slowed(self) -> str:
         """How many times the steps the last stage needs, to what it reaches from random weights."""
         costs = [one for row in self.rows for one in row["cost"] if one["attacker"] == "last_stage"]
@@ -124,26 +116,35 @@ def grouped(rows: Iterable[dict[str, Any]]) -> list[Group]:
     return sorted(map(Group, found.values()), key=lambda group: group.setting)
 
 
+def knows(key: Key) -> bool:
+    """Whether an attacker knows how models are immunized."""
+    return key[0] in ADAPTIVE
+
+
 def named(key: Key) -> str:
     """An attacker, with where it looks."""
     return label(key[0]) + ", any layer" * (key[1] == "any_layer")
 
 
-def main_table(groups: list[Group]) -> list[str]:
+def main_table(groups: list[Group], adaptive: bool = False) -> list[str]:
     """Methods and attackers by what is removed of how many points; the least of a row in bold."""
-    attackers = list(dict.fromkeys(key for group in groups for key in group.head_starts))
+    attackers = list(dict.fromkeys(key for group in groups for key in group.head_starts if knows(key) == adaptive))
     attackers.sort(key=lambda key: list(CLASSES).index(key[1]))
-    slowed = any(group.slowed != "–" for group in groups)
+    slowed = not adaptive and any(group.slowed != "–" for group in groups)
     lines = []
     for group in groups:
-        found, stakes = group.removed, group.head_starts
+        if not any(key in group.head_starts for key in attackers):
+            continue
+        found = {key: value for key, value in group.removed.items() if key in attackers}
+        stakes = group.head_starts
         least = min(found.values(), default=None)
         cells = [
             share(found.get(key)) + (f" of {round(100 * stakes[key])}".replace("-", "−") if key in stakes else "")
             for key in attackers
         ]
         cells = [
-            f"**{cell}**" if found.get(key) == least else cell for key, cell in zip(attackers, cells, strict=True)
+            f"**{cell}**" if key in found and found[key] == least else cell
+            for key, cell in zip(attackers, cells, strict=True)
         ]
         seconds = statistics.fmean(row["seconds"].get("immunizing", 0.0) for row in group.rows)
         seeds = ", ".join(str(row["key"]["seed"]) for row in group.rows)
@@ -240,7 +241,7 @@ def draw(groups: list[Group], path: Path) -> None:
     """Methods from top to bottom, what is removed of each attacker from left to right, with its interval."""
     figure, (axes,) = new_figure(1)
     figure.set_size_inches(9, 1.8 + 0.5 * len(groups))
-    attackers = list(dict.fromkeys(key for group in groups for key in group.removed))
+    attackers = list(dict.fromkeys(key for group in groups for key in group.removed if not knows(key)))
     for number, key in enumerate(attackers):
         for height, group in enumerate(groups):
             if key not in group.removed:
@@ -273,16 +274,15 @@ def page(groups: list[Group], figure: str) -> str:
     names = dict.fromkeys(row["title"] for row in rows if row["key"]["method"].startswith("examples.field_methods:"))
     papers = [f"- {PAPERS[name][0]}: {PAPERS[name][1]}." for name in names]
     lines = ["# Head start: methods of the field", "", "Written by `python -m examples.head_start_page` from rows of"]
-    known = [group for group in groups if not group.adaptive] or groups
-    lines += ["`python -m examples.benchmark`.", "", " ".join(sentences(known)), ""]
+    lines += ["`python -m examples.benchmark`.", "", " ".join(sentences(groups)), ""]
     lines += [
-        *main_table(known),
+        *main_table(groups),
         "A cell is the share that is removed of how many points of head start; –: no share can be told, since under",
         "ten points are at stake, or since test images and seeds leave open whether any are. †: benign accuracy came",
         "out more than a point lower. The last column: steps to what the same attack reaches from random weights.",
     ]
-    if adaptive := [group for group in groups if group.adaptive]:
-        lines += ["", "## Under attackers who know the method", "", *main_table(adaptive)]
+    if any(knows(key) for group in groups for key in group.head_starts):
+        lines += ["", "## Under attackers who know the method", "", *main_table(groups, adaptive=True)]
     lines += ["", f"![What is removed of each attacker’s head start, by method]({figure})", ""]
     lines += ["## Methods", "", "Of the papers' ideas on this library's Trainer (`examples/field_methods.py`), not of"]
     lines += ["their authors' code.", "", *papers, "", "## Rows that were run", "", "```bash"]
@@ -303,7 +303,7 @@ def main(words: list[str] | None = None) -> None:
         raise DataError(f"Expected rows in {given.rows}, found none. Make some by python -m examples.benchmark.")
     picture = given.out.parent / "figures" / f"{given.out.stem}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    draw([group for group in groups if not group.adaptive] or groups, picture)
+    draw(groups, picture)
     write_whole(given.out, page(groups, f"figures/{picture.name}"))
 
 
