@@ -4,10 +4,11 @@
 
 Features of both checkpoints, of the training images that are given and the test images that each data set has; the
 library's attackers. Steps are to 80 % of what ridge attains above chance on the starting features; the optimizers'
-learning rates are tuned. A dozen minutes for a few thousand images on two cores. `--saved_as bfloat16` (or int8)
-rounds the immunized weights first, `--benign_steps 200` trains the whole immunized model on its benign task first.
-Where benign test images are of classes that no training image shows, new crops of the training images tell what that
-costs. `--fine_tuning` adds how many steps the last stage takes, with a new head, to learn the benign task again.
+learning rates are tuned. A dozen minutes for a few thousand images on two cores. `--saved_as bfloat16` (or int8) rounds
+the immunized weights first; `--saved_as onnx` exports the model and runs it, with the packages onnxscript and
+onnxruntime; `--benign_steps 200` trains the whole immunized model on its benign task first. Where benign test images are
+of classes that no training image shows, new crops of the training images tell what that costs. `--fine_tuning` adds how
+many steps the last stage takes, with a new head, to learn the benign task again.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.data.sources import choose, load_image_splits
 from hf_immunize.features.extract import extract
 from hf_immunize.hub.load import load_model
+from hf_immunize.vision.head import HeadInput, find_head
 
 
 PROBES = ("gd_line_search", "momentum", "adamw", "batchnorm_adamw")
@@ -40,15 +42,47 @@ def loaded(folder: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     return model, AutoImageProcessor.from_pretrained(folder)
 
 
-def probe_data(folder: str, source: str, limit: int) -> tuple[ProbeData, Tensor]:
+class WithFeatures(torch.nn.Module):
+    """The classifier's input beside the logits, as outputs of a graph."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        with HeadInput(find_head(self.model)[1]) as captured:
+            logits = self.model(pixel_values=pixel_values).logits
+        return captured.features, logits
+
+
+def through_onnx(model: PreTrainedModel, rows: ImageRows, processor: BaseImageProcessor) -> list[Tensor]:
+    """Features, labels and logits of images by ONNX Runtime, from the model's exported graph."""
+    import onnxruntime
+
+    loader = torch.utils.data.DataLoader(rows, 64, collate_fn=ImageCollator(processor))
+    batches, found = list(loader), []
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/model.onnx"
+        count = {"pixel_values": {0: torch.export.Dim("images")}}
+        example = (batches[0]["pixel_values"],)
+        torch.onnx.export(WithFeatures(model.cpu()), example, file, input_names=["pixel_values"], dynamic_shapes=count)
+        session = onnxruntime.InferenceSession(file)
+        for batch in batches:
+            features, logits = session.run(None, {"pixel_values": batch["pixel_values"].numpy()})
+            found.append((torch.from_numpy(features), batch["labels"], torch.from_numpy(logits)))
+    return [torch.cat(part) for part in zip(*found, strict=True)]
+
+
+def probe_data(folder: str, source: str, limit: int, onnx: bool = False) -> tuple[ProbeData, Tensor]:
     """Features of a data set's training and test images through a checkpoint, and its own logits of the latter."""
     model, processor = loaded(folder)
     splits, parts = load_image_splits(source), []
     for name in ("train", "test"):
-        images = splits[name].select(choose(len(splits[name]), limit, 0))
-        batches = list(
-            extract(model, ImageRows(images, name, "image", "label"), processor, description=f"{folder} {name}")
-        )
+        rows = ImageRows(splits[name].select(choose(len(splits[name]), limit, 0)), name, "image", "label")
+        if onnx:
+            parts.append(through_onnx(model, rows, processor))
+            continue
+        batches = list(extract(model, rows, processor, description=f"{folder} {name}"))
         parts.append(
             [torch.cat([getattr(batch, of).cpu() for batch in batches]) for of in ("features", "labels", "logits")]
         )
@@ -163,19 +197,21 @@ def main() -> None:
     parser.add_argument("--harmful", required=True)
     parser.add_argument("--limit", type=int, default=3000, help="Images of each part (default: 3000).")
     parser.add_argument("--steps", type=int, default=3000, help="Of optimizers on mini-batches (default: 3000).")
-    parser.add_argument("--saved_as", default="float32", choices=("float32", "bfloat16", "int8"))
+    parser.add_argument("--saved_as", default="float32", choices=("float32", "bfloat16", "int8", "onnx"))
     parser.add_argument("--benign_steps", type=int, default=0, help="Of training on the benign task before probing.")
     parser.add_argument("--fine_tuning", action="store_true", help="Steps to learn the benign task again, too.")
     given = parser.parse_args()
     budget = ProbeBudget(steps=given.steps)
     start, immunized = given.start, given.immunized
     folder = tempfile.TemporaryDirectory()
-    if given.saved_as != "float32" or given.benign_steps:
+    onnx = given.saved_as == "onnx"
+    if given.saved_as not in ("float32", "onnx") or given.benign_steps:
         immunized = changed(immunized, given.benign, given.saved_as, given.benign_steps, folder.name)
     sides: dict[str, list[ProbeData]] = {}
     for side in ("benign", "harmful"):
         (before, own), (after, now) = (
-            probe_data(checkpoint, getattr(given, side), given.limit) for checkpoint in (start, immunized)
+            probe_data(checkpoint, getattr(given, side), given.limit, onnx and checkpoint == immunized)
+            for checkpoint in (start, immunized)
         )
         sides[side] = [before, after]
         if side == "benign":
