@@ -4,11 +4,11 @@
 
 Features of both checkpoints, of the training images that are given and the test images that each data set has; the
 library's attackers. Steps are to 80 % of what ridge attains above chance on the starting features; the optimizers'
-learning rates are tuned. A dozen minutes for a few thousand images on two cores. `--saved_as bfloat16` (or int8) rounds
-the immunized weights first; `--saved_as onnx` exports the model and runs it, with the packages onnxscript and
-onnxruntime; `--benign_steps 200` trains the whole immunized model on its benign task first. Where benign test images are
-of classes that no training image shows, new crops of the training images tell what that costs. `--fine_tuning` adds how
-many steps the last stage takes, with a new head, to learn the benign task again.
+learning rates are tuned. A dozen minutes for a few thousand images on two cores. `--saved_as bfloat16` (or int8)
+rounds the immunized weights first; `--saved_as onnx` exports the model and runs it, with the packages onnxscript and
+onnxruntime; `--benign_steps 200` trains the whole immunized model on its benign task first. Where benign test images
+are of classes that no training image shows, new crops of the training images tell what that costs. `--fine_tuning`
+adds how many steps the last stage takes, with a new head, to learn the benign task again.
 """
 
 import argparse
