@@ -65,7 +65,9 @@ def through_onnx(model: PreTrainedModel, rows: ImageRows, processor: BaseImagePr
         file = f"{folder}/model.onnx"
         count = {"pixel_values": {0: torch.export.Dim("images")}}
         example = (batches[0]["pixel_values"],)
-        torch.onnx.export(WithFeatures(model.cpu()), example, file, input_names=["pixel_values"], dynamic_shapes=count)
+        torch.onnx.export(
+            WithFeatures(model.cpu()).eval(), example, file, input_names=["pixel_values"], dynamic_shapes=count
+        )
         session = onnxruntime.InferenceSession(file)
         for batch in batches:
             features, logits = session.run(None, {"pixel_values": batch["pixel_values"].numpy()})
@@ -189,7 +191,7 @@ def steps_to(found: Found, accuracy: float) -> float:
     return reached[0] if reached else math.inf
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("start")
     parser.add_argument("immunized")
@@ -200,7 +202,7 @@ def main() -> None:
     parser.add_argument("--saved_as", default="float32", choices=("float32", "bfloat16", "int8", "onnx"))
     parser.add_argument("--benign_steps", type=int, default=0, help="Of training on the benign task before probing.")
     parser.add_argument("--fine_tuning", action="store_true", help="Steps to learn the benign task again, too.")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     budget = ProbeBudget(steps=given.steps)
     start, immunized = given.start, given.immunized
     folder = tempfile.TemporaryDirectory()

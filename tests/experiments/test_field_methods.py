@@ -158,3 +158,9 @@ def test_every_method_trains(name, images, tiny_model):
     assert any(not torch.equal(value, before[key]) for key, value in after.state_dict().items())
     features = penultimate_features(after, batch()["harmful"]["pixel_values"])
     assert torch.isfinite(features).all() and features.std(0).max() > 0
+
+
+def test_features_that_are_all_zero_have_a_head_of_zeros():
+    # As dead ReLUs leave them; without a floor the kernel is singular.
+    head = field.ridge_start(torch.zeros(6, 4), torch.arange(6) % 2, 2)
+    assert torch.equal(head, torch.zeros(4, 2))
