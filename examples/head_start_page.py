@@ -5,6 +5,7 @@ python -m examples.head_start_page --rows runs/benchmark/rows.jsonl --out docs/r
 
 import argparse
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,13 +187,11 @@ def sentences(groups: list[Group]) -> list[str]:
             f"{words}: by the strongest attacker of each model {most}, {share(known[best])}{_ends(best, access)}"
             f"{'' if kept else ', at a loss of benign accuracy'}; {helped} of {len(known)} are below 0%."
         )
-    breaks = [
-        f"{group.title} by {named(key)} ({share(group.removed[key])})"
-        for group in groups
-        if group.removed and _real(group)
-        for key in [min(group.removed, key=group.removed.__getitem__)]
-    ]
-    said.append(f"What breaks each, in bold: {'; '.join(breaks)}.")
+    broken = [group.removed for group in groups if group.removed and _real(group)]
+    by = Counter(named(min(removed, key=removed.__getitem__)) for removed in broken)
+    said.append(
+        f"What breaks each is in bold: {', '.join(f'{name} ({times} ×)' for name, times in by.most_common())}."
+    )
     lost = [f"{group.title} ({group.setting}: {_change(group)})" for group in groups if group.benign < -KEPT]
     said.append(
         f"Benign accuracy came out more than a point lower with {', '.join(lost) or 'none'}"
