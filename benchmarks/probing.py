@@ -159,12 +159,12 @@ def print_fine_tuning(checkpoints: tuple[str, str], source: str, limit: int, own
     print(f"| benign: steps of fine-tuning to {goal:.1%} | {' | '.join(cells)} |", flush=True)
 
 
-def changed(folder: str, benign: str, saved_as: str, steps: int, into: str) -> str:
+def changed(folder: str, benign: str, saved_as: str, steps: int, rate: float, into: str) -> str:
     """The immunized checkpoint after benign training by a plain Trainer, in the type that it is saved in."""
     model, processor = loaded(folder)
     if steps:
         rows = ImageRows(load_image_splits(benign)["train"], "train", "image", "label")
-        size = {"max_steps": steps, "per_device_train_batch_size": 64, "learning_rate": 1e-4}
+        size = {"max_steps": steps, "per_device_train_batch_size": 64, "learning_rate": rate}
         quiet = {"report_to": "none", "save_strategy": "no", "remove_unused_columns": False}
         arguments = TrainingArguments(into, **size, **quiet)  # type: ignore[arg-type]
         Trainer(model, arguments, train_dataset=rows, data_collator=ImageCollator(processor)).train()
@@ -201,6 +201,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3000, help="Of optimizers on mini-batches (default: 3000).")
     parser.add_argument("--saved_as", default="float32", choices=("float32", "bfloat16", "int8", "onnx"))
     parser.add_argument("--benign_steps", type=int, default=0, help="Of training on the benign task before probing.")
+    parser.add_argument("--benign_rate", type=float, default=1e-4, help="Learning rate of that (default: 1e-4).")
     parser.add_argument("--fine_tuning", action="store_true", help="Steps to learn the benign task again, too.")
     given = parser.parse_args(words)
     budget = ProbeBudget(steps=given.steps)
@@ -208,7 +209,9 @@ def main(words: list[str] | None = None) -> None:
     folder = tempfile.TemporaryDirectory()
     onnx = given.saved_as == "onnx"
     if given.saved_as not in ("float32", "onnx") or given.benign_steps:
-        immunized = changed(immunized, given.benign, given.saved_as, given.benign_steps, folder.name)
+        immunized = changed(
+            immunized, given.benign, given.saved_as, given.benign_steps, given.benign_rate, folder.name
+        )
     sides: dict[str, list[ProbeData]] = {}
     for side in ("benign", "harmful"):
         (before, own), (after, now) = (
