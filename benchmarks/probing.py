@@ -105,6 +105,19 @@ def print_benign(data: ProbeData, before: Tensor, after: Tensor, names: list[str
         print(f"| of that growth {float(most.values.sum() / grown.sum()):.0%} is of | {words} | |")
 
 
+def print_apart(data: ProbeData, logits: tuple[Tensor, Tensor], names: list[str], apart: list[str]) -> None:
+    """Accuracy and loss of both checkpoints on the test images of some classes, and on the others."""
+    chosen = torch.tensor([any(name.endswith(one) for one in apart) for name in names])[data.y_test]
+    for what, rows in (("of these classes", chosen), ("of the others", ~chosen)):
+        hits = [(one[rows].argmax(dim=1) == data.y_test[rows]).float() for one in logits]
+        losses = [float(F.cross_entropy(one[rows], data.y_test[rows])) for one in logits]
+        change = hits[1] - hits[0]
+        half = 1.96 * float(change.std()) / math.sqrt(len(change))
+        print(f"| benign accuracy, {len(change)} images {what} | {hits[0].mean():.1%} | {hits[1].mean():.1%} |")
+        print(f"| its change, points | | {100 * float(change.mean()):+.1f} (± {100 * half:.1f}) |")
+        print(f"| benign loss, {what} | {losses[0]:.3f} | {losses[1]:.3f} |")
+
+
 class Crops(torch.utils.data.Dataset):
     """One crop of each image, of 40 % of its area at least, half of them mirrored."""
 
@@ -202,6 +215,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--saved_as", default="float32", choices=("float32", "bfloat16", "int8", "onnx"))
     parser.add_argument("--benign_steps", type=int, default=0, help="Of training on the benign task before probing.")
     parser.add_argument("--benign_rate", type=float, default=1e-4, help="Learning rate of that (default: 1e-4).")
+    parser.add_argument("--apart", help="Ends of names of benign classes, with commas, to measure apart.")
     parser.add_argument("--fine_tuning", action="store_true", help="Steps to learn the benign task again, too.")
     given = parser.parse_args(words)
     budget = ProbeBudget(steps=given.steps)
@@ -222,6 +236,8 @@ def main(words: list[str] | None = None) -> None:
         if side == "benign":
             names = load_image_splits(given.benign)["test"].features["label"].names
             print_benign(before, own, now, names)
+            if given.apart:
+                print_apart(before, (own, now), names, given.apart.split(","))
             if unseen := set(before.y_test.tolist()) - set(before.y.tolist()):
                 print(f"| benign test classes that no training image shows: {len(unseen)} of {len(names)} | | |")
                 print_crops((start, immunized), given.benign)

@@ -36,6 +36,13 @@ def test_a_model_against_itself_takes_the_same_steps_and_has_a_ratio_of_1(places
     assert re.match(r"RIR = 1 |RIR = 1\.0", found["intercept"][1]), found["intercept"]
 
 
+def test_classes_are_measured_apart_where_asked(places, capsys):
+    found = rows(places, capsys, "--apart", "at")  # cat, and not dog
+    accuracies = [float(cells[0].rstrip("%")) for name, cells in found.items() if name.startswith("benign accuracy")]
+    whole, *parts = accuracies
+    assert len(parts) == 2 and abs(sum(parts) / 2 - whole) < 0.11  # each class has as many images
+
+
 def test_learning_the_benign_task_again_is_counted_where_asked(places, capsys):
     cells = next(cells for name, cells in rows(places, capsys, "--fine_tuning").items() if "fine-tuning" in name)
     start, other = (re.match(r"([\d,]+) \(best", cell)[1] for cell in cells)
