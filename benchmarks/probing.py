@@ -42,6 +42,14 @@ def loaded(folder: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     return model, AutoImageProcessor.from_pretrained(folder)
 
 
+def through_torch(
+    model: PreTrainedModel, rows: torch.utils.data.Dataset, processor: BaseImageProcessor
+) -> list[Tensor]:
+    """Features, labels and logits of images."""
+    batches = list(extract(model, rows, processor, description="images"))
+    return [torch.cat([getattr(batch, of).cpu() for batch in batches]) for of in ("features", "labels", "logits")]
+
+
 class WithFeatures(torch.nn.Module):
     """The classifier's input beside the logits, as outputs of a graph."""
 
@@ -55,41 +63,49 @@ class WithFeatures(torch.nn.Module):
         return captured.features, logits
 
 
-def through_onnx(model: PreTrainedModel, rows: ImageRows, processor: BaseImageProcessor) -> list[Tensor]:
-    """Features, labels and logits of images by ONNX Runtime, from the model's exported graph."""
+def through_onnx(model: PreTrainedModel, parts: list[ImageRows], processor: BaseImageProcessor) -> list[list[Tensor]]:
+    """Features, labels and logits of each part's images by ONNX Runtime, from the model's exported graph."""
     import onnxruntime
 
-    loader = torch.utils.data.DataLoader(rows, 64, collate_fn=ImageCollator(processor))
-    batches, found = list(loader), []
+    loaders = [torch.utils.data.DataLoader(rows, 64, collate_fn=ImageCollator(processor)) for rows in parts]
+    names, found = ["pixel_values"], []
     with tempfile.TemporaryDirectory() as folder:
-        file = f"{folder}/model.onnx"
-        count = {"pixel_values": {0: torch.export.Dim("images")}}
-        example = (batches[0]["pixel_values"],)
-        torch.onnx.export(
-            WithFeatures(model.cpu()).eval(), example, file, input_names=["pixel_values"], dynamic_shapes=count
-        )
+        file, example = f"{folder}/model.onnx", (next(iter(loaders[0]))["pixel_values"],)
+        sizes = {"pixel_values": {0: torch.export.Dim("images")}}
+        torch.onnx.export(WithFeatures(model.cpu()).eval(), example, file, input_names=names, dynamic_shapes=sizes)
         session = onnxruntime.InferenceSession(file)
-        for batch in batches:
-            features, logits = session.run(None, {"pixel_values": batch["pixel_values"].numpy()})
-            found.append((torch.from_numpy(features), batch["labels"], torch.from_numpy(logits)))
-    return [torch.cat(part) for part in zip(*found, strict=True)]
+        for loader in loaders:
+            read = [
+                (*session.run(None, {"pixel_values": one["pixel_values"].numpy()}), one["labels"]) for one in loader
+            ]
+            features, logits, labels = (
+                torch.cat([torch.as_tensor(x) for x in part]) for part in zip(*read, strict=True)
+            )
+            found.append([features, labels, logits])
+    return found
 
 
 def probe_data(folder: str, source: str, limit: int, onnx: bool = False) -> tuple[ProbeData, Tensor]:
     """Features of a data set's training and test images through a checkpoint, and its own logits of the latter."""
-    model, processor = loaded(folder)
-    splits, parts = load_image_splits(source), []
-    for name in ("train", "test"):
-        rows = ImageRows(splits[name].select(choose(len(splits[name]), limit, 0)), name, "image", "label")
-        if onnx:
-            parts.append(through_onnx(model, rows, processor))
-            continue
-        batches = list(extract(model, rows, processor, description=f"{folder} {name}"))
-        parts.append(
-            [torch.cat([getattr(batch, of).cpu() for batch in batches]) for of in ("features", "labels", "logits")]
-        )
-    (Z, y, _), (Z_test, y_test, logits) = parts
+    (model, processor), splits = loaded(folder), load_image_splits(source)
+    parts = [
+        ImageRows(splits[name].select(choose(len(splits[name]), limit, 0)), name, "image", "label")
+        for name in ("train", "test")
+    ]
+    read = through_onnx(model, parts, processor) if onnx else [through_torch(model, rows, processor) for rows in parts]
+    (Z, y, _), (Z_test, y_test, logits) = read
     return ProbeData(Z, y, Z_test, y_test, int(y.max()) + 1), logits
+
+
+def print_change(what: str, logits: list[Tensor], labels: Tensor) -> None:
+    """Accuracy of both checkpoints on some benign images, its change with the interval, and their loss."""
+    hits = [(one.argmax(dim=1) == labels).float() for one in logits]
+    change = hits[1] - hits[0]
+    half = 1.96 * float(change.std()) / math.sqrt(len(change))
+    print(f"| benign accuracy, {what} | {hits[0].mean():.1%} | {hits[1].mean():.1%} |")
+    print(f"| its change, points | | {100 * float(change.mean()):+.1f} (± {100 * half:.1f}) |")
+    losses = [float(F.cross_entropy(one, labels)) for one in logits]
+    print(f"| benign loss, {what} | {losses[0]:.3f} | {losses[1]:.3f} |")
 
 
 def print_benign(data: ProbeData, before: Tensor, after: Tensor, names: list[str]) -> None:
@@ -106,16 +122,10 @@ def print_benign(data: ProbeData, before: Tensor, after: Tensor, names: list[str
 
 
 def print_apart(data: ProbeData, logits: tuple[Tensor, Tensor], names: list[str], apart: list[str]) -> None:
-    """Accuracy and loss of both checkpoints on the test images of some classes, and on the others."""
+    """Of the test images of some classes, and of the others."""
     chosen = torch.tensor([any(name.endswith(one) for one in apart) for name in names])[data.y_test]
     for what, rows in (("of these classes", chosen), ("of the others", ~chosen)):
-        hits = [(one[rows].argmax(dim=1) == data.y_test[rows]).float() for one in logits]
-        losses = [float(F.cross_entropy(one[rows], data.y_test[rows])) for one in logits]
-        change = hits[1] - hits[0]
-        half = 1.96 * float(change.std()) / math.sqrt(len(change))
-        print(f"| benign accuracy, {len(change)} images {what} | {hits[0].mean():.1%} | {hits[1].mean():.1%} |")
-        print(f"| its change, points | | {100 * float(change.mean()):+.1f} (± {100 * half:.1f}) |")
-        print(f"| benign loss, {what} | {losses[0]:.3f} | {losses[1]:.3f} |")
+        print_change(f"{int(rows.sum())} images {what}", [one[rows] for one in logits], data.y_test[rows])
 
 
 class Crops(torch.utils.data.Dataset):
@@ -138,19 +148,10 @@ class Crops(torch.utils.data.Dataset):
 
 
 def print_crops(checkpoints: tuple[str, str], source: str) -> None:
-    """Accuracy and loss of both checkpoints on new crops of the images that immunization saw, with the interval."""
-    rows, hits, losses = Crops(ImageRows(load_image_splits(source)["train"], "train", "image", "label")), [], []
-    for folder in checkpoints:
-        model, processor = loaded(folder)
-        batches = list(extract(model, rows, processor, description=f"{folder} crops"))
-        logits, labels = (torch.cat([getattr(batch, of).cpu() for batch in batches]) for of in ("logits", "labels"))
-        hits.append((logits.argmax(dim=1) == labels).float())
-        losses.append(float(F.cross_entropy(logits, labels)))
-    change = hits[1] - hits[0]
-    half = 1.96 * float(change.std()) / math.sqrt(len(change))
-    print(f"| benign accuracy, new crops of training images | {hits[0].mean():.1%} | {hits[1].mean():.1%} |")
-    print(f"| its change, points | | {100 * float(change.mean()):+.1f} (± {100 * half:.1f}) |")
-    print(f"| benign loss, new crops of training images | {losses[0]:.3f} | {losses[1]:.3f} |")
+    """Of new crops of the images that immunization saw."""
+    rows = Crops(ImageRows(load_image_splits(source)["train"], "train", "image", "label"))
+    read = [through_torch(model, rows, processor) for model, processor in map(loaded, checkpoints)]
+    print_change("new crops of training images", [logits for _, _, logits in read], read[0][1])
 
 
 def print_fine_tuning(checkpoints: tuple[str, str], source: str, limit: int, own: float) -> None:
@@ -221,7 +222,6 @@ def main(words: list[str] | None = None) -> None:
     budget = ProbeBudget(steps=given.steps)
     start, immunized = given.start, given.immunized
     folder = tempfile.TemporaryDirectory()
-    onnx = given.saved_as == "onnx"
     if given.saved_as not in ("float32", "onnx") or given.benign_steps:
         immunized = changed(
             immunized, given.benign, given.saved_as, given.benign_steps, given.benign_rate, folder.name
@@ -229,8 +229,8 @@ def main(words: list[str] | None = None) -> None:
     sides: dict[str, list[ProbeData]] = {}
     for side in ("benign", "harmful"):
         (before, own), (after, now) = (
-            probe_data(checkpoint, getattr(given, side), given.limit, onnx and checkpoint == immunized)
-            for checkpoint in (start, immunized)
+            probe_data(checkpoint, getattr(given, side), given.limit, exported)
+            for checkpoint, exported in ((start, False), (immunized, given.saved_as == "onnx"))
         )
         sides[side] = [before, after]
         if side == "benign":

@@ -182,7 +182,11 @@ def sentences(groups: list[Group]) -> list[str]:
         kept = {group: value for group, value in known.items() if group.benign >= -KEPT}
         best = max(kept or known, key=known.__getitem__)
         helped = sum(value < 0 for value in known.values())
-        most = f"{best.title} removes most" if known[best] > 0 else f"none removes any, and {best.title} is ahead"
+        most = (
+            f"{best.title} removes most"
+            if _told_apart(best, access)
+            else f"no share is told apart from 0%, and {best.title} is ahead"
+        )
         said.append(
             f"{words}: by the strongest attacker of each model {most}, {share(known[best])}{_ends(best, access)}"
             f"{'' if kept else ', at a loss of benign accuracy'}; {helped} of {len(known)} are below 0%."
@@ -228,6 +232,12 @@ def _change(group: Group) -> str:
     """The change of benign accuracy, of a single row with its interval over images."""
     ends = group.rows[0]["benign"]["interval"]
     return signed(group.benign) + (f", {' to '.join(map(signed, ends))}" if len(group.rows) == 1 else "")
+
+
+def _told_apart(group: Group, access: str) -> bool:
+    """Whether the share that is removed is above zero with all of its interval, with every seed."""
+    ends = [(row["removed"][access] or {}).get("removed_interval") for row in group.rows]
+    return all(one is not None and one[0] > 0 for one in ends)
 
 
 def _ends(group: Group, access: str) -> str:

@@ -57,7 +57,7 @@ def test_attackers_who_know_the_method_stand_apart_and_steps_beside_the_shares(t
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     main(["--rows", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "page.md")])
     page, _, apart = (tmp_path / "page.md").read_text().partition("## Under attackers who know the method")
-    assert "≥ 2.5 ×" in page and "−10% of 30" in page and "−33% of 30" not in page
+    assert "≥ 2.5 ×" in page and "−10% of 30" in page and "−33%" not in page
     assert "**−33% of 30**" in apart
 
 
