@@ -2,7 +2,7 @@
 
     python -m benchmarks.stored_step START --benign DATA --harmful DATA
 
-320 images of each side, and as many benign ones to distil on, 64 a step. `PYTHONPATH=OTHER python
+320 images of each side, 64 a step, and as many benign ones to distil on, half as many a step. `PYTHONPATH=OTHER python
 benchmarks/stored_step.py …` measures another commit's checkout with the same file; take turns, and compare ratios.
 """
 
