@@ -184,8 +184,8 @@ def sentences(groups: list[Group]) -> list[str]:
         helped = sum(value < 0 for value in known.values())
         most = (
             f"{best.title} removes most"
-            if _told_apart(best, access)
-            else f"no share is told apart from 0%, and {best.title} is ahead"
+            if _significant(best, access)
+            else f"no share differs significantly from 0%, and {best.title} is ahead"
         )
         said.append(
             f"{words}: by the strongest attacker of each model {most}, {share(known[best])}{_ends(best, access)}"
@@ -234,7 +234,7 @@ def _change(group: Group) -> str:
     return signed(group.benign) + (f", {' to '.join(map(signed, ends))}" if len(group.rows) == 1 else "")
 
 
-def _told_apart(group: Group, access: str) -> bool:
+def _significant(group: Group, access: str) -> bool:
     """Whether the share that is removed is above zero with all of its interval, with every seed."""
     ends = [(row["removed"][access] or {}).get("removed_interval") for row in group.rows]
     return all(one is not None and one[0] > 0 for one in ends)
