@@ -7,6 +7,7 @@ benchmarks/stored_step.py …` measures another commit's checkout with the same 
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -24,30 +25,32 @@ WARM = 8  # of two epochs' first steps, which fill what is kept
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step but the first, and of its backward pass."""
+    """Seconds of every step but the first, and of the network's two passes in it."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
-        self.backward: list[float] = []
-        self.within = 0.0
+        self.passes: dict[str, list[float]] = {"forward": [], "backward": []}
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.started, self.within = time.perf_counter(), 0.0
+        self.started, self.within = time.perf_counter(), dict.fromkeys(self.passes, 0.0)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step > WARM:
             self.steps.append(time.perf_counter() - self.started)
-            self.backward.append(self.within)
+            for name, seconds in self.within.items():
+                self.passes[name].append(seconds)
 
-    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call, its time added to that of the step."""
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, its time added to that of a pass."""
 
+        @functools.wraps(call)
         def run(*given: Any, **named: Any) -> Any:
             started = time.perf_counter()
             try:
                 return call(*given, **named)
             finally:
-                self.within += time.perf_counter() - started
+                if hasattr(self, "within"):
+                    self.within[name] += time.perf_counter() - started
 
         return run
 
@@ -77,10 +80,12 @@ def main() -> None:
             processing_class=AutoImageProcessor.from_pretrained(given.start),
             callbacks=[clock],
         )
-        trainer.accelerator.backward = clock.timed(trainer.accelerator.backward)
+        trainer.accelerator.backward = clock.timed("backward", trainer.accelerator.backward)
+        trainer.model.forward = clock.timed("forward", trainer.model.forward)
         trainer.train()
-    step, backward = statistics.median(clock.steps), statistics.median(clock.backward)
-    print(f"a step: {1e3 * step:,.0f} ms (median of {len(clock.steps)}), {backward / step:.0%} in the backward pass")
+    step = statistics.median(clock.steps)
+    shares = ", ".join(f"{statistics.median(one) / step:.0%} {name}" for name, one in clock.passes.items())
+    print(f"a step: {1e3 * step:,.0f} ms (median of {len(clock.steps)}), of which the network's passes: {shares}")
 
 
 if __name__ == "__main__":
