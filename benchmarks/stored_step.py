@@ -30,6 +30,7 @@ class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.steps: list[float] = []
         self.passes: dict[str, list[float]] = {"forward": [], "backward": []}
+        self.within = dict.fromkeys(self.passes, 0.0)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started, self.within = time.perf_counter(), dict.fromkeys(self.passes, 0.0)
@@ -49,8 +50,7 @@ class Clock(TrainerCallback):
             try:
                 return call(*given, **named)
             finally:
-                if hasattr(self, "within"):
-                    self.within[name] += time.perf_counter() - started
+                self.within[name] += time.perf_counter() - started
 
         return run
 

@@ -185,7 +185,7 @@ def sentences(groups: list[Group]) -> list[str]:
         most = (
             f"{best.title} removes most"
             if _significant(best, access)
-            else f"no share differs significantly from 0%, and {best.title} is ahead"
+            else f"{best.title} is ahead with a share that does not differ significantly from 0%"
         )
         said.append(
             f"{words}: by the strongest attacker of each model {most}, {share(known[best])}{_ends(best, access)}"
