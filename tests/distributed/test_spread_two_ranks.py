@@ -24,7 +24,7 @@ def started(torchrun, tmp_path_factory):
     # More than one batch, so that both have some to do; fewer test images than two batches, so that one has none.
     for name, seed in (("harmful", 0), ("benign", 5)):
         saved_images(root / name, {"train": pictures(150, seed), "test": pictures(40, seed + 1)})
-    words = ["audit", root / "model", "--reference", root / "reference", "--quick"]
+    words = ["audit", root / "model", "--reference", root / "reference", "--quick", "--steps", 12]
     words += ["--harmful", root / "harmful", "--benign", root / "benign"]
     words = [*map(str, words), "--attackers", "ridge,knn,bias_only,restore_swap"]
     done = torchrun("spread_two_ranks.py", folder, *words, "--output-dir", root / "out-2")
