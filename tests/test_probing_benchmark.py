@@ -44,9 +44,9 @@ def test_classes_are_measured_apart_where_asked(places, capsys):
 
 
 def test_learning_the_benign_task_again_is_counted_where_asked(places, capsys):
-    cells = next(cells for name, cells in rows(places, capsys, "--fine_tuning").items() if "fine-tuning" in name)
-    start, other = (re.match(r"([\d,]+) \(best", cell)[1] for cell in cells)
-    assert start == other
+    found = rows(places, capsys, "--fine_tuning", "2")
+    start, other = next(cells for name, cells in found.items() if "fine-tuning" in name)
+    assert start == other and len(re.findall(r"[\d,]+ \(best", start)) == 2
 
 
 def test_int8_and_benign_training_change_the_second_model_alone(places, capsys):
