@@ -14,7 +14,6 @@ adds how many steps the last stage takes, with a new head and so many seeds, to 
 import argparse
 import math
 import tempfile
-from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_immunize import relative_immunization_ratio
@@ -177,34 +175,31 @@ def print_fine_tuning(checkpoints: tuple[str, str], source: str, limit: int, cro
             sides += [batch["pixel_values"], batch["labels"]]
         *_, logits = through_torch(model, rows, processor)
         own.append(float((logits.argmax(dim=1) == sides[3]).float().mean()))
-        with ExitStack() as stack:
-            if not any(isinstance(one, _BatchNorm) for one in model.modules()):
-                sides[::2] = behind_trunk(model, sides[::2], stack)
-            part = Part(*sides, int(sides[1].max()) + 1)
+        # The blocks before the last stage would run in every step.
+        split = split_trunk(model, last_stage(model), tuple(sides[0].shape[1:]), eval_modules=[*model.modules()])
+        sides[::2] = [
+            torch.cat([split.activations(model.eval(), some.to(model.device)).cpu() for some in images.split(32)])
+            for images in sides[::2]
+        ]
+        part = Part(*sides, int(sides[1].max()) + 1)
+        with split.replayed(model):
             found.append([ATTACKERS["last_stage"].run(model, part, budget, 0)])
             chosen = found[-1][0].settings
             found[-1] += [
                 ATTACKERS["last_stage"].run(model, part, budget, one, None, chosen) for one in range(1, seeds)
             ]
     goal = min(own[0], *(max(one.curve) for one in found[0])) - 0.01
-    cells = [", ".join(f"{steps_to(one, goal):,.0f} (best {max(one.curve):.1%})" for one in each) for each in found]
-    print(
-        f"| benign: steps of fine-tuning to {goal:.1%} | {' | '.join(cells)} |".replace("inf", "not reached"),
-        flush=True,
-    )
+    print_steps(f"to {goal:.1%}", found, [goal, goal])
+    print_steps("to a point below its own accuracy", found, [one - 0.01 for one in own])
 
 
-def behind_trunk(model: PreTrainedModel, images: list[Tensor], stack: ExitStack) -> list[Tensor]:
-    """What the blocks before the last stage make of images; the model takes that instead until the stack closes."""
-    # They would run in every step. BatchNorm is tried with statistics of a batch, which change what they make.
-    split = split_trunk(model, last_stage(model), tuple(images[0].shape[1:]), eval_modules=[*model.modules()])
-    model.eval()
-    given = [
-        torch.cat([split.activations(model, rows.to(model.device)).cpu() for rows in part.split(32)])
-        for part in images
+def print_steps(what: str, found: list[list[Found]], goals: list[float]) -> None:
+    """Of both checkpoints, for every seed."""
+    cells = [
+        ", ".join(f"{steps_to(one, goal):,.0f} (best {max(one.curve):.1%})" for one in each)
+        for each, goal in zip(found, goals, strict=True)
     ]
-    stack.enter_context(split.replayed(model))
-    return given
+    print(f"| benign: steps of fine-tuning {what} | {' | '.join(cells)} |".replace("inf", "not reached"), flush=True)
 
 
 def changed(folder: str, benign: str, saved_as: str, steps: int, rate: float, into: str) -> str:
