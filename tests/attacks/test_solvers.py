@@ -50,6 +50,15 @@ def test_softmax_regression_with_a_penalty_is_scikit_learns():
     assert softmax_path(Part(part.Z, part.y, part.Z_test, theirs, 4), [penalty], 1000) == [1.0]
 
 
+@pytest.mark.parametrize("shape", [(40, 8), (9, 8), (8, 8), (8, 9), (8, 40), (0, 3), (3, 0)])
+def test_a_decomposition_of_any_shape_has_orthonormal_sides_and_gives_the_matrix(shape):
+    Z = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    U, s, V = decompose(Z)
+    eye = torch.eye(min(shape), dtype=torch.float64)
+    assert all(torch.allclose(side.mT @ side, eye) for side in (U, V)) and torch.allclose(U * s @ V.mT, Z)
+    assert s.tolist() == pytest.approx(torch.linalg.svdvals(Z).tolist())
+
+
 def test_a_constant_feature_is_standardized_to_zero_and_decomposition_leaves_out_what_is_none():
     Z = torch.tensor([[1.0, 7.0], [3.0, 7.0]])
     assert Part(Z, torch.tensor([0, 1]), Z, torch.tensor([0, 1]), 2).standardized().Z[:, 1].tolist() == [0.0, 0.0]
