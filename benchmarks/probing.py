@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_immunize import relative_immunization_ratio
-from hf_immunize.attacks.attacker import Found, Part, ProbeBudget, ProbeData
+from hf_immunize.attacks.attacker import Found, Part, ProbeBudget, ProbeData, accuracy
 from hf_immunize.attacks.presets import ATTACKERS, find_preset
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.data.sources import choose, load_image_splits
@@ -173,8 +173,6 @@ def print_fine_tuning(checkpoints: tuple[str, str], source: str, limit: int, cro
         for rows in (parts["train"], Crops(parts["train"]) if crops else parts["test"]):
             batch = ImageCollator(processor)([rows[index] for index in range(len(rows))])
             sides += [batch["pixel_values"], batch["labels"]]
-        *_, logits = through_torch(model, rows, processor)
-        own.append(float((logits.argmax(dim=1) == sides[3]).float().mean()))
         # The blocks before the last stage would run in every step.
         split = split_trunk(model, last_stage(model), tuple(sides[0].shape[1:]), eval_modules=[*model.modules()])
         sides[::2] = [
@@ -183,6 +181,9 @@ def print_fine_tuning(checkpoints: tuple[str, str], source: str, limit: int, cro
         ]
         part = Part(*sides, int(sides[1].max()) + 1)
         with split.replayed(model):
+            with torch.no_grad():
+                logits = [model(pixel_values=some.to(model.device)).logits.cpu() for some in part.Z_test.split(32)]
+            own.append(accuracy(torch.cat(logits), part.y_test))
             found.append([ATTACKERS["last_stage"].run(model, part, budget, 0)])
             chosen = found[-1][0].settings
             found[-1] += [
