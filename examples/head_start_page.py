@@ -132,10 +132,15 @@ def main_table(groups: list[Group], adaptive: bool = False) -> list[str]:
     attackers = list(dict.fromkeys(key for group in groups for key in group.head_starts if knows(key) == adaptive))
     attackers.sort(key=lambda key: list(CLASSES).index(key[1]))
     slowed = not adaptive and any(group.slowed != "–" for group in groups)
-    lines = []
+    heads = ["method", "seeds", "benign, points", "seconds"]
+    heads += [*map(named, attackers), *["steps of the last stage"] * slowed]
+    lines, setting = [], ""
     for group in groups:
         if not any(key in group.head_starts for key in attackers):
             continue
+        if group.setting != setting:
+            setting = group.setting
+            lines.append([f"*{setting}*", *[""] * (len(heads) - 1)])
         found = {key: value for key, value in group.removed.items() if key in attackers}
         stakes = group.head_starts
         least = min(found.values(), default=None)
@@ -149,10 +154,9 @@ def main_table(groups: list[Group], adaptive: bool = False) -> list[str]:
         ]
         seconds = statistics.fmean(row["seconds"].get("immunizing", 0.0) for row in group.rows)
         seeds = ", ".join(str(row["key"]["seed"]) for row in group.rows)
-        lines.append([f"{group.title} ({group.setting})", seeds, signed(group.benign), f"{seconds:,.0f}", *cells])
+        lines.append([group.title, seeds, signed(group.benign), f"{seconds:,.0f}", *cells])
         lines[-1] += [group.slowed] * slowed
-    heads = ["method (setting)", "seeds", "benign, points", "seconds"]
-    return table([*heads, *map(named, attackers), *["steps of the last stage"] * slowed], lines)
+    return table(heads, lines)
 
 
 def sentences(groups: list[Group]) -> list[str]:
@@ -284,6 +288,8 @@ def page(groups: list[Group], figure: str) -> str:
     papers = [f"- {PAPERS[name][0]}: {PAPERS[name][1]}." for name in names]
     lines = ["# Head start: methods of the field", "", "Written by `python -m examples.head_start_page` from rows of"]
     lines += ["`python -m examples.benchmark`.", "", " ".join(sentences(groups)), ""]
+    # What whoever made a row wrote beside it.
+    lines += [line for note in dict.fromkeys(row["note"] for row in rows if "note" in row) for line in (note, "")]
     lines += [
         *main_table(groups),
         "A cell is the share that is removed of how many points of head start; –: no share can be told, since under",

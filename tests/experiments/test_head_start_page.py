@@ -46,8 +46,9 @@ ROWS = [
 def test_cells_are_means_over_seeds_with_the_least_in_bold_and_lost_accuracy_marked():
     lines = main_table(grouped(ROWS))
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:-1]}
-    assert cells["UNDO (vit_near)"] == ["0, 1", "+0.0", "3", "60% of 30", "**0% of 30**"]
-    assert cells["LEACE as target † (vit_near)"] == ["0", "−5.0", "3", "**90% of 30**", "– of 2"]
+    assert lines[2].count("vit_near") == 1 and "".join(cells["*vit_near*"]) == ""
+    assert cells["UNDO"] == ["0, 1", "+0.0", "3", "60% of 30", "**0% of 30**"]
+    assert cells["LEACE as target †"] == ["0", "−5.0", "3", "**90% of 30**", "– of 2"]
 
 
 def test_attackers_who_know_the_method_stand_apart_and_steps_beside_the_shares(tmp_path):
@@ -73,9 +74,11 @@ def test_the_page_holds_table_figure_and_the_commands_of_its_rows(tmp_path):
     rows = tmp_path / "rows.jsonl"
     with pytest.raises(DataError, match="found none"):
         main(["--rows", str(rows)])
-    rows.write_text("".join(json.dumps(one) + "\n" for one in ROWS))
+    noted = [one | {"note": "Written by hand."} for one in ROWS[:2]]
+    rows.write_text("".join(json.dumps(one) + "\n" for one in [*noted, *ROWS[2:]]))
     main(["--rows", str(rows), "--out", str(tmp_path / "docs" / "head-start.md")])
     page = (tmp_path / "docs" / "head-start.md").read_text()
     figure = re.search(r"!\[.*\]\((.*)\)", page)[1]
     assert (tmp_path / "docs" / figure).read_bytes()[:4] == b"\x89PNG"
     assert all(one["command"] in page for one in ROWS) and GRID in page and "arXiv:2306.03819" in page
+    assert page.count("Written by hand.") == 1
