@@ -252,6 +252,7 @@ def _ends(group: Group, access: str) -> str:
 
 def draw(groups: list[Group], path: Path) -> None:
     """Methods from top to bottom, what is removed of each attacker from left to right, with its interval."""
+    groups = [group for group in groups if group.removed]
     figure, (axes,) = new_figure(1)
     figure.set_size_inches(9, 1.8 + 0.5 * len(groups))
     attackers = list(dict.fromkeys(key for group in groups for key in group.removed if not knows(key)))
