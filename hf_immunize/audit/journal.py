@@ -113,7 +113,8 @@ class Journal:
         if found is not None and found != fingerprint:
             raise ArgumentError(
                 f"Expected this audit or none in {self.path.parent}, found one of other weights, data or budgets. "
-                "Give another folder (--output-dir, in Python run_dir=), or remove its outcomes.jsonl to start anew."
+                "Images count as the image processor gives them, which with torchvision is another than without. Give "
+                "another folder (--output-dir, in Python run_dir=), or remove its outcomes.jsonl to start anew."
             )
         if found is None:
             # Cut off before its first line was whole, or another file: nothing tells what its outcomes are of.
