@@ -186,10 +186,11 @@ def sentences(groups: list[Group]) -> list[str]:
         kept = {group: value for group, value in known.items() if group.benign >= -KEPT}
         best = max(kept or known, key=known.__getitem__)
         helped = sum(value < 0 for value in known.values())
+        who = f"{best.title} ({best.setting})"
         most = (
-            f"{best.title} removes most"
+            f"{who} removes most"
             if _significant(best, access)
-            else f"{best.title} is ahead with a share that does not differ significantly from 0%"
+            else f"{who} is ahead with a share that does not differ significantly from 0%"
         )
         said.append(
             f"{words}: by the strongest attacker of each model {most}, {share(known[best])}{_ends(best, access)}"
@@ -288,7 +289,7 @@ def page(groups: list[Group], figure: str) -> str:
     names = dict.fromkeys(row["title"] for row in rows if row["key"]["method"].startswith("examples.field_methods:"))
     papers = [f"- {PAPERS[name][0]}: {PAPERS[name][1]}." for name in names]
     lines = ["# Head start: methods of the field", "", "Written by `python -m examples.head_start_page` from rows of"]
-    lines += ["`python -m examples.benchmark`.", "", " ".join(sentences(groups)), ""]
+    lines += ["`python -m examples.benchmark`.", "", *(f"- {said}" for said in sentences(groups)), ""]
     # What whoever made a row wrote beside it.
     lines += [line for note in dict.fromkeys(row["note"] for row in rows if "note" in row) for line in (note, "")]
     lines += [
