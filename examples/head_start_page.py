@@ -4,16 +4,19 @@ python -m examples.head_start_page --rows runs/benchmark/rows.jsonl --out docs/r
 """
 
 import argparse
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from examples.audit_page import table
 from examples.benchmark import read_rows
-from examples.experiments.settings import describe_changes
+from examples.experiments.settings import describe_changes, experiment_of, load_settings
 from examples.field_methods import PAPERS
 from hf_immunize.audit.names import CLASSES, label, share, signed
 from hf_immunize.audit.statistics import LEAST_HEAD_START
@@ -45,6 +48,17 @@ python -m examples.head_start_page --rows runs/benchmark/rows.jsonl"""
 Key = tuple[str, str]  # attacker and class of access
 
 
+STRONGEST = "strongest"
+
+
+@cache
+def titles() -> dict[str, str]:
+    """What every backbone with every task is called."""
+    known = load_settings()
+    pairs = product(known["backbones"], known["tasks"])
+    return {f"{backbone}_{task}": experiment_of(known, backbone, task)["title"] for backbone, task in pairs}
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Rows of one method and setting, one a seed."""
@@ -55,7 +69,8 @@ class Group:
     def setting(self) -> str:
         """Backbone and task."""
         key = self.rows[0]["key"]
-        return key["setting"] + (f", {key['attack_images']} images" if "attack_images" in key else "")
+        name = titles().get(key["setting"], key["setting"])
+        return name + (f", {key['attack_images']} images" if "attack_images" in key else "")
 
     @property
     def title(self) -> str:
@@ -77,6 +92,8 @@ class Group:
         found: dict[Key, list[float | None]] = {}
         for one in (one for row in self.rows for one in row["attackers"]):
             found.setdefault((one["attacker"], one["access"]), []).append(one["removed"])
+        for access in CLASSES:
+            found[STRONGEST, access] = [(row["removed"][access] or {}).get("removed") for row in self.rows]
         return {key: statistics.fmean(v) for key, v in found.items() if None not in v}  # type: ignore[type-var]
 
     @property
@@ -86,6 +103,21 @@ class Group:
         for one in (one for row in self.rows for one in row["attackers"]):
             found.setdefault((one["attacker"], one["access"]), []).append(one["head_start"])
         return {key: statistics.fmean(values) for key, values in found.items()}
+
+    def spread(self, key: Key) -> tuple[float, float] | None:
+        """The interval of the only row, or the least and the most of several seeds; None without a claim."""
+        if key not in self.removed:
+            return None
+        name, access = key
+        rows = [
+            {"removed": row["removed"][access]["removed"], "interval": row["removed"][access]["removed_interval"]}
+            if name == STRONGEST
+            else next(one for one in row["attackers"] if (one["attacker"], one["access"]) == key)
+            for row in self.rows
+        ]
+        if len(rows) == 1:
+            return tuple(rows[0]["interval"]) if rows[0]["interval"] else None
+        return min(one["removed"] for one in rows), max(one["removed"] for one in rows)
 
     @property
     def slowed(self) -> str:
@@ -99,14 +131,9 @@ class Group:
         )
         return f"{bound}{after / before:.1f} ×"
 
-    def of_class(self, access: str) -> float | None:
-        """Mean share that is removed by the strongest attacker of each model, where it may be claimed."""
-        found = [(row["removed"][access] or {}).get("removed") for row in self.rows]
-        return None if None in found else statistics.fmean(found)
-
 
 def grouped(rows: Iterable[dict[str, Any]]) -> list[Group]:
-    """Groups by setting, in the order of the rows."""
+    """Groups by setting, the default first and the others in the order of the rows."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         key = row["key"]
@@ -114,7 +141,14 @@ def grouped(rows: Iterable[dict[str, Any]]) -> list[Group]:
         images = key.get("attack_images", 0)
         of = key["setting"], images, row["title"], key["method"], str(key["changes"]), key["preset"]["name"], attackers
         found.setdefault(of, []).append(row)
-    return sorted(map(Group, found.values()), key=lambda group: group.setting)
+    order = list(titles())
+
+    def place(group: Group) -> tuple[Any, ...]:
+        setting = group.rows[0]["key"]["setting"]
+        known = order.index(setting) if setting in order else len(order)
+        return known, group.setting, group.rows[0]["title"] != "default"
+
+    return sorted(map(Group, found.values()), key=place)
 
 
 def knows(key: Key) -> bool:
@@ -127,31 +161,40 @@ def named(key: Key) -> str:
     return label(key[0]) + ", any layer" * (key[1] == "any_layer")
 
 
-def main_table(groups: list[Group], adaptive: bool = False) -> list[str]:
-    """Methods and attackers by what is removed of how many points; the least of a row in bold."""
-    attackers = list(dict.fromkeys(key for group in groups for key in group.head_starts if knows(key) == adaptive))
-    attackers.sort(key=lambda key: list(CLASSES).index(key[1]))
-    slowed = not adaptive and any(group.slowed != "–" for group in groups)
+def headed(key: Key) -> str:
+    """An attacker as the head of a column, marked where it knows how models are immunized."""
+    if key[0] == STRONGEST:
+        return f"strongest, {CLASSES[key[1]].lower()}"
+    return re.sub("^fine-tuning (of )?", "", named(key)) + " ¹" * knows(key)
+
+
+def columns(groups: list[Group]) -> list[Key]:
+    """Attackers by class of access, those who know the method last; where there are several, the strongest first."""
+    every = list(dict.fromkeys(key for group in groups for key in group.head_starts))
+    found: list[Key] = []
+    for access in CLASSES:
+        own = sorted((key for key in every if key[1] == access), key=knows)
+        found += [(STRONGEST, access)] * (len(own) > 1) + own
+    return found
+
+
+def main_table(groups: list[Group]) -> list[str]:
+    """Methods and attackers by what is removed, under what is at stake; of the single attackers the least in bold."""
+    keys = columns(groups)
+    slowed = any(group.slowed != "–" for group in groups)
     heads = ["method", "seeds", "benign, points", "seconds"]
-    heads += [*map(named, attackers), *["steps of the last stage"] * slowed]
+    heads += [*map(headed, keys), *["steps of the last stage"] * slowed]
     lines, setting = [], ""
     for group in groups:
-        if not any(key in group.head_starts for key in attackers):
-            continue
         if group.setting != setting:
             setting = group.setting
-            lines.append([f"*{setting}*", *[""] * (len(heads) - 1)])
-        found = {key: value for key, value in group.removed.items() if key in attackers}
-        stakes = group.head_starts
-        least = min(found.values(), default=None)
-        cells = [
-            share(found.get(key)) + (f" of {round(100 * stakes[key])}".replace("-", "−") if key in stakes else "")
-            for key in attackers
-        ]
-        cells = [
-            f"**{cell}**" if key in found and found[key] == least else cell
-            for key, cell in zip(attackers, cells, strict=True)
-        ]
+            stakes = at_stake([one for one in groups if one.setting == setting])
+            shown = [f"{100 * stakes[key]:.0f}".replace("-", "−") if key in stakes else "" for key in keys]
+            lines.append([f"*{setting}: points at stake*", *[""] * 3, *shown, *[""] * slowed])
+        found = group.removed
+        least = min((value for key, value in found.items() if key[0] != STRONGEST), default=None)
+        bold = {key for key, value in found.items() if key[0] != STRONGEST and value == least}
+        cells = [f"**{share(found[key])}**" if key in bold else share(found.get(key)) for key in keys]
         seconds = statistics.fmean(row["seconds"].get("immunizing", 0.0) for row in group.rows)
         seeds = ", ".join(str(row["key"]["seed"]) for row in group.rows)
         lines.append([group.title, seeds, signed(group.benign), f"{seconds:,.0f}", *cells])
@@ -159,52 +202,44 @@ def main_table(groups: list[Group], adaptive: bool = False) -> list[str]:
     return table(heads, lines)
 
 
+def at_stake(groups: list[Group]) -> dict[Key, float]:
+    """Mean head start of each attacker over the rows of a setting."""
+    found: dict[Key, list[float]] = {}
+    for one in (one for group in groups for row in group.rows for one in row["attackers"]):
+        found.setdefault((one["attacker"], one["access"]), []).append(one["head_start"])
+    return {key: statistics.fmean(values) for key, values in found.items()}
+
+
 def sentences(groups: list[Group]) -> list[str]:
     """Ten, each of the rows alone."""
     rows = [row for group in groups for row in group.rows]
-    settings = ", ".join(dict.fromkeys(group.setting for group in groups))
+    settings = len({group.setting for group in groups})
     presets = ", ".join(dict.fromkeys(row["key"]["preset"]["name"] for row in rows))
     single = sum(len(group.rows) == 1 for group in groups)
     said = [
-        f"The table has {len(groups)} of the methods in their settings ({settings}), {single} with one seed alone, of "
-        f"which another training may differ; rows: {len(rows)}, preset: {presets}.",
+        f"Lines: {len(groups)}, each a method on a network with a harmful task ({settings} settings; preset: "
+        f"{presets}); {single} are of one seed alone, of which another training may differ.",
         "*Removed* is the share of what the released weights give an attacker, beyond the same attack on random "
         "weights, that is gone: 100% where they give nothing more, below 0 where immunization helps.",
     ]
-    stakes = [(group.setting, key, points) for group in groups for key, points in group.head_starts.items()]
-    under = {tuple(pair) for *pair, points in stakes if points < LEAST_HEAD_START}
-    every = {tuple(pair) for *pair, _ in stakes}
+    stakes = [points for setting in _by_setting(groups) for points in at_stake(setting).values()]
     said.append(
-        f"Of {len(under)} of {len(every)} attackers in these settings the head start is under "
-        f"{100 * LEAST_HEAD_START:.0f} points, so that nothing can be said to be removed."
+        f"Of {sum(points < LEAST_HEAD_START for points in stakes)} of {len(stakes)} attackers in these settings the "
+        f"head start is under {100 * LEAST_HEAD_START:.0f} points, so that nothing can be said to be removed."
     )
-    for access, words in CLASSES.items():
-        known = {group: value for group in groups if (value := group.of_class(access)) is not None and _real(group)}
-        if not known:
-            said.append(f"{words}: of no method may a share be claimed; too little is at stake, or none attacked.")
-            continue
-        kept = {group: value for group, value in known.items() if group.benign >= -KEPT}
-        best = max(kept or known, key=known.__getitem__)
-        helped = sum(value < 0 for value in known.values())
-        who = f"{best.title} ({best.setting})"
-        most = (
-            f"{who} removes most"
-            if _significant(best, access)
-            else f"{who} is ahead with a share that does not differ significantly from 0%"
-        )
-        said.append(
-            f"{words}: by the strongest attacker of each model {most}, {share(known[best])}{_ends(best, access)}"
-            f"{'' if kept else ', at a loss of benign accuracy'}; {helped} of {len(known)} are below 0%."
-        )
-    broken = [group.removed for group in groups if group.removed and _real(group)]
-    by = Counter(named(min(removed, key=removed.__getitem__)) for removed in broken)
+    said += [_of_class(groups, access) for access in CLASSES]
+    broken = [
+        min(single, key=single.__getitem__)
+        for group in groups
+        if _real(group) and (single := {key: value for key, value in group.removed.items() if key[0] != STRONGEST})
+    ]
+    by = Counter(map(named, broken)).most_common()
+    said.append(f"What breaks each is in bold: {', '.join(f'{name} ({times} ×)' for name, times in by)}.")
+    lost = sorted((group for group in groups if group.benign < -KEPT), key=lambda group: group.benign)
+    most = f", most with {lost[0].title} ({lost[0].setting}: {_change(lost[0])})" if lost else ""
     said.append(
-        f"What breaks each is in bold: {', '.join(f'{name} ({times} ×)' for name, times in by.most_common())}."
-    )
-    lost = [f"{group.title} ({group.setting}: {_change(group)})" for group in groups if group.benign < -KEPT]
-    said.append(
-        f"Benign accuracy came out more than a point lower with {', '.join(lost) or 'none'}"
-        f"{', marked †: what these remove is no gain, since a model that knows nothing removes all' * bool(lost)}."
+        f"Benign accuracy came out more than a point lower in {len(lost)} lines{most}"
+        f"{': what these, marked †, remove is no gain, since a model that knows nothing removes all' * bool(lost)}."
     )
     spent = [row["seconds"].get("immunizing", 0.0) for row in rows]
     attacked = statistics.fmean(row["seconds"]["audit"] for row in rows)
@@ -216,9 +251,41 @@ def sentences(groups: list[Group]) -> list[str]:
     done = {(row["title"], row["key"]["setting"]) for row in rows if _of_core(row, wanted)}
     said.append(
         f"Of the {len(wanted) * len(CORE['method'])} rows of the core grid (four methods, two networks against two "
-        f"tasks each, six attackers) {len(done)} are among them; the commands below make the rest."
+        f"tasks each, six attackers) {len(done)} are among them."
     )
     return said
+
+
+def _of_class(groups: list[Group], access: str) -> str:
+    """What the strongest attackers of a class find, of the best method that keeps benign accuracy where one does."""
+    words, key = CLASSES[access], (STRONGEST, access)
+    known = {group: group.removed[key] for group in groups if key in group.removed and _real(group)}
+    if not known:
+        return f"{words}: of no method may a share be claimed; too little is at stake, or none attacked."
+    kept = {group: value for group, value in known.items() if group.benign >= -KEPT}
+    best = max(kept or known, key=known.__getitem__)
+    helped = sum(value < 0 for value in known.values())
+    who = f"{best.title} ({best.setting})"
+    most = (
+        f"{who} removes most"
+        if _significant(best, access)
+        else f"{who} is ahead with a share that does not differ significantly from 0%"
+    )
+    ends = best.spread(key)
+    spread = f" ({' to '.join(map(share, ends))}{' over seeds' * (len(best.rows) > 1)})" if ends else ""
+    cost = "" if kept else ", at a loss of benign accuracy"
+    return (
+        f"{words}: by the strongest attacker of each model {most}, {share(known[best])}{spread}{cost}; {helped} of "
+        f"{len(known)} are below 0%."
+    )
+
+
+def _by_setting(groups: list[Group]) -> list[list[Group]]:
+    """Groups of one setting each."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group.setting, []).append(group)
+    return list(found.values())
 
 
 def _of_core(row: dict[str, Any], settings: set[str]) -> bool:
@@ -245,42 +312,54 @@ def _significant(group: Group, access: str) -> bool:
     return all(one is not None and one[0] > 0 for one in ends)
 
 
-def _ends(group: Group, access: str) -> str:
-    """The interval of the only row; of several, each has its own in the file."""
-    ends = (group.rows[0]["removed"][access] or {}).get("removed_interval")
-    return f" ({' to '.join(map(share, ends))})" if ends and len(group.rows) == 1 else ""
-
-
 def draw(groups: list[Group], path: Path) -> None:
-    """Methods from top to bottom, what is removed of each attacker from left to right, with its interval."""
-    groups = [group for group in groups if group.removed]
+    """Methods from top to bottom; what the strongest attackers leave, with their intervals, and each fine-tuning."""
+    settings = [[group for group in own if group.removed] for own in _by_setting(groups)]
+    settings = [own for own in settings if own]
     figure, (axes,) = new_figure(1)
-    figure.set_size_inches(9, 1.8 + 0.5 * len(groups))
-    attackers = list(dict.fromkeys(key for group in groups for key in group.removed if not knows(key)))
-    for number, key in enumerate(attackers):
-        for height, group in enumerate(groups):
-            if key not in group.removed:
-                continue
-            at, value = height + 0.12 * (number - (len(attackers) - 1) / 2), group.removed[key]
-            known = [one for row in group.rows for one in row["attackers"] if (one["attacker"], one["access"]) == key]
-            ends = known[0]["interval"] if len(known) == 1 else (min(known_removed(known)), max(known_removed(known)))
-            axes.plot([100 * end for end in ends or (value, value)], [at, at], color=f"C{number}", alpha=0.4)
-            axes.plot(100 * value, at, "o", color=f"C{number}", markersize=5)
-        axes.plot([], [], "o", color=f"C{number}", label=named(key))
-    axes.set_yticks(range(len(groups)), [f"{group.title}\n{group.setting}" for group in groups], fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(0, color="0.5", linewidth=0.8)
-    axes.axvline(100, color="0.5", linewidth=0.8)
-    most = max((value for group in groups for value in group.removed.values()), default=0.0)
-    axes.set_xlim(-120, max(140, 100 * most + 15))
+    lines = sum(map(len, settings)) + len(settings)
+    figure.set_size_inches(9, 1.4 + 0.26 * lines)
+    height, ticks, most = 0, [], 100.0
+    for members in settings:
+        axes.text(-118, height, members[0].setting, fontsize=8, fontweight="bold", va="center")
+        for group in members:
+            height += 1
+            ticks.append((height, group.title))
+            for access, colour, above in (("head_input", "C0", -0.15), ("fine_tuning", "C3", 0.15)):
+                key = STRONGEST, access
+                if access == "fine_tuning":
+                    own = {name: value for (name, kind), value in group.removed.items() if kind == access}
+                    single = [100 * value for name, value in own.items() if name != STRONGEST]
+                    axes.plot(single, [height + above] * len(single), "|", color=colour, markersize=6, alpha=0.6)
+                if (ends := group.spread(key)) is not None:
+                    axes.plot([100 * end for end in ends], [height + above] * 2, color=colour, alpha=0.4)
+                    axes.plot(100 * group.removed[key], height + above, "o", color=colour, markersize=5)
+                    most = max(most, 100 * group.removed[key])
+        height += 1
+    axes.plot([], [], "o", color="C0", label="strongest probe at the classifier's input")
+    axes.plot([], [], "o", color="C3", label="strongest fine-tuning")
+    axes.plot([], [], "|", color="C3", label="each fine-tuning attacker")
+    axes.set_yticks([at for at, _ in ticks], [title for _, title in ticks], fontsize=8)
+    axes.set_ylim(height, -1)
+    for line in (0, 100):
+        axes.axvline(line, color="0.5", linewidth=0.8, zorder=0)
+    axes.set_xlim(-120, most + 20)
     axes.set_xlabel("removed of the head start, %")
-    figure.legend(frameon=False, fontsize=7, loc="outside lower center", ncols=2)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     save_figure(figure, path)
 
 
-def known_removed(known: list[dict[str, Any]]) -> list[float]:
-    """Shares of several seeds."""
-    return [one["removed"] for one in known]
+def commands(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows' commands, those together that differ in method and seed alone."""
+    seeds: dict[tuple[str, str], list[str]] = {}  # of a method in a setting
+    for row in rows:
+        varied = dict(re.findall(r"--(method|seed) (\S+)", row["command"]))
+        rest = re.sub(r" --(method|seed) \S+", "", row["command"])
+        seeds.setdefault((rest, varied["method"]), []).append(varied["seed"])
+    methods: dict[tuple[str, str], list[str]] = {}  # of a setting with these seeds
+    for (rest, method), own in seeds.items():
+        methods.setdefault((rest, " ".join(sorted(set(own)))), []).append(method)
+    return [f"{rest} \\\n    --seed {own} --method {' '.join(names)}" for (rest, own), names in methods.items()]
 
 
 def page(groups: list[Group], figure: str) -> str:
@@ -294,18 +373,29 @@ def page(groups: list[Group], figure: str) -> str:
     lines += [line for note in dict.fromkeys(row["note"] for row in rows if "note" in row) for line in (note, "")]
     lines += [
         *main_table(groups),
-        "A cell is the share that is removed of how many points of head start; –: no share can be told, since under",
-        "ten points are at stake, or since test images and seeds leave open whether any are. †: benign accuracy came",
-        "out more than a point lower. The last column: steps to what the same attack reaches from random weights.",
+        "A cell is the share that is removed of the points at stake; –: no share can be told, since under ten points",
+        "are at stake, or since test images and seeds leave open whether any are. Strongest: the strongest attacker",
+        "before immunization, on random weights and after, whichever each is. ¹: it knows how models are immunized.",
+        "†: benign accuracy came out more than a point lower. Last column: times the steps to what the same attack",
+        "reaches from random weights. Of several seeds a cell is the mean.",
+        "",
+        f"![What is removed of the head start, by method]({figure})",
+        "",
+        "Lines: 95 % intervals, or from the least to the most of several seeds.",
+        "",
     ]
-    if any(knows(key) for group in groups for key in group.head_starts):
-        lines += ["", "## Under attackers who know the method", "", *main_table(groups, adaptive=True)]
-    lines += ["", f"![What is removed of each attacker’s head start, by method]({figure})", ""]
     lines += ["## Methods", "", "Of the papers' ideas on this library's Trainer (`examples/field_methods.py`), not of"]
-    lines += ["their authors' code.", "", *papers, "", "## Rows that were run", "", "```bash"]
-    lines += [*dict.fromkeys(row["command"] for row in rows), "```", "", "## The rest", ""]
-    lines += ["The core grid and what follows it; each command goes on where it was interrupted:", "", "```bash", GRID]
-    return "\n".join([*lines, "```"]) + "\n"
+    lines += [
+        "their authors' code.",
+        "",
+        *papers,
+        "",
+        "## Commands",
+        "",
+        "Each goes on where it was interrupted. Of the",
+    ]
+    lines += ["rows above:", "", "```bash", *commands(rows), "```", "", "The core grid and what follows it:", ""]
+    return "\n".join([*lines, "```bash", GRID, "```"]) + "\n"
 
 
 def main(words: list[str] | None = None) -> None:
