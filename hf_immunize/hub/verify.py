@@ -149,18 +149,24 @@ def verify(
         rows = image_rows(data, side, model, labels)
         refuse_training_images(claimed, rows, side)
         if image_processor is None and "pixel_values" not in rows[0]:
-            image_processor = _processor(folder, trust_remote_code)
+            image_processor = _processor(folder, record.image_processor, trust_remote_code)
         compared = before is not None
         now = measure(model, rows, image_processor, name=side, compared=compared, **options)
         then = measure(before, rows, image_processor, name=f"{side} reference", **options) if compared else None
         found[side] = now, then
-    return compare(record, found["benign"], found["harmful"], changed)
+    processor = None if image_processor is None else type(image_processor).__name__
+    return compare(record, found["benign"], found["harmful"], changed, processor)
 
 
-def _processor(folder: Path, trust_remote_code: bool) -> Any:
+def _processor(folder: Path, recorded: str | None, trust_remote_code: bool) -> Any:
+    """The image processor beside the weights, of the library that resized the record's images."""
+    # Left to itself transformers takes torchvision's wherever there is one, which resizes a little otherwise.
+    library = {"backend": "pil"} if (recorded or "").endswith("Pil") else {}
     try:
         # Said in so many words: where transformers is told nothing, it asks at the keyboard.
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoImageProcessor.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True, **library
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"Expected an image processor beside the weights, found: {library_words(error)}. Pass image_processor=, "
@@ -231,11 +237,14 @@ def measure(
 # ---- comparing ----
 
 
-def compare(record: ImmunizationRecord, benign: Pair, harmful: Pair, changed: list[str]) -> Verification:
-    """Compare what was measured with what a record claims; `changed` are differences of the weights."""
+def compare(
+    record: ImmunizationRecord, benign: Pair, harmful: Pair, changed: list[str], processor: str | None = None
+) -> Verification:
+    """Compare what was measured, on images of `processor`, with a record; `changed` are differences of the weights."""
     reasons = [f"The weights are not those of the record: {'; '.join(changed)}."] if changed else []
     found = {"benign": benign, "harmful": harmful}
-    other = {side: _other_data(getattr(record, side), now) for side, (now, _) in found.items()}
+    processors = record.image_processor, processor
+    other = {side: _other_data(getattr(record, side), now, processors) for side, (now, _) in found.items()}
     reasons += [f"The {side} images are not those of the record: {why}." for side, why in other.items() if why]
     if harmful[1] is None:
         reasons.append(
@@ -332,8 +341,8 @@ def rounding_allowance(part: ConditioningRecord | None) -> float:
     return 2 * math.log10(1 + part.cutoff / part.sigma_min)
 
 
-def _other_data(data: DataRecord | None, now: Measured) -> str | None:
-    """Why these are not the record's images; None where they are."""
+def _other_data(data: DataRecord | None, now: Measured, processors: tuple[str | None, str | None]) -> str | None:
+    """Why these are not the record's images, whose image processor may be another; None where they are."""
     if data is None or data.checksum is None or data.size is None:
         return "it does not say by which checksum to know them"
     count = now.measurement.factor.num_samples
@@ -341,7 +350,11 @@ def _other_data(data: DataRecord | None, now: Measured) -> str | None:
         return f"{data.size} images then, {count} now"
     if math.isclose(now.measurement.checksum, data.checksum, rel_tol=1e-6):
         return None
-    return "as many, but with other pixel values (other images, or another image processor)"
+    then, here = processors
+    if then is None or here is None or then == here:
+        return "as many, but with other pixel values (other images, or another image processor)"
+    remedy = "; with torchvision installed it is the same" * (here == f"{then}Pil")
+    return f"as many, but with other pixel values, of {here} and not {then}{remedy}"
 
 
 def _measured_side(now: Measured, then: Measured | None, claimed: SideRecord) -> SideRecord:

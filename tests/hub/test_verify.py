@@ -126,6 +126,28 @@ def test_of_other_images_nothing_can_be_said(checkpoint, benign, harmful):
     assert checked(checkpoint, benign, harmful, image_processor=other).outcome == CANNOT_SAY
 
 
+def test_images_are_resized_by_the_library_of_the_record(checkpoint, benign, harmful, record, monkeypatch):
+    asked = []
+
+    def remembered(folder, backend=None, **_):
+        asked.append(backend)
+        return ViTImageProcessorPil.from_pretrained(folder)
+
+    monkeypatch.setattr("hf_immunize.hub.verify.AutoImageProcessor.from_pretrained", remembered)
+    assert checked(checkpoint, benign, harmful).outcome == AGREES
+    record.image_processor = "ViTImageProcessor"
+    write_record(checkpoint, record)
+    assert (
+        checked(checkpoint, benign, harmful).outcome == AGREES
+    )  # the same pixels, whatever their processor is called
+    assert asked == ["pil", None]
+    record.harmful.checksum *= 1.01
+    write_record(checkpoint, record)
+    found = checked(checkpoint, benign, harmful)
+    assert found.outcome == CANNOT_SAY
+    assert "ViTImageProcessorPil and not ViTImageProcessor; with torchvision installed it is the same" in str(found)
+
+
 @pytest.mark.parametrize(("factor", "outcome"), [(1.0, AGREES), (1.005, AGREES), (1.5, DIFFERS)])
 @pytest.mark.parametrize("name", ["before", "after", "conjugate_before", "conjugate_after"])
 def test_probing_time_is_measured_again(factor, outcome, name, checkpoint, benign, harmful, reference, record):
