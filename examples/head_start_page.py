@@ -89,35 +89,16 @@ class Group:
     @property
     def removed(self) -> dict[Key, float]:
         """Mean share that is removed of each attacker's head start, where enough is at stake with every seed."""
-        found: dict[Key, list[float | None]] = {}
-        for one in (one for row in self.rows for one in row["attackers"]):
-            found.setdefault((one["attacker"], one["access"]), []).append(one["removed"])
-        for access in CLASSES:
-            found[STRONGEST, access] = [(row["removed"][access] or {}).get("removed") for row in self.rows]
+        found = {key: [shares(row)[key][0] for row in self.rows] for key in shares(self.rows[0])}
         return {key: statistics.fmean(v) for key, v in found.items() if None not in v}  # type: ignore[type-var]
 
-    @property
-    def head_starts(self) -> dict[Key, float]:
-        """Mean head start of each attacker."""
-        found: dict[Key, list[float]] = {}
-        for one in (one for row in self.rows for one in row["attackers"]):
-            found.setdefault((one["attacker"], one["access"]), []).append(one["head_start"])
-        return {key: statistics.fmean(values) for key, values in found.items()}
-
     def spread(self, key: Key) -> tuple[float, float] | None:
-        """The interval of the only row, or the least and the most of several seeds; None without a claim."""
-        if key not in self.removed:
-            return None
-        name, access = key
-        rows = [
-            {"removed": row["removed"][access]["removed"], "interval": row["removed"][access]["removed_interval"]}
-            if name == STRONGEST
-            else next(one for one in row["attackers"] if (one["attacker"], one["access"]) == key)
-            for row in self.rows
-        ]
-        if len(rows) == 1:
-            return tuple(rows[0]["interval"]) if rows[0]["interval"] else None
-        return min(one["removed"] for one in rows), max(one["removed"] for one in rows)
+        """The interval of the only row, or the least and the most of several seeds; None where nothing is claimed."""
+        found = [shares(row)[key] for row in self.rows]
+        if len(found) == 1:
+            return found[0][1]
+        values = [removed for removed, _ in found if removed is not None]
+        return (min(values), max(values)) if len(values) == len(found) else None
 
     @property
     def slowed(self) -> str:
@@ -130,6 +111,15 @@ class Group:
             statistics.fmean(one[f"{side}_steps"] for one in costs) for side in ("reference", "immunized")
         )
         return f"{bound}{after / before:.1f} ×"
+
+
+def shares(row: dict[str, Any]) -> dict[Key, tuple[float | None, tuple[float, float] | None]]:
+    """What is removed by each attacker and by the strongest of each class, with its interval; None without a claim."""
+    found = {(one["attacker"], one["access"]): (one["removed"], one["interval"]) for one in row["attackers"]}
+    for access in CLASSES:
+        one = row["removed"][access] or {}
+        found[STRONGEST, access] = one.get("removed"), one.get("removed_interval")
+    return found
 
 
 def grouped(rows: Iterable[dict[str, Any]]) -> list[Group]:
@@ -170,7 +160,7 @@ def headed(key: Key) -> str:
 
 def columns(groups: list[Group]) -> list[Key]:
     """Attackers by class of access, those who know the method last; where there are several, the strongest first."""
-    every = list(dict.fromkeys(key for group in groups for key in group.head_starts))
+    every = at_stake(groups)
     found: list[Key] = []
     for access in CLASSES:
         own = sorted((key for key in every if key[1] == access), key=knows)
@@ -184,30 +174,40 @@ def main_table(groups: list[Group]) -> list[str]:
     slowed = any(group.slowed != "–" for group in groups)
     heads = ["method", "seeds", "benign, points", "seconds"]
     heads += [*map(headed, keys), *["steps of the last stage"] * slowed]
-    lines, setting = [], ""
-    for group in groups:
-        if group.setting != setting:
-            setting = group.setting
-            stakes = at_stake([one for one in groups if one.setting == setting])
-            shown = [f"{100 * stakes[key]:.0f}".replace("-", "−") if key in stakes else "" for key in keys]
-            lines.append([f"*{setting}: points at stake*", *[""] * 3, *shown, *[""] * slowed])
-        found = group.removed
-        least = min((value for key, value in found.items() if key[0] != STRONGEST), default=None)
-        bold = {key for key, value in found.items() if key[0] != STRONGEST and value == least}
-        cells = [f"**{share(found[key])}**" if key in bold else share(found.get(key)) for key in keys]
-        seconds = statistics.fmean(row["seconds"].get("immunizing", 0.0) for row in group.rows)
-        seeds = ", ".join(str(row["key"]["seed"]) for row in group.rows)
-        lines.append([group.title, seeds, signed(group.benign), f"{seconds:,.0f}", *cells])
-        lines[-1] += [group.slowed] * slowed
+    lines = []
+    for own in by_setting(groups):
+        stakes = at_stake(own)
+        shown = [f"{100 * stakes[key]:.0f}".replace("-", "−") if key in stakes else "" for key in keys]
+        lines.append([f"*{own[0].setting}: points at stake*", *[""] * 3, *shown, *[""] * slowed])
+        for group in own:
+            least = min((value for key, value in group.removed.items() if key[0] != STRONGEST), default=None)
+            bold = {key for key, value in group.removed.items() if key[0] != STRONGEST and value == least}
+            cells = [share(group.removed.get(key)) for key in keys]
+            cells = [f"**{cell}**" if key in bold else cell for key, cell in zip(keys, cells, strict=True)]
+            seconds = statistics.fmean(row["seconds"].get("immunizing", 0.0) for row in group.rows)
+            seeds = ", ".join(str(row["key"]["seed"]) for row in group.rows)
+            lines.append([group.title, seeds, signed(group.benign), f"{seconds:,.0f}", *cells])
+            lines[-1] += [group.slowed] * slowed
     return table(heads, lines)
 
 
 def at_stake(groups: list[Group]) -> dict[Key, float]:
-    """Mean head start of each attacker over the rows of a setting."""
-    found: dict[Key, list[float]] = {}
-    for one in (one for group in groups for row in group.rows for one in row["attackers"]):
-        found.setdefault((one["attacker"], one["access"]), []).append(one["head_start"])
-    return {key: statistics.fmean(values) for key, values in found.items()}
+    """Mean head start of each attacker over settings and seeds, whose starting models all methods share."""
+    found: dict[Key, dict[tuple[str, int], float]] = {}
+    for group in groups:
+        for row in group.rows:
+            for one in row["attackers"]:
+                start = group.setting, row["key"]["seed"]
+                found.setdefault((one["attacker"], one["access"]), {})[start] = one["head_start"]
+    return {key: statistics.fmean(points.values()) for key, points in found.items()}
+
+
+def by_setting(groups: list[Group]) -> list[list[Group]]:
+    """Groups of one setting each."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group.setting, []).append(group)
+    return list(found.values())
 
 
 def sentences(groups: list[Group]) -> list[str]:
@@ -222,7 +222,7 @@ def sentences(groups: list[Group]) -> list[str]:
         "*Removed* is the share of what the released weights give an attacker, beyond the same attack on random "
         "weights, that is gone: 100% where they give nothing more, below 0 where immunization helps.",
     ]
-    stakes = [points for setting in _by_setting(groups) for points in at_stake(setting).values()]
+    stakes = [points for setting in by_setting(groups) for points in at_stake(setting).values()]
     said.append(
         f"Of {sum(points < LEAST_HEAD_START for points in stakes)} of {len(stakes)} attackers in these settings the "
         f"head start is under {100 * LEAST_HEAD_START:.0f} points, so that nothing can be said to be removed."
@@ -268,7 +268,7 @@ def _of_class(groups: list[Group], access: str) -> str:
     who = f"{best.title} ({best.setting})"
     most = (
         f"{who} removes most"
-        if _significant(best, access)
+        if _significant(best, key)
         else f"{who} is ahead with a share that does not differ significantly from 0%"
     )
     ends = best.spread(key)
@@ -278,14 +278,6 @@ def _of_class(groups: list[Group], access: str) -> str:
         f"{words}: by the strongest attacker of each model {most}, {share(known[best])}{spread}{cost}; {helped} of "
         f"{len(known)} are below 0%."
     )
-
-
-def _by_setting(groups: list[Group]) -> list[list[Group]]:
-    """Groups of one setting each."""
-    found: dict[str, list[Group]] = {}
-    for group in groups:
-        found.setdefault(group.setting, []).append(group)
-    return list(found.values())
 
 
 def _of_core(row: dict[str, Any], settings: set[str]) -> bool:
@@ -306,15 +298,15 @@ def _change(group: Group) -> str:
     return signed(group.benign) + (f", {' to '.join(map(signed, ends))}" if len(group.rows) == 1 else "")
 
 
-def _significant(group: Group, access: str) -> bool:
+def _significant(group: Group, key: Key) -> bool:
     """Whether the share that is removed is above zero with all of its interval, with every seed."""
-    ends = [(row["removed"][access] or {}).get("removed_interval") for row in group.rows]
+    ends = [shares(row)[key][1] for row in group.rows]
     return all(one is not None and one[0] > 0 for one in ends)
 
 
 def draw(groups: list[Group], path: Path) -> None:
     """Methods from top to bottom; what the strongest attackers leave, with their intervals, and each fine-tuning."""
-    settings = [[group for group in own if group.removed] for own in _by_setting(groups)]
+    settings = [[group for group in own if group.removed] for own in by_setting(groups)]
     settings = [own for own in settings if own]
     figure, (axes,) = new_figure(1)
     lines = sum(map(len, settings)) + len(settings)
