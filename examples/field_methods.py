@@ -35,11 +35,14 @@ Weights = dict[str, Tensor]
 
 # Name to title and paper; the paper's four and our default are in the library.
 PAPERS = {
-    "undo": ("UNDO", "Lee et al., Distillation Robustifies Unlearning, NeurIPS 2025, arXiv:2506.06278"),
+    "undo": (
+        "UNDO",
+        "Lee et al., Distillation Robustifies Unlearning, NeurIPS 2025, arXiv:2506.06278; all weights move",
+    ),
     "weight_distance": (
         "weight distance",
         "Siddiqui et al., From Dormant to Deleted: Tamper-Resistant Unlearning Through Weight-Space Regularization, "
-        "NeurIPS 2025, arXiv:2505.22310",
+        "NeurIPS 2025, arXiv:2505.22310; all weights move",
     ),
     "contraction": (
         "contraction (CLAMP)",

@@ -376,18 +376,26 @@ def page(groups: list[Group], figure: str) -> str:
         "Lines: 95 % intervals, or from the least to the most of several seeds.",
         "",
     ]
-    lines += ["## Methods", "", "Of the papers' ideas on this library's Trainer (`examples/field_methods.py`), not of"]
     lines += [
-        "their authors' code.",
+        "## Methods",
+        "",
+        "Of the papers' ideas on this library's Trainer (`examples/field_methods.py`), not of their authors' code. Where",
+        "nothing else is said the last stage and the head move, as by the library's default: whoever draws that stage anew",
+        "reads what he read before, whatever was done to it.",
         "",
         *papers,
         "",
         "## Commands",
         "",
-        "Each goes on where it was interrupted. Of the",
+        "Each goes on where it was interrupted. Of the lines above:",
+        "",
+        *["```bash", *commands(rows), "```"],
+        "",
+        "The core grid and what follows it:",
+        "",
+        *["```bash", GRID, "```"],
     ]
-    lines += ["rows above:", "", "```bash", *commands(rows), "```", "", "The core grid and what follows it:", ""]
-    return "\n".join([*lines, "```bash", GRID, "```"]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def main(words: list[str] | None = None) -> None:

@@ -100,6 +100,16 @@ def test_drawn_anew_is_the_last_stage_alone():
     assert last <= same and kept and not kept & last
 
 
+def test_who_draws_the_last_stage_anew_loses_nothing_by_what_was_done_to_it():
+    models = [tiny_resnet(0), tiny_resnet(0)]
+    with torch.no_grad():
+        for name, value in models[1].named_parameters():
+            value.mul_(0.1 if "stages.1" in name or "classifier" in name else 1)
+    assert not torch.equal(*(features_of(model, SMALL.Z, "classifier.1") for model in models))
+    found = [ATTACKERS["reinitialized"].run(model, SMALL, budget(), 0) for model in models]
+    assert found[0].curve == found[1].curve and found[0].settings == found[1].settings
+
+
 def test_a_prompt_is_a_few_thousand_pixels_for_every_image_and_begins_as_none():
     model = tiny_vit()
     attacked = prepare(model, "visual_prompt", SMALL, 0)
