@@ -379,9 +379,9 @@ def page(groups: list[Group], figure: str) -> str:
     lines += [
         "## Methods",
         "",
-        "Of the papers' ideas on this library's Trainer (`examples/field_methods.py`), not of their authors' code. Where",
-        "nothing else is said the last stage and the head move, as by the library's default: whoever draws that stage anew",
-        "reads what he read before, whatever was done to it.",
+        "Of the papers' ideas on this library's Trainer (`examples/field_methods.py`), not of their authors' code.",
+        "Where nothing else is said the last stage and the head move, as by the library's default: whoever draws",
+        "that stage anew reads what he read before, whatever was done to it.",
         "",
         *papers,
         "",
