@@ -101,13 +101,14 @@ def make_row(text: str, run: Run, given: argparse.Namespace) -> dict[str, Any]:
     with alone(folder):
         parts, model = Parts(folder), folder / "model"
         if callable(method):
-            parts.run("immunizing", lambda: immunize(method, start, images, run, changes, model))
+            immunized_on = parts.run("immunizing", lambda: immunize(method, start, images, run, changes, model))
         else:
-            model = method
+            model, immunized_on = method, None
         before = starting(start, run, images, preset, given.attack_images)
         after = attacked(str(model), images, preset, folder, given.attack_images)
     report = joined(before, after, title)
     row = {"title": title, "key": key, "command": command(text, run, given), "date": date.today().isoformat()}
+    row |= {"immunized_on": immunized_on} if immunized_on else {}
     row |= {"hardware": hardware(), "seconds": parts.seconds() | {"audit": round(report.data.seconds, 1)}}
     row |= measures(report)
     with alone(given.rows.parent), given.rows.open("a", encoding="utf-8") as file:
@@ -148,8 +149,8 @@ def joined(before: Attacked, after: Attacked, title: str) -> AuditReport:
 
 def immunize(
     method: Callable[..., Any], start: str, images: tasks.Data, run: Run, changes: dict[str, Any], folder: Path
-) -> None:
-    """Run a function on the starting model, and keep what it returns with its image processor."""
+) -> str:
+    """Run a function on the starting model, keep what it returns with its image processor; on which machine."""
     set_seed(run.seed)
     arguments: dict[str, Any] = {}
     if any(one.kind is one.VAR_KEYWORD for one in inspect.signature(method).parameters.values()):
@@ -163,6 +164,7 @@ def immunize(
     with staged_directory(folder) as staging:
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
+    return hardware()
 
 
 def measures(report: AuditReport) -> dict[str, Any]:

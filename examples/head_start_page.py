@@ -1,5 +1,7 @@
 """Write docs/results/head-start.md from rows of examples/benchmark.py: one table, one figure, ten sentences.
 
+What each attacker finds is on a page beside it, head-start-attackers.md.
+
 python -m examples.head_start_page --rows runs/benchmark/rows.jsonl --out docs/results/head-start.md
 """
 
@@ -9,7 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from examples.audit_page import table
 from examples.benchmark import read_rows
 from examples.experiments.settings import describe_changes, experiment_of, load_settings
 from examples.field_methods import PAPERS
-from hf_immunize.audit.names import CLASSES, label, share, signed
+from hf_immunize.audit.names import CLASSES, label, percent, share, signed
 from hf_immunize.audit.statistics import LEAST_HEAD_START
 from hf_immunize.errors import DataError
 from hf_immunize.files import write_whole
@@ -29,26 +31,35 @@ from hf_immunize.training.spectrum_figure import new_figure, save_figure
 KEPT = 0.01
 # Attackers who know how models are immunized.
 ADAPTIVE = ("leaky", "whitened", "every_block")
-# The core grid: four methods, two networks against two tasks each, six attackers.
-CORE = {
-    "method": ("default", "undo", "sophon", "leace"),
-    "backbone": ("resnet18_cifar10", "vit_cifar10"),
-    "task": ("near", "far"),
-    "attackers": ("ridge", "gd_line_search", "last_stage", "whole_network", "lora_r8", "ridge_start"),
-}
-BUDGET = "--preset standard --attack_steps 200 --attack_images 200"
-GRID = f"""python -m examples.benchmark --backbone {" ".join(CORE["backbone"])} --task {" ".join(CORE["task"])} \\
-    --method examples.field_methods:{{{",".join(CORE["method"])}}} \\
-    --attackers {",".join([*CORE["attackers"], *ADAPTIVE])} {BUDGET} --data_path DATA
-python -m examples.benchmark --backbone resnet18_cifar10 vit_cifar10 --task near far --data_path DATA \\
-    --method examples.field_methods:{{weight_distance,tar,contraction,kappa,r_ill,opt_kappa,imma}} {BUDGET}
-python -m examples.benchmark --backbone mobilenet dinov2_cifar10 --task cars --data_path DATA \\
-    --method examples.field_methods:{{default,undo,sophon,leace}} {BUDGET}
-python -m examples.head_start_page --rows runs/benchmark/rows.jsonl"""
+ATTACKERS = ("ridge", "gd_line_search", "last_stage", "whole_network", "lora_r8", "ridge_start", *ADAPTIVE)
+BUDGET = "--preset standard --attack_steps 200 --attack_seeds 3 --attack_images 200"
+# Methods, networks and tasks: first the core grid, then what follows it.
+PLAN = [
+    (("default", "undo", "sophon", "leace"), ("resnet18_cifar10", "vit_cifar10"), ("near", "far")),
+    (
+        ("weight_distance", "tar", "contraction", "kappa", "r_ill", "opt_kappa", "imma"),
+        ("resnet18_cifar10", "vit_cifar10"),
+        ("near", "far"),
+    ),
+    (("default", "undo", "sophon", "leace"), ("mobilenet", "dinov2_cifar10"), ("cars",)),
+]
 Key = tuple[str, str]  # attacker and class of access
 
 
-STRONGEST = "strongest"
+@dataclass(frozen=True)
+class Found:
+    """What an attacker, or the strongest of each model, reads with one seed; without a claim no share is removed."""
+
+    before: float
+    after: float
+    without: float  # from random weights, or pixels
+    removed: float | None
+    interval: tuple[float, float] | None
+
+    @property
+    def apart(self) -> bool:
+        """Whether the share is set apart from 0 % by its interval."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
 @cache
@@ -66,11 +77,15 @@ class Group:
     rows: list[dict[str, Any]]
 
     @property
-    def setting(self) -> str:
+    def place(self) -> str:
         """Backbone and task."""
-        key = self.rows[0]["key"]
-        name = titles().get(key["setting"], key["setting"])
-        return name + (f", {key['attack_images']} images" if "attack_images" in key else "")
+        return titles().get(self.rows[0]["key"]["setting"], self.rows[0]["key"]["setting"])
+
+    @property
+    def setting(self) -> str:
+        """The same, and how many labelled images attackers have."""
+        images = self.rows[0]["key"].get("attack_images")
+        return self.place + (f", {images} images" if images else "")
 
     @property
     def title(self) -> str:
@@ -82,23 +97,42 @@ class Group:
         return name + (f", {changes}" if changes else "") + " †" * (self.benign < -KEPT)
 
     @property
+    def seeds(self) -> str:
+        """Of data and training, with commas."""
+        return ", ".join(str(row["key"]["seed"]) for row in self.rows)
+
+    @property
     def benign(self) -> float:
         """Mean change of benign accuracy."""
         return statistics.fmean(row["benign"]["difference"] for row in self.rows)
 
     @property
-    def removed(self) -> dict[Key, float]:
-        """Mean share that is removed of each attacker's head start, where enough is at stake with every seed."""
-        found = {key: [shares(row)[key][0] for row in self.rows] for key in shares(self.rows[0])}
-        return {key: statistics.fmean(v) for key, v in found.items() if None not in v}  # type: ignore[type-var]
+    def change(self) -> str:
+        """The change of benign accuracy, with the interval over images, or the least and the most of several seeds."""
+        several = [row["benign"]["difference"] for row in self.rows]
+        ends = self.rows[0]["benign"]["interval"] if len(several) == 1 else (min(several), max(several))
+        return f"{signed(self.benign)} ({' to '.join(map(signed, ends))})"
 
-    def spread(self, key: Key) -> tuple[float, float] | None:
-        """The interval of the only row, or the least and the most of several seeds; None where nothing is claimed."""
-        found = [shares(row)[key] for row in self.rows]
-        if len(found) == 1:
-            return found[0][1]
-        values = [removed for removed, _ in found if removed is not None]
-        return (min(values), max(values)) if len(values) == len(found) else None
+    @cached_property
+    def attackers(self) -> dict[Key, list[Found]]:
+        """What each attacker finds, with every seed."""
+        found: dict[Key, list[Found]] = {}
+        for one in (one for row in self.rows for one in row["attackers"]):
+            read = one["reference"], one["immunized"], one["random"]
+            ends = one["interval"] and tuple(one["interval"])
+            found.setdefault((one["attacker"], one["access"]), []).append(Found(*read, one["removed"], ends))
+        return found
+
+    @cached_property
+    def strongest(self) -> dict[str, list[Found]]:
+        """What the strongest attacker of each model finds, by class of access, with every seed."""
+        found: dict[str, list[Found]] = {}
+        for access, row in product(CLASSES, self.rows):
+            if one := row["removed"][access]:
+                read = one["reference_accuracy"], one["accuracy"], one["random_accuracy"]
+                ends = one["removed_interval"] and tuple(one["removed_interval"])
+                found.setdefault(access, []).append(Found(*read, one["removed"], ends))
+        return found
 
     @property
     def slowed(self) -> str:
@@ -107,30 +141,31 @@ class Group:
         if not costs:
             return "–"
         bound = "≥ " * any(one["is_bound"] for one in costs)
-        before, after = (
-            statistics.fmean(one[f"{side}_steps"] for one in costs) for side in ("reference", "immunized")
-        )
+        sides = [[one[f"{side}_steps"] for one in costs] for side in ("reference", "immunized")]
+        before, after = map(statistics.fmean, sides)
         return f"{bound}{after / before:.1f} ×"
 
+    @property
+    def seconds(self) -> str:
+        """Of immunizing, and on what."""
+        spent = statistics.fmean(row["seconds"].get("immunizing", 0.0) for row in self.rows)
+        machines = {machine(row) for row in self.rows}
+        return f"{spent:,.0f} ({', '.join(sorted(machines))})"
 
-def shares(row: dict[str, Any]) -> dict[Key, tuple[float | None, tuple[float, float] | None]]:
-    """What is removed by each attacker and by the strongest of each class, with its interval; None without a claim."""
-    found = {(one["attacker"], one["access"]): (one["removed"], one["interval"]) for one in row["attackers"]}
-    for access in CLASSES:
-        one = row["removed"][access] or {}
-        found[STRONGEST, access] = one.get("removed"), one.get("removed_interval")
-    return found
+
+def machine(row: dict[str, Any]) -> str:
+    """What a method was trained on: where that is not said, what attacked it."""
+    return "GPU" if "NVIDIA" in row.get("immunized_on", row["hardware"]) else "CPU"
 
 
 def grouped(rows: Iterable[dict[str, Any]]) -> list[Group]:
     """Groups by setting, the default first and the others in the order of the rows."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        key = row["key"]
-        attackers = tuple(one["attacker"] for one in row["attackers"])
-        images = key.get("attack_images", 0)
-        of = key["setting"], images, row["title"], key["method"], str(key["changes"]), key["preset"]["name"], attackers
-        found.setdefault(of, []).append(row)
+        # What is of one method, setting and budget differs in nothing but what the seed decides.
+        by_seed = {"seed", "data", "start"}
+        of = {name: value for name, value in row["key"].items() if name not in by_seed}
+        found.setdefault(str((row["title"], sorted(of.items()))), []).append(row)
     order = list(titles())
 
     def place(group: Group) -> tuple[Any, ...]:
@@ -141,67 +176,6 @@ def grouped(rows: Iterable[dict[str, Any]]) -> list[Group]:
     return sorted(map(Group, found.values()), key=place)
 
 
-def knows(key: Key) -> bool:
-    """Whether an attacker knows how models are immunized."""
-    return key[0] in ADAPTIVE
-
-
-def named(key: Key) -> str:
-    """An attacker, with where it looks."""
-    return label(key[0]) + ", any layer" * (key[1] == "any_layer")
-
-
-def headed(key: Key) -> str:
-    """An attacker as the head of a column, marked where it knows how models are immunized."""
-    if key[0] == STRONGEST:
-        return f"strongest, {CLASSES[key[1]].lower()}"
-    return re.sub("^fine-tuning (of )?", "", named(key)) + " ¹" * knows(key)
-
-
-def columns(groups: list[Group]) -> list[Key]:
-    """Attackers by class of access, those who know the method last; where there are several, the strongest first."""
-    every = at_stake(groups)
-    found: list[Key] = []
-    for access in CLASSES:
-        own = sorted((key for key in every if key[1] == access), key=knows)
-        found += [(STRONGEST, access)] * (len(own) > 1) + own
-    return found
-
-
-def main_table(groups: list[Group]) -> list[str]:
-    """Methods and attackers by what is removed, under what is at stake; of the single attackers the least in bold."""
-    keys = columns(groups)
-    slowed = any(group.slowed != "–" for group in groups)
-    heads = ["method", "seeds", "benign, points", "seconds"]
-    heads += [*map(headed, keys), *["steps of the last stage"] * slowed]
-    lines = []
-    for own in by_setting(groups):
-        stakes = at_stake(own)
-        shown = [f"{100 * stakes[key]:.0f}".replace("-", "−") if key in stakes else "" for key in keys]
-        lines.append([f"*{own[0].setting}: points at stake*", *[""] * 3, *shown, *[""] * slowed])
-        for group in own:
-            least = min((value for key, value in group.removed.items() if key[0] != STRONGEST), default=None)
-            bold = {key for key, value in group.removed.items() if key[0] != STRONGEST and value == least}
-            cells = [share(group.removed.get(key)) for key in keys]
-            cells = [f"**{cell}**" if key in bold else cell for key, cell in zip(keys, cells, strict=True)]
-            seconds = statistics.fmean(row["seconds"].get("immunizing", 0.0) for row in group.rows)
-            seeds = ", ".join(str(row["key"]["seed"]) for row in group.rows)
-            lines.append([group.title, seeds, signed(group.benign), f"{seconds:,.0f}", *cells])
-            lines[-1] += [group.slowed] * slowed
-    return table(heads, lines)
-
-
-def at_stake(groups: list[Group]) -> dict[Key, float]:
-    """Mean head start of each attacker over settings and seeds, whose starting models all methods share."""
-    found: dict[Key, dict[tuple[str, int], float]] = {}
-    for group in groups:
-        for row in group.rows:
-            for one in row["attackers"]:
-                start = group.setting, row["key"]["seed"]
-                found.setdefault((one["attacker"], one["access"]), {})[start] = one["head_start"]
-    return {key: statistics.fmean(points.values()) for key, points in found.items()}
-
-
 def by_setting(groups: list[Group]) -> list[list[Group]]:
     """Groups of one setting each."""
     found: dict[str, list[Group]] = {}
@@ -210,134 +184,198 @@ def by_setting(groups: list[Group]) -> list[list[Group]]:
     return list(found.values())
 
 
+# ---- numbers ----
+
+
+def mean(found: list[Found]) -> float | None:
+    """Mean share that is removed; None where with a seed too little is at stake."""
+    shares = [one.removed for one in found]
+    return statistics.fmean(shares) if shares and None not in shares else None  # type: ignore[type-var]
+
+
+def spread(found: list[Found]) -> tuple[float, float] | None:
+    """The interval of the only seed, or the least and the most of several; None where nothing is claimed."""
+    if mean(found) is None:
+        return None
+    shares = [one.removed for one in found if one.removed is not None]
+    return found[0].interval if len(found) == 1 else (min(shares), max(shares))
+
+
+def apart(found: list[Found]) -> bool:
+    """Whether with every seed the share is set apart from 0 %."""
+    return mean(found) is not None and all(one.apart for one in found)
+
+
+def with_ends(found: list[Found]) -> str:
+    """The share that is removed, with its interval or, of several seeds, the least and the most; bold if apart."""
+    ends = spread(found)
+    said = share(mean(found)) + (f" ({' to '.join(map(share, ends))})" if ends else "")
+    return f"**{said}**" if apart(found) else said
+
+
+def at_stake(groups: list[Group], key: Key | str) -> float | None:
+    """Mean head start of an attacker, or of a class's strongest, over settings and seeds; methods share the start."""
+    points = {}
+    for group in groups:
+        found = group.strongest.get(key) if isinstance(key, str) else group.attackers.get(key)
+        for row, one in zip(group.rows, found or [], strict=False):
+            points[group.setting, row["key"]["seed"]] = one.before - one.without
+    return statistics.fmean(points.values()) if points else None
+
+
+def in_points(value: float | None) -> str:
+    """A head start in points, without sign of zero."""
+    return "" if value is None else f"{round(100 * value) + 0:d}".replace("-", "−")
+
+
+# ---- tables ----
+
+
+def main_table(groups: list[Group]) -> list[str]:
+    """What the strongest attackers of each class find, under what is at stake, beside benign accuracy."""
+    heads = ["method", "seeds", "benign accuracy, points", *(f"{words}: removed" for words in CLASSES.values())]
+    lines = []
+    for own in by_setting(groups):
+        stakes = [in_points(at_stake(own, access)) for access in CLASSES]
+        lines.append([f"*{own[0].setting}: points at stake*", "", "", *stakes])
+        for group in own:
+            cells = [with_ends(group.strongest.get(access, [])) for access in CLASSES]
+            lines.append([group.title, group.seeds, group.change, *cells])
+    return table(heads, lines)
+
+
+def named(key: Key) -> str:
+    """An attacker, with where it looks."""
+    return label(key[0]) + ", any layer" * (key[1] == "any_layer")
+
+
+def attackers_table(groups: list[Group]) -> list[str]:
+    """What each attacker reads before and after, what from random weights, and what is removed."""
+    every = list(dict.fromkeys(key for group in groups for key in group.attackers))
+    keys = [key for access in CLASSES for key in sorted(every, key=lambda key: key[0] in ADAPTIVE) if key[1] == access]
+    heads = ["method", "seconds to immunize", "steps of the last stage"]
+    heads += [re.sub("^fine-tuning (of )?", "", named(key)) + " ¹" * (key[0] in ADAPTIVE) for key in keys]
+    lines = []
+    for own in by_setting(groups):
+        stakes = [in_points(at_stake(own, key)) for key in keys]
+        lines.append([f"*{own[0].setting}: points at stake*", "", "", *stakes])
+        lines += [[group.title, group.seconds, group.slowed, *(reading(group, key) for key in keys)] for group in own]
+    return table(heads, lines)
+
+
+def reading(group: Group, key: Key) -> str:
+    """A cell: the share that is removed, and the means over seeds of what is read before, after and without."""
+    if not (found := group.attackers.get(key)):
+        return ""
+    before, after, without = (
+        percent(statistics.fmean(getattr(one, side) for one in found)) for side in ("before", "after", "without")
+    )
+    said = share(mean(found))
+    return f"{f'**{said}**' if apart(found) else said}: {before} → {after} ({without})"
+
+
+# ---- sentences ----
+
+
 def sentences(groups: list[Group]) -> list[str]:
-    """Ten, each of the rows alone."""
+    """Ten, each of the rows alone; the first answers whether anything stops fine-tuning."""
+    groups = [group for group in groups if group.rows[0]["title"] != "unchanged"]
     rows = [row for group in groups for row in group.rows]
-    settings = len({group.setting for group in groups})
-    presets = ", ".join(dict.fromkeys(row["key"]["preset"]["name"] for row in rows))
-    single = sum(len(group.rows) == 1 for group in groups)
-    said = [
-        f"Lines: {len(groups)}, each a method on a network with a harmful task ({settings} settings; preset: "
-        f"{presets}); {single} are of one seed alone, of which another training may differ.",
-        "*Removed* is the share of what the released weights give an attacker, beyond the same attack on random "
-        "weights, that is gone: 100% where they give nothing more, below 0 where immunization helps.",
-    ]
-    stakes = [points for setting in by_setting(groups) for points in at_stake(setting).values()]
-    said.append(
-        f"Of {sum(points < LEAST_HEAD_START for points in stakes)} of {len(stakes)} attackers in these settings the "
-        f"head start is under {100 * LEAST_HEAD_START:.0f} points, so that nothing can be said to be removed."
-    )
-    said += [_of_class(groups, access) for access in CLASSES]
-    broken = [
-        min(single, key=single.__getitem__)
+    several = sum(len(group.rows) > 1 for group in groups)
+    single = [
+        (group, key, found)
         for group in groups
-        if _real(group) and (single := {key: value for key, value in group.removed.items() if key[0] != STRONGEST})
+        for key, found in group.attackers.items()
+        if key[1] == "fine_tuning" and mean(found) is not None
     ]
-    by = Counter(map(named, broken)).most_common()
-    said.append(f"What breaks each is in bold: {', '.join(f'{name} ({times} ×)' for name, times in by)}.")
+    widths = [ends[1] - ends[0] for _, _, found in single if len(found) == 1 and (ends := spread(found))]
+    alone = Counter(_where(group) for group, _, found in single if apart(found))
+    by = "; ".join(f"{count} after {where}" for where, count in alone.items())
+    stakes = [
+        points for own in by_setting(groups) for key in own[0].attackers if (points := at_stake(own, key)) is not None
+    ]
     lost = sorted((group for group in groups if group.benign < -KEPT), key=lambda group: group.benign)
-    most = f", most with {lost[0].title} ({lost[0].setting}: {_change(lost[0])})" if lost else ""
-    said.append(
-        f"Benign accuracy came out more than a point lower in {len(lost)} lines{most}"
-        f"{': what these, marked †, remove is no gain, since a model that knows nothing removes all' * bool(lost)}."
-    )
-    spent = [row["seconds"].get("immunizing", 0.0) for row in rows]
+    most = f", most with {_where(lost[0])}, by {lost[0].change}" if lost else ""
     attacked = statistics.fmean(row["seconds"]["audit"] for row in rows)
-    said.append(
-        f"Immunizing took up to {max(spent):,.0f} seconds and the attacks of a row {attacked:,.0f} on the mean, on "
-        f"{'; '.join(dict.fromkeys(row['hardware'] for row in rows))}."
-    )
-    wanted = {f"{backbone}_{task}" for backbone in CORE["backbone"] for task in CORE["task"]}
-    done = {(row["title"], row["key"]["setting"]) for row in rows if _of_core(row, wanted)}
-    said.append(
-        f"Of the {len(wanted) * len(CORE['method'])} rows of the core grid (four methods, two networks against two "
-        f"tasks each, six attackers) {len(done)} are among them."
-    )
-    return said
+    machines = "; ".join(dict.fromkeys(row["hardware"] for row in rows))
+    return [
+        *(of_class(groups, access) for access in ("fine_tuning", "head_input", "any_layer")),
+        "*Removed* is the share of what the released weights give an attacker, beyond the same attack on random "
+        "weights, that is gone: 100% where they give nothing more, below 0% where immunization helps.",
+        f"Of {sum(points < LEAST_HEAD_START for points in stakes)} of {len(stakes)} attackers in these settings the "
+        f"head start is under {100 * LEAST_HEAD_START:.0f} points: no share of it is claimed.",
+        f"Of {len(single)} shares of single fine-tuning attackers {alone.total()} are set apart from 0%"
+        f"{': ' * bool(by)}{by}; chance alone would put {0.05 * len(single):.0f}.",
+        f"Half of their intervals are wider than {100 * statistics.median(widths or [0]):.0f} points: smaller effects "
+        "go unseen.",
+        f"Lines: {len(groups)}, each a method in one of {len(by_setting(groups))} settings, a network with a harmful "
+        f"task; {several} have several seeds, the others one, and another training may differ.",
+        f"Benign accuracy came out more than a point lower in {len(lost)} of them, marked †{most}; what they remove "
+        f"may be what the model has lost altogether.",
+        f"The attacks of a line took {attacked:,.0f} seconds on the mean, on {machines}.",
+    ]
 
 
-def _of_class(groups: list[Group], access: str) -> str:
-    """What the strongest attackers of a class find, of the best method that keeps benign accuracy where one does."""
-    words, key = CLASSES[access], (STRONGEST, access)
-    known = {group: group.removed[key] for group in groups if key in group.removed and _real(group)}
+def of_class(groups: list[Group], access: str) -> str:
+    """Which methods remove a share that is set apart from 0 % by the strongest attackers of a class."""
+    known = {group: found for group in groups if mean(found := group.strongest.get(access, [])) is not None}
+    where = f"{CLASSES[access]}, by the strongest attacker of each model:"
     if not known:
-        return f"{words}: of no method may a share be claimed; too little is at stake, or none attacked."
-    kept = {group: value for group, value in known.items() if group.benign >= -KEPT}
-    best = max(kept or known, key=known.__getitem__)
-    helped = sum(value < 0 for value in known.values())
-    who = f"{best.title} ({best.setting})"
-    most = (
-        f"{who} removes most"
-        if _significant(best, key)
-        else f"{who} is ahead with a share that does not differ significantly from 0%"
-    )
-    ends = best.spread(key)
-    spread = f" ({' to '.join(map(share, ends))}{' over seeds' * (len(best.rows) > 1)})" if ends else ""
-    cost = "" if kept else ", at a loss of benign accuracy"
-    return (
-        f"{words}: by the strongest attacker of each model {most}, {share(known[best])}{spread}{cost}; {helped} of "
-        f"{len(known)} are below 0%."
-    )
+        return f"{where} of no method a share can be claimed; too little is at stake, or none attacked."
+    claims = {
+        group: f"{with_ends(found)}, of {_where(group)}, benign {group.change}" for group, found in known.items()
+    }
+    if best := [claims[group] for group, found in known.items() if apart(found)]:
+        return f"{where} of {len(known)} shares {len(best)} are set apart from 0%: {'; '.join(best)}."
+    largest = max(known, key=lambda group: mean(known[group]) or 0.0)
+    return f"{where} of {len(known)} shares none is set apart from 0%; the largest is {claims[largest]}."
 
 
-def _of_core(row: dict[str, Any], settings: set[str]) -> bool:
-    """Whether a row is one of the core grid: of its setting and method, unchanged, by all of its attackers."""
-    key, attackers = row["key"], {one["attacker"] for one in row["attackers"]}
-    own = key["setting"] in settings and row["title"] in CORE["method"]
-    return own and not key["changes"] and attackers >= set(CORE["attackers"])
+def _where(group: Group) -> str:
+    return f"{group.title} on {group.place}"
 
 
-def _real(group: Group) -> bool:
-    """Whether it is a method, and not the check that nothing is removed from the starting model itself."""
-    return group.rows[0]["title"] != "unchanged"
-
-
-def _change(group: Group) -> str:
-    """The change of benign accuracy, of a single row with its interval over images."""
-    ends = group.rows[0]["benign"]["interval"]
-    return signed(group.benign) + (f", {' to '.join(map(signed, ends))}" if len(group.rows) == 1 else "")
-
-
-def _significant(group: Group, key: Key) -> bool:
-    """Whether the share that is removed is above zero with all of its interval, with every seed."""
-    ends = [shares(row)[key][1] for row in group.rows]
-    return all(one is not None and one[0] > 0 for one in ends)
+# ---- the pages ----
 
 
 def draw(groups: list[Group], path: Path) -> None:
     """Methods from top to bottom; what the strongest attackers leave, with their intervals, and each fine-tuning."""
-    settings = [[group for group in own if group.removed] for own in by_setting(groups)]
-    settings = [own for own in settings if own]
+    shown = {"head_input": "C0", "any_layer": "C2", "fine_tuning": "C3"}
+    groups = [group for group in groups if any(mean(found) is not None for found in group.strongest.values())]
+    settings = by_setting(groups)
     figure, (axes,) = new_figure(1)
-    lines = sum(map(len, settings)) + len(settings)
-    figure.set_size_inches(9, 1.4 + 0.26 * lines)
-    height, ticks, most = 0, [], 100.0
-    for members in settings:
-        axes.text(-118, height, members[0].setting, fontsize=8, fontweight="bold", va="center")
-        for group in members:
+    figure.set_size_inches(9, 1.8 + 0.26 * (len(groups) + len(settings)))
+    height, headings, ticks, edges = 0, [], [], [-50.0, 120.0]
+    for own in settings:
+        headings.append((height, own[0].setting))
+        for group in own:
             height += 1
             ticks.append((height, group.title))
-            for access, colour, above in (("head_input", "C0", -0.15), ("fine_tuning", "C3", 0.15)):
-                key = STRONGEST, access
-                if access == "fine_tuning":
-                    own = {name: value for (name, kind), value in group.removed.items() if kind == access}
-                    single = [100 * value for name, value in own.items() if name != STRONGEST]
-                    axes.plot(single, [height + above] * len(single), "|", color=colour, markersize=6, alpha=0.6)
-                if (ends := group.spread(key)) is not None:
-                    axes.plot([100 * end for end in ends], [height + above] * 2, color=colour, alpha=0.4)
-                    axes.plot(100 * group.removed[key], height + above, "o", color=colour, markersize=5)
-                    most = max(most, 100 * group.removed[key])
+            tuned = [mean(found) for key, found in group.attackers.items() if key[1] == "fine_tuning"]
+            at = [100 * value for value in tuned if value is not None]
+            axes.plot(at, [height + 0.2] * len(at), "|", color=shown["fine_tuning"], markersize=6, alpha=0.6)
+            for place, (access, colour) in enumerate(shown.items()):
+                found = group.strongest.get(access, [])
+                if (value := mean(found)) is not None and (ends := spread(found)) is not None:
+                    line = [100 * end for end in ends]
+                    axes.plot(line, [height + 0.2 * (place - 1)] * 2, color=colour, alpha=0.4)
+                    axes.plot(100 * value, height + 0.2 * (place - 1), "o", color=colour, markersize=5)
+                    edges += [*line, 100 * value]
         height += 1
-    axes.plot([], [], "o", color="C0", label="strongest probe at the classifier's input")
-    axes.plot([], [], "o", color="C3", label="strongest fine-tuning")
-    axes.plot([], [], "|", color="C3", label="each fine-tuning attacker")
+    low, high = min(edges) - 5, max(edges) + 5
+    for at, words in headings:
+        axes.text(low + 1, at, words, fontsize=8, fontweight="bold", va="center")
+    for access, colour in shown.items():
+        axes.plot([], [], "o", color=colour, label=f"{CLASSES[access].lower()}: strongest attacker of each model")
+    axes.plot([], [], "|", color=shown["fine_tuning"], label="each fine-tuning attacker")
     axes.set_yticks([at for at, _ in ticks], [title for _, title in ticks], fontsize=8)
     axes.set_ylim(height, -1)
-    for line in (0, 100):
+    axes.set_xlim(low, high)
+    for line, words in ((0, "nothing removed"), (100, "all removed")):
         axes.axvline(line, color="0.5", linewidth=0.8, zorder=0)
-    axes.set_xlim(-120, most + 20)
-    axes.set_xlabel("removed of the head start, %")
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+        axes.text(line, -1.1, words, fontsize=8, ha="center", va="bottom")
+    axes.set_xlabel("removed of the head start, %; below 0 immunization helps the attacker")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     save_figure(figure, path)
 
 
@@ -354,52 +392,81 @@ def commands(rows: list[dict[str, Any]]) -> list[str]:
     return [f"{rest} \\\n    --seed {own} --method {' '.join(names)}" for (rest, own), names in methods.items()]
 
 
-def page(groups: list[Group], figure: str) -> str:
+def planned(rows: list[dict[str, Any]]) -> tuple[list[str], str]:
+    """The commands of the whole plan, and how many of its rows there are."""
+    done = {(row["title"], row["key"]["setting"]) for row in rows if not row["key"]["changes"]}
+    every = [
+        (name, f"{backbone}_{task}")
+        for names, backbones, tasks in PLAN
+        for name, backbone, task in product(names, backbones, tasks)
+    ]
+    lines = [
+        f"python -m examples.benchmark --backbone {' '.join(backbones)} --task {' '.join(tasks)} \\\n"
+        f"    --method examples.field_methods:{{{','.join(names)}}} \\\n"
+        f"    --attackers {','.join(ATTACKERS)} {BUDGET} --data_path DATA"
+        for names, backbones, tasks in PLAN
+    ]
+    lines.append("python -m examples.head_start_page --rows runs/benchmark/rows.jsonl")
+    lacking = [f"{name} on {setting}" for name, setting in every if (name, setting) not in done]
+    said = f"The whole plan, of whose {len(every)} rows {len(every) - len(lacking)} are above"
+    return lines, said + (f" (not yet: {', '.join(lacking)})" if lacking else "")
+
+
+def page(groups: list[Group], figure: str, beside: str) -> str:
     """The page."""
     rows = [row for group in groups for row in group.rows]
-    names = dict.fromkeys(row["title"] for row in rows if row["key"]["method"].startswith("examples.field_methods:"))
-    papers = [f"- {PAPERS[name][0]}: {PAPERS[name][1]}." for name in names]
-    lines = ["# Head start: methods of the field", "", "Written by `python -m examples.head_start_page` from rows of"]
-    lines += ["`python -m examples.benchmark`.", "", *(f"- {said}" for said in sentences(groups)), ""]
     # What whoever made a row wrote beside it.
-    lines += [line for note in dict.fromkeys(row["note"] for row in rows if "note" in row) for line in (note, "")]
-    lines += [
+    notes = [line for note in dict.fromkeys(row["note"] for row in rows if "note" in row) for line in (note, "")]
+    lines = [
+        "# Head start: methods of the field",
+        "",
+        "Written by `python -m examples.head_start_page` from rows of `python -m examples.benchmark`.",
+        "",
+        *(f"- {said}" for said in sentences(groups)),
+        "",
+        *notes,
         *main_table(groups),
-        "A cell is the share that is removed of the points at stake; –: no share can be told, since under ten points",
-        "are at stake, or since test images and seeds leave open whether any are. Strongest: the strongest attacker",
-        "before immunization, on random weights and after, whichever each is. ¹: it knows how models are immunized.",
-        "†: benign accuracy came out more than a point lower. Last column: times the steps to what the same attack",
-        "reaches from random weights. Of several seeds a cell is the mean.",
+        "In brackets: 95 % intervals, or of several seeds the least and the most. Bold: set apart from 0 %. –: of a",
+        "head start under ten points, or one that images and seeds leave open, no share is claimed. The strongest",
+        "attackers before, after and from random weights may be three different ones; what",
+        f"[each attacker]({beside}) finds is on its own page. †: benign accuracy came out more than a point lower.",
         "",
         f"![What is removed of the head start, by method]({figure})",
         "",
-        "Lines: 95 % intervals, or from the least to the most of several seeds.",
+        "Lines of the table without a share are left out. Intervals are those of the table.",
         "",
-    ]
-    lines += [
         "## Methods",
         "",
         "Of the papers' ideas on this library's Trainer (`examples/field_methods.py`), not of their authors' code.",
         "Where nothing else is said the last stage and the head move, as by the library's default: whoever draws",
         "that stage anew reads what he read before, whatever was done to it.",
         "",
-        *papers,
-        "",
-        "## Commands",
-        "",
-        "Each goes on where it was interrupted. Of the lines above:",
-        "",
-        *["```bash", *commands(rows), "```"],
-        "",
-        "The core grid and what follows it:",
-        "",
-        *["```bash", GRID, "```"],
     ]
+    names = dict.fromkeys(row["title"] for row in rows if row["key"]["method"].startswith("examples.field_methods:"))
+    lines += [f"- {PAPERS[name][0]}: {PAPERS[name][1]}." for name in names]
+    plan, said = planned(rows)
+    lines += ["", "## Commands", "", "Each goes on where it was interrupted. Of the lines above:", ""]
+    lines += ["```bash", *commands(rows), "```", "", f"{said}:", "", "```bash", *plan, "```"]
     return "\n".join(lines) + "\n"
 
 
+def page_of_attackers(groups: list[Group], beside: str) -> str:
+    """The page of single attackers."""
+    lines = [
+        "# Head start: each attacker",
+        "",
+        f"What each attacker finds, beside [the strongest of each class]({beside}). A cell has the share that is",
+        "removed of the points at stake, and accuracy on harmful test images: before → after (from random weights).",
+        "–: no share is claimed. Bold: set apart from 0 % with every seed. ¹: it knows how models are immunized.",
+        "Steps of the last stage: how many times the steps its fine-tuning takes to what random weights reach.",
+        "",
+        *attackers_table(groups),
+    ]
+    return "\n".join(lines)
+
+
 def main(words: list[str] | None = None) -> None:
-    """Write page and figure."""
+    """Write pages and figure."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m examples.head_start_page", description=__doc__, formatter_class=raw)
     parser.add_argument("--rows", type=Path, default=Path("runs/benchmark/rows.jsonl"))
@@ -411,7 +478,9 @@ def main(words: list[str] | None = None) -> None:
     picture = given.out.parent / "figures" / f"{given.out.stem}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(groups, picture)
-    write_whole(given.out, page(groups, f"figures/{picture.name}"))
+    beside = given.out.with_stem(f"{given.out.stem}-attackers")
+    write_whole(beside, page_of_attackers(groups, given.out.name))
+    write_whole(given.out, page(groups, f"figures/{picture.name}", beside.name))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from examples.head_start_page import GRID, commands, grouped, main, main_table, sentences
+from examples.head_start_page import attackers_table, commands, grouped, main, main_table, planned, sentences
 from hf_immunize.errors import DataError
 
 
@@ -13,12 +13,13 @@ def row(title, removed, benign=0.0, seed=0, setting="vit_near"):
     """A row of two attackers, of each of which so much is removed; None where nothing is at stake."""
     names = [("ridge", "head_input"), ("last_stage", "fine_tuning")]
     attackers = [
-        {"attacker": name, "access": access, "head_start": 0.3 if share is not None else 0.02, "removed": share}
-        | {"interval": None if share is None else [share - 0.2, share + 0.2]}
+        {"attacker": name, "access": access, "removed": share, "reference": 0.5, "random": 0.2}
+        | {"immunized": 0.5 - 0.3 * (share or 0), "interval": None if share is None else [share - 0.2, share + 0.2]}
         for (name, access), share in zip(names, removed, strict=True)
     ]
     best = {
-        one["access"]: {"attacker": one["attacker"], "removed": one["removed"], "removed_interval": one["interval"]}
+        one["access"]: {"removed": one["removed"], "removed_interval": one["interval"], "accuracy": one["immunized"]}
+        | {f"{side}_accuracy": one[side] for side in ("reference", "random")}
         for one in attackers
     }
     key = {"method": f"examples.field_methods:{title}", "setting": setting, "seed": seed, "changes": {}}
@@ -48,25 +49,28 @@ def cells_of(lines):
     return {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:-1]}
 
 
-def test_cells_are_means_over_seeds_with_the_least_in_bold_and_lost_accuracy_marked():
-    lines = main_table(grouped(ROWS))
-    cells = cells_of(lines)
-    assert lines[2].count("vit_near") == 1 and cells["*vit_near: points at stake*"] == ["", "", "", "30", "30"]
-    assert cells["UNDO"] == ["0, 1", "+0.0", "3", "60%", "**0%**"]
-    assert cells["LEACE as target †"] == ["0", "−5.0", "3", "**90%**", "–"]
+def test_cells_have_means_and_ends_over_seeds_or_an_interval_and_lost_accuracy_is_marked():
+    cells = cells_of(main_table(grouped(ROWS)))
+    assert cells["*vit_near: points at stake*"] == ["", "", "30", "", "30"]
+    assert cells["UNDO"] == ["0, 1", "+0.0 (+0.0 to +0.0)", "**60% (50% to 70%)**", "–", "0% (−10% to 10%)"]
+    assert cells["LEACE as target †"] == ["0", "−5.0 (−6.0 to −4.0)", "**90% (70% to 110%)**", "–", "–"]
 
 
-def test_the_strongest_of_a_class_precedes_its_attackers_and_those_who_know_the_method_are_marked(tmp_path):
+def test_each_attacker_has_its_accuracies_and_those_who_know_the_method_are_marked():
     rows = [row("undo", (0.5, -0.1)), row("leace", (0.4, -0.33))]
     rows[0]["cost"] = [{"attacker": "last_stage", "reference_steps": 4, "immunized_steps": 10, "is_bound": True}]
+    rows[1]["immunized_on"] = "NVIDIA"
     for one in rows:
         one["attackers"].append({**one["attackers"][1], "attacker": "every_block", "removed": -0.4})
-    lines = main_table(grouped(rows))
-    heads = [cell.strip() for cell in lines[0].split("|")[5:-1]]
-    assert heads[1] == "strongest, fine-tuning" and heads[2] == "the last stage" and heads[3].endswith("¹")
+    lines = attackers_table(grouped(rows))
+    heads = [cell.strip() for cell in lines[0].split("|")[2:-1]]
+    assert heads[1] == "steps of the last stage" and heads[3] == "the last stage" and heads[4].endswith("¹")
     cells = cells_of(lines)
-    assert cells["UNDO"][3:] == ["50%", "−10%", "−10%", "**−40%**", "≥ 2.5 ×"]
-    assert cells["LEACE as target"][3:] == ["40%", "−33%", "−33%", "**−40%**", "–"]
+    assert cells["UNDO"] == ["3 (CPU)", "≥ 2.5 ×", *(f"{said}: 50.0% → {after} (20.0%)" for said, after in READ)]
+    assert cells["LEACE as target"][:2] == ["3 (GPU)", "–"]
+
+
+READ = [("**50%**", "35.0%"), ("−10%", "53.0%"), ("−40%", "53.0%")]
 
 
 def test_the_default_comes_first_and_settings_in_the_order_of_their_file():
@@ -79,21 +83,39 @@ def test_the_default_comes_first_and_settings_in_the_order_of_their_file():
 NAMES = ("undo", "default")
 
 
+def test_rows_that_differ_in_more_than_their_seed_are_lines_of_their_own():
+    rows = [row("undo", (0, 0), seed=seed) for seed in (0, 1)]
+    assert len(grouped(rows)) == 1
+    rows[1]["key"]["attack_images"] = 200
+    assert len(grouped(rows)) == 2
+
+
 def test_commands_that_differ_in_method_and_seed_are_one():
     rows = [row(name, (0, 0), seed=seed) for name, seed in (("undo", 0), ("leace", 0), ("undo", 1), ("default", 0))]
     lines = [line.split("--seed ")[1] for line in commands(rows)]
     assert lines == ["0 1 --method undo", "0 --method leace default"]
 
 
-def test_ten_sentences_prefer_who_keeps_benign_accuracy_and_claim_nothing_without_a_head_start():
+def test_of_the_plan_is_said_what_there_is_and_what_is_not():
+    core = {"setting": "vit_cifar10_near"}
+    rows = [row(name, (0, 0), **core) for name in ("undo", "default")]
+    lines, said = planned([*rows, row("leace", (0, 0), setting="elsewhere")])
+    assert "of whose 52 rows 2 are above" in said and "leace on vit_cifar10_near" in said
+    assert "undo on vit_cifar10_near" not in said and len(lines) == 4
+
+
+def test_ten_sentences_answer_first_and_claim_nothing_that_intervals_leave_open():
     said = sentences(grouped(ROWS))
     assert len(said) == 10
-    assert "UNDO" in said[3] and "60% (50% to 70% over seeds)" in said[3] and "0 of 2 are below" in said[3]
-    assert "no method" in said[4] and "in 1 lines, most with LEACE as target † (vit_near: −5.0, −6.0" in said[7]
-    assert "Of 0 of 2 attackers" in said[2] and " 0 are among them" in said[9]
+    assert said[0].startswith("Fine-tuning, by the strongest") and "of 1 shares none is set apart from 0%" in said[0]
+    assert "0% (−10% to 10%), of UNDO on vit_near, benign +0.0" in said[0]
+    assert "of 2 shares 2 are set apart from 0%: **60% (50% to 70%)**, of UNDO" in said[1]
+    assert "of no method a share can be claimed" in said[2] and "Of 0 of 2 attackers" in said[4]
+    assert "Of 1 shares of single fine-tuning attackers 0 are set apart" in said[5]
+    assert "Lines: 2" in said[7] and "in 1 of them, marked †, most with LEACE as target † on vit_near" in said[8]
 
 
-def test_the_page_holds_table_figure_and_the_commands_of_its_rows(tmp_path):
+def test_pages_hold_table_figure_and_the_commands_of_their_rows(tmp_path):
     rows = tmp_path / "rows.jsonl"
     with pytest.raises(DataError, match="found none"):
         main(["--rows", str(rows)])
@@ -103,5 +125,10 @@ def test_the_page_holds_table_figure_and_the_commands_of_its_rows(tmp_path):
     page = (tmp_path / "docs" / "head-start.md").read_text()
     figure = re.search(r"!\[.*\]\((.*)\)", page)[1]
     assert (tmp_path / "docs" / figure).read_bytes()[:4] == b"\x89PNG"
-    assert all(line in page for line in commands(ROWS)) and GRID in page and "arXiv:2306.03819" in page
+    assert all(line in page for line in commands(ROWS)) and "arXiv:2306.03819" in page
     assert page.count("Written by hand.") == 1
+    beside = re.search(r"\[each attacker\]\((.*)\)", page)[1]
+    assert (
+        "→" in (tmp_path / "docs" / beside).read_text()
+        and "](head-start.md)" in (tmp_path / "docs" / beside).read_text()
+    )
