@@ -279,7 +279,7 @@ def reading(group: Group, key: Key) -> str:
 
 def sentences(groups: list[Group]) -> list[str]:
     """Ten, each of the rows alone; the first answers whether anything stops fine-tuning."""
-    groups = [group for group in groups if group.rows[0]["title"] != "unchanged"]
+    groups = [group for group in groups if group.rows[0]["title"] != "unchanged"] or groups
     rows = [row for group in groups for row in group.rows]
     several = sum(len(group.rows) > 1 for group in groups)
     single = [
@@ -291,9 +291,8 @@ def sentences(groups: list[Group]) -> list[str]:
     widths = [ends[1] - ends[0] for _, _, found in single if len(found) == 1 and (ends := spread(found))]
     alone = Counter(_where(group) for group, _, found in single if apart(found))
     by = "; ".join(f"{count} after {where}" for where, count in alone.items())
-    stakes = [
-        points for own in by_setting(groups) for key in own[0].attackers if (points := at_stake(own, key)) is not None
-    ]
+    tried = [(own, key) for own in by_setting(groups) for key in {key for group in own for key in group.attackers}]
+    stakes = [at_stake(own, key) or 0.0 for own, key in tried]
     lost = sorted((group for group in groups if group.benign < -KEPT), key=lambda group: group.benign)
     most = f", most with {_where(lost[0])}, by {lost[0].change}" if lost else ""
     attacked = statistics.fmean(row["seconds"]["audit"] for row in rows)
