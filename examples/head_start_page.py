@@ -91,7 +91,8 @@ class Group:
     def title(self) -> str:
         """Of the method, marked where benign accuracy is not kept."""
         row = self.rows[0]
-        changes = describe_changes(row["key"]["changes"])
+        # Storing what frozen layers give makes steps faster, and nothing else.
+        changes = describe_changes({k: v for k, v in row["key"]["changes"].items() if k != "cache_trunk"})
         known = row["key"]["method"].startswith("examples.field_methods:")
         name = PAPERS[row["title"]][0] if known else row["title"]
         return name + (f", {changes}" if changes else "") + " †" * (self.benign < -KEPT)
@@ -295,7 +296,7 @@ def sentences(groups: list[Group]) -> list[str]:
     stakes = [at_stake(own, key) or 0.0 for own, key in tried]
     lost = sorted((group for group in groups if group.benign < -KEPT), key=lambda group: group.benign)
     most = f", most with {_where(lost[0])}, by {lost[0].change}" if lost else ""
-    attacked = statistics.fmean(row["seconds"]["audit"] for row in rows)
+    attacked = statistics.median(row["seconds"]["audit"] for row in rows)
     machines = "; ".join(dict.fromkeys(row["hardware"] for row in rows))
     return [
         *(of_class(groups, access) for access in ("fine_tuning", "head_input", "any_layer")),
@@ -311,7 +312,7 @@ def sentences(groups: list[Group]) -> list[str]:
         f"task; {several} have several seeds, the others one, and another training may differ.",
         f"Benign accuracy came out more than a point lower in {len(lost)} of them, marked †{most}; what they remove "
         f"may be what the model has lost altogether.",
-        f"The attacks of a line took {attacked:,.0f} seconds on the mean, on {machines}.",
+        f"The attacks of one seed took {attacked:,.0f} seconds (median), on {machines}.",
     ]
 
 
