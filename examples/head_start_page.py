@@ -439,7 +439,7 @@ def page(groups: list[Group], figure: str, beside: str) -> str:
         "",
         "Of the papers' ideas on this library's Trainer (`examples/field_methods.py`), not of their authors' code.",
         "Where nothing else is said the last stage and the head move, as by the library's default: whoever draws",
-        "that stage anew reads what he read before, whatever was done to it.",
+        "that stage anew reads what he read before, whatever was done to it ([how much](../threat-model.md)).",
         "",
     ]
     names = dict.fromkeys(row["title"] for row in rows if row["key"]["method"].startswith("examples.field_methods:"))
