@@ -353,7 +353,7 @@ def _other_data(data: DataRecord | None, now: Measured, processors: tuple[str | 
     then, here = processors
     if then is None or here is None or then == here:
         return "as many, but with other pixel values (other images, or another image processor)"
-    remedy = "; with torchvision installed it is the same" * (here == f"{then}Pil")
+    remedy = f". Install torchvision for {then}" * (here == f"{then}Pil")
     return f"as many, but with other pixel values, of {here} and not {then}{remedy}"
 
 
