@@ -177,6 +177,11 @@ def grouped(rows: Iterable[dict[str, Any]]) -> list[Group]:
     return sorted(map(Group, found.values()), key=place)
 
 
+def methods(groups: list[Group]) -> list[Group]:
+    """All but the starting model itself, which shows what an attacker reads and removes nothing."""
+    return [group for group in groups if group.rows[0]["title"] != "unchanged"]
+
+
 def by_setting(groups: list[Group]) -> list[list[Group]]:
     """Groups of one setting each."""
     found: dict[str, list[Group]] = {}
@@ -280,7 +285,6 @@ def reading(group: Group, key: Key) -> str:
 
 def sentences(groups: list[Group]) -> list[str]:
     """Ten, each of the rows alone; the first answers whether anything stops fine-tuning."""
-    groups = [group for group in groups if group.rows[0]["title"] != "unchanged"] or groups
     rows = [row for group in groups for row in group.rows]
     several = sum(len(group.rows) > 1 for group in groups)
     single = [
@@ -310,8 +314,8 @@ def sentences(groups: list[Group]) -> list[str]:
         "go unseen.",
         f"Lines: {len(groups)}, each a method in one of {len(by_setting(groups))} settings, a network with a harmful "
         f"task; {several} have several seeds, the others one, and another training may differ.",
-        f"Benign accuracy came out more than a point lower in {len(lost)} of them, marked †{most}; what they remove "
-        f"may be what the model has lost altogether.",
+        f"Benign accuracy came out more than a point lower in {len(lost)} of them, marked †{most}"
+        f"{'; what they remove may be what the model has lost altogether' * bool(lost)}.",
         f"The attacks of one seed took {attacked:,.0f} seconds (median), on {machines}.",
     ]
 
@@ -459,6 +463,7 @@ def page_of_attackers(groups: list[Group], beside: str) -> str:
         "removed of the points at stake, and accuracy on harmful test images: before → after (from random weights).",
         "–: no share is claimed. Bold: set apart from 0 % with every seed. ¹: it knows how models are immunized.",
         "Steps of the last stage: how many times the steps its fine-tuning takes to what random weights reach.",
+        "Unchanged: the starting model itself, for attackers that undo all that a method does.",
         "",
         *attackers_table(groups),
     ]
@@ -472,14 +477,17 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=Path, default=Path("runs/benchmark/rows.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/head-start.md"))
     given = parser.parse_args(words)
-    groups = grouped(read_rows(given.rows))
+    every = grouped(read_rows(given.rows))
+    groups = methods(every)
     if not groups:
-        raise DataError(f"Expected rows in {given.rows}, found none. Make some by python -m examples.benchmark.")
+        raise DataError(
+            f"Expected rows of methods in {given.rows}, found none. Make some by python -m examples.benchmark."
+        )
     picture = given.out.parent / "figures" / f"{given.out.stem}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(groups, picture)
     beside = given.out.with_stem(f"{given.out.stem}-attackers")
-    write_whole(beside, page_of_attackers(groups, given.out.name))
+    write_whole(beside, page_of_attackers(every, given.out.name))
     write_whole(given.out, page(groups, f"figures/{picture.name}", beside.name))
 
 

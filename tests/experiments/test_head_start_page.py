@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from examples.head_start_page import attackers_table, commands, grouped, main, main_table, planned, sentences
+from examples.head_start_page import attackers_table, commands, grouped, main, main_table, methods, planned, sentences
 from hf_immunize.errors import DataError
 
 
@@ -50,7 +50,7 @@ def cells_of(lines):
 
 
 def test_cells_have_means_and_ends_over_seeds_or_an_interval_and_lost_accuracy_is_marked():
-    cells = cells_of(main_table(grouped(ROWS)))
+    cells = cells_of(main_table(methods(grouped(ROWS))))
     assert cells["*vit_near: points at stake*"] == ["", "", "30", "", "30"]
     assert cells["UNDO"] == ["0, 1", "+0.0 (+0.0 to +0.0)", "**60% (50% to 70%)**", "–", "0% (−10% to 10%)"]
     assert cells["LEACE as target †"] == ["0", "−5.0 (−6.0 to −4.0)", "**90% (70% to 110%)**", "–", "–"]
@@ -105,7 +105,7 @@ def test_of_the_plan_is_said_what_there_is_and_what_is_not():
 
 
 def test_ten_sentences_answer_first_and_claim_nothing_that_intervals_leave_open():
-    said = sentences(grouped(ROWS))
+    said = sentences(methods(grouped(ROWS)))
     assert len(said) == 10
     assert said[0].startswith("Fine-tuning, by the strongest") and "of 1 shares none is set apart from 0%" in said[0]
     assert "0% (−10% to 10%), of UNDO on vit_near, benign +0.0" in said[0]
@@ -125,10 +125,8 @@ def test_pages_hold_table_figure_and_the_commands_of_their_rows(tmp_path):
     page = (tmp_path / "docs" / "head-start.md").read_text()
     figure = re.search(r"!\[.*\]\((.*)\)", page)[1]
     assert (tmp_path / "docs" / figure).read_bytes()[:4] == b"\x89PNG"
-    assert all(line in page for line in commands(ROWS)) and "arXiv:2306.03819" in page
+    assert all(line in page for line in commands(ROWS[:3])) and "unchanged" not in page and "arXiv:2306.03819" in page
     assert page.count("Written by hand.") == 1
     beside = re.search(r"\[each attacker\]\((.*)\)", page)[1]
-    assert (
-        "→" in (tmp_path / "docs" / beside).read_text()
-        and "](head-start.md)" in (tmp_path / "docs" / beside).read_text()
-    )
+    each = (tmp_path / "docs" / beside).read_text()
+    assert "→" in each and "](head-start.md)" in each and "unchanged" in each
