@@ -42,6 +42,7 @@ PLAN = [
         ("near", "far"),
     ),
     (("default", "undo", "sophon", "leace"), ("mobilenet", "dinov2_cifar10"), ("cars",)),
+    (("default", "undo", "leace"), ("vit_cifar10_seen",), ("near",)),
 ]
 Key = tuple[str, str]  # attacker and class of access
 

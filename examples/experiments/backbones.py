@@ -34,7 +34,9 @@ def start_model(run: Run, data: Data) -> tuple[str, dict[str, Any]]:
     spec = run.spec()["start"]
     if "name" in spec:
         return spec["name"], {"name": Path(spec["name"]).name if Path(spec["name"]).exists() else spec["name"]}
-    trained = {"benign": data.about["benign"]["digest"], "seed": run.seed} if spec["make"] == "trained" else {}
+    sides = ("benign", *spec.get("also", []))
+    trained = {side: data.about[side]["digest"] for side in sides} | {"seed": run.seed}
+    trained = trained if spec["make"] == "trained" else {}
     name = run.backbone + (f"-seed{run.seed}" if trained else "")
     folder = run.shared / "start" / f"{name}-{digest({**spec, **trained})}" / name
     with alone(folder.parent):
@@ -80,17 +82,25 @@ class ResumingTrainer(Trainer):
 
 
 def trained(recipe: dict[str, Any], data: Data, seed: int, folder: Path) -> dict[str, Any]:
-    """Train from random weights on the benign images; after an interruption, goes on at the last checkpoint."""
+    """Train from random weights on the benign images; after an interruption, goes on at the last checkpoint.
+
+    Images of the sides in ``recipe["also"]`` are trained on too, as further classes, whose rows of the head are dropped
+    at the end: the model has seen them, and does not name them.
+    """
     size = recipe["image_size"]
-    parts = data.load("benign", "train"), data.load("benign", "test")
-    names = parts[0].features["label"].names
+    names = data.load("benign", "train").features["label"].names
     processor = ViTImageProcessorPil(
         size={"height": size, "width": size}, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25]
     )
-    (pixels, labels), test = (pixels_of(part, processor) for part in parts)
+    (pixels, labels), test = (pixels_of(data.load("benign", split), processor) for split in ("train", "test"))
+    known = list(names)
+    for side in recipe.get("also", []):
+        other = data.load(side, "train")
+        more, of = pixels_of(other, processor)
+        pixels, labels = torch.cat([pixels, more]), torch.cat([labels, of + len(known)])
+        known += other.features["label"].names
     set_seed(seed)
-    classes = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    model = AutoModelForImageClassification.from_config(AutoConfig.for_model(**recipe["config"], **classes))
+    model = new_model(recipe["config"], known)
     working = folder.parent / "_training"
     args = TrainingArguments(
         str(working),
@@ -111,12 +121,29 @@ def trained(recipe: dict[str, Any], data: Data, seed: int, folder: Path) -> dict
     checkpoint, _ = last_whole_checkpoint(str(working))
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds, found = time.perf_counter() - start, trainer.evaluate()["eval_accuracy"]
+    seconds = time.perf_counter() - start
+    if len(known) > len(names):
+        trainer.model = first_classes(trainer.model, new_model(recipe["config"], names))
+    found = trainer.evaluate()["eval_accuracy"]
     with staged_directory(folder) as staging:
         trainer.model.save_pretrained(staging)
         processor.save_pretrained(staging)
     shutil.rmtree(working, ignore_errors=True)
     return {"accuracy": found, "seconds": round(seconds, 1), "resumed": checkpoint is not None}
+
+
+def new_model(config: dict[str, Any], names: list[str]) -> Any:
+    """A model with random weights that names these classes."""
+    classes = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    return AutoModelForImageClassification.from_config(AutoConfig.for_model(**config, **classes))
+
+
+def first_classes(model: Any, fewer: Any) -> Any:
+    """A model of fewer classes with another's weights: of the head the first rows, all else as it is."""
+    wanted = fewer.state_dict()
+    given = {name: value[: len(wanted[name])] if value.ndim else value for name, value in model.state_dict().items()}
+    fewer.load_state_dict(given)
+    return fewer.to(model.device)
 
 
 def pixels_of(dataset: Any, processor: Any) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from examples.experiments.measure import ratios
 from hf_immunize.errors import NonFiniteError
 from hf_immunize.hub.record import read_record
 from hf_immunize.training.objectives import DEFAULT
+from hf_immunize.vision.loading import load_classifier
 
 
 NAME = "tiny_arms-default-seed0"
@@ -146,6 +147,27 @@ def test_a_starting_model_is_trained_once_and_its_training_resumes(run_of, monke
     monkeypatch.setitem(backbones.MAKERS, "trained", lambda *args: pytest.fail("trained again"))
     with pytest.raises(pytest.fail.Exception):
         backbones.start_model(run_of(start={**RECIPE, "image_size": 9}), found)
+
+
+def test_a_starting_model_that_has_seen_the_harmful_images_names_the_benign_classes_alone(run_of, monkeypatch):
+    one, seen, shifted = run_of(start={**RECIPE, "also": ["harmful"]}), [], backbones.Shifted
+    found = tasks.prepare(one)
+    rows = {side: found.load(side, "train") for side in ("benign", "harmful")}
+    monkeypatch.setattr(backbones, "Shifted", lambda pixels, labels: seen.append(labels) or shifted(pixels, labels))
+    model, _ = backbones.start_model(one, found)
+    benign, harmful = (torch.tensor(rows[side]["label"]) for side in ("benign", "harmful"))
+    names = rows["benign"].features["label"].names
+    assert torch.equal(seen[0], torch.cat([benign, harmful + len(names)]))
+    loaded = load_classifier(model)
+    assert list(loaded.config.id2label.values()) == names and loaded.classifier.out_features == len(names)
+    assert backbones.start_model(run_of(start=RECIPE), found)[0] != model
+
+
+def test_of_a_larger_head_the_first_rows_are_kept_and_all_else():
+    more, fewer = (backbones.new_model(RECIPE["config"], list(names)) for names in ("abcde", "abc"))
+    pixels = torch.rand(2, 3, 8, 8)
+    cut = backbones.first_classes(more.eval(), fewer).eval()
+    torch.testing.assert_close(cut(pixels).logits, more(pixels).logits[:, :3])
 
 
 def test_lost_benign_images_are_counted_and_ratios_are_given_without_them():

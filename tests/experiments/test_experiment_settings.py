@@ -7,6 +7,7 @@ from examples.experiments import tasks
 from examples.experiments.methods import METHODS
 from examples.experiments.settings import Run, load_settings, parse_changes, planned_runs
 from examples.experiments.training import write_arguments
+from examples.head_start_page import PLAN
 from hf_immunize.errors import ArgumentError, DataError
 from hf_immunize.training.arguments import ImmunizationArguments, Method
 
@@ -39,8 +40,9 @@ def test_every_experiment_of_the_plan_has_valid_arguments(backbone, task, tmp_pa
 def test_the_plan_names_each_row_once_and_all_that_is_in_the_settings():
     names = [run.name for run in planned_runs(gpu=True)]
     assert len(names) == len(set(names)) > 40
-    settings = load_settings()
-    assert [set(of) for of in zip(*PAIRS, strict=True)] == [set(settings["backbones"]), set(settings["tasks"])]
+    settings, head_start = load_settings(), {name for _, backbones, _ in PLAN for name in backbones}
+    backbones, tasks = map(set, zip(*PAIRS, strict=True))
+    assert (backbones | head_start, tasks) == (set(settings["backbones"]), set(settings["tasks"]))
     assert not any("imagenet" in run.backbone for run in planned_runs())
 
 
