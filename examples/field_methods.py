@@ -67,6 +67,7 @@ PAPERS = {
         name: (TITLES[name], "Zheng et al., ICML 2025, arXiv:2505.23760, with its recipe")
         for name in ("kappa", "r_ill", "opt_kappa", "imma")
     },
+    "rescaled": ("rescaled weights", "a check of attackers: the same function by other weights, 0 % by definition"),
     "unchanged": ("unchanged", "the starting model itself: 0 % by definition"),
 }
 
@@ -370,6 +371,50 @@ def leace(model: Any, benign: Any, harmful: Any, processor: Any, **arguments: An
     erase = leace_eraser(*(torch.cat(part) for part in zip(*batches, strict=True)))
     make = partial(Erasure, erase=erase)
     return train(make, model, benign, harmful, processor, **{"harmful_weight": 20.0, **arguments})
+
+
+# ---- nothing at all, behind other weights ----
+
+
+@torch.no_grad()
+def rescaled(model: Any, benign: Any, harmful: Any, processor: Any, factor: float = 1000.0) -> Any:
+    """The same function: what a norm reads or gives is scaled, and what stands behind it scales back.
+
+    No usual step moves a weight that is a thousand times as large: what this seems to remove is removed by nothing.
+    """
+    makers: dict[int, tuple[nn.Module, Any]] = {}  # by what they give, which is kept so that no other gets its number
+    pairs: list[tuple[Any, Any]] = []
+
+    def gives(module: nn.Module, inputs: Any, output: Any) -> None:
+        makers[id(output)] = module, output
+
+    def reads(module: nn.Module, inputs: Any) -> None:
+        if id(inputs[0]) in makers:
+            pairs.append((makers[id(inputs[0])][0], module))
+
+    hooks = []
+    for module in model.eval().modules():
+        if isinstance(module, (nn.LayerNorm, nn.Conv2d)):
+            hooks.append(module.register_forward_hook(gives))
+        if isinstance(module, (nn.Linear, nn.BatchNorm2d)):
+            hooks.append(module.register_forward_pre_hook(reads))
+    rows = ImageRows(benign, "benign images", *find_columns(benign))
+    model(pixel_values=ImageCollator(processor)([rows[0]])["pixel_values"])
+    for hook in hooks:
+        hook.remove()
+    for maker in dict.fromkeys(maker for maker, _ in pairs):
+        readers = [reader for one, reader in pairs if one is maker]
+        if isinstance(maker, nn.LayerNorm):
+            maker.weight /= factor
+            maker.bias /= factor
+            for reader in readers:
+                reader.weight *= factor
+        else:
+            maker.weight *= factor
+            for reader in readers:
+                reader.running_mean *= factor
+                reader.running_var.copy_((reader.running_var + reader.eps) * factor**2 - reader.eps)
+    return model
 
 
 # ---- the library's own, and none ----

@@ -84,8 +84,8 @@ class ResumingTrainer(Trainer):
 def trained(recipe: dict[str, Any], data: Data, seed: int, folder: Path) -> dict[str, Any]:
     """Train from random weights on the benign images; after an interruption, goes on at the last checkpoint.
 
-    Images of the sides in ``recipe["also"]`` are trained on too, as further classes, whose rows of the head are dropped
-    at the end: the model has seen them, and does not name them.
+    Images of the sides in ``recipe["also"]`` are trained on too, as further classes, whose rows of the head are
+    dropped at the end: the model has seen them, and does not name them.
     """
     size = recipe["image_size"]
     names = data.load("benign", "train").features["label"].names

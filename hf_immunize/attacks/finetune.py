@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import skip_init
+from torch.nn.utils import parametrize, skip_init
 
 from hf_immunize.attacks.attacker import (
     Attacker,
@@ -141,7 +141,7 @@ _TRAINABLE: dict[str, Any] = {
     "whole_network": lambda model, head_name, names: set(names),
     "bias_only": lambda model, head_name, names: {name for name in names if name.endswith("bias")},
     **dict.fromkeys(
-        ("ridge_start", "reinitialized", "leaky", "whitened", "every_block"),
+        ("ridge_start", "reinitialized", "leaky", "whitened", "every_block", "rebalanced"),
         lambda model, head_name, names: set(names),
     ),
     "visual_prompt": lambda model, head_name, names: {"prompt"},
@@ -227,6 +227,8 @@ class _AllBlocks(nn.Module):
 
 # Of the largest standard deviation: what lies below may be nothing but rounding.
 _LEAST_SPREAD = 1e-3
+# Over rows and columns, of which a few suffice where no factor hides anything.
+_PASSES = 20
 
 
 @torch.no_grad()
@@ -248,6 +250,61 @@ def _whiten(model: PreTrainedModel, head_name: str, part: Part, seed: int, every
     _put(model, head_name, nn.Sequential(first, whiten, head).to(device))
 
 
+class _Scaled(nn.Module):
+    """A tensor as its scale times what is trained, so that a step has the scale's size; at 0 it stays 0."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, trained: Tensor) -> Tensor:
+        return trained * self.scale
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        return value / _or_one(self.scale)
+
+
+@torch.no_grad()
+def _rebalance(model: PreTrainedModel, head_name: str, part: Part, seed: int) -> None:
+    """Every parameter is trained on the scale of a fresh one, behind a whitening; the function stays what it is."""
+    # Channels times 1,000 before a layer by 1,000 compute the same, and no usual step moves these or spares those.
+    _whiten(model, head_name, part, seed)
+    for owner, module in list(model.named_modules()):
+        if owner != f"{head_name}.2":  # the new classifier
+            for name, scale in _scales(module).items():
+                parametrize.register_parametrization(module, name, _Scaled(scale))
+
+
+def _scales(module: nn.Module) -> dict[str, Tensor]:
+    """What divides a module's own parameters so that factors of channels are gone from them."""
+    own = dict(module.named_parameters(recurse=False))
+    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        # Of a norm each channel for itself, with its bias.
+        sizes = {name: value.abs() if value.ndim == 1 else _size(value) for name, value in own.items()}
+        sizes |= {"bias": sizes["weight"]} if {"weight", "bias"} <= own.keys() else {}
+        return sizes
+    # Rows and columns of a matrix alike (Sinkhorn); a fresh one has variance 1 / inputs (LeCun et al., 1998).
+    squares = module.weight.flatten(1).double().square()
+    rows, columns = squares.new_ones(len(squares), 1), squares.new_ones(1, squares.shape[1])
+    for _ in range(_PASSES):
+        rows = _or_one((squares / columns**2).mean(dim=1, keepdim=True).sqrt())
+        columns = _or_one((squares / rows**2).mean(dim=0, keepdim=True).sqrt())
+    found = {"weight": (rows * columns).view_as(module.weight) * squares.shape[1] ** 0.5}
+    if module.bias is not None:
+        found["bias"] = rows[:, 0] * _size(module.bias / rows[:, 0])
+    return {name: scale.to(module.weight.dtype) for name, scale in found.items()}
+
+
+def _size(value: Tensor) -> Tensor:
+    return value.square().mean().sqrt()
+
+
+def _or_one(sizes: Tensor) -> Tensor:
+    return torch.where(sizes > 0, sizes, torch.ones_like(sizes))
+
+
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
@@ -260,9 +317,10 @@ _STARTS: dict[str, Any] = {
     "leaky": _leak,
     "whitened": _whiten,
     "every_block": partial(_whiten, every_block=True),
+    "rebalanced": _rebalance,
 }
 # Measured before their first step too: their head reads at once.
-_FROM_RIDGE = ("ridge_start", "leaky", "whitened", "every_block")
+_FROM_RIDGE = ("ridge_start", "leaky", "whitened", "every_block", "rebalanced")
 
 
 def _with_adapters(model: Any, rank: int, head_name: str) -> Any:
@@ -406,6 +464,9 @@ ATTACKERS = (
     ),
     _tuning("whitened", "fine-tuning behind a whitening", "whole network, a whitening of its features", "standard"),
     _tuning("every_block", "fine-tuning of what every block gives", "whole network, a head on all blocks", "standard"),
+    _tuning(
+        "rebalanced", "fine-tuning with rebalanced weights", "whole network, its weights on one scale,", "standard"
+    ),
     _tuning("visual_prompt", "a visual prompt", "pixels added to every image", "standard"),
     Attacker(
         "batchnorm_ridge",

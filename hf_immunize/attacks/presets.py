@@ -16,7 +16,7 @@ from hf_immunize.spectra.checks import check_count
 
 
 # Raised whenever an attacker, a grid or a budget below changes.
-PRESET_VERSION = 6
+PRESET_VERSION = 7
 
 # Every attacker by its name: what presets, labels, tables and the report read.
 ATTACKERS: dict[str, Attacker] = {one.name: one for module in (probes, finetune) for one in module.ATTACKERS}

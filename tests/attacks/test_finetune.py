@@ -13,7 +13,7 @@ from hf_immunize.errors import DataError
 
 
 NAMES = ["last_stage", "whole_network", "bias_only", "lora_r2"]
-ADAPTIVE = ["leaky", "whitened", "every_block"]
+ADAPTIVE = ["leaky", "whitened", "every_block", "rebalanced"]
 OTHERS = ["ridge_start", "reinitialized", "visual_prompt", "batchnorm_ridge", *ADAPTIVE]
 SMALL = Part(*pictures(16, 0), *pictures(8, 1), CLASSES)
 
@@ -178,6 +178,68 @@ def test_behind_a_whitening_all_directions_have_one_variance_and_the_head_is_tha
     assert float(values.max()) <= 1 + 1e-6 and float(values[-4:].min()) > 0.9
     weight, bias = ridge_head(ProbeData(white, part.y, white, part.y, CLASSES), 0)
     assert torch.equal((white @ weight.mT + bias).argmax(dim=1), attacked(pixel_values=part.Z).logits.argmax(dim=1))
+
+
+@torch.no_grad()
+def biased(model):
+    """No bias is nothing."""
+    draw = torch.Generator().manual_seed(4)
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            value += 0.1 * torch.randn(value.shape, generator=draw)
+    return model
+
+
+@torch.no_grad()
+def disguised(model):
+    """The same function by other weights: every channel of a layer times a factor that the next one takes back."""
+    draw = torch.Generator().manual_seed(5)
+    modules = list(model.modules())
+    for module, before in zip(modules[1:], modules, strict=False):
+        if isinstance(module, torch.nn.BatchNorm2d):
+            factor = 10 ** (3 * torch.rand(len(module.weight), generator=draw))
+            before.weight *= factor[:, None, None, None]
+            module.running_mean *= factor
+            module.running_var.copy_((module.running_var + module.eps) * factor**2 - module.eps)
+    for layer in getattr(getattr(model, "vit", None), "layers", ()):
+        one = layer.attention
+        for norm, following in (
+            (layer.layernorm_before, [one.q_proj, one.k_proj, one.v_proj]),
+            (layer.layernorm_after, [layer.mlp.fc1]),
+        ):
+            factor = 10 ** (3 * torch.rand(16, generator=draw))
+            norm.weight /= factor
+            norm.bias /= factor
+            for matrix in following:
+                matrix.weight *= factor
+        factor = 10 ** (3 * torch.rand(16, generator=draw))
+        one.v_proj.weight *= factor[:, None]
+        one.v_proj.bias *= factor
+        one.o_proj.weight /= factor
+    return model
+
+
+@pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
+def test_rebalanced_weights_are_trained_alike_whatever_factors_of_channels_hide_them(build, monkeypatch):
+    # Without the whitening, which rounding turns where two directions have one variance.
+    def unwhitened(model, name, *given):
+        finetune._put(model, name, torch.nn.Sequential(*[torch.nn.Identity()] * 2, model.get_submodule(name)))
+
+    monkeypatch.setattr(finetune, "_whiten", unwhitened)
+    part = Part(*pictures(80, 0), *pictures(40, 1), CLASSES)
+    models = biased(build()), disguised(biased(build()))
+    found = {}
+    for name in ("whole_network", "rebalanced"):
+        attacked = [prepare(model, name, part, 0) for model in models]
+        before = [model(pixel_values=part.Z).logits for model in attacked]
+        for model in attacked:
+            finetune._train(model, part, finetune.Setting("sgd", 0.1), [10], 32, 0)
+        found[name] = before, [model(pixel_values=part.Z).logits for model in attacked]
+    for before, _ in found.values():  # the function is what it was
+        for logits in before:
+            torch.testing.assert_close(logits, found["whole_network"][0][0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*found["rebalanced"][1], rtol=1e-2, atol=1e-3)
+    assert not torch.allclose(*found["whole_network"][1], rtol=0.1, atol=0.01)
 
 
 def test_leaky_is_for_models_with_relus():

@@ -160,6 +160,17 @@ def test_every_method_trains(name, images, tiny_model):
     assert torch.isfinite(features).all() and features.std(0).max() > 0
 
 
+@pytest.mark.parametrize("make", [ViTForImageClassification.from_pretrained, resnet])
+def test_rescaled_weights_compute_the_same(make, images, tiny_model):
+    model, processor = make(tiny_model).eval(), AutoImageProcessor.from_pretrained(tiny_model)
+    pixels, before = batch()["benign"]["pixel_values"], {k: v.clone() for k, v in model.state_dict().items()}
+    wanted = model(pixel_values=pixels).logits
+    after = field.rescaled(model, load_image_dataset(str(images / "animals")), None, processor)
+    torch.testing.assert_close(after(pixel_values=pixels).logits, wanted, rtol=1e-3, atol=1e-4)
+    grown = [name for name, value in after.state_dict().items() if value.abs().max() > 100 * before[name].abs().max()]
+    assert any("proj" in name or "convolution" in name for name in grown)
+
+
 def test_features_that_are_all_zero_have_a_head_of_zeros():
     # As dead ReLUs leave them; without a floor the kernel is singular.
     head = field.ridge_start(torch.zeros(6, 4), torch.arange(6) % 2, 2)
