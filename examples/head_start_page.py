@@ -30,8 +30,10 @@ from hf_immunize.training.spectrum_figure import new_figure, save_figure
 # Benign accuracy may change by so much.
 KEPT = 0.01
 # Attackers who know how models are immunized.
-ADAPTIVE = ("leaky", "whitened", "every_block")
-ATTACKERS = ("ridge", "gd_line_search", "last_stage", "whole_network", "lora_r8", "ridge_start", *ADAPTIVE)
+ADAPTIVE = ("leaky", "whitened", "every_block", "rebalanced")
+ATTACKERS = ("ridge", "gd_line_search", "last_stage", "whole_network", "lora_r8", "ridge_start", *ADAPTIVE[:3])
+# Removes nothing: shows what an attacker reads.
+CHECKS = ("unchanged", "rescaled")
 BUDGET = "--preset standard --attack_steps 200 --attack_seeds 3 --attack_images 200"
 # Methods, networks and tasks: first the core grid, then what follows it.
 PLAN = [
@@ -179,8 +181,8 @@ def grouped(rows: Iterable[dict[str, Any]]) -> list[Group]:
 
 
 def methods(groups: list[Group]) -> list[Group]:
-    """All but the starting model itself, which shows what an attacker reads and removes nothing."""
-    return [group for group in groups if group.rows[0]["title"] != "unchanged"]
+    """All but the starting model itself, also by other weights."""
+    return [group for group in groups if group.rows[0]["title"] not in CHECKS]
 
 
 def by_setting(groups: list[Group]) -> list[list[Group]]:
@@ -464,7 +466,8 @@ def page_of_attackers(groups: list[Group], beside: str) -> str:
         "removed of the points at stake, and accuracy on harmful test images: before → after (from random weights).",
         "–: no share is claimed. Bold: set apart from 0 % with every seed. ¹: it knows how models are immunized.",
         "Steps of the last stage: how many times the steps its fine-tuning takes to what random weights reach.",
-        "Unchanged: the starting model itself, for attackers that undo all that a method does.",
+        "Unchanged: the starting model itself, for attackers that undo all that a method does. Rescaled weights: the",
+        "same function by weights that no usual step moves; what an attacker loses there is removed by nothing.",
         "",
         *attackers_table(groups),
     ]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attacked import CLASSES, pictures, tiny_resnet, tiny_vit
+from families import BUILDERS, calibrate
 
 from hf_immunize.attacks import finetune
 from hf_immunize.attacks.attacker import Part, ProbeBudget, ProbeData, TuningBudget
@@ -219,13 +220,30 @@ def disguised(model):
     return model
 
 
-@pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
-def test_rebalanced_weights_are_trained_alike_whatever_factors_of_channels_hide_them(build, monkeypatch):
-    # Without the whitening, which rounding turns where two directions have one variance.
-    def unwhitened(model, name, *given):
+@pytest.fixture
+def unwhitened(monkeypatch):
+    """Rebalanced without the whitening, which rounding turns where two directions have one variance."""
+
+    def leave(model, name, *given):
         finetune._put(model, name, torch.nn.Sequential(*[torch.nn.Identity()] * 2, model.get_submodule(name)))
 
-    monkeypatch.setattr(finetune, "_whiten", unwhitened)
+    monkeypatch.setattr(finetune, "_whiten", leave)
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_rebalanced_weights_compute_what_they_did_and_are_all_trained(family, unwhitened):
+    torch.manual_seed(0)
+    model, pixels = calibrate(BUILDERS[family]()), torch.randn(8, 3, 32, 32)
+    part = Part(pixels, torch.arange(8) % CLASSES, pixels, torch.arange(8) % CLASSES, CLASSES)
+    plain, attacked = (prepare(model, name, part, 0) for name in ("whole_network", "rebalanced"))
+    logits = [one(pixel_values=pixels).logits for one in (plain, attacked)]
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-5)
+    sizes = [sum(p.numel() for p in one.parameters() if p.requires_grad) for one in (plain, attacked)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
+def test_rebalanced_weights_are_trained_alike_whatever_factors_of_channels_hide_them(build, unwhitened):
     part = Part(*pictures(80, 0), *pictures(40, 1), CLASSES)
     models = biased(build()), disguised(biased(build()))
     found = {}

@@ -100,8 +100,8 @@ def test_of_the_plan_is_said_what_there_is_and_what_is_not():
     core = {"setting": "vit_cifar10_near"}
     rows = [row(name, (0, 0), **core) for name in ("undo", "default")]
     lines, said = planned([*rows, row("leace", (0, 0), setting="elsewhere")])
-    assert "of whose 52 rows 2 are above" in said and "leace on vit_cifar10_near" in said
-    assert "undo on vit_cifar10_near" not in said and len(lines) == 4
+    assert "of whose 55 rows 2 are above" in said and "leace on vit_cifar10_near" in said
+    assert "undo on vit_cifar10_near" not in said and len(lines) == 5
 
 
 def test_ten_sentences_answer_first_and_claim_nothing_that_intervals_leave_open():
