@@ -286,15 +286,15 @@ def _scales(module: nn.Module) -> dict[str, Tensor]:
         sizes |= {"bias": sizes["weight"]} if {"weight", "bias"} <= own.keys() else {}
         return sizes
     # Rows and columns of a matrix alike (Sinkhorn); a fresh one has variance 1 / inputs (LeCun et al., 1998).
-    squares = module.weight.flatten(1).double().square()
+    squares = module.weight.cpu().flatten(1).double().square()  # which not every accelerator has
     rows, columns = squares.new_ones(len(squares), 1), squares.new_ones(1, squares.shape[1])
     for _ in range(_PASSES):
         rows = _or_one((squares / columns**2).mean(dim=1, keepdim=True).sqrt())
         columns = _or_one((squares / rows**2).mean(dim=0, keepdim=True).sqrt())
     found = {"weight": (rows * columns).view_as(module.weight) * squares.shape[1] ** 0.5}
     if module.bias is not None:
-        found["bias"] = rows[:, 0] * _size(module.bias / rows[:, 0])
-    return {name: scale.to(module.weight.dtype) for name, scale in found.items()}
+        found["bias"] = rows[:, 0] * _size(module.bias.cpu() / rows[:, 0])
+    return {name: scale.to(module.weight) for name, scale in found.items()}
 
 
 def _size(value: Tensor) -> Tensor:
