@@ -107,6 +107,7 @@ def test_of_the_plan_is_said_what_there_is_and_what_is_not():
 def test_ten_sentences_answer_first_and_claim_nothing_that_intervals_leave_open():
     said = sentences(methods(grouped(ROWS)))
     assert len(said) == 10
+    assert sentences(methods(grouped([*ROWS, ROWS[0] | {"title": "retrained"}]))) == said
     assert said[0].startswith("Fine-tuning, by the strongest") and "of 1 shares none is set apart from 0%" in said[0]
     assert "0% (−10% to 10%), of UNDO on vit_near, benign +0.0" in said[0]
     assert "of 2 shares 2 are set apart from 0%: **60% (50% to 70%)**, of UNDO" in said[1]
