@@ -34,9 +34,8 @@ def start_model(run: Run, data: Data) -> tuple[str, dict[str, Any]]:
     spec = run.spec()["start"]
     if "name" in spec:
         return spec["name"], {"name": Path(spec["name"]).name if Path(spec["name"]).exists() else spec["name"]}
-    sides = ("benign", *spec.get("also", []))
-    trained = {side: data.about[side]["digest"] for side in sides} | {"seed": run.seed}
-    trained = trained if spec["make"] == "trained" else {}
+    sides = ("benign", *spec.get("also", [])) if spec["make"] == "trained" else ()
+    trained = {side: data.about[side]["digest"] for side in sides} | ({"seed": run.seed} if sides else {})
     name = run.backbone + (f"-seed{run.seed}" if trained else "")
     folder = run.shared / "start" / f"{name}-{digest({**spec, **trained})}" / name
     with alone(folder.parent):

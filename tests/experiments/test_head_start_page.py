@@ -100,7 +100,7 @@ def test_of_the_plan_is_said_what_there_is_and_what_is_not():
     core = {"setting": "vit_cifar10_near"}
     rows = [row(name, (0, 0), **core) for name in ("undo", "default")]
     lines, said = planned([*rows, row("leace", (0, 0), setting="elsewhere")])
-    assert "of whose 41 rows 2 are above" in said and "leace on vit_cifar10_near" in said
+    assert "of whose 55 rows 2 are above" in said and "leace on vit_cifar10_near" in said
     assert "undo on vit_cifar10_near" not in said and len(lines) == 5
 
 
