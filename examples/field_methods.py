@@ -10,15 +10,19 @@ import math
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForImageClassification, set_seed
 
+from examples.experiments.backbones import fit, pixels_of
 from examples.experiments.methods import METHODS as LIBRARY
 from examples.experiments.methods import TITLES
+from examples.experiments.settings import load_settings
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.data.views import to_distil_on
@@ -67,6 +71,7 @@ PAPERS = {
         name: (TITLES[name], "Zheng et al., ICML 2025, arXiv:2505.23760, with its recipe")
         for name in ("kappa", "r_ill", "opt_kappa", "imma")
     },
+    "retrained": ("retrained", "the same network trained anew on the benign images alone, with the start's recipe"),
     "rescaled": ("rescaled weights", "a check of attackers: the same function by other weights, 0 % by definition"),
     "unchanged": ("unchanged", "the starting model itself: 0 % by definition"),
 }
@@ -371,6 +376,23 @@ def leace(model: Any, benign: Any, harmful: Any, processor: Any, **arguments: An
     erase = leace_eraser(*(torch.cat(part) for part in zip(*batches, strict=True)))
     make = partial(Erasure, erase=erase)
     return train(make, model, benign, harmful, processor, **{"harmful_weight": 20.0, **arguments})
+
+
+# ---- the floor: a network that never saw the harmful images ----
+
+
+def retrained(model: Any, benign: Any, harmful: Any, processor: Any) -> Any:
+    """The same network from random weights, trained on the benign images as starting models of `vit_cifar10` are.
+
+    What it gives an attacker is what the benign classes teach: forgetting cannot remove more.
+    """
+    recipe = load_settings()["backbones"]["vit_cifar10"]["start"]["arguments"]
+    pixels, labels = pixels_of(benign, processor)
+    seed = torch.initial_seed() % 2**32
+    set_seed(seed)  # loading has drawn
+    fresh = AutoModelForImageClassification.from_config(model.config)
+    with tempfile.TemporaryDirectory() as folder:
+        return fit(fresh, pixels, labels, Path(folder), seed=seed, **recipe).model.eval()
 
 
 # ---- nothing at all, behind other weights ----

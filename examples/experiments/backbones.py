@@ -99,36 +99,29 @@ def trained(recipe: dict[str, Any], data: Data, seed: int, folder: Path) -> dict
         pixels, labels = torch.cat([pixels, more]), torch.cat([labels, of + len(known)])
         known += other.features["label"].names
     set_seed(seed)
-    model = new_model(recipe["config"], known)
     working = folder.parent / "_training"
-    args = TrainingArguments(
-        str(working),
-        seed=seed,
-        report_to="none",
-        save_strategy="epoch",
-        save_total_limit=1,
-        logging_steps=50,
-        **recipe["arguments"],
-    )
-    trainer = ResumingTrainer(
-        model,
-        args,
-        train_dataset=Shifted(pixels, labels),
-        eval_dataset=[{"pixel_values": image, "labels": label} for image, label in zip(*test, strict=True)],
-        compute_metrics=Accuracy(),
-    )
     checkpoint, _ = last_whole_checkpoint(str(working))
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer = fit(new_model(recipe["config"], known), pixels, labels, working, seed=seed, **recipe["arguments"])
     seconds = time.perf_counter() - start
     if len(known) > len(names):
         trainer.model = first_classes(trainer.model, new_model(recipe["config"], names))
-    found = trainer.evaluate()["eval_accuracy"]
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(*test, strict=True)]
+    found = trainer.evaluate(rows)["eval_accuracy"]
     with staged_directory(folder) as staging:
         trainer.model.save_pretrained(staging)
         processor.save_pretrained(staging)
     shutil.rmtree(working, ignore_errors=True)
     return {"accuracy": found, "seconds": round(seconds, 1), "resumed": checkpoint is not None}
+
+
+def fit(model: Any, pixels: Tensor, labels: Tensor, working: Path, **arguments: Any) -> Trainer:
+    """A Trainer that has trained a model on shifted images; it goes on at the last checkpoint in its folder."""
+    fixed = {"report_to": "none", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 50}
+    args = TrainingArguments(str(working), **fixed, **arguments)
+    trainer = ResumingTrainer(model, args, train_dataset=Shifted(pixels, labels), compute_metrics=Accuracy())
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(str(working))[0])
+    return trainer
 
 
 def new_model(config: dict[str, Any], names: list[str]) -> Any:

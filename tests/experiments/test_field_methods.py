@@ -160,6 +160,25 @@ def test_every_method_trains(name, images, tiny_model):
     assert torch.isfinite(features).all() and features.std(0).max() > 0
 
 
+def test_whoever_is_retrained_has_nothing_of_the_starting_weights_and_names_the_same(images, tiny_model, monkeypatch):
+    recipe = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
+    known = {"backbones": {"vit_cifar10": {"start": {"arguments": recipe}}}}
+    monkeypatch.setattr(field, "load_settings", lambda: known)
+    benign, processor = load_image_dataset(str(images / "animals")), AutoImageProcessor.from_pretrained(tiny_model)
+    starts, found = [ViTForImageClassification.from_pretrained(tiny_model) for _ in range(2)], []
+    for parameter in starts[1].parameters():
+        torch.nn.init.zeros_(parameter)
+    for start in starts:
+        torch.manual_seed(5)
+        found.append(field.retrained(start, benign, None, processor))  # no harmful image is read
+    first, second = (model.state_dict() for model in found)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert found[0].config.id2label == starts[0].config.id2label and not found[0].training
+    torch.manual_seed(5)
+    random = ViTForImageClassification(starts[0].config).state_dict()
+    assert not any(torch.equal(value, random[name]) for name, value in first.items() if "weight" in name)
+
+
 @pytest.mark.parametrize("make", [ViTForImageClassification.from_pretrained, resnet])
 def test_rescaled_weights_compute_the_same(make, images, tiny_model):
     model, processor = make(tiny_model).eval(), AutoImageProcessor.from_pretrained(tiny_model)
