@@ -39,17 +39,25 @@ ATTACKERS = (
 CHECKS = ("unchanged", "rescaled")
 # Trained without the harmful images: what methods are measured by, and none itself.
 RETRAINED = "retrained"
-BUDGET = "--preset standard --attack_steps 200 --attack_seeds 3 --attack_images 200"
-# Methods, networks and tasks: first the core grid, then what follows it.
+# By how many labelled images attackers have: few, or all, which are too many to fine-tune on without a GPU.
+BUDGETS = {
+    200: f"--preset standard --attackers {','.join(ATTACKERS)} --attack_seeds 3 --attack_steps 200 "
+    "--attack_images 200",
+    None: "--preset standard --attackers ridge,gd_line_search,lda,lbfgs,adamw,knn --attack_seeds 3",
+}
+# Methods, networks, tasks and attackers' images: first the core grid, then what follows it.
 PLAN = [
-    (("default", "undo", "sophon", "leace"), ("resnet18_cifar10", "vit_cifar10"), ("near", "far")),
+    (("default", "undo", "sophon", "leace"), ("resnet18_cifar10", "vit_cifar10"), ("near", "far"), 200),
     (
         ("weight_distance", "tar", "contraction", "kappa", "r_ill", "opt_kappa", "imma"),
         ("resnet18_cifar10", "vit_cifar10"),
         ("near", "far"),
+        200,
     ),
-    (("default", "undo", "sophon", "leace"), ("mobilenet", "dinov2_cifar10"), ("cars",)),
-    (("default", "undo", "leace"), ("vit_cifar10_seen",), ("near",)),
+    (("default", "undo", "sophon", "leace"), ("mobilenet", "dinov2_cifar10"), ("cars",), 200),
+    (("default", "undo", "leace", "retrained"), ("vit_cifar10_seen",), ("near",), 200),
+    (("default",), ("mobilenet",), ("cars",), None),
+    (("dead_relu", "leace"), ("mobilenet_distilled",), ("cars",), None),
 ]
 Key = tuple[str, str]  # attacker and class of access
 
@@ -405,24 +413,44 @@ def commands(rows: list[dict[str, Any]]) -> list[str]:
     return [f"{rest} \\\n    --seed {own} --method {' '.join(names)}" for (rest, own), names in methods.items()]
 
 
-def planned(rows: list[dict[str, Any]]) -> tuple[list[str], str]:
-    """The commands of the whole plan, and how many of its rows there are."""
-    done = {(row["title"], row["key"]["setting"]) for row in rows if not row["key"]["changes"]}
-    every = [
-        (name, f"{backbone}_{task}")
-        for names, backbones, tasks in PLAN
-        for name, backbone, task in product(names, backbones, tasks)
-    ]
+def planned(groups: list[Group]) -> tuple[list[str], str]:
+    """The commands of the whole plan, and how many of its rows there are; of the others, where nothing is at stake."""
+    rows = [row for group in groups for row in group.rows]
+    done = {_planned_as(row) for row in rows if not row["key"]["changes"]}
     lines = [
         f"python -m examples.benchmark --backbone {' '.join(backbones)} --task {' '.join(tasks)} \\\n"
         f"    --method examples.field_methods:{{{','.join(names)}}} \\\n"
-        f"    --attackers {','.join(ATTACKERS)} {BUDGET} --data_path DATA"
-        for names, backbones, tasks in PLAN
+        f"    {BUDGETS[images]} --data_path DATA"
+        for names, backbones, tasks, images in PLAN
     ]
     lines.append("python -m examples.head_start_page --rows runs/benchmark/rows.jsonl")
-    lacking = [f"{name} on {setting}" for name, setting in every if (name, setting) not in done]
-    said = f"The whole plan, of whose {len(every)} rows {len(every) - len(lacking)} are above"
-    return lines, said + (f" (not yet: {', '.join(lacking)})" if lacking else "")
+    every = [
+        (name, f"{backbone}_{task}", images)
+        for names, backbones, tasks, images in PLAN
+        for name, backbone, task in product(names, backbones, tasks)
+    ]
+    lacking: dict[bool, dict[str, list[str]]] = {False: {}, True: {}}  # by whether all rows there say that
+    for name, *where in (one for one in every if one not in done):
+        own = [group for group in groups if [*_planned_as(group.rows[0])[1:]] == where]
+        stakes = [points for access in CLASSES if (points := at_stake(own, access)) is not None]
+        place = where[0] + (f" with {where[1]} images" if where[1] else "")
+        lacking[bool(stakes) and max(stakes) < LEAST_HEAD_START].setdefault(place, []).append(name)
+    lists = {
+        idle: "; ".join(f"{', '.join(names)} on {at}" for at, names in of.items()) for idle, of in lacking.items()
+    }
+    found = len(set(every) & done)
+    said = f"The whole plan, of whose {len(every)} rows {found} are above"
+    said += f". Not yet: {lists[False]}" if lists[False] else ""
+    if lists[True]:
+        said += (
+            f". Not yet, where under {100 * LEAST_HEAD_START:.0f} points are at stake for every class of attackers, "
+            f"so that of no method a share could be claimed: {lists[True]}"
+        )
+    return lines, said
+
+
+def _planned_as(row: dict[str, Any]) -> tuple[str, str, int | None]:
+    return row["title"], row["key"]["setting"], row["key"].get("attack_images")
 
 
 def page(groups: list[Group], figure: str, beside: str) -> str:
@@ -457,7 +485,7 @@ def page(groups: list[Group], figure: str, beside: str) -> str:
     ]
     names = dict.fromkeys(row["title"] for row in rows if row["key"]["method"].startswith("examples.field_methods:"))
     lines += [f"- {PAPERS[name][0]}: {PAPERS[name][1]}." for name in names]
-    plan, said = planned(rows)
+    plan, said = planned(groups)
     lines += ["", "## Commands", "", "Each goes on where it was interrupted. Of the lines above:", ""]
     lines += ["```bash", *commands(rows), "```", "", f"{said}:", "", "```bash", *plan, "```"]
     return "\n".join(lines) + "\n"

@@ -135,14 +135,14 @@ class _Bars(ProgressCallback):
         """Print nothing."""
 
 
-def train_benign(folder: Path, benign: Rows, seed: int) -> ResNetForImageClassification:
+def train_benign(folder: Path, benign: Rows, seed: int, max_steps: int = 800) -> ResNetForImageClassification:
     """A small ResNet trained on the benign digits with a plain Trainer."""
     set_seed(seed)
     names = {digit: str(digit) for digit in range(FIRST_HARMFUL)}
     labels = {"id2label": names, "label2id": {name: digit for digit, name in names.items()}}
     sizes: dict[str, Any] = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic"}
     model = ResNetForImageClassification(ResNetConfig(**sizes, **labels))
-    rates: dict[str, Any] = {"max_steps": 800, "learning_rate": 3e-3, "warmup_steps": 80}
+    rates: dict[str, Any] = {"max_steps": max_steps, "learning_rate": 3e-3, "warmup_steps": 80}
     arguments = TrainingArguments(str(folder), **rates, seed=seed, remove_unused_columns=False, **_TRAINING)
     trainer = Trainer(model, arguments, train_dataset=shifted(benign), data_collator=ImageCollator())
     trainer.remove_callback(ProgressCallback)

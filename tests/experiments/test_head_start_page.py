@@ -97,11 +97,23 @@ def test_commands_that_differ_in_method_and_seed_are_one():
 
 
 def test_of_the_plan_is_said_what_there_is_and_what_is_not():
-    core = {"setting": "vit_cifar10_near"}
-    rows = [row(name, (0, 0), **core) for name in ("undo", "default")]
-    lines, said = planned([*rows, row("leace", (0, 0), setting="elsewhere")])
-    assert "of whose 55 rows 2 are above" in said and "leace on vit_cifar10_near" in said
-    assert "undo on vit_cifar10_near" not in said and len(lines) == 5
+    rows = [row(name, (0, 0), setting="vit_cifar10_near") for name in ("undo", "default")]
+    rows += [row("undo", (None, None), setting="vit_cifar10_far"), row("tar", (0, 0), setting="vit_cifar10_near")]
+    for one in rows:
+        one["key"]["attack_images"] = 200
+    for one in rows[2]["removed"].values():
+        if one is not None:
+            one["reference_accuracy"] = 0.29  # nine points above random weights
+    rows[3]["key"]["changes"] = {"max_steps": 3}  # another row than that of the plan
+    rows.append(row("leace", (0, 0), setting="elsewhere"))
+    lines, said = planned(grouped(rows))
+    assert "of whose 59 rows 3 are above" in said and len(lines) == 7
+    missing, idle = re.fullmatch(r".*Not yet: (.*)\. Not yet, where under 10 points (.*)", said).groups()
+    assert "; sophon, leace, weight_distance, tar, " in missing and "vit_cifar10_far" not in missing
+    assert idle.endswith(
+        "could be claimed: default, sophon, leace, weight_distance, tar, contraction, kappa, r_ill, opt_kappa, imma "
+        "on vit_cifar10_far with 200 images"
+    )
 
 
 def test_ten_sentences_answer_first_and_claim_nothing_that_intervals_leave_open():
