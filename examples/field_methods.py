@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForImageClassification, set_seed
 
-from examples.experiments.backbones import fit, pixels_of
+from examples.experiments.backbones import ResumingTrainer, fit, pixels_of
 from examples.experiments.methods import METHODS as LIBRARY
 from examples.experiments.methods import TITLES
 from examples.experiments.settings import load_settings
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.images import ImageCollator, ImageRows
 from hf_immunize.data.views import to_distil_on
+from hf_immunize.errors import ArgumentError
 from hf_immunize.training.arguments import ImmunizationArguments, Method
 from hf_immunize.training.distillation import feature_error
 from hf_immunize.training.objectives import Objective, Side, Terms
@@ -71,6 +72,11 @@ PAPERS = {
         name: (TITLES[name], "Zheng et al., ICML 2025, arXiv:2505.23760, with its recipe")
         for name in ("kappa", "r_ill", "opt_kappa", "imma")
     },
+    "redistilled": (
+        "distilled anew",
+        "a fresh network learns labels and the start's outputs on the benign images alone, as UNDO does where noise "
+        "replaces all weights",
+    ),
     "retrained": ("retrained", "the same network trained anew on the benign images alone, with the start's recipe"),
     "rescaled": ("rescaled weights", "a check of attackers: the same function by other weights, 0 % by definition"),
     "unchanged": ("unchanged", "the starting model itself: 0 % by definition"),
@@ -381,18 +387,57 @@ def leace(model: Any, benign: Any, harmful: Any, processor: Any, **arguments: An
 # ---- the floor: a network that never saw the harmful images ----
 
 
-def retrained(model: Any, benign: Any, harmful: Any, processor: Any) -> Any:
-    """The same network from random weights, trained on the benign images as starting models of `vit_cifar10` are.
+def recipe_of(model: Any) -> dict[str, Any]:
+    """How a starting model of this architecture was trained: arguments of a Trainer, of settings.yaml."""
+    starts = [one["start"] for one in load_settings()["backbones"].values() if one["start"].get("make") == "trained"]
+    for start in starts:
+        if start["config"]["model_type"] == model.config.model_type:
+            return start["arguments"]
+    raise ArgumentError(
+        "Expected a model like one of the starting models that the settings train, found "
+        f"{model.config.model_type!r}. Train one there first."
+    )
 
-    What it gives an attacker is what the benign classes teach: forgetting cannot remove more.
-    """
-    recipe = load_settings()["backbones"]["vit_cifar10"]["start"]["arguments"]
+
+def _anew(model: Any, benign: Any, processor: Any, **options: Any) -> Any:
     pixels, labels = pixels_of(benign, processor)
     seed = torch.initial_seed() % 2**32
     set_seed(seed)  # loading has drawn
     fresh = AutoModelForImageClassification.from_config(model.config)
     with tempfile.TemporaryDirectory() as folder:
-        return fit(fresh, pixels, labels, Path(folder), seed=seed, **recipe).model.eval()
+        return fit(fresh, pixels, labels, Path(folder), **options, seed=seed, **recipe_of(model)).model.eval()
+
+
+def retrained(model: Any, benign: Any, harmful: Any, processor: Any) -> Any:
+    """The same network from random weights, trained on the benign images as starting models are.
+
+    What it gives an attacker is what the benign classes teach: forgetting cannot remove more.
+    """
+    return _anew(model, benign, processor)
+
+
+class Student(ResumingTrainer):
+    """Learns labels and, half of its loss, a teacher's probabilities at a temperature of two (Hinton et al. 2015)."""
+
+    share, temperature = 0.5, 2.0
+
+    def __init__(self, *given: Any, teacher: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.teacher = teacher.eval().to(self.args.device)
+
+    def compute_loss(self, model: Any, inputs: Any, *given: Any, **options: Any) -> Any:
+        """``(1 − s)·CE(labels) + s·T²·KL(teacher ‖ student)`` of softmax(logits/T), mean over images."""
+        logits = model(pixel_values=inputs["pixel_values"]).logits
+        with torch.no_grad():
+            taught = self.teacher(pixel_values=inputs["pixel_values"]).logits
+        said, wanted = (F.log_softmax(one / self.temperature, dim=1) for one in (logits, taught))
+        apart = F.kl_div(said, wanted, log_target=True, reduction="batchmean") * self.temperature**2
+        return (1 - self.share) * F.cross_entropy(logits, inputs["labels"]) + self.share * apart
+
+
+def redistilled(model: Any, benign: Any, harmful: Any, processor: Any) -> Any:
+    """The same network from random weights learns labels and the starting model's outputs on the benign images."""
+    return _anew(model, benign, processor, make=partial(Student, teacher=model))
 
 
 # ---- nothing at all, behind other weights ----

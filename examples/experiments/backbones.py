@@ -5,6 +5,7 @@ To add one: a function that writes model and processor into a folder, its name i
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,18 @@ def trained(recipe: dict[str, Any], data: Data, seed: int, folder: Path) -> dict
     return {"accuracy": found, "seconds": round(seconds, 1), "resumed": checkpoint is not None}
 
 
-def fit(model: Any, pixels: Tensor, labels: Tensor, working: Path, **arguments: Any) -> Trainer:
+def fit(
+    model: Any,
+    pixels: Tensor,
+    labels: Tensor,
+    working: Path,
+    make: Callable[..., Trainer] = ResumingTrainer,
+    **arguments: Any,
+) -> Trainer:
     """A Trainer that has trained a model on shifted images; it goes on at the last checkpoint in its folder."""
     fixed = {"report_to": "none", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 50}
     args = TrainingArguments(str(working), **fixed, **arguments)
-    trainer = ResumingTrainer(model, args, train_dataset=Shifted(pixels, labels), compute_metrics=Accuracy())
+    trainer = make(model, args, train_dataset=Shifted(pixels, labels), compute_metrics=Accuracy())
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(str(working))[0])
     return trainer
 

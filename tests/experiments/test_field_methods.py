@@ -6,10 +6,17 @@ from functools import partial
 import datasets
 import pytest
 import torch
-from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, ViTForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainingArguments,
+    ViTForImageClassification,
+)
 
 from examples import field_methods as field
 from hf_immunize.data.sources import load_image_dataset
+from hf_immunize.errors import ArgumentError
 from hf_immunize.training.arguments import Method
 from hf_immunize.training.step import ImmunizationStep
 from hf_immunize.vision.head import penultimate_features
@@ -160,23 +167,56 @@ def test_every_method_trains(name, images, tiny_model):
     assert torch.isfinite(features).all() and features.std(0).max() > 0
 
 
-def test_whoever_is_retrained_has_nothing_of_the_starting_weights_and_names_the_same(images, tiny_model, monkeypatch):
+@pytest.mark.parametrize("method", [field.retrained, field.redistilled])
+def test_whoever_is_made_anew_sees_no_harmful_image_and_of_the_start_at_most_its_outputs(
+    method, images, tiny_model, monkeypatch
+):
     recipe = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
-    known = {"backbones": {"vit_cifar10": {"start": {"arguments": recipe}}}}
+    start = {"make": "trained", "config": {"model_type": "vit"}, "arguments": recipe}
+    known = {"backbones": {"named": {"start": {"name": "elsewhere"}}, "trained": {"start": start}}}
     monkeypatch.setattr(field, "load_settings", lambda: known)
     benign, processor = load_image_dataset(str(images / "animals")), AutoImageProcessor.from_pretrained(tiny_model)
-    starts, found = [ViTForImageClassification.from_pretrained(tiny_model) for _ in range(2)], []
-    for parameter in starts[1].parameters():
-        torch.nn.init.zeros_(parameter)
-    for start in starts:
+
+    def anew(change=lambda model: None):
+        start = ViTForImageClassification.from_pretrained(tiny_model)
+        change(start)
         torch.manual_seed(5)
-        found.append(field.retrained(start, benign, None, processor))  # no harmful image is read
-    first, second = (model.state_dict() for model in found)
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert found[0].config.id2label == starts[0].config.id2label and not found[0].training
-    torch.manual_seed(5)
-    random = ViTForImageClassification(starts[0].config).state_dict()
-    assert not any(torch.equal(value, random[name]) for name, value in first.items() if "weight" in name)
+        model = method(start, benign, None, processor)
+        assert model.config.id2label == start.config.id2label and not model.training
+        return model.state_dict()
+
+    @torch.no_grad()
+    def rescale(model):  # other weights, the same outputs
+        norm = model.vit.layernorm
+        norm.weight *= 2
+        norm.bias *= 2
+        model.classifier.weight /= 2
+
+    @torch.no_grad()
+    def reverse(model):
+        model.classifier.weight.neg_()
+
+    first, rescaled, reversed_ = anew(), anew(rescale), anew(reverse)
+    assert all(torch.equal(value, rescaled[name]) for name, value in first.items())
+    taught = method is field.redistilled
+    assert taught != all(torch.equal(value, reversed_[name]) for name, value in first.items())
+    with pytest.raises(ArgumentError, match="found 'resnet'"):
+        method(resnet(), benign, None, processor)
+
+
+def test_a_student_learns_labels_and_softened_outputs():
+    teacher, student = resnet(), resnet()
+    torch.nn.init.normal_(student.classifier[1].weight)
+    pixels, labels = batch()["benign"]["pixel_values"], torch.arange(8) % 3
+    args = TrainingArguments("unused", use_cpu=True, report_to="none")
+    found = field.Student(student, args, teacher=teacher).compute_loss(
+        student, {"pixel_values": pixels, "labels": labels}
+    )
+    said, wanted = (torch.softmax(model(pixel_values=pixels).logits.double() / 2, 1) for model in (student, teacher))
+    own = student(pixel_values=pixels).logits.double()
+    apart = 4 * (wanted * (wanted / said).log()).sum(1).mean()
+    torch.testing.assert_close(found.double(), (torch.nn.functional.cross_entropy(own, labels) + apart) / 2)
+    assert apart > 0.01 and all(one.grad is None for one in teacher.parameters())
 
 
 @pytest.mark.parametrize("make", [ViTForImageClassification.from_pretrained, resnet])
