@@ -417,13 +417,13 @@ def retrained(model: Any, benign: Any, harmful: Any, processor: Any) -> Any:
 
 
 class Student(ResumingTrainer):
-    """Learns labels and, half of its loss, a teacher's probabilities at a temperature of two (Hinton et al. 2015)."""
+    """Learns labels and, so large a share of its loss, a teacher's softened probabilities (Hinton et al. 2015)."""
 
-    share, temperature = 0.5, 2.0
+    temperature = 2.0
 
-    def __init__(self, *given: Any, teacher: Any, **options: Any) -> None:
+    def __init__(self, *given: Any, teacher: Any, share: float, **options: Any) -> None:
         super().__init__(*given, **options)
-        self.teacher = teacher.eval().to(self.args.device)
+        self.teacher, self.share = teacher.eval().to(self.args.device), share
 
     def compute_loss(self, model: Any, inputs: Any, *given: Any, **options: Any) -> Any:
         """``(1 − s)·CE(labels) + s·T²·KL(teacher ‖ student)`` of softmax(logits/T), mean over images."""
@@ -435,9 +435,14 @@ class Student(ResumingTrainer):
         return (1 - self.share) * F.cross_entropy(logits, inputs["labels"]) + self.share * apart
 
 
-def redistilled(model: Any, benign: Any, harmful: Any, processor: Any) -> Any:
-    """The same network from random weights learns labels and the starting model's outputs on the benign images."""
-    return _anew(model, benign, processor, make=partial(Student, teacher=model))
+def redistilled(
+    model: Any, benign: Any, harmful: Any, processor: Any, *, share: float = 0.5, **of_the_backbone: Any
+) -> Any:
+    """The same network from random weights learns labels and the starting model's outputs on the benign images.
+
+    It is trained as starting models are, and not by the backbone's arguments of immunization.
+    """
+    return _anew(model, benign, processor, make=partial(Student, teacher=model, share=share))
 
 
 # ---- nothing at all, behind other weights ----

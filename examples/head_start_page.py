@@ -55,7 +55,8 @@ PLAN = [
         200,
     ),
     (("default", "undo", "sophon", "leace"), ("mobilenet", "dinov2_cifar10"), ("cars",), 200),
-    (("default", "undo", "leace", "retrained"), ("vit_cifar10_seen",), ("near",), 200),
+    (("default", "undo", "leace", "redistilled", "retrained"), ("vit_cifar10_seen",), ("near",), 200),
+    (("redistilled",), ("resnet18_cifar10_seen",), ("near",), 200),
     (("default",), ("mobilenet",), ("cars",), None),
     (("dead_relu", "leace"), ("mobilenet_distilled",), ("cars",), None),
 ]

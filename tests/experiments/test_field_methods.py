@@ -209,13 +209,12 @@ def test_a_student_learns_labels_and_softened_outputs():
     torch.nn.init.normal_(student.classifier[1].weight)
     pixels, labels = batch()["benign"]["pixel_values"], torch.arange(8) % 3
     args = TrainingArguments("unused", use_cpu=True, report_to="none")
-    found = field.Student(student, args, teacher=teacher).compute_loss(
-        student, {"pixel_values": pixels, "labels": labels}
-    )
+    trainer = field.Student(student, args, teacher=teacher, share=0.25)
+    found = trainer.compute_loss(student, {"pixel_values": pixels, "labels": labels})
     said, wanted = (torch.softmax(model(pixel_values=pixels).logits.double() / 2, 1) for model in (student, teacher))
     own = student(pixel_values=pixels).logits.double()
     apart = 4 * (wanted * (wanted / said).log()).sum(1).mean()
-    torch.testing.assert_close(found.double(), (torch.nn.functional.cross_entropy(own, labels) + apart) / 2)
+    torch.testing.assert_close(found.double(), 0.75 * torch.nn.functional.cross_entropy(own, labels) + 0.25 * apart)
     assert apart > 0.01 and all(one.grad is None for one in teacher.parameters())
 
 
