@@ -58,7 +58,7 @@ PLAN = [
     (("default", "undo", "leace", "redistilled", "retrained"), ("vit_cifar10_seen",), ("near",), 200),
     (("redistilled",), ("resnet18_cifar10_seen",), ("near",), 200),
     (("default",), ("mobilenet",), ("cars",), None),
-    (("dead_relu", "leace"), ("mobilenet_distilled",), ("cars",), None),
+    (("dead_relu",), ("mobilenet_distilled",), ("cars",), None),
 ]
 Key = tuple[str, str]  # attacker and class of access
 
