@@ -204,11 +204,11 @@ def test_whoever_is_made_anew_sees_no_harmful_image_and_of_the_start_at_most_its
         method(resnet(), benign, None, processor)
 
 
-def test_a_student_learns_labels_and_softened_outputs():
+def test_a_student_learns_labels_and_softened_outputs(tmp_path):
     teacher, student = resnet(), resnet()
     torch.nn.init.normal_(student.classifier[1].weight)
     pixels, labels = batch()["benign"]["pixel_values"], torch.arange(8) % 3
-    args = TrainingArguments("unused", use_cpu=True, report_to="none")
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     trainer = field.Student(student, args, teacher=teacher, share=0.25)
     found = trainer.compute_loss(student, {"pixel_values": pixels, "labels": labels})
     said, wanted = (torch.softmax(model(pixel_values=pixels).logits.double() / 2, 1) for model in (student, teacher))
