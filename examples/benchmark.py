@@ -4,11 +4,11 @@
     python -m examples.benchmark --method runs/mine --backbone digits --task last_five --settings examples/digits.yaml
 
 A method is a function (model, benign, harmful, processor) that returns the model, or the folder of a model immunized
-before. The model is the backbone's starting model; the images are the task's training images with their labels. One
-that takes keyword arguments gets the backbone's arguments of training too (steps, batch size, …), its images to distil
-on, and what --set changes. Methods of the field are in examples/field_methods.py; backbones and tasks are those of
-`python -m examples.experiments list`, or of a file of that form. Rows that are there are not made again, and what is
-interrupted goes on: remove the row and its folder where a function has changed.
+before. The model is the backbone's starting model; the images are the task's training images with their labels. --set
+gives it keyword arguments; one that takes any (**arguments) gets the backbone's arguments of training too (steps,
+batch size, …), and its images to distil on. Methods of the field are in examples/field_methods.py; backbones and tasks
+are those of `python -m examples.experiments list`, or of a file of that form. Rows that are there are not made again,
+and what is interrupted goes on: remove the row and its folder where a function has changed.
 """
 
 import argparse
@@ -152,12 +152,14 @@ def immunize(
 ) -> str:
     """Run a function on the starting model, keep what it returns with its image processor; on which machine."""
     set_seed(run.seed)
-    arguments: dict[str, Any] = {}
-    if any(one.kind is one.VAR_KEYWORD for one in inspect.signature(method).parameters.values()):
+    arguments, taken = changes, inspect.signature(method).parameters.values()
+    if any(one.kind is one.VAR_KEYWORD for one in taken):
         arguments = {**run.spec()["training"], **changes}
         arguments |= {"distillation": images.load("distillation", "train")} if "distillation" in images.paths else {}
-    elif changes:
-        raise ArgumentError(f"Expected a method with keyword arguments for --set, found {method}. Let it take some.")
+    elif unknown := sorted(set(changes) - {one.name for one in taken if one.kind is one.KEYWORD_ONLY}):
+        raise ArgumentError(
+            f"Expected a method that takes --set {', '.join(unknown)}, found {method}. Let it take that as a keyword."
+        )
     processor = AutoImageProcessor.from_pretrained(start)
     sides = [images.load(side, "train") for side in ("benign", "harmful")]
     model = method(load_classifier(start), *sides, processor, **arguments)

@@ -74,8 +74,8 @@ PAPERS = {
     },
     "redistilled": (
         "distilled anew",
-        "a fresh network learns labels and the start's outputs on the benign images alone, as UNDO does where noise "
-        "replaces all weights",
+        "Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531; a fresh network learns labels "
+        "and the start's outputs on the benign images alone, as UNDO does where noise replaces all weights",
     ),
     "retrained": ("retrained", "the same network trained anew on the benign images alone, with the start's recipe"),
     "rescaled": ("rescaled weights", "a check of attackers: the same function by other weights, 0 % by definition"),
@@ -384,7 +384,7 @@ def leace(model: Any, benign: Any, harmful: Any, processor: Any, **arguments: An
     return train(make, model, benign, harmful, processor, **{"harmful_weight": 20.0, **arguments})
 
 
-# ---- the floor: a network that never saw the harmful images ----
+# ---- a network made anew, which never sees the harmful images ----
 
 
 def recipe_of(model: Any) -> dict[str, Any]:
@@ -400,12 +400,12 @@ def recipe_of(model: Any) -> dict[str, Any]:
 
 
 def _anew(model: Any, benign: Any, processor: Any, **options: Any) -> Any:
+    recipe, seed = recipe_of(model), torch.initial_seed() % 2**32
     pixels, labels = pixels_of(benign, processor)
-    seed = torch.initial_seed() % 2**32
     set_seed(seed)  # loading has drawn
     fresh = AutoModelForImageClassification.from_config(model.config)
     with tempfile.TemporaryDirectory() as folder:
-        return fit(fresh, pixels, labels, Path(folder), **options, seed=seed, **recipe_of(model)).model.eval()
+        return fit(fresh, pixels, labels, Path(folder), **options, seed=seed, **recipe).model.eval()
 
 
 def retrained(model: Any, benign: Any, harmful: Any, processor: Any) -> Any:
@@ -435,13 +435,8 @@ class Student(ResumingTrainer):
         return (1 - self.share) * F.cross_entropy(logits, inputs["labels"]) + self.share * apart
 
 
-def redistilled(
-    model: Any, benign: Any, harmful: Any, processor: Any, *, share: float = 0.5, **of_the_backbone: Any
-) -> Any:
-    """The same network from random weights learns labels and the starting model's outputs on the benign images.
-
-    It is trained as starting models are, and not by the backbone's arguments of immunization.
-    """
+def redistilled(model: Any, benign: Any, harmful: Any, processor: Any, *, share: float = 0.5) -> Any:
+    """The same network from random weights learns labels and the starting model's outputs on the benign images."""
     return _anew(model, benign, processor, make=partial(Student, teacher=model, share=share))
 
 

@@ -31,18 +31,14 @@ from hf_immunize.training.spectrum_figure import new_figure, save_figure
 KEPT = 0.01
 # Attackers who know how models are immunized.
 ADAPTIVE = ("leaky", "whitened", "every_block", "rebalanced")
-ATTACKERS = (
-    *("ridge", "gd_line_search", "last_stage", "whole_network", "lora_r8", "ridge_start"),
-    *("leaky", "whitened", "every_block"),
-)
 # Removes nothing: shows what an attacker reads.
 CHECKS = ("unchanged", "rescaled")
 # Trained without the harmful images: what methods are measured by, and none itself.
 RETRAINED = "retrained"
 # By how many labelled images attackers have: few, or all, which are too many to fine-tune on without a GPU.
 BUDGETS = {
-    200: f"--preset standard --attackers {','.join(ATTACKERS)} --attack_seeds 3 --attack_steps 200 "
-    "--attack_images 200",
+    200: "--preset standard --attackers ridge,gd_line_search,last_stage,whole_network,lora_r8,ridge_start,leaky,"
+    "whitened,every_block --attack_seeds 3 --attack_steps 200 --attack_images 200",
     None: "--preset standard --attackers ridge,gd_line_search,lda,lbfgs,adamw,knn --attack_seeds 3",
 }
 # Methods, networks, tasks and attackers' images: first the core grid, then what follows it.

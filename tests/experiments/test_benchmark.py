@@ -21,6 +21,11 @@ def halved(model, benign, harmful, processor):
         model.vit.layernorm.weight /= 2
         model.vit.layernorm.bias /= 2
     return model
+
+def scaled(model, benign, harmful, processor, *, factor=1):
+    with open("factor", "a") as file:
+        file.write(str(factor))
+    return model
 '''
 
 
@@ -79,3 +84,11 @@ def test_a_method_that_fails_leaves_no_row_and_the_others_run(words, tmp_path, m
     assert main(["--method", "no_such:thing", "my_methods:halved", *words]) == 1
     said = capsys.readouterr()
     assert made == ["no_such:thing", "my_methods:halved"] and said.out == "a row\n" and "no_such:thing" in said.err
+
+
+def test_set_gives_a_method_the_keywords_that_it_names_and_no_others(words, tmp_path, capsys):
+    command = ["--method", "my_methods:scaled", *words]
+    assert main([*command, "--set", "facto=4"]) == 1
+    assert "takes --set facto," in capsys.readouterr().err and not (tmp_path / "factor").exists()
+    assert main([*command, "--set", "factor=4"]) == 0
+    assert (tmp_path / "factor").read_text() == "4"
