@@ -35,26 +35,36 @@ ADAPTIVE = ("leaky", "whitened", "every_block", "rebalanced")
 CHECKS = ("unchanged", "rescaled")
 # Trained without the harmful images: what methods are measured by, and none itself.
 RETRAINED = "retrained"
-# By how many labelled images attackers have: few, or all, which are too many to fine-tune on without a GPU.
-BUDGETS = {
-    200: "--preset standard --attackers ridge,gd_line_search,last_stage,whole_network,lora_r8,ridge_start,leaky,"
-    "whitened,every_block --attack_seeds 3 --attack_steps 200 --attack_images 200",
-    None: "--preset standard --attackers ridge,gd_line_search,lda,lbfgs,adamw,knn --attack_seeds 3",
+# Suites of attackers by what they are called beside a setting: all images are too many to fine-tune on without a GPU.
+_FEW = "--attack_seeds 3 --attack_steps 200 --attack_images 200"
+SUITES = {
+    "": "--preset standard --attackers ridge,gd_line_search,lda,lbfgs,adamw,knn --attack_seeds 3",
+    "200 images": "--preset standard --attackers ridge,gd_line_search,last_stage,whole_network,lora_r8,ridge_start,"
+    f"leaky,whitened,every_block {_FEW}",
+    # For what removes something by those above: the others of the preset that fine-tune.
+    "200 images, five other attackers": "--preset standard --attackers bias_only,reinitialized,rebalanced,"
+    f"visual_prompt,batchnorm_ridge {_FEW}",
 }
-# Methods, networks, tasks and attackers' images: first the core grid, then what follows it.
+# Methods, networks, tasks and suites: first the core grid, then what follows it.
 PLAN = [
-    (("default", "undo", "sophon", "leace"), ("resnet18_cifar10", "vit_cifar10"), ("near", "far"), 200),
+    (("default", "undo", "sophon", "leace"), ("resnet18_cifar10", "vit_cifar10"), ("near", "far"), "200 images"),
     (
         ("weight_distance", "tar", "contraction", "kappa", "r_ill", "opt_kappa", "imma"),
         ("resnet18_cifar10", "vit_cifar10"),
         ("near", "far"),
-        200,
+        "200 images",
     ),
-    (("default", "undo", "sophon", "leace"), ("mobilenet", "dinov2_cifar10"), ("cars",), 200),
-    (("default", "undo", "leace", "redistilled", "retrained"), ("vit_cifar10_seen",), ("near",), 200),
-    (("redistilled",), ("resnet18_cifar10_seen",), ("near",), 200),
-    (("default",), ("mobilenet",), ("cars",), None),
-    (("dead_relu",), ("mobilenet_distilled",), ("cars",), None),
+    (("default", "undo", "sophon", "leace"), ("mobilenet", "dinov2_cifar10"), ("cars",), "200 images"),
+    (("default", "undo", "leace", "redistilled", "retrained"), ("vit_cifar10_seen",), ("near",), "200 images"),
+    (("redistilled",), ("resnet18_cifar10_seen",), ("near",), "200 images"),
+    (
+        ("redistilled",),
+        ("resnet18_cifar10_seen", "vit_cifar10_seen"),
+        ("near",),
+        "200 images, five other attackers",
+    ),
+    (("default",), ("mobilenet",), ("cars",), ""),
+    (("dead_relu",), ("mobilenet_distilled",), ("cars",), ""),
 ]
 Key = tuple[str, str]  # attacker and class of access
 
@@ -96,9 +106,8 @@ class Group:
 
     @property
     def setting(self) -> str:
-        """The same, and how many labelled images attackers have."""
-        images = self.rows[0]["key"].get("attack_images")
-        return self.place + (f", {images} images" if images else "")
+        """The same, and who attacks."""
+        return self.place + (f", {suite}" if (suite := suite_of(self.rows[0])) else "")
 
     @property
     def title(self) -> str:
@@ -165,6 +174,20 @@ class Group:
         spent = statistics.fmean(row["seconds"].get("immunizing", 0.0) for row in self.rows)
         machines = {machine(row) for row in self.rows}
         return f"{spent:,.0f} ({', '.join(sorted(machines))})"
+
+
+def suite_of(row: dict[str, Any]) -> str:
+    """What the row's attackers are called; those of no suite by images, steps and names."""
+    given = flags_of(row["command"])
+    known = [name for name, flags in SUITES.items() if flags_of(flags) == given]
+    counts = [f"{given[f'attack_{name}']} {name}" for name in ("images", "steps") if f"attack_{name}" in given]
+    names = map(label, given["attackers"].split(",")) if "attackers" in given else ()
+    return known[0] if known else ", ".join([*counts, *names])
+
+
+def flags_of(words: str) -> dict[str, str]:
+    """What a command says of attackers."""
+    return dict(re.findall(r"--(preset|attack\w+) (\S+)", words))
 
 
 def machine(row: dict[str, Any]) -> str:
@@ -327,7 +350,7 @@ def sentences(groups: list[Group]) -> list[str]:
         f"Half of their intervals are wider than {100 * statistics.median(widths or [0]):.0f} points: smaller effects "
         "go unseen.",
         f"Lines: {len(groups)}, each a method in one of {len(by_setting(groups))} settings, a network with a harmful "
-        f"task; {several} have several seeds, the others one, and another training may differ.",
+        f"task and attackers; {several} have several seeds, the others one, and another training may differ.",
         f"Benign accuracy came out more than a point lower in {len(lost)} of them, marked †{most}"
         f"{'; what they remove may be what the model has lost altogether' * bool(lost)}.",
         f"The attacks of one seed took {attacked:,.0f} seconds (median), on {machines}.",
@@ -417,20 +440,20 @@ def planned(groups: list[Group]) -> tuple[list[str], str]:
     lines = [
         f"python -m examples.benchmark --backbone {' '.join(backbones)} --task {' '.join(tasks)} \\\n"
         f"    --method examples.field_methods:{{{','.join(names)}}} \\\n"
-        f"    {BUDGETS[images]} --data_path DATA"
-        for names, backbones, tasks, images in PLAN
+        f"    {SUITES[suite]} --data_path DATA"
+        for names, backbones, tasks, suite in PLAN
     ]
     lines.append("python -m examples.head_start_page --rows runs/benchmark/rows.jsonl")
     every = [
-        (name, f"{backbone}_{task}", images)
-        for names, backbones, tasks, images in PLAN
+        (name, f"{backbone}_{task}", suite)
+        for names, backbones, tasks, suite in PLAN
         for name, backbone, task in product(names, backbones, tasks)
     ]
     lacking: dict[bool, dict[str, list[str]]] = {False: {}, True: {}}  # by whether all rows there say that
     for name, *where in (one for one in every if one not in done):
         own = [group for group in groups if [*_planned_as(group.rows[0])[1:]] == where]
         stakes = [points for access in CLASSES if (points := at_stake(own, access)) is not None]
-        place = where[0] + (f" with {where[1]} images" if where[1] else "")
+        place = where[0] + (f" with {where[1]}" if where[1] else "")
         lacking[bool(stakes) and max(stakes) < LEAST_HEAD_START].setdefault(place, []).append(name)
     lists = {
         idle: "; ".join(f"{', '.join(names)} on {at}" for at, names in of.items()) for idle, of in lacking.items()
@@ -446,8 +469,8 @@ def planned(groups: list[Group]) -> tuple[list[str], str]:
     return lines, said
 
 
-def _planned_as(row: dict[str, Any]) -> tuple[str, str, int | None]:
-    return row["title"], row["key"]["setting"], row["key"].get("attack_images")
+def _planned_as(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["title"], row["key"]["setting"], suite_of(row)
 
 
 def page(groups: list[Group], figure: str, beside: str) -> str:

@@ -5,7 +5,18 @@ import re
 
 import pytest
 
-from examples.head_start_page import attackers_table, commands, grouped, main, main_table, methods, planned, sentences
+from examples.head_start_page import (
+    SUITES,
+    attackers_table,
+    commands,
+    grouped,
+    main,
+    main_table,
+    methods,
+    planned,
+    sentences,
+    suite_of,
+)
 from hf_immunize.errors import DataError
 
 
@@ -81,6 +92,7 @@ def test_the_default_comes_first_and_settings_in_the_order_of_their_file():
 
 
 NAMES = ("undo", "default")
+RIDGE = "200 images, 9 steps, closed-form least squares (ridge)"
 
 
 def test_rows_that_differ_in_more_than_their_seed_are_lines_of_their_own():
@@ -88,6 +100,19 @@ def test_rows_that_differ_in_more_than_their_seed_are_lines_of_their_own():
     assert len(grouped(rows)) == 1
     rows[1]["key"]["attack_images"] = 200
     assert len(grouped(rows)) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (SUITES["200 images"], "200 images"),
+        (SUITES[""], ""),
+        ("--preset standard --attackers ridge --attack_seeds 3 --attack_steps 9 --attack_images 200", RIDGE),
+        ("--preset quick", ""),
+    ],
+)
+def test_settings_name_their_attackers(flags, said):
+    assert suite_of({"command": f"python -m examples.benchmark --seed 0 {flags} --data_path DATA"}) == said
 
 
 def test_commands_that_differ_in_method_and_seed_are_one():
@@ -100,14 +125,15 @@ def test_of_the_plan_is_said_what_there_is_and_what_is_not():
     rows = [row(name, (0, 0), setting="vit_cifar10_near") for name in ("undo", "default")]
     rows += [row("undo", (None, None), setting="vit_cifar10_far"), row("tar", (0, 0), setting="vit_cifar10_near")]
     for one in rows:
-        one["key"]["attack_images"] = 200
+        one["command"] = f"python -m examples.benchmark {SUITES['200 images']}"
     for one in rows[2]["removed"].values():
         if one is not None:
             one["reference_accuracy"] = 0.29  # nine points above random weights
     rows[3]["key"]["changes"] = {"max_steps": 3}  # another row than that of the plan
     rows.append(row("leace", (0, 0), setting="elsewhere"))
+    rows.append(row("sophon", (0, 0), setting="vit_cifar10_near"))  # of other attackers than the plan's
     lines, said = planned(grouped(rows))
-    assert "of whose 60 rows 3 are above" in said and len(lines) == 8
+    assert "of whose 62 rows 3 are above" in said and len(lines) == 9
     missing, idle = re.fullmatch(r".*Not yet: (.*)\. Not yet, where under 10 points (.*)", said).groups()
     assert "; sophon, leace, weight_distance, tar, " in missing and "vit_cifar10_far" not in missing
     assert idle.endswith(
