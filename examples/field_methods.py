@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForImageClassification, set_seed
 
-from examples.experiments.backbones import ResumingTrainer, fit, pixels_of
+from examples.distil_anew import Student
+from examples.experiments.backbones import fit, pixels_of
 from examples.experiments.methods import METHODS as LIBRARY
 from examples.experiments.methods import TITLES
 from examples.experiments.settings import load_settings
@@ -414,25 +415,6 @@ def retrained(model: Any, benign: Any, harmful: Any, processor: Any) -> Any:
     What it gives an attacker is what the benign classes teach: forgetting cannot remove more.
     """
     return _anew(model, benign, processor)
-
-
-class Student(ResumingTrainer):
-    """Learns labels and, so large a share of its loss, a teacher's softened probabilities (Hinton et al. 2015)."""
-
-    temperature = 2.0
-
-    def __init__(self, *given: Any, teacher: Any, share: float, **options: Any) -> None:
-        super().__init__(*given, **options)
-        self.teacher, self.share = teacher.eval().to(self.args.device), share
-
-    def compute_loss(self, model: Any, inputs: Any, *given: Any, **options: Any) -> Any:
-        """``(1 − s)·CE(labels) + s·T²·KL(teacher ‖ student)`` of softmax(logits/T), mean over images."""
-        logits = model(pixel_values=inputs["pixel_values"]).logits
-        with torch.no_grad():
-            taught = self.teacher(pixel_values=inputs["pixel_values"]).logits
-        said, wanted = (F.log_softmax(one / self.temperature, dim=1) for one in (logits, taught))
-        apart = F.kl_div(said, wanted, log_target=True, reduction="batchmean") * self.temperature**2
-        return (1 - self.share) * F.cross_entropy(logits, inputs["labels"]) + self.share * apart
 
 
 def redistilled(model: Any, benign: Any, harmful: Any, processor: Any, *, share: float = 0.5) -> Any:

@@ -10,11 +10,13 @@ import sys
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from folders import image_folder, tiny_classifier
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import hf_immunize
@@ -97,6 +99,35 @@ def test_both_versions_run_one_after_the_other_by_flags_and_by_a_file(here):
     assert {"eval_accuracy", "eval_rir", "eval_benign_log10_kappa", "eval_harmful_log10_kappa"} <= set(immunized)
     assert moved("trained", "immunized")
     assert AutoImageProcessor.from_pretrained("immunized").size["height"] == 32
+
+
+# ---- a network made anew ----
+
+
+def test_a_fresh_network_learns_from_the_classifier_and_says_what_it_reaches(here, capsys):
+    words = ["--dataset", "./pets", "--output_dir", "anew", "--max_steps", "3", *QUICK]
+    found = script("distil_anew").main(["--model", "model", *words])
+    before, after = (AutoModelForImageClassification.from_pretrained(name) for name in ("model", "anew"))
+    assert all(
+        not torch.equal(one, before.state_dict()[name]) for name, one in after.named_parameters() if one.ndim > 1
+    )
+    assert after.config.id2label == before.config.id2label
+    rows = script("distil_anew").load_images("./pets", "test", AutoImageProcessor.from_pretrained("model"))[:]
+    for name, model in (("eval_start_accuracy", before), ("eval_accuracy", after)):
+        hits = model(pixel_values=rows["pixel_values"]).logits.argmax(-1) == torch.as_tensor(rows["labels"])
+        assert found[name] == pytest.approx(hits.float().mean().item())
+    worse = found["eval_start_accuracy"] - found["eval_accuracy"] > 0.01
+    assert worse == ("less accurate than what it learned from" in capsys.readouterr().out)
+    with pytest.raises(SystemExit, match=r"Expected the model's classes .*cat.* found .*gun"):
+        script("distil_anew").main(["--model", "model", *words[:1], "./weapons", *words[2:]])
+
+
+def test_views_are_moved_by_at_most_an_eighth():
+    image = Image.new("RGB", (32, 16), "white")
+    anew = script("distil_anew")
+    for _ in range(40):
+        moved = np.asarray(anew.mirrored_and_shifted(image))
+        assert moved.shape == (16, 32, 3) and moved[2:14, 4:28].min() == 255
 
 
 # ---- the callback and the loop ----

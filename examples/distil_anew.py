@@ -1,0 +1,116 @@
+"""A fresh network that learns from your classifier on benign images alone: against fine-tuning, if you can afford it.
+
+It never sees a harmful image, and so lacks what your classifier learned of them; what the benign ones teach stays
+(docs/threat-model.md says how much each is). It needs the images and the recipe that trained your classifier from
+random weights, and as long. Flags as of `transformers.TrainingArguments`:
+
+    python examples/distil_anew.py --model ./my-classifier --dataset ./pets --output_dir runs/anew \
+        --num_train_epochs 60 --learning_rate 1e-3 --lr_scheduler_type cosine
+    hf-immunize audit runs/anew --reference ./my-classifier --benign ./pets --harmful ./weapons
+"""
+
+import random
+import sys
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from datasets import load_dataset
+from PIL import Image, ImageOps
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_immunize.training.checkpoints import load_weights
+
+
+@dataclass
+class ScriptArguments:
+    """What to learn from, and on which images."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of the classifier to learn from."})
+    dataset: str = field(metadata={"help": "Folder or Hub id of its benign images, with splits train and test."})
+    share: float = field(default=0.5, metadata={"help": "Of the loss that its outputs have; labels have the rest."})
+
+
+class Student(Trainer):
+    """Learns labels and, so large a share of its loss, a teacher's softened probabilities (arXiv:1503.02531)."""
+
+    temperature = 2.0
+
+    def __init__(self, *given, teacher, share, **options):
+        super().__init__(*given, **options)
+        self.teacher, self.share = teacher.eval().to(self.args.device), share
+
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        """``(1 − s)·CE(labels) + s·T²·KL(teacher ‖ student)`` of softmax(logits/T), mean over images."""
+        outputs = model(pixel_values=inputs["pixel_values"])
+        with torch.no_grad():
+            taught = self.teacher(pixel_values=inputs["pixel_values"]).logits
+        said, wanted = (F.log_softmax(one / self.temperature, dim=1) for one in (outputs.logits, taught))
+        apart = F.kl_div(said, wanted, log_target=True, reduction="batchmean") * self.temperature**2
+        loss = (1 - self.share) * F.cross_entropy(outputs.logits, inputs["labels"]) + self.share * apart
+        return (loss, outputs) if return_outputs else loss
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        load_weights(self.model, resume_from_checkpoint)  # the Trainer's own passes over the names of a ViT's
+
+
+def mirrored_and_shifted(image):
+    """At random, by up to an eighth of its sides: a fresh network needs more views than there are images."""
+    across, down = (random.randint(-side // 8, side // 8) for side in image.size)
+    image = ImageOps.mirror(image) if random.random() < 0.5 else image
+    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, across, 0, 1, down))
+
+
+def load_images(source, split, processor, change=lambda image: image):
+    """One split, whose images become pixel values when they are read."""
+
+    def prepare(rows):
+        images = [change(image.convert("RGB")) for image in rows["image"]]
+        return {"labels": rows["label"], **processor(images, return_tensors="pt")}
+
+    return load_dataset(source, split=split).with_transform(prepare)
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def main(words):
+    script, args = HfArgumentParser((ScriptArguments, TrainingArguments)).parse_args_into_dataclasses(words)
+    args.remove_unused_columns = False  # it would drop the images, which are no input of the model
+    processor = AutoImageProcessor.from_pretrained(script.model)
+    train = load_images(script.dataset, "train", processor, mirrored_and_shifted)
+    teacher = AutoModelForImageClassification.from_pretrained(script.model)
+    names, known = train.features["label"].names, list(teacher.config.id2label.values())
+    if names != known:
+        raise SystemExit(
+            f"Expected the model's classes {known} in {script.dataset}, found {names}. Rename the folders."
+        )
+
+    set_seed(args.seed)
+    student = AutoModelForImageClassification.from_config(teacher.config)
+    data = {"train_dataset": train, "eval_dataset": load_images(script.dataset, "test", processor)}
+    options = {"processing_class": processor, "compute_metrics": accuracy}
+    trainer = Student(student, args, teacher=teacher, share=script.share, **data, **options)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    metrics = trainer.evaluate()
+    start = Trainer(teacher, args, **data, **options).evaluate()["eval_accuracy"]
+    metrics["eval_start_accuracy"] = start
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    if start - metrics["eval_accuracy"] > 0.01:
+        print("It is less accurate than what it learned from: more epochs, or the recipe that trained that one.")
+    trainer.accelerator.end_training()  # of several processes, a group that is not destroyed can abort the exit
+    return metrics
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
