@@ -41,9 +41,9 @@ SUITES = {
     "": "--preset standard --attackers ridge,gd_line_search,lda,lbfgs,adamw,knn --attack_seeds 3",
     "200 images": "--preset standard --attackers ridge,gd_line_search,last_stage,whole_network,lora_r8,ridge_start,"
     f"leaky,whitened,every_block {_FEW}",
-    # For what removes something by those above: the others of the preset that fine-tune.
-    "200 images, five other attackers": "--preset standard --attackers bias_only,reinitialized,rebalanced,"
-    f"visual_prompt,batchnorm_ridge {_FEW}",
+    # For what removes something by those above: others who know how models are immunized.
+    "200 images, three other attackers": "--preset standard --attackers reinitialized,rebalanced,batchnorm_ridge "
+    f"{_FEW}",
 }
 # Methods, networks, tasks and suites: first the core grid, then what follows it.
 PLAN = [
@@ -61,7 +61,7 @@ PLAN = [
         ("redistilled",),
         ("resnet18_cifar10_seen", "vit_cifar10_seen"),
         ("near",),
-        "200 images, five other attackers",
+        "200 images, three other attackers",
     ),
     (("default",), ("mobilenet",), ("cars",), ""),
     (("dead_relu",), ("mobilenet_distilled",), ("cars",), ""),
