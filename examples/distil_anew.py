@@ -2,7 +2,8 @@
 
 It never sees a harmful image, and so lacks what your classifier learned of them; what the benign ones teach stays
 (docs/threat-model.md says how much each is). It needs the images and the recipe that trained your classifier from
-random weights, and as long. Flags as of `transformers.TrainingArguments`:
+random weights, and as long; the accuracy of one that began from pretrained weights it will seldom reach. Whoever has
+the old weights needs no others: this is for those that are not public. Flags as of `transformers.TrainingArguments`:
 
     python examples/distil_anew.py --model ./my-classifier --dataset ./pets --output_dir runs/anew \
         --num_train_epochs 60 --learning_rate 1e-3 --lr_scheduler_type cosine
@@ -45,6 +46,7 @@ class Student(Trainer):
 
     def __init__(self, *given, teacher, share, **options):
         super().__init__(*given, **options)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated, it is to be divided
         self.teacher, self.share = teacher.eval().to(self.args.device), share
 
     def compute_loss(self, model, inputs, return_outputs=False, **options):
@@ -54,16 +56,20 @@ class Student(Trainer):
             taught = self.teacher(pixel_values=inputs["pixel_values"]).logits
         said, wanted = (F.log_softmax(one / self.temperature, dim=1) for one in (outputs.logits, taught))
         apart = F.kl_div(said, wanted, log_target=True, reduction="batchmean") * self.temperature**2
-        loss = (1 - self.share) * F.cross_entropy(outputs.logits, inputs["labels"]) + self.share * apart
-        return (loss, outputs) if return_outputs else loss
+        named = F.cross_entropy(outputs.logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
+        loss = (1 - self.share) * named + self.share * apart
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(self.model, resume_from_checkpoint)  # the Trainer's own passes over the names of a ViT's
 
+    def _load_best_model(self):
+        load_weights(self.model, self.state.best_model_checkpoint)
+
 
 def mirrored_and_shifted(image):
     """At random, by up to an eighth of its sides: a fresh network needs more views than there are images."""
-    across, down = (random.randint(-side // 8, side // 8) for side in image.size)
+    across, down = (random.randint(-(side // 8), side // 8) for side in image.size)
     image = ImageOps.mirror(image) if random.random() < 0.5 else image
     return image.transform(image.size, Image.Transform.AFFINE, (1, 0, across, 0, 1, down))
 
@@ -87,15 +93,15 @@ def main(words):
     args.remove_unused_columns = False  # it would drop the images, which are no input of the model
     processor = AutoImageProcessor.from_pretrained(script.model)
     train = load_images(script.dataset, "train", processor, mirrored_and_shifted)
-    teacher = AutoModelForImageClassification.from_pretrained(script.model)
-    names, known = train.features["label"].names, list(teacher.config.id2label.values())
+    teacher = AutoModelForImageClassification.from_pretrained(script.model, dtype=torch.float32)
+    names, known = train.features["label"].names, [teacher.config.id2label[i] for i in range(teacher.num_labels)]
     if names != known:
         raise SystemExit(
             f"Expected the model's classes {known} in {script.dataset}, found {names}. Rename the folders."
         )
 
     set_seed(args.seed)
-    student = AutoModelForImageClassification.from_config(teacher.config)
+    student = AutoModelForImageClassification.from_config(teacher.config, dtype=torch.float32)
     data = {"train_dataset": train, "eval_dataset": load_images(script.dataset, "test", processor)}
     options = {"processing_class": processor, "compute_metrics": accuracy}
     trainer = Student(student, args, teacher=teacher, share=script.share, **data, **options)

@@ -177,12 +177,15 @@ class Group:
 
 
 def suite_of(row: dict[str, Any]) -> str:
-    """What the row's attackers are called; those of no suite by images, steps and names."""
+    """What the row's attackers are called; those of no suite by all that the command says of them."""
     given = flags_of(row["command"])
-    known = [name for name, flags in SUITES.items() if flags_of(flags) == given]
-    counts = [f"{given[f'attack_{name}']} {name}" for name in ("images", "steps") if f"attack_{name}" in given]
+    if known := [name for name, flags in SUITES.items() if flags_of(flags) == given]:
+        return known[0]
+    counts = [
+        f"{given[f'attack_{name}']} {name}" for name in ("images", "steps", "seeds") if f"attack_{name}" in given
+    ]
     names = map(label, given["attackers"].split(",")) if "attackers" in given else ()
-    return known[0] if known else ", ".join([*counts, *names])
+    return ", ".join([*counts, f"preset {given['preset']}", *names])
 
 
 def flags_of(words: str) -> dict[str, str]:

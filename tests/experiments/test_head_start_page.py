@@ -43,7 +43,7 @@ def row(title, removed, benign=0.0, seed=0, setting="vit_near"):
         "removed": {"any_layer": None, **best},
         "cost": [],
         "hardware": "two cores",
-        "command": f"python -m examples.benchmark --method {title} --seed {seed} --preset quick",
+        "command": f"python -m examples.benchmark --method {title} --seed {seed} {SUITES['']}",
     }
 
 
@@ -92,7 +92,7 @@ def test_the_default_comes_first_and_settings_in_the_order_of_their_file():
 
 
 NAMES = ("undo", "default")
-RIDGE = "200 images, 9 steps, closed-form least squares (ridge)"
+RIDGE = "200 images, 9 steps, 3 seeds, preset standard, closed-form least squares (ridge)"
 
 
 def test_rows_that_differ_in_more_than_their_seed_are_lines_of_their_own():
@@ -108,7 +108,7 @@ def test_rows_that_differ_in_more_than_their_seed_are_lines_of_their_own():
         (SUITES["200 images"], "200 images"),
         (SUITES[""], ""),
         ("--preset standard --attackers ridge --attack_seeds 3 --attack_steps 9 --attack_images 200", RIDGE),
-        ("--preset quick", ""),
+        ("--preset quick --attack_seeds 5", "5 seeds, preset quick"),
     ],
 )
 def test_settings_name_their_attackers(flags, said):
