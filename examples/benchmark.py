@@ -63,6 +63,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
+def find_row(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of a file that was made with these settings."""
+    return next((row for row in read_rows(path) if row["key"] == key), None)
+
+
 def find_attackers(given: argparse.Namespace, spec: dict[str, Any]) -> Preset:
     """The preset with the attackers asked for: by default all that do not restore the public weights."""
     # Whoever has the public weights has the reference, whatever the method.
@@ -93,9 +98,8 @@ def make_row(text: str, run: Run, given: argparse.Namespace) -> dict[str, Any]:
             **({"attack_images": given.attack_images} if given.attack_images else {}),
         }
     )
-    for row in read_rows(given.rows):
-        if row["key"] == key:
-            return row
+    if row := find_row(given.rows, key):
+        return row
     title = text.rpartition(":")[2] if callable(method) else method.name
     folder = Path(given.output_dir) / f"{run.experiment}-{title}-seed{run.seed}-{digest(key)}"
     with alone(folder):
@@ -111,8 +115,11 @@ def make_row(text: str, run: Run, given: argparse.Namespace) -> dict[str, Any]:
     row |= {"immunized_on": immunized_on} if immunized_on else {}
     row |= {"hardware": hardware(), "seconds": parts.seconds() | {"audit": round(report.data.seconds, 1)}}
     row |= measures(report)
-    with alone(given.rows.parent), given.rows.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+    with alone(given.rows.parent):
+        if made := find_row(given.rows, key):  # by another run, which this one waited for
+            return made
+        with given.rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
     return row
 
 

@@ -42,8 +42,7 @@ SUITES = {
     "200 images": "--preset standard --attackers ridge,gd_line_search,last_stage,whole_network,lora_r8,ridge_start,"
     f"leaky,whitened,every_block {_FEW}",
     # For what removes something by those above: others who know how models are immunized.
-    "200 images, three other attackers": "--preset standard --attackers reinitialized,rebalanced,batchnorm_ridge "
-    f"{_FEW}",
+    "200 images, other attackers": f"--preset standard --attackers reinitialized,rebalanced,batchnorm_ridge {_FEW}",
 }
 # Methods, networks, tasks and suites: first the core grid, then what follows it.
 PLAN = [
@@ -61,7 +60,7 @@ PLAN = [
         ("redistilled",),
         ("resnet18_cifar10_seen", "vit_cifar10_seen"),
         ("near",),
-        "200 images, three other attackers",
+        "200 images, other attackers",
     ),
     (("default",), ("mobilenet",), ("cars",), ""),
     (("dead_relu",), ("mobilenet_distilled",), ("cars",), ""),

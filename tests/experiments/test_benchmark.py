@@ -71,6 +71,21 @@ def test_attackers_have_no_more_labelled_images_than_they_are_given(words, tmp_p
     assert set(sizes) == {5} and row["key"]["attack_images"] == 5 and "--attack_images 5" in row["command"]
 
 
+def test_of_two_runs_that_make_the_same_row_one_writes_it(words, tmp_path, monkeypatch, capsys):
+    command, rows = ["--method", "examples.field_methods:unchanged", *words], tmp_path / "runs/benchmark/rows.jsonl"
+    assert main(command) == 0
+    written, measure = rows.read_text(), benchmark.measures
+    rows.unlink()
+
+    def after_another(report):
+        rows.write_text(written)
+        return measure(report)
+
+    monkeypatch.setattr(benchmark, "measures", after_another)
+    assert main(command) == 0
+    assert rows.read_text() == written and shown(json.loads(written)) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["nowhere", "no_such_module:f", "math:no_such_function", ":f"])
 def test_what_is_no_method_is_refused_by_name(text):
     with pytest.raises(ArgumentError, match=f"found '{text}'"):
