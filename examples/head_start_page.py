@@ -407,7 +407,8 @@ def draw(groups: list[Group], path: Path) -> None:
         height += 1
     low, high = min(edges) - 5, max(edges) + 5
     for at, words in headings:
-        axes.text(low + 1, at, words, fontsize=8, fontweight="bold", va="center")
+        # From left of the axes: some are as long as the figure is wide.
+        axes.text(-0.38, at, words, transform=axes.get_yaxis_transform(), fontsize=8, fontweight="bold", va="center")
     for access, colour in shown.items():
         axes.plot([], [], "o", color=colour, label=f"{CLASSES[access].lower()}: strongest attacker of each model")
     axes.plot([], [], "|", color=shown["fine_tuning"], label="each fine-tuning attacker")
