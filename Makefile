@@ -28,9 +28,8 @@ $(VENV)/.installed-docs: $(VENV)/.installed-dev
 demo: install  ## Immunize a small ResNet on handwritten digits; results in runs/demo/
 	$(BIN)/hf-immunize demo --output-dir runs/demo
 
-# Two processes of one thread each are faster than one of two: most tests are too small to share out. Files in the order
-# of tests/conftest.py, slow ones first: by itself xdist would begin with those of many tests.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes of one thread each are faster than one of two: most tests are too small to share out.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: install  ## All tests and the docstrings' examples; their times in runs/tests.xml
 	@mkdir -p runs
@@ -81,7 +80,7 @@ test-newest:  ## All tests with the newest versions that pyproject.toml admits, 
 	$(PYTHON) -m venv --clear .venv-newest
 	grep '^torch==' constraints.txt > .venv-newest/torch.txt
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-newest/torch.txt -e '.[test]'
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadfile
 
 # What needs no extra, where none is installed.
 test-minimal:  ## Measuring, training and publishing without any extra, in .venv-minimal

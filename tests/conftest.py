@@ -19,12 +19,6 @@ from hub_server import TOKEN, Hub
 from PIL import Image
 
 
-def pytest_collection_modifyitems(items):
-    """Files with slow tests first: one that is begun last keeps the other processes waiting."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _small_heap():
     """Leave what was imported out of garbage collections: each Trainer's costs most of a second otherwise."""
