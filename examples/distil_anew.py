@@ -7,7 +7,8 @@ the old weights needs no others: this is for those that are not public. Flags as
 
     python examples/distil_anew.py --model ./my-classifier --dataset ./pets --output_dir runs/anew \
         --num_train_epochs 60 --learning_rate 1e-3 --lr_scheduler_type cosine
-    hf-immunize audit runs/anew --reference ./my-classifier --benign ./pets --harmful ./weapons
+    hf-immunize audit runs/anew --reference ./my-classifier --benign ./pets --harmful ./weapons \
+        --attackers ridge,gd_line_search,last_stage,whole_network,lora_r8,ridge_start,every_block
 """
 
 import random
@@ -90,6 +91,8 @@ def accuracy(prediction):
 
 def main(words):
     script, args = HfArgumentParser((ScriptArguments, TrainingArguments)).parse_args_into_dataclasses(words)
+    if not 0 <= script.share <= 1:
+        raise SystemExit(f"Expected a --share of the loss from 0 to 1, found {script.share}.")
     args.remove_unused_columns = False  # it would drop the images, which are no input of the model
     processor = AutoImageProcessor.from_pretrained(script.model)
     train = load_images(script.dataset, "train", processor, mirrored_and_shifted)

@@ -17,7 +17,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from folders import image_folder, tiny_classifier
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments
 
 import hf_immunize
 from hf_immunize import ImmunizationArguments, ImmunizationTrainer
@@ -126,18 +126,23 @@ def test_accumulated_steps_of_a_student_are_those_of_one_batch(here):
     words = ["--model", "model", "--dataset", "./pets", *QUICK, "--optim", "sgd", "--max_grad_norm", "0"]
     sizes = {"whole": (8, 1), "halves": (4, 2)}
     for name, (size, times) in sizes.items():
-        budget = [
-            "--max_steps",
-            "1",
-            "--per_device_train_batch_size",
-            f"{size}",
-            "--gradient_accumulation_steps",
-            f"{times}",
-        ]
+        budget = f"--max_steps 1 --per_device_train_batch_size {size} --gradient_accumulation_steps {times}".split()
         script("distil_anew").main([*words, *budget, "--output_dir", name])
     whole, halves = (AutoModelForImageClassification.from_pretrained(name).state_dict() for name in sizes)
     for name, value in whole.items():
         torch.testing.assert_close(halves[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_student_takes_up_all_weights_of_a_checkpoint(here, tmp_path):
+    student, teacher = (AutoModelForImageClassification.from_pretrained("model") for _ in range(2))
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = script("distil_anew").Student(student, args, teacher=teacher, share=0.5)
+    trainer.state.best_model_checkpoint = "model"
+    for load in (trainer._load_best_model, lambda: trainer._load_from_checkpoint("model")):
+        for value in student.parameters():
+            torch.nn.init.constant_(value, 7)
+        load()
+        assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in student.state_dict().items())
 
 
 def test_views_are_moved_by_at_most_an_eighth():
