@@ -55,7 +55,7 @@ PLAN = [
     ),
     (("default", "undo", "sophon", "leace"), ("mobilenet", "dinov2_cifar10"), ("cars",), "200 images"),
     (("default", "undo", "leace", "redistilled", "retrained"), ("vit_cifar10_seen",), ("near",), "200 images"),
-    (("redistilled",), ("resnet18_cifar10_seen",), ("near",), "200 images"),
+    (("redistilled", "retrained"), ("resnet18_cifar10_seen",), ("near",), "200 images"),
     (
         ("redistilled",),
         ("resnet18_cifar10_seen", "vit_cifar10_seen"),
