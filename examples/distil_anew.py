@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from datasets import load_dataset
 from PIL import Image, ImageOps
+from torch.utils.data import Dataset
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -28,6 +28,11 @@ from transformers import (
     set_seed,
 )
 
+from hf_immunize.audit.names import signed
+from hf_immunize.audit.statistics import paired_utility
+from hf_immunize.data.columns import find_columns
+from hf_immunize.data.images import ImageCollator, ImageRows
+from hf_immunize.data.sources import divide
 from hf_immunize.training.checkpoints import load_weights
 
 
@@ -36,7 +41,7 @@ class ScriptArguments:
     """What to learn from, and on which images."""
 
     model: str = field(metadata={"help": "Folder or Hub id of the classifier to learn from."})
-    dataset: str = field(metadata={"help": "Folder or Hub id of its benign images, with splits train and test."})
+    dataset: str = field(metadata={"help": "Folder or Hub id of its benign images."})
     share: float = field(default=0.5, metadata={"help": "Of the loss that its outputs have; labels have the rest."})
 
 
@@ -75,18 +80,17 @@ def mirrored_and_shifted(image):
     return image.transform(image.size, Image.Transform.AFFINE, (1, 0, across, 0, 1, down))
 
 
-def load_images(source, split, processor, change=lambda image: image):
-    """One split, whose images become pixel values when they are read."""
+class Moved(Dataset):
+    """Rows with their images moved, anew each time they are read."""
 
-    def prepare(rows):
-        images = [change(image.convert("RGB")) for image in rows["image"]]
-        return {"labels": rows["label"], **processor(images, return_tensors="pt")}
+    def __init__(self, rows):
+        self.rows = rows
 
-    return load_dataset(source, split=split).with_transform(prepare)
+    def __len__(self):
+        return len(self.rows)
 
-
-def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+    def __getitem__(self, index):
+        return {**self.rows[index], "image": mirrored_and_shifted(self.rows[index]["image"])}
 
 
 def main(words):
@@ -95,28 +99,36 @@ def main(words):
         raise SystemExit(f"Expected a --share of the loss from 0 to 1, found {script.share}.")
     args.remove_unused_columns = False  # it would drop the images, which are no input of the model
     processor = AutoImageProcessor.from_pretrained(script.model)
-    train = load_images(script.dataset, "train", processor, mirrored_and_shifted)
     teacher = AutoModelForImageClassification.from_pretrained(script.model, dtype=torch.float32)
-    names, known = train.features["label"].names, [teacher.config.id2label[i] for i in range(teacher.num_labels)]
+    parts = divide(script.dataset, name="benign images")  # held out where there is no test split, as an audit does it
+    image, label = find_columns(parts.train)
+    names, known = parts.train.features[label].names, [teacher.config.id2label[i] for i in range(teacher.num_labels)]
     if names != known:
         raise SystemExit(
             f"Expected the model's classes {known} in {script.dataset}, found {names}. Rename the folders."
         )
+    train, test = (ImageRows(part, "benign images", image, label) for part in (parts.train, parts.test))
 
     set_seed(args.seed)
     student = AutoModelForImageClassification.from_config(teacher.config, dtype=torch.float32)
-    data = {"train_dataset": train, "eval_dataset": load_images(script.dataset, "test", processor)}
-    options = {"processing_class": processor, "compute_metrics": accuracy}
-    trainer = Student(student, args, teacher=teacher, share=script.share, **data, **options)
+    options = {"data_collator": ImageCollator(processor), "processing_class": processor, "eval_dataset": test}
+    trainer = Student(student, args, teacher=teacher, share=script.share, train_dataset=Moved(train), **options)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    metrics = trainer.evaluate()
-    start = Trainer(teacher, args, **data, **options).evaluate()["eval_accuracy"]
-    metrics["eval_start_accuracy"] = start
+    found = [one.predict(test, metric_key_prefix="eval") for one in (trainer, Trainer(teacher, args, **options))]
+    hits = [torch.as_tensor(one.predictions.argmax(-1) == one.label_ids) for one in found]
+    benign = paired_utility(*hits)
+    metrics = {**found[0].metrics, "eval_accuracy": benign.immunized, "eval_start_accuracy": benign.reference}
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
-    if start - metrics["eval_accuracy"] > 0.01:
-        print("It is less accurate than what it learned from: more epochs, or the recipe that trained that one.")
+    if trainer.is_world_process_zero():
+        low, high = benign.interval
+        interval = f"{signed(low)} to {signed(high)}, {benign.size} images"
+        print(f"Benign accuracy: {signed(benign.difference)} points ({interval}).")
+        if high < 0:
+            print("That is less than it learned from: train for more epochs, or by the recipe that trained that one.")
+        else:
+            print("What it no longer gives an attacker, hf-immunize audit says.")
     trainer.accelerator.end_training()  # of several processes, a group that is not destroyed can abort the exit
     return metrics
 

@@ -15,12 +15,16 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import load_dataset
 from folders import image_folder, tiny_classifier
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments
 
 import hf_immunize
 from hf_immunize import ImmunizationArguments, ImmunizationTrainer
+from hf_immunize.audit.names import signed
+from hf_immunize.audit.statistics import paired_utility
+from hf_immunize.data.images import ImageCollator, ImageRows
 
 
 ROOT = Path(__file__).parents[1]
@@ -112,12 +116,16 @@ def test_a_fresh_network_learns_from_the_classifier_and_says_what_it_reaches(her
         not torch.equal(one, before.state_dict()[name]) for name, one in after.named_parameters() if one.ndim > 1
     )
     assert after.config.id2label == before.config.id2label
-    rows = script("distil_anew").load_images("./pets", "test", AutoImageProcessor.from_pretrained("model"))[:]
+    rows, collate = load_dataset("./pets", split="test"), ImageCollator(AutoImageProcessor.from_pretrained("model"))
+    batch = collate(list(ImageRows(rows, "pets", "image", "label")))
+    hits = {}
     for name, model in (("eval_start_accuracy", before), ("eval_accuracy", after)):
-        hits = model(pixel_values=rows["pixel_values"]).logits.argmax(-1) == torch.as_tensor(rows["labels"])
-        assert found[name] == pytest.approx(hits.float().mean().item())
-    worse = found["eval_start_accuracy"] - found["eval_accuracy"] > 0.01
-    assert worse == ("less accurate than what it learned from" in capsys.readouterr().out)
+        hits[name] = model(pixel_values=batch["pixel_values"]).logits.argmax(-1) == batch["labels"]
+        assert found[name] == pytest.approx(hits[name].float().mean().item())
+    said, benign = capsys.readouterr().out, paired_utility(hits["eval_accuracy"], hits["eval_start_accuracy"])
+    assert f"Benign accuracy: {signed(benign.difference)} points" in said
+    # A loss is one that the images can tell.
+    assert ("less than it learned from" in said) == (benign.interval[1] < 0) != ("audit says" in said)
     with pytest.raises(SystemExit, match=r"Expected the model's classes .*cat.* found .*gun"):
         script("distil_anew").main(["--model", "model", *words[:1], "./weapons", *words[2:]])
 
